@@ -1,0 +1,132 @@
+// Attention of one query per sequence over rebuilt keys and values, one split of the cache per workgroup.
+//
+//   s_j = scale · (q_C · k_C_j + q_R · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values = Σ_j e^(s_j−m) v_j
+//
+// Splits of SPLIT rows follow the step's row numbering (see cache_read) and never straddle two sequences;
+// attention_merge joins them. A split past its sequence's end gives m = lowest f32, l = 0, values = 0.
+// grid: (splits of this key tile, n_head, 1)
+
+override STORAGE_F16: u32 = 0u;
+override WORKGROUP: u32 = 64u;
+override SPLIT: u32 = 256u;      // a multiple of WORKGROUP
+
+const LOWEST: f32 = -3.4028234e38;
+
+struct Params {
+    n_head: u32,
+    d_nope: u32,
+    d_rope: u32,
+    d_value: u32,
+    kv_first: u32,      // a multiple of SPLIT
+    n_sequence: u32,
+    rope_pitch: u32,    // elements of a rope cache row
+    scale: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
+@group(0) @binding(2) var<storage, read> kv: array<f32>;                           // [kv rows, n_head, d_nope + d_value]
+@group(0) @binding(3) var<storage, read> rope_cache: array<u32>;                   // [cache rows, rope_pitch]
+@group(0) @binding(4) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(5) var<storage, read_write> partial_values: array<f32>;         // [splits, n_head, d_value]
+@group(0) @binding(6) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [splits, n_head] (m, l)
+
+var<workgroup> sh_score: array<f32, SPLIT>;
+var<workgroup> sh_reduce: array<f32, WORKGROUP>;
+
+// Word that holds element i of a tensor in f32 or f16 storage.
+fn word_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+// Index of the last sequence that begins at or before `row`.
+fn sequence_of(row: u32, n_sequence: u32) -> u32 {
+    var low = 0u;
+    var high = n_sequence;
+    while (high - low > 1u) {
+        let middle = (low + high) / 2u;
+        if (sequences[middle].x <= row) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let row0 = params.kv_first + group.x * SPLIT;
+    let sequence = sequences[sequence_of(row0, params.n_sequence)];
+    let head = group.y;
+    let d_query = params.d_nope + params.d_rope;
+    let d_head = params.d_nope + params.d_value;
+    let kv_row = params.n_head * d_head;
+    let position0 = row0 - sequence.x;
+    let count = min(max(sequence.z, position0) - position0, SPLIT);
+    let q_base = (sequence.w * params.n_head + head) * d_query;
+    let kv_base = group.x * SPLIT * kv_row + head * d_head;
+    let slot0 = sequence.y + position0;
+
+    var best = LOWEST;
+    for (var row = lane; row < count; row += WORKGROUP) {
+        var dot = 0.0;
+        let k = kv_base + row * kv_row;
+        for (var d = 0u; d < params.d_nope; d++) {
+            dot += params.scale * q[q_base + d] * kv[k + d];
+        }
+        let rope = (slot0 + row) * params.rope_pitch;
+        for (var d = 0u; d < params.d_rope; d++) {
+            let i = rope + d;
+            dot += params.scale * q[q_base + params.d_nope + d] * decode(rope_cache[word_of(i)], i);
+        }
+        sh_score[row] = dot;
+        best = max(best, dot);
+    }
+    sh_reduce[lane] = best;
+    workgroupBarrier();
+    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
+        if (lane < half) {
+            sh_reduce[lane] = max(sh_reduce[lane], sh_reduce[lane + half]);
+        }
+        workgroupBarrier();
+    }
+    best = sh_reduce[0];
+    workgroupBarrier();
+
+    var sum = 0.0;
+    for (var row = lane; row < count; row += WORKGROUP) {
+        let p = exp(sh_score[row] - best);
+        sh_score[row] = p;
+        sum += p;
+    }
+    sh_reduce[lane] = sum;
+    workgroupBarrier();
+    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
+        if (lane < half) {
+            sh_reduce[lane] += sh_reduce[lane + half];
+        }
+        workgroupBarrier();
+    }
+
+    let split = (params.kv_first / SPLIT + group.x) * params.n_head + head;
+    for (var column = lane; column < params.d_value; column += WORKGROUP) {
+        var value = 0.0;
+        for (var row = 0u; row < count; row++) {
+            value += sh_score[row] * kv[kv_base + row * kv_row + params.d_nope + column];
+        }
+        partial_values[split * params.d_value + column] = value;
+    }
+    if (lane == 0u) {
+        partial_softmax[split] = vec2<f32>(best, sh_reduce[0]);
+    }
+}

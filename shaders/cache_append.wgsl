@@ -1,0 +1,88 @@
+// Writes the latents, rotated keys and token ids of new tokens to their rows of the cache.
+//
+//   latent_cache[slots[t], :] = latent[t, :]    rope_cache[slots[t], :] = k_R[t, :]    id_cache[slots[t]] = ids[t]
+//
+// Rows of the cache are padded with zeros to 16 bytes, so that an invocation always owns whole words. In f16 storage
+// values beyond ±65504 are stored as ±65504.
+// grid: one invocation a word (latent words, rope words and the id of every token), folded into x and y.
+
+override STORAGE_F16: u32 = 0u;
+override WITH_IDS: u32 = 0u;
+override WORKGROUP: u32 = 64u;
+
+struct Params {
+    tokens: u32,
+    d_latent: u32,
+    latent_offset: u32,
+    latent_row: u32,
+    latent_words: u32,   // words of a latent cache row
+    d_rope: u32,
+    rope_offset: u32,
+    rope_row: u32,
+    rope_words: u32,     // words of a rope cache row
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> latent: array<f32>;              // latent_offset + t·latent_row + i
+@group(0) @binding(2) var<storage, read> rope_key: array<f32>;            // rope_offset + t·rope_row + i
+@group(0) @binding(3) var<storage, read> ids: array<u32>;                 // [tokens]
+@group(0) @binding(4) var<storage, read> slots: array<u32>;               // [tokens] rows of the cache
+@group(0) @binding(5) var<storage, read_write> latent_cache: array<u32>;  // [cache rows, latent_words]
+@group(0) @binding(6) var<storage, read_write> rope_cache: array<u32>;    // [cache rows, rope_words]
+@group(0) @binding(7) var<storage, read_write> id_cache: array<u32>;      // [cache rows]
+
+fn latent_at(token: u32, i: u32) -> f32 {
+    if (i >= params.d_latent) {
+        return 0.0;
+    }
+    return latent[params.latent_offset + token * params.latent_row + i];
+}
+
+fn rope_at(token: u32, i: u32) -> f32 {
+    if (i >= params.d_rope) {
+        return 0.0;
+    }
+    return rope_key[params.rope_offset + token * params.rope_row + i];
+}
+
+fn pack(a: f32, b: f32) -> u32 {
+    return pack2x16float(clamp(vec2<f32>(a, b), vec2<f32>(-65504.0), vec2<f32>(65504.0)));
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = (group.y * groups.x + group.x) * WORKGROUP + lane;
+    let words = params.latent_words + params.rope_words + 1u;
+    let token = index / words;
+    if (token >= params.tokens) {
+        return;
+    }
+    let slot = slots[token];
+    var word = index % words;
+    if (word < params.latent_words) {
+        let to = slot * params.latent_words + word;
+        if (STORAGE_F16 == 1u) {
+            latent_cache[to] = pack(latent_at(token, 2u * word), latent_at(token, 2u * word + 1u));
+        } else {
+            latent_cache[to] = bitcast<u32>(latent_at(token, word));
+        }
+        return;
+    }
+    word -= params.latent_words;
+    if (word < params.rope_words) {
+        let to = slot * params.rope_words + word;
+        if (STORAGE_F16 == 1u) {
+            rope_cache[to] = pack(rope_at(token, 2u * word), rope_at(token, 2u * word + 1u));
+        } else {
+            rope_cache[to] = bitcast<u32>(rope_at(token, word));
+        }
+        return;
+    }
+    if (WITH_IDS == 1u) {
+        id_cache[slot] = ids[token];
+    }
+}

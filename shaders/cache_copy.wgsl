@@ -1,0 +1,28 @@
+// Copies words within one buffer: the rows of one sequence of a cache to another's. The ranges do not overlap.
+//
+//   cache[to + i] = cache[from + i],  i < words
+//
+// grid: one invocation a word, folded into x and y.
+
+override WORKGROUP: u32 = 64u;
+
+struct Params {
+    words: u32,
+    from_word: u32,
+    to_word: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read_write> cache: array<u32>;
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let i = (group.y * groups.x + group.x) * WORKGROUP + lane;
+    if (i < params.words) {
+        cache[params.to_word + i] = cache[params.from_word + i];
+    }
+}

@@ -1,0 +1,48 @@
+// Rows of an embedding table by token id.
+//
+//   y[r, :] = table[ids[r], :]
+//
+// The host has checked every id against the vocabulary.
+// grid: one invocation an element of y, folded into x and y.
+
+override STORAGE_F16: u32 = 0u;
+override WORKGROUP: u32 = 64u;
+
+struct Params {
+    rows: u32,
+    width: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> table: array<u32>;       // [vocab, width]
+@group(0) @binding(2) var<storage, read> ids: array<u32>;         // [rows]
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [rows, width]
+
+// Word that holds element i of a tensor in f32 or f16 storage.
+fn word_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = (group.y * groups.x + group.x) * WORKGROUP + lane;
+    let row = index / params.width;
+    if (row >= params.rows) {
+        return;
+    }
+    let i = ids[row] * params.width + index % params.width;
+    y[index] = decode(table[word_of(i)], i);
+}

@@ -1,0 +1,115 @@
+// Matrix product with a tile of y per workgroup, for many rows.
+//
+//   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
+//
+// Any strides: w is [cols, inner] as checkpoints store it (w_col = inner, w_inner = 1), or transposed (w_col = 1).
+// grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); an invocation owns 4 × 4 elements of y, WG_Y rows and WG_X columns apart.
+
+override STORAGE_F16: u32 = 0u;
+override HAS_BIAS: u32 = 0u;
+override WG_X: u32 = 16u;
+override WG_Y: u32 = 16u;
+override TILE_K: u32 = 16u;
+override TILE_M: u32 = WG_Y * 4u;
+override TILE_N: u32 = WG_X * 4u;
+// One element of padding a row of k: the transposing store would hit one bank otherwise.
+override PITCH_M: u32 = TILE_M + 1u;
+override PITCH_N: u32 = TILE_N + 1u;
+
+struct Params {
+    rows: u32,
+    inner: u32,
+    cols: u32,
+    x_offset: u32,
+    x_row: u32,
+    x_batch: u32,
+    w_offset: u32,
+    w_col: u32,
+    w_inner: u32,
+    w_batch: u32,
+    y_offset: u32,
+    y_row: u32,
+    y_batch: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<f32>;           // x_offset + b·x_batch + m·x_row + k
+@group(0) @binding(2) var<storage, read> w: array<u32>;           // w_offset + b·w_batch + n·w_col + k·w_inner
+@group(0) @binding(3) var<storage, read> bias: array<u32>;        // [cols]
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
+
+var<workgroup> sh_x: array<f32, TILE_K * PITCH_M>;
+var<workgroup> sh_w: array<f32, TILE_K * PITCH_N>;
+
+// Word that holds element i of a tensor in f32 or f16 storage.
+fn word_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+@compute @workgroup_size(WG_X, WG_Y, 1)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
+    let lane = local.y * WG_X + local.x;
+    let lanes = WG_X * WG_Y;
+    let row0 = group.y * TILE_M;
+    let col0 = group.x * TILE_N;
+    let x_base = params.x_offset + group.z * params.x_batch;
+    let w_base = params.w_offset + group.z * params.w_batch;
+
+    // acc[i][j] is row row0 + local.y + i·WG_Y, column col0 + local.x + j·WG_X.
+    var acc: array<vec4<f32>, 4>;
+    for (var k0 = 0u; k0 < params.inner; k0 += TILE_K) {
+        for (var e = lane; e < TILE_K * TILE_M; e += lanes) {
+            let k = e % TILE_K;
+            let m = e / TILE_K;
+            var value = 0.0;
+            if (k0 + k < params.inner && row0 + m < params.rows) {
+                value = x[x_base + (row0 + m) * params.x_row + k0 + k];
+            }
+            sh_x[k * PITCH_M + m] = value;
+        }
+        for (var e = lane; e < TILE_K * TILE_N; e += lanes) {
+            let k = e % TILE_K;
+            let n = e / TILE_K;
+            var value = 0.0;
+            if (k0 + k < params.inner && col0 + n < params.cols) {
+                let i = w_base + (col0 + n) * params.w_col + (k0 + k) * params.w_inner;
+                value = decode(w[word_of(i)], i);
+            }
+            sh_w[k * PITCH_N + n] = value;
+        }
+        workgroupBarrier();
+        for (var k = 0u; k < TILE_K; k++) {
+            let n = k * PITCH_N + local.x;
+            let wv = vec4<f32>(sh_w[n], sh_w[n + WG_X], sh_w[n + 2u * WG_X], sh_w[n + 3u * WG_X]);
+            let m = k * PITCH_M + local.y;
+            acc[0] += sh_x[m] * wv;
+            acc[1] += sh_x[m + WG_Y] * wv;
+            acc[2] += sh_x[m + 2u * WG_Y] * wv;
+            acc[3] += sh_x[m + 3u * WG_Y] * wv;
+        }
+        workgroupBarrier();
+    }
+
+    for (var i = 0u; i < 4u; i++) {
+        let row = row0 + local.y + i * WG_Y;
+        for (var j = 0u; j < 4u; j++) {
+            let col = col0 + local.x + j * WG_X;
+            if (row < params.rows && col < params.cols) {
+                var value = acc[i][j];
+                if (HAS_BIAS == 1u) {
+                    value += decode(bias[word_of(col)], col);
+                }
+                y[params.y_offset + group.z * params.y_batch + row * params.y_row + col] = value;
+            }
+        }
+    }
+}

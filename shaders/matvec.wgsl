@@ -1,0 +1,92 @@
+// Matrix product for few rows: every weight is read once for up to 4 rows of x.
+//
+//   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
+//
+// grid: (⌈cols / COLS⌉, ⌈rows / 4⌉, batch)
+// LANES invocations share a column, each summing every LANES-th k; COLS = WORKGROUP / LANES columns a workgroup.
+
+override STORAGE_F16: u32 = 0u;
+override HAS_BIAS: u32 = 0u;
+override WORKGROUP: u32 = 64u;
+override LANES: u32 = 8u;
+override COLS: u32 = WORKGROUP / LANES;
+
+struct Params {
+    rows: u32,
+    inner: u32,
+    cols: u32,
+    x_offset: u32,
+    x_row: u32,
+    x_batch: u32,
+    w_offset: u32,
+    w_col: u32,
+    w_inner: u32,
+    w_batch: u32,
+    y_offset: u32,
+    y_row: u32,
+    y_batch: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<f32>;           // x_offset + b·x_batch + m·x_row + k
+@group(0) @binding(2) var<storage, read> w: array<u32>;           // w_offset + b·w_batch + n·w_col + k·w_inner
+@group(0) @binding(3) var<storage, read> bias: array<u32>;        // [cols]
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
+
+var<workgroup> sh_acc: array<vec4<f32>, WORKGROUP>;
+
+// Word that holds element i of a tensor in f32 or f16 storage.
+fn word_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let part = lane % LANES;
+    let col = group.x * COLS + lane / LANES;
+    let row0 = group.y * 4u;
+    let rows = min(params.rows - row0, 4u);
+    var acc = vec4<f32>(0.0);
+    if (col < params.cols) {
+        let w_base = params.w_offset + group.z * params.w_batch + col * params.w_col;
+        let x_base = params.x_offset + group.z * params.x_batch + row0 * params.x_row;
+        if (rows == 1u) {
+            for (var k = part; k < params.inner; k += LANES) {
+                let i = w_base + k * params.w_inner;
+                acc.x += decode(w[word_of(i)], i) * x[x_base + k];
+            }
+        } else {
+            // Rows past the end repeat the last one; their sums are not stored.
+            let x1 = x_base + min(1u, rows - 1u) * params.x_row;
+            let x2 = x_base + min(2u, rows - 1u) * params.x_row;
+            let x3 = x_base + min(3u, rows - 1u) * params.x_row;
+            for (var k = part; k < params.inner; k += LANES) {
+                let i = w_base + k * params.w_inner;
+                acc += decode(w[word_of(i)], i) * vec4<f32>(x[x_base + k], x[x1 + k], x[x2 + k], x[x3 + k]);
+            }
+        }
+    }
+    sh_acc[lane] = acc;
+    workgroupBarrier();
+    if (part == 0u && col < params.cols) {
+        for (var p = 1u; p < LANES; p++) {
+            acc += sh_acc[lane + p];
+        }
+        if (HAS_BIAS == 1u) {
+            acc += vec4<f32>(decode(bias[word_of(col)], col));
+        }
+        let y_base = params.y_offset + group.z * params.y_batch + row0 * params.y_row + col;
+        for (var m = 0u; m < rows; m++) {
+            y[y_base + m * params.y_row] = acc[m];
+        }
+    }
+}

@@ -1,0 +1,26 @@
+// The inner product of a SwiGLU: y = silu(gate) ⊙ up, silu(v) = v / (1 + e^-v).
+//
+// grid: one invocation an element, folded into x and y.
+
+override WORKGROUP: u32 = 64u;
+
+struct Params {
+    elements: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> gate: array<f32>;        // [elements]
+@group(0) @binding(2) var<storage, read> up: array<f32>;          // [elements]
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [elements]
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let i = (group.y * groups.x + group.x) * WORKGROUP + lane;
+    if (i < params.elements) {
+        y[i] = gate[i] / (1.0 + exp(-gate[i])) * up[i];
+    }
+}

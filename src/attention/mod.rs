@@ -1,0 +1,24 @@
+//! The attention layer, MLA and EG-MLA, built from the kernels.
+//!
+//! ```text
+//! hidden ─ q_proj | q_a_proj ─ norm ─ q_b_proj ─ rope ───────────────────────────────┐
+//!    │                                                                               ▼
+//!    └─ kv_a_proj ─ norm ─ [gate at the latent] ─ rope ─▶ LatentCache ─ expanded ─▶ attention ─ o_proj ─ out
+//!                                                            │   (kv_b_proj, gate, tile by tile) ▲
+//!                                                            └──────────── absorbed ─────────────┘
+//! ```
+//!
+//! A [`LatentCache`] serves every layer of a model. [`LatentCache::plan_step`] checks new tokens and uploads what all
+//! layers need to know of them; [`Attention::forward`] records one layer of that [`Step`];
+//! [`LatentCache::commit`] makes the tokens part of the cache. [`Attention::prefill`] and [`Attention::decode`] do the
+//! three for a cache of one layer.
+
+mod cache;
+mod layer;
+mod step;
+mod workspace;
+
+pub use cache::{CacheOptions, LatentCache, MemoryReport};
+pub use layer::{Attention, DecodePath};
+pub use step::{Mode, Step, StepInput};
+pub use workspace::{Workspace, WorkspaceOptions};

@@ -1,0 +1,179 @@
+//! Buffers for the intermediate results of a step, shared by all layers.
+
+use super::cache::LatentCache;
+use crate::config::GateSite;
+use crate::error::{Error, Result};
+use crate::kernel::Region;
+use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::{attention_prefill, product};
+use crate::plan::Tuning;
+
+/// Extents of a [`Workspace`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkspaceOptions {
+    /// Most new tokens of a step, over all sequences.
+    pub max_tokens: u32,
+    /// Cached rows whose keys and values are rebuilt at once; rounded up to the split length. More rows mean fewer
+    /// dispatches, fewer rows mean less memory.
+    pub tile_rows: u32,
+}
+
+impl WorkspaceOptions {
+    /// Room for steps of up to `max_tokens` new tokens, keys and values rebuilt 1024 rows at a time.
+    pub fn new(max_tokens: u32) -> Self {
+        WorkspaceOptions { max_tokens, tile_rows: 1024 }
+    }
+}
+
+/// Intermediate results of one step. Layers use it one after another; a caller with several steps in flight on one queue
+/// may share it too, since their commands run in order.
+#[derive(Debug)]
+pub struct Workspace {
+    pub(super) max_tokens: u32,
+    pub(super) tile_rows: u32,
+    pub(super) q_latent: Region,
+    pub(super) q_latent_normed: Region,
+    pub(super) q: Region,
+    pub(super) kv_a: Region,
+    pub(super) latent: Region,
+    pub(super) latent_gated: Region,
+    pub(super) gate_rows: Region,
+    pub(super) gate: Region,
+    pub(super) tile_latent: Region,
+    pub(super) tile_ids: Region,
+    pub(super) tile_slots: Region,
+    pub(super) kv: Region,
+    pub(super) kv_gated: Region,
+    pub(super) softmax: Region,
+    pub(super) values: Region,
+    pub(super) absorbed: Region,
+    pub(super) partial_values: Region,
+    pub(super) partial_softmax: Region,
+    pub(super) merged: Region,
+    pub(super) lse: Region,
+    bytes: u64,
+}
+
+impl Workspace {
+    /// Allocates a workspace for steps on `cache`.
+    ///
+    /// # Errors
+    /// No token at all, a buffer over the device's limits, or no memory left.
+    pub fn new(cache: &LatentCache, options: WorkspaceOptions) -> Result<Self> {
+        if options.max_tokens == 0 {
+            return Err(Error::Empty { what: "the workspace (max_tokens is 0)" });
+        }
+        let kernels = cache.kernels();
+        let config = cache.config();
+        let CacheRows { padded, splits } = CacheRows::of(cache);
+        let tile_rows = options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded);
+        let tokens = options.max_tokens.min(cache.rows());
+        // A decode step has at most one token a sequence.
+        let decoding = tokens.min(cache.options().batch);
+        let slices = attention_prefill::slices(kernels.context(), Tuning::Auto, config.d_value)?;
+        let absorbable = config.up_projected_gate().is_none();
+        let (gate_rows, gate_width, d_gate) = match &config.gate {
+            None => (0, 0, 0),
+            Some(gate) if gate.site == GateSite::Latent => (tokens, config.d_latent, gate.d_gate),
+            Some(gate) => (tile_rows, config.d_kv(), gate.d_gate),
+        };
+        let latent_gate = config.latent_gate().is_some();
+        let partial_width = if absorbable { config.d_value.max(config.d_latent) } else { config.d_value };
+
+        let limits = &kernels.context().limits;
+        let mut bytes = 0;
+        let mut allocate = |what: &'static str, extents: &[u32]| -> Result<Region> {
+            let needed = product(extents).saturating_mul(4);
+            let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+            if needed > allowed {
+                let what = format!("workspace `{what}` of {extents:?} words");
+                return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+            }
+            let buffer = kernels.allocate(&format!("egmla.workspace.{what}"), needed)?;
+            bytes += buffer.size();
+            Ok(Region::from(&buffer))
+        };
+        let on = |condition: bool, extent: u32| if condition { extent } else { 0 };
+        let rank = config.d_q_latent.unwrap_or(0);
+        let n_head = config.n_head;
+        let mut workspace = Workspace {
+            max_tokens: tokens,
+            tile_rows,
+            q_latent: allocate("q_latent", &[tokens, rank])?,
+            q_latent_normed: allocate("q_latent_normed", &[tokens, rank])?,
+            q: allocate("q", &[tokens, n_head, config.d_query()])?,
+            kv_a: allocate("kv_a", &[tokens, config.d_latent + config.d_rope])?,
+            latent: allocate("latent", &[tokens, config.d_latent])?,
+            latent_gated: allocate("latent_gated", &[on(latent_gate, tokens), config.d_latent])?,
+            gate_rows: allocate("gate_rows", &[gate_rows, d_gate])?,
+            gate: allocate("gate", &[gate_rows, gate_width])?,
+            tile_latent: allocate("tile_latent", &[tile_rows, config.d_latent])?,
+            tile_ids: allocate("tile_ids", &[tile_rows])?,
+            tile_slots: allocate("tile_slots", &[tile_rows])?,
+            kv: allocate("kv", &[tile_rows, config.d_kv()])?,
+            kv_gated: allocate("kv_gated", &[on(!absorbable, tile_rows), config.d_kv()])?,
+            softmax: allocate("softmax", &[tokens, n_head, slices, 2])?,
+            values: allocate("values", &[tokens, n_head, config.d_value])?,
+            absorbed: allocate("absorbed", &[on(absorbable, decoding), n_head, config.d_latent])?,
+            partial_values: allocate("partial_values", &[splits, n_head, partial_width])?,
+            partial_softmax: allocate("partial_softmax", &[splits, n_head, 2])?,
+            merged: allocate("merged", &[on(absorbable, decoding), n_head, config.d_latent])?,
+            lse: allocate("lse", &[decoding, n_head])?,
+            bytes: 0,
+        };
+        workspace.bytes = bytes;
+        Ok(workspace)
+    }
+
+    /// Most new tokens of a step.
+    pub fn max_tokens(&self) -> u32 {
+        self.max_tokens
+    }
+
+    /// Every buffer, for the checks to poison.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        [
+            &self.q_latent,
+            &self.q_latent_normed,
+            &self.q,
+            &self.kv_a,
+            &self.latent,
+            &self.latent_gated,
+            &self.gate_rows,
+            &self.gate,
+            &self.tile_latent,
+            &self.tile_ids,
+            &self.tile_slots,
+            &self.kv,
+            &self.kv_gated,
+            &self.softmax,
+            &self.values,
+            &self.absorbed,
+            &self.partial_values,
+            &self.partial_softmax,
+            &self.merged,
+            &self.lse,
+        ]
+        .into_iter()
+        .map(|region| &region.buffer)
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+/// The cache's rows as the steps number them.
+struct CacheRows {
+    padded: u32,
+    splits: u32,
+}
+
+impl CacheRows {
+    fn of(cache: &LatentCache) -> Self {
+        let options = cache.options();
+        let splits = product(&[options.batch, options.capacity.div_ceil(SPLIT)]).min(u32::MAX as u64 / SPLIT as u64);
+        CacheRows { padded: splits as u32 * SPLIT, splits: splits as u32 }
+    }
+}

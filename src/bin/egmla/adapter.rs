@@ -1,0 +1,159 @@
+//! Chooses an adapter and opens the program's device: the only place that does.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clap::Args;
+use egmla::kernel::Kernels;
+use egmla::wgpu;
+
+use crate::failure::Failure;
+
+/// `--adapter`, shared by every command that computes.
+#[derive(Args, Debug, Clone)]
+pub struct AdapterOption {
+    /// `auto` (a GPU before software, the CPU reference when there is none), `cpu`, or part of an adapter's name or backend
+    #[arg(long, value_name = "A", default_value = "auto")]
+    pub adapter: String,
+}
+
+/// What computes.
+pub enum Backend {
+    /// The f64 reference on the CPU.
+    Cpu {
+        /// Why, in words: asked for, or no adapter.
+        reason: &'static str,
+    },
+    /// The kernels on a device of wgpu.
+    Gpu(Box<Gpu>),
+}
+
+/// An open device.
+pub struct Gpu {
+    /// What wgpu says of the adapter.
+    pub info: wgpu::AdapterInfo,
+    /// The queue that the program submits to.
+    pub queue: wgpu::Queue,
+    /// The kernels, with their device.
+    pub kernels: Kernels,
+    /// Errors that no scope caught; the program must not go on after one.
+    errors: Arc<Mutex<Vec<String>>>,
+}
+
+impl Backend {
+    /// One line for the user: name, backend, driver.
+    pub fn describe(&self) -> String {
+        match self {
+            Backend::Cpu { reason } => format!("CPU reference in f64 ({reason})"),
+            Backend::Gpu(gpu) => describe(&gpu.info),
+        }
+    }
+}
+
+impl Gpu {
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        self.kernels.device()
+    }
+
+    /// Fails when the device reported an error since the last call.
+    pub fn check(&self) -> Result<(), Failure> {
+        let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        match errors.drain(..).next() {
+            None => Ok(()),
+            Some(error) => Err(Failure::run(error)),
+        }
+    }
+}
+
+/// One line: name, backend, driver, and that it is software where it is.
+pub fn describe(info: &wgpu::AdapterInfo) -> String {
+    let software = if info.device_type == wgpu::DeviceType::Cpu { ", software" } else { "" };
+    let driver = match (info.driver.as_str(), info.driver_info.as_str()) {
+        ("", "") => String::new(),
+        (driver, details) => format!(", {}", [driver, details].join(" ").trim()),
+    };
+    format!("{} ({:?}{driver}{software})", info.name, info.backend)
+}
+
+/// Every adapter of the machine, real GPUs first.
+pub fn adapters() -> Vec<wgpu::Adapter> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
+    adapters.sort_by_key(|adapter| rank(&adapter.get_info()));
+    adapters
+}
+
+fn rank(info: &wgpu::AdapterInfo) -> (u8, u8) {
+    let kind = match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    };
+    // Beside Vulkan, Metal and DX12, GL offers the least.
+    (kind, u8::from(info.backend == wgpu::Backend::Gl))
+}
+
+/// Opens what `--adapter` asks for.
+pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
+    let wanted = option.adapter.to_lowercase();
+    if wanted == "cpu" {
+        return Ok(Backend::Cpu { reason: "asked for" });
+    }
+    let found = adapters();
+    if wanted == "auto" {
+        for adapter in &found {
+            match open_device(adapter) {
+                Ok(gpu) => return Ok(Backend::Gpu(Box::new(gpu))),
+                Err(problem) => tracing::warn!("{}: {problem:?}", adapter.get_info().name),
+            }
+        }
+        return Ok(Backend::Cpu { reason: "no usable GPU adapter on this machine" });
+    }
+    let matches = |adapter: &&wgpu::Adapter| {
+        let info = adapter.get_info();
+        info.name.to_lowercase().contains(&wanted) || format!("{:?}", info.backend).to_lowercase().contains(&wanted)
+    };
+    match found.iter().find(matches) {
+        Some(adapter) => open_device(adapter).map(|gpu| Backend::Gpu(Box::new(gpu))),
+        None => {
+            let names: Vec<_> = found.iter().map(|adapter| describe(&adapter.get_info())).collect();
+            let there = if names.is_empty() { "none".to_owned() } else { names.join("; ") };
+            Err(Failure::usage(format!("no adapter matches `{}`; there are: cpu; {there}", option.adapter)))
+        }
+    }
+}
+
+/// Asks for all of the adapter's buffer sizes: a checkpoint's largest tensor decides what is needed.
+fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
+    let offered = adapter.limits();
+    let required_limits = wgpu::Limits {
+        max_buffer_size: offered.max_buffer_size,
+        max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        ..wgpu::Limits::default()
+    };
+    let request =
+        adapter.request_device(&wgpu::DeviceDescriptor { label: Some("egmla"), required_limits, ..Default::default() });
+    let (device, queue) = pollster::block_on(request).map_err(|error| Failure::run(one_line(&error.to_string())))?;
+    let errors = Arc::new(Mutex::new(Vec::new()));
+    let log = |errors: &Arc<Mutex<Vec<String>>>| {
+        let errors = errors.clone();
+        move |message: String| errors.lock().unwrap_or_else(PoisonError::into_inner).push(one_line(&message))
+    };
+    let uncaptured = log(&errors);
+    device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| uncaptured(error.to_string())));
+    let lost = log(&errors);
+    device.set_device_lost_callback(move |reason, message| {
+        if reason != wgpu::DeviceLostReason::Destroyed {
+            lost(format!("the device was lost: {message}"));
+        }
+    });
+    let kernels = Kernels::new(&device)?;
+    Ok(Gpu { info: adapter.get_info(), queue, kernels, errors })
+}
+
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}

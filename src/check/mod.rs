@@ -1,0 +1,167 @@
+//! The one table of named cases: every kernel and the layer against the f64 reference, on the caller's own adapter.
+//!
+//! ```no_run
+//! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
+//! let kernels = egmla::kernel::Kernels::new(device)?;
+//! for case in egmla::check::cases() {
+//!     for outcome in case.run(&kernels, queue)? {
+//!         println!("{} {}: {:?}", case.id(), outcome.tuning, outcome.verdict);
+//!     }
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, guard words stand around every
+//! buffer, and the GPU runs before the reference.
+
+pub mod compare;
+pub mod guarded;
+mod kernel_cases;
+mod layer_cases;
+pub mod random;
+pub mod readback;
+
+use crate::error::Result;
+use crate::kernel::{Kernels, Recording};
+use crate::plan::{Storage, Tuning};
+use compare::{Comparison, Tolerance, compare};
+use guarded::Guarded;
+
+/// A named case.
+pub struct Case {
+    id: String,
+    kernel: &'static str,
+    run: Box<dyn Fn(&Lab<'_>) -> Result<Vec<Outcome>> + Send + Sync>,
+}
+
+/// What one variant of a case came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// `auto`, the number of a forced tuning, or the way a layer was run.
+    pub tuning: String,
+    /// Largest relative 2-norm error of the results.
+    pub error: f64,
+    /// The largest that is accepted.
+    pub tolerance: f64,
+    /// One line that says what is wrong.
+    pub verdict: Result<(), String>,
+}
+
+impl std::fmt::Debug for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Case").field("id", &self.id).field("kernel", &self.kernel).finish_non_exhaustive()
+    }
+}
+
+impl Case {
+    fn new(
+        kernel: &'static str,
+        sizes: impl std::fmt::Display,
+        run: impl Fn(&Lab<'_>) -> Result<Vec<Outcome>> + Send + Sync + 'static,
+    ) -> Self {
+        Case { id: format!("{kernel}/{sizes}"), kernel, run: Box::new(run) }
+    }
+
+    /// `kernel/sizes/…`
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Stem of the kernel, or `layer`.
+    pub fn kernel(&self) -> &'static str {
+        self.kernel
+    }
+
+    /// Runs every tuning of the case on a device, and waits.
+    ///
+    /// # Errors
+    /// What the kernels refuse, a guard word that was overwritten, or a lost device. A wrong result is an [`Outcome`].
+    pub fn run(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Vec<Outcome>> {
+        (self.run)(&Lab { kernels, queue })
+    }
+}
+
+/// Every case.
+pub fn cases() -> Vec<Case> {
+    let mut cases = kernel_cases::cases();
+    cases.extend(layer_cases::cases());
+    cases
+}
+
+/// A device to run cases on.
+struct Lab<'a> {
+    kernels: &'a Kernels,
+    queue: &'a wgpu::Queue,
+}
+
+impl Lab<'_> {
+    fn floats(&self, values: &[f32]) -> Result<Guarded> {
+        Guarded::filled(self.kernels, "input", bytemuck::cast_slice(values))
+    }
+
+    fn words(&self, values: &[u32]) -> Result<Guarded> {
+        Guarded::filled(self.kernels, "input", values)
+    }
+
+    /// A tensor in the given storage, and its values as they are stored.
+    fn stored(&self, values: &[f32], storage: Storage) -> Result<(Guarded, Vec<f64>)> {
+        let (words, kept) = pack(values, storage);
+        Ok((self.words(&words)?, kept))
+    }
+
+    fn output(&self, words: usize) -> Result<Guarded> {
+        Guarded::poisoned(self.kernels, "output", words)
+    }
+
+    fn launch(&self, record: impl FnOnce(&mut Recording) -> Result<()>) -> Result<()> {
+        let mut recording = Recording::new(self.kernels);
+        record(&mut recording)?;
+        readback::submit(&recording, self.queue)
+    }
+
+    fn compare(&self, got: &Guarded, expected: &[f64], tolerance: Tolerance) -> Result<Comparison> {
+        Ok(compare(&got.read_f32(self.kernels, self.queue)?, expected, tolerance))
+    }
+}
+
+/// Words of a tensor in the given storage, and its values as they are stored.
+fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
+    match storage {
+        Storage::F32 => {
+            (values.iter().map(|value| value.to_bits()).collect(), values.iter().map(|&value| value.into()).collect())
+        }
+        Storage::F16 => {
+            let halves: Vec<half::f16> = values.iter().map(|&value| half::f16::from_f32(value)).collect();
+            let word = |pair: &[half::f16]| {
+                let high = pair.get(1).map_or(0, |high| u32::from(high.to_bits()));
+                u32::from(pair[0].to_bits()) | high << 16
+            };
+            (halves.chunks(2).map(word).collect(), halves.iter().map(|half| half.to_f64()).collect())
+        }
+    }
+}
+
+/// Runs `Auto` and every forced tuning.
+fn every_tuning(
+    tunings: usize,
+    tolerance: Tolerance,
+    mut run: impl FnMut(Tuning) -> Result<Vec<Comparison>>,
+) -> Result<Vec<Outcome>> {
+    let all = std::iter::once(Tuning::Auto).chain((0..tunings).map(Tuning::Forced));
+    all.map(|tuning| {
+        let name = match tuning {
+            Tuning::Auto => "auto".to_owned(),
+            Tuning::Forced(index) => index.to_string(),
+        };
+        Ok(outcome(name, tolerance, run(tuning)?))
+    })
+    .collect()
+}
+
+/// The worst of several comparisons; none at all is a failure, since nothing was compared.
+fn outcome(tuning: String, tolerance: Tolerance, comparisons: Vec<Comparison>) -> Outcome {
+    let error = comparisons.iter().map(|comparison| comparison.relative_error).fold(0.0, f64::max);
+    let none = comparisons.is_empty().then(|| "nothing was compared".to_owned());
+    let problem = none.or_else(|| comparisons.into_iter().find_map(|comparison| comparison.verdict.err()));
+    Outcome { tuning, error, tolerance: tolerance.relative, verdict: problem.map_or(Ok(()), Err) }
+}

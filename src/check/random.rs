@@ -1,0 +1,52 @@
+//! Seeded random values: the same on every machine.
+
+use crate::config::AttentionConfig;
+use crate::error::Result;
+use crate::weights::{AttentionWeights, HostTensor};
+
+/// A seeded generator.
+#[derive(Debug, Clone)]
+pub struct Random(fastrand::Rng);
+
+impl Random {
+    /// Equal seeds give equal values.
+    pub fn new(seed: u64) -> Self {
+        Random(fastrand::Rng::with_seed(seed))
+    }
+
+    /// One value of mean 0 and deviation 1.
+    pub fn normal(&mut self) -> f32 {
+        // Box and Muller; 1 − u is never 0.
+        let radius = (-2.0 * (1.0 - self.0.f64()).ln()).sqrt();
+        (radius * (std::f64::consts::TAU * self.0.f64()).cos()) as f32
+    }
+
+    /// `n` values of mean 0.
+    pub fn values(&mut self, n: usize, deviation: f32) -> Vec<f32> {
+        (0..n).map(|_| deviation * self.normal()).collect()
+    }
+
+    /// `n` ids below `vocab`, which is at least 1.
+    pub fn ids(&mut self, n: usize, vocab: u32) -> Vec<u32> {
+        (0..n).map(|_| self.0.u32(0..vocab)).collect()
+    }
+}
+
+/// Weights for `config` that keep activations of order 1: matrices of deviation `1/√inner`, norm weights near 1,
+/// biases near 0, gate rows of deviation 1. `kv_a_norm`: whether there is a `kv_a_layernorm`.
+pub fn attention_weights(config: &AttentionConfig, kv_a_norm: bool, seed: u64) -> AttentionWeights {
+    let mut random = Random::new(seed);
+    let make = |name: &str, shape: &[u32]| -> Result<HostTensor> {
+        let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
+        let elements = shape.iter().product();
+        let data = match name {
+            _ if name.ends_with("norm.weight") => random.values(elements, 0.1).iter().map(|x| 1.0 + x).collect(),
+            _ if name.ends_with(".bias") => random.values(elements, 0.1),
+            "gate_embedding.weight" => random.values(elements, 1.0),
+            _ => random.values(elements, (shape.last().copied().unwrap_or(1) as f32).sqrt().recip()),
+        };
+        Ok(HostTensor { name: name.to_owned(), shape, data })
+    };
+    AttentionWeights::build(config, kv_a_norm, make)
+        .unwrap_or_else(|error| unreachable!("making a random tensor cannot fail: {error}"))
+}

@@ -1,0 +1,236 @@
+//! Errors that carry the number that did not fit.
+
+use std::path::PathBuf;
+
+/// What every fallible call of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong, each with the name and the number a user needs to act on it.
+///
+/// Every message is one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration key holds a value that cannot be used, contradicts another, or is not known.
+    #[error("config key `{key}`: {problem}")]
+    Config {
+        /// The checkpoint key, as it stands in `config.json`.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The text of a configuration file is not the JSON that is expected.
+    #[error("config is not valid: {0}")]
+    Json(#[from] serde_json::Error),
+    /// The bytes are not a whole safetensors file.
+    #[error("not a valid safetensors file: {0}")]
+    Safetensors(String),
+    /// The configuration asks for a tensor that the checkpoint does not hold.
+    #[error("tensor `{name}` is missing (expected shape {expected:?})")]
+    MissingTensor {
+        /// Full name in the checkpoint.
+        name: String,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+    },
+    /// The checkpoint holds a tensor that the configuration has no place for.
+    #[error("tensor `{name}` of shape {found:?} is not expected by this configuration")]
+    ExtraTensor {
+        /// Full name in the checkpoint.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+    },
+    /// A tensor has another shape than the configuration implies.
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    TensorShape {
+        /// Full name in the checkpoint.
+        name: String,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+        /// The shape in the file.
+        found: Vec<usize>,
+    },
+    /// A tensor has an element type that is not read here.
+    #[error("tensor `{name}` has element type {found}, expected {expected}")]
+    TensorType {
+        /// Full name in the checkpoint.
+        name: String,
+        /// The element types that are accepted.
+        expected: &'static str,
+        /// The type in the file.
+        found: String,
+    },
+    /// A weight does not fit the storage type that was asked for.
+    #[error("tensor `{name}`: element {index} is {value}, beyond ±65504, the range of f16 storage; use f32 storage")]
+    OutOfF16Range {
+        /// Full name in the checkpoint.
+        name: String,
+        /// Row-major index of the element.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// A kernel was asked for something that its shader cannot do.
+    #[error("{kernel}: {problem}")]
+    Problem {
+        /// Stem of the kernel.
+        kernel: &'static str,
+        /// What does not fit, with the number.
+        problem: String,
+    },
+    /// A device limit is too small.
+    #[error("{what} needs {needed}, but this device allows {allowed} ({limit})")]
+    Limit {
+        /// What is being planned or allocated.
+        what: String,
+        /// What it needs.
+        needed: u64,
+        /// What the device allows.
+        allowed: u64,
+        /// Name of the limit in `wgpu::Limits`.
+        limit: &'static str,
+    },
+    /// A buffer handed to a kernel is smaller than the problem.
+    #[error("{kernel}: buffer `{binding}` has {found} bytes, needs {needed}")]
+    BufferSize {
+        /// Stem of the kernel.
+        kernel: &'static str,
+        /// Name of the binding.
+        binding: &'static str,
+        /// Bytes that the problem needs.
+        needed: u64,
+        /// Bytes in the region that was given.
+        found: u64,
+    },
+    /// A region's offset does not meet the device's alignment.
+    #[error("{kernel}: buffer `{binding}` begins at byte {offset}, not a multiple of {alignment}")]
+    BufferOffset {
+        /// Stem of the kernel.
+        kernel: &'static str,
+        /// Name of the binding.
+        binding: &'static str,
+        /// Byte offset of the region.
+        offset: u64,
+        /// `min_storage_buffer_offset_alignment` of the device.
+        alignment: u64,
+    },
+    /// One buffer is bound for reading and for writing in one dispatch: an error in wgpu, even for disjoint ranges.
+    #[error("{kernel}: `{first}` and `{second}` are the same buffer and one of them is written")]
+    Aliased {
+        /// Stem of the kernel.
+        kernel: &'static str,
+        /// One binding.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
+    /// The cache has no room for the new tokens of a sequence. The cache is unchanged.
+    #[error("cache full: sequence {sequence} holds {length} tokens, {added} more exceed its capacity of {capacity}")]
+    CacheFull {
+        /// Index of the sequence in the batch.
+        sequence: usize,
+        /// Tokens that it holds.
+        length: u32,
+        /// Tokens that were to be added.
+        added: u64,
+        /// Tokens that fit.
+        capacity: u32,
+    },
+    /// A sequence index or length is outside of the cache.
+    #[error("{what} is {found}, must be at most {limit}")]
+    OutOfRange {
+        /// What was given.
+        what: &'static str,
+        /// Its value.
+        found: u64,
+        /// The largest value that is accepted.
+        limit: u64,
+    },
+    /// Two counts that must agree do not.
+    #[error("{what}: expected {expected}, found {found}")]
+    Count {
+        /// What is counted.
+        what: &'static str,
+        /// The count that the other arguments imply.
+        expected: u64,
+        /// The count that was given.
+        found: u64,
+    },
+    /// A token id is outside of the vocabulary.
+    #[error("token id {id} at position {index} is outside of the vocabulary of {vocab_size}")]
+    TokenId {
+        /// Index in the token list that was given.
+        index: usize,
+        /// The id.
+        id: u64,
+        /// Rows of the table.
+        vocab_size: u32,
+    },
+    /// There is nothing to work on.
+    #[error("{what} is empty")]
+    Empty {
+        /// What is empty.
+        what: &'static str,
+    },
+    /// A combination that is defined but that this version does not compute.
+    #[error("{what} is not supported: {instead}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// The step was planned on another cache, or the cache has changed since.
+    #[error("this step was planned on another state of the cache: plan it again")]
+    StaleStep,
+    /// wgpu refused or failed.
+    #[error("GPU: {what}: {message}")]
+    Device {
+        /// What was being done.
+        what: String,
+        /// wgpu's own words, on one line.
+        message: String,
+    },
+    /// The operating system refused a file.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// An error in the content of a file.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        source: Box<Error>,
+    },
+    /// The tokenizer could not be read or could not encode.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+}
+
+impl Error {
+    pub(crate) fn config(key: &str, problem: impl Into<String>) -> Self {
+        Error::Config { key: key.to_owned(), problem: problem.into() }
+    }
+
+    pub(crate) fn problem(kernel: &'static str, problem: impl Into<String>) -> Self {
+        Error::Problem { kernel, problem: problem.into() }
+    }
+
+    /// wgpu's messages span lines; ours are one.
+    pub(crate) fn device(what: impl Into<String>, message: impl std::fmt::Display) -> Self {
+        let message = message.to_string();
+        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        Error::Device { what: what.into(), message }
+    }
+
+    /// The same error, with the file it was found in.
+    pub fn in_file(self, path: impl Into<PathBuf>) -> Self {
+        Error::File { path: path.into(), source: Box::new(self) }
+    }
+}

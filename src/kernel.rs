@@ -1,0 +1,482 @@
+//! From a WGSL file and its binding list to commands in the caller's pass.
+//!
+//! [`Kernels`] owns the pipelines of one device. A [`Recording`] collects dispatches, checked as they are added, and
+//! writes them into a compute pass of the caller's: nothing here submits, polls or maps for reading, and a recording
+//! that met an error has recorded nothing.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use crate::error::{Error, Result};
+use crate::plan::{AdapterClass, Plan, PlanContext};
+
+/// How a shader sees a binding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// `var<uniform>`
+    Params,
+    /// `var<storage, read>`
+    Read,
+    /// `var<storage, read_write>`
+    ReadWrite,
+}
+
+/// One binding of a kernel; its number is its place in [`KernelSpec::bindings`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Binding {
+    /// Name of the variable in the shader.
+    pub name: &'static str,
+    /// How it is bound.
+    pub access: Access,
+}
+
+impl Binding {
+    pub(crate) const PARAMS: Binding = Binding { name: "params", access: Access::Params };
+
+    pub(crate) const fn read(name: &'static str) -> Self {
+        Binding { name, access: Access::Read }
+    }
+
+    pub(crate) const fn write(name: &'static str) -> Self {
+        Binding { name, access: Access::ReadWrite }
+    }
+}
+
+/// What is constant of a kernel: its registry line.
+#[derive(Debug)]
+pub struct KernelSpec {
+    /// The one stem: `shaders/<name>.wgsl`, `src/kernels/<name>.rs`, `src/reference/<name>.rs`, label `egmla.<name>`.
+    pub name: &'static str,
+    /// The file that runs.
+    pub source: &'static str,
+    /// Bindings in the order of their numbers: params, inputs, outputs, workspace.
+    pub bindings: &'static [Binding],
+    /// Bytes of the uniform `Params`.
+    pub params_size: usize,
+    /// How many settings `Tuning::Forced` can choose from.
+    pub tunings: usize,
+}
+
+/// A range of a buffer. Cloning it clones a handle, not the memory.
+#[derive(Debug, Clone)]
+pub struct Region {
+    /// The buffer.
+    pub buffer: wgpu::Buffer,
+    /// First byte; a multiple of the device's `min_storage_buffer_offset_alignment`.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Region {
+    /// A range of a buffer.
+    pub fn new(buffer: &wgpu::Buffer, offset: u64, size: u64) -> Self {
+        Region { buffer: buffer.clone(), offset, size }
+    }
+}
+
+impl From<&wgpu::Buffer> for Region {
+    fn from(buffer: &wgpu::Buffer) -> Self {
+        Region::new(buffer, 0, buffer.size())
+    }
+}
+
+#[derive(Debug)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
+type PipelineKey = (&'static str, Vec<(&'static str, u64)>);
+
+#[derive(Debug)]
+struct Inner {
+    device: wgpu::Device,
+    context: PlanContext,
+    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    /// Bound where a kernel's optional input is absent.
+    absent: wgpu::Buffer,
+    /// Bound where a kernel's optional output is absent.
+    sink: wgpu::Buffer,
+}
+
+/// The kernels of one device: pipelines are compiled at first use and kept. Cloning shares them.
+#[derive(Debug, Clone)]
+pub struct Kernels(Arc<Inner>);
+
+impl Kernels {
+    /// Takes the caller's device. Nothing is compiled yet.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device is lost or out of memory, [`Error::Limit`] when it offers fewer storage
+    /// buffers than WebGPU promises.
+    pub fn new(device: &wgpu::Device) -> Result<Self> {
+        let limits = device.limits();
+        if limits.max_storage_buffers_per_shader_stage < 8 {
+            return Err(Error::Limit {
+                what: "a kernel's storage buffers".to_owned(),
+                needed: 8,
+                allowed: limits.max_storage_buffers_per_shader_stage.into(),
+                limit: "max_storage_buffers_per_shader_stage",
+            });
+        }
+        let context = PlanContext { limits, class: AdapterClass::of(&device.adapter_info()) };
+        let empty = |label: &str| {
+            scoped(device, label, || {
+                device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some(label),
+                    size: 16,
+                    usage: wgpu::BufferUsages::STORAGE,
+                    mapped_at_creation: false,
+                })
+            })
+        };
+        let (absent, sink) = (empty("egmla.absent")?, empty("egmla.sink")?);
+        Ok(Kernels(Arc::new(Inner { device: device.clone(), context, pipelines: Mutex::default(), absent, sink })))
+    }
+
+    /// The caller's device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.0.device
+    }
+
+    /// What plans are made for.
+    pub fn context(&self) -> &PlanContext {
+        &self.0.context
+    }
+
+    /// A region to bind where an optional input is absent; the kernel's override keeps it from being read.
+    pub fn absent(&self) -> Region {
+        Region::from(&self.0.absent)
+    }
+
+    /// A region to bind where an optional output is absent; the kernel's override keeps it from being written.
+    pub fn sink(&self) -> Region {
+        Region::from(&self.0.sink)
+    }
+
+    /// Allocates a storage buffer that can be copied from and to; at least 16 bytes.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] above `max_buffer_size`, [`Error::Device`] when the device has no memory left.
+    pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
+        let size = self.allocation(label, bytes)?;
+        scoped(&self.0.device, label, || {
+            self.0.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage: STORAGE_USAGE,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// Allocates a storage buffer that begins with `bytes`. The bytes are in place before any later submission.
+    ///
+    /// # Errors
+    /// As [`Kernels::allocate`].
+    pub fn upload(&self, label: &str, bytes: &[u8]) -> Result<wgpu::Buffer> {
+        let size = self.allocation(label, bytes.len() as u64)?;
+        self.filled(label, size, STORAGE_USAGE, bytes)
+    }
+
+    fn allocation(&self, label: &str, bytes: u64) -> Result<u64> {
+        let size = bytes.next_multiple_of(4).max(16);
+        let allowed = self.0.context.limits.max_buffer_size;
+        if size > allowed {
+            let what = format!("buffer `{label}`");
+            return Err(Error::Limit { what, needed: size, allowed, limit: "max_buffer_size" });
+        }
+        Ok(size)
+    }
+
+    fn filled(&self, label: &str, size: u64, usage: wgpu::BufferUsages, bytes: &[u8]) -> Result<wgpu::Buffer> {
+        let buffer = scoped(&self.0.device, label, || {
+            self.0.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage,
+                mapped_at_creation: true,
+            })
+        })?;
+        {
+            let mut view = buffer.get_mapped_range_mut(..).map_err(|error| Error::device(label, error))?;
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+        }
+        buffer.unmap();
+        Ok(buffer)
+    }
+
+    fn pipeline(&self, spec: &'static KernelSpec, overrides: &[(&'static str, f64)]) -> Result<Arc<Pipeline>> {
+        let key = (spec.name, overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect::<Vec<_>>());
+        let lock = || self.0.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = lock().get(&key) {
+            return Ok(pipeline.clone());
+        }
+        // Compiled outside of the lock: two threads may both compile a kernel, neither waits for another's.
+        let pipeline = Arc::new(self.compile(spec, overrides)?);
+        Ok(lock().entry(key).or_insert(pipeline).clone())
+    }
+
+    fn compile(&self, spec: &'static KernelSpec, overrides: &[(&'static str, f64)]) -> Result<Pipeline> {
+        let device = &self.0.device;
+        let label = format!("egmla.{}", spec.name);
+        tracing::debug!(kernel = spec.name, ?overrides, "compiling");
+        scoped(device, &label, || {
+            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: Some(&label),
+                source: wgpu::ShaderSource::Wgsl(spec.source.into()),
+            });
+            let entries: Vec<_> = (0..)
+                .zip(spec.bindings)
+                .map(|(number, binding)| wgpu::BindGroupLayoutEntry {
+                    binding: number,
+                    visibility: wgpu::ShaderStages::COMPUTE,
+                    ty: wgpu::BindingType::Buffer {
+                        ty: match binding.access {
+                            Access::Params => wgpu::BufferBindingType::Uniform,
+                            Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
+                            Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
+                        },
+                        has_dynamic_offset: false,
+                        min_binding_size: None,
+                    },
+                    count: None,
+                })
+                .collect();
+            let layout = device
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+            let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(&label),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+            let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(&label),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    constants: overrides,
+                    // Every kernel writes its workgroup memory before it reads it.
+                    zero_initialize_workgroup_memory: false,
+                },
+                cache: None,
+            });
+            Pipeline { pipeline, layout }
+        })
+    }
+}
+
+const STORAGE_USAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
+
+/// Runs `create` and turns what wgpu has to say about it into an error value.
+///
+/// On native backends the answer is there at once. In a browser it comes later, to the page's own error handler.
+pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce() -> T) -> Result<T> {
+    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let created = create();
+    let errors = [ready(validation.pop()), ready(memory.pop())];
+    match errors.into_iter().flatten().flatten().next() {
+        Some(error) => Err(Error::device(what, error)),
+        None => Ok(created),
+    }
+}
+
+fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
+    }
+}
+
+/// A buffer handed to a kernel, and the bytes of it that the problem touches.
+pub(crate) struct Bound<'a> {
+    pub region: &'a Region,
+    pub bytes: u64,
+}
+
+impl Bound<'_> {
+    /// Bytes to bind: whole words. Of a region that is not touched, 16, since a binding holds one element at least.
+    fn binding_size(&self) -> u64 {
+        if self.bytes == 0 { self.region.size.clamp(4, 16) } else { self.bytes.next_multiple_of(4) }
+    }
+}
+
+#[derive(Debug)]
+struct Dispatch {
+    kernel: &'static str,
+    pipeline: Arc<Pipeline>,
+    /// Buffer, offset, bytes; by binding number, params left out.
+    regions: Vec<(wgpu::Buffer, u64, u64)>,
+    params_offset: u64,
+    params_size: u64,
+    grid: [u32; 3],
+}
+
+/// Dispatches that are checked and ready to be written into a pass, with their parameters in one buffer.
+#[derive(Debug)]
+pub struct Recording {
+    kernels: Kernels,
+    dispatches: Vec<Dispatch>,
+    params: Vec<u8>,
+}
+
+/// A place in a [`Recording`] to go back to.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    dispatches: usize,
+    params: usize,
+}
+
+impl Recording {
+    /// An empty recording.
+    pub fn new(kernels: &Kernels) -> Self {
+        Recording { kernels: kernels.clone(), dispatches: Vec::new(), params: Vec::new() }
+    }
+
+    /// The kernels that it records with.
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    /// How many dispatches it holds.
+    pub fn dispatches(&self) -> usize {
+        self.dispatches.len()
+    }
+
+    /// Stem of each dispatch's kernel, in order.
+    pub fn kernel_names(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.dispatches.iter().map(|dispatch| dispatch.kernel)
+    }
+
+    /// The present end.
+    pub fn mark(&self) -> Mark {
+        Mark { dispatches: self.dispatches.len(), params: self.params.len() }
+    }
+
+    /// Drops what was added since `mark`.
+    pub fn rewind(&mut self, mark: Mark) {
+        self.dispatches.truncate(mark.dispatches);
+        self.params.truncate(mark.params);
+    }
+
+    /// Adds a dispatch. `bound` are the storage bindings in the order of their numbers.
+    pub(crate) fn push<P: bytemuck::Pod>(
+        &mut self,
+        spec: &'static KernelSpec,
+        plan: &Plan,
+        params: &P,
+        bound: &[Bound<'_>],
+    ) -> Result<()> {
+        if plan.grid.contains(&0) {
+            return Ok(());
+        }
+        debug_assert_eq!(bound.len() + 1, spec.bindings.len(), "{}", spec.name);
+        debug_assert_eq!(size_of::<P>(), spec.params_size, "{}", spec.name);
+        let limits = &self.kernels.0.context.limits;
+        let named: Vec<_> = spec.bindings[1..].iter().zip(bound).collect();
+        for (binding, given) in &named {
+            check_region(spec.name, binding.name, given, limits)?;
+        }
+        for (index, (first, given)) in named.iter().enumerate() {
+            for (second, other) in &named[index + 1..] {
+                let written = first.access == Access::ReadWrite || second.access == Access::ReadWrite;
+                if written && given.region.buffer == other.region.buffer {
+                    return Err(Error::Aliased { kernel: spec.name, first: first.name, second: second.name });
+                }
+            }
+        }
+        let pipeline = self.kernels.pipeline(spec, &plan.overrides)?;
+        let alignment = limits.min_uniform_buffer_offset_alignment as usize;
+        let params_offset = self.params.len().next_multiple_of(alignment);
+        self.params.resize(params_offset, 0);
+        self.params.extend_from_slice(bytemuck::bytes_of(params));
+        self.dispatches.push(Dispatch {
+            kernel: spec.name,
+            pipeline,
+            regions: bound
+                .iter()
+                .map(|given| (given.region.buffer.clone(), given.region.offset, given.binding_size()))
+                .collect(),
+            params_offset: params_offset as u64,
+            params_size: size_of::<P>() as u64,
+            grid: plan.grid,
+        });
+        Ok(())
+    }
+
+    /// Writes the dispatches into the caller's pass. The caller submits.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device has no memory left or is lost; the pass is then unchanged.
+    pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+        if self.dispatches.is_empty() {
+            return Ok(());
+        }
+        let device = self.kernels.device();
+        let size = (self.params.len() as u64).next_multiple_of(16);
+        let params = self.kernels.filled("egmla.params", size, wgpu::BufferUsages::UNIFORM, &self.params)?;
+        let groups = scoped(device, "bind groups", || {
+            self.dispatches.iter().map(|dispatch| bind(device, &params, dispatch)).collect::<Vec<_>>()
+        })?;
+        for (dispatch, group) in self.dispatches.iter().zip(&groups) {
+            pass.set_pipeline(&dispatch.pipeline.pipeline);
+            pass.set_bind_group(0, group, &[]);
+            pass.dispatch_workgroups(dispatch.grid[0], dispatch.grid[1], dispatch.grid[2]);
+        }
+        Ok(())
+    }
+
+    /// Writes the dispatches into a compute pass of their own in the caller's encoder.
+    ///
+    /// # Errors
+    /// As [`Recording::record`].
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        let descriptor = wgpu::ComputePassDescriptor { label: Some("egmla"), timestamp_writes: None };
+        self.record(&mut encoder.begin_compute_pass(&descriptor))
+    }
+}
+
+fn check_region(kernel: &'static str, binding: &'static str, given: &Bound<'_>, limits: &wgpu::Limits) -> Result<()> {
+    let Region { buffer, offset, size } = given.region;
+    let alignment = u64::from(limits.min_storage_buffer_offset_alignment);
+    if !offset.is_multiple_of(alignment) {
+        return Err(Error::BufferOffset { kernel, binding, offset: *offset, alignment });
+    }
+    let found = buffer.size().saturating_sub(*offset).min(*size);
+    let needed = given.binding_size();
+    if needed > found {
+        return Err(Error::BufferSize { kernel, binding, needed, found });
+    }
+    if needed > limits.max_storage_buffer_binding_size {
+        return Err(Error::Limit {
+            what: format!("{kernel}: binding `{binding}`"),
+            needed,
+            allowed: limits.max_storage_buffer_binding_size,
+            limit: "max_storage_buffer_binding_size",
+        });
+    }
+    Ok(())
+}
+
+fn bind(device: &wgpu::Device, params: &wgpu::Buffer, dispatch: &Dispatch) -> wgpu::BindGroup {
+    let binding = |buffer, offset, size| {
+        wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(size) })
+    };
+    let storage = dispatch.regions.iter().map(|(buffer, offset, size)| binding(buffer, *offset, *size));
+    let entries: Vec<_> = (0..)
+        .zip(std::iter::once(binding(params, dispatch.params_offset, dispatch.params_size)).chain(storage))
+        .map(|(number, resource)| wgpu::BindGroupEntry { binding: number, resource })
+        .collect();
+    device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: Some(dispatch.kernel),
+        layout: &dispatch.pipeline.layout,
+        entries: &entries,
+    })
+}

@@ -1,0 +1,149 @@
+//! Attention of one query per sequence over rebuilt keys and values, split over the cache.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Problem as _, nonzero, product, words};
+use crate::error::{Error, Result};
+use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
+use crate::plan::{Plan, PlanContext, Storage, Tuning};
+
+/// Registry line.
+pub const SPEC: KernelSpec = KernelSpec {
+    name: "attention_decode",
+    source: include_str!("../../shaders/attention_decode.wgsl"),
+    bindings: &[
+        Binding::PARAMS,
+        Binding::read("q"),
+        Binding::read("kv"),
+        Binding::read("rope_cache"),
+        Binding::read("sequences"),
+        Binding::write("partial_values"),
+        Binding::write("partial_softmax"),
+    ],
+    params_size: size_of::<Params>(),
+    tunings: WORKGROUPS.len(),
+};
+
+/// Rows of the cache that one workgroup attends to, here and in `attention_absorbed`.
+pub const SPLIT: u32 = 256;
+
+const WORKGROUPS: &[u32] = &[64, 128, 256];
+
+/// Uniform parameters, as in the shader.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub struct Params {
+    n_head: u32,
+    d_nope: u32,
+    d_rope: u32,
+    d_value: u32,
+    kv_first: u32,
+    n_sequence: u32,
+    rope_pitch: u32,
+    scale: f32,
+}
+
+/// Attention over one tile of keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Problem {
+    /// Rows of `q`.
+    pub tokens: u32,
+    /// Lines of the sequence table.
+    pub n_sequence: u32,
+    /// Query heads.
+    pub n_head: u32,
+    /// Content part of query and key.
+    pub d_nope: u32,
+    /// Rotary part.
+    pub d_rope: u32,
+    /// Value width.
+    pub d_value: u32,
+    /// First row of the key tile in the step's numbering; a multiple of [`SPLIT`].
+    pub kv_first: u32,
+    /// Rows of the key tile; a multiple of [`SPLIT`].
+    pub kv_rows: u32,
+    /// Rows of the rope cache.
+    pub cache_rows: u32,
+    /// Factor on the scores, `AttentionConfig::scale`.
+    pub scale: f32,
+    /// How the rope cache is stored.
+    pub storage: Storage,
+}
+
+impl super::Problem for Problem {
+    const SPEC: &'static KernelSpec = &SPEC;
+
+    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        nonzero(SPEC.name, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        for (what, rows) in [("kv_first", self.kv_first), ("kv_rows", self.kv_rows)] {
+            if !rows.is_multiple_of(SPLIT) {
+                return Err(Error::problem(SPEC.name, format!("{what} is {rows}, not a multiple of {SPLIT}")));
+            }
+        }
+        let workgroup_size = WORKGROUPS[tuning.choose(SPEC.name, WORKGROUPS.len(), 0)?];
+        Plan {
+            overrides: vec![
+                ("STORAGE_F16", self.storage.constant()),
+                ("WORKGROUP", workgroup_size.into()),
+                ("SPLIT", SPLIT.into()),
+            ],
+            grid: [self.kv_rows / SPLIT, self.n_head, 1],
+            workgroup_size,
+            workgroup_bytes: 4 * (SPLIT + workgroup_size),
+        }
+        .checked(SPEC.name, &context.limits)
+    }
+}
+
+/// Buffers of one dispatch. Split s of the step covers rows `[s·SPLIT, (s+1)·SPLIT)`; this tile writes its own splits.
+#[derive(Debug, Clone, Copy)]
+pub struct Args<'a> {
+    /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
+    pub q: &'a Region,
+    /// `[kv_rows, n_head, d_nope + d_value]` f32.
+    pub kv: &'a Region,
+    /// `[cache_rows, pitch of d_rope]` in `storage`.
+    pub rope_cache: &'a Region,
+    /// `[n_sequence]` [`super::cache_read::SequenceRow`].
+    pub sequences: &'a Region,
+    /// `[splits, n_head, d_value]` f32, written.
+    pub partial_values: &'a Region,
+    /// `[splits, n_head, 2]` f32 (m, l), written.
+    pub partial_softmax: &'a Region,
+}
+
+/// Adds the attention over one key tile to a recording.
+///
+/// # Errors
+/// What the plan refuses, a region that is too small, or an input that is also an output.
+pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    let plan = problem.plan(recording.kernels().context(), tuning)?;
+    let p = *problem;
+    let rope_pitch = p.storage.row_pitch(p.d_rope);
+    let splits = p.kv_first / SPLIT + p.kv_rows / SPLIT;
+    recording.push(
+        &SPEC,
+        &plan,
+        &Params {
+            n_head: p.n_head,
+            d_nope: p.d_nope,
+            d_rope: p.d_rope,
+            d_value: p.d_value,
+            kv_first: p.kv_first,
+            n_sequence: p.n_sequence,
+            rope_pitch,
+            scale: p.scale,
+        },
+        &[
+            words(args.q, product(&[p.tokens, p.n_head, p.d_nope + p.d_rope])),
+            words(args.kv, product(&[p.kv_rows, p.n_head, p.d_nope + p.d_value])),
+            Bound {
+                region: args.rope_cache,
+                bytes: product(&[p.cache_rows, rope_pitch]).saturating_mul(p.storage.bytes()),
+            },
+            words(args.sequences, product(&[p.n_sequence, 4])),
+            words(args.partial_values, product(&[splits, p.n_head, p.d_value])),
+            words(args.partial_softmax, product(&[splits, p.n_head, 2])),
+        ],
+    )
+}

@@ -1,0 +1,129 @@
+//! The embedding gate of EG-MLA: activation, modulation, norm, and the norm's statistics.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::norm::ROW_WORKGROUPS;
+use super::{Problem as _, flag, nonzero, product, words};
+use crate::config::{Activation, GateNorm};
+use crate::error::Result;
+use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
+use crate::plan::{Plan, PlanContext, Storage, Tuning, fold_grid};
+
+/// Registry line.
+pub const SPEC: KernelSpec = KernelSpec {
+    name: "gate",
+    source: include_str!("../../shaders/gate.wgsl"),
+    bindings: &[
+        Binding::PARAMS,
+        Binding::read("x"),
+        Binding::read("g"),
+        Binding::read("weight"),
+        Binding::read("bias"),
+        Binding::read("slots"),
+        Binding::write("y"),
+        Binding::write("statistics"),
+    ],
+    params_size: size_of::<Params>(),
+    tunings: ROW_WORKGROUPS.len(),
+};
+
+/// Uniform parameters, as in the shader.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub struct Params {
+    rows: u32,
+    width: u32,
+    x_offset: u32,
+    x_row: u32,
+    eps: f32,
+}
+
+/// Rows to gate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Problem {
+    /// Rows.
+    pub rows: u32,
+    /// Elements that the gate and its norm span.
+    pub width: u32,
+    /// First element of `x`.
+    pub x_offset: u32,
+    /// From one row of `x` to the next.
+    pub x_row: u32,
+    /// Added to the mean square or variance.
+    pub eps: f32,
+    /// Applied to `g`.
+    pub activation: Activation,
+    /// Applied to the product.
+    pub norm: GateNorm,
+    /// Rows of the statistics buffer; 0 when none are written.
+    pub statistics_rows: u32,
+    /// How weight and bias are stored.
+    pub storage: Storage,
+}
+
+impl super::Problem for Problem {
+    const SPEC: &'static KernelSpec = &SPEC;
+
+    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        nonzero(SPEC.name, &[("width", self.width)])?;
+        let workgroup_size = ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), 0)?];
+        Plan {
+            overrides: vec![
+                ("STORAGE_F16", self.storage.constant()),
+                ("ACTIVATION", f64::from(self.activation as u32)),
+                ("NORM", f64::from(self.norm as u32)),
+                ("WRITE_STATISTICS", flag(self.statistics_rows > 0)),
+                ("WORKGROUP", workgroup_size.into()),
+            ],
+            grid: fold_grid(SPEC.name, self.rows.into(), &context.limits)?,
+            workgroup_size,
+            workgroup_bytes: 4 * workgroup_size,
+        }
+        .checked(SPEC.name, &context.limits)
+    }
+}
+
+/// Buffers of one dispatch.
+#[derive(Debug, Clone, Copy)]
+pub struct Args<'a> {
+    /// f32, rows as in [`Problem`]: keys and values, or latents.
+    pub x: &'a Region,
+    /// `[rows, width]` f32: the projected gate before its activation.
+    pub g: &'a Region,
+    /// `[width]` in `storage`; `Kernels::absent` without a norm.
+    pub weight: &'a Region,
+    /// `[width]` in `storage`; `Kernels::absent` unless the norm is `layer_norm`.
+    pub bias: &'a Region,
+    /// `[rows]` u32: the statistics row of each row, `u32::MAX` for none; `Kernels::absent` without statistics.
+    pub slots: &'a Region,
+    /// `[rows, width]` f32, written.
+    pub y: &'a Region,
+    /// `[statistics_rows, 2]` f32 (μ, ρ), written at the slots; `Kernels::sink` without statistics.
+    pub statistics: &'a Region,
+}
+
+/// Adds one gate to a recording.
+///
+/// # Errors
+/// What the plan refuses, a region that is too small, or an input that is also an output.
+pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    let plan = problem.plan(recording.kernels().context(), tuning)?;
+    let Problem { rows, width, x_offset, x_row, eps, norm, statistics_rows, storage, .. } = *problem;
+    let x_end = u64::from(x_offset) + product(&[rows.saturating_sub(1), x_row]) + u64::from(width);
+    let stored = |region, on: bool| Bound { region, bytes: if on { u64::from(width) * storage.bytes() } else { 0 } };
+    let all = product(&[rows, width]);
+    recording.push(
+        &SPEC,
+        &plan,
+        &Params { rows, width, x_offset, x_row, eps },
+        &[
+            words(args.x, x_end),
+            words(args.g, all),
+            stored(args.weight, norm != GateNorm::None),
+            stored(args.bias, norm == GateNorm::LayerNorm),
+            words(args.slots, if statistics_rows > 0 { rows.into() } else { 0 }),
+            words(args.y, all),
+            words(args.statistics, 2 * u64::from(statistics_rows)),
+        ],
+    )
+}

@@ -1,0 +1,79 @@
+//! The kernels: one line of the registry each, one module each.
+//!
+//! Every module has a `Problem` (the sizes), `Args` (the buffers) and `encode(recording, problem, args, tuning)`. The
+//! shader of the same name documents the formula and every binding's shape; `reference` holds its definition in f64.
+//! Activations are f32. `storage` says how weights and caches are stored.
+
+pub mod attention_absorbed;
+pub mod attention_decode;
+pub mod attention_merge;
+pub mod attention_prefill;
+pub mod cache_append;
+pub mod cache_copy;
+pub mod cache_read;
+pub mod gate;
+pub mod gather;
+pub mod matmul;
+pub mod matvec;
+pub mod norm;
+pub mod residual_add;
+pub mod rope;
+pub mod swiglu;
+
+use crate::error::{Error, Result};
+use crate::kernel::{Bound, KernelSpec, Region};
+use crate::plan::{Plan, PlanContext, Tuning};
+
+/// Every kernel.
+pub const REGISTRY: &[&KernelSpec] = &[
+    &attention_absorbed::SPEC,
+    &attention_decode::SPEC,
+    &attention_merge::SPEC,
+    &attention_prefill::SPEC,
+    &cache_append::SPEC,
+    &cache_copy::SPEC,
+    &cache_read::SPEC,
+    &gate::SPEC,
+    &gather::SPEC,
+    &matmul::SPEC,
+    &matvec::SPEC,
+    &norm::SPEC,
+    &residual_add::SPEC,
+    &rope::SPEC,
+    &swiglu::SPEC,
+];
+
+/// The sizes of one dispatch: from them follow the plan ([`Problem::plan`]) and the cost ([`crate::cost`]).
+pub trait Problem {
+    /// The kernel's registry line.
+    const SPEC: &'static KernelSpec;
+
+    /// Grid, overrides and workgroup memory on a device of the given limits. Pure.
+    ///
+    /// # Errors
+    /// What the shader cannot do, or [`Error::Limit`].
+    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan>;
+}
+
+/// Product of extents in 64 bits; saturates, so that every later comparison with a limit fails.
+pub(crate) fn product(extents: &[u32]) -> u64 {
+    extents.iter().fold(1, |total: u64, &extent| total.saturating_mul(extent.into()))
+}
+
+/// A region of f32 or u32 elements.
+pub(crate) fn words(region: &Region, elements: u64) -> Bound<'_> {
+    Bound { region, bytes: elements.saturating_mul(4) }
+}
+
+/// Refuses extents that must not be zero.
+pub(crate) fn nonzero(kernel: &'static str, extents: &[(&'static str, u32)]) -> Result<()> {
+    match extents.iter().find(|(_, extent)| *extent == 0) {
+        Some((name, _)) => Err(Error::problem(kernel, format!("{name} is 0"))),
+        None => Ok(()),
+    }
+}
+
+/// 1.0 for an override that switches something on.
+pub(crate) fn flag(on: bool) -> f64 {
+    if on { 1.0 } else { 0.0 }
+}

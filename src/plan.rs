@@ -1,0 +1,212 @@
+//! From a problem and a device's limits to what is dispatched: pure, tested without a GPU.
+//!
+//! Every kernel module has a `Problem` with `plan(&self, &PlanContext, Tuning) -> Result<Plan>`; this module holds what they share.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How weights and caches are stored on the device. Activations, accumulators, maxima and sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats, two in a word, decoded with `unpack2x16float`: no shader feature is needed.
+    F16,
+}
+
+impl Storage {
+    /// Both, in the order of their number in the shaders.
+    pub const ALL: [Storage; 2] = [Storage::F32, Storage::F16];
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Storage::F32 => 4,
+            Storage::F16 => 2,
+        }
+    }
+
+    /// Value of the shaders' `STORAGE_F16` override.
+    pub(crate) fn constant(self) -> f64 {
+        match self {
+            Storage::F32 => 0.0,
+            Storage::F16 => 1.0,
+        }
+    }
+
+    /// Bytes of a densely packed tensor, rounded up to whole words.
+    pub fn tensor_bytes(self, elements: u64) -> u64 {
+        (elements * self.bytes()).next_multiple_of(4)
+    }
+
+    /// Elements from one cache row to the next: rows begin on 16-byte boundaries, so that a row is read in whole
+    /// 16-byte loads and two rows never share a word.
+    pub fn row_pitch(self, width: u32) -> u32 {
+        width.next_multiple_of(16 / self.bytes() as u32)
+    }
+
+    /// A short name: `f32` or `f16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Storage::F32 => "f32",
+            Storage::F16 => "f16",
+        }
+    }
+}
+
+/// What kind of machine the tile sizes are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterClass {
+    /// Shaders run on the CPU: barriers and workgroup memory cost, few wide workgroups win.
+    Software,
+    /// Shares memory with the CPU.
+    Integrated,
+    /// Has its own memory.
+    Discrete,
+}
+
+impl AdapterClass {
+    /// Reads the class off what wgpu tells of an adapter.
+    pub fn of(info: &wgpu::AdapterInfo) -> Self {
+        match info.device_type {
+            wgpu::DeviceType::Cpu => AdapterClass::Software,
+            wgpu::DeviceType::IntegratedGpu => AdapterClass::Integrated,
+            // A browser or a virtual machine does not say: plan for the common case of a real GPU behind it.
+            wgpu::DeviceType::DiscreteGpu | wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => {
+                AdapterClass::Discrete
+            }
+        }
+    }
+}
+
+/// What a plan may know of the device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlanContext {
+    /// The device's limits.
+    pub limits: wgpu::Limits,
+    /// The class that `Tuning::Auto` chooses for.
+    pub class: AdapterClass,
+}
+
+impl PlanContext {
+    /// WebGPU's default limits, on a class of adapter: what every device offers.
+    pub fn webgpu_defaults(class: AdapterClass) -> Self {
+        PlanContext { limits: wgpu::Limits::default(), class }
+    }
+}
+
+/// Which of a kernel's tile settings to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tuning {
+    /// The one for the adapter's class.
+    #[default]
+    Auto,
+    /// The i-th of the kernel's `TUNINGS`; an error when the device does not offer what it needs.
+    Forced(usize),
+}
+
+impl Tuning {
+    /// The index into a kernel's list of `count` settings.
+    pub(crate) fn choose(self, kernel: &'static str, count: usize, auto: usize) -> Result<usize> {
+        match self {
+            Tuning::Auto => Ok(auto),
+            Tuning::Forced(index) if index < count => Ok(index),
+            Tuning::Forced(index) => {
+                Err(Error::problem(kernel, format!("tuning {index} does not exist, there are {count}")))
+            }
+        }
+    }
+}
+
+/// Everything a dispatch needs beside its buffers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Values of the shader's `override` constants.
+    pub overrides: Vec<(&'static str, f64)>,
+    /// Workgroups in x, y and z; a zero anywhere means that there is nothing to do.
+    pub grid: [u32; 3],
+    /// Invocations of a workgroup.
+    pub workgroup_size: u32,
+    /// Workgroup memory in bytes: wgpu 30 does not check this limit, so we do.
+    pub workgroup_bytes: u32,
+}
+
+impl Plan {
+    /// Checks a plan against the limits.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] with the number needed and the number allowed.
+    pub(crate) fn checked(self, kernel: &'static str, limits: &wgpu::Limits) -> Result<Self> {
+        let limit = |what: &str, needed: u64, allowed: u32, limit: &'static str| {
+            if needed > u64::from(allowed) {
+                Err(Error::Limit { what: format!("{kernel}: {what}"), needed, allowed: allowed.into(), limit })
+            } else {
+                Ok(())
+            }
+        };
+        limit(
+            "workgroup memory in bytes",
+            self.workgroup_bytes.into(),
+            limits.max_compute_workgroup_storage_size,
+            "max_compute_workgroup_storage_size",
+        )?;
+        limit(
+            "invocations of a workgroup",
+            self.workgroup_size.into(),
+            limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
+            "max_compute_invocations_per_workgroup",
+        )?;
+        for groups in self.grid {
+            limit(
+                "workgroups of one dimension",
+                groups.into(),
+                limits.max_compute_workgroups_per_dimension,
+                "max_compute_workgroups_per_dimension",
+            )?;
+        }
+        Ok(self)
+    }
+}
+
+/// Lays `groups` workgroups out over x and y, since one dimension holds 65 535 at most. The shader recovers the index
+/// as `y · num_workgroups.x + x` and ignores those past the end.
+///
+/// # Errors
+/// [`Error::Limit`] when x and y together do not hold them.
+pub(crate) fn fold_grid(kernel: &'static str, groups: u64, limits: &wgpu::Limits) -> Result<[u32; 3]> {
+    let most = u64::from(limits.max_compute_workgroups_per_dimension.max(1));
+    if groups > most * most {
+        return Err(Error::Limit {
+            what: format!("{kernel}: workgroups"),
+            needed: groups,
+            allowed: most * most,
+            limit: "max_compute_workgroups_per_dimension",
+        });
+    }
+    let y = groups.div_ceil(most).max(1);
+    Ok([groups.div_ceil(y) as u32, y as u32, 1])
+}
+
+/// The size of the one-dimensional kernels' workgroups, per tuning.
+pub(crate) const LINEAR_WORKGROUPS: &[u32] = &[256, 64];
+
+/// Plan of a kernel with one invocation an element and no workgroup memory.
+pub(crate) fn linear_plan(
+    kernel: &'static str,
+    elements: u64,
+    mut overrides: Vec<(&'static str, f64)>,
+    context: &PlanContext,
+    tuning: Tuning,
+) -> Result<Plan> {
+    // Elements are indexed with 32 bits.
+    if elements >= 1 << 32 {
+        return Err(Error::problem(kernel, format!("{elements} elements, at most 2^32 - 1 can be indexed")));
+    }
+    let workgroup_size = LINEAR_WORKGROUPS[tuning.choose(kernel, LINEAR_WORKGROUPS.len(), 0)?];
+    overrides.push(("WORKGROUP", workgroup_size.into()));
+    let grid = fold_grid(kernel, elements.div_ceil(workgroup_size.into()), &context.limits)?;
+    Plan { overrides, grid, workgroup_size, workgroup_bytes: 0 }.checked(kernel, &context.limits)
+}

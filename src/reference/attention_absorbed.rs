@@ -1,0 +1,41 @@
+//! Attention over the latent cache itself: queries carry `kv_b_proj`'s key rows, values are latents.
+
+use std::ops::Range;
+
+use super::Partial;
+use super::attention_prefill::{exponentials, weighted_sum};
+use super::matmul::dot;
+
+/// `s_j = scale · (a · c_j + q_R · k_R_j)`, values `Σ_j exp(s_j − max) c_j`, over the rows of each split.
+///
+/// `a` `[tokens, n_head, d_latent]` are the absorbed queries `W_K[h]ᵀ q_C[h]`, `q_rope` `[tokens, n_head, d_rope]`,
+/// `latent` `[rows, d_latent]`, `k_rope` `[rows, d_rope]`, `splits` `[splits]`: a token and the rows that this split of
+/// it covers. The width of the result is `d_latent`: `W_V[h]` is applied after the merge.
+#[expect(clippy::too_many_arguments, reason = "one argument per input of the kernel")]
+pub fn attention_absorbed(
+    a: &[f64],
+    q_rope: &[f64],
+    latent: &[f64],
+    k_rope: &[f64],
+    splits: &[(usize, Range<usize>)],
+    n_head: usize,
+    d_latent: usize,
+    d_rope: usize,
+    scale: f64,
+) -> Partial {
+    let latent_row = |row: usize| &latent[row * d_latent..][..d_latent];
+    let rope_row = |row: usize| &k_rope[row * d_rope..][..d_rope];
+    let mut partial = Partial { values: Vec::new(), max: Vec::new(), sum: Vec::new() };
+    for (token, rows) in splits {
+        for head in token * n_head..(token + 1) * n_head {
+            let (a, q_rope) = (&a[head * d_latent..][..d_latent], &q_rope[head * d_rope..][..d_rope]);
+            let score = |row: usize| scale * (dot(a, latent_row(row)) + dot(q_rope, rope_row(row)));
+            let scores: Vec<f64> = rows.clone().map(score).collect();
+            let (max, weights, sum) = exponentials(&scores, f64::from(f32::MIN));
+            partial.values.extend(weighted_sum(&weights, rows.clone().map(latent_row), d_latent));
+            partial.max.push(max);
+            partial.sum.push(sum);
+        }
+    }
+    partial
+}

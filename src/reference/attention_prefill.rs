@@ -1,0 +1,106 @@
+//! Attention over expanded keys and values.
+
+use std::ops::Range;
+
+use super::matmul::dot;
+
+/// Result of attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attended {
+    /// `Σ_j softmax(s)_j v_j` `[tokens, n_head, d_value]`; zeros where nothing is visible.
+    pub values: Vec<f64>,
+    /// `ln Σ_j exp(s_j)` `[tokens, n_head]`; −∞ where nothing is visible.
+    pub lse: Vec<f64>,
+}
+
+/// Head count and widths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub n_head: usize,
+    /// Content part of query and key.
+    pub d_nope: usize,
+    /// Rotary part of query and key.
+    pub d_rope: usize,
+    /// Value width.
+    pub d_value: usize,
+}
+
+impl Heads {
+    /// Width of a query head.
+    pub fn d_query(self) -> usize {
+        self.d_nope + self.d_rope
+    }
+
+    /// Width of a head of `kv`.
+    pub fn d_kv(self) -> usize {
+        self.d_nope + self.d_value
+    }
+}
+
+/// `s_j = scale · (q_C · k_C_j + q_R · k_R_j)` over the visible rows, `o = Σ_j softmax(s)_j v_j`, per token and head.
+///
+/// `q` `[tokens, n_head, d_nope + d_rope]`, `kv` `[rows, n_head, d_nope + d_value]`, `k_rope` `[rows, d_rope]`,
+/// `visible` `[tokens]`: the rows that each token attends to.
+pub fn attention_prefill(
+    q: &[f64],
+    kv: &[f64],
+    k_rope: &[f64],
+    visible: &[Range<usize>],
+    heads: Heads,
+    scale: f64,
+) -> Attended {
+    let mut values = Vec::with_capacity(visible.len() * heads.n_head * heads.d_value);
+    let mut lse = Vec::with_capacity(visible.len() * heads.n_head);
+    for (token, rows) in visible.iter().enumerate() {
+        for head in 0..heads.n_head {
+            let query = &q[(token * heads.n_head + head) * heads.d_query()..][..heads.d_query()];
+            let scores = scores(query, kv, k_rope, head, rows.clone(), heads, scale);
+            let (max, mut weights, sum) = exponentials(&scores, f64::NEG_INFINITY);
+            weights.iter_mut().for_each(|weight| *weight /= sum);
+            values.extend(weighted_sum(&weights, rows.clone().map(|row| value(kv, row, head, heads)), heads.d_value));
+            lse.push(max + sum.ln());
+        }
+    }
+    Attended { values, lse }
+}
+
+/// The scores of one query head against some rows.
+pub(super) fn scores(
+    query: &[f64],
+    kv: &[f64],
+    k_rope: &[f64],
+    head: usize,
+    rows: Range<usize>,
+    heads: Heads,
+    scale: f64,
+) -> Vec<f64> {
+    let (q_nope, q_rope) = query.split_at(heads.d_nope);
+    let key_nope = |row: usize| &kv[(row * heads.n_head + head) * heads.d_kv()..][..heads.d_nope];
+    let key_rope = |row: usize| &k_rope[row * heads.d_rope..][..heads.d_rope];
+    rows.map(|row| scale * (dot(q_nope, key_nope(row)) + dot(q_rope, key_rope(row)))).collect()
+}
+
+/// The value of one row and head.
+pub(super) fn value(kv: &[f64], row: usize, head: usize, heads: Heads) -> &[f64] {
+    &kv[(row * heads.n_head + head) * heads.d_kv() + heads.d_nope..][..heads.d_value]
+}
+
+/// The largest score (at least `lowest`), `exp(score − max)` of each, and their sum.
+pub(super) fn exponentials(scores: &[f64], lowest: f64) -> (f64, Vec<f64>, f64) {
+    let max = scores.iter().copied().fold(lowest, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+    let sum = weights.iter().fold(0.0, |sum, weight| sum + weight);
+    (max, weights, sum)
+}
+
+/// `Σ_j weights[j] · rows[j]`, of `width` values.
+pub(super) fn weighted_sum<'a>(weights: &[f64], rows: impl Iterator<Item = &'a [f64]>, width: usize) -> Vec<f64> {
+    let mut total = vec![0.0; width];
+    for (weight, row) in weights.iter().zip(rows) {
+        for (total, x) in total.iter_mut().zip(row) {
+            *total += weight * x;
+        }
+    }
+    total
+}

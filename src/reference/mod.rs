@@ -1,0 +1,47 @@
+//! What the kernels mean, in plain f64: a definition to read, and the judge in every test.
+//!
+//! One file a kernel, named like its shader; plain passes, no tiling, no online softmax. Conventions:
+//!
+//! - Every tensor is a row-major slice; a shape `[rows, width]` stands in the documentation of each argument.
+//! - Weights have the checkpoint layout `[out, in]`: `y[m, n] = Σ_k x[m, k] · w[n, k]`.
+//! - A query head is `[q_C (d_nope) ; q_R (d_rope)]`; a head of `kv` is `[k_C (d_nope) ; v (d_value)]`; the rotary key
+//!   `k_R` (d_rope) is one row a token, shared by all heads.
+//! - `scale` is always given by the caller, `lse` is the natural logarithm of `Σ exp(score)`, and a query that sees
+//!   nothing gives zeros.
+//! - Sizes that do not fit each other panic: callers check them before.
+//!
+//! [`layer`] puts the kernels together into one attention layer, expanded and absorbed.
+
+pub mod attention_absorbed;
+pub mod attention_decode;
+pub mod attention_merge;
+pub mod attention_prefill;
+pub mod cache_append;
+pub mod cache_copy;
+pub mod cache_read;
+pub mod gate;
+pub mod gather;
+pub mod layer;
+pub mod matmul;
+pub mod matvec;
+pub mod norm;
+pub mod residual_add;
+pub mod rope;
+pub mod swiglu;
+
+pub use attention_absorbed::attention_absorbed;
+pub use attention_decode::{Partial, attention_decode};
+pub use attention_merge::attention_merge;
+pub use attention_prefill::{Attended, Heads, attention_prefill};
+pub use cache_append::cache_append;
+pub use cache_copy::cache_copy;
+pub use cache_read::cache_read;
+pub use gate::{Gated, activate, gate};
+pub use gather::gather;
+pub use layer::{History, Latents, Layer};
+pub use matmul::matmul;
+pub use matvec::matvec;
+pub use norm::{layer_norm, rms_norm};
+pub use residual_add::residual_add;
+pub use rope::{rope, rotations};
+pub use swiglu::swiglu;

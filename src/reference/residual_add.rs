@@ -1,0 +1,6 @@
+//! The residual stream's addition.
+
+/// `y = stream + delta`; all of one length.
+pub fn residual_add(stream: &[f64], delta: &[f64]) -> Vec<f64> {
+    stream.iter().zip(delta).map(|(stream, delta)| stream + delta).collect()
+}

@@ -1,0 +1,219 @@
+//! Weights on the host: read from a checkpoint by name, checked against the configuration.
+
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+
+use crate::config::{AttentionConfig, GateNorm};
+use crate::error::{Error, Result};
+
+/// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    /// Full name in the checkpoint.
+    pub name: String,
+    /// Extents, outermost first.
+    pub shape: Vec<usize>,
+    /// `shape.iter().product()` elements.
+    pub data: Vec<f32>,
+}
+
+impl HostTensor {
+    /// The same values in double precision, as the reference takes them.
+    pub fn to_f64(&self) -> Vec<f64> {
+        self.data.iter().copied().map(f64::from).collect()
+    }
+}
+
+/// A checkpoint that tensors are taken from by name, and that knows which were never asked for.
+pub struct Checkpoint<'a> {
+    tensors: SafeTensors<'a>,
+    taken: std::cell::RefCell<std::collections::BTreeSet<String>>,
+}
+
+impl<'a> Checkpoint<'a> {
+    /// Reads the header of a safetensors file.
+    ///
+    /// # Errors
+    /// [`Error::Safetensors`] when the bytes are truncated or no safetensors file.
+    pub fn new(bytes: &'a [u8]) -> Result<Self> {
+        let tensors = SafeTensors::deserialize(bytes).map_err(|error| Error::Safetensors(error.to_string()))?;
+        Ok(Checkpoint { tensors, taken: Default::default() })
+    }
+
+    /// Whether a tensor of that name exists.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.tensor(name).is_ok()
+    }
+
+    /// Takes one tensor (f32, f16 or bf16), checking its shape. NaN and infinities are kept and warned of.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::TensorShape`] or [`Error::TensorType`].
+    pub fn take(&self, name: &str, expected: &[usize]) -> Result<HostTensor> {
+        let view = self
+            .tensors
+            .tensor(name)
+            .map_err(|_| Error::MissingTensor { name: name.to_owned(), expected: expected.to_vec() })?;
+        if view.shape() != expected {
+            return Err(Error::TensorShape {
+                name: name.to_owned(),
+                expected: expected.to_vec(),
+                found: view.shape().to_vec(),
+            });
+        }
+        self.taken.borrow_mut().insert(name.to_owned());
+        let data: Vec<f32> = match view.dtype() {
+            Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::F16 => view.data().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            Dtype::BF16 => view.data().chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            other => {
+                return Err(Error::TensorType {
+                    name: name.to_owned(),
+                    expected: "F32, F16 or BF16",
+                    found: format!("{other:?}"),
+                });
+            }
+        };
+        let non_finite = data.iter().filter(|value| !value.is_finite()).count();
+        if non_finite > 0 {
+            tracing::warn!("tensor `{name}` holds {non_finite} NaN or infinite values of {}", data.len());
+        }
+        Ok(HostTensor { name: name.to_owned(), shape: expected.to_vec(), data })
+    }
+
+    /// Refuses tensors under `prefix` that were never taken.
+    ///
+    /// # Errors
+    /// [`Error::ExtraTensor`] with the first such name.
+    pub fn refuse_rest(&self, prefix: &str) -> Result<()> {
+        let taken = self.taken.borrow();
+        let mut rest: Vec<_> = self
+            .tensors
+            .tensors()
+            .into_iter()
+            .filter(|(name, _)| name.starts_with(prefix) && !taken.contains(name))
+            .collect();
+        rest.sort_by(|a, b| a.0.cmp(&b.0));
+        match rest.into_iter().next() {
+            None => Ok(()),
+            Some((name, view)) => Err(Error::ExtraTensor { name, found: view.shape().to_vec() }),
+        }
+    }
+}
+
+/// The query projection: one matrix, or two with a norm between them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum QueryWeights {
+    /// `q_proj` `[n_head·(d_nope+d_rope), hidden]`.
+    Full {
+        /// `q_proj.weight`
+        proj: HostTensor,
+    },
+    /// `q_b_proj · RMSNorm(q_a_proj h)`.
+    LowRank {
+        /// `q_a_proj.weight` `[d_q_latent, hidden]`
+        a_proj: HostTensor,
+        /// `q_a_proj.bias` `[d_q_latent]`, with `attention_bias`
+        a_bias: Option<HostTensor>,
+        /// `q_a_layernorm.weight` `[d_q_latent]`
+        a_norm: HostTensor,
+        /// `q_b_proj.weight` `[n_head·(d_nope+d_rope), d_q_latent]`
+        b_proj: HostTensor,
+    },
+}
+
+/// The gate's own weights. `width` is D at site `up_projected`, `d_latent` at site `latent`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GateWeights {
+    /// `gate_embedding.weight` `[vocab, d_gate]`
+    pub embedding: HostTensor,
+    /// `gate_b_proj.weight` `[width, d_gate]`
+    pub b_proj: HostTensor,
+    /// `gate_norm.weight` `[width]`, unless the norm is `none`
+    pub norm_weight: Option<HostTensor>,
+    /// `gate_norm.bias` `[width]`, with `layer_norm`
+    pub norm_bias: Option<HostTensor>,
+}
+
+/// The weights of one attention layer, in Hugging Face layout (`[out, in]`, row-major).
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionWeights {
+    /// The query projection.
+    pub query: QueryWeights,
+    /// `kv_a_proj_with_mqa.weight` `[d_latent + d_rope, hidden]`, latent rows first
+    pub kv_a_proj: HostTensor,
+    /// `kv_a_proj_with_mqa.bias` `[d_latent + d_rope]`, with `attention_bias`
+    pub kv_a_bias: Option<HostTensor>,
+    /// `kv_a_layernorm.weight` `[d_latent]`; absent means no norm
+    pub kv_a_norm: Option<HostTensor>,
+    /// `kv_b_proj.weight` `[D, d_latent]`, rows per head: d_nope key rows, then d_value value rows
+    pub kv_b_proj: HostTensor,
+    /// `o_proj.weight` `[hidden, n_head·d_value]`
+    pub o_proj: HostTensor,
+    /// `o_proj.bias` `[hidden]`, with `attention_bias`
+    pub o_bias: Option<HostTensor>,
+    /// The gate, for EG-MLA.
+    pub gate: Option<GateWeights>,
+}
+
+impl AttentionWeights {
+    /// Takes one layer's weights from a checkpoint; `prefix` as `model.layers.0.self_attn.` or empty.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape or type, or that stands under the prefix without a place in `config`.
+    pub fn load(checkpoint: &Checkpoint<'_>, prefix: &str, config: &AttentionConfig) -> Result<Self> {
+        let take = |name: &str, shape: &[u32]| {
+            let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
+            checkpoint.take(&format!("{prefix}{name}"), &shape)
+        };
+        let weights = Self::build(config, checkpoint.contains(&format!("{prefix}kv_a_layernorm.weight")), take)?;
+        checkpoint.refuse_rest(prefix)?;
+        Ok(weights)
+    }
+
+    /// The one list of names and shapes: `make(name, shape)` is asked for each tensor that `config` has.
+    pub(crate) fn build(
+        config: &AttentionConfig,
+        kv_a_norm: bool,
+        mut make: impl FnMut(&str, &[u32]) -> Result<HostTensor>,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let d_q = config.n_head * config.d_query();
+        let bias = config.attention_bias;
+        let query = match config.d_q_latent {
+            None => QueryWeights::Full { proj: make("q_proj.weight", &[d_q, hidden])? },
+            Some(rank) => QueryWeights::LowRank {
+                a_proj: make("q_a_proj.weight", &[rank, hidden])?,
+                a_bias: bias.then(|| make("q_a_proj.bias", &[rank])).transpose()?,
+                a_norm: make("q_a_layernorm.weight", &[rank])?,
+                b_proj: make("q_b_proj.weight", &[d_q, rank])?,
+            },
+        };
+        let d_kv_a = config.d_latent + config.d_rope;
+        let width = config.gated_width();
+        Ok(AttentionWeights {
+            query,
+            kv_a_proj: make("kv_a_proj_with_mqa.weight", &[d_kv_a, hidden])?,
+            kv_a_bias: bias.then(|| make("kv_a_proj_with_mqa.bias", &[d_kv_a])).transpose()?,
+            kv_a_norm: kv_a_norm.then(|| make("kv_a_layernorm.weight", &[config.d_latent])).transpose()?,
+            kv_b_proj: make("kv_b_proj.weight", &[config.d_kv(), config.d_latent])?,
+            o_proj: make("o_proj.weight", &[hidden, config.n_head * config.d_value])?,
+            o_bias: bias.then(|| make("o_proj.bias", &[hidden])).transpose()?,
+            gate: match &config.gate {
+                None => None,
+                Some(gate) => Some(GateWeights {
+                    embedding: make("gate_embedding.weight", &[gate.vocab_size, gate.d_gate])?,
+                    b_proj: make("gate_b_proj.weight", &[width, gate.d_gate])?,
+                    norm_weight: match gate.norm {
+                        GateNorm::None => None,
+                        _ => Some(make("gate_norm.weight", &[width])?),
+                    },
+                    norm_bias: match gate.norm {
+                        GateNorm::LayerNorm => Some(make("gate_norm.bias", &[width])?),
+                        _ => None,
+                    },
+                }),
+            },
+        })
+    }
+}

@@ -1,0 +1,67 @@
+//! Every case of the table, every tuning, on the adapter of this machine (`WGPU_BACKEND`, `VK_DRIVER_FILES` choose).
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use egmla::check::cases;
+
+/// Runs the cases of one kernel (or of the layer) and fails with a line for each that is wrong.
+fn run(kernel: &str) {
+    let gpu = common::gpu();
+    let mut wrong = Vec::new();
+    let mut compared = 0;
+    let mut worst = 0.0f64;
+    for case in cases().iter().filter(|case| case.kernel() == kernel) {
+        match case.run(&gpu.kernels, &gpu.queue) {
+            Err(error) => wrong.push(format!("{}: {error}", case.id())),
+            Ok(outcomes) => {
+                assert!(!outcomes.is_empty(), "{} ran nothing", case.id());
+                for outcome in outcomes {
+                    compared += 1;
+                    worst = worst.max(outcome.error / outcome.tolerance.max(f64::MIN_POSITIVE));
+                    if let Err(problem) = outcome.verdict {
+                        wrong.push(format!("{} [{}]: {problem}", case.id(), outcome.tuning));
+                    }
+                }
+            }
+        }
+    }
+    gpu.assert_no_errors();
+    println!("{kernel}: {compared} comparisons, worst error {:.0} % of its tolerance", worst * 100.0);
+    assert!(compared > 0, "no case of {kernel}");
+    assert!(wrong.is_empty(), "{} of {compared} are wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+macro_rules! kernels {
+    ($($name:ident),* $(,)?) => {
+        $(#[test] fn $name() { run(stringify!($name)); })*
+
+        #[test]
+        fn every_kernel_of_the_registry_is_run_here() {
+            let here = [$(stringify!($name)),*];
+            for spec in egmla::kernels::REGISTRY {
+                assert!(here.contains(&spec.name), "{} has no test", spec.name);
+            }
+        }
+    };
+}
+
+kernels!(
+    attention_absorbed,
+    attention_decode,
+    attention_merge,
+    attention_prefill,
+    cache_append,
+    cache_copy,
+    cache_read,
+    gate,
+    gather,
+    layer,
+    matmul,
+    matvec,
+    norm,
+    residual_add,
+    rope,
+    swiglu,
+);
