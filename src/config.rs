@@ -530,8 +530,8 @@ impl AttentionConfig {
         f64::from(self.d_query()).powf(-0.5) * self.rope.score_factor()
     }
 
-    /// Elements that the paper counts per cached token and layer: `d_latent + d_rope` (EG-MLA.md and the README call
-    /// ids and statistics bookkeeping, and report them apart).
+    /// Elements that the paper counts per cached token and layer: `d_latent + d_rope`. Token ids and norm statistics are
+    /// bookkeeping, reported apart by [`crate::attention::MemoryReport`].
     pub fn cache_elements(&self) -> u32 {
         self.d_latent + self.d_rope
     }

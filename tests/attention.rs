@@ -1,0 +1,381 @@
+//! The layer and its cache beyond the case table: roll back, copies, several layers, memory, faults that change nothing.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Gpu, gpu};
+use egmla::Error;
+use egmla::attention::{
+    Attention, CacheOptions, DecodePath, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+};
+use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
+use egmla::check::random::{Random, attention_weights};
+use egmla::check::readback;
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::kernel::{Recording, Region};
+use egmla::plan::Storage;
+use egmla::reference::{History, Layer};
+
+const HIDDEN: usize = 24;
+
+fn mla() -> AttentionConfig {
+    AttentionConfig {
+        hidden_size: HIDDEN as u32,
+        n_head: 3,
+        d_latent: 12,
+        d_q_latent: None,
+        d_nope: 8,
+        d_rope: 4,
+        d_value: 10,
+        attention_bias: false,
+        gate: None,
+        rope: RopeConfig::default(),
+    }
+}
+
+fn gated(site: GateSite) -> AttentionConfig {
+    let gate = GateConfig {
+        vocab_size: 17,
+        d_gate: 5,
+        site,
+        activation: Activation::OnePlus,
+        norm: GateNorm::LayerNorm,
+        norm_eps: 1e-5,
+    };
+    AttentionConfig { gate: Some(gate), ..mla() }
+}
+
+/// A layer with its cache, fed through the public API.
+struct Rig {
+    gpu: Gpu,
+    attention: Attention,
+    cache: LatentCache,
+    workspace: Workspace,
+    reference: Layer,
+}
+
+impl Rig {
+    fn new(config: &AttentionConfig, batch: u32, capacity: u32, storage: Storage) -> Self {
+        let gpu = gpu();
+        let weights = attention_weights(config, true, 1);
+        let attention = Attention::new(&gpu.kernels, config, &weights, storage).unwrap();
+        let options = CacheOptions { n_layer: 1, batch, capacity, storage };
+        let cache = LatentCache::new(&gpu.kernels, config, options).unwrap();
+        let workspace = Workspace::new(&cache, WorkspaceOptions::new(batch * capacity)).unwrap();
+        let reference = Layer::new(config.clone(), &weights);
+        Rig { gpu, attention, cache, workspace, reference }
+    }
+
+    fn upload(&self, hidden: &[f32]) -> (Region, Region) {
+        let input = self.gpu.kernels.upload("hidden", bytemuck::cast_slice(hidden)).unwrap();
+        let output = self.gpu.kernels.allocate("out", 4 * hidden.len() as u64).unwrap();
+        (Region::from(&input), Region::from(&output))
+    }
+
+    fn finish(&self, recording: &Recording, out: &Region) -> Vec<f32> {
+        readback::submit(recording, &self.gpu.queue).unwrap();
+        let values = readback::wait(readback::read_f32(&self.gpu.kernels, &self.gpu.queue, &[out])).unwrap().remove(0);
+        self.gpu.assert_no_errors();
+        values
+    }
+
+    fn prefill(&mut self, counts: &[u32], hidden: &[f32], ids: &[u32]) -> Vec<f32> {
+        let (input, out) = self.upload(hidden);
+        let mut recording = Recording::new(&self.gpu.kernels);
+        let ids = self.attention.config().gate.is_some().then_some(ids);
+        self.attention.prefill(&mut recording, &mut self.cache, &self.workspace, counts, ids, &input, &out).unwrap();
+        self.finish(&recording, &out)[..hidden.len()].to_vec()
+    }
+
+    fn decode(&mut self, counts: &[u32], hidden: &[f32], ids: &[u32], path: DecodePath) -> Vec<f32> {
+        let (input, out) = self.upload(hidden);
+        let mut recording = Recording::new(&self.gpu.kernels);
+        let ids = self.attention.config().gate.is_some().then_some(ids);
+        self.attention
+            .decode(&mut recording, &mut self.cache, &self.workspace, counts, ids, path, &input, &out)
+            .unwrap();
+        self.finish(&recording, &out)[..hidden.len()].to_vec()
+    }
+
+    fn expected(&self, hidden: &[f32], ids: &[u32]) -> Vec<f64> {
+        let wide: Vec<f64> = hidden.iter().map(|&value| value.into()).collect();
+        let ids = if self.attention.config().gate.is_some() { ids } else { &[] };
+        self.reference.forward(&wide, ids, &mut History::default())
+    }
+}
+
+fn rows(hidden: &[f32], range: std::ops::Range<usize>) -> &[f32] {
+    &hidden[range.start * HIDDEN..range.end * HIDDEN]
+}
+
+fn assert_close(got: &[f32], expected: &[f64], limit: f64) {
+    compare(got, expected, Tolerance { relative: limit }).verdict.unwrap();
+}
+
+#[test]
+fn rolling_back_and_going_on_otherwise_is_as_if_it_never_happened() {
+    for config in [mla(), gated(GateSite::UpProjected), gated(GateSite::Latent)] {
+        let mut rig = Rig::new(&config, 1, 16, Storage::F32);
+        let mut random = Random::new(2);
+        let (hidden, ids) = (random.values(10 * HIDDEN, 1.0), random.ids(10, 17));
+        rig.prefill(&[6], rows(&hidden, 0..6), &ids[..6]);
+        // Three tokens of another continuation, then back to four.
+        let (other, other_ids) = (random.values(3 * HIDDEN, 1.0), random.ids(3, 17));
+        rig.prefill(&[3], &other, &other_ids);
+        assert_eq!(rig.cache.lengths(), [9]);
+        rig.cache.truncate(0, 4).unwrap();
+        let mut got = rig.prefill(&[4], rows(&hidden, 4..8), &ids[4..8]);
+        got.extend(rig.decode(&[1], rows(&hidden, 8..9), &ids[8..9], DecodePath::Auto));
+        got.extend(rig.decode(&[1], rows(&hidden, 9..10), &ids[9..10], DecodePath::Expanded));
+        let expected = rig.expected(&hidden, &ids);
+        assert_close(&got, &expected[4 * HIDDEN..], F32_LIMIT);
+        rig.cache.reset();
+        assert_eq!(rig.cache.lengths(), [0]);
+        let again = rig.prefill(&[10], &hidden, &ids);
+        assert_close(&again, &expected, F32_LIMIT);
+    }
+}
+
+#[test]
+fn a_copied_sequence_goes_its_own_way() {
+    for (config, storage, limit) in
+        [(gated(GateSite::UpProjected), Storage::F16, F16_LIMIT), (mla(), Storage::F32, F32_LIMIT)]
+    {
+        let mut rig = Rig::new(&config, 3, 12, storage);
+        let mut random = Random::new(4);
+        let (hidden, ids) = (random.values(7 * HIDDEN, 1.0), random.ids(7, 17));
+        rig.prefill(&[0, 5, 0], rows(&hidden, 0..5), &ids[..5]);
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        rig.cache.copy_sequence(&mut recording, 1, 2).unwrap();
+        readback::submit(&recording, &rig.gpu.queue).unwrap();
+        assert_eq!(rig.cache.lengths(), [0, 5, 5]);
+        // The two go on with different tokens; each must be as if it were alone.
+        let tails: Vec<(Vec<f32>, Vec<u32>)> =
+            (0..2).map(|_| (random.values(2 * HIDDEN, 1.0), random.ids(2, 17))).collect();
+        let both: Vec<f32> = tails.iter().flat_map(|(hidden, _)| hidden.clone()).collect();
+        let both_ids: Vec<u32> = tails.iter().flat_map(|(_, ids)| ids.clone()).collect();
+        let got = rig.prefill(&[0, 2, 2], &both, &both_ids);
+        for (index, (tail, tail_ids)) in tails.iter().enumerate() {
+            let whole = [rows(&hidden, 0..5), tail].concat();
+            let whole_ids = [&ids[..5], tail_ids].concat();
+            let expected = rig.expected(&whole, &whole_ids);
+            assert_close(rows(&got, 2 * index..2 * index + 2), &expected[5 * HIDDEN..], limit);
+        }
+    }
+}
+
+#[test]
+fn a_full_cache_is_an_error_that_changes_nothing() {
+    let config = gated(GateSite::UpProjected);
+    let mut rig = Rig::new(&config, 2, 8, Storage::F32);
+    let mut random = Random::new(6);
+    let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, 17));
+    rig.prefill(&[7, 1], rows(&hidden, 0..8), &ids[..8]);
+    let (input, out) = rig.upload(rows(&hidden, 0..3));
+    let mut recording = Recording::new(&rig.gpu.kernels);
+    let error = rig
+        .attention
+        .prefill(&mut recording, &mut rig.cache, &rig.workspace, &[2, 1], Some(&ids[..3]), &input, &out)
+        .unwrap_err();
+    assert!(matches!(error, Error::CacheFull { sequence: 0, length: 7, added: 2, capacity: 8 }), "{error}");
+    assert_eq!(recording.dispatches(), 0);
+    assert_eq!(rig.cache.lengths(), [7, 1]);
+    // And it still decodes its last free row.
+    let last = rows(&hidden, 8..9);
+    let got = rig.decode(&[1, 0], last, &ids[8..9], DecodePath::Auto);
+    let whole = [rows(&hidden, 0..7), last].concat();
+    let expected = rig.expected(&whole, &[&ids[..7], &ids[8..9]].concat());
+    assert_close(&got, &expected[7 * HIDDEN..], F32_LIMIT);
+}
+
+#[test]
+fn wrong_arguments_are_errors_with_the_number() {
+    let config = gated(GateSite::Latent);
+    let mut rig = Rig::new(&config, 2, 8, Storage::F32);
+    let plan = |counts: &[u32], ids: Option<&[u32]>, mode| {
+        rig.cache.plan_step(StepInput { mode, counts, token_ids: ids }).unwrap_err().to_string()
+    };
+    let cases = [
+        (plan(&[1], Some(&[0]), Mode::Prefill), "counts of new tokens: expected 2, found 1"),
+        (plan(&[0, 0], Some(&[]), Mode::Prefill), "is empty"),
+        (plan(&[1, 1], None, Mode::Prefill), "token ids"),
+        (plan(&[1, 1], Some(&[3]), Mode::Prefill), "token ids: expected 2, found 1"),
+        (plan(&[1, 1], Some(&[3, 17]), Mode::Prefill), "token id 17 at position 1 is outside of the vocabulary of 17"),
+        (plan(&[2, 0], Some(&[3, 4]), Mode::Decode), "is 2, must be at most 1"),
+        (plan(&[u32::MAX, 1], Some(&[3]), Mode::Prefill), "cache full"),
+    ];
+    for (found, wanted) in cases {
+        assert!(found.contains(wanted), "{found} does not say {wanted}");
+        assert!(!found.contains('\n'));
+    }
+    assert!(matches!(rig.cache.truncate(0, 1), Err(Error::OutOfRange { found: 1, limit: 0, .. })));
+    assert!(matches!(rig.cache.truncate(2, 0), Err(Error::OutOfRange { found: 2, limit: 1, .. })));
+    let mut recording = Recording::new(&rig.gpu.kernels);
+    assert!(matches!(rig.cache.copy_sequence(&mut recording, 0, 5), Err(Error::OutOfRange { found: 5, .. })));
+    // More new tokens than the workspace was made for.
+    let small = Workspace::new(&rig.cache, WorkspaceOptions::new(1)).unwrap();
+    let (input, out) = rig.upload(&[0.0; 2 * HIDDEN]);
+    let error = rig.attention.prefill(&mut recording, &mut rig.cache, &small, &[2, 0], Some(&[1, 2]), &input, &out);
+    assert!(matches!(error, Err(Error::OutOfRange { found: 2, limit: 1, .. })));
+    // A path that would be wrong.
+    let up = Rig::new(&gated(GateSite::UpProjected), 1, 4, Storage::F32);
+    assert!(matches!(up.attention.decode_path(DecodePath::Absorbed), Err(Error::Unsupported { .. })));
+    for (extents, what) in [((0, 1, 1), "layers"), ((1, 0, 1), "sequences"), ((1, 1, 0), "capacity")] {
+        let (n_layer, batch, capacity) = extents;
+        let options = CacheOptions { n_layer, batch, capacity, storage: Storage::F32 };
+        let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+    }
+    // Over one binding: refused with both numbers, before anything is allocated.
+    let options = CacheOptions { n_layer: 1, batch: 1000, capacity: 100_000, storage: Storage::F32 };
+    let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
+    let rows = 100_000_000u64;
+    assert!(matches!(error, Error::Limit { needed, .. } if needed == rows * 12 * 4), "{error}");
+}
+
+#[test]
+fn a_step_of_another_cache_or_of_an_earlier_state_is_refused() {
+    let config = mla();
+    let mut rig = Rig::new(&config, 1, 8, Storage::F32);
+    let options = rig.cache.options();
+    let mut other = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap();
+    let input = StepInput { mode: Mode::Prefill, counts: &[2], token_ids: None };
+    let step = rig.cache.plan_step(input).unwrap();
+    assert!(matches!(other.commit(&step), Err(Error::StaleStep)));
+    rig.cache.commit(&step).unwrap();
+    assert!(matches!(rig.cache.commit(&step), Err(Error::StaleStep)));
+    assert_eq!(rig.cache.lengths(), [2]);
+}
+
+#[test]
+fn layers_of_one_cache_do_not_touch_each_other() {
+    let config = gated(GateSite::UpProjected);
+    let gpu = gpu();
+    let layers: Vec<_> = (0..3)
+        .map(|seed| {
+            let weights = attention_weights(&config, true, seed);
+            let attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
+            (attention, Layer::new(config.clone(), &weights))
+        })
+        .collect();
+    let options = CacheOptions { n_layer: 3, batch: 1, capacity: 10, storage: Storage::F32 };
+    let mut cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
+    let workspace = Workspace::new(&cache, WorkspaceOptions::new(10)).unwrap();
+    let mut random = Random::new(8);
+    let (hidden, ids) = (random.values(7 * HIDDEN, 1.0), random.ids(7, 17));
+    let mut got = vec![Vec::new(); 3];
+    // Four tokens, then three decoded; every layer in one recording and one submission a step.
+    for (mode, range) in [(Mode::Prefill, 0..4), (Mode::Decode, 4..5), (Mode::Decode, 5..6), (Mode::Decode, 6..7)] {
+        let count = [range.len() as u32];
+        let token_ids = Some(&ids[range.clone()]);
+        let step = cache.plan_step(StepInput { mode, counts: &count, token_ids }).unwrap();
+        let input = gpu.kernels.upload("hidden", bytemuck::cast_slice(rows(&hidden, range.clone()))).unwrap();
+        let mut recording = Recording::new(&gpu.kernels);
+        let outs: Vec<Region> = layers
+            .iter()
+            .enumerate()
+            .map(|(index, (attention, _))| {
+                let out = Region::from(&gpu.kernels.allocate("out", (4 * HIDDEN * range.len()) as u64).unwrap());
+                let (path, input) = (DecodePath::Auto, Region::from(&input));
+                attention.forward(&mut recording, &cache, index, &step, &workspace, path, &input, &out).unwrap();
+                out
+            })
+            .collect();
+        cache.commit(&step).unwrap();
+        readback::submit(&recording, &gpu.queue).unwrap();
+        let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &outs.iter().collect::<Vec<_>>()));
+        for (all, new) in got.iter_mut().zip(read.unwrap()) {
+            all.extend(new);
+        }
+    }
+    gpu.assert_no_errors();
+    let wide: Vec<f64> = hidden.iter().map(|&value| value.into()).collect();
+    for (got, (_, reference)) in got.iter().zip(&layers) {
+        assert_close(got, &reference.forward(&wide, &ids, &mut History::default()), F32_LIMIT);
+    }
+}
+
+#[test]
+fn a_ragged_batch_is_each_sequence_alone_to_the_bit() {
+    let config = gated(GateSite::UpProjected);
+    let mut random = Random::new(9);
+    let lengths = [5u32, 1, 9];
+    let parts: Vec<(Vec<f32>, Vec<u32>)> =
+        lengths.iter().map(|&n| (random.values(n as usize * HIDDEN, 1.0), random.ids(n as usize, 17))).collect();
+    let all: Vec<f32> = parts.iter().flat_map(|(hidden, _)| hidden.clone()).collect();
+    let ids: Vec<u32> = parts.iter().flat_map(|(_, ids)| ids.clone()).collect();
+    let together = Rig::new(&config, 3, 10, Storage::F32).prefill(&lengths, &all, &ids);
+    let again = Rig::new(&config, 3, 10, Storage::F32).prefill(&lengths, &all, &ids);
+    assert_eq!(together, again, "the same input gives the same bits");
+    let alone: Vec<f32> = parts
+        .iter()
+        .enumerate()
+        .flat_map(|(index, (hidden, ids))| {
+            let mut counts = [0; 3];
+            counts[index] = lengths[index];
+            Rig::new(&config, 3, 10, Storage::F32).prefill(&counts, hidden, ids)
+        })
+        .collect();
+    let wide: Vec<f64> = alone.iter().map(|&value| value.into()).collect();
+    assert_close(&together, &wide, 1e-6);
+}
+
+#[test]
+fn the_memory_report_is_what_is_allocated() {
+    let gpu = gpu();
+    let (rows, n_layer, tokens) = (3 * 20u64, 2u64, 8u64);
+    for (config, storage) in [(gated(GateSite::UpProjected), Storage::F16), (mla(), Storage::F32)] {
+        let options = CacheOptions { n_layer: 2, batch: 3, capacity: 20, storage };
+        let cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
+        let workspace = Workspace::new(&cache, WorkspaceOptions::new(tokens as u32)).unwrap();
+        let report = cache.memory(&workspace);
+        // Rows of 12 and 4 elements, padded to 16 bytes: 16 and 8 in f16, 12 and 4 in f32.
+        let (latent, rope) = match storage {
+            Storage::F16 => (32, 16),
+            Storage::F32 => (48, 16),
+        };
+        assert_eq!(report.latent, n_layer * rows * latent);
+        assert_eq!(report.rope_key, n_layer * rows * rope);
+        let gated = config.gate.is_some();
+        assert_eq!(report.ids, if gated { rows * 4 } else { 0 });
+        assert_eq!(report.statistics, if gated { n_layer * rows * 8 } else { 0 });
+        assert_eq!(report.workspace, workspace.bytes());
+        assert_eq!(report.total(), report.lines().iter().map(|(_, bytes)| bytes).sum::<u64>());
+        // Rebuilt keys and values of three sequences padded to a split, f32: D = 3 · 18.
+        let kv = 3 * 256 * 54 * 4;
+        assert!(report.workspace >= if gated { 2 * kv } else { kv });
+    }
+}
+
+#[test]
+fn what_a_decode_step_uploads_does_not_grow_with_the_cache() {
+    let config = mla();
+    let mut rig = Rig::new(&config, 1, 2000, Storage::F32);
+    let mut uploads = Vec::new();
+    let mut dispatches = Vec::new();
+    for length in [1u32, 700, 1200] {
+        let before = rig.cache.lengths()[0];
+        let hidden = vec![0.1; (length - before) as usize * HIDDEN];
+        rig.prefill(&[length - before], &hidden, &[]);
+        let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: None }).unwrap();
+        uploads.push(step.uploaded_bytes());
+        let (input, out) = rig.upload(&[0.1; HIDDEN]);
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        let path = DecodePath::Absorbed;
+        rig.attention.forward(&mut recording, &rig.cache, 0, &step, &rig.workspace, path, &input, &out).unwrap();
+        dispatches.push(recording.dispatches());
+    }
+    assert!(uploads.windows(2).all(|pair| pair[0] == pair[1]), "{uploads:?}");
+    assert!(dispatches.iter().all(|&count| count == dispatches[0] && count <= 12), "{dispatches:?}");
+}
+
+#[test]
+fn a_weight_beyond_f16_is_refused_by_name() {
+    let gpu = gpu();
+    let mut weights = attention_weights(&mla(), true, 1);
+    weights.o_proj.data[7] = 7e4;
+    let error = Attention::new(&gpu.kernels, &mla(), &weights, Storage::F16).unwrap_err();
+    assert!(error.to_string().contains("o_proj.weight") && error.to_string().contains("70000"), "{error}");
+    Attention::new(&gpu.kernels, &mla(), &weights, Storage::F32).unwrap();
+}
