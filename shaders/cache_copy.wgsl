@@ -13,7 +13,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read_write> cache: array<u32>;
+@group(0) @binding(1) var<storage, read_write> cache: array<u32>;   // [words of the buffer]
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(

@@ -208,6 +208,16 @@ pub enum Error {
         /// What is wrong in it.
         source: Box<Error>,
     },
+    /// A result is NaN or infinite.
+    #[error("{what}: element {index} is {value}, must be finite")]
+    NonFinite {
+        /// What was computed.
+        what: &'static str,
+        /// Row-major index of the first such element.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
     /// The tokenizer could not be read or could not encode.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

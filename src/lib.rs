@@ -1,8 +1,26 @@
-//! Portable GPU kernels for Multi-head Latent Attention (MLA) and Embedding-Gated MLA (EG-MLA), in WGSL on wgpu.
+//! Portable GPU kernels for Multi-head Latent Attention (MLA) and Embedding-Gated MLA (EG-MLA, arXiv 2509.16686), in WGSL
+//! on wgpu.
+//!
+//! The caller brings a [`wgpu::Device`]; kernels are recorded into the caller's encoder or pass; outside of [`check`] nothing
+//! here submits, polls or maps for reading.
+//!
+//! ```text
+//! config ─ what a model is           plan ── what is dispatched, from problem and limits    reference ─ what a kernel means, f64
+//! weights ─ a checkpoint's tensors   kernel ─ pipelines, and a recording of dispatches      cost ────── what it moves and computes
+//! attention ─ cache and layer        kernels ─ one module each                              check ───── is it right on my adapter?
+//! ```
+//!
+//! Start with [`attention`]; the README's example embeds a layer in an application's frame.
+//!
+//! Features: `decoder` is the small language model around the layer, `program` the command-line program; both are on by
+//! default, and `default-features = false` is the library alone.
 
 pub mod attention;
 pub mod check;
 pub mod config;
+pub mod cost;
+#[cfg(feature = "decoder")]
+pub mod decoder;
 pub mod error;
 pub mod kernel;
 pub mod kernels;
@@ -12,3 +30,8 @@ pub mod weights;
 
 pub use error::{Error, Result};
 pub use wgpu;
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeDoctests;

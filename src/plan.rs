@@ -201,9 +201,9 @@ pub(crate) fn linear_plan(
     context: &PlanContext,
     tuning: Tuning,
 ) -> Result<Plan> {
-    // Elements are indexed with 32 bits.
-    if elements >= 1 << 32 {
-        return Err(Error::problem(kernel, format!("{elements} elements, at most 2^32 - 1 can be indexed")));
+    // Indices have 32 bits, and a folded grid overshoots: below 2^31 it cannot wrap around to the first elements.
+    if elements >= 1 << 31 {
+        return Err(Error::problem(kernel, format!("{elements} elements, must be below 2^31")));
     }
     let workgroup_size = LINEAR_WORKGROUPS[tuning.choose(kernel, LINEAR_WORKGROUPS.len(), 0)?];
     overrides.push(("WORKGROUP", workgroup_size.into()));

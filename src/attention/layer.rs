@@ -171,6 +171,7 @@ impl Attention {
     ///
     /// # Errors
     /// What [`LatentCache::plan_step`] and [`Attention::forward`] refuse; recording and cache are then unchanged.
+    #[expect(clippy::too_many_arguments, reason = "the buffers and the tokens are what a step is")]
     pub fn prefill(
         &self,
         recording: &mut Recording,
@@ -241,6 +242,10 @@ impl Attention {
                 found: step.tokens.into(),
                 limit: workspace.max_tokens.into(),
             });
+        }
+        // No dispatch binds both, but a caller who passes one buffer twice would lose the input.
+        if hidden.buffer == out.buffer {
+            return Err(Error::Aliased { kernel: "attention", first: "hidden", second: "out" });
         }
         let path = self.decode_path(path)?;
         let mark = recording.mark();

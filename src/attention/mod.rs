@@ -22,3 +22,6 @@ pub use cache::{CacheOptions, LatentCache, MemoryReport};
 pub use layer::{Attention, DecodePath};
 pub use step::{Mode, Step, StepInput};
 pub use workspace::{Workspace, WorkspaceOptions};
+
+#[cfg(feature = "decoder")]
+pub(crate) use layer::{product_of, upload_tensor};

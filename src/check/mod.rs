@@ -31,8 +31,10 @@ use guarded::Guarded;
 pub struct Case {
     id: String,
     kernel: &'static str,
-    run: Box<dyn Fn(&Lab<'_>) -> Result<Vec<Outcome>> + Send + Sync>,
+    run: Box<Run>,
 }
+
+type Run = dyn Fn(&Lab<'_>) -> Result<Vec<Outcome>> + Send + Sync;
 
 /// What one variant of a case came to.
 #[derive(Debug, Clone, PartialEq)]

@@ -6,6 +6,7 @@ use clap::Args;
 use egmla::kernel::Kernels;
 use egmla::wgpu;
 
+use crate::console::one_line;
 use crate::failure::Failure;
 
 /// `--adapter`, shared by every command that computes.
@@ -50,11 +51,6 @@ impl Backend {
 }
 
 impl Gpu {
-    /// The device.
-    pub fn device(&self) -> &wgpu::Device {
-        self.kernels.device()
-    }
-
     /// Fails when the device reported an error since the last call.
     pub fn check(&self) -> Result<(), Failure> {
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,7 +94,10 @@ fn rank(info: &wgpu::AdapterInfo) -> (u8, u8) {
 
 /// Opens what `--adapter` asks for.
 pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
-    let wanted = option.adapter.to_lowercase();
+    let wanted = option.adapter.trim().to_lowercase();
+    if wanted.is_empty() {
+        return Err(Failure::usage("--adapter is empty; give auto, cpu, or part of an adapter's name or backend"));
+    }
     if wanted == "cpu" {
         return Ok(Backend::Cpu { reason: "asked for" });
     }
@@ -107,7 +106,7 @@ pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
         for adapter in &found {
             match open_device(adapter) {
                 Ok(gpu) => return Ok(Backend::Gpu(Box::new(gpu))),
-                Err(problem) => tracing::warn!("{}: {problem:?}", adapter.get_info().name),
+                Err(problem) => tracing::warn!("{}: {}", adapter.get_info().name, problem.message()),
             }
         }
         return Ok(Backend::Cpu { reason: "no usable GPU adapter on this machine" });
@@ -126,14 +125,19 @@ pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
     }
 }
 
-/// Asks for all of the adapter's buffer sizes: a checkpoint's largest tensor decides what is needed.
-fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
+/// WebGPU's default limits, with all of the adapter's buffer sizes: a checkpoint's largest tensor decides what is needed.
+/// Where an adapter offers less than the defaults, what it offers: plans check the limits they depend on.
+pub fn limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
     let offered = adapter.limits();
-    let required_limits = wgpu::Limits {
+    wgpu::Limits {
         max_buffer_size: offered.max_buffer_size,
         max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
-        ..wgpu::Limits::default()
-    };
+        ..wgpu::Limits::default().or_worse_values_from(&offered)
+    }
+}
+
+fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
+    let required_limits = limits(adapter);
     let request =
         adapter.request_device(&wgpu::DeviceDescriptor { label: Some("egmla"), required_limits, ..Default::default() });
     let (device, queue) = pollster::block_on(request).map_err(|error| Failure::run(one_line(&error.to_string())))?;
@@ -152,8 +156,4 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
     });
     let kernels = Kernels::new(&device)?;
     Ok(Gpu { info: adapter.get_info(), queue, kernels, errors })
-}
-
-fn one_line(message: &str) -> String {
-    message.split_whitespace().collect::<Vec<_>>().join(" ")
 }

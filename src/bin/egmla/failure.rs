@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-/// Why the program stops early; the text is one line.
+/// Why the program stops early; the text is printed as one line.
 #[derive(Debug)]
 pub enum Failure {
     /// The user can mend it: a wrong option, a broken file. Exit 2.
@@ -21,14 +21,47 @@ impl Failure {
     pub fn run(message: impl Display) -> Self {
         Failure::Run(message.to_string())
     }
+
+    /// What went wrong, without the `error: `.
+    pub fn message(&self) -> &str {
+        match self {
+            Failure::Usage(message) | Failure::Run(message) => message,
+        }
+    }
+
+    /// The process's exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Run(_) => 1,
+            Failure::Usage(_) => 2,
+        }
+    }
 }
 
-/// The library's errors: what the device or the disk does is a failed run, all else is bad input.
+/// The library's errors: what the device does, and results that are not numbers, are a failed run; all else is bad input.
 impl From<egmla::Error> for Failure {
     fn from(error: egmla::Error) -> Self {
-        match error {
-            egmla::Error::Device { .. } => Failure::run(error),
+        let mut cause = &error;
+        while let egmla::Error::File { source, .. } = cause {
+            cause = source;
+        }
+        match cause {
+            egmla::Error::Device { .. } | egmla::Error::NonFinite { .. } => Failure::run(error),
             _ => Failure::usage(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Failure;
+
+    #[test]
+    fn the_device_fails_the_run_even_inside_a_file() {
+        let lost = || egmla::Error::Device { what: "upload".to_owned(), message: "lost".to_owned() };
+        assert_eq!(Failure::from(lost()).exit_code(), 1);
+        assert_eq!(Failure::from(lost().in_file("w.safetensors")).exit_code(), 1);
+        let empty = egmla::Error::Empty { what: "the step" }.in_file("x.safetensors");
+        assert_eq!(Failure::from(empty).exit_code(), 2);
     }
 }

@@ -1,12 +1,103 @@
-//! The command-line program `egmla`.
+//! The command-line program `egmla`: the only owner of a device in this crate.
+//!
+//! Exit 0 is done, 2 is bad usage or input, 1 failed while running. Every error is one line on stderr that begins
+//! `error:`.
 
 mod adapter;
+mod attend;
+mod check;
+mod console;
+mod engine;
+mod eval;
 mod failure;
+mod generate;
+mod info;
+mod options;
 
-fn main() {
-    let option = adapter::AdapterOption { adapter: std::env::args().nth(1).unwrap_or("auto".to_owned()) };
-    match adapter::open(&option) {
-        Ok(backend) => println!("{}", backend.describe()),
-        Err(failure) => eprintln!("error: {failure:?}"),
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use failure::Failure;
+
+/// Multi-head Latent Attention and Embedding-Gated MLA on any adapter that wgpu reaches
+#[derive(Parser, Debug)]
+#[command(name = "egmla", version, arg_required_else_help = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Continue a prompt with a language model
+    Generate(generate::GenerateArgs),
+    /// Measure a language model on a text
+    Eval(eval::EvalArgs),
+    /// Run one attention layer on a file
+    Attend(attend::AttendArgs),
+    /// Show adapters, the variants chosen for them, and cache sizes
+    Info(info::InfoArgs),
+    /// Compare every kernel and the layer with the reference on an adapter
+    Check(check::CheckArgs),
+}
+
+fn main() -> ExitCode {
+    // A defect of ours must not look like a crash to a script: one line, exit 1.
+    std::panic::set_hook(Box::new(|info| console::error(&format!("internal error: {info}"))));
+    console::start_logging();
+    match std::panic::catch_unwind(run) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(failure)) => {
+            console::error(failure.message());
+            ExitCode::from(failure.exit_code())
+        }
+        Err(_) => ExitCode::from(1),
+    }
+}
+
+fn run() -> Result<(), Failure> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => return console::print(&error.render().to_string()),
+        Err(error) => return Err(usage(&error)),
+    };
+    match cli.command {
+        Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Attend(args) => attend::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Check(args) => check::run(args),
+    }
+}
+
+/// clap's first paragraph, which says what is wrong and names the options; its tips and usage are left to `--help`.
+fn usage(error: &clap::Error) -> Failure {
+    let text = error.render().to_string();
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let message = paragraph.strip_prefix("error: ").unwrap_or(paragraph);
+    Failure::usage(format!("{} (see egmla --help)", console::one_line(message)))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::{Cli, usage};
+
+    #[test]
+    fn the_options_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_usage_error_names_the_options_on_one_line() {
+        let error = Cli::try_parse_from(["egmla", "attend", "--input", "x"]).unwrap_err();
+        let failure = usage(&error);
+        assert_eq!(failure.exit_code(), 2);
+        assert!(failure.message().contains("--config <FILE> --weights <FILE> --output <FILE>"), "{failure:?}");
+        assert!(failure.message().ends_with("(see egmla --help)"), "{failure:?}");
+        assert!(!failure.message().contains('\n'), "{failure:?}");
     }
 }

@@ -1,0 +1,107 @@
+//! What the program writes: results to stdout, everything else to stderr, one line each.
+
+use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
+
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::failure::Failure;
+
+/// What is shown unless `RUST_LOG` says otherwise: our own warnings, other crates' errors.
+const DEFAULT_FILTER: &str = "error,egmla=warn";
+
+/// Writes a result to stdout. A reader that has gone away is no error: the program ends as if all had been read.
+pub fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::run(format!("stdout: {error}"))),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line about the run to stderr. Where nobody reads stderr there is nobody to tell.
+pub fn note(text: impl fmt::Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Writes the one line that every failed run ends with.
+pub fn error(text: &str) {
+    note(format_args!("error: {}", one_line(text)));
+}
+
+/// Line breaks and control characters become spaces; nothing else changes, so that paths and names stay as given.
+pub fn one_line(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join(" ").replace(|c: char| c.is_control(), " ")
+}
+
+/// Warnings of the library go to stderr as `warning: …`, one line each.
+pub fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).event_format(Line).with_writer(io::stderr);
+    // Fails only where a subscriber is set already, and then there is one.
+    let _ = subscriber.try_init();
+}
+
+/// `warning: message`, or the level's own name below warnings.
+struct Line;
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let mut text = String::new();
+        context.format_fields(Writer::new(&mut text), event)?;
+        let level = match *event.metadata().level() {
+            // `error:` is kept for the line that ends a failed run.
+            Level::ERROR | Level::WARN => "warning",
+            Level::INFO => "info",
+            Level::DEBUG => "debug",
+            Level::TRACE => "trace",
+        };
+        writeln!(writer, "{level}: {}", one_line(&text))
+    }
+}
+
+/// Bytes for a reader: `1.50 KiB`.
+pub fn bytes(count: u64) -> String {
+    let mut text = String::new();
+    let units = ["KiB", "MiB", "GiB", "TiB"];
+    let mut scaled = count as f64;
+    let mut unit = "B";
+    for next in units {
+        if scaled < 1024.0 {
+            break;
+        }
+        (scaled, unit) = (scaled / 1024.0, next);
+    }
+    let digits = if unit == "B" { 0 } else { 2 };
+    // Writing to a String cannot fail.
+    let _ = write!(text, "{scaled:.digits$} {unit}");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{bytes, one_line};
+
+    #[test]
+    fn a_message_is_one_line() {
+        assert_eq!(one_line("first\n  second\r\n\nthird\tend"), "first second third end");
+        assert_eq!(one_line("two  spaces stay"), "two  spaces stay");
+    }
+
+    #[test]
+    fn bytes_are_scaled() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.50 KiB");
+        assert_eq!(bytes(3 << 40), "3.00 TiB");
+    }
+}

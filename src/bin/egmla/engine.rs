@@ -1,0 +1,181 @@
+//! A language model on whatever `--adapter` chose: kernels on a device, or the reference on the CPU.
+
+use egmla::attention::{DecodePath, LatentCache, MemoryReport, Mode, StepInput};
+use egmla::check::readback;
+use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, Logits, ModelFolder};
+use egmla::kernel::Recording;
+use egmla::plan::Storage;
+
+use crate::adapter::{Backend, Gpu};
+use crate::failure::Failure;
+
+/// Most tokens of one prefill step: longer texts go in chunks.
+const CHUNK: u32 = 512;
+
+/// One sequence of a language model.
+pub enum Engine<'a> {
+    /// In f64.
+    Cpu {
+        /// The model.
+        decoder: Box<CpuDecoder>,
+        /// Its past.
+        state: CpuState,
+        /// Most tokens of a sequence.
+        capacity: u32,
+    },
+    /// On a device.
+    Gpu {
+        /// The device.
+        gpu: &'a Gpu,
+        /// The model.
+        decoder: Box<Decoder>,
+        /// Its past.
+        cache: Box<LatentCache>,
+        /// Buffers of a step.
+        state: Box<DecoderState>,
+        /// How decode steps attend.
+        path: DecodePath,
+    },
+}
+
+/// What the engine is asked for.
+pub struct EngineOptions {
+    /// Storage on a device.
+    pub storage: Storage,
+    /// Decode path on a device.
+    pub decode: DecodePath,
+    /// Most tokens of a sequence.
+    pub capacity: u32,
+    /// Most tokens that are fed at once.
+    pub max_tokens: u32,
+    /// Logits of every fed token are wanted, not just of the last.
+    pub all_logits: bool,
+}
+
+impl<'a> Engine<'a> {
+    /// Loads the weights.
+    pub fn new(backend: &'a Backend, folder: &ModelFolder, options: &EngineOptions) -> Result<Self, Failure> {
+        let weights = folder.weights()?;
+        match backend {
+            Backend::Cpu { .. } => {
+                let decoder = CpuDecoder::new(folder.config(), &weights)?;
+                Ok(Engine::Cpu { state: decoder.state(), decoder: Box::new(decoder), capacity: options.capacity })
+            }
+            Backend::Gpu(gpu) => {
+                let decoder = Decoder::new(&gpu.kernels, folder.config(), &weights, options.storage)?;
+                let path = decoder.decode_path(options.decode)?;
+                let cache = decoder.cache(1, options.capacity)?;
+                let max_tokens = options.max_tokens.min(CHUNK);
+                let state =
+                    decoder.state(&cache, DecoderStateOptions { max_tokens, all_logits: options.all_logits })?;
+                gpu.check()?;
+                Ok(Engine::Gpu {
+                    gpu,
+                    decoder: Box::new(decoder),
+                    cache: Box::new(cache),
+                    state: Box::new(state),
+                    path,
+                })
+            }
+        }
+    }
+
+    /// Name of the storage in effect.
+    pub fn storage(&self) -> &'static str {
+        match self {
+            Engine::Cpu { .. } => "f64",
+            Engine::Gpu { decoder, .. } => decoder.storage().name(),
+        }
+    }
+
+    /// Name of the decode path in effect.
+    pub fn decode(&self) -> &'static str {
+        match self {
+            Engine::Gpu { path: DecodePath::Absorbed, .. } => "absorbed",
+            Engine::Cpu { .. } | Engine::Gpu { .. } => "expanded",
+        }
+    }
+
+    /// Bytes on the device.
+    pub fn memory(&self) -> Option<MemoryReport> {
+        match self {
+            Engine::Cpu { .. } => None,
+            Engine::Gpu { cache, state, .. } => Some(state.memory(cache)),
+        }
+    }
+
+    /// Forgets every token.
+    pub fn reset(&mut self) {
+        match self {
+            Engine::Cpu { state, .. } => state.truncate(0),
+            Engine::Gpu { cache, .. } => cache.reset(),
+        }
+    }
+
+    /// Feeds tokens of a text, in chunks, and returns the logits of the last.
+    pub fn prefill(&mut self, ids: &[u32]) -> Result<Vec<f32>, Failure> {
+        let chunks = ids.chunks(CHUNK as usize);
+        let last = chunks.len().saturating_sub(1);
+        let mut logits = Vec::new();
+        for (number, chunk) in chunks.enumerate() {
+            let wanted = if number == last { Logits::Last } else { Logits::None };
+            logits = self.feed(chunk, Mode::Prefill, wanted)?;
+        }
+        Ok(logits)
+    }
+
+    /// Feeds one token and returns its logits.
+    pub fn step(&mut self, id: u32) -> Result<Vec<f32>, Failure> {
+        self.feed(&[id], Mode::Decode, Logits::Last)
+    }
+
+    /// Feeds tokens of a text, in chunks, and hands the logits from row `first` on to `score`, with the row that each
+    /// part begins at.
+    pub fn score(
+        &mut self,
+        ids: &[u32],
+        first: usize,
+        mut score: impl FnMut(usize, &[f32]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let vocab = self.vocab_size();
+        for (number, chunk) in ids.chunks(CHUNK as usize).enumerate() {
+            let start = number * CHUNK as usize;
+            if start + chunk.len() <= first {
+                self.feed(chunk, Mode::Prefill, Logits::None)?;
+                continue;
+            }
+            let logits = self.feed(chunk, Mode::Prefill, Logits::All)?;
+            let skipped = first.saturating_sub(start);
+            score(start + skipped, &logits[skipped * vocab..])?;
+        }
+        Ok(())
+    }
+
+    fn vocab_size(&self) -> usize {
+        match self {
+            Engine::Cpu { decoder, .. } => decoder.config().vocab_size as usize,
+            Engine::Gpu { decoder, .. } => decoder.config().vocab_size as usize,
+        }
+    }
+
+    fn feed(&mut self, ids: &[u32], mode: Mode, logits: Logits) -> Result<Vec<f32>, Failure> {
+        match self {
+            Engine::Cpu { decoder, state, capacity } => {
+                if state.len() + ids.len() > *capacity as usize {
+                    let (length, added) = (state.len() as u32, ids.len() as u64);
+                    return Err(egmla::Error::CacheFull { sequence: 0, length, added, capacity: *capacity }.into());
+                }
+                Ok(decoder.forward(ids, state, logits)?.into_iter().map(|logit| logit as f32).collect())
+            }
+            Engine::Gpu { gpu, decoder, cache, state, path } => {
+                let mut recording = Recording::new(&gpu.kernels);
+                let input = StepInput { mode, counts: &[ids.len() as u32], token_ids: Some(ids) };
+                let region = decoder.advance(&mut recording, cache, state, input, *path, logits)?;
+                readback::submit(&recording, &gpu.queue)?;
+                let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region]));
+                gpu.check()?;
+                Ok(read?.into_iter().next().unwrap_or_default())
+            }
+        }
+    }
+}

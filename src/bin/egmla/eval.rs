@@ -1,0 +1,133 @@
+//! `egmla eval`: how well a model predicts a text.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use egmla::attention::DecodePath;
+use egmla::decoder::{ModelFolder, Score, Windows, scored_characters};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::adapter::{self, AdapterOption};
+use crate::engine::{Engine, EngineOptions};
+use crate::failure::Failure;
+use crate::options::{ModelOption, StorageOption};
+
+/// Measures bits per character of a text under a language model.
+#[derive(Args, Debug)]
+pub struct EvalArgs {
+    /// The text, in UTF-8
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    #[command(flatten)]
+    pub model: ModelOption,
+    #[command(flatten)]
+    pub adapter: AdapterOption,
+    /// How weights and cache are stored on the device
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    pub storage: StorageOption,
+    /// Write one JSON object to stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `--json` writes.
+#[derive(serde::Serialize)]
+struct Report {
+    bits_per_character: f64,
+    loss: f64,
+    tokens: u64,
+    characters: u64,
+    tokens_per_s: f64,
+    adapter: String,
+    storage: &'static str,
+}
+
+/// Runs the command.
+pub fn run(args: EvalArgs) -> Result<(), Failure> {
+    let text = read(&args.text)?;
+    let folder = ModelFolder::open(&args.model.folder()?)?;
+    let ids = folder.tokenizer().encode(&text)?;
+    if ids.len() < 2 {
+        let path = args.text.display();
+        return Err(Failure::usage(format!(
+            "{path}: {} token, at least 2 are needed: the first is context",
+            ids.len()
+        )));
+    }
+    let characters = scored_characters(folder.tokenizer(), &text, &ids)?;
+    if characters == 0 {
+        return Err(Failure::usage(format!("{}: no character is left after the first token", args.text.display())));
+    }
+
+    let backend = adapter::open(&args.adapter)?;
+    eprintln!("adapter: {}", backend.describe());
+    let width = u64::from(folder.config().max_position_embeddings).min(ids.len() as u64 - 1) as u32;
+    let mut engine = Engine::new(
+        &backend,
+        &folder,
+        &EngineOptions {
+            storage: args.storage.into(),
+            decode: DecodePath::Auto,
+            capacity: width,
+            max_tokens: width,
+            all_logits: true,
+        },
+    )?;
+    let bar = progress(ids.len() as u64 - 1);
+    let started = Instant::now();
+    let mut score = Score::default();
+    for window in Windows::new(ids.len(), folder.config().max_position_embeddings as usize) {
+        engine.reset();
+        let inputs = window.inputs.clone();
+        engine.score(&ids[inputs.clone()], window.scored_rows().start, |row, logits| {
+            // Row r of the window predicts the token after its own.
+            let rows = logits.len() / folder.config().vocab_size as usize;
+            let target = inputs.start + row + 1;
+            let added = score.add(logits, &ids[target..target + rows], folder.config().vocab_size);
+            added.map_err(|error| Failure::run(format!("tokens from {target} on: {error}")))
+        })?;
+        bar.set_position(score.tokens());
+    }
+    bar.finish_and_clear();
+    let report = Report {
+        bits_per_character: score.bits_per_character(characters),
+        loss: score.loss(),
+        tokens: score.tokens(),
+        characters,
+        tokens_per_s: score.tokens() as f64 / started.elapsed().as_secs_f64().max(1e-9),
+        adapter: backend.describe(),
+        storage: engine.storage(),
+    };
+    if args.json {
+        println!("{}", serde_json::to_string(&report).map_err(Failure::run)?);
+    } else {
+        println!("bits per character: {:.4}", report.bits_per_character);
+        println!("loss: {:.4} nats per token", report.loss);
+        println!("scored: {} tokens, {} characters", report.tokens, report.characters);
+        println!("speed: {:.1} scored tokens/s", report.tokens_per_s);
+    }
+    Ok(())
+}
+
+fn read(path: &std::path::Path) -> Result<String, Failure> {
+    let shown = path.display();
+    let bytes = std::fs::read(path).map_err(|error| Failure::usage(format!("{shown}: {error}")))?;
+    if bytes.is_empty() {
+        return Err(Failure::usage(format!("{shown}: the file is empty")));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        Failure::usage(format!("{shown}: not UTF-8 (byte {valid})"))
+    })
+}
+
+/// A bar on stderr when that is a terminal.
+fn progress(tokens: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:40} {percent:>3} % {pos}/{len} tokens, {per_sec}, {eta} left");
+    ProgressBar::new(tokens).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}

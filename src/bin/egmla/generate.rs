@@ -1,0 +1,280 @@
+//! `egmla generate`: text from a prompt.
+
+use std::io::{ErrorKind, Write};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use egmla::attention::MemoryReport;
+use egmla::config::AttentionConfig;
+use egmla::decoder::{ModelFolder, Sampler, SamplingOptions, TextStream};
+use egmla::plan::Storage;
+
+use crate::adapter::{self, AdapterOption};
+use crate::engine::{Engine, EngineOptions};
+use crate::failure::Failure;
+use crate::options::{ModelOption, PathOptions};
+
+/// Continues a prompt with a language model and streams the text.
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    /// The text to continue
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    #[command(flatten)]
+    pub model: ModelOption,
+    /// Tokens to write
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_new_tokens: u32,
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, value_name = "X", default_value_t = 0.8, allow_negative_numbers = true)]
+    pub temperature: f64,
+    /// Draw from the K most likely tokens only
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Draw from the most likely tokens that together reach this probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+    /// Seed of the draws
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub adapter: AdapterOption,
+    #[command(flatten)]
+    pub path: PathOptions,
+    /// Write one JSON object to stdout instead of the text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `--json` writes.
+#[derive(serde::Serialize)]
+struct Report<'a> {
+    prompt: &'a str,
+    text: &'a str,
+    token_ids: &'a [u32],
+    adapter: &'a str,
+    storage: &'a str,
+    decode: &'a str,
+    prompt_tokens: usize,
+    new_tokens: usize,
+    prompt_tokens_per_s: Option<f64>,
+    decode_tokens_per_s: Option<f64>,
+    memory: Option<MemoryReport>,
+    cache_bytes_per_token: CacheBytes,
+}
+
+/// Bytes a cached token takes in all layers; the names of the fields are those of `--json`.
+#[derive(serde::Serialize)]
+struct CacheBytes {
+    this: u64,
+    mha: u64,
+    mla: u64,
+    /// Latent width of the MLA that it is compared with.
+    #[serde(rename = "mla_kv_lora_rank")]
+    mla_rank: u64,
+}
+
+impl CacheBytes {
+    /// The paper compares EG-MLA with MLA of four times the latent width (64 against 256); a plain MLA is its own.
+    fn of(config: &AttentionConfig, n_layer: u32, storage: Storage) -> Self {
+        let bytes = |elements: u64| elements * u64::from(n_layer) * storage.bytes();
+        let mla_rank = u64::from(config.d_latent) * if config.gate.is_some() { 4 } else { 1 };
+        CacheBytes {
+            this: bytes(config.cache_elements().into()),
+            mha: bytes(config.mha_cache_elements().into()),
+            mla: bytes(mla_rank + u64::from(config.d_rope)),
+            mla_rank,
+        }
+    }
+}
+
+/// Runs the command.
+pub fn run(args: GenerateArgs) -> Result<(), Failure> {
+    check(&args)?;
+    let sampling =
+        SamplingOptions { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let mut sampler = Sampler::new(sampling)?;
+    let folder = ModelFolder::open(&args.model.folder()?)?;
+    let prompt_ids = folder.tokenizer().encode(&args.prompt)?;
+    let capacity = capacity(&args, &folder, prompt_ids.len())?;
+
+    let backend = adapter::open(&args.adapter)?;
+    eprintln!("adapter: {}", backend.describe());
+    let storage: Storage = args.path.storage.into();
+    let started = Instant::now();
+    let mut engine = Engine::new(
+        &backend,
+        &folder,
+        &EngineOptions {
+            storage,
+            decode: args.path.decode.into(),
+            capacity,
+            max_tokens: prompt_ids.len() as u32,
+            all_logits: false,
+        },
+    )?;
+    warm_up(&mut engine, &prompt_ids)?;
+    let first_use = started.elapsed();
+
+    let mut out = Output::new(!args.json);
+    out.write(&args.prompt)?;
+    let mut stream = TextStream::new(folder.tokenizer(), &prompt_ids)?;
+    let (mut text, mut token_ids) = (String::new(), Vec::new());
+    let started = Instant::now();
+    let mut logits = engine.prefill(&prompt_ids)?;
+    let prompt_time = started.elapsed();
+    let mut decode_time = Duration::ZERO;
+    while out.open {
+        let step = token_ids.len();
+        let id = sampler.sample(&logits).map_err(|error| Failure::run(format!("step {step}: {error}")))?;
+        token_ids.push(id);
+        let new = stream.push(id)?;
+        out.write(&new)?;
+        text.push_str(&new);
+        if token_ids.len() as u64 >= u64::from(args.max_new_tokens) {
+            break;
+        }
+        let started = Instant::now();
+        logits = engine.step(id)?;
+        decode_time += started.elapsed();
+    }
+    let rest = stream.finish()?;
+    text.push_str(&rest);
+    out.write(&(rest + "\n"))?;
+
+    let rate = |tokens: usize, time: Duration| (tokens > 0).then(|| tokens as f64 / time.as_secs_f64().max(1e-9));
+    let adapter = backend.describe();
+    let report = Report {
+        prompt: &args.prompt,
+        text: &text,
+        token_ids: &token_ids,
+        adapter: &adapter,
+        storage: engine.storage(),
+        decode: engine.decode(),
+        prompt_tokens: prompt_ids.len(),
+        new_tokens: token_ids.len(),
+        prompt_tokens_per_s: rate(prompt_ids.len(), prompt_time),
+        // The first new token comes out of the prompt's own step.
+        decode_tokens_per_s: rate(token_ids.len() - 1, decode_time),
+        memory: engine.memory(),
+        cache_bytes_per_token: CacheBytes::of(&folder.config().attention, folder.config().n_layer, storage),
+    };
+    tell(&report, first_use);
+    if args.json {
+        let json = serde_json::to_string(&report).map_err(Failure::run)?;
+        Output::new(true).write(&(json + "\n"))?;
+    }
+    Ok(())
+}
+
+fn check(args: &GenerateArgs) -> Result<(), Failure> {
+    if args.prompt.is_empty() {
+        return Err(Failure::usage("--prompt is empty: there must be a text to continue"));
+    }
+    if args.max_new_tokens == 0 {
+        return Err(Failure::usage("--max-new-tokens is 0, must be at least 1"));
+    }
+    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
+        return Err(Failure::usage(format!("--temperature is {}, must be 0 or a number above it", args.temperature)));
+    }
+    if args.top_k == Some(0) {
+        return Err(Failure::usage("--top-k is 0, must be at least 1"));
+    }
+    match args.top_p {
+        Some(top_p) if !(top_p > 0.0 && top_p <= 1.0) => {
+            Err(Failure::usage(format!("--top-p is {top_p}, must be above 0 and at most 1")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Tokens that the cache must hold.
+fn capacity(args: &GenerateArgs, folder: &ModelFolder, prompt_tokens: usize) -> Result<u32, Failure> {
+    if prompt_tokens == 0 {
+        return Err(Failure::usage("--prompt has no token in this model's vocabulary"));
+    }
+    let limit = folder.config().max_position_embeddings;
+    let total = prompt_tokens as u64 + u64::from(args.max_new_tokens);
+    match u32::try_from(total) {
+        Ok(capacity) if capacity <= limit => Ok(capacity),
+        _ => Err(Failure::usage(format!(
+            "a sequence longer than the cache: {prompt_tokens} prompt tokens and {} new ones (--max-new-tokens) exceed the \
+             model's {limit} positions",
+            args.max_new_tokens
+        ))),
+    }
+}
+
+/// Runs every kernel once, so that compiling them does not count as speed. The prompt's length decides which they are.
+fn warm_up(engine: &mut Engine<'_>, prompt_ids: &[u32]) -> Result<(), Failure> {
+    if let Engine::Gpu { .. } = engine {
+        engine.prefill(&prompt_ids[..prompt_ids.len().min(32)])?;
+        engine.step(prompt_ids[0])?;
+        engine.reset();
+    }
+    Ok(())
+}
+
+/// Figures for the user, on stderr.
+fn tell(report: &Report<'_>, first_use: Duration) {
+    let rate = |rate: Option<f64>| rate.map_or("no step".to_owned(), |rate| format!("{rate:.1} tokens/s"));
+    let cached = (report.prompt_tokens + report.new_tokens - 1) as u64;
+    let cache = &report.cache_bytes_per_token;
+    let less = |other: u64| 100.0 * (1.0 - cache.this as f64 / other as f64);
+    eprintln!("storage {}, decode path {}", report.storage, report.decode);
+    eprintln!("first use: {:.2} s (weights and pipelines made ready)", first_use.as_secs_f64());
+    eprintln!("prompt: {} tokens, {}", report.prompt_tokens, rate(report.prompt_tokens_per_s));
+    eprintln!("decode: {} tokens, {}", report.new_tokens, rate(report.decode_tokens_per_s));
+    eprintln!("cache of {cached} tokens: {} bytes, {} a token", cached * cache.this, cache.this);
+    eprintln!(
+        "  MHA of the same shape: {} bytes, {} a token ({:.1} % less here)",
+        cached * cache.mha,
+        cache.mha,
+        less(cache.mha)
+    );
+    eprintln!(
+        "  MLA with kv_lora_rank {}: {} bytes, {} a token ({:.1} % less here)",
+        cache.mla_rank,
+        cached * cache.mla,
+        cache.mla,
+        less(cache.mla)
+    );
+    match &report.memory {
+        None => {
+            eprintln!("  (the CPU reference keeps whole keys and values in f64 instead; the figures are a device's)")
+        }
+        Some(memory) => {
+            for (name, bytes) in memory.lines() {
+                eprintln!("memory, {name}: {bytes} bytes");
+            }
+        }
+    }
+}
+
+/// stdout, until the reader goes away.
+struct Output {
+    open: bool,
+    wanted: bool,
+}
+
+impl Output {
+    fn new(wanted: bool) -> Self {
+        Output { open: true, wanted }
+    }
+
+    /// Writes and flushes, so that the text is seen as it comes.
+    fn write(&mut self, text: &str) -> Result<(), Failure> {
+        if !self.wanted || !self.open {
+            return Ok(());
+        }
+        let mut stdout = std::io::stdout().lock();
+        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                self.open = false;
+                Ok(())
+            }
+            Err(error) => Err(Failure::run(format!("stdout: {error}"))),
+        }
+    }
+}

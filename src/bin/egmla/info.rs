@@ -1,0 +1,479 @@
+//! `egmla info`: what this machine offers, what is chosen on it, and what a cache costs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table};
+use egmla::config::{DecoderConfig, GateNorm};
+use egmla::kernels::{
+    Problem, attention_absorbed, attention_decode, attention_merge, attention_prefill, matmul, matvec,
+};
+use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
+use egmla::{Error, wgpu};
+use serde::Serialize;
+
+use crate::adapter;
+use crate::console;
+use crate::failure::Failure;
+use crate::options::ModelOption;
+
+/// Options of `egmla info`.
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    #[command(flatten)]
+    model: ModelOption,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    adapters: Vec<Adapter>,
+    /// Folder of the model in `caches`; null when there is none.
+    model: Option<PathBuf>,
+    /// Why there is no model.
+    model_problem: Option<String>,
+    caches: Vec<CacheTable>,
+}
+
+#[derive(Debug, Serialize)]
+struct Adapter {
+    name: String,
+    backend: String,
+    driver: String,
+    r#type: String,
+    class: &'static str,
+    max_storage_buffer_binding_size: u64,
+    max_buffer_size: u64,
+    max_compute_workgroup_storage_size: u32,
+    max_compute_invocations_per_workgroup: u32,
+    max_storage_buffers_per_shader_stage: u32,
+    shader_f16: bool,
+    subgroups: bool,
+    subgroup_min_size: u32,
+    subgroup_max_size: u32,
+    timestamp_query: bool,
+    cooperative_matrix: bool,
+    variants: Vec<Variant>,
+}
+
+/// What `Tuning::Auto` makes of a sample problem.
+#[derive(Debug, Serialize)]
+struct Variant {
+    kernel: &'static str,
+    sample: &'static str,
+    /// Values of the shader's `override` constants.
+    overrides: BTreeMap<&'static str, f64>,
+    workgroup_size: u32,
+    workgroup_bytes: u32,
+    /// Why the kernel cannot run here.
+    problem: Option<String>,
+}
+
+/// Cache sizes of one model shape.
+#[derive(Debug, Serialize)]
+struct CacheTable {
+    title: String,
+    n_layer: u32,
+    rows: Vec<CacheRow>,
+    /// Bytes per token that are not in the paper's count: ids, and norm statistics of every layer.
+    bookkeeping_bytes: u64,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct CacheRow {
+    attention: String,
+    /// Elements per token, all layers.
+    elements: u64,
+    bytes_f32: u64,
+    bytes_f16: u64,
+    /// Per cent; null for MHA itself.
+    below_mha: Option<f64>,
+    /// Per cent; null for MHA and MLA itself.
+    below_mla: Option<f64>,
+}
+
+/// Shows it all.
+pub fn run(args: InfoArgs) -> Result<(), Failure> {
+    // A folder that was asked for must be there; the committed one may be missing.
+    let (model, model_problem) = match (args.model.folder(), &args.model.model) {
+        (Ok(folder), _) => (Some(folder), None),
+        (Err(failure), Some(_)) => return Err(failure),
+        (Err(failure), None) => (None, Some(failure.message().to_owned())),
+    };
+    let mut caches = Vec::new();
+    if let Some(folder) = &model {
+        caches.push(CacheTable::of_model(folder)?);
+    }
+    caches.push(CacheTable::of_paper());
+    let adapters = adapter::adapters().iter().map(Adapter::of).collect();
+    let report = Report { adapters, model, model_problem, caches };
+    let text =
+        if args.json { serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n" } else { report.text() };
+    console::print(&text)
+}
+
+impl Adapter {
+    fn of(adapter: &wgpu::Adapter) -> Self {
+        let info = adapter.get_info();
+        let offered = adapter.limits();
+        let features = adapter.features();
+        let class = AdapterClass::of(&info);
+        let context = PlanContext { limits: adapter::limits(adapter), class };
+        Adapter {
+            driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_owned(),
+            backend: format!("{:?}", info.backend),
+            r#type: format!("{:?}", info.device_type),
+            class: match class {
+                AdapterClass::Software => "software",
+                AdapterClass::Integrated => "integrated",
+                AdapterClass::Discrete => "discrete",
+            },
+            max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+            max_buffer_size: offered.max_buffer_size,
+            max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size,
+            max_compute_invocations_per_workgroup: offered.max_compute_invocations_per_workgroup,
+            max_storage_buffers_per_shader_stage: offered.max_storage_buffers_per_shader_stage,
+            shader_f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+            subgroup_min_size: info.subgroup_min_size,
+            subgroup_max_size: info.subgroup_max_size,
+            timestamp_query: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+            variants: variants(&context),
+            name: info.name,
+        }
+    }
+
+    fn lines(&self) -> Vec<(&'static str, String)> {
+        let yes = |offered: bool| if offered { "yes".to_owned() } else { "no".to_owned() };
+        let subgroups = match (self.subgroups, self.subgroup_min_size, self.subgroup_max_size) {
+            (false, ..) => "no".to_owned(),
+            (true, low, high) if low == high => format!("{low} lanes"),
+            (true, low, high) => format!("{low} to {high} lanes"),
+        };
+        vec![
+            ("backend", self.backend.clone()),
+            ("driver", self.driver.clone()),
+            ("type, class", format!("{}, {}", self.r#type, self.class)),
+            ("storage binding", console::bytes(self.max_storage_buffer_binding_size)),
+            ("buffer", console::bytes(self.max_buffer_size)),
+            ("workgroup memory", console::bytes(self.max_compute_workgroup_storage_size.into())),
+            ("workgroup invocations", self.max_compute_invocations_per_workgroup.to_string()),
+            ("storage buffers", self.max_storage_buffers_per_shader_stage.to_string()),
+            ("shader-f16", yes(self.shader_f16)),
+            ("subgroups", subgroups),
+            ("timestamp query", yes(self.timestamp_query)),
+            ("cooperative matrix", yes(self.cooperative_matrix)),
+        ]
+    }
+}
+
+/// The kernels that have tile settings, on the paper's 120M layer: 256 tokens prefilled, 4096 cached.
+fn variants(context: &PlanContext) -> Vec<Variant> {
+    let (n_head, width, d_latent, storage, scale) = (12, 64, 64, Storage::F32, 0.0884);
+    let (hidden, cached) = (n_head * width, 4096);
+    let splits = cached / attention_decode::SPLIT;
+    let product = |rows| matmul::Problem::linear(rows, hidden, hidden, false, storage);
+    let query_tiles = attention_prefill::tile_q(context, Tuning::Auto).map_or(1, |tile| 256u32.div_ceil(tile));
+    vec![
+        variant(context, "256 × 768 × 768", &product(256)),
+        variant(context, "1 × 768 × 768", &matvec::Problem(product(1))),
+        variant(
+            context,
+            "256 queries, 256 keys",
+            &attention_prefill::Problem {
+                tokens: 256,
+                query_tiles,
+                n_sequence: 1,
+                n_head,
+                d_nope: width,
+                d_rope: width,
+                d_value: width,
+                kv_first: 0,
+                kv_rows: 256,
+                cache_rows: cached,
+                first: true,
+                last: true,
+                scale,
+                storage,
+            },
+        ),
+        variant(
+            context,
+            "1 query, 4096 keys",
+            &attention_decode::Problem {
+                tokens: 1,
+                n_sequence: 1,
+                n_head,
+                d_nope: width,
+                d_rope: width,
+                d_value: width,
+                kv_first: 0,
+                kv_rows: cached,
+                cache_rows: cached,
+                scale,
+                storage,
+            },
+        ),
+        variant(
+            context,
+            "1 query, 4096 latents",
+            &attention_absorbed::Problem {
+                tokens: 1,
+                n_sequence: 1,
+                splits,
+                n_head,
+                d_latent,
+                d_nope: width,
+                d_rope: width,
+                cache_rows: cached,
+                scale,
+                storage,
+            },
+        ),
+        variant(context, "1 query, 16 splits", &attention_merge::Problem { tokens: 1, n_head, width, splits }),
+    ]
+}
+
+fn variant<P: Problem>(context: &PlanContext, sample: &'static str, problem: &P) -> Variant {
+    let planned = problem.plan(context, Tuning::Auto);
+    let kernel = P::SPEC.name;
+    match planned {
+        Ok(plan) => Variant {
+            kernel,
+            sample,
+            overrides: plan.overrides.into_iter().collect(),
+            workgroup_size: plan.workgroup_size,
+            workgroup_bytes: plan.workgroup_bytes,
+            problem: None,
+        },
+        Err(error) => Variant {
+            kernel,
+            sample,
+            overrides: BTreeMap::new(),
+            workgroup_size: 0,
+            workgroup_bytes: 0,
+            problem: Some(error.to_string()),
+        },
+    }
+}
+
+/// Widths that decide what is cached.
+struct Shape {
+    n_layer: u32,
+    n_head: u32,
+    d_nope: u32,
+    d_value: u32,
+    d_rope: u32,
+}
+
+impl Shape {
+    /// MHA, then MLA of latent width `mla`, then EG-MLA of the others, each compared with the first two.
+    fn rows(&self, mla: u32, gated: &[u32]) -> Vec<CacheRow> {
+        let layers = u64::from(self.n_layer);
+        let mha = layers * u64::from(self.n_head) * (u64::from(self.d_nope) + u64::from(self.d_value));
+        let latent = |width: u32| layers * (u64::from(width) + u64::from(self.d_rope));
+        let below = |elements: u64, base: u64| Some(100.0 * (1.0 - elements as f64 / base as f64));
+        let row = |attention: String, elements: u64, below_mha, below_mla| CacheRow {
+            attention,
+            elements,
+            bytes_f32: elements * Storage::F32.bytes(),
+            bytes_f16: elements * Storage::F16.bytes(),
+            below_mha,
+            below_mla,
+        };
+        let mut rows = vec![
+            row("MHA".to_owned(), mha, None, None),
+            row(format!("MLA r={mla}"), latent(mla), below(latent(mla), mha), None),
+        ];
+        rows.extend(gated.iter().map(|&width| {
+            let elements = latent(width);
+            row(format!("EG-MLA r={width}"), elements, below(elements, mha), below(elements, latent(mla)))
+        }));
+        rows
+    }
+}
+
+impl CacheTable {
+    /// EG-MLA.md §3.
+    fn of_paper() -> Self {
+        let shape = Shape { n_layer: 12, n_head: 12, d_nope: 64, d_value: 64, d_rope: 64 };
+        CacheTable {
+            title: "paper, 120M (12 layers, 12 heads × 64, rope 64)".to_owned(),
+            n_layer: shape.n_layer,
+            rows: shape.rows(256, &[64, 16]),
+            bookkeeping_bytes: bookkeeping(shape.n_layer, true, true),
+        }
+    }
+
+    fn of_model(folder: &Path) -> Result<Self, Failure> {
+        let path = folder.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let config = DecoderConfig::from_json(&text).map_err(|error| error.in_file(path))?;
+        let c = &config.attention;
+        let shape =
+            Shape { n_layer: config.n_layer, n_head: c.n_head, d_nope: c.d_nope, d_value: c.d_value, d_rope: c.d_rope };
+        // The paper compares EG-MLA with MLA of four times the latent width (64 against 256); a plain MLA is its own.
+        let rows = match c.gate {
+            Some(_) => shape.rows(c.d_latent.saturating_mul(4), &[c.d_latent]),
+            None => shape.rows(c.d_latent, &[]),
+        };
+        let gate = c.up_projected_gate();
+        Ok(CacheTable {
+            title: format!(
+                "model {} ({} layers, {} heads, content {}, value {}, rope {})",
+                folder.display(),
+                config.n_layer,
+                c.n_head,
+                c.d_nope,
+                c.d_value,
+                c.d_rope
+            ),
+            n_layer: config.n_layer,
+            rows,
+            bookkeeping_bytes: bookkeeping(
+                config.n_layer,
+                gate.is_some(),
+                gate.is_some_and(|gate| gate.norm != GateNorm::None),
+            ),
+        })
+    }
+
+    fn table(&self) -> Table {
+        let mut table = new_table(["per token", "elements", "bytes f32", "bytes f16", "below MHA", "below MLA"]);
+        let percent = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2} %"));
+        for row in &self.rows {
+            table.add_row([
+                row.attention.clone(),
+                row.elements.to_string(),
+                row.bytes_f32.to_string(),
+                row.bytes_f16.to_string(),
+                percent(row.below_mha),
+                percent(row.below_mla),
+            ]);
+        }
+        right_align(&mut table, 1..6);
+        table
+    }
+}
+
+/// One id of 4 bytes a token for all layers, mean and reciprocal deviation of 4 bytes each a token and layer.
+fn bookkeeping(n_layer: u32, ids: bool, statistics: bool) -> u64 {
+    4 * u64::from(ids) + 8 * u64::from(n_layer) * u64::from(statistics)
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut parts = Vec::new();
+        if self.adapters.is_empty() {
+            parts.push("No adapter: `--adapter auto` computes with the f64 reference on the CPU.".to_owned());
+        } else {
+            parts.push(self.adapter_table().to_string());
+        }
+        for adapter in &self.adapters {
+            parts.push(format!("Chosen on {} ({}):\n{}", adapter.name, adapter.backend, variant_table(adapter)));
+        }
+        if let Some(problem) = &self.model_problem {
+            parts.push(format!("No model: {problem}"));
+        }
+        for cache in &self.caches {
+            parts.push(format!(
+                "Cache of {}:\n{}\nBookkeeping beside that count (ids, norm statistics): {} bytes per token",
+                cache.title,
+                cache.table(),
+                cache.bookkeeping_bytes
+            ));
+        }
+        parts.join("\n\n") + "\n"
+    }
+
+    /// One column an adapter.
+    fn adapter_table(&self) -> Table {
+        let mut table = new_table(
+            std::iter::once("adapter".to_owned()).chain(self.adapters.iter().map(|adapter| adapter.name.clone())),
+        );
+        let columns: Vec<_> = self.adapters.iter().map(Adapter::lines).collect();
+        for (line, (what, _)) in columns.first().into_iter().flatten().enumerate() {
+            let values = columns.iter().map(|column| column[line].1.clone());
+            table.add_row(std::iter::once((*what).to_owned()).chain(values));
+        }
+        table
+    }
+}
+
+fn variant_table(adapter: &Adapter) -> Table {
+    let mut table = new_table(["kernel", "sample", "workgroup", "workgroup bytes", "overrides"]);
+    for variant in &adapter.variants {
+        let overrides: Vec<_> = variant.overrides.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        table.add_row([
+            variant.kernel.to_owned(),
+            variant.sample.to_owned(),
+            variant.workgroup_size.to_string(),
+            variant.workgroup_bytes.to_string(),
+            variant.problem.clone().unwrap_or_else(|| overrides.join(" ")),
+        ]);
+    }
+    right_align(&mut table, 2..4);
+    table
+}
+
+fn new_table<T: Into<comfy_table::Cell>>(header: impl IntoIterator<Item = T>) -> Table {
+    let mut table = Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header(header.into_iter().map(Into::into).collect::<Vec<comfy_table::Cell>>());
+    table
+}
+
+fn right_align(table: &mut Table, columns: std::ops::Range<usize>) {
+    for column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CacheTable, bookkeeping, variants};
+    use egmla::plan::{AdapterClass, PlanContext};
+
+    #[test]
+    fn the_papers_cache_sizes() {
+        let table = CacheTable::of_paper();
+        let elements: Vec<_> = table.rows.iter().map(|row| (row.attention.as_str(), row.elements)).collect();
+        let expected = [("MHA", 18432), ("MLA r=256", 3840), ("EG-MLA r=64", 1536), ("EG-MLA r=16", 960)];
+        assert_eq!(elements, expected);
+        let printed: Vec<_> = table
+            .rows
+            .iter()
+            .map(|row| {
+                (row.below_mha.map(|below| format!("{below:.2}")), row.below_mla.map(|below| format!("{below:.1}")))
+            })
+            .collect();
+        let text = |value: &str| Some(value.to_owned());
+        let expected =
+            [(None, None), (text("79.17"), None), (text("91.67"), text("60.0")), (text("94.79"), text("75.0"))];
+        assert_eq!(printed, expected);
+        assert_eq!((table.rows[2].bytes_f32, table.rows[2].bytes_f16), (6144, 3072));
+    }
+
+    #[test]
+    fn bookkeeping_counts_ids_once_and_statistics_per_layer() {
+        assert_eq!(bookkeeping(12, true, true), 4 + 12 * 8);
+        assert_eq!(bookkeeping(12, true, false), 4);
+        assert_eq!(bookkeeping(12, false, false), 0);
+    }
+
+    #[test]
+    fn every_class_of_adapter_has_a_variant_of_every_kernel() {
+        for class in [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete] {
+            for variant in variants(&PlanContext::webgpu_defaults(class)) {
+                assert_eq!(variant.problem, None, "{} on {class:?}", variant.kernel);
+                assert!(variant.workgroup_size > 0, "{} on {class:?}", variant.kernel);
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Options that several commands share.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use egmla::attention::DecodePath;
+use egmla::plan::Storage;
+
+use crate::failure::Failure;
+
+/// `--storage`
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StorageOption {
+    /// 32-bit floats
+    #[default]
+    F32,
+    /// 16-bit floats for weights and cache, 32-bit sums
+    F16,
+}
+
+impl From<StorageOption> for Storage {
+    fn from(option: StorageOption) -> Self {
+        match option {
+            StorageOption::F32 => Storage::F32,
+            StorageOption::F16 => Storage::F16,
+        }
+    }
+}
+
+/// `--decode`
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DecodeOption {
+    /// The fastest that the model supports
+    #[default]
+    Auto,
+    /// Keys and values rebuilt from the cache
+    Expanded,
+    /// Queries taken to the latents; not with the gate at `up_projected`
+    Absorbed,
+}
+
+impl From<DecodeOption> for DecodePath {
+    fn from(option: DecodeOption) -> Self {
+        match option {
+            DecodeOption::Auto => DecodePath::Auto,
+            DecodeOption::Expanded => DecodePath::Expanded,
+            DecodeOption::Absorbed => DecodePath::Absorbed,
+        }
+    }
+}
+
+/// How a decode step is stored and computed.
+#[derive(Args, Debug, Clone, Copy)]
+pub struct PathOptions {
+    /// How weights and cache are stored on the device
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    pub storage: StorageOption,
+    /// How a decode step attends to the cache
+    #[arg(long, value_name = "PATH", value_enum, default_value_t)]
+    pub decode: DecodeOption,
+}
+
+/// `--model`, shared by the commands that run a language model.
+#[derive(Args, Debug, Clone)]
+pub struct ModelOption {
+    /// Folder with config.json, model.safetensors and tokenizer.json; without it, the model of the project's own repository
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+}
+
+/// Where the project keeps its model.
+const COMMITTED: &str = "models/shakespeare";
+
+impl ModelOption {
+    /// The folder that was given, else the committed model: under the current folder, beside the program, or where the
+    /// program was built.
+    ///
+    /// # Errors
+    /// Bad usage when there is none.
+    pub fn folder(&self) -> Result<PathBuf, Failure> {
+        if let Some(folder) = &self.model {
+            return Ok(folder.clone());
+        }
+        let program = std::env::current_exe().unwrap_or_default();
+        let built = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/models/shakespeare")).to_owned();
+        std::iter::once(PathBuf::from(COMMITTED))
+            .chain(program.ancestors().skip(1).map(|folder| folder.join(COMMITTED)))
+            .chain([built])
+            .find(|folder| folder.join("config.json").is_file())
+            .ok_or_else(|| {
+                let needed = "pass --model DIR, a folder with config.json, model.safetensors and tokenizer.json";
+                Failure::usage(format!("no model at {COMMITTED}: {needed}"))
+            })
+    }
+}

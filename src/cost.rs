@@ -1,0 +1,789 @@
+//! FLOPs and bytes of every kernel and of a layer's decode step, as benches and reports print them.
+//!
+//! Counting rules:
+//!
+//! - A multiply-add is 2 FLOPs; any other addition, multiplication, division, comparison, root, exponential, logarithm or
+//!   tanh is 1; a change of sign is none. What the formula in the shader's header needs is counted, not what a schedule
+//!   computes twice.
+//! - Attention counts the multiply-adds of its two products, as the literature does: its softmax is not counted.
+//! - Bytes are compulsory traffic: each input element that takes part is read once, each output element is written once,
+//!   and what changes in place is both. Weights and caches count at their storage size, everything else at 4 bytes.
+//! - A cached latent counts once: MLA's values are a part of its keys.
+//! - Where a [`Problem`] does not know how much of its input takes part, the count is the bound that follows from its sizes:
+//!   `attention_prefill` knows neither positions nor lengths, so it counts every query with every row of the key tile
+//!   (one sequence without a past computes about half of that, a ragged batch less); `cache_read`, `attention_decode` and
+//!   `attention_absorbed` count the padded rows of a step, but never more than the cache has; `gather` counts a table row
+//!   for every id, but never more than the table has.
+//! - Counts saturate instead of overflowing.
+
+use std::iter::Sum;
+use std::ops::Add;
+
+use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
+use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::matmul::Layout;
+use crate::kernels::{
+    attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_copy, cache_read,
+    gate, gather, matmul, matvec, norm, product, residual_add, rope, swiglu,
+};
+use crate::plan::Storage;
+
+#[cfg(doc)]
+use crate::kernels::Problem;
+
+/// Work of a dispatch, or of several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// Floating-point operations.
+    pub flops: u64,
+    /// Bytes of compulsory memory traffic.
+    pub bytes: u64,
+}
+
+impl Add for Cost {
+    type Output = Cost;
+
+    fn add(self, other: Cost) -> Cost {
+        Cost { flops: self.flops.saturating_add(other.flops), bytes: self.bytes.saturating_add(other.bytes) }
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), Add::add)
+    }
+}
+
+/// What a kernel's `Problem` costs.
+pub trait Costed {
+    /// FLOPs and bytes, by the rules of this module.
+    fn cost(&self) -> Cost;
+}
+
+/// `factor` for every element of these extents.
+fn times(factor: u64, extents: &[u32]) -> u64 {
+    product(extents).saturating_mul(factor)
+}
+
+fn cost(flops: &[u64], bytes: &[u64]) -> Cost {
+    let sum = |terms: &[u64]| terms.iter().fold(0, |total: u64, &term| total.saturating_add(term));
+    Cost { flops: sum(flops), bytes: sum(bytes) }
+}
+
+/// Zero where something is switched off.
+fn when(on: bool, count: u64) -> u64 {
+    if on { count } else { 0 }
+}
+
+impl Costed for matmul::Problem {
+    fn cost(&self) -> Cost {
+        let matmul::Problem { rows, inner, cols, batch, bias, storage, .. } = *self;
+        // A stride of 0 means that every product of the batch reads the same operand.
+        let matrices = |layout: Layout| if layout.batch == 0 { batch.min(1) } else { batch };
+        cost(
+            &[times(2, &[rows, inner, cols, batch]), when(bias, times(1, &[rows, cols, batch]))],
+            &[
+                times(4, &[rows, inner, matrices(self.x)]),
+                times(storage.bytes(), &[cols, inner, matrices(self.w)]),
+                when(bias, times(storage.bytes(), &[cols])),
+                times(4, &[rows, cols, batch]),
+            ],
+        )
+    }
+}
+
+impl Costed for matvec::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for norm::Problem {
+    fn cost(&self) -> Cost {
+        let norm::Problem { rows, width, kind, bias, storage, .. } = *self;
+        // Square and sum, scale, weight; LayerNorm also sums and centres.
+        let (element, row) = match kind {
+            norm::Kind::Rms => (4, 3),
+            norm::Kind::Layer => (6, 4),
+        };
+        cost(
+            &[times(element + u64::from(bias), &[rows, width]), times(row, &[rows])],
+            &[times(8, &[rows, width]), times(storage.bytes() * (1 + u64::from(bias)), &[width])],
+        )
+    }
+}
+
+impl Costed for rope::Problem {
+    fn cost(&self) -> Cost {
+        let rope::Problem { tokens, n_head, d_rope, .. } = *self;
+        // Four products and two sums a pair. cos and sin are read once a token, whatever the heads.
+        cost(
+            &[times(3, &[tokens, n_head, d_rope])],
+            &[times(4, &[tokens, d_rope]), times(8, &[tokens, n_head, d_rope])],
+        )
+    }
+}
+
+impl Costed for gather::Problem {
+    fn cost(&self) -> Cost {
+        let gather::Problem { rows, width, vocab_size, storage } = *self;
+        let table = times(storage.bytes(), &[rows.min(vocab_size), width]);
+        cost(&[], &[table, times(4, &[rows]), times(4, &[rows, width])])
+    }
+}
+
+impl Costed for gate::Problem {
+    fn cost(&self) -> Cost {
+        let gate::Problem { rows, width, activation, norm, statistics_rows, storage, .. } = *self;
+        let activation = match activation {
+            Activation::Identity => 0,
+            Activation::Tanh | Activation::OnePlus => 1,
+            Activation::Sigmoid | Activation::Silu => 3,
+        };
+        // As in `norm`; the affine part of layer_norm has a bias.
+        let (element, row, affine) = match norm {
+            GateNorm::LayerNorm => (7, 4, 2),
+            GateNorm::RmsNorm => (4, 3, 1),
+            GateNorm::None => (0, 0, 0),
+        };
+        cost(
+            &[times(activation + 1 + element, &[rows, width]), times(row, &[rows])],
+            &[
+                times(12, &[rows, width]),
+                times(affine * storage.bytes(), &[width]),
+                // A slot read and (μ, ρ) written.
+                when(statistics_rows > 0, times(12, &[rows])),
+            ],
+        )
+    }
+}
+
+impl Costed for cache_append::Problem {
+    fn cost(&self) -> Cost {
+        let cache_append::Problem { tokens, d_latent, d_rope, with_ids, storage, .. } = *self;
+        // The padding of a cache row is written too.
+        let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
+        cost(
+            &[],
+            &[
+                times(4, &[tokens, d_latent]),
+                times(4, &[tokens, d_rope]),
+                times(4, &[tokens]),
+                written[0],
+                written[1],
+                when(with_ids, times(8, &[tokens])),
+            ],
+        )
+    }
+}
+
+impl Costed for cache_copy::Problem {
+    fn cost(&self) -> Cost {
+        cost(&[], &[times(8, &[self.words])])
+    }
+}
+
+impl Costed for cache_read::Problem {
+    fn cost(&self) -> Cost {
+        let cache_read::Problem { rows, cache_rows, d_latent, n_sequence, with_ids, storage, .. } = *self;
+        let cached = rows.min(cache_rows);
+        cost(
+            &[],
+            &[
+                times(storage.bytes(), &[cached, d_latent]),
+                times(16, &[n_sequence]),
+                times(4, &[rows, d_latent]),
+                times(4, &[rows]),
+                when(with_ids, times(4, &[cached]) + times(4, &[rows])),
+            ],
+        )
+    }
+}
+
+impl Costed for attention_prefill::Problem {
+    fn cost(&self) -> Cost {
+        let attention_prefill::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
+        // The state is written by every tile and read by all but the first. One (m, l) a query and head: a schedule that
+        // splits the value width keeps more.
+        let state = if self.first { 1 } else { 2 };
+        cost(
+            &[
+                times(2, &[tokens, kv_rows, n_head, d_nope]),
+                times(2, &[tokens, kv_rows, n_head, d_rope]),
+                times(2, &[tokens, kv_rows, n_head, d_value]),
+            ],
+            &[
+                times(4, &[tokens, n_head, d_nope]),
+                times(4, &[tokens, n_head, d_rope]),
+                times(4, &[kv_rows, n_head, d_nope]),
+                times(4, &[kv_rows, n_head, d_value]),
+                times(storage.bytes(), &[kv_rows.min(self.cache_rows), d_rope]),
+                times(16, &[self.query_tiles]),
+                times(16, &[self.n_sequence]),
+                times(4 * state, &[tokens, n_head, d_value]),
+                times(8 * state, &[tokens, n_head]),
+            ],
+        )
+    }
+}
+
+impl Costed for attention_decode::Problem {
+    fn cost(&self) -> Cost {
+        let attention_decode::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
+        // A row belongs to one sequence, and so meets one query.
+        let rows = kv_rows.min(self.cache_rows);
+        let splits = kv_rows.div_ceil(SPLIT);
+        cost(
+            &[times(2, &[rows, n_head, d_nope]), times(2, &[rows, n_head, d_rope]), times(2, &[rows, n_head, d_value])],
+            &[
+                times(4, &[tokens, n_head, d_nope]),
+                times(4, &[tokens, n_head, d_rope]),
+                times(4, &[rows, n_head, d_nope]),
+                times(4, &[rows, n_head, d_value]),
+                times(storage.bytes(), &[rows, d_rope]),
+                times(16, &[self.n_sequence]),
+                times(4, &[splits, n_head, d_value]),
+                times(8, &[splits, n_head]),
+            ],
+        )
+    }
+}
+
+impl Costed for attention_absorbed::Problem {
+    fn cost(&self) -> Cost {
+        let attention_absorbed::Problem { tokens, splits, n_head, d_latent, d_rope, storage, .. } = *self;
+        let rows = splits.saturating_mul(SPLIT).min(self.cache_rows);
+        cost(
+            &[times(4, &[rows, n_head, d_latent]), times(2, &[rows, n_head, d_rope])],
+            &[
+                times(4, &[tokens, n_head, d_latent]),
+                times(4, &[tokens, n_head, d_rope]),
+                times(storage.bytes(), &[rows, d_latent]),
+                times(storage.bytes(), &[rows, d_rope]),
+                times(16, &[self.n_sequence]),
+                times(4, &[splits, n_head, d_latent]),
+                times(8, &[splits, n_head]),
+            ],
+        )
+    }
+}
+
+impl Costed for attention_merge::Problem {
+    fn cost(&self) -> Cost {
+        let attention_merge::Problem { tokens, n_head, width, splits } = *self;
+        cost(
+            &[
+                // A split: the maximum, its weight e^(m_s − m), its part of l, its part of the values.
+                times(2, &[splits, n_head, width]),
+                times(5, &[splits, n_head]),
+                // A query: times 1 / l; lse.
+                times(1, &[tokens, n_head, width]),
+                times(3, &[tokens, n_head]),
+            ],
+            &[
+                times(4, &[splits, n_head, width]),
+                times(8, &[splits, n_head]),
+                times(8, &[tokens]),
+                times(4, &[tokens, n_head, width]),
+                times(4, &[tokens, n_head]),
+            ],
+        )
+    }
+}
+
+impl Costed for swiglu::Problem {
+    fn cost(&self) -> Cost {
+        cost(&[times(4, &[self.elements])], &[times(12, &[self.elements])])
+    }
+}
+
+impl Costed for residual_add::Problem {
+    fn cost(&self) -> Cost {
+        cost(&[times(1, &[self.elements])], &[times(12, &[self.elements])])
+    }
+}
+
+/// One new token of one sequence through one whole layer, keys and values rebuilt from the cache.
+///
+/// `cached` tokens are attended to, the new one included. Rebuilding them costs `cached · D · (d_latent + d_gate)`
+/// multiply-adds, the second term only with the gate at `up_projected`. The sum of the layer's dispatches with every row
+/// needed and none of the padding: each weight counts once, however many tiles read it. Weights and cache in `storage`.
+pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) -> Cost {
+    let AttentionConfig { n_head, d_latent, d_nope, d_rope, d_value, .. } = *config;
+    let d_kv = config.d_kv();
+    let read = cache_read::Problem {
+        first_row: 0,
+        rows: cached,
+        cache_rows: cached,
+        d_latent,
+        n_sequence: 1,
+        with_ids: config.up_projected_gate().is_some(),
+        storage,
+    };
+    let rebuilt = config.up_projected_gate().map_or(Cost::default(), |gate| {
+        let statistics_rows = if gate.norm == GateNorm::None { 0 } else { cached };
+        gated(gate, cached, d_kv, statistics_rows, storage)
+    });
+    let attention = attention_decode::Problem {
+        tokens: 1,
+        n_sequence: 1,
+        n_head,
+        d_nope,
+        d_rope,
+        d_value,
+        kv_first: 0,
+        kv_rows: cached,
+        cache_rows: cached,
+        scale: config.scale() as f32,
+        storage,
+    };
+    projections(config, storage)
+        + read.cost()
+        + linear(cached, d_latent, d_kv, false, storage)
+        + rebuilt
+        + attention.cost()
+        + merged(n_head, d_value, cached)
+}
+
+/// One new token of one sequence through one whole layer, straight over the cached latents.
+///
+/// `cached` tokens are attended to, the new one included, for `cached · n_head · (2·d_latent + d_rope)` multiply-adds.
+/// `None` with the gate at `up_projected`, where gate and norm stand between latent and key. Otherwise as
+/// [`decode_expanded`].
+pub fn decode_absorbed(config: &AttentionConfig, cached: u32, storage: Storage) -> Option<Cost> {
+    if config.up_projected_gate().is_some() {
+        return None;
+    }
+    let AttentionConfig { n_head, d_latent, d_nope, d_rope, d_value, .. } = *config;
+    let one_a_head = |inner: u32, cols: u32| {
+        let layout = Layout { batch: 1, ..Layout::dense(inner) };
+        matmul::Problem {
+            batch: n_head,
+            x: layout,
+            w: layout,
+            ..matmul::Problem::linear(1, inner, cols, false, storage)
+        }
+    };
+    let attention = attention_absorbed::Problem {
+        tokens: 1,
+        n_sequence: 1,
+        splits: cached.div_ceil(SPLIT),
+        n_head,
+        d_latent,
+        d_nope,
+        d_rope,
+        cache_rows: cached,
+        scale: config.scale() as f32,
+        storage,
+    };
+    Some(
+        projections(config, storage)
+            + one_a_head(d_nope, d_latent).cost()
+            + attention.cost()
+            + merged(n_head, d_latent, cached)
+            + one_a_head(d_latent, d_value).cost(),
+    )
+}
+
+fn linear(rows: u32, inner: u32, cols: u32, bias: bool, storage: Storage) -> Cost {
+    matmul::Problem::linear(rows, inner, cols, bias, storage).cost()
+}
+
+fn merged(n_head: u32, width: u32, cached: u32) -> Cost {
+    attention_merge::Problem { tokens: 1, n_head, width, splits: cached.div_ceil(SPLIT) }.cost()
+}
+
+/// Table rows, their projection, and the gate itself.
+fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, storage: Storage) -> Cost {
+    let table = gather::Problem { rows, width: config.d_gate, vocab_size: config.vocab_size, storage };
+    let gate = gate::Problem {
+        rows,
+        width,
+        x_offset: 0,
+        x_row: width,
+        eps: config.norm_eps as f32,
+        activation: config.activation,
+        norm: config.norm,
+        statistics_rows,
+        storage,
+    };
+    table.cost() + linear(rows, config.d_gate, width, false, storage) + gate.cost()
+}
+
+/// What both decode paths do for the new token: the query, its latent and rotary key into the cache, the output.
+fn projections(config: &AttentionConfig, storage: Storage) -> Cost {
+    let AttentionConfig { hidden_size, n_head, d_latent, d_rope, attention_bias: bias, .. } = *config;
+    let d_q = n_head * config.d_query();
+    let rms = |width: u32| {
+        let (x_offset, x_row, eps) = (0, width, 0.0);
+        norm::Problem { rows: 1, width, x_offset, x_row, eps, kind: norm::Kind::Rms, bias: false, storage }.cost()
+    };
+    let rotated = |n_head: u32| {
+        let (offset, token_stride, head_stride, interleave) = (0, 0, d_rope, config.rope.interleave);
+        rope::Problem { tokens: 1, n_head, d_rope, offset, token_stride, head_stride, interleave }.cost()
+    };
+    let query = match config.d_q_latent {
+        None => linear(1, hidden_size, d_q, false, storage),
+        Some(rank) => linear(1, hidden_size, rank, bias, storage) + rms(rank) + linear(1, rank, d_q, false, storage),
+    };
+    let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| gated(gate, 1, d_latent, 0, storage));
+    let append = cache_append::Problem {
+        tokens: 1,
+        cache_rows: 1,
+        d_latent,
+        latent_offset: 0,
+        latent_row: d_latent,
+        d_rope,
+        rope_offset: 0,
+        rope_row: d_rope,
+        with_ids: config.up_projected_gate().is_some(),
+        storage,
+    };
+    query
+        + rotated(n_head)
+        + linear(1, hidden_size, d_latent + d_rope, bias, storage)
+        + rotated(1)
+        + rms(d_latent)
+        + latent_gate
+        + append.cost()
+        + linear(1, n_head * config.d_value, hidden_size, bias, storage)
+}
+
+/// A line of the cache table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheLine {
+    /// Width of the cached latent; `None` for multi-head attention, which caches keys and values.
+    pub rank: Option<u32>,
+    /// Cached elements of one token over all layers, as the papers count them: no ids, no statistics, no padding.
+    pub elements: u64,
+}
+
+impl CacheLine {
+    /// How much less than `other` it caches, in per cent.
+    pub fn saving(&self, other: &CacheLine) -> f64 {
+        100.0 * (1.0 - self.elements as f64 / other.elements as f64)
+    }
+}
+
+/// Cached elements per token: multi-head attention with `n_head` heads of `d_head`, then a latent of each rank beside one
+/// rotary key. MLA and EG-MLA of one rank cache the same.
+pub fn cache_table(n_layer: u32, n_head: u32, d_head: u32, d_rope: u32, ranks: &[u32]) -> Vec<CacheLine> {
+    let heads = CacheLine { rank: None, elements: times(2, &[n_layer, n_head, d_head]) };
+    let latent = |&rank: &u32| {
+        let width = u64::from(rank) + u64::from(d_rope);
+        CacheLine { rank: Some(rank), elements: u64::from(n_layer).saturating_mul(width) }
+    };
+    std::iter::once(heads).chain(ranks.iter().map(latent)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::config::{GateSite, RopeConfig};
+    use crate::kernels::{Problem, REGISTRY};
+
+    /// One problem of every kernel with its FLOPs and bytes, counted by hand.
+    fn by_hand() -> Vec<(&'static str, Cost, (u64, u64))> {
+        fn entry<P: Problem + Costed>(problem: P, flops: u64, bytes: u64) -> (&'static str, Cost, (u64, u64)) {
+            (P::SPEC.name, problem.cost(), (flops, bytes))
+        }
+        let f16 = Storage::F16;
+        let product = matmul::Problem::linear(2, 3, 5, true, f16);
+        vec![
+            // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
+            // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 16. Out: 2·3·(8·4 + 8).
+            entry(
+                attention_absorbed::Problem {
+                    tokens: 1,
+                    n_sequence: 1,
+                    splits: 2,
+                    n_head: 3,
+                    d_latent: 8,
+                    d_nope: 6,
+                    d_rope: 4,
+                    cache_rows: 300,
+                    scale: 1.0,
+                    storage: f16,
+                },
+                2 * 300 * 3 * 20,
+                96 + 48 + 4800 + 2400 + 16 + 240,
+            ),
+            // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
+            // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 16. Out: 1·2·(5·4 + 8).
+            entry(
+                attention_decode::Problem {
+                    tokens: 1,
+                    n_sequence: 1,
+                    n_head: 2,
+                    d_nope: 3,
+                    d_rope: 2,
+                    d_value: 5,
+                    kv_first: 256,
+                    kv_rows: 256,
+                    cache_rows: 1000,
+                    scale: 1.0,
+                    storage: f16,
+                },
+                2 * 256 * 2 * 10,
+                40 + 16384 + 1024 + 16 + 56,
+            ),
+            // 4 splits · 3 heads · (2·10 + 5) + 2 queries · 3 heads · (10 + 3).
+            // In: 12·(40 + 8) + 2·8. Out: 6·(40 + 4).
+            entry(attention_merge::Problem { tokens: 2, n_head: 3, width: 10, splits: 4 }, 300 + 78, 576 + 16 + 264),
+            // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
+            // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
+            entry(
+                attention_prefill::Problem {
+                    tokens: 4,
+                    query_tiles: 1,
+                    n_sequence: 1,
+                    n_head: 2,
+                    d_nope: 3,
+                    d_rope: 2,
+                    d_value: 5,
+                    kv_first: 7,
+                    kv_rows: 7,
+                    cache_rows: 20,
+                    first: false,
+                    last: true,
+                    scale: 1.0,
+                    storage: f16,
+                },
+                2 * 4 * 7 * 2 * 10,
+                160 + 448 + 28 + 32 + 224 + 224,
+            ),
+            // In: 3·(5 + 2)·4, ids and slots 3·4 each. Out: rows of 8 and 8 halves, ids 3·4.
+            entry(
+                cache_append::Problem {
+                    tokens: 3,
+                    cache_rows: 9,
+                    d_latent: 5,
+                    latent_offset: 0,
+                    latent_row: 5,
+                    d_rope: 2,
+                    rope_offset: 0,
+                    rope_row: 2,
+                    with_ids: true,
+                    storage: f16,
+                },
+                0,
+                84 + 24 + 3 * 32 + 12,
+            ),
+            entry(cache_copy::Problem { words: 10, from_word: 0, to_word: 10 }, 0, 80),
+            // In: 6 rows of cache (10 are asked for) · (5·2 + 4), table 2·16. Out: 10 · (5·4 + 4 + 4).
+            entry(
+                cache_read::Problem {
+                    first_row: 0,
+                    rows: 10,
+                    cache_rows: 6,
+                    d_latent: 5,
+                    n_sequence: 2,
+                    with_ids: true,
+                    storage: f16,
+                },
+                0,
+                84 + 32 + 280,
+            ),
+            // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).
+            entry(
+                gate::Problem {
+                    rows: 3,
+                    width: 7,
+                    x_offset: 0,
+                    x_row: 7,
+                    eps: 1e-5,
+                    activation: Activation::Sigmoid,
+                    norm: GateNorm::LayerNorm,
+                    statistics_rows: 9,
+                    storage: f16,
+                },
+                231 + 12,
+                252 + 28 + 36,
+            ),
+            // Table rows 4·6·2, ids 4·4, out 4·6·4.
+            entry(gather::Problem { rows: 4, width: 6, vocab_size: 50, storage: f16 }, 0, 48 + 16 + 96),
+            // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
+            entry(product, 60 + 10, 24 + 30 + 10 + 40),
+            entry(matvec::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
+            // LayerNorm with bias: 2·5·7 + 2·4. In and out 2·5·8, weight and bias 5·4.
+            entry(
+                norm::Problem {
+                    rows: 2,
+                    width: 5,
+                    x_offset: 0,
+                    x_row: 5,
+                    eps: 1e-5,
+                    kind: norm::Kind::Layer,
+                    bias: true,
+                    storage: f16,
+                },
+                70 + 8,
+                80 + 20,
+            ),
+            entry(residual_add::Problem { elements: 11 }, 11, 132),
+            // 2·3·2 pairs of 6. Rotations 2·4·4, values 2·3·4 read and written.
+            entry(
+                rope::Problem {
+                    tokens: 2,
+                    n_head: 3,
+                    d_rope: 4,
+                    offset: 0,
+                    token_stride: 12,
+                    head_stride: 4,
+                    interleave: true,
+                },
+                72,
+                32 + 192,
+            ),
+            entry(swiglu::Problem { elements: 11 }, 44, 132),
+        ]
+    }
+
+    #[test]
+    fn every_kernel_costs_what_is_counted_by_hand() {
+        for (kernel, cost, (flops, bytes)) in by_hand() {
+            assert_eq!(cost, Cost { flops, bytes }, "{kernel}");
+        }
+    }
+
+    #[test]
+    fn every_kernel_of_the_registry_has_a_cost() {
+        let costed: Vec<_> = by_hand().iter().map(|(kernel, ..)| *kernel).collect();
+        let registered: Vec<_> = REGISTRY.iter().map(|spec| spec.name).collect();
+        assert_eq!(costed, registered);
+    }
+
+    #[test]
+    fn switches_change_the_count() {
+        let gate = |activation, norm, statistics_rows| {
+            let (x_offset, x_row, storage) = (0, 10, Storage::F32);
+            gate::Problem { rows: 1, width: 10, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }
+                .cost()
+        };
+        assert_eq!(gate(Activation::Identity, GateNorm::None, 0), Cost { flops: 10, bytes: 120 });
+        assert_eq!(gate(Activation::OnePlus, GateNorm::None, 0).flops, 20);
+        assert_eq!(gate(Activation::Silu, GateNorm::RmsNorm, 0), Cost { flops: 10 * 8 + 3, bytes: 160 });
+        assert_eq!(gate(Activation::Identity, GateNorm::RmsNorm, 1).bytes, 172);
+        let dense = matmul::Problem::linear(4, 8, 16, false, Storage::F32);
+        let f16 = matmul::Problem { storage: Storage::F16, ..dense };
+        assert_eq!(dense.cost().bytes - f16.cost().bytes, 8 * 16 * 2);
+        // A batch that shares its weights reads them once.
+        let shared = matmul::Problem { batch: 3, x: Layout { batch: 32, ..dense.x }, ..dense };
+        assert_eq!(shared.cost(), Cost { flops: 3 * 1024, bytes: 3 * 128 + 512 + 3 * 256 });
+        let empty = matmul::Problem::linear(0, 8, 16, true, Storage::F32);
+        assert_eq!(empty.cost().flops, 0);
+    }
+
+    #[test]
+    fn costs_add_and_saturate() {
+        let one = Cost { flops: 1, bytes: 2 };
+        assert_eq!([one, one, one].into_iter().sum::<Cost>(), Cost { flops: 3, bytes: 6 });
+        let most = Cost { flops: u64::MAX, bytes: u64::MAX };
+        assert_eq!(most + one, most);
+        let huge = matmul::Problem::linear(u32::MAX, u32::MAX, u32::MAX, true, Storage::F32);
+        assert_eq!(huge.cost().flops, u64::MAX);
+    }
+
+    fn config(gate: Option<GateSite>) -> AttentionConfig {
+        AttentionConfig {
+            hidden_size: 96,
+            n_head: 3,
+            d_latent: 32,
+            d_q_latent: None,
+            d_nope: 16,
+            d_rope: 8,
+            d_value: 24,
+            attention_bias: false,
+            gate: gate.map(|site| GateConfig {
+                vocab_size: 1000,
+                d_gate: 10,
+                site,
+                activation: Activation::Identity,
+                norm: GateNorm::LayerNorm,
+                norm_eps: 1e-5,
+            }),
+            rope: RopeConfig::default(),
+        }
+    }
+
+    /// FLOPs that each cached token adds, over a whole split.
+    fn slope(cost: impl Fn(u32) -> Cost) -> u64 {
+        cost(1024 + SPLIT).flops - cost(1024).flops
+    }
+
+    #[test]
+    fn expanded_decode_rebuilds_keys_and_values() {
+        // D = 3 · (16 + 24) = 120. A split adds 3 · (2·24 + 5) to the merge.
+        let split = u64::from(SPLIT);
+        let attention = 2 * 3 * (16 + 8 + 24);
+        let mla = slope(|cached| decode_expanded(&config(None), cached, Storage::F32));
+        assert_eq!(mla, split * (2 * 120 * 32 + attention) + 159);
+        let latent = slope(|cached| decode_expanded(&config(Some(GateSite::Latent)), cached, Storage::F32));
+        assert_eq!(latent, mla);
+        // T · D · (d_latent + d_gate) multiply-adds, and the gate itself: 8 FLOPs an element, 4 a row.
+        let gated = slope(|cached| decode_expanded(&config(Some(GateSite::UpProjected)), cached, Storage::F32));
+        assert_eq!(gated, split * (2 * 120 * (32 + 10) + 8 * 120 + 4 + attention) + 159);
+    }
+
+    #[test]
+    fn absorbed_decode_meets_the_latents() {
+        // T · n_head · (2·d_latent + d_rope) multiply-adds; a split adds 3 · (2·32 + 5) to the merge.
+        let absorbed = |cached| decode_absorbed(&config(None), cached, Storage::F32).unwrap();
+        assert_eq!(slope(absorbed), u64::from(SPLIT) * 2 * 3 * (2 * 32 + 8) + 207);
+        // Cache bytes: every latent and every rotary key once; a split's partial results written and read.
+        let bytes = absorbed(1024 + SPLIT).bytes - absorbed(1024).bytes;
+        assert_eq!(bytes, u64::from(SPLIT) * (32 + 8) * 4 + 2 * 3 * (32 * 4 + 8));
+        assert_eq!(decode_absorbed(&config(Some(GateSite::UpProjected)), 8, Storage::F32), None);
+        assert!(decode_absorbed(&config(Some(GateSite::Latent)), 8, Storage::F32).is_some());
+    }
+
+    #[test]
+    fn a_whole_layer_counts_its_projections() {
+        // One token behind nothing, by hand. q 96·72, rope 6·4 pairs · (3 heads + 1 key), kv_a 96·40, norm 4·32 + 3,
+        // o 72·96.
+        let shared = 2 * 96 * 72 + 6 * 4 * 4 + 2 * 96 * 40 + 131 + 2 * 72 * 96;
+        // W_K 3·16·32, one key 3·(2·32 + 8), merge 3·(2·32 + 5) + 3·(32 + 3), W_V 3·32·24.
+        let absorbed = 2 * 3 * 16 * 32 + 2 * 3 * 72 + 207 + 105 + 2 * 3 * 32 * 24;
+        assert_eq!(decode_absorbed(&config(None), 1, Storage::F32).unwrap().flops, shared + absorbed);
+        // kv_b 32·120, one key 3·48, merge 3·(2·24 + 5) + 3·(24 + 3).
+        let expanded = 2 * 32 * 120 + 2 * 3 * 48 + 159 + 81;
+        assert_eq!(decode_expanded(&config(None), 1, Storage::F32).flops, shared + expanded);
+        // Every weight once: f16 halves weights and cache, and nothing else. Elements: q, kv_a, norm, kv_b, o, and the
+        // new row of the cache, which is written by the append and read by the attention (40 elements both times).
+        let f32 = decode_absorbed(&config(None), 1, Storage::F32).unwrap().bytes;
+        let f16 = decode_absorbed(&config(None), 1, Storage::F16).unwrap().bytes;
+        assert_eq!(f32 - f16, 2 * (96 * 72 + 96 * 40 + 32 + 32 * 120 + 72 * 96 + 40 + 40));
+    }
+
+    #[test]
+    fn absorbed_decode_is_far_cheaper_on_long_caches() {
+        // DeepSeek-V2-Lite's attention over 4096 tokens: EG-MLA.md §4 tells of 40 to 200 times.
+        let lite = AttentionConfig {
+            hidden_size: 2048,
+            n_head: 16,
+            d_latent: 512,
+            d_nope: 128,
+            d_rope: 64,
+            d_value: 128,
+            ..config(None)
+        };
+        let expanded = decode_expanded(&lite, 4096, Storage::F16).flops;
+        let absorbed = decode_absorbed(&lite, 4096, Storage::F16).unwrap().flops;
+        assert!((40..200).contains(&(expanded / absorbed)), "{expanded} / {absorbed}");
+    }
+
+    #[test]
+    fn cache_table_prints_the_papers_figures() {
+        let table = cache_table(12, 12, 64, 64, &[256, 64, 16]);
+        let elements: Vec<_> = table.iter().map(|line| (line.rank, line.elements)).collect();
+        assert_eq!(elements, [(None, 18432), (Some(256), 3840), (Some(64), 1536), (Some(16), 960)]);
+        assert!((table[2].saving(&table[0]) - 91.666_667).abs() < 1e-5);
+        assert!((table[2].saving(&table[1]) - 60.0).abs() < 1e-9);
+        // The same count as the configuration's own.
+        let paper = AttentionConfig { n_head: 12, d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64, ..config(None) };
+        assert_eq!(12 * u64::from(paper.cache_elements()), table[2].elements);
+        assert_eq!(12 * u64::from(paper.mha_cache_elements()), table[0].elements);
+    }
+}

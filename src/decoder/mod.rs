@@ -1,0 +1,25 @@
+//! A small decoder-only language model around the attention layer: RMSNorm, MLA or EG-MLA, RMSNorm, SwiGLU.
+//!
+//! ```text
+//! token ids ─ embed_tokens ─┬─ input_layernorm ─ attention ─┬─(+)─ post_attention_layernorm ─ SwiGLU ─(+)─▶ … ─ norm ─ logits
+//!                           └───────────────────────────────┘
+//! ```
+//!
+//! [`ModelFolder`] reads a model in Hugging Face layout, [`Decoder`] records it into the caller's commands,
+//! [`CpuDecoder`] is the same model in f64 from [`crate::reference`]. [`Sampler`] picks tokens, [`TextStream`] turns them
+//! into text as they come, [`Windows`] and [`Score`] say how good the model is.
+
+mod cpu;
+mod evaluate;
+mod folder;
+mod mapped;
+mod model;
+mod sampling;
+mod tokenizer;
+
+pub use cpu::{CpuDecoder, CpuState};
+pub use evaluate::{Score, Window, Windows, scored_characters};
+pub use folder::{DecoderLayerWeights, DecoderWeights, ModelFolder};
+pub use model::{Decoder, DecoderState, DecoderStateOptions, DecoderStep, Logits};
+pub use sampling::{Sampler, SamplingOptions, argmax};
+pub use tokenizer::{TextStream, TextTokenizer};

@@ -1,0 +1,411 @@
+//! The decoder on the device: every layer of a step in one recording.
+
+use super::cpu::check_layers;
+use super::folder::DecoderWeights;
+use crate::attention::{
+    Attention, CacheOptions, DecodePath, LatentCache, MemoryReport, Step, StepInput, Workspace, WorkspaceOptions,
+    product_of, upload_tensor,
+};
+use crate::config::DecoderConfig;
+use crate::error::{Error, Result};
+use crate::kernel::{Kernels, Recording, Region};
+use crate::kernels::{gather, matmul, norm, product, residual_add, swiglu};
+use crate::plan::{Storage, Tuning};
+use crate::weights::HostTensor;
+
+/// Which logits a step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// None: the tokens only go into the cache.
+    None,
+    /// One row for each sequence with new tokens: its last token's.
+    Last,
+    /// A row for each new token.
+    All,
+}
+
+/// Refuses an empty list and ids beyond the vocabulary.
+pub(super) fn check_ids(token_ids: &[u32], vocab_size: u32) -> Result<()> {
+    if token_ids.is_empty() {
+        return Err(Error::Empty { what: "the list of token ids" });
+    }
+    match token_ids.iter().position(|&id| id >= vocab_size) {
+        None => Ok(()),
+        Some(index) => Err(Error::TokenId { index, id: token_ids[index].into(), vocab_size }),
+    }
+}
+
+/// A decoder: configuration and weights in device memory.
+#[derive(Debug)]
+pub struct Decoder {
+    kernels: Kernels,
+    config: DecoderConfig,
+    storage: Storage,
+    embedding: Region,
+    layers: Vec<DeviceLayer>,
+    norm: Region,
+    lm_head: Option<Region>,
+}
+
+#[derive(Debug)]
+struct DeviceLayer {
+    input_norm: Region,
+    attention: Attention,
+    post_attention_norm: Region,
+    gate_proj: Region,
+    up_proj: Region,
+    down_proj: Region,
+}
+
+/// Extents of a [`DecoderState`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecoderStateOptions {
+    /// Most new tokens of a step, over all sequences.
+    pub max_tokens: u32,
+    /// There is room for a row of logits for each of them ([`Logits::All`]), not just for each sequence.
+    pub all_logits: bool,
+}
+
+/// Buffers for the intermediate results of a step, those of the attention included; shared by the layers.
+#[derive(Debug)]
+pub struct DecoderState {
+    workspace: Workspace,
+    /// `[tokens, hidden]`: the residual stream.
+    stream: Region,
+    /// `[tokens, hidden]`
+    normed: Region,
+    /// `[tokens, hidden]`: what is added to the stream.
+    delta: Region,
+    /// `[tokens, intermediate]`
+    gate: Region,
+    /// `[tokens, intermediate]`
+    up: Region,
+    /// `[tokens, intermediate]`
+    inner: Region,
+    /// `[logit_rows, vocab]`
+    logits: Region,
+    logit_rows: u32,
+    bytes: u64,
+}
+
+/// A step whose token ids the decoder has checked. Planned by [`Decoder::plan_step`].
+#[derive(Debug)]
+pub struct DecoderStep {
+    step: Step,
+    vocab_size: u32,
+    /// Sequences with new tokens.
+    sequences: u32,
+    /// `[sequences]` u32: row of each one's last new token; `None` where that is every row.
+    last_rows: Option<Region>,
+}
+
+impl DecoderStep {
+    /// What the cache commits.
+    pub fn step(&self) -> &Step {
+        &self.step
+    }
+
+    /// Rows of logits that `logits` stands for in this step.
+    pub fn logit_rows(&self, logits: Logits) -> u32 {
+        match logits {
+            Logits::None => 0,
+            Logits::Last => self.sequences,
+            Logits::All => self.step.tokens(),
+        }
+    }
+}
+
+impl Decoder {
+    /// Uploads a decoder's weights, which must have been loaded with the same `config`.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself, a weight beyond f16's range with f16 storage, or no memory left.
+    pub fn new(kernels: &Kernels, config: &DecoderConfig, weights: &DecoderWeights, storage: Storage) -> Result<Self> {
+        config.validate()?;
+        check_layers(config, weights)?;
+        let upload = |tensor: &HostTensor| upload_tensor(kernels, tensor, storage);
+        let layers = weights.layers.iter().map(|layer| {
+            Ok(DeviceLayer {
+                input_norm: upload(&layer.input_norm)?,
+                attention: Attention::new(kernels, &config.attention, &layer.attention, storage)?,
+                post_attention_norm: upload(&layer.post_attention_norm)?,
+                gate_proj: upload(&layer.gate_proj)?,
+                up_proj: upload(&layer.up_proj)?,
+                down_proj: upload(&layer.down_proj)?,
+            })
+        });
+        Ok(Decoder {
+            kernels: kernels.clone(),
+            config: config.clone(),
+            storage,
+            embedding: upload(&weights.embedding)?,
+            layers: layers.collect::<Result<_>>()?,
+            norm: upload(&weights.norm)?,
+            lm_head: weights.lm_head.as_ref().map(upload).transpose()?,
+        })
+    }
+
+    /// The configuration that it was built with.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// How its weights are stored.
+    pub fn storage(&self) -> Storage {
+        self.storage
+    }
+
+    /// The decode path that `path` stands for in this model.
+    ///
+    /// # Errors
+    /// As [`Attention::decode_path`].
+    pub fn decode_path(&self, path: DecodePath) -> Result<DecodePath> {
+        self.layers.first().map_or(Ok(path), |layer| layer.attention.decode_path(path))
+    }
+
+    /// Allocates a cache of `batch` sequences of up to `capacity` tokens, stored like the weights.
+    ///
+    /// # Errors
+    /// As [`LatentCache::new`].
+    pub fn cache(&self, batch: u32, capacity: u32) -> Result<LatentCache> {
+        let options = CacheOptions { n_layer: self.config.n_layer, batch, capacity, storage: self.storage };
+        LatentCache::new(&self.kernels, &self.config.attention, options)
+    }
+
+    /// Allocates the buffers for steps on `cache`.
+    ///
+    /// # Errors
+    /// No token at all, a buffer over the device's limits, or no memory left.
+    pub fn state(&self, cache: &LatentCache, options: DecoderStateOptions) -> Result<DecoderState> {
+        let workspace = Workspace::new(cache, WorkspaceOptions::new(options.max_tokens))?;
+        let tokens = workspace.max_tokens();
+        let logit_rows = if options.all_logits { tokens } else { tokens.min(cache.options().batch) };
+        let (hidden, inner) = (self.config.attention.hidden_size, self.config.intermediate_size);
+        let limits = &self.kernels.context().limits;
+        let mut bytes = 0;
+        let mut allocate = |what: &str, extents: [u32; 2]| -> Result<Region> {
+            let needed = product(&extents).saturating_mul(4);
+            let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+            if needed > allowed {
+                let what = format!("decoder's `{what}` of {extents:?} words");
+                return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+            }
+            let buffer = self.kernels.allocate(&format!("egmla.decoder.{what}"), needed)?;
+            bytes += buffer.size();
+            Ok(Region::from(&buffer))
+        };
+        Ok(DecoderState {
+            stream: allocate("stream", [tokens, hidden])?,
+            normed: allocate("normed", [tokens, hidden])?,
+            delta: allocate("delta", [tokens, hidden])?,
+            gate: allocate("gate", [tokens, inner])?,
+            up: allocate("up", [tokens, inner])?,
+            inner: allocate("inner", [tokens, inner])?,
+            logits: allocate("logits", [logit_rows, self.config.vocab_size])?,
+            logit_rows,
+            bytes,
+            workspace,
+        })
+    }
+
+    /// Checks new tokens and uploads what every layer needs to know of them. The cache is not changed.
+    ///
+    /// # Errors
+    /// No token ids, ids beyond the vocabulary (also of a model without a gate), or what [`LatentCache::plan_step`]
+    /// refuses.
+    pub fn plan_step(&self, cache: &LatentCache, input: StepInput<'_>) -> Result<DecoderStep> {
+        check_ids(input.token_ids.unwrap_or_default(), self.config.vocab_size)?;
+        let step = cache.plan_step(input)?;
+        let mut last_rows = Vec::new();
+        let mut end = 0;
+        for &count in input.counts.iter().filter(|&&count| count > 0) {
+            end += count;
+            last_rows.push(end - 1);
+        }
+        let sequences = last_rows.len() as u32;
+        let every_row = sequences == step.tokens();
+        let upload = || self.kernels.upload("egmla.step.last_rows", bytemuck::cast_slice(&last_rows));
+        let last_rows = if every_row { None } else { Some(Region::from(&upload()?)) };
+        Ok(DecoderStep { step, vocab_size: self.config.vocab_size, sequences, last_rows })
+    }
+
+    /// Plans, records and commits new tokens; returns the region of their logits, as [`Decoder::forward`].
+    ///
+    /// # Errors
+    /// What [`Decoder::plan_step`] and [`Decoder::forward`] refuse; recording and cache are then unchanged.
+    pub fn advance(
+        &self,
+        recording: &mut Recording,
+        cache: &mut LatentCache,
+        state: &DecoderState,
+        input: StepInput<'_>,
+        path: DecodePath,
+        logits: Logits,
+    ) -> Result<Region> {
+        let step = self.plan_step(cache, input)?;
+        let region = self.forward(recording, cache, &step, state, path, logits)?;
+        cache.commit(step.step())?;
+        Ok(region)
+    }
+
+    /// Records a step through all layers. The cache's lengths change with [`LatentCache::commit`].
+    ///
+    /// Returns where the logits will be: `[step.logit_rows(logits), vocab]` f32, in a buffer of `state` that the next
+    /// step overwrites.
+    ///
+    /// # Errors
+    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, a path
+    /// that is not supported, or what a kernel refuses. The recording is then as it was.
+    pub fn forward(
+        &self,
+        recording: &mut Recording,
+        cache: &LatentCache,
+        step: &DecoderStep,
+        state: &DecoderState,
+        path: DecodePath,
+        logits: Logits,
+    ) -> Result<Region> {
+        if step.vocab_size != self.config.vocab_size {
+            let (expected, found) = (self.config.vocab_size.into(), step.vocab_size.into());
+            return Err(Error::Count { what: "vocabulary that the step was checked against", expected, found });
+        }
+        let layers = cache.options().n_layer;
+        if layers != self.config.n_layer {
+            let (expected, found) = (self.config.n_layer.into(), layers.into());
+            return Err(Error::Count { what: "layers of the cache", expected, found });
+        }
+        if step.step.tokens() > state.max_tokens() {
+            return Err(Error::OutOfRange {
+                what: "new tokens of a step (the decoder state's max_tokens)",
+                found: step.step.tokens().into(),
+                limit: state.max_tokens().into(),
+            });
+        }
+        let rows = step.logit_rows(logits);
+        if rows > state.logit_rows {
+            return Err(Error::OutOfRange {
+                what: "rows of logits of a step (the decoder state's max_tokens and all_logits)",
+                found: rows.into(),
+                limit: state.logit_rows.into(),
+            });
+        }
+        let mark = recording.mark();
+        let recorded = self.record(recording, cache, step, state, path, logits);
+        if recorded.is_err() {
+            recording.rewind(mark);
+        }
+        recorded?;
+        Ok(Region { size: product(&[rows, self.config.vocab_size]) * 4, ..state.logits.clone() })
+    }
+
+    fn record(
+        &self,
+        recording: &mut Recording,
+        cache: &LatentCache,
+        decoder_step: &DecoderStep,
+        state: &DecoderState,
+        path: DecodePath,
+        logits: Logits,
+    ) -> Result<()> {
+        let step = decoder_step.step();
+        let tokens = step.tokens();
+        let (hidden, inner) = (self.config.attention.hidden_size, self.config.intermediate_size);
+        let DecoderState { workspace, stream, normed, delta, gate, up, .. } = state;
+        let ids = step.token_ids().ok_or(Error::Empty { what: "the list of token ids" })?;
+        self.look_up(recording, (tokens, self.config.vocab_size), self.storage, (&self.embedding, ids, stream))?;
+        for (number, layer) in self.layers.iter().enumerate() {
+            self.norm(recording, tokens, stream, &layer.input_norm, normed)?;
+            layer.attention.forward(recording, cache, number, step, workspace, path, normed, delta)?;
+            self.add(recording, tokens, delta, stream)?;
+            self.norm(recording, tokens, stream, &layer.post_attention_norm, normed)?;
+            self.linear(recording, (tokens, hidden, inner), normed, &layer.gate_proj, gate)?;
+            self.linear(recording, (tokens, hidden, inner), normed, &layer.up_proj, up)?;
+            let problem = swiglu::Problem { elements: elements(swiglu::SPEC.name, tokens, inner)? };
+            swiglu::encode(recording, &problem, swiglu::Args { gate, up, y: &state.inner }, Tuning::Auto)?;
+            self.linear(recording, (tokens, inner, hidden), &state.inner, &layer.down_proj, delta)?;
+            self.add(recording, tokens, delta, stream)?;
+        }
+        let rows = decoder_step.logit_rows(logits);
+        let mut last = stream;
+        match (logits, &decoder_step.last_rows) {
+            (Logits::None, _) => return Ok(()),
+            (Logits::Last, Some(last_rows)) => {
+                self.look_up(recording, (rows, tokens), Storage::F32, (stream, last_rows, delta))?;
+                last = delta;
+            }
+            (Logits::Last, None) | (Logits::All, _) => {}
+        }
+        self.norm(recording, rows, last, &self.norm, normed)?;
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        self.linear(recording, (rows, hidden, self.config.vocab_size), normed, head, &state.logits)
+    }
+
+    /// `y [rows, hidden] = table[ids]`, where the table has `table_rows`.
+    fn look_up(
+        &self,
+        recording: &mut Recording,
+        (rows, table_rows): (u32, u32),
+        storage: Storage,
+        (table, ids, y): (&Region, &Region, &Region),
+    ) -> Result<()> {
+        let width = self.config.attention.hidden_size;
+        let problem = gather::Problem { rows, width, vocab_size: table_rows, storage };
+        gather::encode(recording, &problem, gather::Args { table, ids, y }, Tuning::Auto)
+    }
+
+    fn norm(&self, recording: &mut Recording, rows: u32, x: &Region, weight: &Region, y: &Region) -> Result<()> {
+        let width = self.config.attention.hidden_size;
+        let problem = norm::Problem {
+            rows,
+            width,
+            x_offset: 0,
+            x_row: width,
+            eps: self.config.rms_norm_eps as f32,
+            kind: norm::Kind::Rms,
+            bias: false,
+            storage: self.storage,
+        };
+        let bias = self.kernels.absent();
+        norm::encode(recording, &problem, norm::Args { x, weight, bias: &bias, y }, Tuning::Auto)
+    }
+
+    /// `y [rows, cols] = x [rows, inner] · wᵀ`.
+    fn linear(
+        &self,
+        recording: &mut Recording,
+        (rows, inner, cols): (u32, u32, u32),
+        x: &Region,
+        w: &Region,
+        y: &Region,
+    ) -> Result<()> {
+        let problem = matmul::Problem::linear(rows, inner, cols, false, self.storage);
+        let bias = self.kernels.absent();
+        product_of(recording, problem, matmul::Args { x, w, bias: &bias, y })
+    }
+
+    /// `stream += delta`, both `[tokens, hidden]`.
+    fn add(&self, recording: &mut Recording, tokens: u32, delta: &Region, stream: &Region) -> Result<()> {
+        let elements = elements(residual_add::SPEC.name, tokens, self.config.attention.hidden_size)?;
+        let problem = residual_add::Problem { elements };
+        residual_add::encode(recording, &problem, residual_add::Args { delta, stream }, Tuning::Auto)
+    }
+}
+
+fn elements(kernel: &'static str, rows: u32, width: u32) -> Result<u32> {
+    rows.checked_mul(width)
+        .ok_or_else(|| Error::problem(kernel, format!("{rows} rows of {width} are 2^32 elements or more")))
+}
+
+impl DecoderState {
+    /// Most new tokens of a step.
+    pub fn max_tokens(&self) -> u32 {
+        self.workspace.max_tokens()
+    }
+
+    /// Bytes allocated on the device for `cache` and this state, by purpose; the decoder's own buffers count as workspace.
+    pub fn memory(&self, cache: &LatentCache) -> MemoryReport {
+        let mut report = cache.memory(&self.workspace);
+        report.workspace += self.bytes;
+        report
+    }
+}

@@ -1,0 +1,624 @@
+//! The program's contract: exit codes, one line an error, nothing half-written, and the golden cases through `attend`.
+//!
+//! Tests that need an adapter fail where there is none: install a driver, for instance Mesa's software Vulkan.
+
+#![cfg(feature = "program")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+/// How a run ended.
+#[derive(Debug)]
+struct Finished {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Finished {
+    fn line(&self, prefix: &str) -> &str {
+        let mut lines = self.stderr.lines().filter(|line| line.starts_with(prefix));
+        let line = lines.next().unwrap_or_else(|| panic!("no line `{prefix}` in {self:?}"));
+        assert_eq!(lines.next(), None, "{self:?}");
+        line
+    }
+
+    #[track_caller]
+    fn done(self) -> Self {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        assert!(!self.stderr.contains("error:"), "{self:?}");
+        self
+    }
+
+    /// Exit `code`, one error line, with each of `parts` in it.
+    #[track_caller]
+    fn refused(self, code: i32, parts: &[&str]) -> Self {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        let line = self.line("error:");
+        for part in parts {
+            assert!(line.contains(part), "`{part}` is not in `{line}`");
+        }
+        assert!(!line.contains("internal error"), "{self:?}");
+        assert_eq!(self.stderr.lines().last(), Some(line), "the error is the last line: {self:?}");
+        assert!(!self.stderr.contains("panicked"), "{self:?}");
+        self
+    }
+}
+
+fn command(arguments: &[impl AsRef<OsStr>]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_egmla"));
+    command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null());
+    command
+}
+
+fn finish(mut command: Command) -> Finished {
+    let output = command.output().unwrap();
+    Finished {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn egmla(arguments: &[&str]) -> Finished {
+    finish(command(arguments))
+}
+
+/// A machine without adapters.
+fn without_adapters(arguments: &[impl AsRef<OsStr>]) -> Finished {
+    let mut command = command(arguments);
+    command.env("WGPU_BACKEND", if cfg!(target_os = "macos") { "dx12" } else { "metal" });
+    finish(command)
+}
+
+/// A tensor of a file that a test writes.
+#[derive(Debug, Clone)]
+struct Tensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Tensor {
+    fn f32(shape: &[usize], value: impl Fn(usize) -> f32) -> Self {
+        let bytes = (0..shape.iter().product()).flat_map(|index| value(index).to_le_bytes()).collect();
+        Tensor { dtype: Dtype::F32, shape: shape.to_vec(), bytes }
+    }
+
+    fn u32(values: &[u32]) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Tensor { dtype: Dtype::U32, shape: vec![values.len()], bytes }
+    }
+
+    fn i64(values: &[i64]) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Tensor { dtype: Dtype::I64, shape: vec![values.len()], bytes }
+    }
+}
+
+type Tensors = BTreeMap<String, Tensor>;
+
+fn write_tensors(path: &Path, tensors: &Tensors) {
+    let views =
+        tensors.iter().map(|(name, t)| (name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// `hidden_states` of a file, widened to f64, and its shape.
+fn read_hidden(path: &Path) -> (Vec<usize>, Vec<f64>) {
+    let bytes = fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.names(), ["hidden_states"]);
+    let view = tensors.tensor("hidden_states").unwrap();
+    let values = match view.dtype() {
+        Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
+        Dtype::F64 => view.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
+        other => panic!("{other:?}"),
+    };
+    (view.shape().to_vec(), values)
+}
+
+/// A small gated layer and an input, to be spoilt in one place by each test.
+struct Job {
+    folder: tempfile::TempDir,
+    config: Value,
+    weights: Tensors,
+    input: Tensors,
+    options: Vec<OsString>,
+}
+
+impl Job {
+    fn new() -> Self {
+        let config = json!({
+            "hidden_size": 8, "num_attention_heads": 2, "q_lora_rank": null, "kv_lora_rank": 4, "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2, "v_head_dim": 3, "embedding_gate": {"vocab_size": 5, "embed_dim": 3},
+        });
+        let wave = |index: usize| ((index * 7 + 3) % 11) as f32 * 0.1 - 0.5;
+        let shapes: [(&str, &[usize]); 9] = [
+            ("q_proj.weight", &[12, 8]),
+            ("kv_a_proj_with_mqa.weight", &[6, 8]),
+            ("kv_a_layernorm.weight", &[4]),
+            ("kv_b_proj.weight", &[14, 4]),
+            ("o_proj.weight", &[8, 6]),
+            ("gate_embedding.weight", &[5, 3]),
+            ("gate_b_proj.weight", &[14, 3]),
+            ("gate_norm.weight", &[14]),
+            ("gate_norm.bias", &[14]),
+        ];
+        let weights = shapes.iter().map(|(name, shape)| ((*name).to_owned(), Tensor::f32(shape, wave))).collect();
+        let input = [
+            ("hidden_states".to_owned(), Tensor::f32(&[6, 8], wave)),
+            ("token_ids".to_owned(), Tensor::i64(&[0, 4, 1, 1, 3, 2])),
+        ];
+        Job {
+            folder: tempfile::tempdir().unwrap(),
+            config,
+            weights,
+            input: input.into(),
+            options: ["--adapter", "cpu"].map(OsString::from).to_vec(),
+        }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes the files.
+    fn prepare(self) -> Self {
+        fs::write(self.path("c.json"), self.config.to_string()).unwrap();
+        write_tensors(&self.path("w.safetensors"), &self.weights);
+        write_tensors(&self.path("x.safetensors"), &self.input);
+        self
+    }
+
+    fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = vec![OsString::from("attend")];
+        for (option, name) in
+            [("--config", "c.json"), ("--weights", "w.safetensors"), ("--input", "x.safetensors"), ("--output", "y")]
+        {
+            if !self.options.iter().any(|given| given == option) {
+                arguments.extend([option.into(), self.path(name).into()]);
+            }
+        }
+        arguments.extend(self.options.iter().cloned());
+        arguments
+    }
+
+    /// Runs over the files that are there.
+    fn run(&self) -> Finished {
+        finish(command(&self.arguments()))
+    }
+
+    fn files(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(self.folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Runs, is refused as bad input, and leaves a stale output and the folder as they were.
+    #[track_caller]
+    fn refused(self, parts: &[&str]) {
+        let job = self.prepare();
+        job.run().refused(2, parts);
+        assert_eq!(job.files(), ["c.json", "w.safetensors", "x.safetensors"]);
+        fs::write(job.path("y"), "stale").unwrap();
+        job.run().refused(2, parts);
+        assert_eq!(job.files(), ["c.json", "w.safetensors", "x.safetensors", "y"]);
+        assert_eq!(fs::read_to_string(job.path("y")).unwrap(), "stale");
+    }
+
+    fn config_refused(key: &str, value: Value, parts: &[&str]) {
+        Job::new().with(|job| job.config[key] = value).refused(&[&["c.json"], parts].concat());
+    }
+
+    fn options_refused(options: &[&str], parts: &[&str]) {
+        Job::new().with(|job| job.options.extend(options.iter().map(OsString::from))).refused(parts);
+    }
+}
+
+#[test]
+fn help_and_version_go_to_stdout() {
+    let help = egmla(&["--help"]).done();
+    for word in ["Usage: egmla", "attend", "info", "check"] {
+        assert!(help.stdout.contains(word), "{help:?}");
+    }
+    assert_eq!(help.stderr, "");
+    let help = egmla(&["attend", "--help"]).done();
+    for option in
+        ["--config", "--weights", "--input", "--output", "--prefill", "--chunk", "--adapter", "--storage", "--decode"]
+    {
+        assert!(help.stdout.contains(option), "{option}: {help:?}");
+    }
+    let version = egmla(&["--version"]).done();
+    assert_eq!(version.stdout, format!("egmla {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn wrong_usage_is_one_line_and_exit_2() {
+    let hint = "(see egmla --help)";
+    egmla(&[]).refused(2, &["subcommand", hint]);
+    egmla(&["atend"]).refused(2, &["atend", hint]);
+    egmla(&["attend"]).refused(2, &["--config", "--weights", "--input", "--output", hint]);
+    egmla(&["info", "--jsn"]).refused(2, &["--jsn", hint]);
+    let wrong = egmla(&["attend", "--wrong\nline"]).refused(2, &["--wrong line"]);
+    assert_eq!(wrong.stderr.lines().count(), 1, "{wrong:?}");
+    assert_eq!(wrong.stdout, "");
+}
+
+#[test]
+fn options_out_of_their_range_are_refused() {
+    Job::options_refused(&["--prefill", "some"], &["--prefill", "`all`", "'some'"]);
+    Job::options_refused(&["--prefill", "1.5"], &["--prefill", "'1.5'"]);
+    Job::options_refused(&["--chunk", "0"], &["--chunk", "'0'"]);
+    Job::options_refused(&["--chunk", "three"], &["--chunk", "'three'"]);
+    Job::options_refused(&["--storage", "f64"], &["--storage", "'f64'", "f16"]);
+    Job::options_refused(&["--decode", "fast"], &["--decode", "'fast'", "absorbed"]);
+    Job::options_refused(&["--decode", "absorbed"], &["absorbed", "up_projected"]);
+}
+
+#[test]
+fn configs_that_contradict_themselves_or_overflow_are_refused() {
+    for key in ["hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank", "v_head_dim"] {
+        Job::config_refused(key, json!(0), &[key, "is 0"]);
+    }
+    Job::config_refused("qk_rope_head_dim", json!(3), &["qk_rope_head_dim", "3", "even"]);
+    Job::config_refused("hidden_size", json!(4294967295u32), &["2^31"]);
+    Job::config_refused("hidden_size", json!(4294967296u64), &["hidden_size", "4294967296"]);
+    Job::config_refused("hidden_size", json!(-8), &["hidden_size", "-8"]);
+    Job::config_refused("hidden_size", Value::Null, &["hidden_size", "missing"]);
+    Job::config_refused("kv_lora_rang", json!(4), &["kv_lora_rang", "not known"]);
+    Job::config_refused("embedding_gate", json!({"vocab_size": 0, "embed_dim": 3}), &["vocab_size", "is 0"]);
+    Job::config_refused("embedding_gate", json!({"vocab_size": 5, "embed_dim": 3, "nrom": 1}), &["nrom"]);
+
+    let job = Job::new().prepare();
+    fs::write(job.path("c.json"), "{").unwrap();
+    job.run().refused(2, &["c.json", "config is not valid"]);
+    fs::write(job.path("c.json"), b"\xff\xfe").unwrap();
+    job.run().refused(2, &["c.json", "UTF-8"]);
+    assert!(!job.path("y").exists());
+}
+
+#[test]
+fn configs_that_contradict_the_weights_are_refused() {
+    Job::config_refused_by_weights("kv_lora_rank", json!(5), &["kv_a_proj_with_mqa.weight", "[6, 8]", "[7, 8]"]);
+    Job::config_refused_by_weights("embedding_gate", Value::Null, &["gate_b_proj.weight", "[14, 3]", "not expected"]);
+    Job::config_refused_by_weights("q_lora_rank", json!(3), &["q_a_proj.weight", "missing", "[3, 8]"]);
+    Job::config_refused_by_weights("attention_bias", json!(true), &["kv_a_proj_with_mqa.bias", "missing", "[6]"]);
+}
+
+impl Job {
+    fn config_refused_by_weights(key: &str, value: Value, parts: &[&str]) {
+        Job::new().with(|job| job.config[key] = value).refused(&[&["w.safetensors"], parts].concat());
+    }
+}
+
+#[test]
+fn wrong_weights_are_named() {
+    let spoilt = |change: fn(&mut Tensors)| Job::new().with(|job| change(&mut job.weights));
+    spoilt(|w| drop(w.remove("o_proj.weight"))).refused(&["w.safetensors", "`o_proj.weight`", "missing", "[8, 6]"]);
+    spoilt(|w| drop(w.insert("o_proj.weight".into(), Tensor::f32(&[6, 8], |_| 0.0)))).refused(&[
+        "w.safetensors",
+        "`o_proj.weight`",
+        "[6, 8]",
+        "[8, 6]",
+    ]);
+    spoilt(|w| drop(w.insert("k_proj.weight".into(), Tensor::f32(&[2, 2], |_| 0.0)))).refused(&[
+        "w.safetensors",
+        "`k_proj.weight`",
+        "[2, 2]",
+        "not expected",
+    ]);
+    spoilt(|w| drop(w.insert("gate_norm.bias".into(), Tensor::i64(&[0; 14])))).refused(&[
+        "w.safetensors",
+        "`gate_norm.bias`",
+        "I64",
+        "F32, F16 or BF16",
+    ]);
+}
+
+#[test]
+fn broken_files_are_named() {
+    for name in ["c.json", "w.safetensors", "x.safetensors"] {
+        let job = Job::new().prepare();
+        fs::remove_file(job.path(name)).unwrap();
+        job.run().refused(2, &[name]);
+        assert!(!job.path("y").exists());
+    }
+    for name in ["w.safetensors", "x.safetensors"] {
+        let job = Job::new().prepare();
+        let bytes = fs::read(job.path(name)).unwrap();
+        for length in [0, 7, 20, bytes.len() - 1] {
+            fs::write(job.path(name), &bytes[..length]).unwrap();
+            job.run().refused(2, &[name, "not a valid safetensors file"]);
+        }
+        assert!(!job.path("y").exists());
+    }
+}
+
+#[test]
+fn wrong_inputs_are_named() {
+    let given =
+        |name: &'static str, tensor: Tensor| Job::new().with(|job| drop(job.input.insert(name.to_owned(), tensor)));
+    given("token_ids", Tensor::u32(&[0, 1, 2, 3, 5, 0])).refused(&[
+        "x.safetensors",
+        "token id 5",
+        "position 4",
+        "of 5",
+    ]);
+    given("token_ids", Tensor::i64(&[0, 1, -2, 3, 4, 0])).refused(&["x.safetensors", "token id -2", "position 2"]);
+    given("token_ids", Tensor::i64(&[0, 1])).refused(&["`token_ids`", "[2]", "[6]"]);
+    given("token_ids", Tensor::f32(&[6], |_| 0.0)).refused(&["`token_ids`", "F32", "U32 or I64"]);
+    given("hidden_states", Tensor::f32(&[0, 8], |_| 0.0)).refused(&["`hidden_states`", "empty"]);
+    given("hidden_states", Tensor::f32(&[6, 7], |_| 0.0)).refused(&["`hidden_states`", "[6, 7]", "[tokens, 8]"]);
+    given("hidden_states", Tensor { dtype: Dtype::F16, shape: vec![6, 8], bytes: vec![0; 96] }).refused(&[
+        "`hidden_states`",
+        "F16",
+        "F32",
+    ]);
+    given("sequence_lengths", Tensor::u32(&[4, 3])).refused(&["`sequence_lengths`", "7", "6 tokens"]);
+    given("sequence_lengths", Tensor::i64(&[7, -1])).refused(&["`sequence_lengths`", "-1"]);
+    given("positions", Tensor::u32(&[0])).refused(&["`positions`", "not expected"]);
+    Job::new().with(|job| drop(job.input.remove("token_ids"))).refused(&["`token_ids`", "missing", "gate"]);
+    Job::new().with(|job| drop(job.input.remove("hidden_states"))).refused(&["`hidden_states`", "missing"]);
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_refused_before_anything_is_computed() {
+    let at = |output: &dyn Fn(&Job) -> PathBuf| {
+        let job = Job::new().prepare();
+        let output = output(&job);
+        job.with(|job| job.options.extend(["--output".into(), output.into()]))
+    };
+    let refused = |job: Job, parts: &[&str]| {
+        let before = job.files();
+        let finished = job.run().refused(2, parts);
+        assert!(!finished.stderr.contains("adapter:"), "{finished:?}");
+        assert_eq!(job.files(), before);
+    };
+    refused(at(&|job| job.folder.path().to_owned()), &["is a directory"]);
+    refused(at(&|job| job.path("none/y")), &["none", "cannot be written"]);
+    refused(at(&|job| job.path("c.json").join("y")), &["c.json", "cannot be written"]);
+    refused(at(&|job| job.path("..")), &["not the name of a file"]);
+    let read_only = at(&|job| job.path("kept"));
+    fs::write(read_only.path("kept"), "stale").unwrap();
+    let mut permissions = fs::metadata(read_only.path("kept")).unwrap().permissions();
+    permissions.set_readonly(true);
+    fs::set_permissions(read_only.path("kept"), permissions).unwrap();
+    refused(read_only, &["kept", "read-only"]);
+}
+
+#[test]
+fn weights_and_inputs_that_are_not_finite_are_warned_of() {
+    for value in [f32::NAN, f32::INFINITY] {
+        let job = Job::new().with(|job| {
+            let tensor = Tensor::f32(&[8, 6], |index| if index == 3 { value } else { 0.1 });
+            job.weights.insert("o_proj.weight".to_owned(), tensor);
+        });
+        let job = job.prepare();
+        let finished = job.run().done();
+        assert_eq!(
+            finished.line("warning:"),
+            "warning: tensor `o_proj.weight` holds 1 NaN or infinite values of 48",
+            "{finished:?}"
+        );
+        let (_, hidden) = read_hidden(&job.path("y"));
+        assert!(!hidden[0].is_finite() && hidden[1].is_finite(), "{hidden:?}");
+    }
+    let job = Job::new().with(|job| {
+        job.input
+            .insert("hidden_states".to_owned(), Tensor::f32(&[6, 8], |index| if index == 47 { f32::NAN } else { 0.5 }));
+    });
+    let finished = job.prepare().run().done();
+    assert!(finished.line("warning:").contains("`hidden_states` holds 1 NaN"), "{finished:?}");
+}
+
+#[test]
+fn an_adapter_that_is_not_there_is_refused_with_those_that_are() {
+    let options = ["--adapter", "no-such-adapter"].map(OsString::from).to_vec();
+    let job = Job::new().with(|job| job.options = options).prepare();
+    job.run().refused(2, &["`no-such-adapter`", "there are: cpu; "]);
+    without_adapters(&job.arguments()).refused(2, &["there are: cpu; none"]);
+    let empty = Job::new().with(|job| job.options = ["--adapter", ""].map(OsString::from).to_vec());
+    empty.prepare().run().refused(2, &["--adapter"]);
+}
+
+#[test]
+fn without_an_adapter_the_reference_computes_and_says_so() {
+    let job = Job::new().with(|job| job.options.clear()).prepare();
+    let finished = without_adapters(&job.arguments()).done();
+    assert!(finished.line("adapter:").contains("CPU reference in f64 (no usable GPU adapter"), "{finished:?}");
+    assert_eq!(read_hidden(&job.path("y")).0, [6, 8]);
+    without_adapters(&["check", "--filter", "residual_add"]).refused(1, &["no usable GPU adapter", "install"]);
+    let info = without_adapters(&["info"]).done();
+    assert!(info.stdout.contains("No adapter"), "{info:?}");
+}
+
+#[test]
+fn a_run_tells_its_adapter_tokens_and_times_and_replaces_the_output() {
+    let options = ["--adapter", "cpu", "--prefill", "2", "--chunk", "1"].map(OsString::from).to_vec();
+    let job = Job::new().with(|job| {
+        job.options = options;
+        job.input.insert("sequence_lengths".to_owned(), Tensor::i64(&[5, 0, 1]));
+    });
+    let job = job.prepare();
+    fs::write(job.path("y"), "stale").unwrap();
+    let finished = job.run().done();
+    assert!(finished.line("adapter:").contains("CPU reference in f64 (asked for)"), "{finished:?}");
+    assert_eq!(finished.line("tokens:"), "tokens: 6 in 3 sequences");
+    assert!(finished.line("prefill:").contains(" 3 tokens in "), "{finished:?}");
+    assert!(finished.line("decode:").contains(" 3 tokens in "), "{finished:?}");
+    assert_eq!(finished.stdout, "");
+    assert_eq!(job.files(), ["c.json", "w.safetensors", "x.safetensors", "y"]);
+    assert_eq!(read_hidden(&job.path("y")).0, [6, 8]);
+}
+
+#[cfg(unix)]
+#[test]
+fn paths_need_not_be_utf_8() {
+    use std::os::unix::ffi::OsStrExt;
+    let strange = OsStr::from_bytes(b"\xff\xfe.safetensors");
+    let job = Job::new().prepare();
+    let missing = job.folder.path().join(strange);
+    let job = job.with(|job| job.options.extend(["--weights".into(), missing.into()]));
+    job.run().refused(2, &[".safetensors"]);
+    let job = Job::new().prepare();
+    let output = job.folder.path().join(strange);
+    let job = job.with(|job| job.options.extend(["--output".into(), output.clone().into()]));
+    job.run().done();
+    assert_eq!(read_hidden(&output).0, [6, 8]);
+    finish(command(&[OsStr::new("attend"), OsStr::new("--storage"), strange])).refused(2, &["--storage"]);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    for arguments in [&["--help"][..], &["info"], &["info", "--json"]] {
+        let mut child = command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {stderr}");
+        assert!(!stderr.contains("panicked") && !stderr.contains("error:"), "{stderr}");
+    }
+}
+
+#[test]
+fn info_knows_the_papers_cache_sizes_and_an_adapter() {
+    let report: Value = serde_json::from_str(&egmla(&["info", "--json"]).done().stdout).unwrap();
+    let caches = report["caches"].as_array().unwrap();
+    let paper = caches.iter().find(|cache| cache["title"].as_str().unwrap().starts_with("paper, 120M")).unwrap();
+    let rows: Vec<_> = paper["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| (row["attention"].as_str(), row["elements"].as_u64()))
+        .collect();
+    let expected = [("MHA", 18432), ("MLA r=256", 3840), ("EG-MLA r=64", 1536), ("EG-MLA r=16", 960)];
+    assert_eq!(rows, expected.map(|(name, elements)| (Some(name), Some(elements))));
+    let percent = |row: usize, of: &str| paper["rows"][row][of].as_f64().unwrap();
+    assert!((percent(2, "below_mha") - 91.67).abs() < 0.01);
+    assert!((percent(2, "below_mla") - 60.0).abs() < 0.01);
+
+    let adapters = report["adapters"].as_array().unwrap();
+    assert!(!adapters.is_empty(), "no adapter: install a driver, for instance Mesa's software Vulkan");
+    for adapter in adapters {
+        assert!(adapter["max_storage_buffers_per_shader_stage"].as_u64().unwrap() > 0);
+        let kernels: Vec<_> =
+            adapter["variants"].as_array().unwrap().iter().map(|variant| variant["kernel"].as_str().unwrap()).collect();
+        for kernel in ["matmul", "matvec", "attention_prefill", "attention_decode", "attention_absorbed"] {
+            assert!(kernels.contains(&kernel), "{kernels:?}");
+        }
+        assert!(adapter["variants"][0]["overrides"]["TILE_K"].as_f64().unwrap() > 0.0);
+    }
+
+    let table = egmla(&["info"]).done().stdout;
+    for text in ["18432", "3840", "1536", "960", "91.67 %", "60.00 %", "attention_prefill", "shader-f16"] {
+        assert!(table.contains(text), "{text} is not in\n{table}");
+    }
+    egmla(&["info", "--model", "no/such/folder"]).refused(2, &["no/such/folder"]);
+}
+
+#[test]
+fn check_compares_with_the_reference_or_says_why_not() {
+    egmla(&["check", "--filter", "no-such-case"]).refused(2, &["`no-such-case`", "--filter"]);
+    egmla(&["check", "--adapter", "cpu"]).refused(2, &["--adapter cpu", "nothing to compare"]);
+    let table = egmla(&["check", "--filter", "residual_add"]).done();
+    assert!(table.stdout.contains("residual_add") && table.stdout.contains(" passed, 0 failed"), "{table:?}");
+    let report: Value =
+        serde_json::from_str(&egmla(&["check", "--filter", "residual_add", "--json"]).done().stdout).unwrap();
+    assert_eq!(report["failed"], 0);
+    assert!(report["passed"].as_u64().unwrap() > 0);
+    for row in report["rows"].as_array().unwrap() {
+        assert!(row["id"].as_str().unwrap().contains("residual_add"), "{row}");
+        assert!(row["error"].as_f64().unwrap() <= row["tolerance"].as_f64().unwrap(), "{row}");
+    }
+}
+
+/// The golden case on `adapter`, for every way to run it; `bound` by storage.
+fn golden(case: &str, adapter: &str, decode: &[&str], storages: &[(&str, f64)]) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
+    let (shape, expected) = read_hidden(&folder.join("expected.safetensors"));
+    let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
+    assert!(norm > 0.0);
+    let work = tempfile::tempdir().unwrap();
+    let output = work.path().join("y.safetensors");
+    let mut ways = vec![(vec!["--prefill", "all"], decode[0])];
+    for prefill in [&["--prefill", "0"][..], &["--prefill", "7"], &["--prefill", "7", "--chunk", "3"]] {
+        ways.extend(decode.iter().map(|path| (prefill.to_vec(), *path)));
+    }
+    for (prefill, path) in ways {
+        for &(storage, bound) in storages {
+            let mut arguments = vec![OsString::from("attend")];
+            for (option, name) in
+                [("--config", "config.json"), ("--weights", "weights.safetensors"), ("--input", "input.safetensors")]
+            {
+                arguments.extend([option.into(), folder.join(name).into()]);
+            }
+            arguments.extend(["--output".into(), output.clone().into()]);
+            let options =
+                [&["--adapter", adapter, "--storage", storage, "--decode", path], prefill.as_slice()].concat();
+            arguments.extend(options.iter().map(OsString::from));
+            let finished = finish(command(&arguments)).done();
+            let on_cpu = finished.line("adapter:").contains("CPU reference");
+            assert_eq!(on_cpu, adapter == "cpu", "no adapter: install a driver, for instance Mesa's software Vulkan");
+            let (found_shape, found) = read_hidden(&output);
+            fs::remove_file(&output).unwrap();
+            assert_eq!(found_shape, shape);
+            let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+            let error = difference / norm;
+            assert!(error <= bound, "{case} {options:?}: relative error {error:.2e}, at most {bound:.0e}");
+        }
+    }
+}
+
+const ON_DEVICE: &[(&str, f64)] = &[("f32", 2e-5), ("f16", 5e-3)];
+const ON_CPU: &[(&str, f64)] = &[("f32", 1e-6)];
+
+#[test]
+fn golden_mla_yarn() {
+    golden("mla_yarn", "auto", &["expanded", "absorbed"], ON_DEVICE);
+}
+
+#[test]
+fn golden_egmla_latent() {
+    golden("egmla_latent", "auto", &["expanded", "absorbed"], ON_DEVICE);
+}
+
+#[test]
+fn golden_egmla_up_projected() {
+    golden("egmla_up_projected", "auto", &["expanded"], ON_DEVICE);
+}
+
+#[test]
+fn golden_cases_on_the_cpu() {
+    golden("mla_yarn", "cpu", &["expanded", "absorbed"], ON_CPU);
+    golden("egmla_latent", "cpu", &["expanded", "absorbed"], ON_CPU);
+    golden("egmla_up_projected", "cpu", &["expanded"], ON_CPU);
+}
+
+#[test]
+fn the_absorbed_path_is_refused_with_the_gate_at_up_projected() {
+    for adapter in ["auto", "cpu"] {
+        let job = Job::new().with(|job| {
+            job.options = ["--adapter", adapter, "--decode", "absorbed", "--prefill", "0"].map(OsString::from).to_vec();
+        });
+        let job = job.prepare();
+        job.run().refused(2, &["`absorbed`", "`up_projected`"]);
+        assert_eq!(job.files(), ["c.json", "w.safetensors", "x.safetensors"]);
+    }
+}

@@ -1,0 +1,829 @@
+//! Shaders, host modules and plans held against each other, without a GPU: naga reads what wgpu will run.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use egmla::Error;
+use egmla::config::{Activation, GateNorm};
+use egmla::kernel::{Access, KernelSpec};
+use egmla::kernels::attention_decode::SPLIT;
+use egmla::kernels::matmul::Layout;
+use egmla::kernels::{
+    Problem, REGISTRY, attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append,
+    cache_copy, cache_read, gate, gather, matmul, matvec, norm, residual_add, rope, swiglu,
+};
+use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
+use egmla::wgpu::Limits;
+use naga::proc::Layouter;
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+
+const CLASSES: [AdapterClass; 3] = [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete];
+
+fn path(relative: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(relative)
+}
+
+fn read(relative: &str) -> String {
+    std::fs::read_to_string(path(relative)).unwrap_or_else(|error| panic!("{relative}: {error}"))
+}
+
+/// Stems of the files of a folder that end in `.extension`.
+fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
+    std::fs::read_dir(path(folder))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|file| file.extension().is_some_and(|found| found == extension))
+        .map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned())
+        .collect()
+}
+
+fn webgpu_limits() -> Limits {
+    Limits::default()
+}
+
+fn parse(spec: &KernelSpec) -> (naga::Module, ModuleInfo) {
+    let module = naga::front::wgsl::parse_str(spec.source)
+        .unwrap_or_else(|error| panic!("{}: {}", spec.name, error.emit_to_string(spec.source)));
+    let info = validate(spec.name, &module);
+    (module, info)
+}
+
+/// With no capability beyond those of every WebGPU device: packing and unpacking halves is the one that we use.
+fn validate(kernel: &str, module: &naga::Module) -> ModuleInfo {
+    Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
+        .validate(module)
+        .unwrap_or_else(|error| panic!("{kernel}: {error:?}"))
+}
+
+#[test]
+fn registry_names_every_file_and_every_file_is_in_the_registry() {
+    let names: Vec<_> = REGISTRY.iter().map(|spec| spec.name).collect();
+    assert!(names.is_sorted_by(|a, b| a < b), "the registry is sorted, without doubles: {names:?}");
+    let registered: BTreeSet<String> = names.iter().map(|&name| name.to_owned()).collect();
+    assert_eq!(stems("shaders", "wgsl"), registered);
+    let mut modules = stems("src/kernels", "rs");
+    assert!(modules.remove("mod"));
+    assert_eq!(modules, registered);
+    let references = stems("src/reference", "rs");
+    for spec in REGISTRY {
+        assert!(references.contains(spec.name), "src/reference/{}.rs is missing", spec.name);
+        assert_eq!(spec.source, read(&format!("shaders/{}.wgsl", spec.name)), "{}", spec.name);
+        let (module, _) = parse(spec);
+        let entries: Vec<_> = module.entry_points.iter().map(|entry| (entry.stage, entry.name.as_str())).collect();
+        assert_eq!(entries, [(naga::ShaderStage::Compute, "main")], "{}", spec.name);
+    }
+}
+
+#[test]
+fn bindings_are_those_of_the_shader() {
+    for spec in REGISTRY {
+        let (module, _) = parse(spec);
+        let mut found: Vec<(u32, String, Access)> = Vec::new();
+        for (_, variable) in module.global_variables.iter() {
+            let Some(binding) = &variable.binding else { continue };
+            assert_eq!(binding.group, 0, "{}", spec.name);
+            let access = match variable.space {
+                naga::AddressSpace::Uniform => Access::Params,
+                naga::AddressSpace::Storage { access } if access == naga::StorageAccess::LOAD => Access::Read,
+                naga::AddressSpace::Storage { .. } => Access::ReadWrite,
+                other => panic!("{}: a binding in {other:?}", spec.name),
+            };
+            found.push((binding.binding, variable.name.clone().unwrap(), access));
+        }
+        found.sort_by_key(|(number, ..)| *number);
+        let expected: Vec<_> =
+            (0..).zip(spec.bindings).map(|(number, given)| (number, given.name.to_owned(), given.access)).collect();
+        assert_eq!(found, expected, "{}", spec.name);
+
+        // Params, then what is read, then what is written.
+        let order: Vec<_> = spec.bindings.iter().map(|binding| binding.access as u32).collect();
+        assert!(order.is_sorted(), "{}: {:?}", spec.name, spec.bindings);
+        let params = spec.bindings.iter().filter(|binding| binding.access == Access::Params).count();
+        let written = spec.bindings.iter().filter(|binding| binding.access == Access::ReadWrite).count();
+        assert!(params == 1 && written >= 1, "{}", spec.name);
+        let storage = spec.bindings.len() - params;
+        assert!(storage <= webgpu_limits().max_storage_buffers_per_shader_stage as usize, "{}: {storage}", spec.name);
+        assert!(storage <= 8, "{}: {storage} storage buffers", spec.name);
+    }
+}
+
+/// Fields of `#[repr(C)] pub struct Params` in a kernel's source: name and type.
+fn rust_params(kernel: &str) -> Vec<(String, String)> {
+    // The one module that takes another's.
+    let file = if kernel == "matvec" { "matmul" } else { kernel };
+    let source = read(&format!("src/kernels/{file}.rs"));
+    let (before, after) = source.split_once("pub struct Params {").unwrap_or_else(|| panic!("{file}.rs: no Params"));
+    assert!(before.rsplit("\n\n").next().unwrap().contains("#[repr(C)]"), "{file}.rs: Params is not repr(C)");
+    let (body, _) = after.split_once("\n}").unwrap();
+    body.lines()
+        .map(|line| line.split("//").next().unwrap().trim().trim_end_matches(','))
+        .filter(|line| !line.is_empty())
+        .map(|line| {
+            let (name, kind) = line.split_once(": ").unwrap();
+            (name.rsplit(' ').next().unwrap().to_owned(), kind.to_owned())
+        })
+        .collect()
+}
+
+#[test]
+fn params_have_the_layout_that_naga_computes() {
+    for spec in REGISTRY {
+        let (module, _) = parse(spec);
+        let (_, variable) = module
+            .global_variables
+            .iter()
+            .find(|(_, variable)| variable.space == naga::AddressSpace::Uniform)
+            .unwrap_or_else(|| panic!("{}: no uniform", spec.name));
+        let naga::TypeInner::Struct { members, span } = &module.types[variable.ty].inner else {
+            panic!("{}: params is not a struct", spec.name);
+        };
+        assert_eq!(*span as usize, spec.params_size, "{}", spec.name);
+        let found: Vec<_> = members
+            .iter()
+            .enumerate()
+            .map(|(index, member)| {
+                assert_eq!(member.offset as usize, 4 * index, "{}: {:?}", spec.name, member.name);
+                let kind = match module.types[member.ty].inner {
+                    naga::TypeInner::Scalar(naga::Scalar::U32) => "u32",
+                    naga::TypeInner::Scalar(naga::Scalar::F32) => "f32",
+                    ref other => panic!("{}: {:?} is {other:?}", spec.name, member.name),
+                };
+                (member.name.clone().unwrap(), kind.to_owned())
+            })
+            .collect();
+        assert_eq!(found, rust_params(spec.name), "{}", spec.name);
+        assert_eq!(4 * found.len(), spec.params_size, "{}: no padding", spec.name);
+    }
+    // Lines of the tables are one vec4<u32>.
+    assert_eq!(size_of::<cache_read::SequenceRow>(), 16);
+    assert_eq!(size_of::<attention_prefill::QueryTile>(), 16);
+}
+
+/// What a grid has to cover.
+#[derive(Debug, Clone, Copy)]
+enum Cover {
+    /// `items`, `each` of them a workgroup, folded into x and y.
+    Folded { items: u64, each: u64 },
+    /// Extents in x, y and z, and those of a workgroup's tile.
+    Tiled { size: [u64; 3], tile: [u64; 3] },
+}
+
+struct Case {
+    spec: &'static KernelSpec,
+    what: String,
+    plan: Plan,
+    cover: Cover,
+}
+
+/// Value of an override in a plan.
+fn value(plan: &Plan, name: &str) -> u64 {
+    plan.overrides.iter().find(|(found, _)| *found == name).unwrap_or_else(|| panic!("no override {name}")).1 as u64
+}
+
+fn tunings(spec: &KernelSpec) -> impl Iterator<Item = Tuning> + use<> {
+    std::iter::once(Tuning::Auto).chain((0..spec.tunings).map(Tuning::Forced))
+}
+
+/// Every plan of a problem: each class of adapter, each tuning, WebGPU's default limits.
+fn add<P: Problem + std::fmt::Debug>(cases: &mut Vec<Case>, problem: P, cover: impl Fn(&Plan) -> Cover) {
+    for class in CLASSES {
+        let context = PlanContext::webgpu_defaults(class);
+        for tuning in tunings(P::SPEC) {
+            let what = format!("{} {class:?} {tuning:?} {problem:?}", P::SPEC.name);
+            let plan = problem.plan(&context, tuning).unwrap_or_else(|error| panic!("{what}: {error}"));
+            let cover = cover(&plan);
+            cases.push(Case { spec: P::SPEC, what, plan, cover });
+        }
+    }
+}
+
+/// One invocation an element.
+fn elements(items: u64) -> impl Fn(&Plan) -> Cover {
+    move |plan| Cover::Folded { items, each: plan.workgroup_size.into() }
+}
+
+/// One workgroup a row.
+fn rows(items: u64) -> impl Fn(&Plan) -> Cover {
+    move |_| Cover::Folded { items, each: 1 }
+}
+
+fn tiles(size: [u32; 3], tile: impl Fn(&Plan) -> [u64; 3]) -> impl Fn(&Plan) -> Cover {
+    move |plan| Cover::Tiled { size: size.map(u64::from), tile: tile(plan) }
+}
+
+/// Nothing, one, and the neighbourhood of every workgroup size; then more than one dimension of workgroups holds.
+const ELEMENTS: [u32; 10] = [0, 1, 63, 64, 65, 255, 256, 257, 65_536 * 64, 65_536 * 256 + 1];
+const ROWS: [u32; 7] = [0, 1, 2, 65_535, 65_536, 131_071, 10_000_000];
+const HEADS: [u32; 6] = [1, 3, 4, 5, 9, 63];
+
+fn norm_problem(rows: u32, kind: norm::Kind, bias: bool, storage: Storage) -> norm::Problem {
+    norm::Problem { rows, width: 3, x_offset: 0, x_row: 3, eps: 1e-6, kind, bias, storage }
+}
+
+fn gate_problem(rows: u32, activation: Activation, norm: GateNorm, statistics_rows: u32) -> gate::Problem {
+    let (x_offset, x_row, storage) = (0, 3, Storage::F32);
+    gate::Problem { rows, width: 3, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }
+}
+
+fn append_problem(tokens: u32, d_rope: u32, with_ids: bool, storage: Storage) -> cache_append::Problem {
+    cache_append::Problem {
+        tokens,
+        cache_rows: tokens,
+        d_latent: 5,
+        latent_offset: 0,
+        latent_row: 5,
+        d_rope,
+        rope_offset: 0,
+        rope_row: d_rope,
+        with_ids,
+        storage,
+    }
+}
+
+fn read_problem(rows: u32, with_ids: bool, storage: Storage) -> cache_read::Problem {
+    cache_read::Problem { first_row: 0, rows, cache_rows: rows, d_latent: 3, n_sequence: 1, with_ids, storage }
+}
+
+fn rope_problem(tokens: u32, d_rope: u32, interleave: bool) -> rope::Problem {
+    rope::Problem { tokens, n_head: 1, d_rope, offset: 0, token_stride: d_rope, head_stride: d_rope, interleave }
+}
+
+fn prefill_problem(query_tiles: u32, n_head: u32, d_value: u32) -> attention_prefill::Problem {
+    attention_prefill::Problem {
+        tokens: query_tiles,
+        query_tiles,
+        n_sequence: 1,
+        n_head,
+        d_nope: 3,
+        d_rope: 2,
+        d_value,
+        kv_first: 0,
+        kv_rows: 9,
+        cache_rows: 9,
+        first: true,
+        last: true,
+        scale: 1.0,
+        storage: Storage::F32,
+    }
+}
+
+fn decode_problem(kv_rows: u32, n_head: u32, storage: Storage) -> attention_decode::Problem {
+    attention_decode::Problem {
+        tokens: 1,
+        n_sequence: 1,
+        n_head,
+        d_nope: 3,
+        d_rope: 2,
+        d_value: 5,
+        kv_first: 0,
+        kv_rows,
+        cache_rows: kv_rows,
+        scale: 1.0,
+        storage,
+    }
+}
+
+fn absorbed_problem(splits: u32, n_head: u32, storage: Storage) -> attention_absorbed::Problem {
+    attention_absorbed::Problem {
+        tokens: 1,
+        n_sequence: 1,
+        splits,
+        n_head,
+        d_latent: 7,
+        d_nope: 3,
+        d_rope: 2,
+        cache_rows: splits * SPLIT,
+        scale: 1.0,
+        storage,
+    }
+}
+
+/// Every plan that a kernel can choose, at every size that a tile may get wrong.
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let all = &mut cases;
+    for n in ELEMENTS {
+        add(all, swiglu::Problem { elements: n }, elements(n.into()));
+        add(all, residual_add::Problem { elements: n }, elements(n.into()));
+        add(all, cache_copy::Problem { words: n, from_word: 0, to_word: n }, elements(n.into()));
+        for interleave in [false, true] {
+            add(all, rope_problem(n, 2, interleave), elements(n.into()));
+            add(all, rope_problem(n, 0, interleave), elements(0));
+        }
+        for storage in Storage::ALL {
+            let table = gather::Problem { rows: n, width: 3, vocab_size: 7, storage };
+            add(all, table, elements(3 * u64::from(n)));
+            for with_ids in [false, true] {
+                add(all, read_problem(n, with_ids, storage), elements(3 * u64::from(n)));
+                for d_rope in [0, 2] {
+                    let words = |width| u64::from(storage.row_pitch(width)) * storage.bytes() / 4;
+                    let words = words(5) + words(d_rope) + 1;
+                    add(all, append_problem(n, d_rope, with_ids, storage), elements(words * u64::from(n)));
+                }
+            }
+        }
+    }
+    for n in ROWS {
+        for storage in Storage::ALL {
+            for kind in [norm::Kind::Rms, norm::Kind::Layer] {
+                for bias in [false, true] {
+                    add(all, norm_problem(n, kind, bias, storage), rows(n.into()));
+                }
+            }
+            for activation in Activation::ALL {
+                for norm in GateNorm::ALL {
+                    for statistics_rows in [0, 1] {
+                        let problem = gate_problem(n, activation, norm, statistics_rows);
+                        add(all, gate::Problem { storage, ..problem }, rows(n.into()));
+                    }
+                }
+            }
+        }
+        let merge = attention_merge::Problem { tokens: n, n_head: 3, width: 5, splits: n };
+        add(all, merge, rows(3 * u64::from(n)));
+    }
+    for storage in Storage::ALL {
+        for bias in [false, true] {
+            for (m, n) in [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65].iter().flat_map(|&m| {
+                [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129].map(|n| (m, n))
+            }) {
+                let product = matmul::Problem { batch: 3, ..matmul::Problem::linear(m, 5, n, bias, storage) };
+                let tile = |plan: &Plan| [4 * value(plan, "WG_X"), 4 * value(plan, "WG_Y"), 1];
+                add(all, product, tiles([n, m, 3], tile));
+                let tile = |plan: &Plan| [value(plan, "WORKGROUP") / value(plan, "LANES"), 4, 1];
+                add(all, matvec::Problem(product), tiles([n, m, 3], tile));
+            }
+        }
+        for n_head in HEADS {
+            for splits in [0, 1, 3] {
+                let tile = |plan: &Plan| [value(plan, "SPLIT"), 1, 1];
+                add(all, decode_problem(splits * SPLIT, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
+                let tile = |plan: &Plan| [value(plan, "SPLIT"), 4, 1];
+                add(all, absorbed_problem(splits, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
+            }
+            for query_tiles in [0, 1, 5] {
+                for d_value in [1, 31, 32, 33, 63, 64, 65, 129] {
+                    for (first, last) in [(false, false), (false, true), (true, false), (true, true)] {
+                        let problem = prefill_problem(query_tiles, n_head, d_value);
+                        let problem = attention_prefill::Problem { first, last, storage, ..problem };
+                        let tile = |plan: &Plan| [1, 1, 16 * value(plan, "LANES")];
+                        add(all, problem, tiles([query_tiles, n_head, d_value], tile));
+                    }
+                }
+            }
+        }
+    }
+    cases
+}
+
+/// What naga makes of a shader with these overrides: invocations of a workgroup, bytes of workgroup memory as they are,
+/// and as WebGPU counts them against the limit, each variable rounded up to 16.
+fn specialise(
+    kernel: &str,
+    (module, info): &(naga::Module, ModuleInfo),
+    overrides: &[(&'static str, f64)],
+) -> (u32, u32, u32) {
+    let constants = overrides.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
+    let entry = Some((naga::ShaderStage::Compute, "main"));
+    let (module, _) = naga::back::pipeline_constants::process_overrides(module, info, entry, &constants)
+        .unwrap_or_else(|error| panic!("{kernel} with {overrides:?}: {error}"));
+    validate(kernel, &module);
+    let mut layouter = Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    let sizes: Vec<u32> = module
+        .global_variables
+        .iter()
+        .filter(|(_, variable)| variable.space == naga::AddressSpace::WorkGroup)
+        .map(|(_, variable)| layouter[variable.ty].size)
+        .collect();
+    let counted = sizes.iter().map(|size| size.next_multiple_of(16)).sum();
+    (module.entry_points[0].workgroup_size.iter().product(), sizes.iter().sum(), counted)
+}
+
+#[test]
+fn every_plan_specialises_its_shader_within_webgpus_limits() {
+    let limits = webgpu_limits();
+    let modules: BTreeMap<_, _> = REGISTRY.iter().map(|spec| (spec.name, parse(spec))).collect();
+    let mut done: BTreeMap<String, (u32, u32)> = BTreeMap::new();
+    for Case { spec, what, plan, .. } in cases() {
+        let key = format!("{} {:?}", spec.name, plan.overrides);
+        let planned = (plan.workgroup_size, plan.workgroup_bytes);
+        if let Some(before) = done.get(&key) {
+            // The same shader, whatever the sizes.
+            assert_eq!(*before, planned, "{what}");
+            continue;
+        }
+        let (module, _) = &modules[spec.name];
+        for (name, value) in &plan.overrides {
+            let known = module.overrides.iter().any(|(_, found)| found.name.as_deref() == Some(name));
+            assert!(known, "{what}: the shader has no override {name}");
+            assert!(*value >= 0.0 && value.fract() == 0.0, "{what}: {name} = {value}");
+        }
+        let (invocations, bytes, counted) = specialise(&what, &modules[spec.name], &plan.overrides);
+        assert_eq!((invocations, bytes), planned, "{what}");
+        assert!(counted <= limits.max_compute_workgroup_storage_size && counted <= 16384, "{what}: {counted} bytes");
+        assert!(invocations <= limits.max_compute_invocations_per_workgroup && invocations <= 256, "{what}");
+        done.insert(key, planned);
+    }
+    // Every tuning of every kernel was among them.
+    for spec in REGISTRY {
+        let variants = done.keys().filter(|key| key.split(' ').next() == Some(spec.name)).count();
+        assert!(variants >= spec.tunings, "{}: {variants} variants of {} tunings", spec.name, spec.tunings);
+    }
+    println!("{} variants of {} shaders", done.len(), REGISTRY.len());
+}
+
+#[test]
+fn defaults_of_the_shaders_fit_webgpus_limits() {
+    for spec in REGISTRY {
+        let (invocations, _, counted) = specialise(spec.name, &parse(spec), &[]);
+        assert!(invocations <= 256 && counted <= 16384, "{}: {invocations} invocations, {counted} bytes", spec.name);
+    }
+}
+
+#[test]
+fn every_grid_covers_its_problem_and_no_more() {
+    for Case { what, plan, cover, .. } in cases() {
+        let grid = plan.grid.map(u64::from);
+        assert!(grid.iter().all(|&groups| groups <= 65535), "{what}: {grid:?}");
+        match cover {
+            Cover::Folded { items, each } => {
+                let needed = items.div_ceil(each);
+                let groups = grid[0] * grid[1];
+                assert!(groups >= needed, "{what}: {grid:?} does not hold {needed}");
+                assert!(groups - needed < grid[1], "{what}: {grid:?} for {needed}");
+                assert_eq!(grid[2], 1, "{what}");
+            }
+            Cover::Tiled { size, tile } => {
+                for axis in 0..3 {
+                    assert_eq!(grid[axis], size[axis].div_ceil(tile[axis]), "{what}: axis {axis}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn plans_keep_what_their_shaders_assume() {
+    let mut seen = BTreeSet::new();
+    for Case { spec, what, plan, .. } in cases() {
+        seen.insert(spec.name);
+        match spec.name {
+            // Halving reductions.
+            "norm" | "gate" | "attention_decode" | "attention_absorbed" => {
+                assert!(plan.workgroup_size.is_power_of_two(), "{what}");
+            }
+            "matvec" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            "attention_prefill" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            _ => {}
+        }
+        match spec.name {
+            "attention_decode" => assert_eq!(u64::from(SPLIT) % value(&plan, "WORKGROUP"), 0, "{what}"),
+            // An invocation owns up to four rows of a split.
+            "attention_absorbed" => assert!(4 * value(&plan, "WORKGROUP") >= u64::from(SPLIT), "{what}"),
+            _ => {}
+        }
+        if spec.name.starts_with("attention_") && plan.overrides.iter().any(|(name, _)| *name == "SPLIT") {
+            assert_eq!(value(&plan, "SPLIT"), u64::from(SPLIT), "{what}");
+        }
+    }
+    assert_eq!(seen.len(), REGISTRY.len());
+    // What the step is cut into is what the kernel's plan expects.
+    for class in CLASSES {
+        let context = PlanContext::webgpu_defaults(class);
+        for tuning in tunings(&attention_prefill::SPEC) {
+            let plan = prefill_problem(1, 1, 100).plan(&context, tuning).unwrap();
+            let tile_q = attention_prefill::tile_q(&context, tuning).unwrap();
+            assert_eq!(u64::from(tile_q), value(&plan, "WORKGROUP") / value(&plan, "LANES"));
+            assert_eq!(attention_prefill::slices(&context, tuning, 100).unwrap(), plan.grid[2]);
+        }
+    }
+}
+
+/// A problem of every kernel, as something that plans.
+type Planner = Box<dyn Fn(&PlanContext, Tuning) -> egmla::Result<Plan>>;
+
+fn planners() -> Vec<(&'static KernelSpec, Planner)> {
+    fn planner<P: Problem + 'static>(problem: P) -> (&'static KernelSpec, Planner) {
+        (P::SPEC, Box::new(move |context, tuning| problem.plan(context, tuning)))
+    }
+    let product = matmul::Problem::linear(100, 100, 100, true, Storage::F16);
+    vec![
+        planner(absorbed_problem(3, 9, Storage::F16)),
+        planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
+        planner(attention_merge::Problem { tokens: 100, n_head: 9, width: 64, splits: 300 }),
+        planner(prefill_problem(5, 9, 129)),
+        planner(append_problem(1000, 8, true, Storage::F16)),
+        planner(cache_copy::Problem { words: 1000, from_word: 0, to_word: 1000 }),
+        planner(read_problem(1000, true, Storage::F16)),
+        planner(gate_problem(1000, Activation::Silu, GateNorm::LayerNorm, 1000)),
+        planner(gather::Problem { rows: 1000, width: 64, vocab_size: 7, storage: Storage::F16 }),
+        planner(product),
+        planner(matvec::Problem(product)),
+        planner(norm_problem(1000, norm::Kind::Layer, true, Storage::F16)),
+        planner(residual_add::Problem { elements: 1000 }),
+        planner(rope_problem(1000, 8, true)),
+        planner(swiglu::Problem { elements: 1000 }),
+    ]
+}
+
+#[test]
+fn plan_refuses_a_tuning_that_does_not_exist() {
+    let planners = planners();
+    assert_eq!(planners.len(), REGISTRY.len());
+    for ((spec, plan), registered) in planners.iter().zip(REGISTRY) {
+        assert_eq!(spec.name, registered.name);
+        for index in [spec.tunings, usize::MAX] {
+            let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+            match plan(&context, Tuning::Forced(index)) {
+                Err(Error::Problem { kernel, problem }) => {
+                    assert_eq!(kernel, spec.name);
+                    assert!(problem.contains(&index.to_string()), "{problem}");
+                    assert!(problem.contains(&spec.tunings.to_string()), "{problem}");
+                }
+                other => panic!("{}: {other:?}", spec.name),
+            }
+        }
+    }
+}
+
+/// Plans every kernel under smaller limits: what does not fit is refused with `needed` of the plan, the rest is unchanged.
+fn refused(shrink: impl Fn(&mut Limits) -> u32, limit: &str, needed: impl Fn(&Plan) -> u32) -> usize {
+    let mut refusals = 0;
+    for (spec, plan) in planners() {
+        for class in CLASSES {
+            let full = PlanContext::webgpu_defaults(class);
+            let mut small = full.clone();
+            let allowed = shrink(&mut small.limits);
+            for tuning in tunings(spec) {
+                let whole = plan(&full, tuning).unwrap();
+                let needed = needed(&whole);
+                match plan(&small, tuning) {
+                    Ok(same) => {
+                        assert!(needed <= allowed, "{}: {needed} was not refused", spec.name);
+                        assert_eq!(same, whole);
+                    }
+                    Err(Error::Limit { what, needed: said, allowed: found, limit: name }) => {
+                        assert_eq!((said, found, name), (u64::from(needed), u64::from(allowed), limit), "{what}");
+                        assert!(needed > allowed, "{what}");
+                        assert!(what.starts_with(spec.name), "{what}");
+                        refusals += 1;
+                    }
+                    Err(other) => panic!("{}: {other}", spec.name),
+                }
+            }
+        }
+    }
+    refusals
+}
+
+#[test]
+fn plan_refuses_limits_that_are_too_small() {
+    let storage = refused(
+        |limits| {
+            limits.max_compute_workgroup_storage_size = 1024;
+            1024
+        },
+        "max_compute_workgroup_storage_size",
+        |plan| plan.workgroup_bytes,
+    );
+    assert!(storage > 0);
+    let invocations = refused(
+        |limits| {
+            limits.max_compute_invocations_per_workgroup = 32;
+            32
+        },
+        "max_compute_invocations_per_workgroup",
+        |plan| plan.workgroup_size,
+    );
+    assert!(invocations > 0);
+
+    let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+    context.limits.max_compute_workgroups_per_dimension = 4;
+    // Sixteen workgroups fit when folded, seventeen do not; a tiled grid does not fold.
+    let rows = |rows| norm_problem(rows, norm::Kind::Rms, false, Storage::F32).plan(&context, Tuning::Auto);
+    assert_eq!(rows(16).unwrap().grid, [4, 4, 1]);
+    assert!(matches!(rows(17), Err(Error::Limit { needed: 17, allowed: 16, .. })));
+    let heads = |n_head| decode_problem(SPLIT, n_head, Storage::F32).plan(&context, Tuning::Auto);
+    assert_eq!(heads(4).unwrap().grid, [1, 4, 1]);
+    let error = heads(5).unwrap_err();
+    assert!(
+        matches!(error, Error::Limit { needed: 5, allowed: 4, limit: "max_compute_workgroups_per_dimension", .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn plan_refuses_what_the_shaders_cannot_do() {
+    fn problem_of<P: Problem>(problem: P) -> String {
+        let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+        match problem.plan(&context, Tuning::Auto) {
+            Err(Error::Problem { kernel, problem }) => {
+                assert_eq!(kernel, P::SPEC.name);
+                problem
+            }
+            other => panic!("{}: {other:?}", P::SPEC.name),
+        }
+    }
+    let f32 = Storage::F32;
+    let absorbed = absorbed_problem(1, 1, f32);
+    assert_eq!(problem_of(attention_absorbed::Problem { n_head: 0, ..absorbed }), "n_head is 0");
+    assert_eq!(problem_of(attention_absorbed::Problem { d_latent: 0, ..absorbed }), "d_latent is 0");
+    assert_eq!(problem_of(attention_absorbed::Problem { n_sequence: 0, ..absorbed }), "n_sequence is 0");
+    let decode = decode_problem(SPLIT, 1, f32);
+    assert_eq!(problem_of(attention_decode::Problem { n_head: 0, ..decode }), "n_head is 0");
+    assert_eq!(problem_of(attention_decode::Problem { d_value: 0, ..decode }), "d_value is 0");
+    assert_eq!(problem_of(attention_decode::Problem { n_sequence: 0, ..decode }), "n_sequence is 0");
+    for rows in [1, SPLIT - 1, SPLIT + 1] {
+        let expected = format!("kv_rows is {rows}, not a multiple of {SPLIT}");
+        assert_eq!(problem_of(attention_decode::Problem { kv_rows: rows, ..decode }), expected);
+        let expected = format!("kv_first is {rows}, not a multiple of {SPLIT}");
+        assert_eq!(problem_of(attention_decode::Problem { kv_first: rows, ..decode }), expected);
+    }
+    let prefill = prefill_problem(1, 1, 1);
+    assert_eq!(problem_of(attention_prefill::Problem { n_head: 0, ..prefill }), "n_head is 0");
+    assert_eq!(problem_of(attention_prefill::Problem { d_value: 0, ..prefill }), "d_value is 0");
+    assert_eq!(problem_of(attention_prefill::Problem { n_sequence: 0, ..prefill }), "n_sequence is 0");
+    let empty = attention_prefill::Problem { d_nope: 0, d_rope: 0, ..prefill };
+    assert_eq!(problem_of(empty), "d_nope and d_rope are both 0");
+    let merge = attention_merge::Problem { tokens: 1, n_head: 1, width: 1, splits: 1 };
+    assert_eq!(problem_of(attention_merge::Problem { n_head: 0, ..merge }), "n_head is 0");
+    assert_eq!(problem_of(attention_merge::Problem { width: 0, ..merge }), "width is 0");
+    let append = append_problem(1, 0, false, f32);
+    assert_eq!(problem_of(cache_append::Problem { d_latent: 0, ..append }), "d_latent is 0");
+    let tile = read_problem(1, false, f32);
+    assert_eq!(problem_of(cache_read::Problem { d_latent: 0, ..tile }), "d_latent is 0");
+    assert_eq!(problem_of(cache_read::Problem { n_sequence: 0, ..tile }), "n_sequence is 0");
+    let gated = gate_problem(1, Activation::Identity, GateNorm::None, 0);
+    assert_eq!(problem_of(gate::Problem { width: 0, ..gated }), "width is 0");
+    let normed = norm_problem(1, norm::Kind::Rms, false, f32);
+    assert_eq!(problem_of(norm::Problem { width: 0, ..normed }), "width is 0");
+    let table = gather::Problem { rows: 1, width: 1, vocab_size: 1, storage: f32 };
+    assert_eq!(problem_of(gather::Problem { width: 0, ..table }), "width is 0");
+    assert_eq!(problem_of(gather::Problem { vocab_size: 0, ..table }), "vocab_size is 0");
+    assert_eq!(problem_of(rope_problem(1, 3, true)), "d_rope is 3, must be even");
+
+    let overlapping = [(5, 0, 4), (5, 4, 0), (1, 7, 7)];
+    for (words, from_word, to_word) in overlapping {
+        let problem = problem_of(cache_copy::Problem { words, from_word, to_word });
+        assert_eq!(problem, format!("{words} words from {from_word} to {to_word} overlap"));
+    }
+    let strided = |x, y| matmul::Problem {
+        x: Layout { inner: x, ..Layout::dense(8) },
+        y: Layout { inner: y, ..Layout::dense(8) },
+        ..matmul::Problem::linear(8, 8, 8, false, f32)
+    };
+    for (x, y) in [(2, 1), (1, 2), (0, 1)] {
+        assert!(problem_of(strided(x, y)).contains("contiguous"));
+        assert!(problem_of(matvec::Problem(strided(x, y))).contains("contiguous"));
+    }
+    // Elements are indexed with 32 bits.
+    let huge = gather::Problem { rows: u32::MAX, width: u32::MAX, vocab_size: 1, storage: f32 };
+    assert!(problem_of(huge).contains("2^31"));
+}
+
+/// Top-level functions other than the entry: name, and text with the comment above it.
+fn functions(source: &str) -> Vec<(String, String)> {
+    let lines: Vec<&str> = source.lines().collect();
+    let mut found = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let Some(rest) = line.strip_prefix("fn ") else { continue };
+        let name = rest.split('(').next().unwrap();
+        if name == "main" {
+            continue;
+        }
+        let end = start + lines[start..].iter().position(|line| *line == "}").unwrap();
+        let comments = lines[..start].iter().rev().take_while(|line| line.starts_with("//")).count();
+        found.push((name.to_owned(), lines[start - comments..=end].join("\n")));
+    }
+    found
+}
+
+#[test]
+fn functions_of_one_name_are_the_same_text() {
+    let mut known: BTreeMap<String, (&str, String)> = BTreeMap::new();
+    let mut shared = 0;
+    for spec in REGISTRY {
+        for (name, text) in functions(spec.source) {
+            match known.get(&name) {
+                None => {
+                    known.insert(name, (spec.name, text));
+                }
+                Some((first, same)) => {
+                    assert_eq!(&text, same, "`{name}` differs between {first} and {}", spec.name);
+                    shared += 1;
+                }
+            }
+        }
+    }
+    assert!(shared > 0 && known.contains_key("decode"), "no shared function was found: {known:?}");
+}
+
+/// The parts of a shader, in the order that rule 3 of ENGINEERING.md gives them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Header,
+    Override,
+    Constant,
+    Params,
+    Binding,
+    Workgroup,
+    Function,
+    Entry,
+}
+
+#[test]
+fn shaders_are_in_the_one_order() {
+    for spec in REGISTRY {
+        let name = spec.name;
+        let mut at = Part::Header;
+        let header: Vec<_> = spec.source.lines().take_while(|line| line.starts_with("//")).collect();
+        assert!(header.len() >= 2, "{name}: no header");
+        let grids = header.iter().filter(|line| line.starts_with("// grid: ")).count();
+        assert_eq!(grids, 1, "{name}: the header has one line that begins with `// grid: `");
+        assert!(spec.source.ends_with("}\n") && !spec.source.contains('\t') && !spec.source.contains('\r'), "{name}");
+        for (number, line) in (1..).zip(spec.source.lines()) {
+            let here = format!("{name}.wgsl:{number}: {line}");
+            assert!(!line.trim_start().starts_with('#'), "{here}: a preprocessor?");
+            assert!(!line.ends_with(' '), "{here}: trailing space");
+            let part = if line.starts_with("override ") {
+                assert!(line.contains(" = "), "{here}: no default");
+                Part::Override
+            } else if line.starts_with("const ") {
+                Part::Constant
+            } else if line.starts_with("struct ") {
+                assert_eq!(line, "struct Params {", "{here}");
+                Part::Params
+            } else if line.starts_with("@group(0) @binding(") {
+                let shape = line.split_once("; ").map_or("", |(_, comment)| comment.trim());
+                let params = line.contains("var<uniform>");
+                assert!(params || shape.strip_prefix("// ").is_some_and(|shape| !shape.is_empty()), "{here}: no shape");
+                Part::Binding
+            } else if let Some(declared) = line.strip_prefix("var<workgroup> ") {
+                assert!(declared.starts_with("sh_"), "{here}: not named sh_");
+                Part::Workgroup
+            } else if line.starts_with("fn main(") || line.starts_with("@compute ") {
+                Part::Entry
+            } else if line.starts_with("fn ") {
+                Part::Function
+            } else {
+                let inside = line.is_empty() || line.starts_with("//") || line.starts_with([' ', ')', '}']);
+                assert!(inside, "{here}: what is this?");
+                continue;
+            };
+            assert!(part >= at, "{here}: {part:?} after {at:?}");
+            at = part;
+        }
+        assert_eq!(at, Part::Entry, "{name}");
+    }
+}
+
+#[test]
+fn tint_accepts_every_shader() {
+    let tint =
+        |arguments: &[&str]| Command::new("tint").args(arguments).current_dir(path("")).stdin(Stdio::null()).output();
+    if tint(&["--help"]).is_err() {
+        println!("tint: not run (not installed)");
+        return;
+    }
+    for spec in REGISTRY {
+        let file = format!("shaders/{}.wgsl", spec.name);
+        let output = tint(&["--format", "wgsl", &file]).unwrap();
+        assert!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let file = entry.unwrap().path();
+        if file.is_dir() {
+            rust_files(&file, files);
+        } else if file.extension().is_some_and(|extension| extension == "rs") {
+            files.push(file);
+        }
+    }
+}
+
+#[test]
+fn the_library_owns_no_device() {
+    let mut files = Vec::new();
+    rust_files(&path("src"), &mut files);
+    let outside = [path("src/bin"), path("src/check")];
+    files.retain(|file| !outside.iter().any(|folder| file.starts_with(folder)));
+    assert!(files.len() > REGISTRY.len());
+    // `.poll(` alone is a future's.
+    let forbidden =
+        [".submit(", "device.poll(", "device().poll(", "PollType", "map_async", "request_device", "request_adapter"];
+    for file in files {
+        let source = std::fs::read_to_string(&file).unwrap();
+        for (number, line) in (1..).zip(source.lines()) {
+            let code = line.split("//").next().unwrap();
+            for word in forbidden {
+                assert!(!code.contains(word), "{}:{number}: {word}", file.display());
+            }
+        }
+    }
+}
