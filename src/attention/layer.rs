@@ -493,7 +493,9 @@ impl Attention {
         let mut first = 0;
         while first < step.rows {
             let rows = workspace.tile_rows.min(step.rows - first);
-            let kv = self.rebuild(recording, cache, layer, step, workspace, (first, rows))?;
+            // The padding behind the last sequence is never read.
+            let used = rows.min(step.used_rows - first);
+            let kv = self.rebuild(recording, cache, layer, step, workspace, (first, used))?;
             match step.mode {
                 Mode::Prefill => {
                     let problem = attention_prefill::Problem {

@@ -37,6 +37,8 @@ pub struct Step {
     pub(super) tokens: u32,
     /// Rows of the step's numbering: every sequence padded to a multiple of the split length.
     pub(super) rows: u32,
+    /// Rows up to the last sequence's end: past it there is nothing but padding.
+    pub(super) used_rows: u32,
     pub(super) n_sequence: u32,
     pub(super) query_tiles: u32,
     pub(super) slots: Region,
@@ -92,7 +94,7 @@ impl Step {
         let mut sequences = Vec::new();
         let mut queries = Vec::new();
         let mut ranges = Vec::new();
-        let mut rows = 0u64;
+        let (mut rows, mut used_rows) = (0u64, 0u64);
         for (sequence, &count) in counts.iter().enumerate() {
             if count == 0 {
                 continue;
@@ -119,6 +121,7 @@ impl Step {
             if mode == Mode::Decode {
                 ranges.push([rows as u32 / SPLIT, length.div_ceil(SPLIT)]);
             }
+            used_rows = rows + u64::from(length);
             rows += u64::from(length.next_multiple_of(SPLIT));
         }
         if rows >= 1 << 31 {
@@ -142,6 +145,7 @@ impl Step {
             mode,
             tokens,
             rows: rows as u32,
+            used_rows: used_rows as u32,
             n_sequence: sequences.len() as u32,
             query_tiles: queries.len() as u32,
             slots,
