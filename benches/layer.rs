@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -- decode` selects. Compare rows of one run only: machines drift.
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::Criterion;
 use egmla::attention::{
     Attention, CacheOptions, DecodePath, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
@@ -103,7 +103,7 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
         let ids = Random::new(3).ids(prefill_tokens as usize, 4096);
         let prefill = StepInput { mode: Mode::Prefill, counts: &[prefill_tokens], token_ids: Some(&ids) };
         bench.step(&rig, prefill, DecodePath::Auto)?;
-        criterion.bench_function(BenchmarkId::new(format!("prefill/{name}"), prefill_tokens), |bencher| {
+        criterion.bench_function(&format!("prefill/{name}/{prefill_tokens}"), |bencher| {
             bencher.iter(|| bench.step(&rig, prefill, DecodePath::Auto));
         });
         while rig.cache.lengths()[0] < cached {
@@ -117,7 +117,7 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
                 continue;
             }
             bench.step(&rig, decode, path)?;
-            criterion.bench_function(BenchmarkId::new(format!("decode/{name}/{label}"), cached), |bencher| {
+            criterion.bench_function(&format!("decode/{name}/{label}/{cached}"), |bencher| {
                 bencher.iter(|| bench.step(&rig, decode, path));
             });
         }
@@ -125,12 +125,11 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
     Ok(())
 }
 
-fn layer(criterion: &mut Criterion) {
-    if let Err(failure) = run(criterion) {
+fn main() {
+    let mut criterion = Criterion::default().sample_size(10).configure_from_args();
+    if let Err(failure) = run(&mut criterion) {
         eprintln!("error: {failure}");
         std::process::exit(1);
     }
+    criterion.final_summary();
 }
-
-criterion_group! { name = benches; config = Criterion::default().sample_size(10); targets = layer }
-criterion_main!(benches);

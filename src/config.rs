@@ -487,11 +487,29 @@ impl AttentionConfig {
         match self.rope.scaling {
             RopeScaling::None => Ok(()),
             RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
-            RopeScaling::Yarn { factor, original_max_position_embeddings, beta_fast, beta_slow, .. } => {
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                beta_fast,
+                beta_slow,
+                mscale,
+                mscale_all_dim,
+                attention_factor,
+            } => {
                 above("rope_scaling.factor", factor, 0.0)?;
                 above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
                 above("rope_scaling.beta_slow", beta_slow, 0.0)?;
-                above("rope_scaling.beta_fast", beta_fast, 0.0)
+                above("rope_scaling.beta_fast", beta_fast, beta_slow)?;
+                above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
+                for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
+                    if value.is_some_and(|value| value.is_nan() || value < 0.0) {
+                        return Err(Error::config(
+                            key,
+                            format!("is {}, must be at least 0", value.unwrap_or_default()),
+                        ));
+                    }
+                }
+                Ok(())
             }
         }
     }
@@ -634,6 +652,7 @@ const DECODER_KEYS: &[&str] = &[
     "hidden_act",
     "intermediate_size",
     "max_position_embeddings",
+    "mlp_bias",
     "num_hidden_layers",
     "rms_norm_eps",
     "tie_word_embeddings",
@@ -644,12 +663,17 @@ const DECODER_KEYS: &[&str] = &[
 const IGNORED_DECODER_KEYS: &[&str] = &[
     "architectures",
     "attention_dropout",
+    "auto_map",
     "bos_token_id",
     "dtype",
     "eos_token_id",
+    "head_dim",
     "initializer_range",
     "model_type",
+    "num_key_value_heads",
     "pad_token_id",
+    "pretraining_tp",
+    "qk_head_dim",
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -669,6 +693,9 @@ impl DecoderConfig {
         match keys.text("hidden_act")? {
             None | Some("silu") => {}
             Some(other) => return Err(Error::config("hidden_act", format!("`{other}` is not supported, only silu"))),
+        }
+        if keys.boolean("mlp_bias")? == Some(true) {
+            return Err(Error::config("mlp_bias", "is true, but a bias in the feed-forward part is not supported"));
         }
         let config = DecoderConfig {
             vocab_size: keys.required_integer("vocab_size")?,

@@ -1102,6 +1102,11 @@ fn config_refuses_unknown_and_contradicting_keys() {
     ] {
         refused(key, serde_json::json!({"rope_scaling": scaling}));
     }
+    for (key, value) in [("attention_factor", 0.0), ("mscale", -1.0), ("mscale_all_dim", -20.0), ("beta_fast", 0.5)] {
+        let mut scaling = serde_json::json!({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64});
+        scaling[key] = value.into();
+        refused(key, serde_json::json!({"rope_scaling": scaling}));
+    }
     let theta = serde_json::json!({"rope_type": "default", "rope_theta": 5000.0});
     refused("rope_parameters.rope_theta", serde_json::json!({"rope_theta": 10000.0, "rope_parameters": theta}));
     refused("rope_theta", serde_json::json!({"rope_theta": 0.0}));
@@ -1122,10 +1127,14 @@ fn decoder_config() {
     };
     let config = decoder(serde_json::json!({"embedding_gate": {"vocab_size": 100, "embed_dim": 4}})).unwrap();
     assert_eq!((config.vocab_size, config.n_layer, config.rms_norm_eps), (100, 2, 1e-5));
+    // What transformers writes beside the keys that matter here.
+    let written = serde_json::json!({"num_key_value_heads": 4, "head_dim": 64, "mlp_bias": false, "auto_map": {}});
+    assert!(decoder(written).is_ok());
     for (key, changes) in [
         ("embedding_gate.vocab_size", serde_json::json!({"embedding_gate": {"vocab_size": 99, "embed_dim": 4}})),
         ("n_routed_experts", serde_json::json!({"n_routed_experts": 8})),
         ("hidden_act", serde_json::json!({"hidden_act": "gelu"})),
+        ("mlp_bias", serde_json::json!({"mlp_bias": true})),
         ("num_hidden_layers", serde_json::json!({"num_hidden_layers": 0})),
         ("vocab_size", serde_json::json!({"vocab_size": 2_147_483_648_u64})),
         ("rms_norm_eps", serde_json::json!({"rms_norm_eps": 0.0})),
