@@ -3,7 +3,7 @@
 //   latent_cache[slots[t], :] = latent[t, :]    rope_cache[slots[t], :] = k_R[t, :]    id_cache[slots[t]] = ids[t]
 //
 // Rows of the cache are padded with zeros to 16 bytes, so that an invocation always owns whole words. In f16 storage
-// values beyond ±65504 are stored as ±65504.
+// finite values beyond ±65504 are stored as ±65504; NaN stays NaN, so that a broken model shows.
 // grid: one invocation a word (latent words, rope words and the id of every token), folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
@@ -45,8 +45,15 @@ fn rope_at(token: u32, i: u32) -> f32 {
     return rope_key[params.rope_offset + token * params.rope_row + i];
 }
 
+// Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since compilers take
+// `v != v` for false.
+fn bounded(v: f32) -> f32 {
+    let finite = (bitcast<u32>(v) & 0x7f800000u) != 0x7f800000u;
+    return select(v, clamp(v, -65504.0, 65504.0), finite);
+}
+
 fn pack(a: f32, b: f32) -> u32 {
-    return pack2x16float(clamp(vec2<f32>(a, b), vec2<f32>(-65504.0), vec2<f32>(65504.0)));
+    return pack2x16float(vec2<f32>(bounded(a), bounded(b)));
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)

@@ -70,8 +70,8 @@ fn activate(v: f32) -> f32 {
             return sigmoid(v);
         }
         case 2u: {
-            // Some drivers' tanh overflows for large arguments; ±1 is exact in f32 from 10 on.
-            return tanh(clamp(v, -10.0, 10.0));
+            // Some drivers' tanh overflows for large arguments; ±1 is exact in f32 from 10 on. A clamp would hide NaN.
+            return select(tanh(clamp(v, -10.0, 10.0)), v, (bitcast<u32>(v) & 0x7fffffffu) > 0x7f800000u);
         }
         case 3u: {
             return v * sigmoid(v);

@@ -468,9 +468,7 @@ impl AttentionConfig {
                     return Err(Error::config(key, "the dimensions give a matrix of 2^31 or more elements"));
                 }
             }
-            if !(gate.norm_eps.is_finite() && gate.norm_eps > 0.0) {
-                return Err(Error::config("embedding_gate.norm_eps", format!("is {}, must be above 0", gate.norm_eps)));
-            }
+            validate_eps("embedding_gate.norm_eps", gate.norm_eps)?;
         }
         self.validate_rope()
     }
@@ -502,7 +500,7 @@ impl AttentionConfig {
                 above("rope_scaling.beta_fast", beta_fast, beta_slow)?;
                 above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
                 for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
-                    if value.is_some_and(|value| value.is_nan() || value < 0.0) {
+                    if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
                         return Err(Error::config(
                             key,
                             format!("is {}, must be at least 0", value.unwrap_or_default()),
@@ -560,6 +558,15 @@ impl AttentionConfig {
     }
 }
 
+/// The shaders take it as f32: there it must not become 0 or infinite.
+fn validate_eps(key: &str, eps: f64) -> Result<()> {
+    let single = eps as f32;
+    if single.is_finite() && single > 0.0 {
+        return Ok(());
+    }
+    Err(Error::config(key, format!("is {eps}, must be above 0 and finite in f32")))
+}
+
 fn rope_from_map(keys: &Keys<'_>) -> Result<RopeConfig> {
     let defaults = RopeConfig::default();
     let parameters = match (keys.object("rope_scaling")?, keys.object("rope_parameters")?) {
@@ -587,6 +594,9 @@ fn rope_from_map(keys: &Keys<'_>) -> Result<RopeConfig> {
         scaling = match kind {
             "default" | "none" => {
                 keys.refuse_unknown(&[&["type", "rope_type", "rope_theta", "factor"]])?;
+                if let Some(factor) = keys.float("factor")?.filter(|&factor| factor != 1.0) {
+                    return Err(keys.error("factor", format!("is {factor}, but the type is missing or `{kind}`")));
+                }
                 RopeScaling::None
             }
             "linear" => {
@@ -731,9 +741,7 @@ impl DecoderConfig {
                 return Err(Error::config(key, "the dimensions give a matrix of 2^31 or more elements"));
             }
         }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
-            return Err(Error::config("rms_norm_eps", format!("is {}, must be above 0", self.rms_norm_eps)));
-        }
+        validate_eps("rms_norm_eps", self.rms_norm_eps)?;
         if let Some(gate) = &self.attention.gate
             && gate.vocab_size != self.vocab_size
         {

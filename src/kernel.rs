@@ -114,7 +114,16 @@ impl Kernels {
     /// [`Error::Device`] when the device is lost or out of memory, [`Error::Limit`] when it offers fewer storage
     /// buffers than WebGPU promises.
     pub fn new(device: &wgpu::Device) -> Result<Self> {
-        let limits = device.limits();
+        Self::with_class(device, AdapterClass::of(&device.adapter_info()))
+    }
+
+    /// The same, with tile sizes for another class of adapter than the device's own: to compare them, or to check here what
+    /// will run there.
+    ///
+    /// # Errors
+    /// As [`Kernels::new`].
+    pub fn with_class(device: &wgpu::Device, class: AdapterClass) -> Result<Self> {
+        let mut limits = device.limits();
         if limits.max_storage_buffers_per_shader_stage < 8 {
             return Err(Error::Limit {
                 what: "a kernel's storage buffers".to_owned(),
@@ -123,7 +132,9 @@ impl Kernels {
                 limit: "max_storage_buffers_per_shader_stage",
             });
         }
-        let context = PlanContext { limits, class: AdapterClass::of(&device.adapter_info()) };
+        // Shaders index elements with 32 bits.
+        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
+        let context = PlanContext { limits, class };
         let empty = |label: &str| {
             scoped(device, label, || {
                 device.create_buffer(&wgpu::BufferDescriptor {
@@ -320,6 +331,8 @@ struct Dispatch {
 }
 
 /// Dispatches that are checked and ready to be written into a pass, with their parameters in one buffer.
+///
+/// One step, one recording: what it holds is written again by every [`Recording::record`] until [`Recording::clear`].
 #[derive(Debug)]
 pub struct Recording {
     kernels: Kernels,
@@ -364,6 +377,12 @@ impl Recording {
     pub fn rewind(&mut self, mark: Mark) {
         self.dispatches.truncate(mark.dispatches);
         self.params.truncate(mark.params);
+    }
+
+    /// Drops every dispatch, for the next step.
+    pub fn clear(&mut self) {
+        self.dispatches.clear();
+        self.params.clear();
     }
 
     /// Adds a dispatch. `bound` are the storage bindings in the order of their numbers.

@@ -163,6 +163,7 @@ impl AttentionWeights {
     /// # Errors
     /// A tensor that is missing, of another shape or type, or that stands under the prefix without a place in `config`.
     pub fn load(checkpoint: &Checkpoint<'_>, prefix: &str, config: &AttentionConfig) -> Result<Self> {
+        config.validate()?;
         let take = |name: &str, shape: &[u32]| {
             let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
             checkpoint.take(&format!("{prefix}{name}"), &shape)
@@ -170,6 +171,68 @@ impl AttentionWeights {
         let weights = Self::build(config, checkpoint.contains(&format!("{prefix}kv_a_layernorm.weight")), take)?;
         checkpoint.refuse_rest(prefix)?;
         Ok(weights)
+    }
+
+    /// Checks weights that were built by hand against a configuration.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself; a tensor that is missing, has no place, or is of another shape or length.
+    pub fn check(&self, config: &AttentionConfig) -> Result<()> {
+        config.validate()?;
+        let expected = Self::build(config, self.kv_a_norm.is_some(), |name, shape| {
+            let shape = shape.iter().map(|&extent| extent as usize).collect();
+            Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
+        })?;
+        for (found, expected) in self.tensors().into_iter().zip(expected.tensors()) {
+            match (found, expected) {
+                (None, None) => {}
+                (None, Some(expected)) => {
+                    return Err(Error::MissingTensor { name: expected.name.clone(), expected: expected.shape.clone() });
+                }
+                (Some(found), None) => {
+                    return Err(Error::ExtraTensor { name: found.name.clone(), found: found.shape.clone() });
+                }
+                (Some(found), Some(expected)) => {
+                    let (name, expected) = (found.name.clone(), expected.shape.clone());
+                    if found.shape != expected {
+                        return Err(Error::TensorShape { name, expected, found: found.shape.clone() });
+                    }
+                    // The shape says one thing, the elements another.
+                    if found.data.len() != expected.iter().product::<usize>() {
+                        return Err(Error::TensorShape { name, expected, found: vec![found.data.len()] });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every tensor that a layer may have, in one order.
+    fn tensors(&self) -> [Option<&HostTensor>; 15] {
+        let (proj, a_proj, a_bias, a_norm, b_proj) = match &self.query {
+            QueryWeights::Full { proj } => (Some(proj), None, None, None, None),
+            QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
+                (None, Some(a_proj), a_bias.as_ref(), Some(a_norm), Some(b_proj))
+            }
+        };
+        let gate = self.gate.as_ref();
+        [
+            proj,
+            a_proj,
+            a_bias,
+            a_norm,
+            b_proj,
+            Some(&self.kv_a_proj),
+            self.kv_a_bias.as_ref(),
+            self.kv_a_norm.as_ref(),
+            Some(&self.kv_b_proj),
+            Some(&self.o_proj),
+            self.o_bias.as_ref(),
+            gate.map(|gate| &gate.embedding),
+            gate.map(|gate| &gate.b_proj),
+            gate.and_then(|gate| gate.norm_weight.as_ref()),
+            gate.and_then(|gate| gate.norm_bias.as_ref()),
+        ]
     }
 
     /// The one list of names and shapes: `make(name, shape)` is asked for each tensor that `config` has.

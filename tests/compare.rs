@@ -48,6 +48,19 @@ fn an_infinity_where_a_number_belongs_and_a_number_where_an_infinity_belongs() {
     got[5] = 1.0;
     expected[5] = f64::NEG_INFINITY;
     must_fail("a number in the place of an infinity", &got, &expected, TOLERANCE);
+    // Each kind of non-finite value is its own.
+    for (lie, truth) in [
+        (f32::NAN, f64::NEG_INFINITY),
+        (f32::INFINITY, f64::NEG_INFINITY),
+        (f32::NEG_INFINITY, f64::INFINITY),
+        (f32::INFINITY, f64::NAN),
+    ] {
+        got[5] = lie;
+        expected[5] = truth;
+        must_fail("another kind", &got, &expected, TOLERANCE);
+        expected[5] = lie.into();
+        assert!(compare(&got, &expected, TOLERANCE).verdict.is_ok());
+    }
 }
 
 #[test]

@@ -58,8 +58,15 @@ struct DeviceGate {
 /// Uploads a tensor as f32 or f16.
 ///
 /// # Errors
-/// [`Error::OutOfF16Range`] when f16 would turn a finite weight into infinity; what the allocation refuses.
+/// [`Error::OutOfF16Range`] when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
+/// allocation refuses.
 pub(crate) fn upload_tensor(kernels: &Kernels, tensor: &HostTensor, storage: Storage) -> Result<Region> {
+    let needed = storage.tensor_bytes(tensor.data.len() as u64);
+    let allowed = kernels.context().limits.max_storage_buffer_binding_size;
+    if needed > allowed {
+        let what = format!("tensor `{}` in {}", tensor.name, storage.name());
+        return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+    }
     let buffer = match storage {
         Storage::F32 => kernels.upload(&tensor.name, bytemuck::cast_slice(&tensor.data))?,
         Storage::F16 => {
@@ -89,6 +96,15 @@ pub(crate) fn product_of(recording: &mut Recording, problem: matmul::Problem, ar
     }
 }
 
+/// `prefill` and `decode` commit a step after one layer: on a cache of several, the others would never see its tokens.
+fn one_layer(cache: &LatentCache) -> Result<()> {
+    let what = "layers of the cache (with several, use plan_step, forward and commit)";
+    match cache.options().n_layer {
+        1 => Ok(()),
+        found => Err(Error::Count { what, expected: 1, found: found.into() }),
+    }
+}
+
 /// One attention layer: configuration and weights in device memory.
 #[derive(Debug)]
 pub struct Attention {
@@ -102,15 +118,15 @@ impl Attention {
     /// Uploads a layer's weights.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, a weight beyond f16's range with f16 storage, a tensor over the device's
-    /// binding limit, or no memory left.
+    /// A configuration that contradicts itself or the weights, a weight beyond f16's range with f16 storage, a tensor over
+    /// the device's binding limit, or no memory left.
     pub fn new(
         kernels: &Kernels,
         config: &AttentionConfig,
         weights: &AttentionWeights,
         storage: Storage,
     ) -> Result<Self> {
-        config.validate()?;
+        weights.check(config)?;
         let upload = |tensor: &HostTensor| upload_tensor(kernels, tensor, storage);
         let optional = |tensor: &Option<HostTensor>| tensor.as_ref().map(upload).transpose();
         let weights = DeviceWeights {
@@ -167,6 +183,9 @@ impl Attention {
 
     /// Plans, records and commits new tokens of a cache of one layer; any number a sequence.
     ///
+    /// The tokens count as cached from here on: a caller whose submission fails later takes them back with
+    /// [`LatentCache::truncate`].
+    ///
     /// `hidden` and `out` are `[tokens, hidden_size]` f32: sequence 0's new tokens, then sequence 1's, and so on.
     ///
     /// # Errors
@@ -182,6 +201,7 @@ impl Attention {
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
+        one_layer(cache)?;
         let step = cache.plan_step(StepInput { mode: Mode::Prefill, counts, token_ids })?;
         self.forward(recording, cache, 0, &step, workspace, DecodePath::Auto, hidden, out)?;
         cache.commit(&step)
@@ -205,6 +225,7 @@ impl Attention {
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
+        one_layer(cache)?;
         let step = cache.plan_step(StepInput { mode: Mode::Decode, counts, token_ids })?;
         self.forward(recording, cache, 0, &step, workspace, path, hidden, out)?;
         cache.commit(&step)
@@ -430,6 +451,11 @@ impl Attention {
         step.token_ids().ok_or(Error::Empty { what: "the list of token ids, which the gate needs," })
     }
 
+    /// [`Attention::new`] has checked that a gate in the configuration has its weights.
+    fn gate_weights(&self) -> Result<&DeviceGate> {
+        self.weights.gate.as_ref().ok_or(Error::Empty { what: "the gate's weights" })
+    }
+
     /// `gate [rows, width] = gate_b_proj · gate_embedding[ids]`, before its activation.
     fn gate_projection(
         &self,
@@ -440,7 +466,7 @@ impl Attention {
         ids: &Region,
         workspace: &Workspace,
     ) -> Result<()> {
-        let Some(weights) = &self.weights.gate else { return Ok(()) };
+        let weights = self.gate_weights()?;
         let problem =
             gather::Problem { rows, width: config.d_gate, vocab_size: config.vocab_size, storage: self.storage };
         let args = gather::Args { table: &weights.embedding, ids, y: &workspace.gate_rows };
@@ -461,7 +487,7 @@ impl Attention {
         (slots, statistics, statistics_rows): (&Region, &Region, u32),
         y: &Region,
     ) -> Result<()> {
-        let Some(weights) = &self.weights.gate else { return Ok(()) };
+        let weights = self.gate_weights()?;
         let problem = gate::Problem {
             rows,
             width,

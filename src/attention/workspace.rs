@@ -9,6 +9,9 @@ use crate::kernels::{attention_prefill, product};
 use crate::plan::Tuning;
 
 /// Extents of a [`Workspace`].
+///
+/// Beside what these bound, decode keeps the partial results of every split of the cache until they are merged:
+/// `n_head · max(d_value, d_latent) · 4` bytes per 256 cache rows (`d_value` alone with the gate at `up_projected`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WorkspaceOptions {
     /// Most new tokens of a step, over all sequences.

@@ -54,7 +54,8 @@ pub fn compare(got: &[f32], expected: &[f64], tolerance: Tolerance) -> Compariso
     if got.len() != expected.len() {
         return fail(f64::INFINITY, format!("{} elements, expected {}", got.len(), expected.len()));
     }
-    let non_finite = |(g, e): (&f32, &f64)| g.is_finite() != e.is_finite();
+    let kind = |x: f64| (x.is_nan(), x.is_infinite().then_some(x > 0.0));
+    let non_finite = |(g, e): (&f32, &f64)| kind(f64::from(*g)) != kind(*e);
     if let Some(index) = got.iter().zip(expected).position(non_finite) {
         let count = got.iter().zip(expected).filter(|&(g, e)| non_finite((g, e))).count();
         let (g, e) = (got[index], expected[index]);

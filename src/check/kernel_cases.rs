@@ -124,8 +124,12 @@ fn product_case(sizes: String, problem: matmul::Problem, few: bool) -> Case {
                 false => matmul::encode(recording, &p, args, tuning),
             })?;
             let got = y.read_f32(lab.kernels, lab.queue)?;
-            (0..p.batch)
-                .map(|b| {
+            // Nothing else was written: neither before the offset nor between the rows.
+            let written = got.iter().filter(|value| value.to_bits() != super::guarded::POISON).count();
+            let elements = [f64::from(p.batch) * (rows * cols) as f64];
+            let count = super::compare(&[written as f32], &elements, Tolerance::EXACT);
+            std::iter::once(Ok(count))
+                .chain((0..p.batch).map(|b| {
                     let pick = |values: &[f64], layout: Layout, rows: u32, inner: u32| -> Vec<f64> {
                         let at = |m, k| layout.offset + b * layout.batch + m * layout.row + k * layout.inner;
                         (0..rows).flat_map(|m| (0..inner).map(move |k| at(m, k))).map(|i| values[i as usize]).collect()
@@ -141,7 +145,7 @@ fn product_case(sizes: String, problem: matmul::Problem, few: bool) -> Case {
                     let got = pick(&widen(&got), p.y, p.rows, p.cols);
                     let got: Vec<f32> = got.iter().map(|&value| value as f32).collect();
                     Ok(super::compare(&got, &expected, tolerance))
-                })
+                }))
                 .collect()
         })
     })
@@ -212,7 +216,10 @@ fn gates(cases: &mut Vec<Case>) {
                     let mut random = Random::new(SEED);
                     let pitch = width + 3;
                     let x_values = random.values((2 + rows * pitch) as usize, 1.0);
-                    let g_values = random.values((rows * width) as usize, 1.0);
+                    let mut g_values = random.values((rows * width) as usize, 1.0);
+                    // Where exponentials overflow and tanh saturates.
+                    let ends = [95.0, -95.0].into_iter().cycle();
+                    g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
                     let (x, g) = (lab.floats(&x_values)?, lab.floats(&g_values)?);
                     let (weight, w) = lab.stored(&random.values(width as usize, 1.0), storage)?;
                     let (bias, b) = lab.stored(&random.values(width as usize, 1.0), storage)?;
@@ -452,6 +459,8 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, with_ids: bool, storage: St
         let mut values = random.values((tokens * row) as usize, 1.0);
         // Beyond f16: stored as its largest value.
         values[0] = 1e6;
+        // What is not a number stays so: a clamp would hide it.
+        values[((tokens - 1) * row) as usize] = f32::NAN;
         let source = lab.floats(&values)?;
         let ids = random.ids(tokens as usize, 1000);
         let id_source = lab.words(&ids)?;
@@ -680,14 +689,17 @@ fn prefills(cases: &mut Vec<Case>) {
                 }
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
                 cases.push(Case::new("attention_prefill", id, move |lab| {
-                    prefill(lab, lengths, (n_head, d_nope, d_rope, d_value), storage, 1.0)
+                    prefill(lab, lengths, (n_head, d_nope, d_rope, d_value), storage, 1.0, false)
                 }));
             }
         }
     }
     // Logits of ±1e4 before the softmax: one key takes everything, nothing overflows.
     cases.push(Case::new("attention_prefill", "huge_logits/f32", |lab| {
-        prefill(lab, &[(0, 40)], (2, 16, 8, 16), Storage::F32, 1e4)
+        prefill(lab, &[(0, 40)], (2, 16, 8, 16), Storage::F32, 1e4, false)
+    }));
+    cases.push(Case::new("attention_prefill", "first_has_no_keys/f32", |lab| {
+        prefill(lab, &[(0, 5), (0, 9)], (3, 16, 8, 16), Storage::F32, 1.0, true)
     }));
 }
 
@@ -706,9 +718,15 @@ fn prefill(
     (n_head, d_nope, d_rope, d_value): Widths,
     storage: Storage,
     spread: f32,
+    first_has_no_keys: bool,
 ) -> Result<Vec<super::Outcome>> {
     let batch = Batch::new(lengths, 3);
     let slots = batch.slots();
+    let (mut table, mut visible) = (batch.sequences.clone(), batch.visible());
+    if first_has_no_keys {
+        table[0].length = 0;
+        visible[..batch.counts[0] as usize].fill(0..0);
+    }
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
     let tolerance = attention_tolerance(d_query, slots.len(), spread.into());
     let context = lab.kernels.context().clone();
@@ -721,7 +739,7 @@ fn prefill(
         let q = lab.floats(&q_values)?;
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
         let rope_cache = lab.words(&[&rope_words[..], &[0]].concat())?;
-        let sequences = lab.words(bytemuck::cast_slice(&batch.sequences))?;
+        let sequences = lab.words(bytemuck::cast_slice(&table))?;
         let tiles = batch.query_tiles(attention_prefill::tile_q(&context, tuning)?);
         let queries = lab.words(bytemuck::cast_slice(&tiles))?;
         let slices = attention_prefill::slices(&context, tuning, d_value as u32)? as usize;
@@ -773,7 +791,7 @@ fn prefill(
             &widen(&q_values),
             &widen(&kv_values),
             &rope_kept,
-            &batch.visible(),
+            &visible,
             heads,
             scale.into(),
         );
@@ -808,8 +826,11 @@ fn decodes(cases: &mut Vec<Case>) {
     }));
 }
 
+/// One new token a sequence, and a split behind the last one that holds no row at all.
 fn one_new(lengths: &[u32]) -> Batch {
-    Batch::new(&lengths.iter().map(|&length| (length - 1, 1)).collect::<Vec<_>>(), 3)
+    let mut batch = Batch::new(&lengths.iter().map(|&length| (length - 1, 1)).collect::<Vec<_>>(), 3);
+    batch.rows += SPLIT;
+    batch
 }
 
 /// Splits of a batch in the order of their numbers: the query's token and the places it covers.
@@ -822,6 +843,7 @@ fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
                 .step_by(SPLIT as usize)
                 .map(move |start| (index, start..places.end.min(start + SPLIT as usize)))
         })
+        .chain([(batch.sequences.len() - 1, 0..0)])
         .collect()
 }
 
@@ -890,6 +912,11 @@ fn decode(
     })
 }
 
+/// The kernels' mark of no key, the lowest f32, as −∞: as a number it would drown all others in the norm.
+fn marked(value: f64) -> f64 {
+    if value == f64::from(f32::MIN) { f64::NEG_INFINITY } else { value }
+}
+
 fn compare_partials(
     lab: &Lab<'_>,
     values: &Guarded,
@@ -898,10 +925,11 @@ fn compare_partials(
     tolerance: Tolerance,
 ) -> Result<Vec<Comparison>> {
     let state = softmax.read_f32(lab.kernels, lab.queue)?;
-    let (max, sum): (Vec<f32>, Vec<f32>) = state.chunks(2).map(|pair| (pair[0], pair[1])).unzip();
+    let (max, sum): (Vec<f32>, Vec<f32>) = state.chunks(2).map(|pair| (marked(pair[0].into()) as f32, pair[1])).unzip();
+    let expected_max: Vec<f64> = expected.max.iter().copied().map(marked).collect();
     Ok(vec![
         lab.compare(values, &expected.values, tolerance)?,
-        super::compare(&max, &expected.max, tolerance),
+        super::compare(&max, &expected_max, tolerance),
         super::compare(&sum, &expected.sum, tolerance),
     ])
 }
@@ -1014,8 +1042,7 @@ fn merges(cases: &mut Vec<Case>) {
                 };
                 lab.launch(|recording| attention_merge::encode(recording, &problem, args, tuning))?;
                 let expected = reference::attention_merge(&partial, &ranges, n_head, width);
-                // The kernel writes the lowest f32 where the reference says −∞; that value would drown the norm.
-                let marked = |value: f64| if value == f64::from(f32::MIN) { f64::NEG_INFINITY } else { value };
+                // The kernel writes the lowest f32 where the reference says −∞.
                 let got: Vec<f32> = lse
                     .read_f32(lab.kernels, lab.queue)?
                     .into_iter()

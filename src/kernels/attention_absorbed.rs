@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::attention_decode::SPLIT;
-use super::{Problem as _, nonzero, product, words};
+use super::{Problem as _, narrow, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{Plan, PlanContext, Storage, Tuning};
@@ -72,6 +72,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent)])?;
         nonzero(SPEC.name, &[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])?;
         let (workgroup_size, chunk) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), 0)?];
         Plan {

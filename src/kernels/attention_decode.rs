@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, nonzero, product, words};
+use super::{Problem as _, narrow, nonzero, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{Plan, PlanContext, Storage, Tuning};
@@ -74,6 +74,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
         nonzero(SPEC.name, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
         for (what, rows) in [("kv_first", self.kv_first), ("kv_rows", self.kv_rows)] {
             if !rows.is_multiple_of(SPLIT) {

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, nonzero, product, words};
+use super::{Problem as _, flag, narrow, nonzero, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
@@ -119,6 +119,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
         nonzero(SPEC.name, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
         if self.d_nope == 0 && self.d_rope == 0 {
             return Err(Error::problem(SPEC.name, "d_nope and d_rope are both 0"));

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, nonzero, product, words};
+use super::{Problem as _, flag, narrow, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{LINEAR_WORKGROUPS, Plan, PlanContext, Storage, Tuning, linear_plan};
@@ -75,6 +75,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        narrow(SPEC.name, &[("d_latent", self.d_latent), ("d_rope", self.d_rope)])?;
         nonzero(SPEC.name, &[("d_latent", self.d_latent)])?;
         let words = self.row_words(self.d_latent) + self.row_words(self.d_rope) + 1;
         let overrides = vec![("STORAGE_F16", self.storage.constant()), ("WITH_IDS", flag(self.with_ids))];

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, nonzero, product, words};
+use super::{Problem as _, flag, narrow, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{LINEAR_WORKGROUPS, Plan, PlanContext, Storage, Tuning, linear_plan};
@@ -72,6 +72,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        narrow(SPEC.name, &[("d_latent", self.d_latent)])?;
         nonzero(SPEC.name, &[("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])?;
         let overrides = vec![("STORAGE_F16", self.storage.constant()), ("WITH_IDS", flag(self.with_ids))];
         linear_plan(SPEC.name, product(&[self.rows, self.d_latent]), overrides, context, tuning)

@@ -36,6 +36,12 @@ impl super::Problem for Problem {
             AdapterClass::Integrated => 0,
             AdapterClass::Discrete => 2,
         };
+        // One dimension holds 65 535 workgroups: a wide result takes the setting with the most columns a workgroup.
+        let fits = |index: usize| {
+            let (workgroup, lanes) = TUNINGS[index];
+            self.0.cols.div_ceil(workgroup / lanes) <= context.limits.max_compute_workgroups_per_dimension
+        };
+        let auto = if fits(auto) { auto } else { 1 };
         let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
         let mut overrides = self.0.switches();
         overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into())]);

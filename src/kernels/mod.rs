@@ -73,6 +73,14 @@ pub(crate) fn nonzero(kernel: &'static str, extents: &[(&'static str, u32)]) -> 
     }
 }
 
+/// Refuses widths whose sums and pitches would not fit 32 bits.
+pub(crate) fn narrow(kernel: &'static str, widths: &[(&'static str, u32)]) -> Result<()> {
+    match widths.iter().find(|(_, width)| *width >= 1 << 30) {
+        Some((name, width)) => Err(Error::problem(kernel, format!("{name} is {width}, must be below 2^30"))),
+        None => Ok(()),
+    }
+}
+
 /// 1.0 for an override that switches something on.
 pub(crate) fn flag(on: bool) -> f64 {
     if on { 1.0 } else { 0.0 }
