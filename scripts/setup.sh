@@ -3,14 +3,20 @@
 # none, and a software Vulkan driver (Mesa's lavapipe) where there is no Vulkan driver at all. A machine that already
 # has both is left as it is. Needs root or sudo only when something has to be installed.
 set -eu
+# ldconfig is not in every user's path.
+PATH="$PATH:/usr/sbin:/sbin"
 
 have_driver() {
-    for manifest in /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json "${VK_DRIVER_FILES:-${VK_ICD_FILENAMES:-}}"; do
+    listed=$(echo "${VK_DRIVER_FILES:-${VK_ICD_FILENAMES:-}}" | tr ':' ' ')
+    for manifest in /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json $listed; do
         [ -f "$manifest" ] && return 0
     done
     return 1
 }
-have_loader() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || [ -e /usr/lib/libvulkan.so.1 ]; }
+have_loader() {
+    ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' && return 0
+    ls /usr/lib/*/libvulkan.so.1 /usr/lib*/libvulkan.so.1 >/dev/null 2>&1
+}
 
 want=""
 command -v cc >/dev/null 2>&1 || want="gcc libc6-dev"
@@ -19,16 +25,16 @@ need_mesa=no
 have_driver || { need_mesa=yes; want="$want mesa-vulkan-drivers"; }
 [ -n "$want" ] || { echo "setup: a C linker and a Vulkan driver are here" >&2; exit 0; }
 
-if ! command -v apt-get >/dev/null 2>&1; then
-    echo "setup: no apt-get here; install these by hand:$want (without a driver the program uses its CPU reference)" >&2
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+can_install() { command -v apt-get >/dev/null 2>&1 && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null 2>&1; }; }
+if ! can_install; then
+    if command -v cc >/dev/null 2>&1; then
+        echo "setup:$want cannot be installed here (no apt-get, or neither root nor sudo): the program will compute on the CPU" >&2
+        exit 0
+    fi
+    echo "setup: install these by hand: $want" >&2
     exit 1
 fi
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null 2>&1; then sudo "$@"; else
-        echo "setup: installing$want needs root or sudo" >&2
-        return 1
-    fi
-}
 install_packages() { as_root env DEBIAN_FRONTEND=noninteractive apt-get "$@" install -y --no-install-recommends -qq $want >&2; }
 
 echo "setup: installing $want" >&2

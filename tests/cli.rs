@@ -395,6 +395,28 @@ fn an_output_that_cannot_be_written_is_refused_before_anything_is_computed() {
     refused(at(&|job| job.path("none/y")), &["none", "cannot be written"]);
     refused(at(&|job| job.path("c.json").join("y")), &["c.json", "cannot be written"]);
     refused(at(&|job| job.path("..")), &["not the name of a file"]);
+    refused(at(&|job| job.path("y/")), &["not the name of a file"]);
+    // A run must not replace what it reads.
+    refused(at(&|job| job.path("c.json")), &["is the --config file"]);
+    refused(at(&|job| job.path("w.safetensors")), &["is the --weights file"]);
+    refused(at(&|job| job.path("x.safetensors")), &["is the --input file"]);
+    #[cfg(unix)]
+    {
+        refused(
+            at(&|job| {
+                fs::hard_link(job.path("w.safetensors"), job.path("same")).unwrap();
+                job.path("same")
+            }),
+            &["is the --weights file"],
+        );
+        refused(
+            at(&|job| {
+                std::os::unix::fs::symlink("nowhere", job.path("link")).unwrap();
+                job.path("link")
+            }),
+            &["is a link to nothing"],
+        );
+    }
     let read_only = at(&|job| job.path("kept"));
     fs::write(read_only.path("kept"), "stale").unwrap();
     let mut permissions = fs::metadata(read_only.path("kept")).unwrap().permissions();
@@ -620,5 +642,146 @@ fn the_absorbed_path_is_refused_with_the_gate_at_up_projected() {
         let job = job.prepare();
         job.run().refused(2, &["`absorbed`", "`up_projected`"]);
         assert_eq!(job.files(), ["c.json", "w.safetensors", "x.safetensors"]);
+    }
+}
+
+const PROMPT: &str = "JULIET:\nO Romeo, Romeo!";
+
+#[test]
+fn generate_writes_the_same_text_on_the_cpu_and_on_the_adapter() {
+    let text = |adapter: &str| {
+        let options = ["--temperature", "0", "--max-new-tokens", "64", "--adapter", adapter];
+        let finished = egmla(&[&["generate", "--prompt", PROMPT][..], &options].concat()).done();
+        for line in ["adapter:", "prompt:", "decode:", "cache of", "  MHA", "  MLA"] {
+            finished.line(line);
+        }
+        finished.stdout
+    };
+    let on_cpu = text("cpu");
+    assert!(on_cpu.starts_with(PROMPT) && on_cpu.len() > PROMPT.len() + 100, "{on_cpu}");
+    assert_eq!(on_cpu, text("auto"));
+}
+
+#[test]
+fn generate_repeats_with_its_seed_and_tells_its_figures_as_json() {
+    let run = |seed: &str, more: &[&str]| {
+        let options = ["--max-new-tokens", "24", "--seed", seed, "--adapter", "cpu"];
+        egmla(&[&["generate", "--prompt", PROMPT][..], &options, more].concat()).done().stdout
+    };
+    assert_eq!(run("7", &[]), run("7", &[]));
+    assert_ne!(run("7", &[]), run("8", &[]));
+    let report: Value = serde_json::from_str(&run("7", &["--json"])).unwrap();
+    assert_eq!(format!("{PROMPT}{}\n", report["text"].as_str().unwrap()), run("7", &[]));
+    assert_eq!((report["new_tokens"].as_u64(), report["token_ids"].as_array().unwrap().len()), (Some(24), 24));
+    assert_eq!(report["cache_bytes_per_token"]["mha"].as_u64(), Some(4 * 4 * 128 * 4));
+    assert_eq!(report["cache_bytes_per_token"]["this"].as_u64(), Some(4 * (32 + 32) * 4));
+}
+
+#[test]
+fn generate_refuses_what_has_no_meaning() {
+    for (options, parts) in [
+        (&["--prompt", ""][..], &["--prompt"][..]),
+        (&["--prompt", "a", "--temperature", "-1"], &["--temperature", "-1"]),
+        (&["--prompt", "a", "--temperature", "nan"], &["--temperature"]),
+        (&["--prompt", "a", "--top-p", "1.5"], &["--top-p", "1.5"]),
+        (&["--prompt", "a", "--top-k", "0"], &["--top-k", "0"]),
+        (&["--prompt", "a", "--max-new-tokens", "0"], &["--max-new-tokens", "0"]),
+        (&["--prompt", "a", "--max-new-tokens", "300"], &["longer than the cache", "300", "256"]),
+        (&["--prompt", "a", "--decode", "absorbed"], &["`absorbed`"]),
+        (&["--prompt", "a", "--model", "no-such-folder"], &["no-such-folder"]),
+        (&["--prompt", "a", "--adapter", "no-such-adapter"], &["no-such-adapter", "cpu"]),
+    ] {
+        let finished = egmla(&[&["generate"][..], options].concat()).refused(2, parts);
+        assert_eq!((finished.stderr.lines().count(), finished.stdout.as_str()), (1, ""), "{finished:?}");
+    }
+    // The whole room may be used: the last token is written, not fed.
+    let fits = ["generate", "--prompt", "a", "--max-new-tokens", "256", "--temperature", "0", "--adapter", "cpu"];
+    egmla(&fits).done();
+}
+
+#[test]
+fn eval_scores_a_text_alike_on_the_cpu_and_on_the_adapter() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("text");
+    // Longer than a window of 256 tokens, so that windows overlap.
+    fs::write(&path, "ROMEO:\nBut soft, what light through yonder window breaks?\n".repeat(24)).unwrap();
+    let bits = |adapter: &str| {
+        let path = path.to_str().unwrap();
+        let finished = egmla(&["eval", "--text", path, "--adapter", adapter, "--json"]).done();
+        let report: Value = serde_json::from_str(&finished.stdout).unwrap();
+        (report["bits_per_character"].as_f64().unwrap(), report["tokens"].as_u64().unwrap())
+    };
+    let ((on_cpu, tokens), (on_adapter, same)) = (bits("cpu"), bits("auto"));
+    assert!(tokens > 300 && tokens == same, "{tokens} {same}");
+    assert!((on_cpu / on_adapter - 1.0).abs() < 1e-5, "{on_cpu} {on_adapter}");
+    assert!(on_cpu > 0.1 && on_cpu < 3.0, "{on_cpu}");
+}
+
+#[test]
+fn eval_refuses_texts_that_cannot_be_scored() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("text");
+    for (content, parts) in [
+        (&b""[..], &["text", "is empty"][..]),
+        (b"a", &["text", "number of tokens is 1"]),
+        (b"abc\xff", &["text", "not UTF-8", "byte 3"]),
+    ] {
+        fs::write(&path, content).unwrap();
+        let finished = egmla(&["eval", "--text", path.to_str().unwrap()]).refused(2, parts);
+        assert_eq!(finished.stderr.lines().count(), 1, "{finished:?}");
+    }
+    egmla(&["eval", "--text", folder.path().to_str().unwrap()]).refused(2, &[]);
+    egmla(&["eval", "--text", "no-such-text"]).refused(2, &["no-such-text"]);
+}
+
+#[test]
+fn a_model_folder_that_is_spoilt_is_refused_before_an_adapter_is_opened() {
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/shakespeare");
+    let spoilt = |change: &dyn Fn(&Path)| {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            fs::copy(committed.join(name), folder.path().join(name)).unwrap();
+        }
+        change(folder.path());
+        let model = folder.path().to_str().unwrap();
+        let options = ["--prompt", "a", "--max-new-tokens", "2", "--adapter", "cpu", "--model", model];
+        (egmla(&[&["generate"][..], &options].concat()), folder)
+    };
+    let config = |folder: &Path, change: &dyn Fn(&mut Value)| {
+        let path = folder.join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut config);
+        fs::write(path, config.to_string()).unwrap();
+    };
+    let refused = |change: &dyn Fn(&Path), parts: &[&str]| {
+        let finished = spoilt(change).0.refused(2, parts);
+        assert_eq!(finished.stderr.lines().count(), 1, "{finished:?}");
+    };
+    spoilt(&|_| {}).0.done();
+    refused(&|folder| fs::remove_file(folder.join("tokenizer.json")).unwrap(), &["tokenizer.json"]);
+    refused(&|folder| fs::write(folder.join("model.safetensors"), [0; 100]).unwrap(), &["model.safetensors"]);
+    refused(&|folder| config(folder, &|c| c["n_routed_experts"] = json!(8)), &["n_routed_experts"]);
+    refused(&|folder| config(folder, &|c| c["num_hidden_layers"] = json!(5)), &["model.layers.4.", "is missing"]);
+    refused(&|folder| config(folder, &|c| c["num_hidden_layers"] = json!(3)), &["model.layers.3.", "not expected"]);
+    refused(&|folder| config(folder, &|c| c["v_head_dim"] = json!(32)), &["expected [384, 32]", "[512, 32]"]);
+}
+
+#[test]
+fn generate_and_eval_survive_readers_that_go_away() {
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE-MIT");
+    let eval = ["eval", "--adapter", "cpu", "--text", text.to_str().unwrap()];
+    let generate = ["generate", "--adapter", "cpu", "--max-new-tokens", "3", "--prompt", PROMPT];
+    for arguments in [&eval[..], &generate] {
+        for both in [false, true] {
+            let mut child = command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            drop(child.stdout.take());
+            if both {
+                drop(child.stderr.take());
+            }
+            let output = child.wait_with_output().unwrap();
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(0), "{arguments:?}: {stderr}");
+            assert!(!stderr.contains("panicked") && !stderr.contains("error:"), "{stderr}");
+        }
     }
 }

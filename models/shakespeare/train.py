@@ -74,6 +74,9 @@ def split_text(path: Path) -> tuple[str, str]:
     """The first 90 % of the bytes, and the rest."""
     data = path.read_bytes()
     cut = int(len(data) * 0.9)
+    # A character of several bytes stays whole.
+    while cut < len(data) and data[cut] & 0xC0 == 0x80:
+        cut += 1
     return data[:cut].decode(), data[cut:].decode()
 
 

@@ -80,17 +80,21 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
         .map_err(|error| error.in_file(&args.weights))?;
     drop(bytes);
     let input = Input::read(&args.input, &config)?;
+    args.path.check(&config)?;
     let output = Output::check(&args.output)?;
+    for (option, path) in [("config", &args.config), ("weights", &args.weights), ("input", &args.input)] {
+        output.refuse_input(option, path)?;
+    }
     let schedule = Schedule::new(&input.lengths, args.prefill, args.chunk);
 
     let backend = adapter::open(&args.adapter)?;
-    console::note(format_args!("adapter: {}", backend.describe()));
     let (hidden, summary) = match &backend {
         Backend::Cpu { .. } => layer::on_cpu(config, &weights, &input, schedule, &args.path)?,
         Backend::Gpu(gpu) => layer::on_gpu(gpu, &config, &weights, &input, schedule, &args.path)?,
     };
     output.write(&hidden, input.width)?;
 
+    console::note(format_args!("adapter: {}", backend.describe()));
     let sequences = input.lengths.len();
     console::note(format_args!("tokens: {} in {sequences} sequence{}", input.tokens(), plural(sequences)));
     console::note(summary.prefill.describe("prefill"));

@@ -41,7 +41,10 @@ pub fn one_line(text: &str) -> String {
 
 /// Warnings of the library go to stderr as `warning: …`, one line each.
 pub fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    // Set but empty is as good as not set: warnings must not vanish by it.
+    let wanted = std::env::var("RUST_LOG").ok().filter(|filter| !filter.trim().is_empty());
+    let filter = wanted.and_then(|filter| EnvFilter::try_new(filter).ok());
+    let filter = filter.unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).event_format(Line).with_writer(io::stderr);
     // Fails only where a subscriber is set already, and then there is one.
     let _ = subscriber.try_init();

@@ -2,7 +2,8 @@
 
 use egmla::attention::{DecodePath, LatentCache, MemoryReport, Mode, StepInput};
 use egmla::check::readback;
-use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, Logits, ModelFolder};
+use egmla::config::DecoderConfig;
+use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits};
 use egmla::kernel::Recording;
 use egmla::plan::Storage;
 
@@ -53,16 +54,20 @@ pub struct EngineOptions {
 }
 
 impl<'a> Engine<'a> {
-    /// Loads the weights.
-    pub fn new(backend: &'a Backend, folder: &ModelFolder, options: &EngineOptions) -> Result<Self, Failure> {
-        let weights = folder.weights()?;
+    /// Puts a model's weights where they compute.
+    pub fn new(
+        backend: &'a Backend,
+        config: &DecoderConfig,
+        weights: &DecoderWeights,
+        options: &EngineOptions,
+    ) -> Result<Self, Failure> {
         match backend {
             Backend::Cpu { .. } => {
-                let decoder = CpuDecoder::new(folder.config(), &weights)?;
+                let decoder = CpuDecoder::new(config, weights)?;
                 Ok(Engine::Cpu { state: decoder.state(), decoder: Box::new(decoder), capacity: options.capacity })
             }
             Backend::Gpu(gpu) => {
-                let decoder = Decoder::new(&gpu.kernels, folder.config(), &weights, options.storage)?;
+                let decoder = Decoder::new(&gpu.kernels, config, weights, options.storage)?;
                 let path = decoder.decode_path(options.decode)?;
                 let cache = decoder.cache(1, options.capacity)?;
                 let max_tokens = options.max_tokens.min(CHUNK);

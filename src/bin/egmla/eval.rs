@@ -9,7 +9,8 @@ use egmla::attention::DecodePath;
 use egmla::decoder::{ModelFolder, Score, Windows, scored_characters};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::adapter::{self, AdapterOption};
+use crate::adapter::{self, AdapterOption, Backend};
+use crate::console;
 use crate::engine::{Engine, EngineOptions};
 use crate::failure::Failure;
 use crate::options::{ModelOption, StorageOption};
@@ -52,7 +53,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
     if ids.len() < 2 {
         let path = args.text.display();
         return Err(Failure::usage(format!(
-            "{path}: {} token, at least 2 are needed: the first is context",
+            "{path}: number of tokens is {}, at least 2 are needed: the first is context",
             ids.len()
         )));
     }
@@ -61,12 +62,17 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
         return Err(Failure::usage(format!("{}: no character is left after the first token", args.text.display())));
     }
 
+    let weights = folder.weights()?;
+
     let backend = adapter::open(&args.adapter)?;
-    eprintln!("adapter: {}", backend.describe());
+    if let Backend::Cpu { .. } = backend {
+        args.storage.tell_on_cpu();
+    }
     let width = u64::from(folder.config().max_position_embeddings).min(ids.len() as u64 - 1) as u32;
     let mut engine = Engine::new(
         &backend,
-        &folder,
+        folder.config(),
+        &weights,
         &EngineOptions {
             storage: args.storage.into(),
             decode: DecodePath::Auto,
@@ -75,6 +81,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
             all_logits: true,
         },
     )?;
+    console::note(format_args!("adapter: {}", backend.describe()));
     let bar = progress(ids.len() as u64 - 1);
     let started = Instant::now();
     let mut score = Score::default();
@@ -101,14 +108,13 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
         storage: engine.storage(),
     };
     if args.json {
-        println!("{}", serde_json::to_string(&report).map_err(Failure::run)?);
-    } else {
-        println!("bits per character: {:.4}", report.bits_per_character);
-        println!("loss: {:.4} nats per token", report.loss);
-        println!("scored: {} tokens, {} characters", report.tokens, report.characters);
-        println!("speed: {:.1} scored tokens/s", report.tokens_per_s);
+        return console::print(&(serde_json::to_string(&report).map_err(Failure::run)? + "\n"));
     }
-    Ok(())
+    console::print(&format!(
+        "bits per character: {:.4}\nloss: {:.4} nats per token\nscored: {} tokens, {} characters\n\
+         speed: {:.1} scored tokens/s\n",
+        report.bits_per_character, report.loss, report.tokens, report.characters, report.tokens_per_s
+    ))
 }
 
 fn read(path: &std::path::Path) -> Result<String, Failure> {

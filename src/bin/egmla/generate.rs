@@ -9,7 +9,8 @@ use egmla::config::AttentionConfig;
 use egmla::decoder::{ModelFolder, Sampler, SamplingOptions, TextStream};
 use egmla::plan::Storage;
 
-use crate::adapter::{self, AdapterOption};
+use crate::adapter::{self, AdapterOption, Backend};
+use crate::console;
 use crate::engine::{Engine, EngineOptions};
 use crate::failure::Failure;
 use crate::options::{ModelOption, PathOptions};
@@ -98,13 +99,19 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     let prompt_ids = folder.tokenizer().encode(&args.prompt)?;
     let capacity = capacity(&args, &folder, prompt_ids.len())?;
 
+    args.path.check(&folder.config().attention)?;
+    let weights = folder.weights()?;
+
     let backend = adapter::open(&args.adapter)?;
-    eprintln!("adapter: {}", backend.describe());
+    if let Backend::Cpu { .. } = backend {
+        args.path.storage.tell_on_cpu();
+    }
     let storage: Storage = args.path.storage.into();
     let started = Instant::now();
     let mut engine = Engine::new(
         &backend,
-        &folder,
+        folder.config(),
+        &weights,
         &EngineOptions {
             storage,
             decode: args.path.decode.into(),
@@ -113,6 +120,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
             all_logits: false,
         },
     )?;
+    console::note(format_args!("adapter: {}", backend.describe()));
     warm_up(&mut engine, &prompt_ids)?;
     let first_use = started.elapsed();
 
@@ -155,7 +163,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         new_tokens: token_ids.len(),
         prompt_tokens_per_s: rate(prompt_ids.len(), prompt_time),
         // The first new token comes out of the prompt's own step.
-        decode_tokens_per_s: rate(token_ids.len() - 1, decode_time),
+        decode_tokens_per_s: rate(token_ids.len().saturating_sub(1), decode_time),
         memory: engine.memory(),
         cache_bytes_per_token: CacheBytes::of(&folder.config().attention, folder.config().n_layer, storage),
     };
@@ -194,7 +202,8 @@ fn capacity(args: &GenerateArgs, folder: &ModelFolder, prompt_tokens: usize) -> 
         return Err(Failure::usage("--prompt has no token in this model's vocabulary"));
     }
     let limit = folder.config().max_position_embeddings;
-    let total = prompt_tokens as u64 + u64::from(args.max_new_tokens);
+    // The last new token is written, never fed.
+    let total = prompt_tokens as u64 + u64::from(args.max_new_tokens) - 1;
     match u32::try_from(total) {
         Ok(capacity) if capacity <= limit => Ok(capacity),
         _ => Err(Failure::usage(format!(
@@ -205,7 +214,7 @@ fn capacity(args: &GenerateArgs, folder: &ModelFolder, prompt_tokens: usize) -> 
     }
 }
 
-/// Runs every kernel once, so that compiling them does not count as speed. The prompt's length decides which they are.
+/// Runs the kernels of a prompt's step and of a decode step once, so that compiling them does not count as speed.
 fn warm_up(engine: &mut Engine<'_>, prompt_ids: &[u32]) -> Result<(), Failure> {
     if let Engine::Gpu { .. } = engine {
         engine.prefill(&prompt_ids[..prompt_ids.len().min(32)])?;
@@ -221,31 +230,31 @@ fn tell(report: &Report<'_>, first_use: Duration) {
     let cached = (report.prompt_tokens + report.new_tokens - 1) as u64;
     let cache = &report.cache_bytes_per_token;
     let less = |other: u64| 100.0 * (1.0 - cache.this as f64 / other as f64);
-    eprintln!("storage {}, decode path {}", report.storage, report.decode);
-    eprintln!("first use: {:.2} s (weights and pipelines made ready)", first_use.as_secs_f64());
-    eprintln!("prompt: {} tokens, {}", report.prompt_tokens, rate(report.prompt_tokens_per_s));
-    eprintln!("decode: {} tokens, {}", report.new_tokens, rate(report.decode_tokens_per_s));
-    eprintln!("cache of {cached} tokens: {} bytes, {} a token", cached * cache.this, cache.this);
-    eprintln!(
+    console::note(format_args!("storage {}, decode path {}", report.storage, report.decode));
+    console::note(format_args!("first use: {:.2} s (weights and pipelines made ready)", first_use.as_secs_f64()));
+    console::note(format_args!("prompt: {} tokens, {}", report.prompt_tokens, rate(report.prompt_tokens_per_s)));
+    console::note(format_args!("decode: {} tokens, {}", report.new_tokens, rate(report.decode_tokens_per_s)));
+    console::note(format_args!("cache of {cached} tokens: {} bytes, {} a token", cached * cache.this, cache.this));
+    console::note(format_args!(
         "  MHA of the same shape: {} bytes, {} a token ({:.1} % less here)",
         cached * cache.mha,
         cache.mha,
         less(cache.mha)
-    );
-    eprintln!(
+    ));
+    console::note(format_args!(
         "  MLA with kv_lora_rank {}: {} bytes, {} a token ({:.1} % less here)",
         cache.mla_rank,
         cached * cache.mla,
         cache.mla,
         less(cache.mla)
-    );
+    ));
     match &report.memory {
-        None => {
-            eprintln!("  (the CPU reference keeps whole keys and values in f64 instead; the figures are a device's)")
-        }
+        None => console::note(
+            "  (the CPU reference keeps whole keys and values in f64 instead; the figures are a device's)",
+        ),
         Some(memory) => {
             for (name, bytes) in memory.lines() {
-                eprintln!("memory, {name}: {bytes} bytes");
+                console::note(format_args!("memory, {name}: {bytes} bytes"));
             }
         }
     }

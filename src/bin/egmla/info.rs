@@ -1,7 +1,7 @@
 //! `egmla info`: what this machine offers, what is chosen on it, and what a cache costs.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
@@ -32,7 +32,7 @@ pub struct InfoArgs {
 struct Report {
     adapters: Vec<Adapter>,
     /// Folder of the model in `caches`; null when there is none.
-    model: Option<PathBuf>,
+    model: Option<String>,
     /// Why there is no model.
     model_problem: Option<String>,
     caches: Vec<CacheTable>,
@@ -109,6 +109,7 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
     }
     caches.push(CacheTable::of_paper());
     let adapters = adapter::adapters().iter().map(Adapter::of).collect();
+    let model = model.map(|folder| folder.display().to_string());
     let report = Report { adapters, model, model_problem, caches };
     let text =
         if args.json { serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n" } else { report.text() };
@@ -298,7 +299,7 @@ impl Shape {
 }
 
 impl CacheTable {
-    /// EG-MLA.md §3.
+    /// The 120M configuration of arXiv 2509.16686.
     fn of_paper() -> Self {
         let shape = Shape { n_layer: 12, n_head: 12, d_nope: 64, d_value: 64, d_rope: 64 };
         CacheTable {

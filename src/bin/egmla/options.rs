@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use egmla::attention::DecodePath;
+use egmla::config::AttentionConfig;
 use egmla::plan::Storage;
 
 use crate::failure::Failure;
@@ -58,6 +59,30 @@ pub struct PathOptions {
     /// How a decode step attends to the cache
     #[arg(long, value_name = "PATH", value_enum, default_value_t)]
     pub decode: DecodeOption,
+}
+
+impl PathOptions {
+    /// Refuses a decode path that this attention does not have, on a device and on the CPU alike.
+    ///
+    /// # Errors
+    /// Bad usage: `absorbed` with the gate at `up_projected`.
+    pub fn check(&self, config: &AttentionConfig) -> Result<(), Failure> {
+        if self.decode == DecodeOption::Absorbed && config.up_projected_gate().is_some() {
+            return Err(Failure::usage(
+                "decode path `absorbed` with gate site `up_projected` is not supported: use `expanded` or `auto`",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl StorageOption {
+    /// Says that the option has no effect where it has none.
+    pub fn tell_on_cpu(self) {
+        if self != StorageOption::F32 {
+            tracing::warn!("--storage f16 changes nothing on the CPU, which computes in f64");
+        }
+    }
 }
 
 /// `--model`, shared by the commands that run a language model.

@@ -166,7 +166,12 @@ pub struct Output {
 impl Output {
     /// Checks that the file can be written, before anything is computed for it. Leaves nothing there.
     pub fn check(path: &Path) -> Result<Self, Failure> {
-        let Some(name) = path.file_name() else { return Err(problem(path, "is not the name of a file")) };
+        if path.file_name().is_none() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+            return Err(problem(path, "is not the name of a file"));
+        }
+        if fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) && fs::canonicalize(path).is_err() {
+            return Err(problem(path, "is a link to nothing"));
+        }
         match fs::metadata(path) {
             Ok(found) if found.is_dir() => return Err(problem(path, "is a directory, not a file to write to")),
             Ok(found) if !found.is_file() => return Err(problem(path, "is not a regular file")),
@@ -175,14 +180,21 @@ impl Output {
         }
         // A link keeps pointing where it does: the file behind it is replaced.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let mut partial = std::ffi::OsString::from(".");
-        partial.push(path.file_name().unwrap_or(name));
-        partial.push(format!(".{}.partial", std::process::id()));
-        let partial = path.with_file_name(partial);
+        // A killed run may have left one behind: take the first name that is free.
+        let name = |n: u32| path.with_file_name(format!(".egmla.{}.{n}.partial", std::process::id()));
+        let partial = (0..100).map(name).find(|name| !name.exists()).unwrap_or_else(|| name(0));
         let output = Output { path, partial };
         output.create().map(drop).map_err(|error| output.not_writable(&error))?;
         output.remove();
         Ok(output)
+    }
+
+    /// Refuses to replace a file that the run reads.
+    pub fn refuse_input(&self, option: &str, input: &Path) -> Result<(), Failure> {
+        if fs::canonicalize(input).is_ok_and(|input| input == self.path) || same_file(input, &self.path) {
+            return Err(problem(&self.path, format_args!("is the --{option} file: choose another output")));
+        }
+        Ok(())
     }
 
     /// Writes `hidden_states` `[tokens, width]`.
@@ -192,6 +204,10 @@ impl Output {
         let view = TensorView::new(Dtype::F32, shape, &bytes).map_err(Failure::run)?;
         let bytes = safetensors::serialize([("hidden_states", view)], None).map_err(Failure::run)?;
         let written = self.create().and_then(|mut file| {
+            // Who could read the file before can read it after, and nobody else.
+            if let Ok(old) = fs::metadata(&self.path) {
+                file.set_permissions(old.permissions())?;
+            }
             file.write_all(&bytes)?;
             file.sync_all()
         });
@@ -213,6 +229,21 @@ impl Output {
     fn not_writable(&self, error: &io::Error) -> Failure {
         problem(&self.path, format_args!("cannot be written: {error}"))
     }
+}
+
+/// Two names of one file, as hard links are.
+#[cfg(unix)]
+fn same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (fs::metadata(a), fs::metadata(b)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+fn same_file(_: &Path, _: &Path) -> bool {
+    false
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use super::schedule::{Planned, Schedule};
 use super::{Phase, Summary};
 use crate::adapter::Gpu;
 use crate::failure::Failure;
-use crate::options::{DecodeOption, PathOptions, StorageOption};
+use crate::options::PathOptions;
 
 /// Steps whose outputs wait on the device before they are read back together.
 const STEPS_A_READ: usize = 64;
@@ -106,14 +106,7 @@ pub fn on_cpu(
     schedule: Schedule,
     options: &PathOptions,
 ) -> Result<(Vec<f32>, Summary), Failure> {
-    if options.decode == DecodeOption::Absorbed && config.up_projected_gate().is_some() {
-        return Err(Failure::usage(
-            "decode path `absorbed` with gate site `up_projected` is not supported: use `expanded` or `auto`",
-        ));
-    }
-    if options.storage != StorageOption::F32 {
-        tracing::warn!("--storage f16 changes nothing on the CPU, which computes in f64");
-    }
+    options.storage.tell_on_cpu();
     let layer = Layer::new(config, weights);
     let mut histories = vec![History::default(); input.lengths.len()];
     let mut hidden = vec![0f32; input.hidden.len()];
