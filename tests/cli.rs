@@ -694,6 +694,10 @@ fn generate_refuses_what_has_no_meaning() {
         let finished = egmla(&[&["generate"][..], options].concat()).refused(2, parts);
         assert_eq!((finished.stderr.lines().count(), finished.stdout.as_str()), (1, ""), "{finished:?}");
     }
+    // A long prompt leaves less room than the default of 128, which nobody asked for.
+    let long = "To be, or not to be: that is the question. ".repeat(8);
+    egmla(&["generate", "--prompt", &long, "--temperature", "0", "--adapter", "cpu"]).done();
+    egmla(&["generate", "--prompt", &long.repeat(9)]).refused(2, &["longer than the cache", "256"]);
     // The whole room may be used: the last token is written, not fed.
     let fits = ["generate", "--prompt", "a", "--max-new-tokens", "256", "--temperature", "0", "--adapter", "cpu"];
     egmla(&fits).done();

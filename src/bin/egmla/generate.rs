@@ -23,9 +23,9 @@ pub struct GenerateArgs {
     pub prompt: String,
     #[command(flatten)]
     pub model: ModelOption,
-    /// Tokens to write
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub max_new_tokens: u32,
+    /// Tokens to write; 128 where the model has the room, without this option
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<u32>,
     /// Divides the logits; 0 always takes the most likely token
     #[arg(long, value_name = "X", default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f64,
@@ -97,7 +97,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     let mut sampler = Sampler::new(sampling)?;
     let folder = ModelFolder::open(&args.model.folder()?)?;
     let prompt_ids = folder.tokenizer().encode(&args.prompt)?;
-    let capacity = capacity(&args, &folder, prompt_ids.len())?;
+    let (new_tokens, capacity) = room(&args, &folder, prompt_ids.len())?;
 
     args.path.check(&folder.config().attention)?;
     let weights = folder.weights()?;
@@ -139,7 +139,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         let new = stream.push(id)?;
         out.write(&new)?;
         text.push_str(&new);
-        if token_ids.len() as u64 >= u64::from(args.max_new_tokens) {
+        if token_ids.len() as u64 >= u64::from(new_tokens) {
             break;
         }
         let started = Instant::now();
@@ -179,7 +179,7 @@ fn check(args: &GenerateArgs) -> Result<(), Failure> {
     if args.prompt.is_empty() {
         return Err(Failure::usage("--prompt is empty: there must be a text to continue"));
     }
-    if args.max_new_tokens == 0 {
+    if args.max_new_tokens == Some(0) {
         return Err(Failure::usage("--max-new-tokens is 0, must be at least 1"));
     }
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
@@ -196,22 +196,26 @@ fn check(args: &GenerateArgs) -> Result<(), Failure> {
     }
 }
 
-/// Tokens that the cache must hold.
-fn capacity(args: &GenerateArgs, folder: &ModelFolder, prompt_tokens: usize) -> Result<u32, Failure> {
+/// Tokens to write without `--max-new-tokens`.
+const NEW_TOKENS: u32 = 128;
+
+/// Tokens to write, and tokens that the cache must hold.
+fn room(args: &GenerateArgs, folder: &ModelFolder, prompt_tokens: usize) -> Result<(u32, u32), Failure> {
     if prompt_tokens == 0 {
         return Err(Failure::usage("--prompt has no token in this model's vocabulary"));
     }
     let limit = folder.config().max_position_embeddings;
     // The last new token is written, never fed.
-    let total = prompt_tokens as u64 + u64::from(args.max_new_tokens) - 1;
-    match u32::try_from(total) {
-        Ok(capacity) if capacity <= limit => Ok(capacity),
-        _ => Err(Failure::usage(format!(
-            "a sequence longer than the cache: {prompt_tokens} prompt tokens and {} new ones (--max-new-tokens) exceed the \
-             model's {limit} positions",
-            args.max_new_tokens
-        ))),
+    let most = (u64::from(limit) + 1).saturating_sub(prompt_tokens as u64);
+    let wanted = args.max_new_tokens.map_or(u64::from(NEW_TOKENS).min(most.max(1)), u64::from);
+    if wanted > most {
+        return Err(Failure::usage(format!(
+            "a sequence longer than the cache: {prompt_tokens} prompt tokens and {wanted} new ones (--max-new-tokens) exceed \
+             the model's {limit} positions"
+        )));
     }
+    // Both are within `limit + 1 - prompt_tokens`.
+    Ok((wanted as u32, (prompt_tokens as u64 + wanted - 1) as u32))
 }
 
 /// Runs the kernels of a prompt's step and of a decode step once, so that compiling them does not count as speed.
