@@ -14,9 +14,10 @@ use egmla::check::random::{Random, attention_weights};
 use egmla::check::readback;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::kernel::{Kernels, Recording, Region};
-use egmla::kernels::{Problem, matmul, matvec};
+use egmla::kernels::{Problem, attention_decode, cache_append, matmul, matvec};
 use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
 use egmla::reference::{History, Layer};
+use egmla::weights::{AttentionWeights, Checkpoint};
 
 const HIDDEN: usize = 24;
 
@@ -526,4 +527,61 @@ fn no_rows_are_no_dispatch_and_a_wide_result_fits_every_class() {
         let wide = matvec::Problem(matmul::Problem::linear(1, 64, 262_144, false, Storage::F32));
         wide.plan(&PlanContext::webgpu_defaults(class), Tuning::Auto).unwrap();
     }
+}
+
+#[test]
+fn a_tensor_over_one_binding_is_refused_when_the_layer_is_made() {
+    let gpu = gpu();
+    let (rows, width) = (9_000_000u32, 5);
+    let mut config = gated(GateSite::UpProjected);
+    let mut weights = attention_weights(&config, true, 1);
+    config.gate.as_mut().unwrap().vocab_size = rows;
+    let embedding = &mut weights.gate.as_mut().unwrap().embedding;
+    embedding.shape = vec![rows as usize, width];
+    embedding.data = vec![0.0; rows as usize * width];
+    let error = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap_err();
+    let (bytes, binding) = (rows as u64 * width as u64 * 4, 128 << 20);
+    assert!(matches!(error, Error::Limit { needed, allowed, .. } if (needed, allowed) == (bytes, binding)), "{error}");
+    assert!(error.to_string().contains("gate_embedding.weight"), "{error}");
+}
+
+#[test]
+fn widths_that_overflow_are_errors_and_not_panics() {
+    let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+    for width in [u32::MAX, 1 << 30] {
+        let append = cache_append::Problem {
+            tokens: 1,
+            cache_rows: 1,
+            d_latent: width,
+            latent_offset: 0,
+            latent_row: 1,
+            d_rope: 0,
+            rope_offset: 0,
+            rope_row: 1,
+            with_ids: false,
+            storage: Storage::F16,
+        };
+        let attend = attention_decode::Problem {
+            tokens: 1,
+            n_sequence: 1,
+            n_head: 1,
+            d_nope: width,
+            d_rope: width,
+            d_value: 1,
+            kv_first: 0,
+            kv_rows: 256,
+            cache_rows: 1,
+            scale: 1.0,
+            storage: Storage::F32,
+        };
+        for plan in [append.plan(&context, Tuning::Auto), attend.plan(&context, Tuning::Auto)] {
+            let error = plan.unwrap_err().to_string();
+            assert!(error.contains(&format!("{width}, must be below 2^30")), "{error}");
+        }
+    }
+    // A configuration that nobody validated, on its way to a checkpoint.
+    let bytes = [&8u64.to_le_bytes()[..], b"{}      "].concat();
+    let wide = AttentionConfig { n_head: 1 << 20, d_nope: 1 << 20, ..mla() };
+    let error = AttentionWeights::load(&Checkpoint::new(&bytes).unwrap(), "", &wide).unwrap_err();
+    assert!(matches!(error, Error::Config { .. }), "{error}");
 }
