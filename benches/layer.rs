@@ -78,7 +78,7 @@ struct Rig {
 impl Rig {
     fn new(bench: &Bench, config: &AttentionConfig, capacity: u32, tokens: u32) -> egmla::Result<Self> {
         let kernels = &bench.kernels;
-        let attention = Attention::new(kernels, config, &attention_weights(config, true, 1), Storage::F16)?;
+        let attention = Attention::new(kernels, config, &attention_weights(config, true, 1)?, Storage::F16)?;
         let options = CacheOptions { n_layer: 1, batch: 1, capacity, storage: Storage::F16 };
         let cache = LatentCache::new(kernels, config, options)?;
         let workspace = Workspace::new(&cache, WorkspaceOptions::new(tokens))?;

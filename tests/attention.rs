@@ -60,7 +60,7 @@ struct Rig {
 impl Rig {
     fn new(config: &AttentionConfig, batch: u32, capacity: u32, storage: Storage) -> Self {
         let gpu = gpu();
-        let weights = attention_weights(config, true, 1);
+        let weights = attention_weights(config, true, 1).unwrap();
         let attention = Attention::new(&gpu.kernels, config, &weights, storage).unwrap();
         let options = CacheOptions { n_layer: 1, batch, capacity, storage };
         let cache = LatentCache::new(&gpu.kernels, config, options).unwrap();
@@ -256,7 +256,7 @@ fn layers_of_one_cache_do_not_touch_each_other() {
     let gpu = gpu();
     let layers: Vec<_> = (0..3)
         .map(|seed| {
-            let weights = attention_weights(&config, true, seed);
+            let weights = attention_weights(&config, true, seed).unwrap();
             let attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
             (attention, Layer::new(config.clone(), &weights))
         })
@@ -394,7 +394,7 @@ fn what_a_decode_step_uploads_does_not_grow_with_the_cache() {
 #[test]
 fn a_weight_beyond_f16_is_refused_by_name() {
     let gpu = gpu();
-    let mut weights = attention_weights(&mla(), true, 1);
+    let mut weights = attention_weights(&mla(), true, 1).unwrap();
     weights.o_proj.data[7] = 7e4;
     let error = Attention::new(&gpu.kernels, &mla(), &weights, Storage::F16).unwrap_err();
     assert!(error.to_string().contains("o_proj.weight") && error.to_string().contains("70000"), "{error}");
@@ -404,7 +404,7 @@ fn a_weight_beyond_f16_is_refused_by_name() {
 #[test]
 fn weights_that_do_not_match_the_configuration_are_refused_by_name() {
     let gpu = gpu();
-    let full = |config: &AttentionConfig| attention_weights(config, true, 1);
+    let full = |config: &AttentionConfig| attention_weights(config, true, 1).unwrap();
     let up = gated(GateSite::UpProjected);
     let low_rank = AttentionConfig { d_q_latent: Some(6), ..mla() };
     let biased = AttentionConfig { attention_bias: true, ..mla() };
@@ -469,7 +469,7 @@ fn a_weight_that_is_not_a_number_shows_in_the_output() {
         let mut config = gated(GateSite::UpProjected);
         config.gate.as_mut().unwrap().activation = Activation::Tanh;
         for broken in ["kv_a_proj", "gate_embedding"] {
-            let mut weights = attention_weights(&config, false, 1);
+            let mut weights = attention_weights(&config, false, 1).unwrap();
             match broken {
                 "kv_a_proj" => weights.kv_a_proj.data[3] = f32::NAN,
                 _ => weights.gate.as_mut().unwrap().embedding.data.fill(f32::NAN),
@@ -534,7 +534,7 @@ fn a_tensor_over_one_binding_is_refused_when_the_layer_is_made() {
     let gpu = gpu();
     let (rows, width) = (9_000_000u32, 5);
     let mut config = gated(GateSite::UpProjected);
-    let mut weights = attention_weights(&config, true, 1);
+    let mut weights = attention_weights(&config, true, 1).unwrap();
     config.gate.as_mut().unwrap().vocab_size = rows;
     let embedding = &mut weights.gate.as_mut().unwrap().embedding;
     embedding.shape = vec![rows as usize, width];

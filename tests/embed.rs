@@ -189,7 +189,7 @@ struct Model {
 impl Model {
     fn new(app: &App, config: AttentionConfig) -> Self {
         let kernels = Kernels::new(&app.device).unwrap();
-        let weights = attention_weights(&config, true, SEED);
+        let weights = attention_weights(&config, true, SEED).unwrap();
         let attention = Attention::new(&kernels, &config, &weights, Storage::F32).unwrap();
         let options = CacheOptions { n_layer: 1, batch: 2, capacity: 16, storage: Storage::F32 };
         let cache = LatentCache::new(&kernels, &config, options).unwrap();

@@ -79,7 +79,7 @@ fn ids(tokens: usize) -> Vec<u32> {
 }
 
 fn layer(config: &AttentionConfig, seed: u64) -> Layer {
-    Layer::new(config.clone(), &attention_weights(config, true, seed))
+    Layer::new(config.clone(), &attention_weights(config, true, seed).unwrap())
 }
 
 fn run(layer: &Layer, hidden: &[f64], ids: &[u32]) -> Vec<f64> {
@@ -230,7 +230,7 @@ fn gate_of_one_without_norm_is_mla() {
     for site in [GateSite::UpProjected, GateSite::Latent] {
         let with = |activation, norm, value: f32| {
             let config = egmla(site, activation, norm);
-            let mut weights = attention_weights(&config, true, 5);
+            let mut weights = attention_weights(&config, true, 5).unwrap();
             weights.gate.as_mut().unwrap().b_proj.data.fill(value);
             let plain = Layer::new(mla(), &AttentionWeights { gate: None, ..weights.clone() });
             let (hidden, ids) = (hidden(&config, 9), ids(9));
@@ -252,7 +252,7 @@ fn gate_of_one_without_norm_is_mla() {
 fn absorbed_is_expanded() {
     for (seed, config) in every_config().iter().enumerate() {
         for kv_a_norm in [true, false] {
-            let layer = Layer::new(config.clone(), &attention_weights(config, kv_a_norm, seed as u64));
+            let layer = Layer::new(config.clone(), &attention_weights(config, kv_a_norm, seed as u64).unwrap());
             let (hidden, ids) = (hidden(config, 17), ids(17));
             assert!(ids.iter().any(|id| ids.iter().filter(|other| *other == id).count() > 1), "a group of one only");
             let distance = distance(&layer.forward_absorbed(&hidden, &ids), &run(&layer, &hidden, &ids));
@@ -266,7 +266,7 @@ fn ungated_absorption_is_wrong() {
     for activation in Activation::ALL {
         for norm in GateNorm::ALL {
             let config = egmla(GateSite::UpProjected, activation, norm);
-            let weights = attention_weights(&config, true, 5);
+            let weights = attention_weights(&config, true, 5).unwrap();
             let (hidden, ids) = (hidden(&config, 17), ids(17));
             let expanded = run(&Layer::new(config, &weights), &hidden, &ids);
             // The plain absorption of MLA, which passes the gate and the norm over.
@@ -408,7 +408,7 @@ fn no_tokens() {
 #[test]
 fn latents_are_what_forward_used() {
     let config = egmla(GateSite::UpProjected, Activation::Silu, GateNorm::LayerNorm);
-    let weights = attention_weights(&config, true, 3);
+    let weights = attention_weights(&config, true, 3).unwrap();
     let layer = Layer::new(config.clone(), &weights);
     let (hidden, ids) = (hidden(&config, 6), ids(6));
     let mut history = History::default();
@@ -435,7 +435,7 @@ fn latents_are_what_forward_used() {
     assert_far(&later.k_rope, &latents.k_rope);
     // Site latent caches the gated latent, and needs no statistics.
     let site_latent = layer_of(GateSite::Latent).latents(&hidden, &ids, 0);
-    let ungated = Layer::new(mla(), &attention_weights(&mla(), true, 3)).latents(&hidden, &[], 0);
+    let ungated = Layer::new(mla(), &attention_weights(&mla(), true, 3).unwrap()).latents(&hidden, &[], 0);
     assert_eq!(site_latent.statistics, vec![[0.0, 1.0]; 6]);
     assert_far(&site_latent.latent, &ungated.latent);
 }
@@ -477,7 +477,7 @@ fn an_id_changes_its_own_key_and_value_only() {
 fn permuting_table_and_ids_changes_nothing() {
     for site in [GateSite::UpProjected, GateSite::Latent] {
         let config = egmla(site, Activation::Silu, GateNorm::RmsNorm);
-        let mut weights = attention_weights(&config, true, 8);
+        let mut weights = attention_weights(&config, true, 8).unwrap();
         let (hidden, ids) = (hidden(&config, 12), ids(12));
         let before = Layer::new(config.clone(), &weights);
         // Row i moves to row (i + 4) mod 11.
@@ -547,7 +547,7 @@ fn order_of_heads_is_invisible() {
     for site in [GateSite::UpProjected, GateSite::Latent] {
         let config = egmla(site, Activation::Tanh, GateNorm::LayerNorm);
         let (d_query, d_kv) = (10, 11);
-        let mut weights = attention_weights(&config, true, 8);
+        let mut weights = attention_weights(&config, true, 8).unwrap();
         let (hidden, ids) = (hidden(&config, 9), ids(9));
         let expected = run(&Layer::new(config.clone(), &weights), &hidden, &ids);
         let order = [2, 0, 1];
@@ -578,7 +578,7 @@ fn scale_of_the_gate_goes_into_the_norm() {
         for norm in GateNorm::ALL {
             let mut config = egmla(site, Activation::Identity, norm);
             config.gate.as_mut().unwrap().norm_eps = 1e-30;
-            let mut weights = attention_weights(&config, true, 8);
+            let mut weights = attention_weights(&config, true, 8).unwrap();
             let (hidden, ids) = (hidden(&config, 9), ids(9));
             let before = run(&Layer::new(config.clone(), &weights), &hidden, &ids);
             // A power of two: exact in the f32 weights.
@@ -751,7 +751,7 @@ fn pair_layout_is_visible_past_position_0_only() {
     assert_far(&rotated(&RopeConfig::default(), &x, 1), &rotated(&half_split(), &x, 1));
 
     let other = AttentionConfig { rope: half_split(), ..mla() };
-    let weights = attention_weights(&mla(), true, 5);
+    let weights = attention_weights(&mla(), true, 5).unwrap();
     let (right, wrong) = (Layer::new(mla(), &weights), Layer::new(other, &weights));
     let hidden = hidden(&mla(), 12);
     let (right, wrong) = (run(&right, &hidden, &[]), run(&wrong, &hidden, &[]));
@@ -959,9 +959,9 @@ fn random_values_are_seeded_and_normal() {
 #[test]
 fn random_weights_keep_activations_of_order_one() {
     for config in every_config() {
-        let weights = attention_weights(&config, true, 1);
-        assert_eq!(weights, attention_weights(&config, true, 1));
-        assert!(weights.kv_a_norm.is_some() && attention_weights(&config, false, 1).kv_a_norm.is_none());
+        let weights = attention_weights(&config, true, 1).unwrap();
+        assert_eq!(weights, attention_weights(&config, true, 1).unwrap());
+        assert!(weights.kv_a_norm.is_some() && attention_weights(&config, false, 1).unwrap().kv_a_norm.is_none());
         let output = run(&Layer::new(config.clone(), &weights), &hidden(&config, 9), &ids(9));
         let rms = (output.iter().map(|x| x * x).sum::<f64>() / output.len() as f64).sqrt();
         assert!((0.05..5.0).contains(&rms), "rms {rms} of {config:?}");

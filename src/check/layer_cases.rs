@@ -127,7 +127,7 @@ fn layer(
     lengths: &[u32],
     tile_rows: u32,
 ) -> Result<Vec<Outcome>> {
-    let weights = attention_weights(config, kv_a_norm, 7);
+    let weights = attention_weights(config, kv_a_norm, 7)?;
     let attention = Attention::new(lab.kernels, config, &weights, storage)?;
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let mut schedules = vec![

@@ -34,7 +34,11 @@ impl Random {
 
 /// Weights for `config` that keep activations of order 1: matrices of deviation `1/√inner`, norm weights near 1,
 /// biases near 0, gate rows of deviation 1. `kv_a_norm`: whether there is a `kv_a_layernorm`.
-pub fn attention_weights(config: &AttentionConfig, kv_a_norm: bool, seed: u64) -> AttentionWeights {
+///
+/// # Errors
+/// A configuration that contradicts itself or overflows.
+pub fn attention_weights(config: &AttentionConfig, kv_a_norm: bool, seed: u64) -> Result<AttentionWeights> {
+    config.validate()?;
     let mut random = Random::new(seed);
     let make = |name: &str, shape: &[u32]| -> Result<HostTensor> {
         let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
@@ -48,5 +52,4 @@ pub fn attention_weights(config: &AttentionConfig, kv_a_norm: bool, seed: u64) -
         Ok(HostTensor { name: name.to_owned(), shape, data })
     };
     AttentionWeights::build(config, kv_a_norm, make)
-        .unwrap_or_else(|error| unreachable!("making a random tensor cannot fail: {error}"))
 }
