@@ -24,7 +24,8 @@ use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_copy, cache_read,
-    gate, gather, matmul, matvec, norm, product, residual_add, rope, swiglu,
+    gate, gather, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    product, residual_add, rope, swiglu,
 };
 use crate::plan::Storage;
 
@@ -92,7 +93,37 @@ impl Costed for matmul::Problem {
     }
 }
 
+impl Costed for matmul_cooperative::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for matmul_subgroup::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for matmul_vec4::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
 impl Costed for matvec::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for matvec_subgroup::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for matvec_vec4::Problem {
     fn cost(&self) -> Cost {
         self.0.cost()
     }
@@ -606,7 +637,12 @@ mod tests {
             entry(gather::Problem { rows: 4, width: 6, vocab_size: 50, storage: f16 }, 0, 48 + 16 + 96),
             // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
             entry(product, 60 + 10, 24 + 30 + 10 + 40),
+            entry(matmul_cooperative::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
+            entry(matmul_subgroup::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
+            entry(matmul_vec4::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
             entry(matvec::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
+            entry(matvec_subgroup::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
+            entry(matvec_vec4::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
             // LayerNorm with bias: 2·5·7 + 2·4. In and out 2·5·8, weight and bias 5·4.
             entry(
                 norm::Problem {

@@ -79,6 +79,14 @@ pub enum Error {
         /// What does not fit, with the number.
         problem: String,
     },
+    /// A kernel needs features that the device was not opened with.
+    #[error("{kernel}: this device was opened without {features}")]
+    Feature {
+        /// Stem of the kernel.
+        kernel: &'static str,
+        /// Names of the missing features.
+        features: String,
+    },
     /// A device limit is too small.
     #[error("{what} needs {needed}, but this device allows {allowed} ({limit})")]
     Limit {

@@ -58,6 +58,18 @@ pub struct KernelSpec {
     pub params_size: usize,
     /// How many settings `Tuning::Forced` can choose from.
     pub tunings: usize,
+    /// What the device must have beside WebGPU's core. Kernels that need something are variants: another does their work
+    /// where it is not offered.
+    pub features: wgpu::Features,
+}
+
+impl KernelSpec {
+    /// The features it needs that `offered` lacks, by name; `None` when it can run.
+    pub fn missing(&self, offered: wgpu::Features) -> Option<String> {
+        let missing = self.features - offered;
+        let names: Vec<_> = missing.iter_names().map(|(name, _)| name.to_lowercase()).collect();
+        (!missing.is_empty()).then(|| names.join(", "))
+    }
 }
 
 /// A range of a buffer. Cloning it clones a handle, not the memory.
@@ -134,7 +146,8 @@ impl Kernels {
         }
         // Shaders index elements with 32 bits.
         limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
-        let context = PlanContext { limits, class };
+        let (features, info) = (device.features(), device.adapter_info());
+        let context = PlanContext { limits, class, features, subgroup_min_size: info.subgroup_min_size };
         let empty = |label: &str| {
             scoped(device, label, || {
                 device.create_buffer(&wgpu::BufferDescriptor {
@@ -398,6 +411,9 @@ impl Recording {
         }
         debug_assert_eq!(bound.len() + 1, spec.bindings.len(), "{}", spec.name);
         debug_assert_eq!(size_of::<P>(), spec.params_size, "{}", spec.name);
+        if let Some(features) = spec.missing(self.kernels.0.context.features) {
+            return Err(Error::Feature { kernel: spec.name, features });
+        }
         let limits = &self.kernels.0.context.limits;
         let named: Vec<_> = spec.bindings[1..].iter().zip(bound).collect();
         for (binding, given) in &named {

@@ -66,11 +66,24 @@ pub enum AdapterClass {
     Integrated,
     /// Has its own memory.
     Discrete,
+    /// Shares memory with the CPU, has simdgroups of 32 and more room a workgroup than others that share it.
+    Apple,
 }
 
+/// Apple's PCI vendor id.
+const APPLE_VENDOR: u32 = 0x106b;
+
 impl AdapterClass {
+    /// Every class.
+    pub const ALL: [AdapterClass; 4] =
+        [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple];
+
     /// Reads the class off what wgpu tells of an adapter.
     pub fn of(info: &wgpu::AdapterInfo) -> Self {
+        // Metal also drives the AMD and Intel GPUs of older machines; Apple's own are reached through Vulkan, too.
+        if info.vendor == APPLE_VENDOR || info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
+            return AdapterClass::Apple;
+        }
         match info.device_type {
             wgpu::DeviceType::Cpu => AdapterClass::Software,
             wgpu::DeviceType::IntegratedGpu => AdapterClass::Integrated,
@@ -82,6 +95,9 @@ impl AdapterClass {
     }
 }
 
+/// Of WebGPU: no subgroup has fewer invocations.
+const SMALLEST_SUBGROUP: u32 = 4;
+
 /// What a plan may know of the device.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlanContext {
@@ -89,12 +105,21 @@ pub struct PlanContext {
     pub limits: wgpu::Limits,
     /// The class that `Tuning::Auto` chooses for.
     pub class: AdapterClass,
+    /// What the device was opened with.
+    pub features: wgpu::Features,
+    /// The smallest subgroup that a shader may run in.
+    pub subgroup_min_size: u32,
 }
 
 impl PlanContext {
     /// WebGPU's default limits, on a class of adapter: what every device offers.
     pub fn webgpu_defaults(class: AdapterClass) -> Self {
-        PlanContext { limits: wgpu::Limits::default(), class }
+        PlanContext {
+            limits: wgpu::Limits::default(),
+            class,
+            features: wgpu::Features::empty(),
+            subgroup_min_size: SMALLEST_SUBGROUP,
+        }
     }
 }
 

@@ -495,7 +495,7 @@ fn a_weight_that_is_not_a_number_shows_in_the_output() {
 fn the_plans_of_every_class_of_adapter_are_right_here() {
     let gpu = gpu();
     let filter = ["layer/mla/f32", "layer/mla_low_rank_bias_yarn/f16", "layer/long_up_projected/f32"];
-    for class in [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete] {
+    for class in AdapterClass::ALL {
         let kernels = Kernels::with_class(gpu.kernels.device(), class).unwrap();
         let cases = egmla::check::cases();
         let mut compared = 0;
@@ -523,7 +523,7 @@ fn no_rows_are_no_dispatch_and_a_wide_result_fits_every_class() {
     matmul::encode(&mut recording, &none, args, Tuning::Auto).unwrap();
     matvec::encode(&mut recording, &matvec::Problem(none), args, Tuning::Auto).unwrap();
     assert_eq!(recording.dispatches(), 0);
-    for class in [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete] {
+    for class in AdapterClass::ALL {
         let wide = matvec::Problem(matmul::Problem::linear(1, 64, 262_144, false, Storage::F32));
         wide.plan(&PlanContext::webgpu_defaults(class), Tuning::Auto).unwrap();
     }

@@ -13,14 +13,15 @@ use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
     Problem, REGISTRY, attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append,
-    cache_copy, cache_read, gate, gather, matmul, matvec, norm, residual_add, rope, swiglu,
+    cache_copy, cache_read, gate, gather, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec,
+    matvec_subgroup, matvec_vec4, norm, residual_add, rope, swiglu,
 };
 use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
-use egmla::wgpu::Limits;
+use egmla::wgpu::{Features, Limits};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 
-const CLASSES: [AdapterClass; 3] = [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete];
+const CLASSES: [AdapterClass; 4] = AdapterClass::ALL;
 
 fn path(relative: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(relative)
@@ -51,9 +52,21 @@ fn parse(spec: &KernelSpec) -> (naga::Module, ModuleInfo) {
     (module, info)
 }
 
-/// With no capability beyond those of every WebGPU device: packing and unpacking halves is the one that we use.
+/// With no capability beyond those of every WebGPU device (packing and unpacking halves is the one that we use) and those
+/// of the features that the kernel asks for. `kernel` begins with its name.
 fn validate(kernel: &str, module: &naga::Module) -> ModuleInfo {
-    Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
+    let spec = REGISTRY.iter().find(|spec| kernel.split(' ').next() == Some(spec.name)).unwrap();
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    for (feature, capability) in [
+        (Features::SUBGROUP, Capabilities::SUBGROUP),
+        (Features::SHADER_F16, Capabilities::SHADER_FLOAT16),
+        (Features::EXPERIMENTAL_COOPERATIVE_MATRIX, Capabilities::COOPERATIVE_MATRIX),
+    ] {
+        capabilities.set(capability, spec.features.contains(feature));
+    }
+    Validator::new(ValidationFlags::all(), capabilities)
+        .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+        .subgroup_operations(naga::valid::SubgroupOperationSet::all())
         .validate(module)
         .unwrap_or_else(|error| panic!("{kernel}: {error:?}"))
 }
@@ -112,8 +125,8 @@ fn bindings_are_those_of_the_shader() {
 
 /// Fields of `#[repr(C)] pub struct Params` in a kernel's source: name and type.
 fn rust_params(kernel: &str) -> Vec<(String, String)> {
-    // The one module that takes another's.
-    let file = if kernel == "matvec" { "matmul" } else { kernel };
+    // The modules of one product take one's.
+    let file = if kernel.starts_with("matmul_") || kernel.starts_with("matvec") { "matmul" } else { kernel };
     let source = read(&format!("src/kernels/{file}.rs"));
     let (before, after) = source.split_once("pub struct Params {").unwrap_or_else(|| panic!("{file}.rs: no Params"));
     assert!(before.rsplit("\n\n").next().unwrap().contains("#[repr(C)]"), "{file}.rs: Params is not repr(C)");
@@ -355,6 +368,18 @@ fn cases() -> Vec<Case> {
                 add(all, product, tiles([n, m, 3], tile));
                 let tile = |plan: &Plan| [value(plan, "WORKGROUP") / value(plan, "LANES"), 4, 1];
                 add(all, matvec::Problem(product), tiles([n, m, 3], tile));
+                let whole = matmul::Problem { batch: 3, ..matmul::Problem::linear(m, 24, n, bias, storage) };
+                let tile = |plan: &Plan| [8 * value(plan, "WG_X"), 8 * value(plan, "WG_Y"), 1];
+                add(all, matmul_vec4::Problem(whole), tiles([n, m, 3], tile));
+                if storage == Storage::F16 {
+                    let whole = matmul::Problem { inner: 32, cols: 16 * n, ..whole };
+                    let whole = matmul::Problem { w: Layout::dense(32), x: Layout::dense(32), ..whole };
+                    add(all, matmul_cooperative::Problem(whole), tiles([16 * n, m, 3], |_| [64, 16, 1]));
+                }
+                add(all, matmul_subgroup::Problem(whole), tiles([m, n, 3], |_| [8, 32, 1]));
+                let tile = |plan: &Plan| [4 * value(plan, "WORKGROUP") / value(plan, "LANES"), 4, 1];
+                add(all, matvec_vec4::Problem(whole), tiles([n, m, 3], tile));
+                add(all, matvec_subgroup::Problem(whole), tiles([n, m, 3], |_| [4, 4, 1]));
             }
         }
         for n_head in HEADS {
@@ -476,7 +501,12 @@ fn plans_keep_what_their_shaders_assume() {
             "norm" | "gate" | "attention_decode" | "attention_absorbed" => {
                 assert!(plan.workgroup_size.is_power_of_two(), "{what}");
             }
-            "matvec" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            // The shader moves quads about within groups of 8.
+            "matmul_vec4" => {
+                assert!([value(&plan, "WG_X"), value(&plan, "WG_Y")].iter().all(|side| side % 4 == 0), "{what}");
+            }
+            "matmul_subgroup" => assert!([4, 8].contains(&value(&plan, "SPREAD")), "{what}"),
+            "matvec" | "matvec_vec4" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
             "attention_prefill" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
             _ => {}
         }
@@ -510,7 +540,7 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
     fn planner<P: Problem + 'static>(problem: P) -> (&'static KernelSpec, Planner) {
         (P::SPEC, Box::new(move |context, tuning| problem.plan(context, tuning)))
     }
-    let product = matmul::Problem::linear(100, 100, 100, true, Storage::F16);
+    let product = matmul::Problem::linear(100, 104, 100, true, Storage::F16);
     vec![
         planner(absorbed_problem(3, 9, Storage::F16)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
@@ -522,7 +552,12 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(gate_problem(1000, Activation::Silu, GateNorm::LayerNorm, 1000)),
         planner(gather::Problem { rows: 1000, width: 64, vocab_size: 7, storage: Storage::F16 }),
         planner(product),
+        planner(matmul_cooperative::Problem(matmul::Problem::linear(100, 112, 96, true, Storage::F16))),
+        planner(matmul_subgroup::Problem(product)),
+        planner(matmul_vec4::Problem(product)),
         planner(matvec::Problem(product)),
+        planner(matvec_subgroup::Problem(product)),
+        planner(matvec_vec4::Problem(product)),
         planner(norm_problem(1000, norm::Kind::Layer, true, Storage::F16)),
         planner(residual_add::Problem { elements: 1000 }),
         planner(rope_problem(1000, 8, true)),
@@ -726,6 +761,7 @@ fn functions_of_one_name_are_the_same_text() {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Header,
+    Extension,
     Override,
     Constant,
     Params,
@@ -749,7 +785,9 @@ fn shaders_are_in_the_one_order() {
             let here = format!("{name}.wgsl:{number}: {line}");
             assert!(!line.trim_start().starts_with('#'), "{here}: a preprocessor?");
             assert!(!line.ends_with(' '), "{here}: trailing space");
-            let part = if line.starts_with("override ") {
+            let part = if line.starts_with("enable ") {
+                Part::Extension
+            } else if line.starts_with("override ") {
                 assert!(line.contains(" = "), "{here}: no default");
                 Part::Override
             } else if line.starts_with("const ") {
@@ -781,6 +819,20 @@ fn shaders_are_in_the_one_order() {
     }
 }
 
+/// For the kernels that no adapter here runs, this is all that is known of their translation.
+#[test]
+fn every_shader_becomes_spirv() {
+    for spec in REGISTRY {
+        let (module, info) = parse(spec);
+        let (module, info) =
+            naga::back::pipeline_constants::process_overrides(&module, &info, None, &Default::default()).unwrap();
+        let options = naga::back::spv::Options { lang_version: (1, 3), ..Default::default() };
+        let words = naga::back::spv::write_vec(&module, &info, &options, None)
+            .unwrap_or_else(|error| panic!("{}: {error}", spec.name));
+        assert_eq!(words[0], 0x0723_0203, "{}", spec.name);
+    }
+}
+
 #[test]
 fn tint_accepts_every_shader() {
     let tint =
@@ -790,7 +842,18 @@ fn tint_accepts_every_shader() {
         return;
     }
     for spec in REGISTRY {
-        let file = format!("shaders/{}.wgsl", spec.name);
+        if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+            println!("tint: {} not run (an extension of wgpu's)", spec.name);
+            continue;
+        }
+        let mut file = format!("shaders/{}.wgsl", spec.name);
+        // What tint wants to see before subgroup operations, naga does not read.
+        let folder = tempfile::tempdir().unwrap();
+        if spec.features.contains(Features::SUBGROUP) {
+            let enabled = folder.path().join(spec.name).with_extension("wgsl");
+            std::fs::write(&enabled, format!("enable subgroups;\n{}", spec.source)).unwrap();
+            file = enabled.to_str().unwrap().to_owned();
+        }
         let output = tint(&["--format", "wgsl", &file]).unwrap();
         assert!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr));
     }

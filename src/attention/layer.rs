@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::cache::LatentCache;
+use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
 use super::workspace::Workspace;
 use crate::config::{AttentionConfig, GateConfig, LOW_RANK_NORM_EPS};
@@ -11,7 +12,7 @@ use crate::kernel::{Kernels, Recording, Region};
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_read, gate, gather,
-    matmul, matvec, norm, rope,
+    matmul, norm, rope,
 };
 use crate::plan::{Storage, Tuning};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
@@ -82,18 +83,6 @@ pub(crate) fn upload_tensor(kernels: &Kernels, tensor: &HostTensor, storage: Sto
         }
     };
     Ok(Region::from(&buffer))
-}
-
-/// Records `y = x · wᵀ + bias` with the kernel for that many rows.
-///
-/// # Errors
-/// What the kernel refuses.
-pub(crate) fn product_of(recording: &mut Recording, problem: matmul::Problem, args: matmul::Args<'_>) -> Result<()> {
-    if problem.rows <= matvec::MOST_ROWS {
-        matvec::encode(recording, &matvec::Problem(problem), args, Tuning::Auto)
-    } else {
-        matmul::encode(recording, &problem, args, Tuning::Auto)
-    }
 }
 
 /// `prefill` and `decode` commit a step after one layer: on a cache of several, the others would never see its tokens.

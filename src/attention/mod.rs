@@ -15,6 +15,7 @@
 
 mod cache;
 mod layer;
+mod product;
 mod step;
 mod workspace;
 
@@ -24,4 +25,6 @@ pub use step::{Mode, Step, StepInput};
 pub use workspace::{Workspace, WorkspaceOptions};
 
 #[cfg(feature = "decoder")]
-pub(crate) use layer::{product_of, upload_tensor};
+pub(crate) use layer::upload_tensor;
+#[cfg(feature = "decoder")]
+pub(crate) use product::product_of;

@@ -5,18 +5,20 @@ use std::ops::Range;
 use super::compare::{Comparison, Tolerance, UNIT_ROUNDOFF};
 use super::guarded::Guarded;
 use super::random::Random;
-use super::{Case, Lab, every_tuning};
+use super::{Case, Lab, every_tuning, skipped};
 use crate::config::{Activation, GateNorm, RopeConfig, RopeScaling};
 use crate::error::Result;
+use crate::kernel::{KernelSpec, Recording};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_copy, cache_read,
-    gate, gather, matmul, matvec, norm, residual_add, rope, swiglu,
+    gate, gather, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    residual_add, rope, swiglu,
 };
-use crate::plan::Storage;
+use crate::plan::{Storage, Tuning};
 use crate::reference;
 
 /// Seed of every case's inputs: cases differ by their sizes.
@@ -52,21 +54,67 @@ fn matrix_products(cases: &mut Vec<Case>) {
         (70, 257, 48),
     ];
     let few = [(1, 1, 1), (1, 64, 7), (2, 65, 8), (3, 31, 9), (4, 129, 63), (5, 100, 65), (8, 257, 33), (1, 1024, 130)];
+    let many_in_vec4 = [
+        (1, 8, 1),
+        (7, 16, 31),
+        (8, 24, 32),
+        (9, 16, 33),
+        (63, 8, 65),
+        (64, 32, 64),
+        (65, 104, 63),
+        (127, 16, 129),
+        (129, 40, 127),
+        (33, 512, 5),
+    ];
+    let few_in_vec4 = [
+        (1, 8, 1),
+        (1, 64, 7),
+        (2, 72, 8),
+        (3, 32, 9),
+        (4, 128, 63),
+        (5, 104, 65),
+        (8, 264, 33),
+        (1, 1024, 130),
+        (1, 2056, 31),
+    ];
     for storage in Storage::ALL {
         for (index, &(rows, inner, cols)) in many.iter().enumerate() {
             let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, false));
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &MATMUL));
         }
         for (index, &(rows, inner, cols)) in few.iter().enumerate() {
             let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, true));
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &MATVEC));
         }
-        for (rows, few) in [(3, true), (34, false)] {
+        for (rows, product) in [(3, &MATVEC), (34, &MATMUL)] {
             for n_head in [1, 3] {
-                cases.push(product_case(format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage), few));
-                cases.push(product_case(format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage), few));
+                cases.push(product_case(format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage), product));
+                cases.push(product_case(format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage), product));
             }
         }
+        // The same neighbourhoods with rows of whole 16-byte loads, around the 16 k of a staged tile.
+        for (index, &(rows, inner, cols)) in many_in_vec4.iter().enumerate() {
+            for product in [&MATMUL_VEC4, &MATMUL_SUBGROUP] {
+                let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
+                cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+            }
+        }
+        for (index, &(rows, inner, cols)) in few_in_vec4.iter().enumerate() {
+            for product in [&MATVEC_VEC4, &MATVEC_SUBGROUP] {
+                let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
+                cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+            }
+        }
+        for (rows, products) in [(3, [&MATVEC_VEC4, &MATVEC_SUBGROUP]), (34, [&MATMUL_VEC4, &MATMUL_SUBGROUP])] {
+            for product in products {
+                cases.push(product_case(format!("apart_{rows}"), apart(rows, storage), product));
+            }
+        }
+    }
+    for (index, (rows, inner, cols)) in [(1, 16, 16), (15, 32, 48), (17, 16, 64), (33, 80, 80)].into_iter().enumerate()
+    {
+        let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
+        cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &MATMUL_COOPERATIVE));
     }
 }
 
@@ -99,18 +147,97 @@ fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Problem {
     }
 }
 
-fn product_case(sizes: String, problem: matmul::Problem, few: bool) -> Case {
-    let (kernel, tunings) = if few { ("matvec", matvec::SPEC.tunings) } else { ("matmul", matmul::SPEC.tunings) };
+/// Aligned operands that stand apart, three matrices of them.
+fn apart(rows: u32, storage: Storage) -> matmul::Problem {
+    matmul::Problem {
+        rows,
+        inner: 24,
+        cols: 37,
+        batch: 3,
+        x: Layout { offset: 4, row: 3 * 28, inner: 1, batch: 28 },
+        w: Layout { offset: 8, row: 32, inner: 1, batch: 40 * 32 },
+        y: Layout { offset: 3, row: 3 * 40, inner: 1, batch: 40 },
+        bias: true,
+        storage,
+    }
+}
+
+/// One of the kernels of the matrix product.
+struct Product {
+    spec: &'static KernelSpec,
+    encode: fn(&mut Recording, matmul::Problem, matmul::Args<'_>, Tuning) -> Result<()>,
+    reference: Definition,
+}
+
+/// `(x, w, bias, rows, inner, cols)` to `y`.
+type Definition = fn(&[f64], &[f64], Option<&[f64]>, usize, usize, usize) -> Vec<f64>;
+
+const MATMUL: Product = Product {
+    spec: &matmul::SPEC,
+    encode: |recording, problem, args, tuning| matmul::encode(recording, &problem, args, tuning),
+    reference: reference::matmul,
+};
+
+const MATMUL_COOPERATIVE: Product = Product {
+    spec: &matmul_cooperative::SPEC,
+    encode: |recording, problem, args, tuning| {
+        matmul_cooperative::encode(recording, &matmul_cooperative::Problem(problem), args, tuning)
+    },
+    reference: reference::matmul_cooperative,
+};
+
+const MATMUL_SUBGROUP: Product = Product {
+    spec: &matmul_subgroup::SPEC,
+    encode: |recording, problem, args, tuning| {
+        matmul_subgroup::encode(recording, &matmul_subgroup::Problem(problem), args, tuning)
+    },
+    reference: reference::matmul_subgroup,
+};
+
+const MATMUL_VEC4: Product = Product {
+    spec: &matmul_vec4::SPEC,
+    encode: |recording, problem, args, tuning| {
+        matmul_vec4::encode(recording, &matmul_vec4::Problem(problem), args, tuning)
+    },
+    reference: reference::matmul_vec4,
+};
+
+const MATVEC: Product = Product {
+    spec: &matvec::SPEC,
+    encode: |recording, problem, args, tuning| matvec::encode(recording, &matvec::Problem(problem), args, tuning),
+    reference: reference::matvec,
+};
+
+const MATVEC_SUBGROUP: Product = Product {
+    spec: &matvec_subgroup::SPEC,
+    encode: |recording, problem, args, tuning| {
+        matvec_subgroup::encode(recording, &matvec_subgroup::Problem(problem), args, tuning)
+    },
+    reference: reference::matvec_subgroup,
+};
+
+const MATVEC_VEC4: Product = Product {
+    spec: &matvec_vec4::SPEC,
+    encode: |recording, problem, args, tuning| {
+        matvec_vec4::encode(recording, &matvec_vec4::Problem(problem), args, tuning)
+    },
+    reference: reference::matvec_vec4,
+};
+
+fn product_case(sizes: String, problem: matmul::Problem, product: &'static Product) -> Case {
     let bias = if problem.bias { "/bias" } else { "" };
     let id = format!("{sizes}/{}{bias}", problem.storage.name());
-    Case::new(kernel, id, move |lab| {
+    Case::new(product.spec.name, id, move |lab| {
+        if let Some(outcomes) = skipped(product.spec, lab.kernels) {
+            return Ok(outcomes);
+        }
         let p = problem;
         let (rows, inner, cols) = (p.rows as usize, p.inner as usize, p.cols as usize);
         let end = |layout: Layout, rows: u32, inner: u32| {
             layout.offset + (rows - 1) * layout.row + (inner - 1) * layout.inner + (p.batch - 1) * layout.batch + 1
         };
         let tolerance = Tolerance::sums(&[inner]);
-        every_tuning(tunings, tolerance, |tuning| {
+        every_tuning(product.spec.tunings, tolerance, |tuning| {
             let mut random = Random::new(SEED);
             let x_values = random.values(end(p.x, p.rows, p.inner) as usize, 1.0);
             let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
@@ -119,10 +246,7 @@ fn product_case(sizes: String, problem: matmul::Problem, few: bool) -> Case {
             let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
             let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
             let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
-            lab.launch(|recording| match few {
-                true => matvec::encode(recording, &matvec::Problem(p), args, tuning),
-                false => matmul::encode(recording, &p, args, tuning),
-            })?;
+            lab.launch(|recording| (product.encode)(recording, p, args, tuning))?;
             let got = y.read_f32(lab.kernels, lab.queue)?;
             // Nothing else was written: neither before the offset nor between the rows.
             let written = got.iter().filter(|value| value.to_bits() != super::guarded::POISON).count();
@@ -137,11 +261,7 @@ fn product_case(sizes: String, problem: matmul::Problem, few: bool) -> Case {
                     let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
                     let w = pick(&w_kept, p.w, p.cols, p.inner);
                     let bias = p.bias.then_some(&bias_kept[..]);
-                    let expected = if few {
-                        reference::matvec(&x, &w, bias, rows, inner, cols)
-                    } else {
-                        reference::matmul(&x, &w, bias, rows, inner, cols)
-                    };
+                    let expected = (product.reference)(&x, &w, bias, rows, inner, cols);
                     let got = pick(&widen(&got), p.y, p.rows, p.cols);
                     let got: Vec<f32> = got.iter().map(|&value| value as f32).collect();
                     Ok(super::compare(&got, &expected, tolerance))
@@ -1060,7 +1180,6 @@ fn merges(cases: &mut Vec<Case>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Tuning;
 
     /// The table would be worthless if two cases shared a name or a kernel had none.
     #[test]

@@ -5,6 +5,7 @@
 //! let kernels = egmla::kernel::Kernels::new(device)?;
 //! for case in egmla::check::cases() {
 //!     for outcome in case.run(&kernels, queue)? {
+//!         // A variant whose feature the device lacks is `Err("skipped: …")`, never `Ok`.
 //!         println!("{} {}: {:?}", case.id(), outcome.tuning, outcome.verdict);
 //!     }
 //! }
@@ -22,7 +23,7 @@ pub mod random;
 pub mod readback;
 
 use crate::error::Result;
-use crate::kernel::{Kernels, Recording};
+use crate::kernel::{KernelSpec, Kernels, Recording};
 use crate::plan::{Storage, Tuning};
 use compare::{Comparison, Tolerance, compare};
 use guarded::Guarded;
@@ -45,8 +46,10 @@ pub struct Outcome {
     pub error: f64,
     /// The largest that is accepted.
     pub tolerance: f64,
-    /// One line that says what is wrong.
+    /// One line that says what is wrong. `Err` also where nothing was run: see `skipped`.
     pub verdict: Result<(), String>,
+    /// The device lacks a feature of this variant, which was not run: neither right nor wrong.
+    pub skipped: bool,
 }
 
 impl std::fmt::Debug for Case {
@@ -143,6 +146,18 @@ fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
     }
 }
 
+/// What stands for the outcomes of a variant that the device does not offer; `None` where it can run.
+fn skipped(spec: &KernelSpec, kernels: &Kernels) -> Option<Vec<Outcome>> {
+    let missing = spec.missing(kernels.context().features)?;
+    Some(vec![Outcome {
+        tuning: "-".to_owned(),
+        error: f64::NAN,
+        tolerance: f64::NAN,
+        verdict: Err(format!("skipped: {missing} not offered")),
+        skipped: true,
+    }])
+}
+
 /// Runs `Auto` and every forced tuning.
 fn every_tuning(
     tunings: usize,
@@ -165,5 +180,5 @@ fn outcome(tuning: String, tolerance: Tolerance, comparisons: Vec<Comparison>) -
     let error = comparisons.iter().map(|comparison| comparison.relative_error).fold(0.0, f64::max);
     let none = comparisons.is_empty().then(|| "nothing was compared".to_owned());
     let problem = none.or_else(|| comparisons.into_iter().find_map(|comparison| comparison.verdict.err()));
-    Outcome { tuning, error, tolerance: tolerance.relative, verdict: problem.map_or(Ok(()), Err) }
+    Outcome { tuning, error, tolerance: tolerance.relative, verdict: problem.map_or(Ok(()), Err), skipped: false }
 }

@@ -24,6 +24,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     ],
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// (WORKGROUP, CHUNK); WORKGROUP is at least `SPLIT / 4`.

@@ -22,6 +22,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     ],
     params_size: size_of::<Params>(),
     tunings: WORKGROUPS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// Rows of the cache that one workgroup attends to, here and in `attention_absorbed`.

@@ -23,6 +23,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     ],
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// (WORKGROUP, LANES, CHUNK)
@@ -92,7 +93,7 @@ pub struct Problem {
 fn setting(context: &PlanContext, tuning: Tuning) -> Result<(u32, u32, u32)> {
     let auto = match context.class {
         AdapterClass::Software => 2,
-        AdapterClass::Integrated | AdapterClass::Discrete => 0,
+        AdapterClass::Integrated | AdapterClass::Discrete | AdapterClass::Apple => 0,
     };
     Ok(TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?])
 }

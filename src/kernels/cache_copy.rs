@@ -14,6 +14,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     bindings: &[Binding::PARAMS, Binding::write("cache")],
     params_size: size_of::<Params>(),
     tunings: LINEAR_WORKGROUPS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// Uniform parameters, as in the shader.

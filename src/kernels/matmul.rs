@@ -1,4 +1,7 @@
-//! Matrix product with a tile of the result per workgroup, for many rows.
+//! Matrix product with a tile of the result per workgroup, for many rows: any strides.
+//!
+//! The other products share its `Problem`, `Params` and `Args`. Those that read 16 bytes at a time want
+//! [`Problem::in_vec4`].
 
 use bytemuck::{Pod, Zeroable};
 
@@ -14,12 +17,13 @@ pub const SPEC: KernelSpec = KernelSpec {
     bindings: &[Binding::PARAMS, Binding::read("x"), Binding::read("w"), Binding::read("bias"), Binding::write("y")],
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// (WG_X, WG_Y, TILE_K): an invocation owns 4 × 4 results.
 const TUNINGS: &[(u32, u32, u32)] = &[(16, 16, 16), (16, 8, 16), (8, 8, 32), (32, 4, 8)];
 
-/// Uniform parameters, as in the shader; `matvec` has the same.
+/// Uniform parameters, as in the shader; every matrix product has the same.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub struct Params {
@@ -110,6 +114,26 @@ impl Problem {
         }
     }
 
+    /// Whether every row of `x` and of `w` is a whole number of 16-byte loads that begin on 16-byte boundaries.
+    pub fn in_vec4(&self) -> bool {
+        let whole = |layout: Layout, elements: u32| {
+            layout.inner == 1
+                && [layout.offset, layout.row, layout.batch, self.inner]
+                    .iter()
+                    .all(|step| step.is_multiple_of(elements))
+        };
+        // An empty row would bind less than one load.
+        self.inner > 0 && whole(self.x, 4) && whole(self.w, 16 / self.storage.bytes() as u32)
+    }
+
+    pub(super) fn validate_vec4(&self, kernel: &'static str) -> Result<()> {
+        self.validate(kernel)?;
+        if !self.in_vec4() {
+            return Err(Error::problem(kernel, "rows of x and w must be whole 16-byte loads on 16-byte boundaries"));
+        }
+        Ok(())
+    }
+
     pub(super) fn params(&self) -> Params {
         Params {
             rows: self.rows,
@@ -157,7 +181,7 @@ impl super::Problem for Problem {
         self.validate(SPEC.name)?;
         let auto = match context.class {
             AdapterClass::Software | AdapterClass::Discrete => 0,
-            AdapterClass::Integrated => 2,
+            AdapterClass::Integrated | AdapterClass::Apple => 2,
         };
         let (wg_x, wg_y, tile_k) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
         let mut overrides = self.switches();

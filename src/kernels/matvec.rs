@@ -1,4 +1,4 @@
-//! Matrix product for few rows: every weight is read once for up to four rows.
+//! Matrix product for few rows: every weight is read once for up to four rows. Any strides.
 
 use super::{Problem as _, matmul};
 use crate::error::Result;
@@ -14,12 +14,13 @@ pub const SPEC: KernelSpec = KernelSpec {
     bindings: matmul::SPEC.bindings,
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// (WORKGROUP, LANES): LANES invocations share a column.
 const TUNINGS: &[(u32, u32)] = &[(64, 8), (64, 1), (128, 32), (256, 16)];
 
-/// Most rows that [`crate::attention`] and the decoder give to this kernel rather than to `matmul`.
+/// Most rows that [`crate::attention`] and the decoder give to this kernel and its kind rather than to `matmul`'s.
 pub const MOST_ROWS: u32 = 8;
 
 /// The same sizes as `matmul`'s, planned for few rows.
@@ -33,7 +34,9 @@ impl super::Problem for Problem {
         self.0.validate(SPEC.name)?;
         let auto = match context.class {
             AdapterClass::Software => 1,
-            AdapterClass::Integrated => 0,
+            // Neighbouring columns stand side by side: neighbouring lanes read them.
+            _ if self.0.w.row == 1 => 1,
+            AdapterClass::Integrated | AdapterClass::Apple => 0,
             AdapterClass::Discrete => 2,
         };
         // One dimension holds 65 535 workgroups: a wide result takes the setting with the most columns a workgroup.

@@ -14,7 +14,12 @@ pub mod cache_read;
 pub mod gate;
 pub mod gather;
 pub mod matmul;
+pub mod matmul_cooperative;
+pub mod matmul_subgroup;
+pub mod matmul_vec4;
 pub mod matvec;
+pub mod matvec_subgroup;
+pub mod matvec_vec4;
 pub mod norm;
 pub mod residual_add;
 pub mod rope;
@@ -36,12 +41,25 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &gate::SPEC,
     &gather::SPEC,
     &matmul::SPEC,
+    &matmul_cooperative::SPEC,
+    &matmul_subgroup::SPEC,
+    &matmul_vec4::SPEC,
     &matvec::SPEC,
+    &matvec_subgroup::SPEC,
+    &matvec_vec4::SPEC,
     &norm::SPEC,
     &residual_add::SPEC,
     &rope::SPEC,
     &swiglu::SPEC,
 ];
+
+/// Every feature that some variant of a kernel makes use of, beside experimental ones: what to ask of an adapter that has
+/// them. A device without them runs the other variants.
+pub fn optional_features() -> wgpu::Features {
+    let experimental = wgpu::Features::all_experimental_mask();
+    let needed = REGISTRY.iter().map(|spec| spec.features).filter(|features| !features.intersects(experimental));
+    needed.fold(wgpu::Features::empty(), wgpu::Features::union)
+}
 
 /// The sizes of one dispatch: from them follow the plan ([`Problem::plan`]) and the cost ([`crate::cost`]).
 pub trait Problem {

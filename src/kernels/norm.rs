@@ -20,6 +20,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     ],
     params_size: size_of::<Params>(),
     tunings: ROW_WORKGROUPS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.

@@ -14,6 +14,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     bindings: &[Binding::PARAMS, Binding::read("delta"), Binding::write("stream")],
     params_size: size_of::<Params>(),
     tunings: LINEAR_WORKGROUPS.len(),
+    features: wgpu::Features::empty(),
 };
 
 /// Uniform parameters, as in the shader.

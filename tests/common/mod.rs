@@ -11,8 +11,9 @@ pub struct Gpu {
     errors: Arc<Mutex<Vec<String>>>,
 }
 
-/// Opens the first adapter with WebGPU's default limits, so that nothing passes here that fails in a browser. No adapter
-/// is a failure: a test that compared nothing must not pass.
+/// Opens the first adapter with WebGPU's default limits, so that nothing passes here that fails in a browser, and with the
+/// features that variants of the kernels use, where it has them. No adapter is a failure: a test that compared nothing must
+/// not pass.
 pub fn gpu() -> Gpu {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
@@ -21,8 +22,10 @@ pub fn gpu() -> Gpu {
     let adapter = adapters
         .first()
         .expect("no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)");
+    let required_features = adapter.features() & egmla::kernels::optional_features();
     let (device, queue) =
-        pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).expect("a device");
+        pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor { required_features, ..Default::default() }))
+            .expect("a device");
     let errors = Arc::new(Mutex::new(Vec::new()));
     let log = errors.clone();
     device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| log.lock().unwrap().push(error.to_string())));

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 use egmla::kernel::Kernels;
+use egmla::kernels::optional_features;
 use egmla::wgpu;
 
 use crate::console::one_line;
@@ -136,10 +137,19 @@ pub fn limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
     }
 }
 
+/// What the kernels' variants can use of what the adapter offers.
+pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
+    adapter.features() & optional_features()
+}
+
 fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
     let required_limits = limits(adapter);
-    let request =
-        adapter.request_device(&wgpu::DeviceDescriptor { label: Some("egmla"), required_limits, ..Default::default() });
+    let request = adapter.request_device(&wgpu::DeviceDescriptor {
+        label: Some("egmla"),
+        required_features: features(adapter),
+        required_limits,
+        ..Default::default()
+    });
     let (device, queue) = pollster::block_on(request).map_err(|error| Failure::run(one_line(&error.to_string())))?;
     let errors = Arc::new(Mutex::new(Vec::new()));
     let log = |errors: &Arc<Mutex<Vec<String>>>| {

@@ -33,6 +33,8 @@ struct Row {
     error: f64,
     tolerance: f64,
     passed: bool,
+    /// Not run: the device lacks what the variant needs. Neither passed nor failed.
+    skipped: bool,
     problem: Option<String>,
     /// Of the whole case, in its first row: its tunings are run together.
     seconds: Option<f64>,
@@ -43,6 +45,7 @@ struct Report {
     adapter: String,
     passed: usize,
     failed: usize,
+    skipped: usize,
     rows: Vec<Row>,
 }
 
@@ -79,13 +82,14 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     for case in &cases {
         rows.extend(run_case(gpu, case)?);
     }
-    let failed = rows.iter().filter(|row| !row.passed).count();
-    let report = Report { adapter, passed: rows.len() - failed, failed, rows };
+    let skipped = rows.iter().filter(|row| row.skipped).count();
+    let failed = rows.iter().filter(|row| row.failed()).count();
+    let report = Report { adapter, passed: rows.len() - failed - skipped, failed, skipped, rows };
     let text = if args.json {
         serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n"
     } else {
         format!(
-            "{}\n{} passed, {failed} failed of {} in {} cases\n",
+            "{}\n{} passed, {failed} failed, {skipped} skipped of {} in {} cases\n",
             table(&report.rows),
             report.passed,
             report.rows.len(),
@@ -96,10 +100,25 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     conclude(&report.rows)
 }
 
-/// One failed comparison fails the run.
+impl Row {
+    fn failed(&self) -> bool {
+        !self.passed && !self.skipped
+    }
+}
+
+/// One failed comparison fails the run, and so does a run that compared nothing.
 fn conclude(rows: &[Row]) -> Result<(), Failure> {
-    let mut failed = rows.iter().filter(|row| !row.passed);
-    let Some(first) = failed.next() else { return Ok(()) };
+    let mut failed = rows.iter().filter(|row| row.failed());
+    let Some(first) = failed.next() else {
+        return match rows.iter().find(|row| row.skipped) {
+            Some(first) if rows.iter().all(|row| row.skipped) => Err(Failure::run(format!(
+                "nothing was compared; {}: {}",
+                first.id,
+                first.problem.as_deref().unwrap_or_default()
+            ))),
+            _ => Ok(()),
+        };
+    };
     Err(Failure::run(format!(
         "{} of {} comparisons failed; the first is {} ({}): {}",
         1 + failed.count(),
@@ -116,26 +135,29 @@ fn run_case(gpu: &Gpu, case: &egmla::check::Case) -> Result<Vec<Row>, Failure> {
     let outcomes = case.run(&gpu.kernels, &gpu.queue);
     let seconds = start.elapsed().as_secs_f64();
     gpu.check()?;
-    let row = |tuning: String, error, tolerance, problem: Option<String>| Row {
+    let row = |tuning: String, error, tolerance, skipped, problem: Option<String>| Row {
         id: case.id().to_owned(),
         kernel: case.kernel().to_owned(),
         tuning,
         error,
         tolerance,
         passed: problem.is_none(),
+        skipped,
         problem,
         seconds: None,
     };
     let mut rows: Vec<_> = match outcomes {
         Ok(outcomes) => outcomes
             .into_iter()
-            .map(|outcome| row(outcome.tuning, outcome.error, outcome.tolerance, outcome.verdict.err()))
+            .map(|outcome| {
+                row(outcome.tuning, outcome.error, outcome.tolerance, outcome.skipped, outcome.verdict.err())
+            })
             .collect(),
         Err(error @ egmla::Error::Device { .. }) => return Err(Failure::run(format!("{}: {error}", case.id()))),
-        Err(error) => vec![row("-".to_owned(), f64::NAN, f64::NAN, Some(error.to_string()))],
+        Err(error) => vec![row("-".to_owned(), f64::NAN, f64::NAN, false, Some(error.to_string()))],
     };
     if rows.is_empty() {
-        rows.push(row("-".to_owned(), f64::NAN, f64::NAN, Some("nothing was compared".to_owned())));
+        rows.push(row("-".to_owned(), f64::NAN, f64::NAN, false, Some("nothing was compared".to_owned())));
     }
     rows[0].seconds = Some(seconds);
     Ok(rows)
@@ -153,7 +175,11 @@ fn table(rows: &[Row]) -> Table {
             row.tuning.clone(),
             number(row.error),
             number(row.tolerance),
-            row.problem.as_ref().map_or_else(|| "ok".to_owned(), |problem| format!("FAILED: {problem}")),
+            match &row.problem {
+                None => "ok".to_owned(),
+                Some(problem) if row.skipped => problem.clone(),
+                Some(problem) => format!("FAILED: {problem}"),
+            },
             row.seconds.map_or_else(String::new, |seconds| format!("{:.0} ms", seconds * 1e3)),
         ]);
     }
@@ -173,6 +199,7 @@ mod tests {
             error: 0.0,
             tolerance: 1.0,
             passed: problem.is_none(),
+            skipped: problem.is_some_and(|problem| problem.starts_with("skipped")),
             problem: problem.map(str::to_owned),
             seconds: None,
         }
@@ -181,6 +208,9 @@ mod tests {
     #[test]
     fn one_failed_comparison_fails_the_run() {
         assert!(conclude(&[row(None), row(None)]).is_ok());
+        assert!(conclude(&[row(None), row(Some("skipped: a feature not offered"))]).is_ok());
+        let failure = conclude(&[row(Some("skipped: a feature not offered"))]).unwrap_err();
+        assert_eq!(failure.message(), "nothing was compared; matmul/1: skipped: a feature not offered");
         let failure = conclude(&[row(None), row(Some("a NaN"))]).unwrap_err();
         assert_eq!(failure.exit_code(), 1);
         assert_eq!(failure.message(), "1 of 2 comparisons failed; the first is matmul/1 (auto): a NaN");

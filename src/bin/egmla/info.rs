@@ -122,7 +122,12 @@ impl Adapter {
         let offered = adapter.limits();
         let features = adapter.features();
         let class = AdapterClass::of(&info);
-        let context = PlanContext { limits: adapter::limits(adapter), class };
+        let context = PlanContext {
+            limits: adapter::limits(adapter),
+            class,
+            features: adapter::features(adapter),
+            subgroup_min_size: info.subgroup_min_size,
+        };
         Adapter {
             driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_owned(),
             backend: format!("{:?}", info.backend),
@@ -131,6 +136,7 @@ impl Adapter {
                 AdapterClass::Software => "software",
                 AdapterClass::Integrated => "integrated",
                 AdapterClass::Discrete => "discrete",
+                AdapterClass::Apple => "apple",
             },
             max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
             max_buffer_size: offered.max_buffer_size,
@@ -470,7 +476,7 @@ mod tests {
 
     #[test]
     fn every_class_of_adapter_has_a_variant_of_every_kernel() {
-        for class in [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete] {
+        for class in AdapterClass::ALL {
             for variant in variants(&PlanContext::webgpu_defaults(class)) {
                 assert_eq!(variant.problem, None, "{} on {class:?}", variant.kernel);
                 assert!(variant.workgroup_size > 0, "{} on {class:?}", variant.kernel);

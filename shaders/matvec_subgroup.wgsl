@@ -1,0 +1,174 @@
+// Matrix product for few rows where rows of w and of x begin on 16-byte boundaries: every weight is read once for up to
+// 4 rows of x, in 16-byte loads, and the sums of a workgroup's invocations are added by subgroup operations.
+//
+//   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
+//
+// grid: (⌈cols / 4⌉, ⌈rows / 4⌉, batch)
+// All of a workgroup shares 4 columns, each invocation summing every WORKGROUP-th load of them. Right for every subgroup size
+// from 4 up. Run on lavapipe alone so far, where `matvec_vec4` is faster.
+
+override STORAGE_F16: u32 = 0u;
+override HAS_BIAS: u32 = 0u;
+override WORKGROUP: u32 = 64u;
+// 16-byte loads of x for one of w.
+override X_LOADS: u32 = 1u + STORAGE_F16;
+
+struct Params {
+    rows: u32,
+    inner: u32,
+    cols: u32,
+    x_offset: u32,
+    x_row: u32,
+    x_batch: u32,
+    w_offset: u32,
+    w_col: u32,
+    w_inner: u32,
+    w_batch: u32,
+    y_offset: u32,
+    y_row: u32,
+    y_batch: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;     // (x_offset + b·x_batch + m·x_row + k) / 4
+@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;     // (w_offset + b·w_batch + n·w_col + k) / 4, f16: / 8
+@group(0) @binding(3) var<storage, read> bias: array<u32>;        // [cols]
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
+
+// sh_sums[4·s + j]: sums of subgroup s for column j, a row a component. Subgroups have 4 invocations at least.
+var<workgroup> sh_sums: array<vec4<f32>, WORKGROUP>;
+
+// Word that holds element i of a tensor in f32 or f16 storage.
+fn word_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+// The first four weights of a load.
+fn first_of(load: vec4<u32>) -> vec4<f32> {
+    if (STORAGE_F16 == 1u) {
+        return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+    }
+    return bitcast<vec4<f32>>(load);
+}
+
+// The other four of a load of f16.
+fn second_of(load: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) member: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+) {
+    let row0 = group.y * 4u;
+    let rows = min(params.rows - row0, 4u);
+    let col0 = group.x * 4u;
+    let loads = params.inner / (4u * X_LOADS);
+
+    // Columns past the end repeat the last one; their sums are not stored.
+    let col = min(vec4<u32>(col0) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.cols - 1u));
+    let at = (vec4<u32>(params.w_offset + group.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
+    let x0 = (params.x_offset + group.z * params.x_batch + row0 * params.x_row) / 4u;
+
+    // accJ[m] is row row0 + m, column col0 + J.
+    var acc0 = vec4<f32>(0.0);
+    var acc1 = vec4<f32>(0.0);
+    var acc2 = vec4<f32>(0.0);
+    var acc3 = vec4<f32>(0.0);
+    if (rows == 1u) {
+        for (var k = lane; k < loads; k += WORKGROUP) {
+            let w0 = w[at.x + k];
+            let w1 = w[at.y + k];
+            let w2 = w[at.z + k];
+            let w3 = w[at.w + k];
+            let a = x[x0 + k * X_LOADS];
+            acc0.x += dot(first_of(w0), a);
+            acc1.x += dot(first_of(w1), a);
+            acc2.x += dot(first_of(w2), a);
+            acc3.x += dot(first_of(w3), a);
+            if (STORAGE_F16 == 1u) {
+                let b = x[x0 + k * X_LOADS + 1u];
+                acc0.x += dot(second_of(w0), b);
+                acc1.x += dot(second_of(w1), b);
+                acc2.x += dot(second_of(w2), b);
+                acc3.x += dot(second_of(w3), b);
+            }
+        }
+    } else {
+        // Rows past the end repeat the last one; their sums are not stored.
+        let pitch = params.x_row / 4u;
+        let x1 = x0 + min(1u, rows - 1u) * pitch;
+        let x2 = x0 + min(2u, rows - 1u) * pitch;
+        let x3 = x0 + min(3u, rows - 1u) * pitch;
+        for (var k = lane; k < loads; k += WORKGROUP) {
+            let w0 = w[at.x + k];
+            let w1 = w[at.y + k];
+            let w2 = w[at.z + k];
+            let w3 = w[at.w + k];
+            for (var half = 0u; half < X_LOADS; half++) {
+                let i = k * X_LOADS + half;
+                // A column of a is one k of the four rows.
+                let a = transpose(mat4x4<f32>(x[x0 + i], x[x1 + i], x[x2 + i], x[x3 + i]));
+                if (half == 0u) {
+                    acc0 += a * first_of(w0);
+                    acc1 += a * first_of(w1);
+                    acc2 += a * first_of(w2);
+                    acc3 += a * first_of(w3);
+                } else {
+                    acc0 += a * second_of(w0);
+                    acc1 += a * second_of(w1);
+                    acc2 += a * second_of(w2);
+                    acc3 += a * second_of(w3);
+                }
+            }
+        }
+    }
+
+    if (rows == 1u) {
+        // One addition for the four columns.
+        let sums = subgroupAdd(vec4<f32>(acc0.x, acc1.x, acc2.x, acc3.x));
+        acc0.x = sums.x;
+        acc1.x = sums.y;
+        acc2.x = sums.z;
+        acc3.x = sums.w;
+    } else {
+        acc0 = subgroupAdd(acc0);
+        acc1 = subgroupAdd(acc1);
+        acc2 = subgroupAdd(acc2);
+        acc3 = subgroupAdd(acc3);
+    }
+    if (member == 0u) {
+        sh_sums[4u * subgroup] = acc0;
+        sh_sums[4u * subgroup + 1u] = acc1;
+        sh_sums[4u * subgroup + 2u] = acc2;
+        sh_sums[4u * subgroup + 3u] = acc3;
+    }
+    workgroupBarrier();
+    let n = col0 + lane;
+    if (lane < 4u && n < params.cols) {
+        var sums = vec4<f32>(0.0);
+        for (var s = 0u; s < subgroups; s++) {
+            sums += sh_sums[4u * s + lane];
+        }
+        if (HAS_BIAS == 1u) {
+            sums += vec4<f32>(decode(bias[word_of(n)], n));
+        }
+        let y_base = params.y_offset + group.z * params.y_batch + row0 * params.y_row + n;
+        for (var m = 0u; m < rows; m++) {
+            y[y_base + m * params.y_row] = sums[m];
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Which kernel computes a matrix product.
+
+use crate::error::Result;
+use crate::kernel::{KernelSpec, Recording};
+use crate::kernels::{matmul, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4};
+use crate::plan::{AdapterClass, PlanContext, Tuning};
+
+/// Records `y = x · wᵀ + bias` with the kernel that suits its sizes, its layout and the device.
+///
+/// # Errors
+/// What the kernel refuses.
+pub(crate) fn product_of(recording: &mut Recording, problem: matmul::Problem, args: matmul::Args<'_>) -> Result<()> {
+    let auto = Tuning::Auto;
+    match Kernel::of(&problem, recording.kernels().context()) {
+        Kernel::Matmul => matmul::encode(recording, &problem, args, auto),
+        Kernel::MatmulSubgroup => matmul_subgroup::encode(recording, &matmul_subgroup::Problem(problem), args, auto),
+        Kernel::MatmulVec4 => matmul_vec4::encode(recording, &matmul_vec4::Problem(problem), args, auto),
+        Kernel::Matvec => matvec::encode(recording, &matvec::Problem(problem), args, auto),
+        Kernel::MatvecSubgroup => matvec_subgroup::encode(recording, &matvec_subgroup::Problem(problem), args, auto),
+        Kernel::MatvecVec4 => matvec_vec4::encode(recording, &matvec_vec4::Problem(problem), args, auto),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Matmul,
+    MatmulSubgroup,
+    MatmulVec4,
+    Matvec,
+    MatvecSubgroup,
+    MatvecVec4,
+}
+
+impl Kernel {
+    fn of(problem: &matmul::Problem, context: &PlanContext) -> Self {
+        let few = problem.rows <= matvec::MOST_ROWS;
+        if !problem.in_vec4() {
+            return if few { Kernel::Matvec } else { Kernel::Matmul };
+        }
+        let offered = |spec: &KernelSpec| spec.missing(context.features).is_none();
+        // Its workgroups are as many as a quarter of the columns.
+        let narrow = problem.cols.div_ceil(4) <= context.limits.max_compute_workgroups_per_dimension;
+        match context.class {
+            // On lavapipe the shuffles pay from the second row on.
+            AdapterClass::Software if problem.rows > 1 && offered(&matmul_subgroup::SPEC) => Kernel::MatmulSubgroup,
+            AdapterClass::Software if few => Kernel::MatvecVec4,
+            _ if few && narrow && offered(&matvec_subgroup::SPEC) => Kernel::MatvecSubgroup,
+            _ if few => Kernel::MatvecVec4,
+            _ => Kernel::MatmulVec4,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Kernel;
+    use crate::kernels::matmul;
+    use crate::plan::{AdapterClass, PlanContext, Storage};
+
+    fn chosen(class: AdapterClass, features: wgpu::Features, rows: u32, inner: u32, storage: Storage) -> Kernel {
+        let context = PlanContext { features, ..PlanContext::webgpu_defaults(class) };
+        Kernel::of(&matmul::Problem::linear(rows, inner, 64, false, storage), &context)
+    }
+
+    #[test]
+    fn every_kernel_has_its_place_and_variants_only_where_they_are_offered() {
+        let (none, subgroup) = (wgpu::Features::empty(), wgpu::Features::SUBGROUP);
+        for class in AdapterClass::ALL {
+            // 12 halves are no whole number of 16-byte loads.
+            for (inner, storage) in [(0, Storage::F32), (6, Storage::F32), (12, Storage::F16)] {
+                assert_eq!(chosen(class, subgroup, 8, inner, storage), Kernel::Matvec);
+                assert_eq!(chosen(class, subgroup, 9, inner, storage), Kernel::Matmul);
+            }
+            assert_eq!(chosen(class, none, 1, 12, Storage::F32), Kernel::MatvecVec4);
+            assert_eq!(chosen(class, none, 8, 16, Storage::F16), Kernel::MatvecVec4);
+            assert_eq!(chosen(class, none, 9, 16, Storage::F16), Kernel::MatmulVec4);
+        }
+        let software = |rows| chosen(AdapterClass::Software, subgroup, rows, 16, Storage::F32);
+        assert_eq!([software(1), software(2)], [Kernel::MatvecVec4, Kernel::MatmulSubgroup]);
+        let discrete = |rows| chosen(AdapterClass::Discrete, subgroup, rows, 16, Storage::F32);
+        assert_eq!([discrete(1), discrete(9)], [Kernel::MatvecSubgroup, Kernel::MatmulVec4]);
+    }
+
+    #[test]
+    fn operands_suit_16_byte_loads_only_where_every_step_does() {
+        let dense = matmul::Problem::linear(2, 16, 8, false, Storage::F16);
+        assert!(dense.in_vec4());
+        let x = |x| matmul::Problem { x, ..dense };
+        let w = |w| matmul::Problem { w, ..dense };
+        let step = matmul::Layout::dense(16);
+        assert!(x(matmul::Layout { offset: 4, row: 20, batch: 12, ..step }).in_vec4());
+        assert!(!x(matmul::Layout { offset: 2, ..step }).in_vec4());
+        assert!(!x(matmul::Layout { row: 18, ..step }).in_vec4());
+        assert!(!x(matmul::Layout { batch: 1, ..step }).in_vec4());
+        assert!(!w(matmul::Layout { offset: 4, ..step }).in_vec4());
+        assert!(!w(matmul::Layout { row: 20, ..step }).in_vec4());
+        assert!(!w(matmul::Layout { batch: 4, ..step }).in_vec4());
+        assert!(!w(matmul::Layout { inner: 8, row: 1, ..step }).in_vec4());
+        assert!(w(matmul::Layout { offset: 8, row: 24, batch: 8, ..step }).in_vec4());
+    }
+}
