@@ -1,15 +1,17 @@
-// Attention of one query per sequence straight over the cached latents (weight absorption of DeepSeek-V2, §2.1.2): the
+// Attention of few queries per sequence straight over the cached latents (weight absorption of DeepSeek-V2, §2.1.2): the
 // query is already multiplied by the key projection, and the weighted latents are multiplied by the value projection after.
 //
 //   s_j = scale · (a[h] · c_j + q_R[h] · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values[h] = Σ_j e^(s_j−m) c_j
 //
-// Four heads share a workgroup, so that a row of the cache is read once for four heads. Splits as in attention_decode.
-// grid: (splits, ⌈n_head / 4⌉, 1)
+// HEADS heads share a workgroup, so that a row of the cache is read once for all of them. Scores: an invocation owns four
+// rows, and every 16 bytes of a row meet all heads. Values: an invocation owns four columns. Splits as in attention_decode.
+// grid: (splits of the step, ⌈n_head / HEADS⌉, most query tokens of a sequence)
 
 override STORAGE_F16: u32 = 0u;
-override WORKGROUP: u32 = 64u;
-override SPLIT: u32 = 256u;      // at most 4 · WORKGROUP: an invocation owns up to 4 rows
-override CHUNK: u32 = 128u;      // query elements staged at once
+override HEADS: u32 = 4u;        // 4 or 8
+override CHUNK: u32 = 8u;        // 16-byte loads of a key whose query elements are staged at once
+override SPLIT: u32 = 256u;
+override WORKGROUP: u32 = SPLIT / 4u;
 
 const LOWEST: f32 = -3.4028234e38;
 
@@ -19,154 +21,252 @@ struct Params {
     d_nope: u32,
     d_rope: u32,
     n_sequence: u32,
-    latent_pitch: u32,  // elements of a latent cache row
-    rope_pitch: u32,    // elements of a rope cache row
+    latent_loads: u32,  // 16-byte loads of a latent cache row
+    rope_loads: u32,    // 16-byte loads of a rope cache row
     scale: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> absorbed: array<f32>;                     // [tokens, n_head, d_latent]
 @group(0) @binding(2) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
-@group(0) @binding(3) var<storage, read> latent_cache: array<u32>;                 // [cache rows, latent_pitch]
-@group(0) @binding(4) var<storage, read> rope_cache: array<u32>;                   // [cache rows, rope_pitch]
-@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence] (first row, first cache row, length, token)
-@group(0) @binding(6) var<storage, read_write> partial_values: array<f32>;         // [splits, n_head, d_latent]
-@group(0) @binding(7) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [splits, n_head] (m, l)
+@group(0) @binding(3) var<storage, read> latent_cache: array<vec4<u32>>;           // [cache rows, latent_loads]
+@group(0) @binding(4) var<storage, read> rope_cache: array<vec4<u32>>;             // [cache rows, rope_loads]
+@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
+@group(0) @binding(6) var<storage, read_write> partial_values: array<f32>;         // [partials, n_head, d_latent]
+@group(0) @binding(7) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
-var<workgroup> sh_query: array<vec4<f32>, CHUNK>;        // four heads of one query element
-var<workgroup> sh_score: array<vec4<f32>, SPLIT>;
-var<workgroup> sh_reduce: array<vec4<f32>, WORKGROUP>;
+var<workgroup> sh_query: array<vec4<f32>, CHUNK * 2u * HEADS>;      // four elements of a head, heads side by side
+var<workgroup> sh_score: array<vec4<f32>, SPLIT * HEADS / 4u>;      // four heads of a row
+var<workgroup> sh_reduce: array<vec4<f32>, WORKGROUP * HEADS / 4u>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
-    return select(i, i >> 1u, STORAGE_F16 == 1u);
+fn halves(low: u32, high: u32) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
 }
 
-// Element i, given the word that holds it.
-fn decode(word: u32, i: u32) -> f32 {
-    if (STORAGE_F16 == 1u) {
-        let pair = unpack2x16float(word);
-        return select(pair.x, pair.y, (i & 1u) == 1u);
-    }
-    return bitcast<f32>(word);
-}
-
-// Index of the last sequence that begins at or before `row`.
-fn sequence_of(row: u32, n_sequence: u32) -> u32 {
+// Line of the last sequence that begins at or before `row`.
+fn line_of(row: u32, n_sequence: u32) -> u32 {
     var low = 0u;
     var high = n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (sequences[middle].x <= row) {
+        if (sequences[2u * middle].x <= row) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return low;
+    return 2u * low;
 }
 
-// Element d of the absorbed query, then of its rotary part; heads past the end repeat the last one and are not stored.
-fn query_element(token: u32, head: u32, d: u32) -> f32 {
+// Element i of the absorbed query, or of its rotary part; 0 past the end. Heads past the end repeat the last one and are not
+// stored.
+fn query_element(token: u32, head: u32, rotary: bool, i: u32) -> f32 {
     let row = token * params.n_head + min(head, params.n_head - 1u);
-    if (d < params.d_latent) {
-        return params.scale * absorbed[row * params.d_latent + d];
+    if (rotary) {
+        if (i >= params.d_rope) {
+            return 0.0;
+        }
+        return params.scale * q[row * (params.d_nope + params.d_rope) + params.d_nope + i];
     }
-    return params.scale * q[row * (params.d_nope + params.d_rope) + params.d_nope + d - params.d_latent];
+    if (i >= params.d_latent) {
+        return 0.0;
+    }
+    return params.scale * absorbed[row * params.d_latent + i];
 }
 
-fn key_element(slot: u32, d: u32) -> f32 {
-    if (d < params.d_latent) {
-        let i = slot * params.latent_pitch + d;
-        return decode(latent_cache[word_of(i)], i);
+// 16 bytes of a key.
+fn key_words(slot: u32, rotary: bool, i: u32) -> vec4<u32> {
+    if (rotary) {
+        return rope_cache[slot * params.rope_loads + i];
     }
-    let i = slot * params.rope_pitch + d - params.d_latent;
-    return decode(rope_cache[word_of(i)], i);
+    return latent_cache[slot * params.latent_loads + i];
+}
+
+// Columns 4i … 4i + 3 of a cached latent.
+fn latent4(slot: u32, i: u32) -> vec4<f32> {
+    let row = slot * params.latent_loads;
+    if (STORAGE_F16 == 1u) {
+        let words = latent_cache[row + (i >> 1u)];
+        return select(halves(words.x, words.y), halves(words.z, words.w), (i & 1u) == 1u);
+    }
+    return bitcast<vec4<f32>>(latent_cache[row + i]);
+}
+
+// Products of four query elements with those of four rows.
+fn against(query: vec4<f32>, k0: vec4<f32>, k1: vec4<f32>, k2: vec4<f32>, k3: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(dot(query, k0), dot(query, k1), dot(query, k2), dot(query, k3));
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row0 = group.x * SPLIT;
-    let sequence = sequences[sequence_of(row0, params.n_sequence)];
-    let head0 = group.y * 4u;
-    let d_key = params.d_latent + params.d_rope;
+    let line = line_of(row0, params.n_sequence);
+    let sequence = sequences[line];
+    let queries = sequences[line + 1u];
+    let query = group.z;
+    let head0 = group.y * HEADS;
     let position0 = row0 - sequence.x;
-    let count = min(max(sequence.z, position0) - position0, SPLIT);
-    let slot0 = sequence.y + position0;
-    let token = sequence.w;
-
-    var dots: array<vec4<f32>, 4>;
-    for (var r = 0u; r < 4u; r++) {
-        dots[r] = vec4<f32>(0.0);
+    // The padding behind the last sequence is no split of it.
+    if (query >= queries.x || position0 / SPLIT >= queries.z) {
+        return;
     }
-    for (var d0 = 0u; d0 < d_key; d0 += CHUNK) {
-        let width = min(CHUNK, d_key - d0);
-        for (var d = lane; d < width; d += WORKGROUP) {
-            sh_query[d] = vec4<f32>(
-                query_element(token, head0, d0 + d),
-                query_element(token, head0 + 1u, d0 + d),
-                query_element(token, head0 + 2u, d0 + d),
-                query_element(token, head0 + 3u, d0 + d),
-            );
+    let length = sequence.z + 1u + query - queries.x;
+    let count = min(max(length, position0) - position0, SPLIT);
+    let slot0 = sequence.y + position0;
+    let token = sequence.w + query;
+
+    // Rows past the end repeat the last one and are not scored.
+    let last = max(count, 1u) - 1u;
+    let slots = slot0 + min(vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * WORKGROUP, vec4<u32>(last));
+    // A component a row, a vector a head.
+    var a0 = vec4<f32>(0.0);
+    var a1 = vec4<f32>(0.0);
+    var a2 = vec4<f32>(0.0);
+    var a3 = vec4<f32>(0.0);
+    var a4 = vec4<f32>(0.0);
+    var a5 = vec4<f32>(0.0);
+    var a6 = vec4<f32>(0.0);
+    var a7 = vec4<f32>(0.0);
+    let vectors = select(1u, 2u, STORAGE_F16 == 1u);   // vec4s of 16 bytes
+    for (var step = 0u; step < params.latent_loads + params.rope_loads; ) {
+        let rotary = step >= params.latent_loads;
+        let first = select(step, step - params.latent_loads, rotary);
+        let width = min(CHUNK, select(params.latent_loads, params.rope_loads, rotary) - first);
+        for (var i = lane; i < width * vectors * HEADS * 4u; i += WORKGROUP) {
+            let element = i / 4u / HEADS * 4u + i % 4u;
+            let value = query_element(token, head0 + i / 4u % HEADS, rotary, first * vectors * 4u + element);
+            sh_query[i / 4u][i % 4u] = value;
         }
         workgroupBarrier();
-        for (var r = 0u; r < 4u; r++) {
-            let row = lane + r * WORKGROUP;
-            if (row < count) {
-                for (var d = 0u; d < width; d++) {
-                    dots[r] += key_element(slot0 + row, d0 + d) * sh_query[d];
+        if (count > 0u) {
+            for (var i = 0u; i < width; i++) {
+                let w0 = key_words(slots.x, rotary, first + i);
+                let w1 = key_words(slots.y, rotary, first + i);
+                let w2 = key_words(slots.z, rotary, first + i);
+                let w3 = key_words(slots.w, rotary, first + i);
+                for (var part = 0u; part < vectors; part++) {
+                    var k0 = bitcast<vec4<f32>>(w0);
+                    var k1 = bitcast<vec4<f32>>(w1);
+                    var k2 = bitcast<vec4<f32>>(w2);
+                    var k3 = bitcast<vec4<f32>>(w3);
+                    if (STORAGE_F16 == 1u) {
+                        let second = part == 1u;
+                        k0 = select(halves(w0.x, w0.y), halves(w0.z, w0.w), second);
+                        k1 = select(halves(w1.x, w1.y), halves(w1.z, w1.w), second);
+                        k2 = select(halves(w2.x, w2.y), halves(w2.z, w2.w), second);
+                        k3 = select(halves(w3.x, w3.y), halves(w3.z, w3.w), second);
+                    }
+                    let at = (i * vectors + part) * HEADS;
+                    a0 += against(sh_query[at], k0, k1, k2, k3);
+                    a1 += against(sh_query[at + 1u], k0, k1, k2, k3);
+                    a2 += against(sh_query[at + 2u], k0, k1, k2, k3);
+                    a3 += against(sh_query[at + 3u], k0, k1, k2, k3);
+                    if (HEADS == 8u) {
+                        a4 += against(sh_query[at + 4u], k0, k1, k2, k3);
+                        a5 += against(sh_query[at + 5u], k0, k1, k2, k3);
+                        a6 += against(sh_query[at + 6u], k0, k1, k2, k3);
+                        a7 += against(sh_query[at + 7u], k0, k1, k2, k3);
+                    }
                 }
+            }
+        }
+        workgroupBarrier();
+        step += width;
+    }
+
+    var low = vec4<f32>(LOWEST);
+    var high = vec4<f32>(LOWEST);
+    for (var r = 0u; r < 4u; r++) {
+        let row = lane + r * WORKGROUP;
+        if (row < count) {
+            let of_low = vec4<f32>(a0[r], a1[r], a2[r], a3[r]);
+            sh_score[row] = of_low;
+            low = max(low, of_low);
+            if (HEADS == 8u) {
+                let of_high = vec4<f32>(a4[r], a5[r], a6[r], a7[r]);
+                sh_score[SPLIT + row] = of_high;
+                high = max(high, of_high);
+            }
+        }
+    }
+    for (var half = 0u; half < HEADS / 4u; half++) {
+        sh_reduce[half * WORKGROUP + lane] = select(low, high, half == 1u);
+    }
+    workgroupBarrier();
+    for (var step = WORKGROUP / 2u; step > 0u; step /= 2u) {
+        if (lane < step) {
+            for (var half = 0u; half < HEADS / 4u; half++) {
+                let at = half * WORKGROUP + lane;
+                sh_reduce[at] = max(sh_reduce[at], sh_reduce[at + step]);
+            }
+        }
+        workgroupBarrier();
+    }
+    low = sh_reduce[0];
+    high = sh_reduce[(HEADS / 4u - 1u) * WORKGROUP];
+    workgroupBarrier();
+
+    for (var half = 0u; half < HEADS / 4u; half++) {
+        let best = select(low, high, half == 1u);
+        var sum = vec4<f32>(0.0);
+        for (var row = lane; row < count; row += WORKGROUP) {
+            let p = exp(sh_score[half * SPLIT + row] - best);
+            sh_score[half * SPLIT + row] = p;
+            sum += p;
+        }
+        sh_reduce[half * WORKGROUP + lane] = sum;
+    }
+    workgroupBarrier();
+    for (var step = WORKGROUP / 2u; step > 0u; step /= 2u) {
+        if (lane < step) {
+            for (var half = 0u; half < HEADS / 4u; half++) {
+                let at = half * WORKGROUP + lane;
+                sh_reduce[at] += sh_reduce[at + step];
             }
         }
         workgroupBarrier();
     }
 
-    var best = vec4<f32>(LOWEST);
-    for (var r = 0u; r < 4u; r++) {
-        let row = lane + r * WORKGROUP;
-        if (row < count) {
-            sh_score[row] = dots[r];
-            best = max(best, dots[r]);
-        }
-    }
-    sh_reduce[lane] = best;
-    workgroupBarrier();
-    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
-        if (lane < half) {
-            sh_reduce[lane] = max(sh_reduce[lane], sh_reduce[lane + half]);
-        }
-        workgroupBarrier();
-    }
-    best = sh_reduce[0];
-    workgroupBarrier();
-
-    var sum = vec4<f32>(0.0);
-    for (var row = lane; row < count; row += WORKGROUP) {
-        let p = exp(sh_score[row] - best);
-        sh_score[row] = p;
-        sum += p;
-    }
-    sh_reduce[lane] = sum;
-    workgroupBarrier();
-    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
-        if (lane < half) {
-            sh_reduce[lane] += sh_reduce[lane + half];
-        }
-        workgroupBarrier();
-    }
-
-    let heads = min(params.n_head - head0, 4u);
-    let split = group.x * params.n_head + head0;
-    for (var column = lane; column < params.d_latent; column += WORKGROUP) {
-        var value = vec4<f32>(0.0);
+    let heads = min(params.n_head - head0, HEADS);
+    let split = (queries.y + query * queries.z + position0 / SPLIT) * params.n_head + head0;
+    for (var column = lane; 4u * column < params.d_latent; column += WORKGROUP) {
+        var v0 = vec4<f32>(0.0);
+        var v1 = vec4<f32>(0.0);
+        var v2 = vec4<f32>(0.0);
+        var v3 = vec4<f32>(0.0);
+        var v4 = vec4<f32>(0.0);
+        var v5 = vec4<f32>(0.0);
+        var v6 = vec4<f32>(0.0);
+        var v7 = vec4<f32>(0.0);
         for (var row = 0u; row < count; row++) {
-            value += sh_score[row] * key_element(slot0 + row, column);
+            let c = latent4(slot0 + row, column);
+            let p = sh_score[row];
+            v0 += p.x * c;
+            v1 += p.y * c;
+            v2 += p.z * c;
+            v3 += p.w * c;
+            if (HEADS == 8u) {
+                let more = sh_score[SPLIT + row];
+                v4 += more.x * c;
+                v5 += more.y * c;
+                v6 += more.z * c;
+                v7 += more.w * c;
+            }
         }
-        for (var h = 0u; h < heads; h++) {
-            partial_values[(split + h) * params.d_latent + column] = value[h];
+        // A component a head, for one column after another.
+        for (var k = 0u; k < 4u; k++) {
+            if (4u * column + k < params.d_latent) {
+                let of_low = vec4<f32>(v0[k], v1[k], v2[k], v3[k]);
+                let of_high = vec4<f32>(v4[k], v5[k], v6[k], v7[k]);
+                for (var h = 0u; h < heads; h++) {
+                    let value = select(of_low[h % 4u], of_high[h % 4u], h >= 4u);
+                    partial_values[(split + h) * params.d_latent + 4u * column + k] = value;
+                }
+            }
         }
     }
     if (lane < heads) {
-        partial_softmax[split + lane] = vec2<f32>(best[lane], sh_reduce[0][lane]);
+        let best = select(low[lane % 4u], high[lane % 4u], lane >= 4u);
+        partial_softmax[split + lane] = vec2<f32>(best, sh_reduce[lane / 4u * WORKGROUP][lane % 4u]);
     }
 }

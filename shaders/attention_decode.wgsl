@@ -1,10 +1,11 @@
-// Attention of one query per sequence over rebuilt keys and values, one split of the cache per workgroup.
+// Attention of few queries per sequence over rebuilt keys and values, one split of the cache per workgroup.
 //
 //   s_j = scale · (q_C · k_C_j + q_R · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values = Σ_j e^(s_j−m) v_j
 //
 // Splits of SPLIT rows follow the step's row numbering (see cache_read) and never straddle two sequences;
-// attention_merge joins them. A split past its sequence's end gives m = lowest f32, l = 0, values = 0.
-// grid: (splits of this key tile, n_head, 1)
+// attention_merge joins them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
+// Query token i of n sees all of its sequence but the last n − 1 − i tokens.
+// grid: (splits of this key tile, n_head, most query tokens of a sequence)
 
 override STORAGE_F16: u32 = 0u;
 override WORKGROUP: u32 = 64u;
@@ -27,8 +28,8 @@ struct Params {
 @group(0) @binding(1) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
 @group(0) @binding(2) var<storage, read> kv: array<f32>;                           // [kv rows, n_head, d_nope + d_value]
 @group(0) @binding(3) var<storage, read> rope_cache: array<u32>;                   // [cache rows, rope_pitch]
-@group(0) @binding(4) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence] (first row, first cache row, length, token)
-@group(0) @binding(5) var<storage, read_write> partial_values: array<f32>;         // [splits, n_head, d_value]
+@group(0) @binding(4) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
+@group(0) @binding(5) var<storage, read_write> partial_values: array<f32>;         // [partials, n_head, d_value]
 @group(0) @binding(6) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [splits, n_head] (m, l)
 
 var<workgroup> sh_score: array<f32, SPLIT>;
@@ -48,32 +49,40 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// Index of the last sequence that begins at or before `row`.
-fn sequence_of(row: u32, n_sequence: u32) -> u32 {
+// Line of the last sequence that begins at or before `row`.
+fn line_of(row: u32, n_sequence: u32) -> u32 {
     var low = 0u;
     var high = n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (sequences[middle].x <= row) {
+        if (sequences[2u * middle].x <= row) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return low;
+    return 2u * low;
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row0 = params.kv_first + group.x * SPLIT;
-    let sequence = sequences[sequence_of(row0, params.n_sequence)];
+    let line = line_of(row0, params.n_sequence);
+    let sequence = sequences[line];
+    let queries = sequences[line + 1u];
     let head = group.y;
+    let query = group.z;
     let d_query = params.d_nope + params.d_rope;
     let d_head = params.d_nope + params.d_value;
     let kv_row = params.n_head * d_head;
     let position0 = row0 - sequence.x;
-    let count = min(max(sequence.z, position0) - position0, SPLIT);
-    let q_base = (sequence.w * params.n_head + head) * d_query;
+    // The padding behind the last sequence is no split of it.
+    if (query >= queries.x || position0 / SPLIT >= queries.z) {
+        return;
+    }
+    let length = sequence.z + 1u + query - queries.x;
+    let count = min(max(length, position0) - position0, SPLIT);
+    let q_base = ((sequence.w + query) * params.n_head + head) * d_query;
     let kv_base = group.x * SPLIT * kv_row + head * d_head;
     let slot0 = sequence.y + position0;
 
@@ -118,7 +127,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
     }
 
-    let split = (params.kv_first / SPLIT + group.x) * params.n_head + head;
+    let split = (queries.y + query * queries.z + position0 / SPLIT) * params.n_head + head;
     for (var column = lane; column < params.d_value; column += WORKGROUP) {
         var value = 0.0;
         for (var row = 0u; row < count; row++) {

@@ -1,13 +1,13 @@
-// Writes the latents, rotated keys and token ids of new tokens to their rows of the cache.
+// Writes the latents and rotary keys of new tokens to their rows of the cache; rotates the keys on the way.
 //
-//   latent_cache[slots[t], :] = latent[t, :]    rope_cache[slots[t], :] = k_R[t, :]    id_cache[slots[t]] = ids[t]
+//   latents[slots[t], :] = latent[t, :]    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    (see rope)
 //
 // Rows of the cache are padded with zeros to 16 bytes, so that an invocation always owns whole words. In f16 storage
 // finite values beyond ±65504 are stored as ±65504; NaN stays NaN, so that a broken model shows.
-// grid: one invocation a word (latent words, rope words and the id of every token), folded into x and y.
+// grid: one invocation a word (latent words and rope words of every token), folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
-override WITH_IDS: u32 = 0u;
+override ROTATE: u32 = 0u;       // 0 not at all, 1 pairs (2i, 2i+1), 2 pairs (i, i + d_rope/2)
 override WORKGROUP: u32 = 64u;
 
 struct Params {
@@ -20,16 +20,15 @@ struct Params {
     rope_offset: u32,
     rope_row: u32,
     rope_words: u32,     // words of a rope cache row
+    rope_cache: u32,     // first word of the rotary keys in `cache`
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> latent: array<f32>;              // latent_offset + t·latent_row + i
 @group(0) @binding(2) var<storage, read> rope_key: array<f32>;            // rope_offset + t·rope_row + i
-@group(0) @binding(3) var<storage, read> ids: array<u32>;                 // [tokens]
+@group(0) @binding(3) var<storage, read> rotations: array<vec2<f32>>;     // [tokens, d_rope / 2] (cos, sin)
 @group(0) @binding(4) var<storage, read> slots: array<u32>;               // [tokens] rows of the cache
-@group(0) @binding(5) var<storage, read_write> latent_cache: array<u32>;  // [cache rows, latent_words]
-@group(0) @binding(6) var<storage, read_write> rope_cache: array<u32>;    // [cache rows, rope_words]
-@group(0) @binding(7) var<storage, read_write> id_cache: array<u32>;      // [cache rows]
+@group(0) @binding(5) var<storage, read_write> cache: array<u32>;         // [cache rows, latent_words], [cache rows, rope_words]
 
 fn latent_at(token: u32, i: u32) -> f32 {
     if (i >= params.d_latent) {
@@ -42,7 +41,23 @@ fn rope_at(token: u32, i: u32) -> f32 {
     if (i >= params.d_rope) {
         return 0.0;
     }
-    return rope_key[params.rope_offset + token * params.rope_row + i];
+    let base = params.rope_offset + token * params.rope_row;
+    if (ROTATE == 0u) {
+        return rope_key[base + i];
+    }
+    let pairs = params.d_rope / 2u;
+    var pair = i / 2u;
+    var first = base + 2u * pair;
+    var step = 1u;
+    if (ROTATE == 2u) {
+        pair = i % pairs;
+        first = base + pair;
+        step = pairs;
+    }
+    let turn = rotations[token * pairs + pair];
+    let a = rope_key[first];
+    let b = rope_key[first + step];
+    return select(a * turn.y + b * turn.x, a * turn.x - b * turn.y, base + i == first);
 }
 
 // Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since compilers take
@@ -63,7 +78,7 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = (group.y * groups.x + group.x) * WORKGROUP + lane;
-    let words = params.latent_words + params.rope_words + 1u;
+    let words = params.latent_words + params.rope_words;
     let token = index / words;
     if (token >= params.tokens) {
         return;
@@ -73,23 +88,17 @@ fn main(
     if (word < params.latent_words) {
         let to = slot * params.latent_words + word;
         if (STORAGE_F16 == 1u) {
-            latent_cache[to] = pack(latent_at(token, 2u * word), latent_at(token, 2u * word + 1u));
+            cache[to] = pack(latent_at(token, 2u * word), latent_at(token, 2u * word + 1u));
         } else {
-            latent_cache[to] = bitcast<u32>(latent_at(token, word));
+            cache[to] = bitcast<u32>(latent_at(token, word));
         }
         return;
     }
     word -= params.latent_words;
-    if (word < params.rope_words) {
-        let to = slot * params.rope_words + word;
-        if (STORAGE_F16 == 1u) {
-            rope_cache[to] = pack(rope_at(token, 2u * word), rope_at(token, 2u * word + 1u));
-        } else {
-            rope_cache[to] = bitcast<u32>(rope_at(token, word));
-        }
-        return;
-    }
-    if (WITH_IDS == 1u) {
-        id_cache[slot] = ids[token];
+    let to = params.rope_cache + slot * params.rope_words + word;
+    if (STORAGE_F16 == 1u) {
+        cache[to] = pack(rope_at(token, 2u * word), rope_at(token, 2u * word + 1u));
+    } else {
+        cache[to] = bitcast<u32>(rope_at(token, word));
     }
 }

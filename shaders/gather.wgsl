@@ -1,8 +1,8 @@
 // Rows of an embedding table by token id.
 //
-//   y[r, :] = table[ids[r], :]
+//   y[r, :] = table[ids[r], :]        u32 max, as an id, gives zeros
 //
-// The host has checked every id against the vocabulary.
+// The host has checked every other id against the vocabulary.
 // grid: one invocation an element of y, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
@@ -11,10 +11,11 @@ override WORKGROUP: u32 = 64u;
 struct Params {
     rows: u32,
     width: u32,
+    table_row: u32,   // elements from one row of the table to the next
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> table: array<u32>;       // [vocab, width]
+@group(0) @binding(1) var<storage, read> table: array<u32>;       // [vocab, table_row]
 @group(0) @binding(2) var<storage, read> ids: array<u32>;         // [rows]
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [rows, width]
 
@@ -43,6 +44,11 @@ fn main(
     if (row >= params.rows) {
         return;
     }
-    let i = ids[row] * params.width + index % params.width;
+    let id = ids[row];
+    if (id == 0xffffffffu) {
+        y[index] = 0.0;
+        return;
+    }
+    let i = id * params.table_row + index % params.width;
     y[index] = decode(table[word_of(i)], i);
 }

@@ -23,9 +23,10 @@ use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_copy, cache_read,
-    gate, gather, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
-    product, residual_add, rope, swiglu,
+    attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
+    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
+    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, product,
+    residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::Storage;
 
@@ -157,7 +158,7 @@ impl Costed for rope::Problem {
 
 impl Costed for gather::Problem {
     fn cost(&self) -> Cost {
-        let gather::Problem { rows, width, vocab_size, storage } = *self;
+        let gather::Problem { rows, width, vocab_size, storage, .. } = *self;
         let table = times(storage.bytes(), &[rows.min(vocab_size), width]);
         cost(&[], &[table, times(4, &[rows]), times(4, &[rows, width])])
     }
@@ -166,11 +167,7 @@ impl Costed for gather::Problem {
 impl Costed for gate::Problem {
     fn cost(&self) -> Cost {
         let gate::Problem { rows, width, activation, norm, statistics_rows, storage, .. } = *self;
-        let activation = match activation {
-            Activation::Identity => 0,
-            Activation::Tanh | Activation::OnePlus => 1,
-            Activation::Sigmoid | Activation::Silu => 3,
-        };
+        let activation = activated(activation);
         // As in `norm`; the affine part of layer_norm has a bias.
         let (element, row, affine) = match norm {
             GateNorm::LayerNorm => (7, 4, 2),
@@ -191,18 +188,19 @@ impl Costed for gate::Problem {
 
 impl Costed for cache_append::Problem {
     fn cost(&self) -> Cost {
-        let cache_append::Problem { tokens, d_latent, d_rope, with_ids, storage, .. } = *self;
+        let cache_append::Problem { tokens, d_latent, d_rope, interleave, storage, .. } = *self;
+        let rotated = if interleave.is_some() { d_rope } else { 0 };
         // The padding of a cache row is written too.
         let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
         cost(
-            &[],
+            &[times(3, &[tokens, rotated])],
             &[
+                times(4, &[tokens, rotated]),
                 times(4, &[tokens, d_latent]),
                 times(4, &[tokens, d_rope]),
                 times(4, &[tokens]),
                 written[0],
                 written[1],
-                when(with_ids, times(8, &[tokens])),
             ],
         )
     }
@@ -258,21 +256,28 @@ impl Costed for attention_prefill::Problem {
     }
 }
 
+impl Costed for attention_prefill_rows::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
 impl Costed for attention_decode::Problem {
     fn cost(&self) -> Cost {
         let attention_decode::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
-        // A row belongs to one sequence, and so meets one query.
+        // A row belongs to one sequence, and so meets that one's queries.
         let rows = kv_rows.min(self.cache_rows);
-        let splits = kv_rows.div_ceil(SPLIT);
+        let met = rows.saturating_mul(self.most_tokens);
+        let splits = kv_rows.div_ceil(SPLIT).saturating_mul(self.most_tokens);
         cost(
-            &[times(2, &[rows, n_head, d_nope]), times(2, &[rows, n_head, d_rope]), times(2, &[rows, n_head, d_value])],
+            &[times(2, &[met, n_head, d_nope]), times(2, &[met, n_head, d_rope]), times(2, &[met, n_head, d_value])],
             &[
                 times(4, &[tokens, n_head, d_nope]),
                 times(4, &[tokens, n_head, d_rope]),
                 times(4, &[rows, n_head, d_nope]),
                 times(4, &[rows, n_head, d_value]),
                 times(storage.bytes(), &[rows, d_rope]),
-                times(16, &[self.n_sequence]),
+                times(32, &[self.n_sequence]),
                 times(4, &[splits, n_head, d_value]),
                 times(8, &[splits, n_head]),
             ],
@@ -284,16 +289,17 @@ impl Costed for attention_absorbed::Problem {
     fn cost(&self) -> Cost {
         let attention_absorbed::Problem { tokens, splits, n_head, d_latent, d_rope, storage, .. } = *self;
         let rows = splits.saturating_mul(SPLIT).min(self.cache_rows);
+        let met = rows.saturating_mul(self.most_tokens);
         cost(
-            &[times(4, &[rows, n_head, d_latent]), times(2, &[rows, n_head, d_rope])],
+            &[times(4, &[met, n_head, d_latent]), times(2, &[met, n_head, d_rope])],
             &[
                 times(4, &[tokens, n_head, d_latent]),
                 times(4, &[tokens, n_head, d_rope]),
                 times(storage.bytes(), &[rows, d_latent]),
                 times(storage.bytes(), &[rows, d_rope]),
-                times(16, &[self.n_sequence]),
-                times(4, &[splits, n_head, d_latent]),
-                times(8, &[splits, n_head]),
+                times(32, &[self.n_sequence]),
+                times(4, &[self.partials, n_head, d_latent]),
+                times(8, &[self.partials, n_head]),
             ],
         )
     }
@@ -322,6 +328,111 @@ impl Costed for attention_merge::Problem {
     }
 }
 
+impl Costed for attention_grouped::Problem {
+    fn cost(&self) -> Cost {
+        let attention_grouped::Problem { tokens, n_head, widths, met_groups, met_positions, .. } = *self;
+        let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
+        let d_kv = times(1, &[n_head, d_nope + d_value]);
+        // The caller's count of groups and positions, per query token; the bytes are those of one token's.
+        let once = |met: u64| met / u64::from(tokens.max(1));
+        let row = u64::from(d_latent) + u64::from(d_rope);
+        let statistics = if self.norm == GateNorm::None { 0 } else { 8 };
+        let gate_bytes = if self.resident > 0 { self.gates_storage } else { self.more_storage }.bytes();
+        let affine = match self.norm {
+            GateNorm::None => 0,
+            GateNorm::RmsNorm => d_kv,
+            GateNorm::LayerNorm => 2 * d_kv,
+        };
+        let each = |count: u64, size: u64| count.saturating_mul(size);
+        cost(
+            &[
+                // Absorb and fold of every group, score and sum of every position.
+                each(met_groups, times(2, &[n_head, d_nope + d_value, d_latent])),
+                each(met_positions, times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope])),
+            ],
+            &[
+                times(4, &[tokens, n_head, d_nope + d_rope]),
+                times(self.storage.bytes(), &[n_head, d_nope + d_value, d_latent]),
+                each(affine, self.storage.bytes()),
+                each(once(met_groups), d_kv.saturating_mul(gate_bytes)),
+                // A header of every group, a position of every row, the row itself and its statistics.
+                each(once(met_groups), 32),
+                each(once(met_positions), 4 + statistics + row * self.cache_storage.bytes()),
+                times(4, &[self.partials, n_head, d_value]),
+                times(8, &[self.partials, n_head]),
+            ],
+        )
+    }
+}
+
+impl Costed for gate_rows::Problem {
+    fn cost(&self) -> Cost {
+        let gate_rows::Problem { rows, width, d_gate, vocab_size, ids, targets, storage, y_storage, .. } = *self;
+        cost(
+            &[times(2, &[rows, width, d_gate])],
+            &[
+                times(storage.bytes(), &[rows.min(vocab_size), d_gate]),
+                times(storage.bytes(), &[width, d_gate]),
+                when(ids, times(4, &[rows])),
+                when(targets, times(4, &[rows])),
+                times(y_storage.bytes(), &[rows, y_storage.row_pitch(width)]),
+            ],
+        )
+    }
+}
+
+impl Costed for gate_statistics::Problem {
+    fn cost(&self) -> Cost {
+        let gate_statistics::Problem { tokens, width, activation, norm, storage, .. } = *self;
+        // Product, then mean and variance, or the mean square alone.
+        let (element, row) = match norm {
+            GateNorm::LayerNorm => (5, 4),
+            _ => (3, 3),
+        };
+        cost(
+            &[times(activated(activation) + element, &[tokens, width]), times(row, &[tokens])],
+            &[times(4 + storage.bytes(), &[tokens, width]), times(16, &[tokens])],
+        )
+    }
+}
+
+impl Costed for group_ids::Problem {
+    fn cost(&self) -> Cost {
+        let group_ids::Problem { tokens, rows, n_sequence, .. } = *self;
+        // Two words of a header and the id written; id and row of a token and the id written.
+        cost(&[], &[times(12, &[rows]), times(12, &[tokens]), times(64, &[n_sequence])])
+    }
+}
+
+impl Costed for word_scatter::Problem {
+    fn cost(&self) -> Cost {
+        cost(&[], &[times(12, &[self.count])])
+    }
+}
+
+/// FLOPs of an activation.
+fn activated(activation: Activation) -> u64 {
+    match activation {
+        Activation::Identity => 0,
+        Activation::Tanh | Activation::OnePlus => 1,
+        Activation::Sigmoid | Activation::Silu => 3,
+    }
+}
+
+impl Costed for roofline_copy::Problem {
+    fn cost(&self) -> Cost {
+        cost(&[], &[times(8, &[self.words])])
+    }
+}
+
+impl Costed for roofline_fma::Problem {
+    fn cost(&self) -> Cost {
+        // The chains' beginnings (12 additions) and their sum (11) are counted too.
+        let steps = times(2 * u64::from(roofline_fma::FMA_PER_TRIP), &[self.elements, self.trips]);
+        cost(&[steps, times(23, &[self.elements])], &[times(8, &[self.elements])])
+    }
+}
+
 impl Costed for swiglu::Problem {
     fn cost(&self) -> Cost {
         cost(&[times(4, &[self.elements])], &[times(12, &[self.elements])])
@@ -334,14 +445,95 @@ impl Costed for residual_add::Problem {
     }
 }
 
+/// What the new tokens of a decode step attend to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodeWork {
+    /// New tokens.
+    pub tokens: u32,
+    /// Cached rows that are attended to, the new ones included.
+    pub rows: u32,
+    /// Pairs of a new token and a row that it sees.
+    pub positions: u64,
+    /// Distinct token ids of each new token's sequence, summed over the new tokens.
+    pub groups: u64,
+    /// Ids whose gate rows are projected at this step: none where the rows of all are resident.
+    pub projected: u32,
+    /// How the cache is stored.
+    pub cache_storage: Storage,
+}
+
+impl DecodeWork {
+    /// One new token behind `cached − 1` others, `groups` distinct ids among them all.
+    pub fn one(cached: u32, groups: u32, projected: u32, cache_storage: Storage) -> Self {
+        DecodeWork {
+            tokens: 1,
+            rows: cached,
+            positions: cached.into(),
+            groups: groups.into(),
+            projected,
+            cache_storage,
+        }
+    }
+}
+
 /// One new token of one sequence through one whole layer, keys and values rebuilt from the cache.
 ///
-/// `cached` tokens are attended to, the new one included. Rebuilding them costs `cached · D · (d_latent + d_gate)`
-/// multiply-adds, the second term only with the gate at `up_projected`. The sum of the layer's dispatches with every row
-/// needed and none of the padding: each weight counts once, however many tiles read it. Weights and cache in `storage`.
+/// `cached` tokens are attended to, the new one included. The sum of the layer's dispatches with every row needed and none of
+/// the padding: each weight counts once, however many tiles read it. Weights and cache in `storage`.
 pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) -> Cost {
-    let AttentionConfig { n_head, d_latent, d_nope, d_rope, d_value, .. } = *config;
-    let d_kv = config.d_kv();
+    projections(config, 1, storage) + attend_expanded(config, &DecodeWork::one(cached, 0, 0, storage), storage)
+}
+
+/// One new token of one sequence through one whole layer, straight over the cached latents.
+///
+/// `cached` tokens of `groups` distinct ids are attended to, the new one included; the gate rows of `projected` ids are
+/// projected first. The two matter with the gate at `up_projected` alone. Otherwise as [`decode_expanded`].
+pub fn decode_absorbed(config: &AttentionConfig, cached: u32, groups: u32, projected: u32, storage: Storage) -> Cost {
+    let work = DecodeWork::one(cached, groups, projected, storage);
+    projections(config, 1, storage) + attend_absorbed(config, &work, storage)
+}
+
+/// The expanded path's part of a step: keys and values of `work.rows` rows for `rows · D · (d_latent + d_gate)` multiply-adds,
+/// the second term only with the gate at `up_projected`, and the attention over them.
+pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
+    let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
+    let rows = work.rows;
+    let splits = rows.div_ceil(SPLIT).saturating_mul(work.tokens);
+    let attention = attention_decode::Problem {
+        tokens: work.tokens,
+        most_tokens: 1,
+        partials: splits,
+        n_sequence: 1,
+        n_head,
+        d_nope,
+        d_rope,
+        d_value,
+        kv_first: 0,
+        kv_rows: rows,
+        cache_rows: rows,
+        scale: config.scale() as f32,
+        storage: work.cache_storage,
+    };
+    let further = Cost { flops: further_positions(work) * times(2, &[n_head, d_nope + d_rope + d_value]), bytes: 0 };
+    rebuilding(config, rows, work.cache_storage, storage)
+        + attention.cost()
+        + further
+        + merged(work.tokens, n_head, d_value, splits)
+}
+
+/// The absorbed path's part of a step: `positions · n_head · (2·d_latent + d_rope)` multiply-adds, and `D · d_latent` for
+/// every new token, or, with the gate at `up_projected`, for every distinct id of its sequence; there the new tokens' own keys
+/// and values for their statistics, and `D · d_gate` for every gate row that is not resident.
+pub fn attend_absorbed(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
+    match config.up_projected_gate() {
+        Some(gate) => attend_grouped(config, gate, work, storage),
+        None => attend_one_group(config, work, storage),
+    }
+}
+
+/// Keys and values of `cached` tokens, from their latents.
+fn rebuilding(config: &AttentionConfig, cached: u32, cache_storage: Storage, storage: Storage) -> Cost {
+    let (d_latent, d_kv) = (config.d_latent, config.d_kv());
     let read = cache_read::Problem {
         first_row: 0,
         rows: cached,
@@ -349,42 +541,21 @@ pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) 
         d_latent,
         n_sequence: 1,
         with_ids: config.up_projected_gate().is_some(),
-        storage,
+        storage: cache_storage,
     };
-    let rebuilt = config.up_projected_gate().map_or(Cost::default(), |gate| {
+    let gated = config.up_projected_gate().map_or(Cost::default(), |gate| {
         let statistics_rows = if gate.norm == GateNorm::None { 0 } else { cached };
         gated(gate, cached, d_kv, statistics_rows, storage)
     });
-    let attention = attention_decode::Problem {
-        tokens: 1,
-        n_sequence: 1,
-        n_head,
-        d_nope,
-        d_rope,
-        d_value,
-        kv_first: 0,
-        kv_rows: cached,
-        cache_rows: cached,
-        scale: config.scale() as f32,
-        storage,
-    };
-    projections(config, storage)
-        + read.cost()
-        + linear(cached, d_latent, d_kv, false, storage)
-        + rebuilt
-        + attention.cost()
-        + merged(n_head, d_value, cached)
+    read.cost() + linear(cached, d_latent, d_kv, false, storage) + gated
 }
 
-/// One new token of one sequence through one whole layer, straight over the cached latents.
-///
-/// `cached` tokens are attended to, the new one included, for `cached · n_head · (2·d_latent + d_rope)` multiply-adds.
-/// `None` with the gate at `up_projected`, where gate and norm stand between latent and key. Otherwise as
-/// [`decode_expanded`].
-pub fn decode_absorbed(config: &AttentionConfig, cached: u32, storage: Storage) -> Option<Cost> {
-    if config.up_projected_gate().is_some() {
-        return None;
-    }
+/// Positions beyond those that a single token sees.
+fn further_positions(work: &DecodeWork) -> u64 {
+    work.positions.saturating_sub(work.rows.into())
+}
+
+fn attend_one_group(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
     let AttentionConfig { n_head, d_latent, d_nope, d_rope, d_value, .. } = *config;
     let one_a_head = |inner: u32, cols: u32| {
         let layout = Layout { batch: 1, ..Layout::dense(inner) };
@@ -392,41 +563,148 @@ pub fn decode_absorbed(config: &AttentionConfig, cached: u32, storage: Storage) 
             batch: n_head,
             x: layout,
             w: layout,
-            ..matmul::Problem::linear(1, inner, cols, false, storage)
+            ..matmul::Problem::linear(work.tokens, inner, cols, false, storage)
         }
     };
+    let splits = work.rows.div_ceil(SPLIT);
+    let partials = splits.saturating_mul(work.tokens);
     let attention = attention_absorbed::Problem {
-        tokens: 1,
+        tokens: work.tokens,
+        most_tokens: 1,
         n_sequence: 1,
-        splits: cached.div_ceil(SPLIT),
+        splits,
+        partials,
         n_head,
         d_latent,
         d_nope,
         d_rope,
-        cache_rows: cached,
+        cache_rows: work.rows,
         scale: config.scale() as f32,
+        storage: work.cache_storage,
+    };
+    let position = times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope]);
+    one_a_head(d_nope, d_latent).cost()
+        + attention.cost()
+        + Cost { flops: further_positions(work).saturating_mul(position), bytes: 0 }
+        + merged(work.tokens, n_head, d_latent, partials)
+        + one_a_head(d_latent, d_value).cost()
+}
+
+fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork, storage: Storage) -> Cost {
+    let (n_head, d_value, d_kv) = (config.n_head, config.d_value, config.d_kv());
+    let projected = if work.projected > 0 { work.projected.saturating_add(work.tokens) } else { 0 };
+    let resident = if projected > 0 { 0 } else { gate.vocab_size };
+    let more_storage = if projected > 0 { Storage::F32 } else { storage };
+    let rows = gather::Problem {
+        rows: projected,
+        width: gate.d_gate,
+        table_row: gate.d_gate,
+        vocab_size: gate.vocab_size,
         storage,
     };
-    Some(
-        projections(config, storage)
-            + one_a_head(d_nope, d_latent).cost()
-            + attention.cost()
-            + merged(n_head, d_latent, cached)
-            + one_a_head(d_latent, d_value).cost(),
-    )
+    let statistics = gate_statistics::Problem {
+        tokens: work.tokens,
+        width: d_kv,
+        resident,
+        more: projected,
+        more_first: 0,
+        cache_rows: work.rows,
+        eps: 0.0,
+        activation: gate.activation,
+        norm: gate.norm,
+        storage: if projected > 0 { Storage::F32 } else { storage },
+        more_storage,
+    };
+    // One partial result for sixteen groups: four tiles of four.
+    let partials = u32::try_from(work.groups.div_ceil(16)).unwrap_or(u32::MAX);
+    let attention = attention_grouped::Problem {
+        tokens: work.tokens,
+        most_tokens: 1,
+        n_sequence: 1,
+        items: partials,
+        partials,
+        n_head,
+        widths: attention_grouped::Widths {
+            d_latent: config.d_latent,
+            d_nope: config.d_nope,
+            d_rope: config.d_rope,
+            d_value,
+        },
+        tiling: attention_grouped::Tiling { groups: 4, run: 4 },
+        table: 0,
+        list_words: 0,
+        cache_rows: work.rows,
+        rope_byte: 0,
+        statistics_byte: 0,
+        resident,
+        gates_storage: storage,
+        more: projected,
+        more_storage,
+        first_row: 0,
+        rows: 0,
+        pass_index: 0,
+        passes: 1,
+        activation: gate.activation,
+        norm: gate.norm,
+        scale: config.scale() as f32,
+        met_groups: work.groups,
+        met_positions: work.positions,
+        cache_storage: work.cache_storage,
+        storage,
+    };
+    let measured = when_normed(gate, linear(work.tokens, config.d_latent, d_kv, false, storage) + statistics.cost());
+    let projection = if projected > 0 { linear(projected, gate.d_gate, d_kv, false, storage) } else { Cost::default() };
+    rows.cost() + projection + measured + attention.cost() + merged(work.tokens, n_head, d_value, partials)
+}
+
+fn when_normed(gate: &GateConfig, cost: Cost) -> Cost {
+    if gate.norm == GateNorm::None { Cost::default() } else { cost }
 }
 
 fn linear(rows: u32, inner: u32, cols: u32, bias: bool, storage: Storage) -> Cost {
     matmul::Problem::linear(rows, inner, cols, bias, storage).cost()
 }
 
-fn merged(n_head: u32, width: u32, cached: u32) -> Cost {
-    attention_merge::Problem { tokens: 1, n_head, width, splits: cached.div_ceil(SPLIT) }.cost()
+fn merged(tokens: u32, n_head: u32, width: u32, splits: u32) -> Cost {
+    attention_merge::Problem { tokens, n_head, width, splits }.cost()
+}
+
+/// `tokens` new tokens of one sequence without a past through one whole layer.
+///
+/// A query meets itself and the tokens before it, `tokens · (tokens + 1) / 2` pairs; otherwise as [`decode_expanded`].
+pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost {
+    let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
+    let attention = attention_prefill::Problem {
+        tokens,
+        query_tiles: 1,
+        n_sequence: 1,
+        n_head,
+        d_nope,
+        d_rope,
+        d_value,
+        kv_first: 0,
+        kv_rows: tokens,
+        cache_rows: tokens,
+        first: true,
+        last: true,
+        scale: config.scale() as f32,
+        storage,
+    };
+    projections(config, tokens, storage) + rebuilding(config, tokens, storage, storage) + causal(&attention)
+}
+
+/// What a prefill attention costs when no query meets a key behind it: one sequence without a past, in one tile.
+pub fn causal(problem: &attention_prefill::Problem) -> Cost {
+    let Cost { flops, bytes } = problem.cost();
+    // Of tokens² pairs, (tokens² + tokens) / 2; a token alone has one.
+    let one = flops / u64::from(problem.tokens.max(1));
+    Cost { flops: (flops.saturating_add(one)) / 2, bytes }
 }
 
 /// Table rows, their projection, and the gate itself.
 fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, storage: Storage) -> Cost {
-    let table = gather::Problem { rows, width: config.d_gate, vocab_size: config.vocab_size, storage };
+    let (width_of_row, vocab_size) = (config.d_gate, config.vocab_size);
+    let table = gather::Problem { rows, width: width_of_row, table_row: width_of_row, vocab_size, storage };
     let gate = gate::Problem {
         rows,
         width,
@@ -441,43 +719,45 @@ fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, stora
     table.cost() + linear(rows, config.d_gate, width, false, storage) + gate.cost()
 }
 
-/// What both decode paths do for the new token: the query, its latent and rotary key into the cache, the output.
-fn projections(config: &AttentionConfig, storage: Storage) -> Cost {
+/// What every path does for new tokens: queries, latents and rotary keys into the cache, outputs.
+fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost {
     let AttentionConfig { hidden_size, n_head, d_latent, d_rope, attention_bias: bias, .. } = *config;
     let d_q = n_head * config.d_query();
     let rms = |width: u32| {
         let (x_offset, x_row, eps) = (0, width, 0.0);
-        norm::Problem { rows: 1, width, x_offset, x_row, eps, kind: norm::Kind::Rms, bias: false, storage }.cost()
+        norm::Problem { rows: tokens, width, x_offset, x_row, eps, kind: norm::Kind::Rms, bias: false, storage }.cost()
     };
     let rotated = |n_head: u32| {
         let (offset, token_stride, head_stride, interleave) = (0, 0, d_rope, config.rope.interleave);
-        rope::Problem { tokens: 1, n_head, d_rope, offset, token_stride, head_stride, interleave }.cost()
+        rope::Problem { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave }.cost()
     };
     let query = match config.d_q_latent {
-        None => linear(1, hidden_size, d_q, false, storage),
-        Some(rank) => linear(1, hidden_size, rank, bias, storage) + rms(rank) + linear(1, rank, d_q, false, storage),
+        None => linear(tokens, hidden_size, d_q, false, storage),
+        Some(rank) => {
+            linear(tokens, hidden_size, rank, bias, storage) + rms(rank) + linear(tokens, rank, d_q, false, storage)
+        }
     };
-    let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| gated(gate, 1, d_latent, 0, storage));
+    let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| gated(gate, tokens, d_latent, 0, storage));
     let append = cache_append::Problem {
-        tokens: 1,
-        cache_rows: 1,
+        tokens,
+        cache_rows: tokens,
         d_latent,
         latent_offset: 0,
         latent_row: d_latent,
         d_rope,
         rope_offset: 0,
         rope_row: d_rope,
-        with_ids: config.up_projected_gate().is_some(),
+        interleave: Some(config.rope.interleave),
+        rope_byte: 0,
         storage,
     };
     query
         + rotated(n_head)
-        + linear(1, hidden_size, d_latent + d_rope, bias, storage)
-        + rotated(1)
+        + linear(tokens, hidden_size, d_latent + d_rope, bias, storage)
         + rms(d_latent)
         + latent_gate
         + append.cost()
-        + linear(1, n_head * config.d_value, hidden_size, bias, storage)
+        + linear(tokens, n_head * config.d_value, hidden_size, bias, storage)
 }
 
 /// A line of the cache table.
@@ -515,6 +795,39 @@ mod tests {
     use crate::config::{GateSite, RopeConfig};
     use crate::kernels::{Problem, REGISTRY};
 
+    fn grouped() -> attention_grouped::Problem {
+        attention_grouped::Problem {
+            tokens: 2,
+            most_tokens: 2,
+            n_sequence: 1,
+            items: 2,
+            partials: 4,
+            n_head: 3,
+            widths: attention_grouped::Widths { d_latent: 8, d_nope: 6, d_rope: 4, d_value: 7 },
+            tiling: attention_grouped::Tiling { groups: 4, run: 1 },
+            table: 0,
+            list_words: 99,
+            cache_rows: 20,
+            rope_byte: 320,
+            statistics_byte: 640,
+            resident: 0,
+            gates_storage: Storage::F16,
+            more: 5,
+            more_storage: Storage::F32,
+            first_row: 0,
+            rows: 5,
+            pass_index: 0,
+            passes: 1,
+            activation: Activation::Identity,
+            norm: GateNorm::LayerNorm,
+            scale: 1.0,
+            met_groups: 10,
+            met_positions: 40,
+            cache_storage: Storage::F16,
+            storage: Storage::F16,
+        }
+    }
+
     /// One problem of every kernel with its FLOPs and bytes, counted by hand.
     fn by_hand() -> Vec<(&'static str, Cost, (u64, u64))> {
         fn entry<P: Problem + Costed>(problem: P, flops: u64, bytes: u64) -> (&'static str, Cost, (u64, u64)) {
@@ -522,14 +835,32 @@ mod tests {
         }
         let f16 = Storage::F16;
         let product = matmul::Problem::linear(2, 3, 5, true, f16);
+        let prefill = attention_prefill::Problem {
+            tokens: 4,
+            query_tiles: 1,
+            n_sequence: 1,
+            n_head: 2,
+            d_nope: 3,
+            d_rope: 2,
+            d_value: 5,
+            kv_first: 7,
+            kv_rows: 7,
+            cache_rows: 20,
+            first: false,
+            last: true,
+            scale: 1.0,
+            storage: f16,
+        };
         vec![
             // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
-            // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 16. Out: 2·3·(8·4 + 8).
+            // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 32. Out: 2·3·(8·4 + 8).
             entry(
                 attention_absorbed::Problem {
                     tokens: 1,
+                    most_tokens: 1,
                     n_sequence: 1,
                     splits: 2,
+                    partials: 2,
                     n_head: 3,
                     d_latent: 8,
                     d_nope: 6,
@@ -539,13 +870,15 @@ mod tests {
                     storage: f16,
                 },
                 2 * 300 * 3 * 20,
-                96 + 48 + 4800 + 2400 + 16 + 240,
+                96 + 48 + 4800 + 2400 + 32 + 240,
             ),
             // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
-            // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 16. Out: 1·2·(5·4 + 8).
+            // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 32. Out: 1·2·(5·4 + 8).
             entry(
                 attention_decode::Problem {
                     tokens: 1,
+                    most_tokens: 1,
+                    partials: 1,
                     n_sequence: 1,
                     n_head: 2,
                     d_nope: 3,
@@ -558,34 +891,20 @@ mod tests {
                     storage: f16,
                 },
                 2 * 256 * 2 * 10,
-                40 + 16384 + 1024 + 16 + 56,
+                40 + 16384 + 1024 + 32 + 56,
             ),
+            // 2 query tokens that meet 5 groups and 20 positions each: 10 · 3 · (6 + 7) · 8 and 40 · 3 · (2·8 + 4).
+            // In: q 2·3·10·4, W 39·8·2, γ and β 2·39·2, 5 gate rows 39·4, 5 headers 32, 20 rows of 12·2 + 8 + 4.
+            // Out: 4·3·(7·4 + 8).
+            entry(grouped(), 2 * (10 * 3 * 13 * 8 + 40 * 3 * 20), 240 + 624 + 156 + 5 * 156 + 160 + 20 * 36 + 432),
             // 4 splits · 3 heads · (2·10 + 5) + 2 queries · 3 heads · (10 + 3).
             // In: 12·(40 + 8) + 2·8. Out: 6·(40 + 4).
             entry(attention_merge::Problem { tokens: 2, n_head: 3, width: 10, splits: 4 }, 300 + 78, 576 + 16 + 264),
             // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
             // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
-            entry(
-                attention_prefill::Problem {
-                    tokens: 4,
-                    query_tiles: 1,
-                    n_sequence: 1,
-                    n_head: 2,
-                    d_nope: 3,
-                    d_rope: 2,
-                    d_value: 5,
-                    kv_first: 7,
-                    kv_rows: 7,
-                    cache_rows: 20,
-                    first: false,
-                    last: true,
-                    scale: 1.0,
-                    storage: f16,
-                },
-                2 * 4 * 7 * 2 * 10,
-                160 + 448 + 28 + 32 + 224 + 224,
-            ),
-            // In: 3·(5 + 2)·4, ids and slots 3·4 each. Out: rows of 8 and 8 halves, ids 3·4.
+            entry(prefill, 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
+            entry(attention_prefill_rows::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
+            // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
             entry(
                 cache_append::Problem {
                     tokens: 3,
@@ -596,11 +915,12 @@ mod tests {
                     d_rope: 2,
                     rope_offset: 0,
                     rope_row: 2,
-                    with_ids: true,
+                    interleave: Some(true),
+                    rope_byte: 144,
                     storage: f16,
                 },
-                0,
-                84 + 24 + 3 * 32 + 12,
+                18,
+                24 + 84 + 12 + 3 * 32,
             ),
             entry(cache_copy::Problem { words: 10, from_word: 0, to_word: 10 }, 0, 80),
             // In: 6 rows of cache (10 are asked for) · (5·2 + 4), table 2·16. Out: 10 · (5·4 + 4 + 4).
@@ -633,8 +953,49 @@ mod tests {
                 231 + 12,
                 252 + 28 + 36,
             ),
+            // 4·7·5 multiply-adds. Table rows 4·5·2, projection 7·5·2, ids and targets 4·4 each; out 4 rows of 8 floats.
+            entry(
+                gate_rows::Problem {
+                    rows: 4,
+                    width: 7,
+                    d_gate: 5,
+                    vocab_size: 50,
+                    first_id: 0,
+                    ids: true,
+                    targets: true,
+                    y_rows: 9,
+                    storage: f16,
+                    y_storage: Storage::F32,
+                },
+                280,
+                40 + 70 + 32 + 128,
+            ),
+            // 3·7 · (sigmoid 3 + product, sums and squares 5) + 3·4. In: 3·7·(4 + 2), rows and slots 3·8. Out: 3·8.
+            entry(
+                gate_statistics::Problem {
+                    tokens: 3,
+                    width: 7,
+                    resident: 4,
+                    more: 0,
+                    more_first: 0,
+                    cache_rows: 9,
+                    eps: 1e-5,
+                    activation: Activation::Sigmoid,
+                    norm: GateNorm::LayerNorm,
+                    storage: f16,
+                    more_storage: f16,
+                },
+                168 + 12,
+                126 + 48,
+            ),
             // Table rows 4·6·2, ids 4·4, out 4·6·4.
-            entry(gather::Problem { rows: 4, width: 6, vocab_size: 50, storage: f16 }, 0, 48 + 16 + 96),
+            entry(gather::Problem { rows: 4, width: 6, table_row: 8, vocab_size: 50, storage: f16 }, 0, 48 + 16 + 96),
+            // 3 rows and 3 tokens of 12 bytes, a line of the table.
+            entry(
+                group_ids::Problem { tokens: 3, first_row: 0, rows: 3, n_sequence: 1, table: 0, list_words: 99 },
+                0,
+                36 + 36 + 64,
+            ),
             // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
             entry(product, 60 + 10, 24 + 30 + 10 + 40),
             entry(matmul_cooperative::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
@@ -659,6 +1020,9 @@ mod tests {
                 80 + 20,
             ),
             entry(residual_add::Problem { elements: 11 }, 11, 132),
+            entry(roofline_copy::Problem { words: 12 }, 0, 96),
+            // 3 elements · (5 trips · 48 multiply-adds, 12 chains begun and 11 additions).
+            entry(roofline_fma::Problem { elements: 3, trips: 5, a: 0.5, b: 0.5 }, 3 * (2 * 5 * 48 + 23), 24),
             // 2·3·2 pairs of 6. Rotations 2·4·4, values 2·3·4 read and written.
             entry(
                 rope::Problem {
@@ -674,6 +1038,8 @@ mod tests {
                 32 + 192,
             ),
             entry(swiglu::Problem { elements: 11 }, 44, 132),
+            // A patch of 8 bytes, a word written.
+            entry(word_scatter::Problem { count: 11, words: 99 }, 0, 132),
         ]
     }
 
@@ -766,13 +1132,70 @@ mod tests {
     #[test]
     fn absorbed_decode_meets_the_latents() {
         // T · n_head · (2·d_latent + d_rope) multiply-adds; a split adds 3 · (2·32 + 5) to the merge.
-        let absorbed = |cached| decode_absorbed(&config(None), cached, Storage::F32).unwrap();
+        let absorbed = |cached| decode_absorbed(&config(None), cached, 0, 0, Storage::F32);
         assert_eq!(slope(absorbed), u64::from(SPLIT) * 2 * 3 * (2 * 32 + 8) + 207);
         // Cache bytes: every latent and every rotary key once; a split's partial results written and read.
         let bytes = absorbed(1024 + SPLIT).bytes - absorbed(1024).bytes;
         assert_eq!(bytes, u64::from(SPLIT) * (32 + 8) * 4 + 2 * 3 * (32 * 4 + 8));
-        assert_eq!(decode_absorbed(&config(Some(GateSite::UpProjected)), 8, Storage::F32), None);
-        assert!(decode_absorbed(&config(Some(GateSite::Latent)), 8, Storage::F32).is_some());
+    }
+
+    /// The paper's 120M attention, with the gate at `up_projected`.
+    fn paper() -> AttentionConfig {
+        let gate = config(Some(GateSite::UpProjected)).gate;
+        let gate = gate.map(|gate| GateConfig { vocab_size: 50_304, d_gate: 256, ..gate });
+        AttentionConfig {
+            hidden_size: 768,
+            n_head: 12,
+            d_latent: 64,
+            d_nope: 64,
+            d_rope: 64,
+            d_value: 64,
+            gate,
+            ..config(None)
+        }
+    }
+
+    /// EG-MLA absorbed with a table: 98 304 multiply-adds a distinct id and 2 304 a position, every cached row read once.
+    #[test]
+    fn grouped_decode_costs_its_groups_and_its_positions() {
+        let work =
+            |cached, groups| attend_absorbed(&paper(), &DecodeWork::one(cached, groups, 0, Storage::F16), Storage::F16);
+        let (few, more, longer) = (work(8192, 1600), work(8192, 1616), work(8448, 1600));
+        // Sixteen groups more: their multiply-adds, and one more partial result to merge, 12 · (2·64 + 5).
+        assert_eq!(more.flops - few.flops, 16 * 2 * 98_304 + 1596);
+        assert_eq!(longer.flops - few.flops, 256 * 2 * 2_304);
+        // A row of 128 halves, its statistics and its place in a list.
+        assert_eq!(longer.bytes - few.bytes, 256 * (256 + 8 + 4));
+        let (groups, cached) = (1640, 8192);
+        let attention = Costed::cost(&attention_grouped::Problem {
+            n_head: 12,
+            widths: attention_grouped::Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 },
+            met_groups: groups,
+            met_positions: cached,
+            ..grouped()
+        });
+        assert!(attention.flops <= 2 * (98_304 * groups + 2_304 * cached));
+        // Projecting the gate rows first costs 1536 · 256 multiply-adds each, the new token's among them.
+        let projected = DecodeWork::one(8192, 1600, 1600, Storage::F16);
+        let projected = attend_absorbed(&paper(), &projected, Storage::F16).flops - few.flops;
+        assert_eq!(projected, 1601 * 2 * 1536 * 256);
+    }
+
+    /// Where all ids differ and the latent is wide, rebuilding is cheaper; with the ids of text it never is.
+    #[test]
+    fn the_cheaper_path_depends_on_how_many_ids_differ() {
+        let wide = AttentionConfig { d_latent: 512, ..paper() };
+        let flops = |config: &AttentionConfig, groups| {
+            let work = DecodeWork::one(4096, groups, groups, Storage::F16);
+            let absorbed = attend_absorbed(config, &work, Storage::F16).flops;
+            (absorbed, attend_expanded(config, &work, Storage::F16).flops)
+        };
+        let (absorbed, expanded) = flops(&wide, 4096);
+        assert!(absorbed > expanded, "{absorbed} {expanded}");
+        for config in [wide, paper()] {
+            let (absorbed, expanded) = flops(&config, 1050);
+            assert!(2 * absorbed < expanded, "{absorbed} {expanded}");
+        }
     }
 
     #[test]
@@ -782,15 +1205,26 @@ mod tests {
         let shared = 2 * 96 * 72 + 6 * 4 * 4 + 2 * 96 * 40 + 131 + 2 * 72 * 96;
         // W_K 3·16·32, one key 3·(2·32 + 8), merge 3·(2·32 + 5) + 3·(32 + 3), W_V 3·32·24.
         let absorbed = 2 * 3 * 16 * 32 + 2 * 3 * 72 + 207 + 105 + 2 * 3 * 32 * 24;
-        assert_eq!(decode_absorbed(&config(None), 1, Storage::F32).unwrap().flops, shared + absorbed);
+        assert_eq!(decode_absorbed(&config(None), 1, 0, 0, Storage::F32).flops, shared + absorbed);
         // kv_b 32·120, one key 3·48, merge 3·(2·24 + 5) + 3·(24 + 3).
         let expanded = 2 * 32 * 120 + 2 * 3 * 48 + 159 + 81;
         assert_eq!(decode_expanded(&config(None), 1, Storage::F32).flops, shared + expanded);
         // Every weight once: f16 halves weights and cache, and nothing else. Elements: q, kv_a, norm, kv_b, o, and the
         // new row of the cache, which is written by the append and read by the attention (40 elements both times).
-        let f32 = decode_absorbed(&config(None), 1, Storage::F32).unwrap().bytes;
-        let f16 = decode_absorbed(&config(None), 1, Storage::F16).unwrap().bytes;
+        let f32 = decode_absorbed(&config(None), 1, 0, 0, Storage::F32).bytes;
+        let f16 = decode_absorbed(&config(None), 1, 0, 0, Storage::F16).bytes;
         assert_eq!(f32 - f16, 2 * (96 * 72 + 96 * 40 + 32 + 32 * 120 + 72 * 96 + 40 + 40));
+    }
+
+    #[test]
+    fn prefill_counts_each_causal_pair_once() {
+        // One token is a decode step behind nothing, without the merge of its one split: 159 + 81.
+        let config = config(Some(GateSite::UpProjected));
+        let one = prefill(&config, 1, Storage::F32).flops;
+        assert_eq!(one, decode_expanded(&config, 1, Storage::F32).flops - 159 - 81);
+        // 64 tokens: 64 times the rest of it, and 64 · 65 / 2 pairs in place of one.
+        let pair = 2 * 3 * (16 + 8 + 24);
+        assert_eq!(prefill(&config, 64, Storage::F32).flops, 64 * (one - pair) + 64 * 65 / 2 * pair);
     }
 
     #[test]
@@ -806,7 +1240,7 @@ mod tests {
             ..config(None)
         };
         let expanded = decode_expanded(&lite, 4096, Storage::F16).flops;
-        let absorbed = decode_absorbed(&lite, 4096, Storage::F16).unwrap().flops;
+        let absorbed = decode_absorbed(&lite, 4096, 0, 0, Storage::F16).flops;
         assert!((40..200).contains(&(expanded / absorbed)), "{expanded} / {absorbed}");
     }
 

@@ -7,11 +7,14 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+#[cfg(not(target_arch = "wasm32"))]
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
-use crate::plan::{AdapterClass, Plan, PlanContext};
+use crate::kernels::REGISTRY;
+use crate::plan::{AdapterClass, Plan, PlanContext, Tunings};
 
 /// How a shader sees a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +112,8 @@ struct Inner {
     device: wgpu::Device,
     context: PlanContext,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    /// The driver's own cache of what it compiled, when the caller brought one.
+    pipeline_cache: Option<wgpu::PipelineCache>,
     /// Bound where a kernel's optional input is absent.
     absent: wgpu::Buffer,
     /// Bound where a kernel's optional output is absent.
@@ -147,7 +152,8 @@ impl Kernels {
         // Shaders index elements with 32 bits.
         limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
         let (features, info) = (device.features(), device.adapter_info());
-        let context = PlanContext { limits, class, features, subgroup_min_size: info.subgroup_min_size };
+        let subgroup_min_size = info.subgroup_min_size;
+        let context = PlanContext { features, subgroup_min_size, ..PlanContext::new(limits, class) };
         let empty = |label: &str| {
             scoped(device, label, || {
                 device.create_buffer(&wgpu::BufferDescriptor {
@@ -159,7 +165,50 @@ impl Kernels {
             })
         };
         let (absent, sink) = (empty("egmla.absent")?, empty("egmla.sink")?);
-        Ok(Kernels(Arc::new(Inner { device: device.clone(), context, pipelines: Mutex::default(), absent, sink })))
+        let (device, pipelines) = (device.clone(), Mutex::default());
+        Ok(Kernels(Arc::new(Inner { device, context, pipelines, pipeline_cache: None, absent, sink })))
+    }
+
+    /// The same device and choices, with nothing compiled yet: to measure a first use.
+    pub fn uncompiled(&self) -> Self {
+        self.with(self.0.context.clone(), self.0.pipeline_cache.clone())
+    }
+
+    /// The same, with pipelines that come from and go to the driver's cache. The caller makes it of the bytes that an
+    /// earlier run kept (`wgpu::Device::create_pipeline_cache`, which needs `Features::PIPELINE_CACHE`; name their file by
+    /// `wgpu::util::pipeline_cache_key`) and keeps its bytes afterwards (`wgpu::PipelineCache::get_data`).
+    ///
+    /// A cache that the device refuses costs time, not results: the pipeline is then compiled without it.
+    pub fn with_pipeline_cache(&self, cache: wgpu::PipelineCache) -> Self {
+        self.with(self.0.context.clone(), Some(cache))
+    }
+
+    /// The same, with measured tile settings wherever `Tuning::Auto` chooses.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a kernel or a setting that does not exist.
+    pub fn with_tunings(&self, tunings: Tunings) -> Result<Self> {
+        for (kernel, &choice) in &tunings.0 {
+            let spec = REGISTRY.iter().find(|spec| spec.name == kernel);
+            let spec = spec.ok_or_else(|| Error::config(kernel, "there is no such kernel to tune"))?;
+            if choice >= spec.tunings {
+                let problem = format!("tuning {choice} does not exist, there are {}", spec.tunings);
+                return Err(Error::config(kernel, problem));
+            }
+        }
+        Ok(self.with(PlanContext { tunings, ..self.0.context.clone() }, self.0.pipeline_cache.clone()))
+    }
+
+    fn with(&self, context: PlanContext, pipeline_cache: Option<wgpu::PipelineCache>) -> Self {
+        let Inner { device, absent, sink, .. } = &*self.0;
+        Kernels(Arc::new(Inner {
+            device: device.clone(),
+            context,
+            pipelines: Mutex::default(),
+            pipeline_cache,
+            absent: absent.clone(),
+            sink: sink.clone(),
+        }))
     }
 
     /// The caller's device.
@@ -234,18 +283,83 @@ impl Kernels {
         Ok(buffer)
     }
 
-    fn pipeline(&self, spec: &'static KernelSpec, overrides: &[(&'static str, f64)]) -> Result<Arc<Pipeline>> {
-        let key = (spec.name, overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect::<Vec<_>>());
-        let lock = || self.0.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = lock().get(&key) {
-            return Ok(pipeline.clone());
-        }
-        // Compiled outside of the lock: two threads may both compile a kernel, neither waits for another's.
-        let pipeline = Arc::new(self.compile(spec, overrides)?);
-        Ok(lock().entry(key).or_insert(pipeline).clone())
+    fn known_pipelines(&self) -> MutexGuard<'_, HashMap<PipelineKey, Arc<Pipeline>>> {
+        self.0.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn compile(&self, spec: &'static KernelSpec, overrides: &[(&'static str, f64)]) -> Result<Pipeline> {
+    /// The pipelines of these dispatches, in their order; those that are new are compiled at once, on as many threads as
+    /// the machine has.
+    fn pipelines(&self, dispatches: &[Dispatch]) -> Result<Vec<Arc<Pipeline>>> {
+        let mut missing: Vec<&Dispatch> = Vec::new();
+        {
+            let known = self.known_pipelines();
+            for dispatch in dispatches {
+                let listed = missing.iter().any(|other| other.key == dispatch.key);
+                if !listed && !known.contains_key(&dispatch.key) {
+                    missing.push(dispatch);
+                }
+            }
+        }
+        for (dispatch, pipeline) in missing.iter().zip(self.compile_all(&missing)?) {
+            // Compiled outside of the lock: two threads may both compile a kernel, neither waits for another's.
+            self.known_pipelines().entry(dispatch.key.clone()).or_insert(pipeline);
+        }
+        let known = self.known_pipelines();
+        let of = |dispatch: &Dispatch| {
+            known.get(&dispatch.key).cloned().ok_or_else(|| Error::problem(dispatch.spec.name, "was not compiled"))
+        };
+        dispatches.iter().map(of).collect()
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn compile_all(&self, missing: &[&Dispatch]) -> Result<Vec<Arc<Pipeline>>> {
+        missing.iter().map(|dispatch| self.pipeline(dispatch)).collect()
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn compile_all(&self, missing: &[&Dispatch]) -> Result<Vec<Arc<Pipeline>>> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(missing.len());
+        if threads < 2 {
+            return missing.iter().map(|dispatch| self.pipeline(dispatch)).collect();
+        }
+        // Kernels differ in what they cost to compile: each thread takes the next one that nobody has.
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let take = || missing.get(next.fetch_add(1, Ordering::Relaxed));
+            std::iter::from_fn(take).map(|dispatch| (dispatch.key.clone(), self.pipeline(dispatch))).collect::<Vec<_>>()
+        };
+        let mut compiled: HashMap<PipelineKey, Result<Arc<Pipeline>>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let own = work();
+            workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().chain(own).collect()
+        });
+        let of = |dispatch: &&Dispatch| {
+            let lost = || Err(Error::problem(dispatch.spec.name, "the thread that compiled it ended early"));
+            compiled.remove(&dispatch.key).unwrap_or_else(lost)
+        };
+        missing.iter().map(of).collect()
+    }
+
+    /// Compiles with the driver's cache, and without it when that is refused: one of another device or driver poisons
+    /// every pipeline that is made with it.
+    fn pipeline(&self, dispatch: &Dispatch) -> Result<Arc<Pipeline>> {
+        let (spec, overrides) = (dispatch.spec, &dispatch.overrides);
+        let pipeline = match &self.0.pipeline_cache {
+            None => self.compile(spec, overrides, None)?,
+            Some(cache) => self.compile(spec, overrides, Some(cache)).or_else(|error| {
+                tracing::warn!(kernel = spec.name, %error, "compiling without the pipeline cache");
+                self.compile(spec, overrides, None)
+            })?,
+        };
+        Ok(Arc::new(pipeline))
+    }
+
+    fn compile(
+        &self,
+        spec: &'static KernelSpec,
+        overrides: &[(&'static str, f64)],
+        cache: Option<&wgpu::PipelineCache>,
+    ) -> Result<Pipeline> {
         let device = &self.0.device;
         let label = format!("egmla.{}", spec.name);
         tracing::debug!(kernel = spec.name, ?overrides, "compiling");
@@ -288,7 +402,7 @@ impl Kernels {
                     // Every kernel writes its workgroup memory before it reads it.
                     zero_initialize_workgroup_memory: false,
                 },
-                cache: None,
+                cache,
             });
             Pipeline { pipeline, layout }
         })
@@ -334,8 +448,9 @@ impl Bound<'_> {
 
 #[derive(Debug)]
 struct Dispatch {
-    kernel: &'static str,
-    pipeline: Arc<Pipeline>,
+    spec: &'static KernelSpec,
+    overrides: Vec<(&'static str, f64)>,
+    key: PipelineKey,
     /// Buffer, offset, bytes; by binding number, params left out.
     regions: Vec<(wgpu::Buffer, u64, u64)>,
     params_offset: u64,
@@ -351,6 +466,8 @@ pub struct Recording {
     kernels: Kernels,
     dispatches: Vec<Dispatch>,
     params: Vec<u8>,
+    /// What was recorded once for several layers, and before which dispatch.
+    once: Vec<((u64, u64), usize)>,
 }
 
 /// A place in a [`Recording`] to go back to.
@@ -363,7 +480,7 @@ pub struct Mark {
 impl Recording {
     /// An empty recording.
     pub fn new(kernels: &Kernels) -> Self {
-        Recording { kernels: kernels.clone(), dispatches: Vec::new(), params: Vec::new() }
+        Recording { kernels: kernels.clone(), dispatches: Vec::new(), params: Vec::new(), once: Vec::new() }
     }
 
     /// The kernels that it records with.
@@ -378,7 +495,7 @@ impl Recording {
 
     /// Stem of each dispatch's kernel, in order.
     pub fn kernel_names(&self) -> impl Iterator<Item = &'static str> + '_ {
-        self.dispatches.iter().map(|dispatch| dispatch.kernel)
+        self.dispatches.iter().map(|dispatch| dispatch.spec.name)
     }
 
     /// The present end.
@@ -390,12 +507,23 @@ impl Recording {
     pub fn rewind(&mut self, mark: Mark) {
         self.dispatches.truncate(mark.dispatches);
         self.params.truncate(mark.params);
+        self.once.retain(|(_, at)| *at < mark.dispatches);
+    }
+
+    /// Whether what `key` stands for is still to be recorded, now: the next call says no, until it is rewound or cleared.
+    pub(crate) fn once(&mut self, key: (u64, u64)) -> bool {
+        let first = self.once.iter().all(|(known, _)| *known != key);
+        if first {
+            self.once.push((key, self.dispatches.len()));
+        }
+        first
     }
 
     /// Drops every dispatch, for the next step.
     pub fn clear(&mut self) {
         self.dispatches.clear();
         self.params.clear();
+        self.once.clear();
     }
 
     /// Adds a dispatch. `bound` are the storage bindings in the order of their numbers.
@@ -427,14 +555,14 @@ impl Recording {
                 }
             }
         }
-        let pipeline = self.kernels.pipeline(spec, &plan.overrides)?;
         let alignment = limits.min_uniform_buffer_offset_alignment as usize;
         let params_offset = self.params.len().next_multiple_of(alignment);
         self.params.resize(params_offset, 0);
         self.params.extend_from_slice(bytemuck::bytes_of(params));
         self.dispatches.push(Dispatch {
-            kernel: spec.name,
-            pipeline,
+            spec,
+            overrides: plan.overrides.clone(),
+            key: (spec.name, plan.overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect()),
             regions: bound
                 .iter()
                 .map(|given| (given.region.buffer.clone(), given.region.offset, given.binding_size()))
@@ -446,22 +574,38 @@ impl Recording {
         Ok(())
     }
 
+    /// Keeps the dispatches of one kernel only: to measure it on the buffers of a whole step.
+    pub fn retain(&mut self, kernel: &str) {
+        self.dispatches.retain(|dispatch| dispatch.spec.name == kernel);
+    }
+
+    /// Compiles what is not compiled yet, in parallel, and waits for it. [`Recording::record`] does the same: calling this
+    /// before, from a thread that may wait, keeps a first step quick.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device refuses a kernel.
+    pub fn compile(&self) -> Result<()> {
+        self.kernels.pipelines(&self.dispatches).map(drop)
+    }
+
     /// Writes the dispatches into the caller's pass. The caller submits.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device has no memory left or is lost; the pass is then unchanged.
+    /// [`Error::Device`] when the device refuses a kernel, has no memory left or is lost; the pass is then unchanged.
     pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         if self.dispatches.is_empty() {
             return Ok(());
         }
         let device = self.kernels.device();
+        let pipelines = self.kernels.pipelines(&self.dispatches)?;
         let size = (self.params.len() as u64).next_multiple_of(16);
         let params = self.kernels.filled("egmla.params", size, wgpu::BufferUsages::UNIFORM, &self.params)?;
         let groups = scoped(device, "bind groups", || {
-            self.dispatches.iter().map(|dispatch| bind(device, &params, dispatch)).collect::<Vec<_>>()
+            let both = self.dispatches.iter().zip(&pipelines);
+            both.map(|(dispatch, pipeline)| bind(device, &params, dispatch, pipeline)).collect::<Vec<_>>()
         })?;
-        for (dispatch, group) in self.dispatches.iter().zip(&groups) {
-            pass.set_pipeline(&dispatch.pipeline.pipeline);
+        for ((dispatch, pipeline), group) in self.dispatches.iter().zip(&pipelines).zip(&groups) {
+            pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, group, &[]);
             pass.dispatch_workgroups(dispatch.grid[0], dispatch.grid[1], dispatch.grid[2]);
         }
@@ -500,7 +644,7 @@ fn check_region(kernel: &'static str, binding: &'static str, given: &Bound<'_>, 
     Ok(())
 }
 
-fn bind(device: &wgpu::Device, params: &wgpu::Buffer, dispatch: &Dispatch) -> wgpu::BindGroup {
+fn bind(device: &wgpu::Device, params: &wgpu::Buffer, dispatch: &Dispatch, pipeline: &Pipeline) -> wgpu::BindGroup {
     let binding = |buffer, offset, size| {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(size) })
     };
@@ -510,8 +654,8 @@ fn bind(device: &wgpu::Device, params: &wgpu::Buffer, dispatch: &Dispatch) -> wg
         .map(|(number, resource)| wgpu::BindGroupEntry { binding: number, resource })
         .collect();
     device.create_bind_group(&wgpu::BindGroupDescriptor {
-        label: Some(dispatch.kernel),
-        layout: &dispatch.pipeline.layout,
+        label: Some(dispatch.spec.name),
+        layout: &pipeline.layout,
         entries: &entries,
     })
 }

@@ -2,6 +2,8 @@
 //!
 //! Every kernel module has a `Problem` with `plan(&self, &PlanContext, Tuning) -> Result<Plan>`; this module holds what they share.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -109,24 +111,38 @@ pub struct PlanContext {
     pub features: wgpu::Features,
     /// The smallest subgroup that a shader may run in.
     pub subgroup_min_size: u32,
+    /// What `Tuning::Auto` takes instead, where it was measured.
+    pub tunings: Tunings,
 }
+
+/// Measured choices: by kernel, the number of the tile settings that `Tuning::Auto` takes instead of those for the
+/// adapter's class. Nothing here measures: `egmla tune` does when it is asked, and applications may.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Tunings(pub BTreeMap<String, usize>);
 
 impl PlanContext {
     /// WebGPU's default limits, on a class of adapter: what every device offers.
     pub fn webgpu_defaults(class: AdapterClass) -> Self {
-        PlanContext {
-            limits: wgpu::Limits::default(),
-            class,
-            features: wgpu::Features::empty(),
-            subgroup_min_size: SMALLEST_SUBGROUP,
-        }
+        PlanContext::new(wgpu::Limits::default(), class)
+    }
+
+    /// Limits and a class of adapter, no features, nothing measured.
+    pub fn new(limits: wgpu::Limits, class: AdapterClass) -> Self {
+        let features = wgpu::Features::empty();
+        PlanContext { limits, class, features, subgroup_min_size: SMALLEST_SUBGROUP, tunings: Tunings::default() }
+    }
+
+    /// The setting of a kernel that was measured, else the one for the class.
+    pub(crate) fn auto(&self, kernel: &str, of_class: usize) -> usize {
+        self.tunings.0.get(kernel).copied().unwrap_or(of_class)
     }
 }
 
 /// Which of a kernel's tile settings to take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tuning {
-    /// The one for the adapter's class.
+    /// The one that was measured ([`Tunings`]), else the one for the adapter's class.
     #[default]
     Auto,
     /// The i-th of the kernel's `TUNINGS`; an error when the device does not offer what it needs.
@@ -230,7 +246,7 @@ pub(crate) fn linear_plan(
     if elements >= 1 << 31 {
         return Err(Error::problem(kernel, format!("{elements} elements, must be below 2^31")));
     }
-    let workgroup_size = LINEAR_WORKGROUPS[tuning.choose(kernel, LINEAR_WORKGROUPS.len(), 0)?];
+    let workgroup_size = LINEAR_WORKGROUPS[tuning.choose(kernel, LINEAR_WORKGROUPS.len(), context.auto(kernel, 0))?];
     overrides.push(("WORKGROUP", workgroup_size.into()));
     let grid = fold_grid(kernel, elements.div_ceil(workgroup_size.into()), &context.limits)?;
     Plan { overrides, grid, workgroup_size, workgroup_bytes: 0 }.checked(kernel, &context.limits)

@@ -7,7 +7,7 @@ mod common;
 use common::{Gpu, gpu};
 use egmla::Error;
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use egmla::check::random::{Random, attention_weights};
@@ -59,12 +59,22 @@ struct Rig {
 
 impl Rig {
     fn new(config: &AttentionConfig, batch: u32, capacity: u32, storage: Storage) -> Self {
+        Self::with(config, batch, capacity, storage, GateRows::Recompute)
+    }
+
+    fn with(config: &AttentionConfig, batch: u32, capacity: u32, storage: Storage, gate_rows: GateRows) -> Self {
         let gpu = gpu();
         let weights = attention_weights(config, true, 1).unwrap();
-        let attention = Attention::new(&gpu.kernels, config, &weights, storage).unwrap();
-        let options = CacheOptions { n_layer: 1, batch, capacity, storage };
+        let mut attention = Attention::new(&gpu.kernels, config, &weights, storage).unwrap();
+        if gate_rows == GateRows::Table {
+            let mut recording = Recording::new(&gpu.kernels);
+            attention.load_gate_table(&mut recording).unwrap();
+            readback::submit(&recording, &gpu.queue).unwrap();
+        }
+        let options = CacheOptions { n_layer: 1, batch, capacity, storage, gate_rows };
         let cache = LatentCache::new(&gpu.kernels, config, options).unwrap();
-        let workspace = Workspace::new(&cache, WorkspaceOptions::new(batch * capacity)).unwrap();
+        let workspace_options = WorkspaceOptions { decode_tokens: 4, ..WorkspaceOptions::new(batch * capacity) };
+        let workspace = Workspace::new(&cache, workspace_options).unwrap();
         let reference = Layer::new(config.clone(), &weights);
         Rig { gpu, attention, cache, workspace, reference }
     }
@@ -204,7 +214,7 @@ fn wrong_arguments_are_errors_with_the_number() {
         (plan(&[1, 1], None, Mode::Prefill), "token ids"),
         (plan(&[1, 1], Some(&[3]), Mode::Prefill), "token ids: expected 2, found 1"),
         (plan(&[1, 1], Some(&[3, 17]), Mode::Prefill), "token id 17 at position 1 is outside of the vocabulary of 17"),
-        (plan(&[2, 0], Some(&[3, 4]), Mode::Decode), "is 2, must be at most 1"),
+        (plan(&[17, 0], Some(&[3; 17]), Mode::Decode), "is 17, must be at most 16"),
         (plan(&[u32::MAX, 1], Some(&[3]), Mode::Prefill), "cache full"),
     ];
     for (found, wanted) in cases {
@@ -220,17 +230,31 @@ fn wrong_arguments_are_errors_with_the_number() {
     let (input, out) = rig.upload(&[0.0; 2 * HIDDEN]);
     let error = rig.attention.prefill(&mut recording, &mut rig.cache, &small, &[2, 0], Some(&[1, 2]), &input, &out);
     assert!(matches!(error, Err(Error::OutOfRange { found: 2, limit: 1, .. })));
-    // A path that would be wrong.
+    // More new tokens of a sequence than the workspace has partial results for.
+    let step =
+        rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[5, 0], token_ids: Some(&[1; 5]) }).unwrap();
+    let (input, out) = rig.upload(&[0.0; 5 * HIDDEN]);
+    let Rig { attention, cache, workspace, .. } = &rig;
+    let error = attention.forward(&mut recording, cache, 0, &step, workspace, DecodePath::Auto, &input, &out);
+    assert!(matches!(error, Err(Error::OutOfRange { found: 5, limit: 4, .. })), "{error:?}");
+    // Gate rows from a table that nobody loaded, or where there is no gate to load.
     let up = Rig::new(&gated(GateSite::UpProjected), 1, 4, Storage::F32);
-    assert!(matches!(up.attention.decode_path(DecodePath::Absorbed), Err(Error::Unsupported { .. })));
+    let options = CacheOptions { gate_rows: GateRows::Table, ..up.cache.options() };
+    let cache = LatentCache::new(&up.gpu.kernels, up.attention.config(), options).unwrap();
+    let step = cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&[1]) }).unwrap();
+    let error = up.attention.decode_path(DecodePath::Absorbed, &cache, &step);
+    assert!(matches!(error, Err(Error::Unsupported { .. })), "{error:?}");
+    assert_eq!(up.attention.decode_path(DecodePath::Auto, &cache, &step).unwrap(), DecodePath::Expanded);
+    assert!(matches!(rig.attention.load_gate_table(&mut recording), Err(Error::Unsupported { .. })));
     for (extents, what) in [((0, 1, 1), "layers"), ((1, 0, 1), "sequences"), ((1, 1, 0), "capacity")] {
         let (n_layer, batch, capacity) = extents;
-        let options = CacheOptions { n_layer, batch, capacity, storage: Storage::F32 };
+        let (storage, gate_rows) = (Storage::F32, GateRows::Recompute);
+        let options = CacheOptions { n_layer, batch, capacity, storage, gate_rows };
         let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
         assert!(error.to_string().contains(what), "{error}");
     }
     // Over one binding: refused with both numbers, before anything is allocated.
-    let options = CacheOptions { n_layer: 1, batch: 1000, capacity: 100_000, storage: Storage::F32 };
+    let options = CacheOptions { batch: 1000, capacity: 100_000, ..rig.cache.options() };
     let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
     let rows = 100_000_000u64;
     assert!(matches!(error, Error::Limit { needed, .. } if needed == rows * 12 * 4), "{error}");
@@ -261,7 +285,8 @@ fn layers_of_one_cache_do_not_touch_each_other() {
             (attention, Layer::new(config.clone(), &weights))
         })
         .collect();
-    let options = CacheOptions { n_layer: 3, batch: 1, capacity: 10, storage: Storage::F32 };
+    let (storage, gate_rows) = (Storage::F32, GateRows::Recompute);
+    let options = CacheOptions { n_layer: 3, batch: 1, capacity: 10, storage, gate_rows };
     let mut cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
     let workspace = Workspace::new(&cache, WorkspaceOptions::new(10)).unwrap();
     let mut random = Random::new(8);
@@ -328,7 +353,8 @@ fn the_memory_report_is_what_is_allocated() {
     let gpu = gpu();
     let (rows, n_layer, tokens) = (3 * 20u64, 2u64, 8u64);
     for (config, storage) in [(gated(GateSite::UpProjected), Storage::F16), (mla(), Storage::F32)] {
-        let options = CacheOptions { n_layer: 2, batch: 3, capacity: 20, storage };
+        let options =
+            CacheOptions { n_layer: 2, batch: 3, capacity: 20, storage, gate_rows: GateRows::Pool { rows: 5 } };
         let cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
         let workspace = Workspace::new(&cache, WorkspaceOptions::new(tokens as u32)).unwrap();
         let report = cache.memory(&workspace);
@@ -340,9 +366,15 @@ fn the_memory_report_is_what_is_allocated() {
         assert_eq!(report.latent, n_layer * rows * latent);
         assert_eq!(report.rope_key, n_layer * rows * rope);
         let gated = config.gate.is_some();
-        assert_eq!(report.ids, if gated { rows * 4 } else { 0 });
+        // Ids of 60 rows and a line of 16 words for each of three sequences, both on 256 bytes; headers and tiers of 20
+        // tokens, 12 words each.
+        assert_eq!(report.lists, if gated { 4 * (64 + 64 + 3 * 20 * 12) } else { 0 });
         assert_eq!(report.statistics, if gated { n_layer * rows * 8 } else { 0 });
-        assert_eq!(report.total(), report.latent + report.rope_key + report.ids + report.statistics + report.workspace);
+        // Five rows of D = 3 · 18 = 54, padded to 56, in f16.
+        assert_eq!(report.gate_rows, if gated { n_layer * 5 * 56 * 2 } else { 0 });
+        let lines = report.lines().map(|(_, bytes)| bytes);
+        assert_eq!(report.total(), lines.iter().sum::<u64>());
+        assert_eq!(lines.iter().filter(|bytes| **bytes > 0).count(), if gated { 6 } else { 3 });
         if gated {
             continue;
         }
@@ -364,31 +396,214 @@ fn the_memory_report_is_what_is_allocated() {
             3 * 3,      // lse
         ];
         // The low-rank query's, the gate's: absent here, and no buffer is smaller than 16 bytes.
-        let absent = 6 * 16;
+        let absent = 10 * 16;
         assert_eq!(report.workspace, 4 * words.iter().sum::<u64>() + absent);
     }
 }
 
+const GATE_ROWS: [GateRows; 4] =
+    [GateRows::Recompute, GateRows::Pool { rows: 3 }, GateRows::Pool { rows: 17 }, GateRows::Table];
+
 #[test]
 fn what_a_decode_step_uploads_does_not_grow_with_the_cache() {
-    let config = mla();
-    let mut rig = Rig::new(&config, 1, 2000, Storage::F32);
-    let mut uploads = Vec::new();
-    let mut dispatches = Vec::new();
-    for length in [1u32, 700, 1200] {
-        let before = rig.cache.lengths()[0];
-        let hidden = vec![0.1; (length - before) as usize * HIDDEN];
-        rig.prefill(&[length - before], &hidden, &[]);
-        let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: None }).unwrap();
-        uploads.push(step.uploaded_bytes());
-        let (input, out) = rig.upload(&[0.1; HIDDEN]);
-        let mut recording = Recording::new(&rig.gpu.kernels);
-        let path = DecodePath::Absorbed;
-        rig.attention.forward(&mut recording, &rig.cache, 0, &step, &rig.workspace, path, &input, &out).unwrap();
-        dispatches.push(recording.dispatches());
+    let low_rank = |config| AttentionConfig { d_q_latent: Some(6), ..config };
+    let cases = [(mla(), GateRows::Recompute), (low_rank(mla()), GateRows::Recompute)]
+        .into_iter()
+        .chain(GATE_ROWS.map(|gate_rows| (low_rank(gated(GateSite::UpProjected)), gate_rows)));
+    for (config, gate_rows) in cases {
+        let rig = &mut Rig::with(&config, 1, 2000, Storage::F32, gate_rows);
+        let mut uploads = Vec::new();
+        let mut dispatches = Vec::new();
+        for length in [20u32, 700, 1200] {
+            let before = rig.cache.lengths()[0];
+            let hidden = vec![0.1; (length - before) as usize * HIDDEN];
+            // Every id has come up, each many times.
+            let ids: Vec<u32> = (before..length).map(|position| position % 17).collect();
+            rig.prefill(&[length - before], &hidden, &ids);
+            let token_ids = config.gate.is_some().then_some(&[3u32][..]);
+            let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids }).unwrap();
+            uploads.push(step.uploaded_bytes());
+            let (input, out) = rig.upload(&[0.1; HIDDEN]);
+            let mut recording = Recording::new(&rig.gpu.kernels);
+            let path = DecodePath::Absorbed;
+            rig.attention.forward(&mut recording, &rig.cache, 0, &step, &rig.workspace, path, &input, &out).unwrap();
+            dispatches.push(recording.dispatches());
+        }
+        // An append may begin a tier or a chunk: two words more, but not with the length.
+        let (least, most) = (uploads.iter().min().unwrap(), uploads.iter().max().unwrap());
+        assert!(most - least <= 256 && *most < 8192, "{gate_rows:?}: {uploads:?}");
+        // The lists and their ids are brought up to date once for all layers.
+        let once = if config.gate.is_some() { 2 } else { 0 };
+        assert!(dispatches.iter().all(|&count| count == dispatches[0]), "{gate_rows:?}: {dispatches:?}");
+        println!("{gate_rows:?}: {} dispatches, {most} bytes", dispatches[0]);
+        assert!(dispatches[0] <= MOST_DISPATCHES + once, "{gate_rows:?}: {dispatches:?}");
     }
-    assert!(uploads.windows(2).all(|pair| pair[0] == pair[1]), "{uploads:?}");
-    assert!(dispatches.iter().all(|&count| count == dispatches[0] && count <= 12), "{dispatches:?}");
+}
+
+/// One layer's decode step, here with a low-rank query, a product and a norm more than a full-rank one.
+const MOST_DISPATCHES: usize = 14;
+
+/// Cached tokens come and go, and the absorbed path follows: against the reference and with every kind of gate rows.
+#[test]
+fn group_lists_follow_every_change_of_the_cache() {
+    let config = gated(GateSite::UpProjected);
+    for gate_rows in GATE_ROWS {
+        let mut rig = Rig::with(&config, 3, 400, Storage::F32, gate_rows);
+        let mut random = Random::new(8);
+        let mut held: Vec<(Vec<f32>, Vec<u32>)> = vec![Default::default(); 3];
+        // (sequence, tokens to take back, tokens to prefill), then a decode step of 1, 3 and 2 tokens.
+        let rounds = [(0, 0, 90), (1, 0, 20), (0, 40, 0), (1, 19, 3), (2, 0, 350), (2, 300, 7), (0, 1, 1)];
+        for (round, &(sequence, take, add)) in rounds.iter().enumerate() {
+            let (hidden, ids) = &mut held[sequence];
+            let length = ids.len() - take;
+            rig.cache.truncate(sequence, length as u32).unwrap();
+            hidden.truncate(length * HIDDEN);
+            ids.truncate(length);
+            if add > 0 {
+                let mut counts = [0; 3];
+                counts[sequence] = add as u32;
+                // One id holds most of the cache.
+                let new_ids: Vec<u32> =
+                    random.ids(add, 17).into_iter().map(|id| if id % 2 == 0 { 4 } else { id }).collect();
+                let new = random.values(add * HIDDEN, 1.0);
+                hidden.extend(&new);
+                ids.extend(&new_ids);
+                rig.prefill(&counts, &new, &new_ids);
+            }
+            if round == 4 {
+                let mut recording = Recording::new(&rig.gpu.kernels);
+                rig.cache.copy_sequence(&mut recording, 0, 1).unwrap();
+                readback::submit(&recording, &rig.gpu.queue).unwrap();
+                held[1] = held[0].clone();
+            }
+            if round == 5 {
+                // A step that runs and is never committed: the device has its tokens, the cache does not.
+                let (input, out) = rig.upload(&[0.3; 4 * HIDDEN]);
+                let input_step =
+                    StepInput { mode: Mode::Decode, counts: &[2, 1, 1], token_ids: Some(&[16, 4, 16, 15]) };
+                let step = rig.cache.plan_step(input_step).unwrap();
+                let mut recording = Recording::new(&rig.gpu.kernels);
+                let (cache, workspace) = (&rig.cache, &rig.workspace);
+                rig.attention
+                    .forward(&mut recording, cache, 0, &step, workspace, DecodePath::Absorbed, &input, &out)
+                    .unwrap();
+                rig.finish(&recording, &out);
+            }
+            let active: Vec<usize> = (0..3).filter(|&s| !held[s].1.is_empty()).collect();
+            let mut counts = [0; 3];
+            let (mut hidden, mut ids) = (Vec::new(), Vec::new());
+            for &s in &active {
+                let count = [1, 3, 2][s];
+                counts[s] = count as u32;
+                let (new, new_ids) = (random.values(count * HIDDEN, 1.0), random.ids(count, 17));
+                held[s].0.extend(&new);
+                held[s].1.extend(&new_ids);
+                hidden.extend(new);
+                ids.extend(new_ids);
+            }
+            let got = rig.decode(&counts, &hidden, &ids, DecodePath::Absorbed);
+            let mut first = 0;
+            for &s in &active {
+                let expected = rig.expected(&held[s].0, &held[s].1);
+                let count = counts[s] as usize;
+                let of_new = &expected[(held[s].1.len() - count) * HIDDEN..];
+                assert_close(rows(&got, first..first + count), of_new, F32_LIMIT);
+                first += count;
+            }
+        }
+        let distinct = |ids: &[u32]| ids.iter().collect::<std::collections::HashSet<_>>().len() as u32;
+        let expected: Vec<u32> = held.iter().map(|(_, ids)| distinct(ids)).collect();
+        assert_eq!(rig.cache.distinct_ids(), expected);
+        rig.cache.reset();
+        assert_eq!(rig.cache.distinct_ids(), [0, 0, 0]);
+        let (hidden, ids) = (random.values(2 * HIDDEN, 1.0), random.ids(2, 17));
+        let mut got = rig.decode(&[0, 1, 0], rows(&hidden, 0..1), &ids[..1], DecodePath::Absorbed);
+        got.extend(rig.decode(&[0, 1, 0], rows(&hidden, 1..2), &ids[1..], DecodePath::Absorbed));
+        assert_close(&got, &rig.expected(&hidden, &ids), F32_LIMIT);
+    }
+}
+
+/// Plain absorption, as MLA does it, is wrong where a gate stands between latent and key: the control of the grouped path.
+#[test]
+fn absorption_without_the_gate_is_wrong() {
+    let config = gated(GateSite::UpProjected);
+    let mut random = Random::new(12);
+    let (hidden, ids) = (random.values(40 * HIDDEN, 1.0), random.ids(40, 17));
+    let mut grouped = Rig::new(&config, 1, 40, Storage::F32);
+    let expected = grouped.expected(&hidden, &ids);
+    let last = &expected[39 * HIDDEN..];
+    grouped.prefill(&[39], rows(&hidden, 0..39), &ids[..39]);
+    let got = grouped.decode(&[1], rows(&hidden, 39..40), &ids[39..], DecodePath::Absorbed);
+    assert_close(&got, last, F32_LIMIT);
+
+    let mut weights = attention_weights(&config, true, 1).unwrap();
+    weights.gate = None;
+    let mut plain = Rig::new(&mla(), 1, 40, Storage::F32);
+    plain.attention = Attention::new(&plain.gpu.kernels, &mla(), &weights, Storage::F32).unwrap();
+    plain.prefill(&[39], rows(&hidden, 0..39), &[]);
+    let got = plain.decode(&[1], rows(&hidden, 39..40), &[], DecodePath::Absorbed);
+    let error = compare(&got, last, Tolerance { relative: 1e-2 });
+    assert!(error.verdict.is_err() && error.relative_error > 1e-2, "{}", error.relative_error);
+}
+
+#[test]
+fn auto_takes_the_path_with_less_work() {
+    // A wide latent: absorbing once per id pays only where ids recur.
+    let config = AttentionConfig { d_latent: 64, d_nope: 4, d_rope: 4, d_value: 4, ..gated(GateSite::UpProjected) };
+    let mut config = config;
+    config.gate.as_mut().unwrap().vocab_size = 100;
+    let path_of = |ids: &[u32], gate_rows| {
+        let mut rig = Rig::with(&config, 1, 64, Storage::F32, gate_rows);
+        let (tokens, last) = ids.split_at(ids.len() - 1);
+        rig.prefill(&[tokens.len() as u32], &vec![0.5; tokens.len() * HIDDEN], tokens);
+        let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(last) }).unwrap();
+        rig.attention.decode_path(DecodePath::Auto, &rig.cache, &step).unwrap()
+    };
+    let (distinct, equal): (Vec<u32>, Vec<u32>) = ((0..60).collect(), vec![7; 60]);
+    assert_eq!(path_of(&distinct, GateRows::Recompute), DecodePath::Expanded);
+    assert_eq!(path_of(&equal, GateRows::Recompute), DecodePath::Absorbed);
+    // MLA: one token behind nothing is rebuilt, two are not.
+    let mut rig = Rig::new(&mla(), 1, 8, Storage::F32);
+    for (length, expected) in [(0, DecodePath::Expanded), (4, DecodePath::Absorbed)] {
+        if length > 0 {
+            rig.prefill(&[length], &vec![0.5; length as usize * HIDDEN], &[]);
+        }
+        let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: None }).unwrap();
+        assert_eq!(rig.attention.decode_path(DecodePath::Auto, &rig.cache, &step).unwrap(), expected);
+    }
+}
+
+#[test]
+fn a_gate_table_over_one_binding_is_sharded_and_over_two_refused() {
+    let mut config = gated(GateSite::UpProjected);
+    let gate = config.gate.as_mut().unwrap();
+    // Rows of 54 floats, padded to 56: 157 MB, then 448 MB, in bindings of 128 MiB.
+    (gate.vocab_size, gate.d_gate) = (700_000, 1);
+    let mut rig = Rig::with(&config, 1, 8, Storage::F32, GateRows::Table);
+    let allowed = rig.gpu.kernels.context().limits.max_storage_buffer_binding_size;
+    assert_eq!(rig.attention.gate_table_bytes(), 700_000 * 224);
+    assert!(rig.attention.gate_table_bytes() > allowed, "one binding holds it: nothing was sharded");
+    let hidden = Random::new(5).values(4 * HIDDEN, 1.0);
+    // The first row, the last of the first shard, the first of the second, the last.
+    let shard = (allowed / 224 / 4096 * 4096) as u32;
+    let ids = [0, shard - 1, shard, 699_999];
+    let mut got = rig.prefill(&[2], rows(&hidden, 0..2), &ids[..2]);
+    for index in 2..4 {
+        let new = rows(&hidden, index..index + 1);
+        got.extend(rig.decode(&[1], new, &ids[index..=index], DecodePath::Absorbed));
+    }
+    assert_close(&got, &rig.expected(&hidden, &ids), F32_LIMIT);
+
+    config.gate.as_mut().unwrap().vocab_size = 2_000_000;
+    let weights = attention_weights(&config, true, 1).unwrap();
+    let mut attention = Attention::new(&rig.gpu.kernels, &config, &weights, Storage::F32).unwrap();
+    let mut recording = Recording::new(&rig.gpu.kernels);
+    let error = attention.load_gate_table(&mut recording).unwrap_err();
+    assert!(
+        matches!(error, Error::Limit { needed: 448_000_000, allowed: found, .. } if found == 2 * allowed),
+        "{error}"
+    );
+    assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
 }
 
 #[test]
@@ -475,7 +690,8 @@ fn a_weight_that_is_not_a_number_shows_in_the_output() {
                 _ => weights.gate.as_mut().unwrap().embedding.data.fill(f32::NAN),
             }
             let attention = Attention::new(&gpu.kernels, &config, &weights, storage).unwrap();
-            let options = CacheOptions { n_layer: 1, batch: 1, capacity: 4, storage };
+            let gate_rows = GateRows::Recompute;
+            let options = CacheOptions { n_layer: 1, batch: 1, capacity: 4, storage, gate_rows };
             let mut cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
             let workspace = Workspace::new(&cache, WorkspaceOptions::new(4)).unwrap();
             let input =
@@ -540,7 +756,8 @@ fn a_tensor_over_one_binding_is_refused_when_the_layer_is_made() {
     embedding.shape = vec![rows as usize, width];
     embedding.data = vec![0.0; rows as usize * width];
     let error = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap_err();
-    let (bytes, binding) = (rows as u64 * width as u64 * 4, 128 << 20);
+    // Rows of 5 floats, padded to 8.
+    let (bytes, binding) = (rows as u64 * 8 * 4, 128 << 20);
     assert!(matches!(error, Error::Limit { needed, allowed, .. } if (needed, allowed) == (bytes, binding)), "{error}");
     assert!(error.to_string().contains("gate_embedding.weight"), "{error}");
 }
@@ -558,11 +775,14 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             d_rope: 0,
             rope_offset: 0,
             rope_row: 1,
-            with_ids: false,
+            interleave: None,
+            rope_byte: 0,
             storage: Storage::F16,
         };
         let attend = attention_decode::Problem {
             tokens: 1,
+            most_tokens: 1,
+            partials: 1,
             n_sequence: 1,
             n_head: 1,
             d_nope: width,

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex};
 
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
 };
 use egmla::check::random::{Random, attention_weights};
 use egmla::check::readback::{read, read_f32, wait};
@@ -191,7 +191,8 @@ impl Model {
         let kernels = Kernels::new(&app.device).unwrap();
         let weights = attention_weights(&config, true, SEED).unwrap();
         let attention = Attention::new(&kernels, &config, &weights, Storage::F32).unwrap();
-        let options = CacheOptions { n_layer: 1, batch: 2, capacity: 16, storage: Storage::F32 };
+        let (storage, gate_rows) = (Storage::F32, GateRows::Recompute);
+        let options = CacheOptions { n_layer: 1, batch: 2, capacity: 16, storage, gate_rows };
         let cache = LatentCache::new(&kernels, &config, options).unwrap();
         let workspace = Workspace::new(&cache, WorkspaceOptions::new(20)).unwrap();
         let reference = Layer::new(config.clone(), &weights);

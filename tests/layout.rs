@@ -10,11 +10,13 @@ use egmla::Error;
 use egmla::config::{Activation, GateNorm};
 use egmla::kernel::{Access, KernelSpec};
 use egmla::kernels::attention_decode::SPLIT;
+use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
-    Problem, REGISTRY, attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append,
-    cache_copy, cache_read, gate, gather, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec,
-    matvec_subgroup, matvec_vec4, norm, residual_add, rope, swiglu,
+    Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
+    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
+    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add,
+    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{Features, Limits};
@@ -125,8 +127,12 @@ fn bindings_are_those_of_the_shader() {
 
 /// Fields of `#[repr(C)] pub struct Params` in a kernel's source: name and type.
 fn rust_params(kernel: &str) -> Vec<(String, String)> {
-    // The modules of one product take one's.
-    let file = if kernel.starts_with("matmul_") || kernel.starts_with("matvec") { "matmul" } else { kernel };
+    // The modules that take another's.
+    let file = match kernel {
+        "attention_prefill_rows" => "attention_prefill",
+        _ if kernel.starts_with("matmul_") || kernel.starts_with("matvec") => "matmul",
+        other => other,
+    };
     let source = read(&format!("src/kernels/{file}.rs"));
     let (before, after) = source.split_once("pub struct Params {").unwrap_or_else(|| panic!("{file}.rs: no Params"));
     assert!(before.rsplit("\n\n").next().unwrap().contains("#[repr(C)]"), "{file}.rs: Params is not repr(C)");
@@ -241,7 +247,8 @@ fn gate_problem(rows: u32, activation: Activation, norm: GateNorm, statistics_ro
     gate::Problem { rows, width: 3, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }
 }
 
-fn append_problem(tokens: u32, d_rope: u32, with_ids: bool, storage: Storage) -> cache_append::Problem {
+fn append_problem(tokens: u32, d_rope: u32, storage: Storage) -> cache_append::Problem {
+    let rope_byte = u64::from(tokens) * u64::from(storage.row_pitch(5)) * storage.bytes();
     cache_append::Problem {
         tokens,
         cache_rows: tokens,
@@ -251,13 +258,86 @@ fn append_problem(tokens: u32, d_rope: u32, with_ids: bool, storage: Storage) ->
         d_rope,
         rope_offset: 0,
         rope_row: d_rope,
-        with_ids,
+        interleave: [None, Some(true), Some(false)][tokens as usize % 3],
+        rope_byte,
         storage,
     }
 }
 
 fn read_problem(rows: u32, with_ids: bool, storage: Storage) -> cache_read::Problem {
     cache_read::Problem { first_row: 0, rows, cache_rows: rows, d_latent: 3, n_sequence: 1, with_ids, storage }
+}
+
+fn statistics_problem(
+    tokens: u32,
+    activation: Activation,
+    norm: GateNorm,
+    (storage, more_storage): (Storage, Storage),
+) -> gate_statistics::Problem {
+    let (width, resident, more, more_first, cache_rows, eps) = (3, 2, tokens, 0, tokens, 1e-5);
+    gate_statistics::Problem {
+        tokens,
+        width,
+        resident,
+        more,
+        more_first,
+        cache_rows,
+        eps,
+        activation,
+        norm,
+        storage,
+        more_storage,
+    }
+}
+
+fn gate_rows_problem(rows: u32, width: u32, lists: bool, storage: Storage, y_storage: Storage) -> gate_rows::Problem {
+    let (d_gate, vocab_size, first_id, y_rows) = (5, 100, 0, rows);
+    gate_rows::Problem {
+        rows,
+        width,
+        d_gate,
+        vocab_size,
+        first_id,
+        ids: lists,
+        targets: lists,
+        y_rows,
+        storage,
+        y_storage,
+    }
+}
+
+fn grouped_problem(items: u32, n_head: u32, widths: Widths, norm: GateNorm) -> attention_grouped::Problem {
+    let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+    attention_grouped::Problem {
+        tokens: 6,
+        most_tokens: 3,
+        n_sequence: 2,
+        items,
+        partials: items,
+        n_head,
+        widths,
+        tiling: attention_grouped::tiling(&context, widths).unwrap(),
+        table: 0,
+        list_words: 32,
+        cache_rows: 9,
+        rope_byte: 1024,
+        statistics_byte: 2048,
+        resident: 4,
+        gates_storage: Storage::F16,
+        more: 4,
+        more_storage: Storage::F32,
+        first_row: 0,
+        rows: 4,
+        pass_index: 0,
+        passes: 1,
+        activation: Activation::Silu,
+        norm,
+        scale: 1.0,
+        met_groups: 0,
+        met_positions: 0,
+        cache_storage: Storage::F16,
+        storage: Storage::F16,
+    }
 }
 
 fn rope_problem(tokens: u32, d_rope: u32, interleave: bool) -> rope::Problem {
@@ -270,8 +350,8 @@ fn prefill_problem(query_tiles: u32, n_head: u32, d_value: u32) -> attention_pre
         query_tiles,
         n_sequence: 1,
         n_head,
-        d_nope: 3,
-        d_rope: 2,
+        d_nope: 4,
+        d_rope: 8,
         d_value,
         kv_first: 0,
         kv_rows: 9,
@@ -286,6 +366,8 @@ fn prefill_problem(query_tiles: u32, n_head: u32, d_value: u32) -> attention_pre
 fn decode_problem(kv_rows: u32, n_head: u32, storage: Storage) -> attention_decode::Problem {
     attention_decode::Problem {
         tokens: 1,
+        most_tokens: 1,
+        partials: kv_rows / SPLIT,
         n_sequence: 1,
         n_head,
         d_nope: 3,
@@ -302,6 +384,8 @@ fn decode_problem(kv_rows: u32, n_head: u32, storage: Storage) -> attention_deco
 fn absorbed_problem(splits: u32, n_head: u32, storage: Storage) -> attention_absorbed::Problem {
     attention_absorbed::Problem {
         tokens: 1,
+        most_tokens: 1,
+        partials: splits,
         n_sequence: 1,
         splits,
         n_head,
@@ -322,20 +406,31 @@ fn cases() -> Vec<Case> {
         add(all, swiglu::Problem { elements: n }, elements(n.into()));
         add(all, residual_add::Problem { elements: n }, elements(n.into()));
         add(all, cache_copy::Problem { words: n, from_word: 0, to_word: n }, elements(n.into()));
+        add(all, word_scatter::Problem { count: n, words: n }, elements(n.into()));
+        let (tokens, first_row, n_sequence, table, list_words) = (2, 5, 1, 0, 16);
+        let listed = group_ids::Problem { tokens, first_row, rows: n, n_sequence, table, list_words };
+        add(all, listed, elements(u64::from(n) + 2));
+        let fma = roofline_fma::Problem { elements: n, trips: 2, a: 0.5, b: 0.5 };
+        add(all, fma, elements(n.into()));
+        let whole = n.next_multiple_of(4);
+        add(all, roofline_copy::Problem { words: whole }, |plan| Cover::Folded {
+            items: u64::from(whole) / 4,
+            each: value(plan, "WORKGROUP") * value(plan, "EACH"),
+        });
         for interleave in [false, true] {
             add(all, rope_problem(n, 2, interleave), elements(n.into()));
             add(all, rope_problem(n, 0, interleave), elements(0));
         }
         for storage in Storage::ALL {
-            let table = gather::Problem { rows: n, width: 3, vocab_size: 7, storage };
+            let table = gather::Problem { rows: n, width: 3, table_row: 3, vocab_size: 7, storage };
             add(all, table, elements(3 * u64::from(n)));
             for with_ids in [false, true] {
                 add(all, read_problem(n, with_ids, storage), elements(3 * u64::from(n)));
-                for d_rope in [0, 2] {
-                    let words = |width| u64::from(storage.row_pitch(width)) * storage.bytes() / 4;
-                    let words = words(5) + words(d_rope) + 1;
-                    add(all, append_problem(n, d_rope, with_ids, storage), elements(words * u64::from(n)));
-                }
+            }
+            for d_rope in [0, 2] {
+                let words = |width| u64::from(storage.row_pitch(width)) * storage.bytes() / 4;
+                let words = words(5) + words(d_rope);
+                add(all, append_problem(n, d_rope, storage), elements(words * u64::from(n)));
             }
         }
     }
@@ -344,6 +439,13 @@ fn cases() -> Vec<Case> {
             for kind in [norm::Kind::Rms, norm::Kind::Layer] {
                 for bias in [false, true] {
                     add(all, norm_problem(n, kind, bias, storage), rows(n.into()));
+                }
+            }
+            for more_storage in Storage::ALL {
+                for activation in Activation::ALL {
+                    for norm in [GateNorm::LayerNorm, GateNorm::RmsNorm] {
+                        add(all, statistics_problem(n, activation, norm, (storage, more_storage)), rows(n.into()));
+                    }
                 }
             }
             for activation in Activation::ALL {
@@ -382,21 +484,50 @@ fn cases() -> Vec<Case> {
                 add(all, matvec_subgroup::Problem(whole), tiles([n, m, 3], |_| [4, 4, 1]));
             }
         }
+        for y_storage in Storage::ALL {
+            for lists in [false, true] {
+                for (m, n) in [0, 1, 3, 4, 5, 9].iter().flat_map(|&m| [1, 31, 32, 33, 256, 257].map(|n| (m, n))) {
+                    let problem = gate_rows_problem(m, n, lists, storage, y_storage);
+                    let tile = |plan: &Plan| [4 * value(plan, "WORKGROUP"), 4, 1];
+                    add(all, problem, tiles([y_storage.row_pitch(n), m, 1], tile));
+                }
+            }
+        }
         for n_head in HEADS {
+            for items in [1, 5] {
+                for (d_latent, d_nope, d_rope, d_value) in [(64, 64, 64, 64), (13, 0, 0, 11), (512, 128, 64, 128)] {
+                    for norm in GateNorm::ALL {
+                        let widths = Widths { d_latent, d_nope, d_rope, d_value };
+                        let problem = grouped_problem(items, n_head, widths, norm);
+                        for cache_storage in Storage::ALL {
+                            let problem = attention_grouped::Problem { storage, cache_storage, ..problem };
+                            // Heads fill workgroups for one query token, then for the next.
+                            let blocks = |plan: &Plan| u64::from(n_head).div_ceil(value(plan, "HEADS"));
+                            add(all, problem, |plan| Cover::Tiled {
+                                size: [3 * blocks(plan), items.into(), 1],
+                                tile: [1; 3],
+                            });
+                        }
+                    }
+                }
+            }
             for splits in [0, 1, 3] {
                 let tile = |plan: &Plan| [value(plan, "SPLIT"), 1, 1];
                 add(all, decode_problem(splits * SPLIT, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
-                let tile = |plan: &Plan| [value(plan, "SPLIT"), 4, 1];
+                let tile = |plan: &Plan| [value(plan, "SPLIT"), value(plan, "HEADS"), 1];
                 add(all, absorbed_problem(splits, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
             }
             for query_tiles in [0, 1, 5] {
-                for d_value in [1, 31, 32, 33, 63, 64, 65, 129] {
-                    for (first, last) in [(false, false), (false, true), (true, false), (true, true)] {
-                        let problem = prefill_problem(query_tiles, n_head, d_value);
-                        let problem = attention_prefill::Problem { first, last, storage, ..problem };
-                        let tile = |plan: &Plan| [1, 1, 16 * value(plan, "LANES")];
-                        add(all, problem, tiles([query_tiles, n_head, d_value], tile));
-                    }
+                for d_value in [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260] {
+                    let problem = prefill_problem(query_tiles, n_head, d_value);
+                    let problem = attention_prefill::Problem { storage, ..problem };
+                    add(all, problem, tiles([query_tiles, n_head, d_value], |_| [1, 1, 128]));
+                }
+                for d_value in [1, 3, 127, 128, 129, 256, 257] {
+                    let problem = prefill_problem(query_tiles, n_head, d_value);
+                    let problem = attention_prefill::Problem { d_nope: 3, d_rope: 2, storage, ..problem };
+                    let tile = |plan: &Plan| [1, 1, value(plan, "SLICE")];
+                    add(all, attention_prefill_rows::Problem(problem), tiles([query_tiles, n_head, d_value], tile));
                 }
             }
         }
@@ -498,7 +629,7 @@ fn plans_keep_what_their_shaders_assume() {
         seen.insert(spec.name);
         match spec.name {
             // Halving reductions.
-            "norm" | "gate" | "attention_decode" | "attention_absorbed" => {
+            "norm" | "gate" | "attention_decode" | "gate_statistics" => {
                 assert!(plan.workgroup_size.is_power_of_two(), "{what}");
             }
             // The shader moves quads about within groups of 8.
@@ -507,14 +638,19 @@ fn plans_keep_what_their_shaders_assume() {
             }
             "matmul_subgroup" => assert!([4, 8].contains(&value(&plan, "SPREAD")), "{what}"),
             "matvec" | "matvec_vec4" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
-            "attention_prefill" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            "attention_prefill" => {
+                let value = |name| value(&plan, name);
+                let columns = value("COLUMNS");
+                assert!((1..=4).contains(&columns), "{what}");
+                assert_eq!(32 % value("VALUE_ROWS"), 0, "{what}");
+                // Values are staged where queries and keys were.
+                let stage = (4 * value("ROWS") + 32) * (value("CHUNK") + 1);
+                assert!(value("VALUE_ROWS") * 8 * columns <= stage, "{what}");
+            }
             _ => {}
         }
-        match spec.name {
-            "attention_decode" => assert_eq!(u64::from(SPLIT) % value(&plan, "WORKGROUP"), 0, "{what}"),
-            // An invocation owns up to four rows of a split.
-            "attention_absorbed" => assert!(4 * value(&plan, "WORKGROUP") >= u64::from(SPLIT), "{what}"),
-            _ => {}
+        if spec.name == "attention_decode" {
+            assert_eq!(u64::from(SPLIT) % value(&plan, "WORKGROUP"), 0, "{what}");
         }
         if spec.name.starts_with("attention_") && plan.overrides.iter().any(|(name, _)| *name == "SPLIT") {
             assert_eq!(value(&plan, "SPLIT"), u64::from(SPLIT), "{what}");
@@ -525,10 +661,14 @@ fn plans_keep_what_their_shaders_assume() {
     for class in CLASSES {
         let context = PlanContext::webgpu_defaults(class);
         for tuning in tunings(&attention_prefill::SPEC) {
-            let plan = prefill_problem(1, 1, 100).plan(&context, tuning).unwrap();
+            let problem = prefill_problem(1, 1, 132);
+            let plan = problem.plan(&context, tuning).unwrap();
             let tile_q = attention_prefill::tile_q(&context, tuning).unwrap();
-            assert_eq!(u64::from(tile_q), value(&plan, "WORKGROUP") / value(&plan, "LANES"));
-            assert_eq!(attention_prefill::slices(&context, tuning, 100).unwrap(), plan.grid[2]);
+            assert_eq!(u64::from(tile_q), 4 * value(&plan, "ROWS"));
+            assert_eq!(attention_prefill::slices(&context, tuning, 132).unwrap(), plan.grid[2]);
+            let plan = attention_prefill_rows::Problem(problem).plan(&context, tuning).unwrap();
+            assert_eq!(tile_q, 8 * plan.workgroup_size);
+            assert_eq!(attention_prefill::slices(&context, tuning, 132).unwrap(), plan.grid[2]);
         }
     }
 }
@@ -544,13 +684,23 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
     vec![
         planner(absorbed_problem(3, 9, Storage::F16)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
+        planner(grouped_problem(
+            5,
+            9,
+            Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 },
+            GateNorm::LayerNorm,
+        )),
         planner(attention_merge::Problem { tokens: 100, n_head: 9, width: 64, splits: 300 }),
-        planner(prefill_problem(5, 9, 129)),
-        planner(append_problem(1000, 8, true, Storage::F16)),
+        planner(prefill_problem(5, 9, 132)),
+        planner(attention_prefill_rows::Problem(prefill_problem(5, 9, 129))),
+        planner(append_problem(1000, 8, Storage::F16)),
         planner(cache_copy::Problem { words: 1000, from_word: 0, to_word: 1000 }),
         planner(read_problem(1000, true, Storage::F16)),
         planner(gate_problem(1000, Activation::Silu, GateNorm::LayerNorm, 1000)),
-        planner(gather::Problem { rows: 1000, width: 64, vocab_size: 7, storage: Storage::F16 }),
+        planner(gate_rows_problem(1000, 64, true, Storage::F16, Storage::F16)),
+        planner(statistics_problem(1000, Activation::Silu, GateNorm::LayerNorm, (Storage::F16, Storage::F32))),
+        planner(gather::Problem { rows: 1000, width: 64, table_row: 64, vocab_size: 7, storage: Storage::F16 }),
+        planner(group_ids::Problem { tokens: 1, first_row: 0, rows: 999, n_sequence: 1, table: 0, list_words: 16 }),
         planner(product),
         planner(matmul_cooperative::Problem(matmul::Problem::linear(100, 112, 96, true, Storage::F16))),
         planner(matmul_subgroup::Problem(product)),
@@ -560,8 +710,11 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(matvec_vec4::Problem(product)),
         planner(norm_problem(1000, norm::Kind::Layer, true, Storage::F16)),
         planner(residual_add::Problem { elements: 1000 }),
+        planner(roofline_copy::Problem { words: 1000 }),
+        planner(roofline_fma::Problem { elements: 1000, trips: 2, a: 0.5, b: 0.5 }),
         planner(rope_problem(1000, 8, true)),
         planner(swiglu::Problem { elements: 1000 }),
+        planner(word_scatter::Problem { count: 1000, words: 1000 }),
     ]
 }
 
@@ -684,10 +837,19 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     assert_eq!(problem_of(attention_prefill::Problem { n_sequence: 0, ..prefill }), "n_sequence is 0");
     let empty = attention_prefill::Problem { d_nope: 0, d_rope: 0, ..prefill };
     assert_eq!(problem_of(empty), "d_nope and d_rope are both 0");
+    assert_eq!(problem_of(attention_prefill_rows::Problem(empty)), "d_nope and d_rope are both 0");
+    let odd = prefill_problem(1, 1, 4);
+    for odd in [
+        attention_prefill::Problem { d_nope: 6, ..odd },
+        attention_prefill::Problem { d_rope: 6, ..odd },
+        attention_prefill::Problem { d_value: 6, ..odd },
+    ] {
+        assert!(problem_of(odd).contains("must be multiples of 4"));
+    }
     let merge = attention_merge::Problem { tokens: 1, n_head: 1, width: 1, splits: 1 };
     assert_eq!(problem_of(attention_merge::Problem { n_head: 0, ..merge }), "n_head is 0");
     assert_eq!(problem_of(attention_merge::Problem { width: 0, ..merge }), "width is 0");
-    let append = append_problem(1, 0, false, f32);
+    let append = append_problem(1, 0, f32);
     assert_eq!(problem_of(cache_append::Problem { d_latent: 0, ..append }), "d_latent is 0");
     let tile = read_problem(1, false, f32);
     assert_eq!(problem_of(cache_read::Problem { d_latent: 0, ..tile }), "d_latent is 0");
@@ -696,10 +858,11 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     assert_eq!(problem_of(gate::Problem { width: 0, ..gated }), "width is 0");
     let normed = norm_problem(1, norm::Kind::Rms, false, f32);
     assert_eq!(problem_of(norm::Problem { width: 0, ..normed }), "width is 0");
-    let table = gather::Problem { rows: 1, width: 1, vocab_size: 1, storage: f32 };
+    let table = gather::Problem { rows: 1, width: 1, table_row: 1, vocab_size: 1, storage: f32 };
     assert_eq!(problem_of(gather::Problem { width: 0, ..table }), "width is 0");
     assert_eq!(problem_of(gather::Problem { vocab_size: 0, ..table }), "vocab_size is 0");
     assert_eq!(problem_of(rope_problem(1, 3, true)), "d_rope is 3, must be even");
+    assert_eq!(problem_of(roofline_copy::Problem { words: 6 }), "6 words, not a multiple of 4");
 
     let overlapping = [(5, 0, 4), (5, 4, 0), (1, 7, 7)];
     for (words, from_word, to_word) in overlapping {
@@ -716,7 +879,7 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         assert!(problem_of(matvec::Problem(strided(x, y))).contains("contiguous"));
     }
     // Elements are indexed with 32 bits.
-    let huge = gather::Problem { rows: u32::MAX, width: u32::MAX, vocab_size: 1, storage: f32 };
+    let huge = gather::Problem { rows: u32::MAX, width: u32::MAX, table_row: u32::MAX, vocab_size: 1, storage: f32 };
     assert!(problem_of(huge).contains("2^31"));
 }
 
@@ -793,8 +956,8 @@ fn shaders_are_in_the_one_order() {
             } else if line.starts_with("const ") {
                 Part::Constant
             } else if line.starts_with("struct ") {
-                assert_eq!(line, "struct Params {", "{here}");
-                Part::Params
+                // Any other is a helper's.
+                if line == "struct Params {" { Part::Params } else { Part::Function }
             } else if line.starts_with("@group(0) @binding(") {
                 let shape = line.split_once("; ").map_or("", |(_, comment)| comment.trim());
                 let params = line.contains("var<uniform>");

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use half::f16;
+
 use super::Workspace;
+use super::lists::{GateRows, Lists};
 use super::step::{Step, StepInput};
 use crate::config::{AttentionConfig, GateNorm};
 use crate::error::{Error, Result};
@@ -21,13 +24,18 @@ pub struct CacheOptions {
     pub capacity: u32,
     /// How latents and rotary keys are stored.
     pub storage: Storage,
+    /// Where the absorbed decode takes gate rows from; matters for the gate at `up_projected` alone.
+    pub gate_rows: GateRows,
 }
 
+/// One layer's latents, rotary keys and statistics, in one buffer one after another: one binding for kernels that need all.
 #[derive(Debug)]
 pub(super) struct LayerCache {
-    pub latent: wgpu::Buffer,
-    pub rope_key: wgpu::Buffer,
-    pub statistics: Option<wgpu::Buffer>,
+    pub whole: Region,
+    pub latent: Region,
+    pub rope_key: Region,
+    pub statistics: Option<Region>,
+    pub pool: Option<Region>,
 }
 
 /// Latents, rotary keys, and for the gate at `up_projected` token ids and norm statistics, of `batch` sequences of up to
@@ -41,7 +49,7 @@ pub struct LatentCache {
     config: AttentionConfig,
     options: CacheOptions,
     layers: Vec<LayerCache>,
-    ids: Option<wgpu::Buffer>,
+    lists: Option<Lists>,
     lengths: Vec<u32>,
     /// Tells caches apart, so that a step planned on one is refused by another.
     identity: u64,
@@ -81,19 +89,45 @@ impl LatentCache {
             Ok(needed)
         };
         let stored = |width: u32| u64::from(options.storage.row_pitch(width)) * options.storage.bytes() * rows;
-        let latent = bytes("latent cache", stored(config.d_latent))?;
-        let rope_key = bytes("rotary key cache", stored(config.d_rope))?;
-        let statistics = bytes("norm statistics", rows * 8)?;
         let gate = config.up_projected_gate();
         let has_statistics = gate.is_some_and(|gate| gate.norm != GateNorm::None);
+        // Each part begins where a binding may begin.
+        let alignment = u64::from(limits.min_storage_buffer_offset_alignment.max(16));
+        let latent = bytes("latent cache", stored(config.d_latent))?;
+        let rope_byte = latent.next_multiple_of(alignment);
+        let rope_key = stored(config.d_rope);
+        let statistics_byte = (rope_byte + rope_key.max(16)).next_multiple_of(alignment);
+        let statistics = if has_statistics { (rows * 8).next_multiple_of(16) } else { 0 };
+        let whole = bytes("latent cache with rotary keys and statistics", statistics_byte + statistics)?;
+        let pool = match (gate, options.gate_rows) {
+            (Some(_), GateRows::Pool { rows }) => {
+                let pitch = u64::from(options.storage.row_pitch(config.d_kv()));
+                let needed = u64::from(rows).saturating_mul(pitch * options.storage.bytes());
+                let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+                if needed > allowed {
+                    let what = format!("a pool of {rows} gate rows");
+                    return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+                }
+                Some(needed)
+            }
+            _ => None,
+        };
+        let lists = gate
+            .map(|gate| {
+                let extents = (options.batch, options.capacity);
+                Lists::new(kernels, config, options.gate_rows, extents, gate.vocab_size)
+            })
+            .transpose()?;
         let layers = (0..options.n_layer)
             .map(|_| {
+                let buffer = kernels.allocate("egmla.cache.layer", whole)?;
+                let pool = pool.map(|bytes| kernels.allocate("egmla.cache.gate_rows", bytes)).transpose()?;
                 Ok(LayerCache {
-                    latent: kernels.allocate("egmla.cache.latent", latent)?,
-                    rope_key: kernels.allocate("egmla.cache.rope_key", rope_key)?,
-                    statistics: has_statistics
-                        .then(|| kernels.allocate("egmla.cache.statistics", statistics))
-                        .transpose()?,
+                    whole: Region::from(&buffer),
+                    latent: Region::new(&buffer, 0, latent),
+                    rope_key: Region::new(&buffer, rope_byte, rope_key.max(16)),
+                    statistics: has_statistics.then(|| Region::new(&buffer, statistics_byte, statistics)),
+                    pool: pool.as_ref().map(Region::from),
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -103,7 +137,7 @@ impl LatentCache {
             config: config.clone(),
             options,
             layers,
-            ids: gate.is_some().then(|| kernels.allocate("egmla.cache.ids", rows * 4)).transpose()?,
+            lists,
             lengths: vec![0; options.batch as usize],
             identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
             generation: 0,
@@ -139,16 +173,25 @@ impl LatentCache {
     }
 
     pub(super) fn ids(&self) -> Option<Region> {
-        self.ids.as_ref().map(Region::from)
+        self.lists.as_ref().map(Lists::ids)
+    }
+
+    pub(super) fn lists(&self) -> Option<&Lists> {
+        self.lists.as_ref()
+    }
+
+    /// Distinct token ids that each sequence holds; empty unless the gate is at `up_projected`.
+    pub fn distinct_ids(&self) -> Vec<u32> {
+        self.lists.as_ref().map_or_else(Vec::new, Lists::distinct)
     }
 
     /// Every buffer, for the checks to poison.
     pub(crate) fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
         self.layers
             .iter()
-            .flat_map(|layer| [Some(&layer.latent), Some(&layer.rope_key), layer.statistics.as_ref()])
+            .flat_map(|layer| [Some(&layer.whole.buffer), layer.pool.as_ref().map(|pool| &pool.buffer)])
             .flatten()
-            .chain(&self.ids)
+            .chain(self.lists.as_ref().map(|lists| &lists.buffer))
     }
 
     pub(super) fn rows(&self) -> u32 {
@@ -172,10 +215,60 @@ impl LatentCache {
     /// # Errors
     /// [`Error::StaleStep`] when the step was planned on another cache or before another change of this one.
     pub fn commit(&mut self, step: &Step) -> Result<()> {
-        if step.stamp() != self.stamp() {
+        if step.stamp() != self.stamp() || !step.holds(self.lists.as_ref()) {
             return Err(Error::StaleStep);
         }
+        step.commit(self.lists.as_ref());
         self.lengths.copy_from_slice(step.lengths_after());
+        self.generation += 1;
+        Ok(())
+    }
+
+    /// Fills the one sequence of a one-layer cache with tokens of these ids and latents from `value`, of order 1: what a
+    /// prefill would leave there, without its time. For benches: the numbers are finite and mean nothing.
+    pub(crate) fn fill(&mut self, ids: &[u32], mut value: impl FnMut() -> f32) -> Result<()> {
+        let CacheOptions { batch, capacity, storage, .. } = self.options;
+        let (batch, found) = (u64::from(batch), ids.len() as u64);
+        if batch != 1 || self.layers.len() != 1 {
+            return Err(Error::Count { what: "sequences × layers to fill", expected: 1, found: batch });
+        }
+        if found > capacity.into() {
+            return Err(Error::CacheFull { sequence: 0, length: 0, added: found, capacity });
+        }
+        // The rows to the capacity stay 0: nothing reads them before they are written.
+        let rows = |width: u32, value: &mut dyn FnMut() -> f32| -> Vec<u8> {
+            let pitch = storage.row_pitch(width) as usize;
+            let mut bytes = vec![0; capacity as usize * pitch * storage.bytes() as usize];
+            for row in bytes.chunks_exact_mut(pitch * storage.bytes() as usize).take(ids.len()) {
+                for element in row.chunks_exact_mut(storage.bytes() as usize).take(width as usize) {
+                    match storage {
+                        Storage::F32 => element.copy_from_slice(&value().to_le_bytes()),
+                        Storage::F16 => element.copy_from_slice(&f16::from_f32(value()).to_le_bytes()),
+                    }
+                }
+            }
+            bytes
+        };
+        let kernels = &self.kernels;
+        if let Some(layer) = self.layers.first_mut() {
+            let mut bytes = vec![0; layer.whole.size as usize];
+            let mut put = |region: &Region, part: &[u8]| {
+                bytes[region.offset as usize..][..part.len()].copy_from_slice(part);
+            };
+            put(&layer.latent, &rows(self.config.d_latent, &mut value));
+            put(&layer.rope_key, &rows(self.config.d_rope, &mut value));
+            if let Some(statistics) = &layer.statistics {
+                // μ = 0, ρ = 1 in every row.
+                put(statistics, bytemuck::cast_slice(&vec![[0.0f32, 1.0]; capacity as usize]));
+            }
+            let buffer = kernels.upload("egmla.cache.layer", &bytes)?;
+            let regions = [&mut layer.whole, &mut layer.latent, &mut layer.rope_key];
+            regions.into_iter().chain(&mut layer.statistics).for_each(|region| region.buffer = buffer.clone());
+        }
+        if let Some(lists) = &mut self.lists {
+            lists.fill(kernels, ids)?;
+        }
+        self.lengths.fill(ids.len() as u32);
         self.generation += 1;
         Ok(())
     }
@@ -199,6 +292,9 @@ impl LatentCache {
             let found = length.into();
             return Err(Error::OutOfRange { what: "length to truncate to", found, limit: limit.into() });
         }
+        if let Some(lists) = &self.lists {
+            lists.truncate(sequence as u32, length);
+        }
         self.lengths[sequence] = length;
         self.generation += 1;
         Ok(())
@@ -206,6 +302,9 @@ impl LatentCache {
 
     /// Empties every sequence.
     pub fn reset(&mut self) {
+        if let Some(lists) = &self.lists {
+            lists.reset();
+        }
         self.lengths.fill(0);
         self.generation += 1;
     }
@@ -225,6 +324,9 @@ impl LatentCache {
         if copied.is_err() {
             recording.rewind(mark);
         } else {
+            if let Some(lists) = &self.lists {
+                lists.copy(from as u32, to as u32);
+            }
             self.lengths[to] = self.lengths[from];
             self.generation += 1;
         }
@@ -235,7 +337,7 @@ impl LatentCache {
         let stored =
             |width: u32| (u64::from(self.options.storage.row_pitch(width)) * self.options.storage.bytes() / 4) as u32;
         let length = self.lengths[from];
-        let mut copy = |buffer: &wgpu::Buffer, row_words: u32| {
+        let mut copy = |region: &Region, row_words: u32| {
             let first = |sequence: usize| product(&[sequence as u32, self.options.capacity, row_words]);
             // Every cache buffer is within a binding, so word indices fit 32 bits.
             let problem = cache_copy::Problem {
@@ -243,7 +345,7 @@ impl LatentCache {
                 from_word: first(from) as u32,
                 to_word: first(to) as u32,
             };
-            cache_copy::encode(recording, &problem, &buffer.into(), Tuning::Auto)
+            cache_copy::encode(recording, &problem, region, Tuning::Auto)
         };
         for layer in &self.layers {
             copy(&layer.latent, stored(self.config.d_latent))?;
@@ -252,17 +354,23 @@ impl LatentCache {
                 copy(statistics, 2)?;
             }
         }
-        self.ids.as_ref().map_or(Ok(()), |ids| copy(ids, 1))
+        let Some(lists) = &self.lists else { return Ok(()) };
+        for (from_word, to_word, words) in lists.copies(from as u32, to as u32, length) {
+            let problem = cache_copy::Problem { words, from_word, to_word };
+            cache_copy::encode(recording, &problem, &Region::from(&lists.buffer), Tuning::Auto)?;
+        }
+        Ok(())
     }
 
     /// Bytes allocated on the device, by purpose, together with a workspace.
     pub fn memory(&self, workspace: &Workspace) -> MemoryReport {
         let sum = |of: fn(&LayerCache) -> u64| self.layers.iter().map(of).sum();
         MemoryReport {
-            latent: sum(|layer| layer.latent.size()),
-            rope_key: sum(|layer| layer.rope_key.size()),
-            ids: self.ids.as_ref().map_or(0, wgpu::Buffer::size),
-            statistics: sum(|layer| layer.statistics.as_ref().map_or(0, wgpu::Buffer::size)),
+            latent: sum(|layer| layer.latent.size),
+            rope_key: sum(|layer| layer.rope_key.size),
+            lists: self.lists.as_ref().map_or(0, Lists::bytes),
+            statistics: sum(|layer| layer.statistics.as_ref().map_or(0, |statistics| statistics.size)),
+            gate_rows: sum(|layer| layer.pool.as_ref().map_or(0, |pool| pool.size)),
             workspace: workspace.bytes(),
         }
     }
@@ -275,22 +383,26 @@ pub struct MemoryReport {
     pub latent: u64,
     /// Cached rotary keys of all layers.
     pub rope_key: u64,
-    /// Cached token ids, shared by the layers.
-    pub ids: u64,
+    /// Token ids and group lists, shared by the layers.
+    pub lists: u64,
     /// Cached norm statistics of all layers.
     pub statistics: u64,
+    /// Gate rows that are kept: the pools of all layers, or their tables ([`super::Attention::gate_table_bytes`]) where the
+    /// caller has added them.
+    pub gate_rows: u64,
     /// Intermediate results of one step, shared by the layers.
     pub workspace: u64,
 }
 
 impl MemoryReport {
     /// The lines of the report: name and bytes.
-    pub fn lines(&self) -> [(&'static str, u64); 5] {
+    pub fn lines(&self) -> [(&'static str, u64); 6] {
         [
             ("latent", self.latent),
             ("rope key", self.rope_key),
-            ("token ids", self.ids),
+            ("token ids and groups", self.lists),
             ("norm statistics", self.statistics),
+            ("gate rows", self.gate_rows),
             ("workspace", self.workspace),
         ]
     }

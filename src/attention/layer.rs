@@ -3,16 +3,18 @@
 use half::f16;
 
 use super::cache::LatentCache;
+use super::lists::{GateRows, Grouped, Lists, widths};
 use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
 use super::workspace::Workspace;
-use crate::config::{AttentionConfig, GateConfig, LOW_RANK_NORM_EPS};
+use crate::config::{AttentionConfig, GateConfig, GateNorm, LOW_RANK_NORM_EPS};
+use crate::cost;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernels, Recording, Region};
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_read, gate, gather,
-    matmul, norm, rope,
+    attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill, cache_append,
+    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm, rope, word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
@@ -20,12 +22,13 @@ use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 /// How a decode step attends to the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DecodePath {
-    /// `Absorbed` where it is supported, else `Expanded`.
+    /// Whichever of the two does less work for the step at hand, by [`crate::cost`].
     #[default]
     Auto,
     /// Keys and values are rebuilt from the cache, tile by tile: every configuration.
     Expanded,
-    /// The query is taken through the key projection and meets the latents themselves: MLA, and the gate at `latent`.
+    /// The query is taken through the key projection and meets the latents themselves: once for MLA and the gate at `latent`,
+    /// once per distinct token id for the gate at `up_projected`.
     Absorbed,
 }
 
@@ -50,10 +53,37 @@ enum DeviceQuery {
 
 #[derive(Debug)]
 struct DeviceGate {
+    /// Rows padded to 16 bytes, like those of `b_proj`.
     embedding: Region,
     b_proj: Region,
+    /// γ, then β where a binding may begin: the two regions below and, for the grouped attention, one.
+    affine: Region,
     norm_weight: Region,
     norm_bias: Region,
+    table: Option<GateTable>,
+}
+
+/// Gate rows of the whole vocabulary, before their activation, in one shard or two.
+#[derive(Debug)]
+struct GateTable {
+    rows: u32,
+    low: Region,
+    high: Option<Region>,
+}
+
+impl GateTable {
+    fn bytes(&self) -> u64 {
+        self.low.size + self.high.as_ref().map_or(0, |high| high.size)
+    }
+}
+
+/// Gate rows as the grouped kernels bind them: resident ones, then others.
+struct GateSource {
+    gates: Region,
+    resident: u32,
+    storage: Storage,
+    more: Region,
+    more_storage: Storage,
 }
 
 /// Uploads a tensor as f32 or f16.
@@ -62,28 +92,86 @@ struct DeviceGate {
 /// [`Error::OutOfF16Range`] when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
 /// allocation refuses.
 pub(crate) fn upload_tensor(kernels: &Kernels, tensor: &HostTensor, storage: Storage) -> Result<Region> {
-    let needed = storage.tensor_bytes(tensor.data.len() as u64);
+    let elements = tensor.data.len();
+    upload_parts(kernels, tensor, storage, elements, elements, elements)
+}
+
+/// Uploads a matrix, `width` elements a row, with every row padded with zeros to 16 bytes.
+///
+/// # Errors
+/// As [`upload_tensor`].
+fn upload_rows(kernels: &Kernels, tensor: &HostTensor, storage: Storage, width: u32) -> Result<Region> {
+    let (width, pitch) = (width as usize, storage.row_pitch(width) as usize);
+    let rows = tensor.data.len() / width.max(1);
+    upload_parts(kernels, tensor, storage, width, pitch, rows * pitch)
+}
+
+/// Uploads `width` elements of the tensor every `pitch` elements of the device's.
+fn upload_parts(
+    kernels: &Kernels,
+    tensor: &HostTensor,
+    storage: Storage,
+    width: usize,
+    pitch: usize,
+    elements: usize,
+) -> Result<Region> {
+    let needed = storage.tensor_bytes(elements as u64);
     let allowed = kernels.context().limits.max_storage_buffer_binding_size;
     if needed > allowed {
         let what = format!("tensor `{}` in {}", tensor.name, storage.name());
         return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
     }
-    let buffer = match storage {
-        Storage::F32 => kernels.upload(&tensor.name, bytemuck::cast_slice(&tensor.data))?,
-        Storage::F16 => {
-            let narrow = |(index, &value): (usize, &f32)| {
-                let half = f16::from_f32(value);
-                if value.is_finite() && !half.is_finite() {
-                    return Err(Error::OutOfF16Range { name: tensor.name.clone(), index, value });
-                }
-                Ok(half)
-            };
-            let halves = tensor.data.iter().enumerate().map(narrow).collect::<Result<Vec<f16>>>()?;
-            kernels.upload(&tensor.name, bytemuck::cast_slice(&halves))?
-        }
-    };
-    Ok(Region::from(&buffer))
+    let mut stored = vec![0u8; needed as usize];
+    stored_rows(tensor, storage, width, pitch, &mut stored)?;
+    Ok(Region::from(&kernels.upload(&tensor.name, &stored)?))
 }
+
+/// Writes a tensor's rows as they are stored on the device.
+fn stored_rows(tensor: &HostTensor, storage: Storage, width: usize, pitch: usize, to: &mut [u8]) -> Result<()> {
+    let bytes = storage.bytes() as usize;
+    let rows = tensor.data.chunks(width.max(1)).zip(to.chunks_mut((pitch * bytes).max(1)));
+    for (row, (values, to)) in rows.enumerate() {
+        match storage {
+            Storage::F32 => to[..4 * values.len()].copy_from_slice(bytemuck::cast_slice(values)),
+            Storage::F16 => {
+                for (index, (&value, to)) in values.iter().zip(to.chunks_exact_mut(2)).enumerate() {
+                    let half = f16::from_f32(value);
+                    if value.is_finite() && !half.is_finite() {
+                        let index = row * width + index;
+                        return Err(Error::OutOfF16Range { name: tensor.name.clone(), index, value });
+                    }
+                    to.copy_from_slice(&half.to_le_bytes());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// γ and β of the gate's norm in one buffer: as a whole, and each by itself.
+fn upload_affine(
+    kernels: &Kernels,
+    storage: Storage,
+    weight: Option<&HostTensor>,
+    bias: Option<&HostTensor>,
+) -> Result<(Region, Region, Region)> {
+    let absent = kernels.absent();
+    let Some(weight) = weight else { return Ok((absent.clone(), absent.clone(), absent)) };
+    let width = weight.data.len();
+    let beta = attention_grouped::beta_element(width as u32) as usize * storage.bytes() as usize;
+    let part = storage.tensor_bytes(width as u64) as usize;
+    let mut stored = vec![0u8; if bias.is_some() { beta + part } else { part }];
+    stored_rows(weight, storage, width, width, &mut stored)?;
+    if let Some(bias) = bias {
+        stored_rows(bias, storage, width, width, &mut stored[beta..])?;
+    }
+    let buffer = kernels.upload(&weight.name, &stored)?;
+    let norm_bias = bias.map_or(absent, |_| Region::new(&buffer, beta as u64, part as u64));
+    Ok((Region::from(&buffer), Region::new(&buffer, 0, part as u64), norm_bias))
+}
+
+/// Rows of the gate table that a dispatch projects, so that none runs for long: a number of them begins where a binding may.
+const TABLE_TILE: u32 = 4096;
 
 /// `prefill` and `decode` commit a step after one layer: on a cache of several, the others would never see its tokens.
 fn one_layer(cache: &LatentCache) -> Result<()> {
@@ -131,17 +219,24 @@ impl Attention {
             kv_a_proj: upload(&weights.kv_a_proj)?,
             kv_a_bias: optional(&weights.kv_a_bias)?,
             kv_a_norm: optional(&weights.kv_a_norm)?,
-            kv_b_proj: upload(&weights.kv_b_proj)?,
+            kv_b_proj: upload_rows(kernels, &weights.kv_b_proj, storage, config.d_latent)?,
             o_proj: upload(&weights.o_proj)?,
             o_bias: optional(&weights.o_bias)?,
             gate: match &weights.gate {
                 None => None,
-                Some(gate) => Some(DeviceGate {
-                    embedding: upload(&gate.embedding)?,
-                    b_proj: upload(&gate.b_proj)?,
-                    norm_weight: optional(&gate.norm_weight)?.unwrap_or_else(|| kernels.absent()),
-                    norm_bias: optional(&gate.norm_bias)?.unwrap_or_else(|| kernels.absent()),
-                }),
+                Some(gate) => {
+                    let (weight, bias) = (gate.norm_weight.as_ref(), gate.norm_bias.as_ref());
+                    let (affine, norm_weight, norm_bias) = upload_affine(kernels, storage, weight, bias)?;
+                    let d_gate = config.gate.as_ref().map_or(1, |gate| gate.d_gate);
+                    Some(DeviceGate {
+                        embedding: upload_rows(kernels, &gate.embedding, storage, d_gate)?,
+                        b_proj: upload_rows(kernels, &gate.b_proj, storage, d_gate)?,
+                        affine,
+                        norm_weight,
+                        norm_bias,
+                        table: None,
+                    })
+                }
             },
         };
         Ok(Attention { kernels: kernels.clone(), config: config.clone(), storage, weights })
@@ -152,21 +247,139 @@ impl Attention {
         &self.config
     }
 
-    /// The decode path that `path` stands for in this configuration.
+    /// Records the projection of every id's gate row, for caches with [`GateRows::Table`]; the gate at `up_projected` alone.
+    /// The dispatches must run before the first decode step does.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for `Absorbed` with the gate at `up_projected`: gate and norm stand between latent and key.
-    pub fn decode_path(&self, path: DecodePath) -> Result<DecodePath> {
-        let absorbable = self.config.up_projected_gate().is_none();
+    /// No gate at `up_projected`; a table over two bindings, with both numbers; no memory left. The recording and the layer
+    /// are then as they were.
+    pub fn load_gate_table(&mut self, recording: &mut Recording) -> Result<()> {
+        self.reserve_gate_table()?;
+        let recorded = self.project_gate_table(recording);
+        if let (Err(_), Some(gate)) = (&recorded, &mut self.weights.gate) {
+            gate.table = None;
+        }
+        recorded
+    }
+
+    /// Allocates the gate table, all zeros.
+    pub(crate) fn reserve_gate_table(&mut self) -> Result<()> {
+        let Some(config) = self.config.up_projected_gate() else {
+            return Err(Error::Unsupported {
+                what: "a gate table without a gate at `up_projected`".to_owned(),
+                instead: "use `GateRows::Recompute`, which asks for nothing",
+            });
+        };
+        let (vocab, width) = (config.vocab_size, self.config.d_kv());
+        let row_bytes = u64::from(self.storage.row_pitch(width)) * self.storage.bytes();
+        let limits = &self.kernels.context().limits;
+        let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let shard = (allowed / row_bytes.max(1)).min(vocab.into()) as u32;
+        let shard = if shard < vocab { shard / TABLE_TILE * TABLE_TILE } else { vocab };
+        if shard == 0 || vocab.div_ceil(shard) > 2 {
+            let what = format!("a gate table of {vocab} rows in two shards");
+            let needed = row_bytes.saturating_mul(vocab.into());
+            return Err(Error::Limit { what, needed, allowed: 2 * allowed, limit: "max_storage_buffer_binding_size" });
+        }
+        let allocate = |rows: u32| {
+            let bytes = row_bytes * u64::from(rows);
+            self.kernels.allocate("egmla.gate_table", bytes).map(|buffer| Region::from(&buffer))
+        };
+        let low = allocate(shard)?;
+        let high = (shard < vocab).then(|| allocate(vocab - shard)).transpose()?;
+        if let Some(gate) = &mut self.weights.gate {
+            gate.table = Some(GateTable { rows: shard, low, high });
+        }
+        Ok(())
+    }
+
+    fn project_gate_table(&self, recording: &mut Recording) -> Result<()> {
+        let weights = self.gate_weights()?;
+        let (Some(config), Some(table)) = (self.config.up_projected_gate(), &weights.table) else { return Ok(()) };
+        let (vocab, width) = (config.vocab_size, self.config.d_kv());
+        let row_bytes = u64::from(self.storage.row_pitch(width)) * self.storage.bytes();
+        let absent = self.kernels.absent();
+        let mark = recording.mark();
+        let mut first = 0;
+        while first < vocab {
+            let (to, from, end) = match &table.high {
+                Some(high) if first >= table.rows => (high, table.rows, vocab),
+                _ => (&table.low, 0, table.rows),
+            };
+            let rows = TABLE_TILE.min(end - first);
+            let y = Region::new(&to.buffer, row_bytes * u64::from(first - from), row_bytes * u64::from(rows));
+            let problem = gate_rows::Problem {
+                rows,
+                width,
+                d_gate: config.d_gate,
+                vocab_size: vocab,
+                first_id: first,
+                ids: false,
+                targets: false,
+                y_rows: rows,
+                storage: self.storage,
+                y_storage: self.storage,
+            };
+            let (gate_embedding, gate_b_proj) = (&weights.embedding, &weights.b_proj);
+            let args = gate_rows::Args { gate_embedding, gate_b_proj, ids: &absent, targets: &absent, y: &y };
+            if let Err(error) = gate_rows::encode(recording, &problem, args, Tuning::Auto) {
+                recording.rewind(mark);
+                return Err(error);
+            }
+            first += rows;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the gate table; 0 before [`Attention::load_gate_table`].
+    pub fn gate_table_bytes(&self) -> u64 {
+        let table = self.weights.gate.as_ref().and_then(|gate| gate.table.as_ref());
+        table.map_or(0, GateTable::bytes)
+    }
+
+    /// The decode path that `path` stands for in a step on a cache: `Auto` is the one with fewer FLOPs by [`crate::cost`].
+    ///
+    /// # Errors
+    /// `Absorbed` where the device's workgroup memory holds no head of these widths, or where the cache wants gate rows from a
+    /// table that was not loaded.
+    pub fn decode_path(&self, path: DecodePath, cache: &LatentCache, step: &Step) -> Result<DecodePath> {
+        let possible = || -> Result<()> {
+            let Some(lists) = cache.lists() else { return Ok(()) };
+            attention_grouped::tiling(self.kernels.context(), widths(&self.config))?;
+            if lists.mode == GateRows::Table && self.gate_table_bytes() == 0 {
+                return Err(Error::Unsupported {
+                    what: "gate rows from a table that was not loaded".to_owned(),
+                    instead: "record `Attention::load_gate_table` first",
+                });
+            }
+            Ok(())
+        };
         match path {
             DecodePath::Expanded => Ok(DecodePath::Expanded),
-            DecodePath::Auto if absorbable => Ok(DecodePath::Absorbed),
-            DecodePath::Auto => Ok(DecodePath::Expanded),
-            DecodePath::Absorbed if absorbable => Ok(DecodePath::Absorbed),
-            DecodePath::Absorbed => Err(Error::Unsupported {
-                what: "decode path `absorbed` with gate site `up_projected`".to_owned(),
-                instead: "use `expanded` or `auto`",
-            }),
+            DecodePath::Absorbed => possible().map(|()| DecodePath::Absorbed),
+            DecodePath::Auto if possible().is_err() => Ok(DecodePath::Expanded),
+            DecodePath::Auto => {
+                let work = self.work(cache, step);
+                let absorbed = cost::attend_absorbed(&self.config, &work, self.storage).flops;
+                let expanded = cost::attend_expanded(&self.config, &work, self.storage).flops;
+                Ok(if absorbed <= expanded { DecodePath::Absorbed } else { DecodePath::Expanded })
+            }
+        }
+    }
+
+    /// What a decode step attends to.
+    fn work(&self, cache: &LatentCache, step: &Step) -> cost::DecodeWork {
+        let grouped = step.grouped();
+        cost::DecodeWork {
+            tokens: step.tokens,
+            rows: step.used_rows,
+            positions: step.met_positions,
+            groups: grouped.map_or(0, |grouped| grouped.met_groups),
+            projected: match grouped {
+                Some(grouped) if grouped.projected => grouped.rows,
+                _ => 0,
+            },
+            cache_storage: cache.options().storage,
         }
     }
 
@@ -257,7 +470,17 @@ impl Attention {
         if hidden.buffer == out.buffer {
             return Err(Error::Aliased { kernel: "attention", first: "hidden", second: "out" });
         }
-        let path = self.decode_path(path)?;
+        if step.mode == Mode::Decode && step.most_tokens > workspace.decode_tokens {
+            return Err(Error::OutOfRange {
+                what: "new tokens of a sequence (the workspace's decode_tokens)",
+                found: step.most_tokens.into(),
+                limit: workspace.decode_tokens.into(),
+            });
+        }
+        let path = match step.mode {
+            Mode::Prefill => DecodePath::Expanded,
+            Mode::Decode => self.decode_path(path, cache, step)?,
+        };
         let mark = recording.mark();
         let recorded = self.record(recording, cache, layer, step, workspace, path, hidden, out);
         if recorded.is_err() {
@@ -278,10 +501,14 @@ impl Attention {
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
+        self.begin(recording, cache, layer, step)?;
         self.query(recording, step, workspace, hidden)?;
-        self.append(recording, cache, layer, step, workspace, hidden)?;
-        match (step.mode, path) {
-            (Mode::Decode, DecodePath::Absorbed) => self.attend_absorbed(recording, cache, layer, step, workspace)?,
+        let latent = self.append(recording, cache, layer, step, workspace, hidden)?;
+        match (path, step.grouped()) {
+            (DecodePath::Absorbed, Some(grouped)) => {
+                self.attend_grouped(recording, cache, layer, step, workspace, latent, grouped)?;
+            }
+            (DecodePath::Absorbed, None) => self.attend_absorbed(recording, cache, layer, step, workspace)?,
             _ => self.attend_expanded(recording, cache, layer, step, workspace)?,
         }
         let c = &self.config;
@@ -295,6 +522,43 @@ impl Attention {
             self.weights.o_bias.as_ref(),
             out,
         )
+    }
+
+    /// What a step changes in the lists of the cache, once for all layers, and the rows that it adds to this layer's pool.
+    fn begin(&self, recording: &mut Recording, cache: &LatentCache, layer: usize, step: &Step) -> Result<()> {
+        let Some(lists) = cache.lists() else { return Ok(()) };
+        if recording.once((step.identity(), 0)) {
+            let problem = word_scatter::Problem { count: step.lists.patches.len() as u32, words: lists.words };
+            let args = word_scatter::Args { patches: &step.patches, words: &Region::from(&lists.buffer) };
+            word_scatter::encode(recording, &problem, args, Tuning::Auto)?;
+        }
+        let rows = step.lists.fills.0.len() as u32;
+        let (Some(pool), Some(config)) = (&cache.layer(layer)?.pool, self.config.up_projected_gate()) else {
+            return Ok(());
+        };
+        let weights = self.gate_weights()?;
+        let y_storage = cache.options().storage;
+        let pitch = u64::from(y_storage.row_pitch(self.config.d_kv())) * y_storage.bytes();
+        let problem = gate_rows::Problem {
+            rows,
+            width: self.config.d_kv(),
+            d_gate: config.d_gate,
+            vocab_size: config.vocab_size,
+            first_id: 0,
+            ids: true,
+            targets: true,
+            y_rows: (pool.size / pitch) as u32,
+            storage: self.storage,
+            y_storage,
+        };
+        let args = gate_rows::Args {
+            gate_embedding: &weights.embedding,
+            gate_b_proj: &weights.b_proj,
+            ids: &step.fill_ids,
+            targets: &step.fill_rows,
+            y: pool,
+        };
+        gate_rows::encode(recording, &problem, args, Tuning::Auto)
     }
 
     /// Dense `y [rows, cols] = x [rows, inner] · wᵀ + bias`.
@@ -352,45 +616,34 @@ impl Attention {
                 self.linear(recording, step.tokens, (rank, width), normed, b_proj, None, &workspace.q)?;
             }
         }
-        self.rotate(recording, step, (c.n_head, c.d_nope, c.d_query()), &workspace.q)
-    }
-
-    /// Rotates the last `d_rope` elements of every head of `[tokens, n_head, d_head]`.
-    fn rotate(
-        &self,
-        recording: &mut Recording,
-        step: &Step,
-        (n_head, offset, d_head): (u32, u32, u32),
-        values: &Region,
-    ) -> Result<()> {
         let problem = rope::Problem {
             tokens: step.tokens,
-            n_head,
-            d_rope: self.config.d_rope,
-            offset,
-            token_stride: n_head * d_head,
-            head_stride: d_head,
-            interleave: self.config.rope.interleave,
+            n_head: c.n_head,
+            d_rope: c.d_rope,
+            offset: c.d_nope,
+            token_stride: c.n_head * c.d_query(),
+            head_stride: c.d_query(),
+            interleave: c.rope.interleave,
         };
-        rope::encode(recording, &problem, rope::Args { rotations: &step.rotations, values }, Tuning::Auto)
+        let args = rope::Args { rotations: &step.rotations, values: &workspace.q };
+        rope::encode(recording, &problem, args, Tuning::Auto)
     }
 
-    /// Latents and rotary keys of the new tokens, into the cache.
-    fn append(
+    /// Latents and rotary keys of the new tokens, into the cache. Returns the latents, and elements from one to the next.
+    fn append<'w>(
         &self,
         recording: &mut Recording,
         cache: &LatentCache,
         layer: usize,
         step: &Step,
-        workspace: &Workspace,
+        workspace: &'w Workspace,
         hidden: &Region,
-    ) -> Result<()> {
+    ) -> Result<(&'w Region, u32)> {
         let c = &self.config;
         let d_kv_a = c.d_latent + c.d_rope;
         let bias = self.weights.kv_a_bias.as_ref();
         let kv_a = &workspace.kv_a;
         self.linear(recording, step.tokens, (c.hidden_size, d_kv_a), hidden, &self.weights.kv_a_proj, bias, kv_a)?;
-        self.rotate(recording, step, (1, c.d_latent, d_kv_a), kv_a)?;
         let mut latent = (kv_a, d_kv_a);
         if let Some(weight) = &self.weights.kv_a_norm {
             self.low_rank_norm(recording, (step.tokens, c.d_latent, d_kv_a), kv_a, weight, &workspace.latent)?;
@@ -406,8 +659,6 @@ impl Attention {
             latent = (&workspace.latent_gated, c.d_latent);
         }
         let cached = cache.layer(layer)?;
-        let with_ids = cache.ids().is_some();
-        let ids = if with_ids { self.ids_of(step)?.clone() } else { self.kernels.absent() };
         let problem = cache_append::Problem {
             tokens: step.tokens,
             cache_rows: cache.rows(),
@@ -417,7 +668,8 @@ impl Attention {
             d_rope: c.d_rope,
             rope_offset: c.d_latent,
             rope_row: d_kv_a,
-            with_ids,
+            interleave: Some(c.rope.interleave),
+            rope_byte: cached.rope_key.offset,
             storage: cache.options().storage,
         };
         cache_append::encode(
@@ -426,14 +678,13 @@ impl Attention {
             cache_append::Args {
                 latent: latent.0,
                 rope_key: kv_a,
-                ids: &ids,
+                rotations: &step.rotations,
                 slots: &step.slots,
-                latent_cache: &Region::from(&cached.latent),
-                rope_cache: &Region::from(&cached.rope_key),
-                id_cache: &cache.ids().unwrap_or_else(|| self.kernels.sink()),
+                cache: &cached.whole,
             },
             Tuning::Auto,
-        )
+        )?;
+        Ok(latent)
     }
 
     fn ids_of<'a>(&self, step: &'a Step) -> Result<&'a Region> {
@@ -456,12 +707,30 @@ impl Attention {
         workspace: &Workspace,
     ) -> Result<()> {
         let weights = self.gate_weights()?;
-        let problem =
-            gather::Problem { rows, width: config.d_gate, vocab_size: config.vocab_size, storage: self.storage };
+        let problem = self.embeddings(config, rows);
         let args = gather::Args { table: &weights.embedding, ids, y: &workspace.gate_rows };
         gather::encode(recording, &problem, args, Tuning::Auto)?;
-        let (x, y) = (&workspace.gate_rows, &workspace.gate);
-        self.linear(recording, rows, (config.d_gate, width), x, &weights.b_proj, None, y)
+        let absent = self.kernels.absent();
+        let problem = self.padded(rows, config.d_gate, width);
+        let args = matmul::Args { x: &workspace.gate_rows, w: &weights.b_proj, bias: &absent, y: &workspace.gate };
+        product_of(recording, problem, args)
+    }
+
+    /// Rows of the gate table.
+    fn embeddings(&self, config: &GateConfig, rows: u32) -> gather::Problem {
+        gather::Problem {
+            rows,
+            width: config.d_gate,
+            table_row: self.storage.row_pitch(config.d_gate),
+            vocab_size: config.vocab_size,
+            storage: self.storage,
+        }
+    }
+
+    /// A product with weights whose rows are padded to 16 bytes.
+    fn padded(&self, rows: u32, inner: u32, cols: u32) -> matmul::Problem {
+        let w = Layout { row: self.storage.row_pitch(inner), ..Layout::dense(inner) };
+        matmul::Problem { w, ..matmul::Problem::linear(rows, inner, cols, false, self.storage) }
     }
 
     /// `y = Norm(x ⊙ act(gate))`, statistics into `(slots, statistics, rows of it)`.
@@ -503,7 +772,7 @@ impl Attention {
         workspace: &Workspace,
     ) -> Result<()> {
         let c = &self.config;
-        let rope_cache = Region::from(&cache.layer(layer)?.rope_key);
+        let rope_cache = &cache.layer(layer)?.rope_key;
         let storage = cache.options().storage;
         let mut first = 0;
         while first < step.rows {
@@ -532,7 +801,7 @@ impl Attention {
                     let args = attention_prefill::Args {
                         q: &workspace.q,
                         kv,
-                        rope_cache: &rope_cache,
+                        rope_cache,
                         queries: &step.queries,
                         sequences: &step.sequences,
                         values: &workspace.values,
@@ -543,6 +812,8 @@ impl Attention {
                 Mode::Decode => {
                     let problem = attention_decode::Problem {
                         tokens: step.tokens,
+                        most_tokens: step.most_tokens,
+                        partials: step.partials,
                         n_sequence: step.n_sequence,
                         n_head: c.n_head,
                         d_nope: c.d_nope,
@@ -557,8 +828,8 @@ impl Attention {
                     let args = attention_decode::Args {
                         q: &workspace.q,
                         kv,
-                        rope_cache: &rope_cache,
-                        sequences: &step.sequences,
+                        rope_cache,
+                        sequences: &step.decoding,
                         partial_values: &workspace.partial_values,
                         partial_softmax: &workspace.partial_softmax,
                     };
@@ -599,7 +870,7 @@ impl Attention {
             recording,
             &problem,
             cache_read::Args {
-                latent_cache: &Region::from(&cached.latent),
+                latent_cache: &cached.latent,
                 id_cache: &cache.ids().unwrap_or_else(|| self.kernels.absent()),
                 sequences: &step.sequences,
                 latent: &workspace.tile_latent,
@@ -608,12 +879,13 @@ impl Attention {
             },
             Tuning::Auto,
         )?;
+        let absent = self.kernels.absent();
         let (x, w, y) = (&workspace.tile_latent, &self.weights.kv_b_proj, &workspace.kv);
-        self.linear(recording, rows, (c.d_latent, c.d_kv()), x, w, None, y)?;
+        product_of(recording, self.padded(rows, c.d_latent, c.d_kv()), matmul::Args { x, w, bias: &absent, y })?;
         let Some(gate) = c.up_projected_gate() else { return Ok(&workspace.kv) };
         self.gate_projection(recording, gate, rows, c.d_kv(), &workspace.tile_ids, workspace)?;
         let (statistics, statistics_rows) = match &cached.statistics {
-            Some(buffer) => (Region::from(buffer), cache.rows()),
+            Some(statistics) => (statistics.clone(), cache.rows()),
             None => (self.kernels.sink(), 0),
         };
         let to = (&workspace.tile_slots, &statistics, statistics_rows);
@@ -642,7 +914,8 @@ impl Attention {
         let cached = cache.layer(layer)?;
         let absent = self.kernels.absent();
         // Rows of kv_b_proj that belong to one head.
-        let head_weights = (c.d_nope + c.d_value) * c.d_latent;
+        let pitch = self.storage.row_pitch(c.d_latent);
+        let head_weights = (c.d_nope + c.d_value) * pitch;
         let latents = Layout { offset: 0, row: c.n_head * c.d_latent, inner: 1, batch: c.d_latent };
 
         // a[h] = W_K[h]ᵀ q_C[h]
@@ -652,7 +925,7 @@ impl Attention {
             cols: c.d_latent,
             batch: c.n_head,
             x: Layout { offset: 0, row: c.n_head * c.d_query(), inner: 1, batch: c.d_query() },
-            w: Layout { offset: 0, row: 1, inner: c.d_latent, batch: head_weights },
+            w: Layout { offset: 0, row: 1, inner: pitch, batch: head_weights },
             y: latents,
             bias: false,
             storage: self.storage,
@@ -662,6 +935,8 @@ impl Attention {
 
         let problem = attention_absorbed::Problem {
             tokens: step.tokens,
+            most_tokens: step.most_tokens,
+            partials: step.partials,
             n_sequence: step.n_sequence,
             splits: step.rows / attention_decode::SPLIT,
             n_head: c.n_head,
@@ -675,9 +950,9 @@ impl Attention {
         let args = attention_absorbed::Args {
             absorbed: &workspace.absorbed,
             q: &workspace.q,
-            latent_cache: &Region::from(&cached.latent),
-            rope_cache: &Region::from(&cached.rope_key),
-            sequences: &step.sequences,
+            latent_cache: &cached.latent,
+            rope_cache: &cached.rope_key,
+            sequences: &step.decoding,
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
@@ -691,12 +966,227 @@ impl Attention {
             cols: c.d_value,
             batch: c.n_head,
             x: latents,
-            w: Layout { offset: c.d_nope * c.d_latent, row: c.d_latent, inner: 1, batch: head_weights },
+            w: Layout { offset: c.d_nope * pitch, row: pitch, inner: 1, batch: head_weights },
             y: Layout { offset: 0, row: c.n_head * c.d_value, inner: 1, batch: c.d_value },
             bias: false,
             storage: self.storage,
         };
         product_of(recording, fold, matmul::Args { x: &workspace.merged, w, bias, y: &workspace.values })
+    }
+
+    /// Where the grouped kernels find gate rows, those of the first pass where they are projected.
+    fn gate_source(
+        &self,
+        cache: &LatentCache,
+        layer: usize,
+        lists: &Lists,
+        workspace: &Workspace,
+    ) -> Result<GateSource> {
+        let storage = cache.options().storage;
+        let more = workspace.group_gates.clone();
+        let source = match (lists.mode, &self.gate_weights()?.table, &cache.layer(layer)?.pool) {
+            (GateRows::Pool { rows }, _, Some(pool)) => {
+                GateSource { gates: pool.clone(), resident: rows, storage, more, more_storage: storage }
+            }
+            (GateRows::Table, Some(table), _) => GateSource {
+                gates: table.low.clone(),
+                resident: table.rows,
+                storage: self.storage,
+                more: table.high.clone().unwrap_or_else(|| self.kernels.absent()),
+                more_storage: self.storage,
+            },
+            _ => {
+                let gates = self.kernels.absent();
+                GateSource { gates, resident: 0, storage, more, more_storage: Storage::F32 }
+            }
+        };
+        Ok(source)
+    }
+
+    /// Attention over the latents with one absorbed query per distinct token id.
+    #[expect(clippy::too_many_arguments, reason = "as forward, and what append and the step's plan found")]
+    fn attend_grouped(
+        &self,
+        recording: &mut Recording,
+        cache: &LatentCache,
+        layer: usize,
+        step: &Step,
+        workspace: &Workspace,
+        (latent, latent_row): (&Region, u32),
+        grouped: &Grouped,
+    ) -> Result<()> {
+        let c = &self.config;
+        let (Some(lists), Some(gate)) = (cache.lists(), c.up_projected_gate()) else { return Ok(()) };
+        let (cached, table) = (cache.layer(layer)?, Region::from(&lists.buffer));
+        let absent = self.kernels.absent();
+        let source = self.gate_source(cache, layer, lists, workspace)?;
+        let pass_rows = if grouped.projected { lists.pass_rows.min(grouped.rows) } else { grouped.rows };
+        let more_rows = |rows: u32| match (lists.mode, grouped.projected) {
+            (GateRows::Table, _) => gate.vocab_size - source.resident,
+            (_, true) => rows + step.tokens,
+            (_, false) => 0,
+        };
+        for pass_index in 0..grouped.passes {
+            let first_row = pass_index * pass_rows;
+            let rows = pass_rows.min(grouped.rows - first_row);
+            if grouped.projected {
+                let listed = group_ids::Problem {
+                    tokens: step.tokens,
+                    first_row,
+                    rows,
+                    n_sequence: step.n_sequence,
+                    table: lists.table,
+                    list_words: lists.words,
+                };
+                let args = group_ids::Args {
+                    token_ids: self.ids_of(step)?,
+                    token_rows: &step.token_rows,
+                    lists: &table,
+                    ids: &workspace.group_ids,
+                };
+                // With one pass the list is the same for every layer.
+                if grouped.passes > 1 || recording.once((step.identity(), workspace.identity())) {
+                    group_ids::encode(recording, &listed, args, Tuning::Auto)?;
+                }
+                self.project_rows(recording, gate, rows + step.tokens, &source, workspace)?;
+            }
+            if pass_index == 0 && gate.norm != GateNorm::None {
+                let problem = matmul::Problem {
+                    x: Layout { row: latent_row, ..Layout::dense(c.d_latent) },
+                    ..self.padded(step.tokens, c.d_latent, c.d_kv())
+                };
+                let args = matmul::Args { x: latent, w: &self.weights.kv_b_proj, bias: &absent, y: &workspace.kv };
+                product_of(recording, problem, args)?;
+                let problem = gate_statistics::Problem {
+                    tokens: step.tokens,
+                    width: c.d_kv(),
+                    resident: source.resident,
+                    more: more_rows(rows),
+                    more_first: rows,
+                    cache_rows: cache.rows(),
+                    eps: gate.norm_eps as f32,
+                    activation: gate.activation,
+                    norm: gate.norm,
+                    storage: source.storage,
+                    more_storage: source.more_storage,
+                };
+                let args = gate_statistics::Args {
+                    kv: &workspace.kv,
+                    gates: &source.gates,
+                    gates_more: &source.more,
+                    rows: &step.token_rows,
+                    slots: &step.slots,
+                    statistics: cached.statistics.as_ref().unwrap_or(&absent),
+                };
+                gate_statistics::encode(recording, &problem, args, Tuning::Auto)?;
+            }
+            let problem = attention_grouped::Problem {
+                tokens: step.tokens,
+                most_tokens: step.most_tokens,
+                n_sequence: step.n_sequence,
+                items: grouped.items,
+                partials: grouped.partials,
+                n_head: c.n_head,
+                widths: widths(c),
+                tiling: grouped.tiling,
+                table: lists.table,
+                list_words: lists.words,
+                cache_rows: cache.rows(),
+                rope_byte: cached.rope_key.offset,
+                statistics_byte: cached.statistics.as_ref().map_or(0, |statistics| statistics.offset),
+                resident: source.resident,
+                gates_storage: source.storage,
+                more: more_rows(rows),
+                more_storage: source.more_storage,
+                first_row,
+                rows,
+                pass_index,
+                passes: grouped.passes,
+                activation: gate.activation,
+                norm: gate.norm,
+                scale: c.scale() as f32,
+                met_groups: grouped.met_groups,
+                met_positions: step.met_positions,
+                cache_storage: cache.options().storage,
+                storage: self.storage,
+            };
+            let args = attention_grouped::Args {
+                q: &workspace.q,
+                kv_b_proj: &self.weights.kv_b_proj,
+                affine: &self.gate_weights()?.affine,
+                gates: &source.gates,
+                gates_more: &source.more,
+                cache: &cached.whole,
+                lists: &table,
+                partial: &workspace.grouped,
+            };
+            attention_grouped::encode(recording, &problem, args, Tuning::Auto)?;
+        }
+        let softmax = 4 * attention_grouped::softmax_word(grouped.partials, c.n_head, c.d_value);
+        let partial = &workspace.grouped;
+        let problem = attention_merge::Problem {
+            tokens: step.tokens,
+            n_head: c.n_head,
+            width: c.d_value,
+            splits: grouped.partials,
+        };
+        let args = attention_merge::Args {
+            partial_values: &Region::new(&partial.buffer, 0, softmax),
+            partial_softmax: &Region::new(&partial.buffer, softmax, partial.size.saturating_sub(softmax)),
+            ranges: &step.grouped_ranges,
+            values: &workspace.values,
+            lse: &workspace.lse,
+        };
+        attention_merge::encode(recording, &problem, args, Tuning::Auto)
+    }
+
+    /// Gate rows of the ids that a pass has listed, into the workspace.
+    fn project_rows(
+        &self,
+        recording: &mut Recording,
+        gate: &GateConfig,
+        rows: u32,
+        source: &GateSource,
+        workspace: &Workspace,
+    ) -> Result<()> {
+        let weights = self.gate_weights()?;
+        let absent = self.kernels.absent();
+        let d_kv = self.config.d_kv();
+        if source.resident == 0 {
+            // All of them: the matrix product is the faster one.
+            let args =
+                gather::Args { table: &weights.embedding, ids: &workspace.group_ids, y: &workspace.group_embeddings };
+            gather::encode(recording, &self.embeddings(gate, rows), args, Tuning::Auto)?;
+            let y = Layout { row: source.more_storage.row_pitch(d_kv), ..Layout::dense(d_kv) };
+            let problem = matmul::Problem { y, ..self.padded(rows, gate.d_gate, d_kv) };
+            let args = matmul::Args {
+                x: &workspace.group_embeddings,
+                w: &weights.b_proj,
+                bias: &absent,
+                y: &workspace.group_gates,
+            };
+            return product_of(recording, problem, args);
+        }
+        let problem = gate_rows::Problem {
+            rows,
+            width: d_kv,
+            d_gate: gate.d_gate,
+            vocab_size: gate.vocab_size,
+            first_id: 0,
+            ids: true,
+            targets: false,
+            y_rows: rows,
+            storage: self.storage,
+            y_storage: source.more_storage,
+        };
+        let args = gate_rows::Args {
+            gate_embedding: &weights.embedding,
+            gate_b_proj: &weights.b_proj,
+            ids: &workspace.group_ids,
+            targets: &absent,
+            y: &workspace.group_gates,
+        };
+        gate_rows::encode(recording, &problem, args, Tuning::Auto)
     }
 
     fn merge(
@@ -707,8 +1197,8 @@ impl Attention {
         width: u32,
         values: &Region,
     ) -> Result<()> {
-        let splits = step.rows / attention_decode::SPLIT;
-        let problem = attention_merge::Problem { tokens: step.tokens, n_head: self.config.n_head, width, splits };
+        let (tokens, n_head) = (step.tokens, self.config.n_head);
+        let problem = attention_merge::Problem { tokens, n_head, width, splits: step.partials };
         let args = attention_merge::Args {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,

@@ -14,17 +14,19 @@
 //! three for a cache of one layer.
 
 mod cache;
+pub(crate) mod groups;
 mod layer;
+mod lists;
 mod product;
 mod step;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache, MemoryReport};
 pub use layer::{Attention, DecodePath};
-pub use step::{Mode, Step, StepInput};
+pub use lists::GateRows;
+pub use step::{MOST_DECODED, Mode, Step, StepInput};
 pub use workspace::{Workspace, WorkspaceOptions};
 
 #[cfg(feature = "decoder")]
 pub(crate) use layer::upload_tensor;
-#[cfg(feature = "decoder")]
 pub(crate) use product::product_of;

@@ -1,11 +1,14 @@
 //! New tokens of a batch, checked, with what every layer needs to know of them on the device.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytemuck::cast_slice;
 
 use super::cache::LatentCache;
+use super::lists::{Grouped, ListStep, Lists};
 use crate::error::{Error, Result};
 use crate::kernel::Region;
-use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::plan::Tuning;
@@ -15,9 +18,13 @@ use crate::plan::Tuning;
 pub enum Mode {
     /// Any number of new tokens a sequence.
     Prefill,
-    /// At most one new token a sequence.
+    /// Up to [`MOST_DECODED`] new tokens a sequence: one, or the candidates of speculative decoding. Each sees those before
+    /// it.
     Decode,
 }
+
+/// Most new tokens of a sequence in a decode step.
+pub const MOST_DECODED: u32 = 16;
 
 /// New tokens: sequence 0's, then sequence 1's, and so on.
 #[derive(Debug, Clone, Copy)]
@@ -41,16 +48,34 @@ pub struct Step {
     pub(super) used_rows: u32,
     pub(super) n_sequence: u32,
     pub(super) query_tiles: u32,
+    /// Most new tokens of a sequence.
+    pub(super) most_tokens: u32,
+    /// Partial results of the kernels that split the cache by rows.
+    pub(super) partials: u32,
+    /// Query-position pairs, for the choice of a path.
+    pub(super) met_positions: u64,
     pub(super) slots: Region,
     ids: Option<Region>,
     pub(super) rotations: Region,
     pub(super) sequences: Region,
+    pub(super) decoding: Region,
     pub(super) queries: Region,
     pub(super) ranges: Region,
+    pub(super) patches: Region,
+    pub(super) token_rows: Region,
+    pub(super) fill_ids: Region,
+    pub(super) fill_rows: Region,
+    pub(super) grouped_ranges: Region,
+    pub(super) lists: ListStep,
+    identity: u64,
+    counts: Vec<u32>,
+    token_ids: Vec<u32>,
     lengths_after: Vec<u32>,
     stamp: (u64, u64),
     uploaded: u64,
 }
+
+static IDENTITIES: AtomicU64 = AtomicU64::new(0);
 
 impl Step {
     pub(super) fn plan(cache: &LatentCache, input: StepInput<'_>) -> Result<Self> {
@@ -66,11 +91,11 @@ impl Step {
         }
         let mut lengths_after = cache.lengths().to_vec();
         for (sequence, (length, &count)) in lengths_after.iter_mut().zip(counts).enumerate() {
-            if mode == Mode::Decode && count > 1 {
+            if mode == Mode::Decode && count > MOST_DECODED {
                 return Err(Error::OutOfRange {
                     what: "new tokens of a sequence in a decode step",
                     found: count.into(),
-                    limit: 1,
+                    limit: MOST_DECODED.into(),
                 });
             }
             match length.checked_add(count) {
@@ -92,9 +117,10 @@ impl Step {
         let mut slots = Vec::with_capacity(tokens as usize);
         let mut rotations: Vec<[f32; 2]> = Vec::with_capacity(tokens as usize * frequencies.len());
         let mut sequences = Vec::new();
+        let mut decoding = Vec::new();
         let mut queries = Vec::new();
         let mut ranges = Vec::new();
-        let (mut rows, mut used_rows) = (0u64, 0u64);
+        let (mut rows, mut used_rows, mut partials, mut met_positions) = (0u64, 0u64, 0u32, 0u64);
         for (sequence, &count) in counts.iter().enumerate() {
             if count == 0 {
                 continue;
@@ -111,7 +137,18 @@ impl Step {
                 }));
             }
             let line = sequences.len() as u32;
+            let splits = length.div_ceil(SPLIT);
             sequences.push(SequenceRow { first_row: rows as u32, first_slot, length, token: first_token });
+            decoding.push(DecodeSequence {
+                first_row: rows as u32,
+                first_slot,
+                length,
+                token: first_token,
+                tokens: count,
+                partial: partials,
+                splits,
+                unused: 0,
+            });
             queries.extend((0..count).step_by(tile_q as usize).map(|start| QueryTile {
                 first_token: first_token + start,
                 count: tile_q.min(count - start),
@@ -119,7 +156,13 @@ impl Step {
                 sequence: line,
             }));
             if mode == Mode::Decode {
-                ranges.push([rows as u32 / SPLIT, length.div_ceil(SPLIT)]);
+                ranges.extend((0..count).map(|query| [partials + query * splits, splits]));
+                met_positions += (before + 1..=length).map(u64::from).sum::<u64>();
+                partials = partials.checked_add(count * splits).ok_or(Error::OutOfRange {
+                    what: "partial results of a step",
+                    found: u64::from(partials) + u64::from(count * splits),
+                    limit: u32::MAX.into(),
+                })?;
             }
             used_rows = rows + u64::from(length);
             rows += u64::from(length.next_multiple_of(SPLIT));
@@ -129,18 +172,42 @@ impl Step {
             return Err(Error::OutOfRange { what: "cached tokens of a step, padded to splits", found: rows, limit });
         }
 
+        let lists = match (cache.lists(), token_ids) {
+            (Some(lists), Some(ids)) => lists.plan(counts, ids, mode == Mode::Decode),
+            _ => ListStep::default(),
+        };
+        let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
+
         let mut upload = Upload::new(context.limits.min_storage_buffer_offset_alignment);
         let parts = [
             upload.add(cast_slice(&slots)),
             upload.add(cast_slice(&rotations)),
             upload.add(cast_slice(&sequences)),
+            upload.add(cast_slice(if mode == Mode::Decode { &decoding[..] } else { &[] })),
             upload.add(cast_slice(&queries)),
             upload.add(cast_slice(&ranges)),
             upload.add(cast_slice(token_ids.unwrap_or_default())),
+            upload.add(cast_slice(&lists.patches)),
+            upload.add(cast_slice(&lists.token_rows)),
+            upload.add(cast_slice(&lists.fills.0)),
+            upload.add(cast_slice(&lists.fills.1)),
+            upload.add(cast_slice(grouped_ranges)),
         ];
         let buffer = cache.kernels().upload("egmla.step", &upload.bytes)?;
-        let [slots, rotations, sequence_table, query_table, ranges, ids] =
-            parts.map(|(offset, size)| Region::new(&buffer, offset, size));
+        let [
+            slots,
+            rotations,
+            sequence_table,
+            decode_table,
+            query_table,
+            ranges,
+            ids,
+            patches,
+            token_rows,
+            fill_ids,
+            fill_rows,
+            grouped_ranges,
+        ] = parts.map(|(offset, size)| Region::new(&buffer, offset, size));
         Ok(Step {
             mode,
             tokens,
@@ -148,12 +215,25 @@ impl Step {
             used_rows: used_rows as u32,
             n_sequence: sequences.len() as u32,
             query_tiles: queries.len() as u32,
+            most_tokens: counts.iter().copied().max().unwrap_or(0),
+            partials,
+            met_positions,
             slots,
             ids: token_ids.map(|_| ids),
             rotations,
             sequences: sequence_table,
+            decoding: decode_table,
             queries: query_table,
             ranges,
+            patches,
+            token_rows,
+            fill_ids,
+            fill_rows,
+            grouped_ranges,
+            lists,
+            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
+            counts: counts.to_vec(),
+            token_ids: token_ids.unwrap_or_default().to_vec(),
             lengths_after,
             stamp: cache.stamp(),
             uploaded: upload.bytes.len() as u64,
@@ -178,6 +258,25 @@ impl Step {
     /// Bytes that the step uploaded; in decode they do not depend on how much is cached.
     pub fn uploaded_bytes(&self) -> u64 {
         self.uploaded
+    }
+
+    /// Tells steps apart.
+    pub(super) fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    pub(super) fn grouped(&self) -> Option<&Grouped> {
+        self.lists.grouped.as_ref()
+    }
+
+    pub(super) fn holds(&self, lists: Option<&Lists>) -> bool {
+        lists.is_none_or(|lists| lists.holds(&self.lists))
+    }
+
+    pub(super) fn commit(&self, lists: Option<&Lists>) {
+        if let Some(lists) = lists {
+            lists.commit(&self.lists, &self.counts, &self.token_ids);
+        }
     }
 
     pub(super) fn stamp(&self) -> (u64, u64) {

@@ -1,10 +1,15 @@
 //! Buffers for the intermediate results of a step, shared by all layers.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::cache::LatentCache;
+use super::lists::GateRows;
+use super::step::MOST_DECODED;
 use crate::config::GateSite;
 use crate::error::{Error, Result};
 use crate::kernel::Region;
 use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::{attention_prefill, product};
 use crate::plan::Tuning;
 
@@ -19,14 +24,19 @@ pub struct WorkspaceOptions {
     /// Cached rows whose keys and values are rebuilt at once; rounded up to the split length. More rows mean fewer
     /// dispatches, fewer rows mean less memory.
     pub tile_rows: u32,
+    /// Most new tokens of a sequence in a decode step, up to [`super::MOST_DECODED`]: each has partial results of its own.
+    pub decode_tokens: u32,
 }
 
 impl WorkspaceOptions {
-    /// Room for steps of up to `max_tokens` new tokens, keys and values rebuilt 1024 rows at a time.
+    /// Room for steps of up to `max_tokens` new tokens, keys and values rebuilt 1024 rows at a time, one new token a sequence
+    /// in decode.
     pub fn new(max_tokens: u32) -> Self {
-        WorkspaceOptions { max_tokens, tile_rows: 1024 }
+        WorkspaceOptions { max_tokens, tile_rows: 1024, decode_tokens: 1 }
     }
 }
+
+static IDENTITIES: AtomicU64 = AtomicU64::new(1);
 
 /// Intermediate results of one step. Layers use it one after another; a caller with several steps in flight on one queue
 /// may share it too, since their commands run in order.
@@ -34,6 +44,7 @@ impl WorkspaceOptions {
 pub struct Workspace {
     pub(super) max_tokens: u32,
     pub(super) tile_rows: u32,
+    pub(super) decode_tokens: u32,
     pub(super) q_latent: Region,
     pub(super) q_latent_normed: Region,
     pub(super) q: Region,
@@ -54,7 +65,12 @@ pub struct Workspace {
     pub(super) partial_softmax: Region,
     pub(super) merged: Region,
     pub(super) lse: Region,
+    pub(super) group_ids: Region,
+    pub(super) group_embeddings: Region,
+    pub(super) group_gates: Region,
+    pub(super) grouped: Region,
     bytes: u64,
+    identity: u64,
 }
 
 impl Workspace {
@@ -68,17 +84,35 @@ impl Workspace {
         }
         let kernels = cache.kernels();
         let config = cache.config();
+        let n_head = config.n_head;
         let CacheRows { padded, splits } = CacheRows::of(cache);
         let tile_rows = options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded);
         let tokens = options.max_tokens.min(cache.rows());
-        // A decode step has at most one token a sequence.
-        let decoding = tokens.min(cache.options().batch);
+        let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
+        let decoding = tokens.min(product(&[cache.options().batch, decode_tokens]) as u32);
+        let partials = splits.saturating_mul(decode_tokens);
         let slices = attention_prefill::slices(kernels.context(), Tuning::Auto, config.d_value)?;
         let absorbable = config.up_projected_gate().is_none();
         let (gate_rows, gate_width, d_gate) = match &config.gate {
             None => (0, 0, 0),
             Some(gate) if gate.site == GateSite::Latent => (tokens, config.d_latent, gate.d_gate),
             Some(gate) => (tile_rows, config.d_kv(), gate.d_gate),
+        };
+        // Groups of a pass, then the new tokens: gate rows that are not resident.
+        let lists = cache.lists();
+        let projected = match lists {
+            Some(lists) if lists.mode != GateRows::Table => lists.pass_rows + decoding,
+            _ => 0,
+        };
+        let recompute = lists.is_some_and(|lists| lists.mode == GateRows::Recompute);
+        let grouped = match (lists, &config.gate) {
+            (Some(lists), Some(gate)) => {
+                let partials = lists.most_partials(gate.vocab_size, decode_tokens);
+                let partials = u32::try_from(partials).unwrap_or(u32::MAX);
+                let words = softmax_word(partials, n_head, config.d_value) + product(&[partials, n_head, 2]);
+                u32::try_from(words).unwrap_or(u32::MAX)
+            }
+            _ => 0,
         };
         let latent_gate = config.latent_gate().is_some();
         let partial_width = if absorbable { config.d_value.max(config.d_latent) } else { config.d_value };
@@ -98,10 +132,10 @@ impl Workspace {
         };
         let on = |condition: bool, extent: u32| if condition { extent } else { 0 };
         let rank = config.d_q_latent.unwrap_or(0);
-        let n_head = config.n_head;
         let mut workspace = Workspace {
             max_tokens: tokens,
             tile_rows,
+            decode_tokens,
             q_latent: allocate("q_latent", &[tokens, rank])?,
             q_latent_normed: allocate("q_latent_normed", &[tokens, rank])?,
             q: allocate("q", &[tokens, n_head, config.d_query()])?,
@@ -113,19 +147,29 @@ impl Workspace {
             tile_latent: allocate("tile_latent", &[tile_rows, config.d_latent])?,
             tile_ids: allocate("tile_ids", &[tile_rows])?,
             tile_slots: allocate("tile_slots", &[tile_rows])?,
-            kv: allocate("kv", &[tile_rows, config.d_kv()])?,
+            kv: allocate("kv", &[tile_rows.max(on(!absorbable, decoding)), config.d_kv()])?,
             kv_gated: allocate("kv_gated", &[on(!absorbable, tile_rows), config.d_kv()])?,
             softmax: allocate("softmax", &[tokens, n_head, slices, 2])?,
             values: allocate("values", &[tokens, n_head, config.d_value])?,
             absorbed: allocate("absorbed", &[on(absorbable, decoding), n_head, config.d_latent])?,
-            partial_values: allocate("partial_values", &[splits, n_head, partial_width])?,
-            partial_softmax: allocate("partial_softmax", &[splits, n_head, 2])?,
+            partial_values: allocate("partial_values", &[partials, n_head, partial_width])?,
+            partial_softmax: allocate("partial_softmax", &[partials, n_head, 2])?,
             merged: allocate("merged", &[on(absorbable, decoding), n_head, config.d_latent])?,
             lse: allocate("lse", &[decoding, n_head])?,
+            group_ids: allocate("group_ids", &[projected])?,
+            group_embeddings: allocate("group_embeddings", &[on(recompute, projected), d_gate])?,
+            group_gates: allocate("group_gates", &[projected, config.d_kv().next_multiple_of(8)])?,
+            grouped: allocate("grouped", &[grouped])?,
             bytes: 0,
+            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
         };
         workspace.bytes = bytes;
         Ok(workspace)
+    }
+
+    /// Tells workspaces apart; never 0.
+    pub(super) fn identity(&self) -> u64 {
+        self.identity
     }
 
     /// Most new tokens of a step.
@@ -156,6 +200,10 @@ impl Workspace {
             &self.partial_softmax,
             &self.merged,
             &self.lse,
+            &self.group_ids,
+            &self.group_embeddings,
+            &self.group_gates,
+            &self.grouped,
         ]
         .into_iter()
         .map(|region| &region.buffer)

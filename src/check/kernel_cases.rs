@@ -6,17 +6,20 @@ use super::compare::{Comparison, Tolerance, UNIT_ROUNDOFF};
 use super::guarded::Guarded;
 use super::random::Random;
 use super::{Case, Lab, every_tuning, skipped};
+use crate::attention::groups::{Groups, Layout as ListLayout, NO_ROW, Patch};
 use crate::config::{Activation, GateNorm, RopeConfig, RopeScaling};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
+use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling};
 use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, cache_copy, cache_read,
-    gate, gather, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
-    residual_add, rope, swiglu,
+    attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
+    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
+    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add,
+    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -31,11 +34,15 @@ pub(super) fn cases() -> Vec<Case> {
     gates(&mut cases);
     ropes(&mut cases);
     elementwise(&mut cases);
+    rooflines(&mut cases);
     gathers(&mut cases);
     caches(&mut cases);
     prefills(&mut cases);
     decodes(&mut cases);
     merges(&mut cases);
+    grouped(&mut cases);
+    gate_row_cases(&mut cases);
+    lists(&mut cases);
     cases
 }
 
@@ -471,6 +478,38 @@ fn elementwise(cases: &mut Vec<Case>) {
     }
 }
 
+fn rooflines(cases: &mut Vec<Case>) {
+    // Vectors of four around the workgroups' 256 and 1024.
+    for vectors in [1, 63, 255, 256, 257, 1023, 1025, 5000] {
+        cases.push(Case::new("roofline_copy", 4 * vectors, move |lab| {
+            every_tuning(roofline_copy::SPEC.tunings, Tolerance::EXACT, |tuning| {
+                let values = Random::new(SEED).values(4 * vectors, 1.0);
+                let (x, y) = (lab.floats(&values)?, lab.output(4 * vectors)?);
+                let args = roofline_copy::Args { x: &x.region, y: &y.region };
+                let problem = roofline_copy::Problem { words: 4 * vectors as u32 };
+                lab.launch(|recording| roofline_copy::encode(recording, &problem, args, tuning))?;
+                Ok(vec![lab.compare(&y, &reference::roofline_copy(&widen(&values)), Tolerance::EXACT)?])
+            })
+        }));
+    }
+    for (elements, trips) in [(1, 0), (63, 1), (64, 2), (65, 3), (255, 100), (257, 7)] {
+        cases.push(Case::new("roofline_fma", format!("{elements}x{trips}"), move |lab| {
+            // Steps shrink what came before by `a`, so rounding errors do not add up beyond a dozen terms.
+            let tolerance = Tolerance::sums(&[12]);
+            every_tuning(roofline_fma::SPEC.tunings, tolerance, |tuning| {
+                let values = Random::new(SEED).values(elements, 1.0);
+                let (x, y) = (lab.floats(&values)?, lab.output(elements)?);
+                let args = roofline_fma::Args { x: &x.region, y: &y.region };
+                let (a, b) = (0.75, 0.5);
+                let problem = roofline_fma::Problem { elements: elements as u32, trips, a, b };
+                lab.launch(|recording| roofline_fma::encode(recording, &problem, args, tuning))?;
+                let expected = reference::roofline_fma(&widen(&values), trips as usize, a.into(), b.into());
+                Ok(vec![lab.compare(&y, &expected, tolerance)?])
+            })
+        }));
+    }
+}
+
 fn gathers(cases: &mut Vec<Case>) {
     for storage in Storage::ALL {
         for (rows, width) in [(1, 1), (3, 7), (5, 64), (65, 33), (2, 257)] {
@@ -478,20 +517,22 @@ fn gathers(cases: &mut Vec<Case>) {
                 every_tuning(gather::SPEC.tunings, Tolerance::EXACT, |tuning| {
                     let mut random = Random::new(SEED);
                     let vocab_size = 19;
-                    let (table, kept) = lab.stored(&random.values((vocab_size * width) as usize, 1.0), storage)?;
+                    let (table, mut kept) = lab.stored(&random.values((vocab_size * width) as usize, 1.0), storage)?;
                     let mut id_values = random.ids(rows as usize, vocab_size);
-                    // The last row of the table, where an odd f16 count leaves half a word.
+                    // The last row of the table, where an odd f16 count leaves half a word, and a row of zeros.
                     id_values[0] = vocab_size - 1;
+                    if rows > 1 {
+                        id_values[1] = u32::MAX;
+                    }
                     let ids = lab.words(&id_values)?;
                     let y = lab.output((rows * width) as usize)?;
-                    let problem = gather::Problem { rows, width, vocab_size, storage };
+                    let problem = gather::Problem { rows, width, table_row: width, vocab_size, storage };
                     let args = gather::Args { table: &table.region, ids: &ids.region, y: &y.region };
                     lab.launch(|recording| gather::encode(recording, &problem, args, tuning))?;
-                    Ok(vec![lab.compare(
-                        &y,
-                        &reference::gather(&kept, width as usize, &id_values),
-                        Tolerance::EXACT,
-                    )?])
+                    kept.resize(kept.len() + width as usize, 0.0);
+                    let known: Vec<u32> = id_values.iter().map(|&id| id.min(vocab_size)).collect();
+                    let expected = reference::gather(&kept, width as usize, &known);
+                    Ok(vec![lab.compare(&y, &expected, Tolerance::EXACT)?])
                 })
             }));
         }
@@ -543,9 +584,7 @@ fn caches(cases: &mut Vec<Case>) {
         for (d_latent, d_rope, with_ids) in [(1, 0, true), (5, 2, false), (32, 16, true), (63, 6, true), (8, 64, false)]
         {
             let id = format!("{d_latent}+{d_rope}/{}", storage.name());
-            cases.push(Case::new("cache_append", id.clone(), move |lab| {
-                append(lab, d_latent, d_rope, with_ids, storage)
-            }));
+            cases.push(Case::new("cache_append", id.clone(), move |lab| append(lab, d_latent, d_rope, storage)));
             cases.push(Case::new("cache_read", id, move |lab| read(lab, d_latent, with_ids, storage)));
         }
     }
@@ -564,10 +603,11 @@ fn caches(cases: &mut Vec<Case>) {
     }
 }
 
-fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, with_ids: bool, storage: Storage) -> Result<Vec<super::Outcome>> {
+fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, storage: Storage) -> Result<Vec<super::Outcome>> {
     // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
+    // The rotation's own error in f32 is that of two products and a sum.
     let tolerance = match storage {
-        Storage::F32 => Tolerance::EXACT,
+        Storage::F32 => Tolerance::sums(&[2]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
     every_tuning(cache_append::SPEC.tunings, tolerance, |tuning| {
@@ -582,14 +622,17 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, with_ids: bool, storage: St
         // What is not a number stays so: a clamp would hide it.
         values[((tokens - 1) * row) as usize] = f32::NAN;
         let source = lab.floats(&values)?;
-        let ids = random.ids(tokens as usize, 1000);
-        let id_source = lab.words(&ids)?;
         let slot_words = lab.words(&slots)?;
-        let outputs = |width| {
-            Guarded::poisoned_as(lab.kernels, "cache", cached as usize * row_words(width, storage).max(1), storage)
-        };
-        let (latent_cache, rope_cache) = (outputs(d_latent)?, outputs(d_rope)?);
-        let id_cache = lab.output(cached as usize)?;
+        // Odd widths as they are, the others rotated in the one way or the other.
+        let interleave = if d_rope % 2 == 1 { None } else { Some(d_latent % 2 == 1) };
+        let turns = reference::rotations(&RopeConfig::default(), d_rope as usize, &[3, 0, 70, 1, 4000]);
+        // One more where there is none: a binding holds something.
+        let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 2]);
+        let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
+        // The rotary keys begin a little behind the latents.
+        let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
+        let rope_word = latent_words + 3;
+        let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
         let problem = cache_append::Problem {
             tokens,
             cache_rows: cached,
@@ -599,46 +642,38 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, with_ids: bool, storage: St
             d_rope,
             rope_offset: d_latent,
             rope_row: row,
-            with_ids,
+            interleave,
+            rope_byte: 4 * rope_word as u64,
             storage,
         };
         let args = cache_append::Args {
             latent: &source.region,
             rope_key: &source.region,
-            ids: &id_source.region,
+            rotations: &rotations.region,
             slots: &slot_words.region,
-            latent_cache: &latent_cache.region,
-            rope_cache: &rope_cache.region,
-            id_cache: &id_cache.region,
+            cache: &cache.region,
         };
         lab.launch(|recording| cache_append::encode(recording, &problem, args, tuning))?;
         let mut comparisons = Vec::new();
-        for (cache, first, width) in [(&latent_cache, 0, d_latent), (&rope_cache, d_latent, d_rope)] {
-            let words = cache.read(lab.kernels, lab.queue)?;
-            let got = if width == 0 { Vec::new() } else { unpack(&words, width, storage) };
+        let words = cache.read(lab.kernels, lab.queue)?;
+        let parts = [(&words[..latent_words], 0, d_latent), (&words[rope_word..], d_latent, d_rope)];
+        for (words, first, width) in parts {
+            let got = if width == 0 { Vec::new() } else { unpack(words, width, storage) };
             let largest = match storage {
                 Storage::F32 => f32::MAX,
                 Storage::F16 => 65504.0,
             };
-            let new: Vec<f64> = (0..tokens)
+            let mut new: Vec<f64> = (0..tokens)
                 .flat_map(|token| values[(token * row + first) as usize..][..width as usize].to_vec())
                 .map(|value| value.clamp(-largest, largest).into())
                 .collect();
+            if let (Some(interleave), true) = (interleave, first > 0) {
+                reference::rope(&mut new, &turns, 1, d_rope as usize, d_rope as usize, interleave);
+            }
             let mut expected = vec![f64::NAN; (cached * width) as usize];
             reference::cache_append(&mut expected, &new, width as usize, &slots);
             comparisons.push(super::compare(&got, &expected, tolerance));
         }
-        let mut expected = vec![f64::NAN; cached as usize];
-        if with_ids {
-            let ids: Vec<f64> = ids.iter().map(|&id| id.into()).collect();
-            reference::cache_append(&mut expected, &ids, 1, &slots);
-        }
-        let got: Vec<f32> = id_cache
-            .read(lab.kernels, lab.queue)?
-            .into_iter()
-            .map(|id| if id == super::guarded::POISON { f32::NAN } else { id as f32 })
-            .collect();
-        comparisons.push(super::compare(&got, &expected, Tolerance::EXACT));
         Ok(comparisons)
     })
 }
@@ -791,36 +826,64 @@ impl Batch {
 type Widths = (usize, usize, usize, usize);
 
 fn prefills(cases: &mut Vec<Case>) {
-    let lengths: [(&str, &[(u32, u32)]); 5] = [
+    const SEQUENCES: [(&str, &[(u32, u32)]); 6] = [
         ("t1", &[(0, 1)]),
         ("t33", &[(0, 33)]),
         ("ragged", &[(0, 1), (0, 31), (0, 17), (0, 65)]),
         ("chunk", &[(40, 9), (0, 5), (300, 18)]),
         ("t300", &[(0, 300)]),
+        ("tiles", &[(0, 7), (0, 8), (0, 15), (0, 16), (3, 32), (0, 63), (1, 64)]),
     ];
-    let widths: [Widths; 7] =
-        [(1, 8, 4, 8), (3, 16, 8, 16), (9, 5, 2, 7), (2, 64, 32, 80), (1, 16, 0, 33), (2, 0, 8, 16), (63, 3, 2, 1)];
-    for storage in Storage::ALL {
-        for (index, &(n_head, d_nope, d_rope, d_value)) in widths.iter().enumerate() {
-            for (which, (name, lengths)) in lengths.into_iter().enumerate() {
-                // Every width meets the chunk, every length the plain width; the rest would repeat both.
-                if index != 1 && which != 3 && !(index == 3 && which == 2) {
-                    continue;
-                }
+    let mut add = |kernel: Prefill, names: &[&str], widths: Widths, storages: &[Storage]| {
+        let (n_head, d_nope, d_rope, d_value) = widths;
+        for (name, lengths) in SEQUENCES.into_iter().filter(|(name, _)| names.contains(name)) {
+            for &storage in storages {
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-                cases.push(Case::new("attention_prefill", id, move |lab| {
-                    prefill(lab, lengths, (n_head, d_nope, d_rope, d_value), storage, 1.0, false)
+                cases.push(Case::new(kernel.name(), id, move |lab| {
+                    prefill(lab, kernel, lengths, widths, storage, 1.0, false)
                 }));
             }
         }
+    };
+    let every = SEQUENCES.map(|(name, _)| name);
+    // Every width meets the chunk, every sequence the plain width; the rest would repeat both.
+    add(Prefill::Tiles, &every, (3, 16, 8, 16), &Storage::ALL);
+    for widths in [(1, 8, 4, 8), (9, 4, 12, 32), (2, 0, 8, 16), (63, 4, 4, 4), (9, 5, 2, 7)] {
+        add(Prefill::Tiles, &["chunk"], widths, &Storage::ALL);
     }
-    // Logits of ±1e4 before the softmax: one key takes everything, nothing overflows.
-    cases.push(Case::new("attention_prefill", "huge_logits/f32", |lab| {
-        prefill(lab, &[(0, 40)], (2, 16, 8, 16), Storage::F32, 1e4, false)
-    }));
-    cases.push(Case::new("attention_prefill", "first_has_no_keys/f32", |lab| {
-        prefill(lab, &[(0, 5), (0, 9)], (3, 16, 8, 16), Storage::F32, 1.0, true)
-    }));
+    // Two to four fours of value columns a lane, then a second slice; rows longer than a chunk.
+    for widths in [(1, 36, 0, 36), (2, 64, 32, 80), (1, 128, 64, 128), (3, 8, 4, 132)] {
+        add(Prefill::Tiles, &["chunk", "ragged"], widths, &[Storage::F32]);
+    }
+    add(Prefill::Rows, &every, (3, 5, 6, 7), &Storage::ALL);
+    for widths in [(1, 8, 4, 8), (1, 16, 0, 33), (2, 0, 6, 16), (63, 3, 2, 1), (2, 3, 2, 129)] {
+        add(Prefill::Rows, &["chunk"], widths, &Storage::ALL);
+    }
+    for (kernel, widths) in [(Prefill::Tiles, (2, 16, 8, 16)), (Prefill::Rows, (2, 15, 6, 15))] {
+        // Logits of ±1e4 before the softmax: one key takes everything, nothing overflows.
+        cases.push(Case::new(kernel.name(), "huge_logits/f32", move |lab| {
+            prefill(lab, kernel, &[(0, 40)], widths, Storage::F32, 1e4, false)
+        }));
+        cases.push(Case::new(kernel.name(), "first_has_no_keys/f32", move |lab| {
+            prefill(lab, kernel, &[(0, 5), (0, 9)], widths, Storage::F32, 1.0, true)
+        }));
+    }
+}
+
+/// The kernels of prefill.
+#[derive(Clone, Copy)]
+enum Prefill {
+    Tiles,
+    Rows,
+}
+
+impl Prefill {
+    fn name(self) -> &'static str {
+        match self {
+            Prefill::Tiles => attention_prefill::SPEC.name,
+            Prefill::Rows => attention_prefill_rows::SPEC.name,
+        }
+    }
 }
 
 /// Scores of size `spread` carry absolute errors of spread · u · √d: those are relative errors of their exponentials.
@@ -834,6 +897,7 @@ fn attention_tolerance(d_query: usize, keys: usize, spread: f64) -> Tolerance {
 
 fn prefill(
     lab: &Lab<'_>,
+    kernel: Prefill,
     lengths: &[(u32, u32)],
     (n_head, d_nope, d_rope, d_value): Widths,
     storage: Storage,
@@ -858,7 +922,8 @@ fn prefill(
         let rope_kept = super::pack(&rope_values, storage).1;
         let q = lab.floats(&q_values)?;
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
-        let rope_cache = lab.words(&[&rope_words[..], &[0]].concat())?;
+        // A binding holds 16 bytes, also without a rotary part.
+        let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
         let sequences = lab.words(bytemuck::cast_slice(&table))?;
         let tiles = batch.query_tiles(attention_prefill::tile_q(&context, tuning)?);
         let queries = lab.words(bytemuck::cast_slice(&tiles))?;
@@ -902,19 +967,22 @@ fn prefill(
                     values: &values.region,
                     softmax: &softmax.region,
                 };
-                attention_prefill::encode(recording, &problem, args, tuning)?;
+                match kernel {
+                    Prefill::Tiles => attention_prefill::encode(recording, &problem, args, tuning)?,
+                    Prefill::Rows => {
+                        let problem = attention_prefill_rows::Problem(problem);
+                        attention_prefill_rows::encode(recording, &problem, args, tuning)?;
+                    }
+                }
             }
             Ok(())
         })?;
         let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
-        let expected = reference::attention_prefill(
-            &widen(&q_values),
-            &widen(&kv_values),
-            &rope_kept,
-            &visible,
-            heads,
-            scale.into(),
-        );
+        let attend = match kernel {
+            Prefill::Tiles => reference::attention_prefill,
+            Prefill::Rows => reference::attention_prefill_rows,
+        };
+        let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, scale.into());
         let state = softmax.read_f32(lab.kernels, lab.queue)?;
         let lse: Vec<f32> = state.chunks(2 * slices).map(|slices| slices[0] + slices[1].ln()).collect();
         Ok(vec![lab.compare(&values, &expected.values, tolerance)?, super::compare(&lse, &expected.lse, tolerance)])
@@ -934,46 +1002,79 @@ fn decodes(cases: &mut Vec<Case>) {
                 }
                 let (n_head, d_nope, d_rope, d_value) = widths;
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-                cases.push(Case::new("attention_decode", id, move |lab| decode(lab, lengths, widths, storage)));
+                cases.push(Case::new("attention_decode", id, move |lab| decode(lab, lengths, 1, widths, storage)));
                 let id = format!("{name}_h{n_head}_r{d_value}+{d_rope}/{}", storage.name());
-                cases.push(Case::new("attention_absorbed", id, move |lab| absorbed(lab, lengths, widths, storage)));
+                cases.push(Case::new("attention_absorbed", id, move |lab| absorbed(lab, lengths, 1, widths, storage)));
             }
+        }
+        // Speculative decoding: candidates that see each other, across the border of a split.
+        let (lengths, widths) = (&[258, 1, 40, 511], (3, 16, 8, 16));
+        for most in [2, 16] {
+            let id = format!("q{most}/{}", storage.name());
+            cases.push(Case::new("attention_decode", id.clone(), move |lab| {
+                decode(lab, lengths, most, widths, storage)
+            }));
+            cases.push(Case::new("attention_absorbed", id, move |lab| absorbed(lab, lengths, most, widths, storage)));
         }
     }
     // DeepSeek-V3's widths: the query is staged in several chunks.
+    cases.push(Case::new("attention_absorbed", "t32768_h3_r20+8/f16", |lab| {
+        absorbed(lab, &[32_768], 1, (3, 12, 8, 20), Storage::F16)
+    }));
     cases.push(Case::new("attention_absorbed", "t300_h5_r512+64/f16", |lab| {
-        absorbed(lab, &[300], (5, 128, 64, 512), Storage::F16)
+        absorbed(lab, &[300], 1, (5, 128, 64, 512), Storage::F16)
     }));
 }
 
-/// One new token a sequence, and a split behind the last one that holds no row at all.
-fn one_new(lengths: &[u32]) -> Batch {
-    let mut batch = Batch::new(&lengths.iter().map(|&length| (length - 1, 1)).collect::<Vec<_>>(), 3);
+/// Up to `most` new tokens a sequence, and a split behind the last one that holds no row at all.
+fn few_new(lengths: &[u32], most: u32) -> Batch {
+    let counts = (0..).zip(lengths).map(|(index, &length)| (length, (most - index % 2).clamp(1, length)));
+    let mut batch = Batch::new(&counts.map(|(length, new)| (length - new, new)).collect::<Vec<_>>(), 3);
     batch.rows += SPLIT;
     batch
 }
 
-/// Splits of a batch in the order of their numbers: the query's token and the places it covers.
+/// The sequence table of a decode step.
+fn decoding(batch: &Batch) -> Vec<DecodeSequence> {
+    let mut partial = 0;
+    batch
+        .sequences
+        .iter()
+        .zip(&batch.counts)
+        .map(|(sequence, &tokens)| {
+            let SequenceRow { first_row, first_slot, length, token } = *sequence;
+            let splits = length.div_ceil(SPLIT);
+            let line = DecodeSequence { first_row, first_slot, length, token, tokens, partial, splits, unused: 0 };
+            partial += tokens * splits;
+            line
+        })
+        .collect()
+}
+
+/// Partial results of a batch in their order: the query's token and the places it covers.
 fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
+    let visible = batch.visible();
     (0..batch.sequences.len())
         .flat_map(|index| {
-            let places = batch.places(index);
-            places
-                .clone()
-                .step_by(SPLIT as usize)
-                .map(move |start| (index, start..places.end.min(start + SPLIT as usize)))
+            let (first, places) = (batch.sequences[index].token as usize, batch.places(index));
+            let ends: Vec<usize> =
+                visible[first..][..batch.counts[index] as usize].iter().map(|seen| seen.end).collect();
+            ends.into_iter().enumerate().flat_map(move |(query, end)| {
+                let starts = places.clone().step_by(SPLIT as usize);
+                starts.map(move |start| (first + query, start..end.min(start + SPLIT as usize).max(start)))
+            })
         })
-        .chain([(batch.sequences.len() - 1, 0..0)])
         .collect()
 }
 
 fn decode(
     lab: &Lab<'_>,
     lengths: &[u32],
+    most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
     storage: Storage,
 ) -> Result<Vec<super::Outcome>> {
-    let batch = one_new(lengths);
+    let batch = few_new(lengths, most);
     let slots = batch.slots();
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
     let tolerance = Tolerance::sums(&[d_query, SPLIT as usize]);
@@ -986,8 +1087,8 @@ fn decode(
         let q = lab.floats(&q_values)?;
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
         let rope_cache = lab.words(&[&rope_words[..], &[0]].concat())?;
-        let sequences = lab.words(bytemuck::cast_slice(&batch.sequences))?;
-        let partials = (batch.rows / SPLIT) as usize * n_head;
+        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
+        let partials = splits(&batch).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_value)?, lab.output(partials * 2)?);
         let scale = (d_query as f32).sqrt().recip();
         let tile_rows = 2 * SPLIT;
@@ -1002,6 +1103,8 @@ fn decode(
             for (first, rows, kv) in &kv_tiles {
                 let problem = attention_decode::Problem {
                     tokens: batch.tokens,
+                    most_tokens: most,
+                    partials: splits(&batch).len() as u32,
                     n_sequence: batch.sequences.len() as u32,
                     n_head: n_head as u32,
                     d_nope: d_nope as u32,
@@ -1045,22 +1148,25 @@ fn compare_partials(
     tolerance: Tolerance,
 ) -> Result<Vec<Comparison>> {
     let state = softmax.read_f32(lab.kernels, lab.queue)?;
+    let values = lab.compare(values, &expected.values, tolerance)?;
+    Ok(std::iter::once(values).chain(compare_softmax(&state, expected, tolerance)).collect())
+}
+
+/// (m, l) pairs.
+fn compare_softmax(state: &[f32], expected: &reference::Partial, tolerance: Tolerance) -> [Comparison; 2] {
     let (max, sum): (Vec<f32>, Vec<f32>) = state.chunks(2).map(|pair| (marked(pair[0].into()) as f32, pair[1])).unzip();
     let expected_max: Vec<f64> = expected.max.iter().copied().map(marked).collect();
-    Ok(vec![
-        lab.compare(values, &expected.values, tolerance)?,
-        super::compare(&max, &expected_max, tolerance),
-        super::compare(&sum, &expected.sum, tolerance),
-    ])
+    [super::compare(&max, &expected_max, tolerance), super::compare(&sum, &expected.sum, tolerance)]
 }
 
 fn absorbed(
     lab: &Lab<'_>,
     lengths: &[u32],
+    most: u32,
     (n_head, d_nope, d_rope, d_latent): Widths,
     storage: Storage,
 ) -> Result<Vec<super::Outcome>> {
-    let batch = one_new(lengths);
+    let batch = few_new(lengths, most);
     let slots = batch.slots();
     let tolerance = Tolerance::sums(&[d_latent + d_rope, SPLIT as usize]);
     every_tuning(attention_absorbed::SPEC.tunings, tolerance, |tuning| {
@@ -1075,16 +1181,17 @@ fn absorbed(
         let latent_words = cache_rows(&latent_values, d_latent as u32, &slots, batch.cache_rows, storage);
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
         let latent_cache = lab.words(&latent_words)?;
-        let rope_cache = lab.words(&[&rope_words[..], &[0]].concat())?;
-        let sequences = lab.words(bytemuck::cast_slice(&batch.sequences))?;
-        let splits_count = batch.rows / SPLIT;
-        let partials = splits_count as usize * n_head;
+        let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
+        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
+        let partials = splits(&batch).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_latent)?, lab.output(partials * 2)?);
         let scale = ((d_latent + d_rope) as f32).sqrt().recip();
         let problem = attention_absorbed::Problem {
             tokens: batch.tokens,
+            most_tokens: most,
             n_sequence: batch.sequences.len() as u32,
-            splits: splits_count,
+            splits: batch.rows / SPLIT,
+            partials: splits(&batch).len() as u32,
             n_head: n_head as u32,
             d_latent: d_latent as u32,
             d_nope: d_nope as u32,
@@ -1172,6 +1279,544 @@ fn merges(cases: &mut Vec<Case>) {
                     lab.compare(&out, &expected.values, tolerance)?,
                     super::compare(&got, &expected.lse, tolerance),
                 ])
+            })
+        }));
+    }
+}
+
+/// Token ids of a sequence.
+#[derive(Debug, Clone, Copy)]
+enum Ids {
+    Equal,
+    Distinct,
+    /// A third of the cache holds one id, a few ids recur, most are alone.
+    Skewed,
+    /// Few ids often, many now and then.
+    Text,
+}
+
+impl Ids {
+    fn id(self, position: u32) -> u32 {
+        match self {
+            Ids::Equal => 3,
+            Ids::Distinct => position,
+            Ids::Skewed if position % 3 == 1 => 5,
+            Ids::Skewed if position % 3 == 2 => position % 11,
+            Ids::Skewed => 20 + position,
+            // Half of the positions hold a few ids, the other half one of a thousand.
+            Ids::Text if position.is_multiple_of(2) => (position / 2) % 7,
+            Ids::Text => 10 + position.wrapping_mul(2_654_435_761) % 1000,
+        }
+    }
+}
+
+/// A step of the grouped decode: lists as the host would have written them, and the same for the reference.
+struct GroupedBatch {
+    words: Vec<u32>,
+    table: u32,
+    items: u32,
+    partials: u32,
+    rows: u32,
+    /// Items in the order of their partial results; a group's gate row is its row in the step's numbering.
+    expected: Vec<reference::GroupedItem>,
+    /// Gate rows in the step's numbering, with the id, `None` where there is no group.
+    ids: Vec<Option<u32>>,
+    cache_rows: u32,
+    tokens: u32,
+}
+
+impl GroupedBatch {
+    /// `sequences` are lengths, the last `queries` tokens of each are new; rows of odd ids are `resident` at id.
+    fn new(sequences: &[(u32, Ids)], queries: u32, tiling: Tiling, resident: bool) -> Option<Self> {
+        let capacity = sequences.iter().map(|(length, _)| *length).max()? + 1;
+        let layout = ListLayout::new(capacity)?;
+        let table = 5;
+        let first = table + sequences.len() as u32 * SEQUENCE_WORDS;
+        let total = first + sequences.len() as u32 * layout.words;
+        let mut batch = GroupedBatch {
+            words: vec![super::guarded::POISON; total as usize],
+            table,
+            items: 0,
+            partials: 0,
+            rows: 0,
+            expected: Vec::new(),
+            ids: Vec::new(),
+            cache_rows: capacity * sequences.len() as u32,
+            tokens: 0,
+        };
+        for (line, &(length, ids)) in (0..).zip(sequences) {
+            let base = first + line * layout.words;
+            let mut groups = Groups::new(layout);
+            let mut patches: Vec<Patch> = Vec::new();
+            let mut lists: Vec<(u32, Vec<usize>)> = Vec::new();
+            for position in 0..length {
+                let id = ids.id(position);
+                let row = || if resident && id % 2 == 1 { id } else { NO_ROW };
+                let group = groups.append(id, row, base, &mut patches);
+                patches.extend(groups.count_patch(group, base));
+                if group as usize == lists.len() {
+                    lists.push((id, Vec::new()));
+                }
+                lists[group as usize].1.push((line * capacity + position) as usize);
+            }
+            let tokens = queries.min(length);
+            let tiles = groups.groups().div_ceil(tiling.groups);
+            let (tile_items, chunk_items) = (tiles.div_ceil(tiling.run), groups.chunks().div_ceil(tiling.run));
+            let entry = GroupedSequence {
+                first_item: batch.items,
+                tiles,
+                groups: groups.groups(),
+                base,
+                first_slot: line * capacity,
+                position: length - tokens,
+                token: batch.tokens,
+                tokens,
+                partial: batch.partials,
+                tile_items,
+                first_group: batch.rows,
+                chunks: groups.chunks(),
+                chunk_word: layout.chunks,
+                chunk_items,
+                unused: [0; 2],
+            };
+            let entry: [u32; SEQUENCE_WORDS as usize] = bytemuck::cast(entry);
+            batch.words[(table + line * SEQUENCE_WORDS) as usize..][..entry.len()].copy_from_slice(&entry);
+            patches.iter().for_each(|&[word, value]| batch.words[word as usize] = value);
+
+            // Tiles hold the first 64 positions of a group, chunks the next ones in the order in which they came.
+            let mut chunks: Vec<(usize, Vec<usize>)> = Vec::new();
+            for (group, (_, rows)) in lists.iter().enumerate() {
+                chunks.extend(rows.get(64..).unwrap_or_default().chunks(256).map(|rows| (group, rows.to_vec())));
+            }
+            chunks.sort_by_key(|(_, rows)| rows[0]);
+            let groups_of_tiles: Vec<_> = lists
+                .iter()
+                .enumerate()
+                .map(|(group, (_, rows))| (group, rows[..rows.len().min(64)].to_vec()))
+                .collect();
+            let in_items = |groups: &[(usize, Vec<usize>)], each: u32| -> Vec<Vec<(usize, Vec<usize>)>> {
+                groups.chunks(each as usize).map(<[_]>::to_vec).collect()
+            };
+            for query in 0..tokens {
+                let last = (line * capacity + length - tokens + query) as usize;
+                let items = in_items(&groups_of_tiles, tiling.groups * tiling.run);
+                for item in items.into_iter().chain(in_items(&chunks, tiling.run)) {
+                    let seen = item.into_iter().map(|(group, rows)| {
+                        let rows = rows.into_iter().filter(|&row| row <= last).collect();
+                        (batch.rows as usize + group, rows)
+                    });
+                    let token = (batch.tokens + query) as usize;
+                    batch.expected.push(reference::GroupedItem { token, groups: seen.collect() });
+                }
+            }
+            let padded = groups.groups().next_multiple_of(tiling.groups * tiling.run);
+            batch.ids.extend((0..padded as usize).map(|group| lists.get(group).map(|(id, _)| *id)));
+            batch.items += tile_items + chunk_items;
+            batch.partials += tokens * (tile_items + chunk_items);
+            batch.rows += padded;
+            batch.tokens += tokens;
+        }
+        Some(batch)
+    }
+}
+
+/// One case of the grouped attention.
+#[derive(Debug, Clone, Copy)]
+struct GroupedSizes {
+    sequences: &'static [(u32, Ids)],
+    queries: u32,
+    n_head: u32,
+    widths: attention_grouped::Widths,
+    activation: Activation,
+    norm: GateNorm,
+    storage: Storage,
+    cache_storage: Storage,
+}
+
+fn grouped(cases: &mut Vec<Case>) {
+    let widths = |d_latent, d_nope, d_rope, d_value| attention_grouped::Widths { d_latent, d_nope, d_rope, d_value };
+    let plain = GroupedSizes {
+        sequences: &[(90, Ids::Skewed)],
+        queries: 1,
+        n_head: 3,
+        widths: widths(20, 12, 8, 10),
+        activation: Activation::Tanh,
+        norm: GateNorm::LayerNorm,
+        storage: Storage::F32,
+        cache_storage: Storage::F32,
+    };
+    let mixed = |storage, cache_storage| GroupedSizes { storage, cache_storage, ..plain };
+    let all = [
+        ("t1", GroupedSizes { sequences: &[(1, Ids::Distinct)], ..plain }),
+        ("equal", GroupedSizes { sequences: &[(700, Ids::Equal)], ..plain }),
+        ("equal_64", GroupedSizes { sequences: &[(64, Ids::Equal), (65, Ids::Equal), (320, Ids::Equal)], ..plain }),
+        ("distinct", GroupedSizes { sequences: &[(99, Ids::Distinct)], ..plain }),
+        ("ragged", GroupedSizes { sequences: &[(1000, Ids::Skewed), (1, Ids::Equal), (17, Ids::Distinct)], ..plain }),
+        (
+            "q5",
+            GroupedSizes { sequences: &[(70, Ids::Equal), (9, Ids::Distinct), (3, Ids::Skewed)], queries: 5, ..plain },
+        ),
+        ("f16", mixed(Storage::F16, Storage::F16)),
+        ("f16_cache", mixed(Storage::F32, Storage::F16)),
+        ("h1_no_rope", GroupedSizes { n_head: 1, widths: widths(16, 8, 0, 8), ..plain }),
+        ("h9_odd", GroupedSizes { n_head: 9, widths: widths(13, 7, 2, 11), norm: GateNorm::RmsNorm, ..plain }),
+        ("h5_no_nope", GroupedSizes { n_head: 5, widths: widths(8, 0, 4, 3), activation: Activation::Silu, ..plain }),
+        ("no_norm", GroupedSizes { norm: GateNorm::None, activation: Activation::OnePlus, ..plain }),
+        ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..mixed(Storage::F32, Storage::F16) }),
+        ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
+        ("wide", GroupedSizes { n_head: 2, widths: widths(512, 128, 64, 128), ..mixed(Storage::F16, Storage::F16) }),
+    ];
+    for (name, sizes) in all {
+        cases.push(Case::new("attention_grouped", name, move |lab| attend_groups(lab, sizes)));
+    }
+}
+
+fn attend_groups(lab: &Lab<'_>, sizes: GroupedSizes) -> Result<Vec<super::Outcome>> {
+    let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage } = sizes;
+    let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
+    let d_kv = n_head * (d_nope + d_value);
+    let tiling = attention_grouped::tiling(lab.kernels.context(), widths)?;
+    let longest = sequences.iter().map(|(length, _)| *length as usize).max().unwrap_or(0);
+    let tolerance = Tolerance::sums(&[d_nope as usize, d_latent as usize, d_kv as usize, longest]);
+    every_tuning(attention_grouped::SPEC.tunings, tolerance, |tuning| {
+        let mut random = Random::new(SEED);
+        // Rows of odd ids come from `gates`, at their id, and the others from `gates_more`, at their group.
+        let Some(batch) = GroupedBatch::new(sequences, queries, tiling, true) else { return Ok(Vec::new()) };
+        let rows = batch.cache_rows as usize;
+        let resident = batch.ids.iter().flatten().max().map_or(1, |id| id + 1);
+        let q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
+        let w_values = random.values((d_kv * d_latent) as usize, 1.0);
+        let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
+        let gate_values = random.values((resident * d_kv) as usize, 1.0);
+        let more_values = random.values((batch.rows * d_kv) as usize, 1.0);
+        let latent_values = random.values(rows * d_latent as usize, 1.0);
+        let rope_values = random.values(rows * d_rope as usize, 1.0);
+        let statistics: Vec<f32> = random.values(2 * rows, 1.0).iter().map(|value| value.abs() + 0.1).collect();
+        let padded = |values: &[f32], width: u32, storage: Storage| -> Vec<u32> {
+            let pitch = storage.row_pitch(width) as usize;
+            let row = |row: &[f32]| [row, &vec![0.0; pitch - row.len()]].concat();
+            let rows: Vec<f32> = values.chunks(width.max(1) as usize).flat_map(row).collect();
+            super::pack(&rows, storage).0
+        };
+        let kept = |values: &[f32], storage: Storage| super::pack(values, storage).1;
+
+        // Latents, rotary keys and statistics one after another, 16 bytes between them.
+        let mut cache_words = padded(&latent_values, d_latent, cache_storage);
+        cache_words.extend([0; 4]);
+        let rope_byte = 4 * cache_words.len() as u64;
+        cache_words.extend(padded(&rope_values, d_rope, cache_storage));
+        cache_words.extend([0; 4]);
+        let statistics_byte = 4 * cache_words.len() as u64;
+        cache_words.extend(statistics.iter().map(|value| value.to_bits()));
+        cache_words.resize(cache_words.len().next_multiple_of(4), 0);
+        let beta = attention_grouped::beta_element(d_kv) as usize;
+        let mut affine = affine_values[0].clone();
+        affine.resize(beta, 0.0);
+        affine.extend(&affine_values[1]);
+
+        let (q, cache, lists) = (lab.floats(&q_values)?, lab.words(&cache_words)?, lab.words(&batch.words)?);
+        let w = lab.words(&padded(&w_values, d_latent, storage))?;
+        let affine = lab.words(&super::pack(&affine, storage).0)?;
+        let gates = lab.words(&padded(&gate_values, d_kv, cache_storage))?;
+        let more = lab.words(&padded(&more_values, d_kv, Storage::F32))?;
+        let softmax_word = attention_grouped::softmax_word(batch.partials, n_head, d_value) as usize;
+        let partials = (batch.partials * n_head) as usize;
+        let partial = lab.output(softmax_word + 2 * partials)?;
+        let scale = ((d_nope + d_rope) as f32).sqrt().recip();
+        let problem = attention_grouped::Problem {
+            tokens: batch.tokens,
+            most_tokens: queries,
+            n_sequence: sequences.len() as u32,
+            items: batch.items,
+            partials: batch.partials,
+            n_head,
+            widths,
+            tiling,
+            table: batch.table,
+            list_words: batch.words.len() as u32,
+            cache_rows: batch.cache_rows,
+            rope_byte,
+            statistics_byte,
+            resident,
+            gates_storage: cache_storage,
+            more: batch.rows,
+            more_storage: Storage::F32,
+            first_row: 0,
+            rows: batch.rows,
+            pass_index: 0,
+            passes: 1,
+            activation,
+            norm,
+            scale,
+            met_groups: 0,
+            met_positions: 0,
+            cache_storage,
+            storage,
+        };
+        let args = attention_grouped::Args {
+            q: &q.region,
+            kv_b_proj: &w.region,
+            affine: &affine.region,
+            gates: &gates.region,
+            gates_more: &more.region,
+            cache: &cache.region,
+            lists: &lists.region,
+            partial: &partial.region,
+        };
+        lab.launch(|recording| attention_grouped::encode(recording, &problem, args, tuning))?;
+
+        let (gates_kept, more_kept) = (kept(&gate_values, cache_storage), widen(&more_values));
+        let gate_row = |(row, id): (usize, &Option<u32>)| match id {
+            Some(id) if id % 2 == 1 => gates_kept[(id * d_kv) as usize..][..d_kv as usize].to_vec(),
+            _ => more_kept[row * d_kv as usize..][..d_kv as usize].to_vec(),
+        };
+        let before: Vec<f64> = batch.ids.iter().enumerate().flat_map(gate_row).collect();
+        let affine_kept = affine_values.each_ref().map(|values| kept(values, storage));
+        let statistics: Vec<[f64; 2]> = statistics
+            .chunks(2)
+            .map(|pair| match norm {
+                GateNorm::None => [0.0, 1.0],
+                GateNorm::RmsNorm => [0.0, pair[1].into()],
+                GateNorm::LayerNorm => [pair[0].into(), pair[1].into()],
+            })
+            .collect();
+        let input = reference::Grouped {
+            q: &widen(&q_values),
+            kv_b_proj: &kept(&w_values, storage),
+            gamma: &if norm == GateNorm::None { vec![1.0; d_kv as usize] } else { affine_kept[0].clone() },
+            beta: &if norm == GateNorm::LayerNorm { affine_kept[1].clone() } else { vec![0.0; d_kv as usize] },
+            gates: &before.iter().map(|&g| reference::activate(activation, g)).collect::<Vec<_>>(),
+            latent: &kept(&latent_values, cache_storage),
+            k_rope: &kept(&rope_values, cache_storage),
+            statistics: &statistics,
+        };
+        let heads = reference::Heads {
+            n_head: n_head as usize,
+            d_nope: d_nope as usize,
+            d_rope: d_rope as usize,
+            d_value: d_value as usize,
+        };
+        let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, scale.into());
+        let got = partial.read_f32(lab.kernels, lab.queue)?;
+        let values = &got[..partials * d_value as usize];
+        Ok(std::iter::once(super::compare(values, &expected.values, tolerance))
+            .chain(compare_softmax(&got[softmax_word..], &expected, tolerance))
+            .collect())
+    })
+}
+
+fn gate_row_cases(cases: &mut Vec<Case>) {
+    for storage in Storage::ALL {
+        for (rows, width, d_gate, ids, targets) in [
+            (1, 1, 1, true, false),
+            (3, 7, 5, true, true),
+            (4, 64, 8, false, false),
+            (9, 130, 33, true, true),
+            (6, 33, 64, false, true),
+        ] {
+            let lists = if ids { "ids" } else { "all" };
+            let id = format!("{rows}x{width}x{d_gate}_{lists}/{}", storage.name());
+            cases.push(Case::new("gate_rows", id, move |lab| {
+                gate_rows_case(lab, (rows, width, d_gate), ids, targets, storage)
+            }));
+            let id = format!("{rows}x{width}/{}", storage.name());
+            cases.push(Case::new("gate_statistics", id, move |lab| gate_statistics_case(lab, rows, width, storage)));
+        }
+    }
+}
+
+fn gate_rows_case(
+    lab: &Lab<'_>,
+    (rows, width, d_gate): (u32, u32, u32),
+    with_ids: bool,
+    with_targets: bool,
+    storage: Storage,
+) -> Result<Vec<super::Outcome>> {
+    let (vocab_size, first_id, y_rows) = (23, 4, rows + 3);
+    // The other storage for the result: a pool is stored like the cache, not like the weights.
+    let y_storage = if storage == Storage::F32 { Storage::F16 } else { Storage::F32 };
+    let tolerance = match y_storage {
+        Storage::F32 => Tolerance::sums(&[d_gate as usize]),
+        Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
+    };
+    every_tuning(gate_rows::SPEC.tunings, tolerance, |tuning| {
+        let mut random = Random::new(SEED);
+        let padded = |values: &[f32], width: u32| {
+            let pitch = storage.row_pitch(width) as usize;
+            let rows: Vec<f32> =
+                values.chunks(width as usize).flat_map(|row| [row, &vec![0.0; pitch - row.len()]].concat()).collect();
+            super::pack(&rows, storage).0
+        };
+        let table = random.values((vocab_size * d_gate) as usize, 1.0);
+        let b_proj = random.values((width * d_gate) as usize, 1.0);
+        let mut ids = random.ids(rows as usize, vocab_size);
+        ids[0] = vocab_size - 1;
+        // The second row is left out.
+        if rows > 1 {
+            ids[1] = NO_ROW;
+        }
+        let targets: Vec<u32> = (0..rows).map(|row| (row * 2 + 1) % y_rows).collect();
+        let unique = targets.iter().collect::<std::collections::HashSet<_>>().len() == targets.len();
+        let targets = if unique { targets } else { (0..rows).rev().collect() };
+        let embedding = lab.words(&padded(&table, d_gate))?;
+        let projection = lab.words(&padded(&b_proj, d_gate))?;
+        let (id_list, target_list) = (lab.words(&ids)?, lab.words(&targets)?);
+        let y_words = row_words(width, y_storage);
+        let y = Guarded::poisoned_as(lab.kernels, "y", y_rows as usize * y_words, y_storage)?;
+        let problem = gate_rows::Problem {
+            rows,
+            width,
+            d_gate,
+            vocab_size,
+            first_id,
+            ids: with_ids,
+            targets: with_targets,
+            y_rows,
+            storage,
+            y_storage,
+        };
+        let args = gate_rows::Args {
+            gate_embedding: &embedding.region,
+            gate_b_proj: &projection.region,
+            ids: &id_list.region,
+            targets: &target_list.region,
+            y: &y.region,
+        };
+        lab.launch(|recording| gate_rows::encode(recording, &problem, args, tuning))?;
+        let kept = |values: &[f32]| super::pack(values, storage).1;
+        let mut expected = vec![f64::NAN; (y_rows * width) as usize];
+        for row in 0..rows {
+            let id = if with_ids { ids[row as usize] } else { first_id + row };
+            let to = if with_targets { targets[row as usize] } else { row };
+            if id != NO_ROW {
+                let values = reference::gate_rows(&kept(&table), &kept(&b_proj), &[id], d_gate as usize);
+                expected[(to * width) as usize..][..width as usize].copy_from_slice(&values);
+            }
+        }
+        let got = unpack(&y.read(lab.kernels, lab.queue)?, width, y_storage);
+        Ok(vec![super::compare(&got, &expected, tolerance)])
+    })
+}
+
+fn gate_statistics_case(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage) -> Result<Vec<super::Outcome>> {
+    let tolerance = Tolerance::sums(&[width as usize]);
+    every_tuning(gate_statistics::SPEC.tunings, tolerance, |tuning| {
+        let mut comparisons = Vec::new();
+        for (norm, activation) in [(GateNorm::LayerNorm, Activation::Sigmoid), (GateNorm::RmsNorm, Activation::OnePlus)]
+        {
+            let mut random = Random::new(SEED);
+            let (resident, more_first, cached) = (5, 2, tokens + 2);
+            let kv_values = random.values((tokens * width) as usize, 1.0);
+            let pitched = |values: &[f32], storage: Storage| {
+                let pitch = storage.row_pitch(width) as usize;
+                let rows: Vec<f32> = values
+                    .chunks(width as usize)
+                    .flat_map(|row| [row, &vec![0.0; pitch - row.len()]].concat())
+                    .collect();
+                super::pack(&rows, storage)
+            };
+            let gate_values = random.values((resident * width) as usize, 1.0);
+            let more_values = random.values(((more_first + tokens) * width) as usize, 1.0);
+            let gates = lab.words(&pitched(&gate_values, storage).0)?;
+            let more = lab.words(&pitched(&more_values, Storage::F32).0)?;
+            let (kv, kept) = (lab.floats(&kv_values)?, super::pack(&gate_values, storage).1);
+            // A resident row, then one of `gates_more` by number, then one by token.
+            let rows: Vec<u32> =
+                (0..tokens).map(|token| [token % resident, resident + 1, NO_ROW][token as usize % 3]).collect();
+            let slots: Vec<u32> = (0..tokens).map(|token| tokens + 1 - token).collect();
+            let (row_list, slot_list) = (lab.words(&rows)?, lab.words(&slots)?);
+            let statistics = lab.output(2 * cached as usize)?;
+            let problem = gate_statistics::Problem {
+                tokens,
+                width,
+                resident,
+                more: more_first + tokens,
+                more_first,
+                cache_rows: cached,
+                eps: 1e-5,
+                activation,
+                norm,
+                storage,
+                more_storage: Storage::F32,
+            };
+            let args = gate_statistics::Args {
+                kv: &kv.region,
+                gates: &gates.region,
+                gates_more: &more.region,
+                rows: &row_list.region,
+                slots: &slot_list.region,
+                statistics: &statistics.region,
+            };
+            lab.launch(|recording| gate_statistics::encode(recording, &problem, args, tuning))?;
+            let more_values = widen(&more_values);
+            let w = width as usize;
+            let row_of = |(token, &row): (usize, &u32)| match row {
+                NO_ROW => more_values[(more_first as usize + token) * w..][..w].to_vec(),
+                row if row < resident => kept[row as usize * w..][..w].to_vec(),
+                row => more_values[(row - resident) as usize * w..][..w].to_vec(),
+            };
+            let g: Vec<f64> = rows.iter().enumerate().flat_map(row_of).collect();
+            let measured = reference::gate_statistics(&widen(&kv_values), &g, activation, norm, w, 1e-5);
+            let mut expected = vec![f64::NAN; 2 * cached as usize];
+            for (&slot, pair) in slots.iter().zip(measured) {
+                expected[2 * slot as usize..][..2].copy_from_slice(&pair);
+            }
+            comparisons.push(lab.compare(&statistics, &expected, tolerance)?);
+        }
+        Ok(comparisons)
+    })
+}
+
+fn lists(cases: &mut Vec<Case>) {
+    for count in [0, 1, 63, 300] {
+        cases.push(Case::new("word_scatter", count.to_string(), move |lab| {
+            every_tuning(word_scatter::SPEC.tunings, Tolerance::EXACT, |tuning| {
+                let values = Random::new(SEED).values(700, 1.0);
+                let words = lab.floats(&values)?;
+                let patches: Vec<[u32; 2]> = (0..count).map(|i| [(i * 37) % 700, (i as f32).to_bits()]).collect();
+                let list = lab.words(bytemuck::cast_slice(&[&patches[..], &[[0; 2]]].concat()))?;
+                let problem = word_scatter::Problem { count, words: 700 };
+                let args = word_scatter::Args { patches: &list.region, words: &words.region };
+                lab.launch(|recording| word_scatter::encode(recording, &problem, args, tuning))?;
+                let mut expected: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
+                reference::word_scatter(&mut expected, &patches);
+                let expected: Vec<f64> = expected.into_iter().map(|bits| f32::from_bits(bits).into()).collect();
+                Ok(vec![lab.compare(&words, &expected, Tolerance::EXACT)?])
+            })
+        }));
+    }
+    for (name, first_row) in [("whole", 0), ("second_pass", 16)] {
+        cases.push(Case::new("group_ids", name, move |lab| {
+            every_tuning(group_ids::SPEC.tunings, Tolerance::EXACT, |tuning| {
+                let tiling = Tiling { groups: 4, run: 2 };
+                let sequences = [(30, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
+                let Some(batch) = GroupedBatch::new(&sequences, 1, tiling, true) else { return Ok(Vec::new()) };
+                let rows = batch.rows - first_row;
+                let (token_ids, token_rows) = ([7, 8, 9], [7, NO_ROW, 9]);
+                let lists = lab.words(&batch.words)?;
+                let (id_list, row_list) = (lab.words(&token_ids)?, lab.words(&token_rows)?);
+                let ids = lab.output((rows + 3) as usize)?;
+                let problem = group_ids::Problem {
+                    tokens: 3,
+                    first_row,
+                    rows,
+                    n_sequence: 3,
+                    table: batch.table,
+                    list_words: batch.words.len() as u32,
+                };
+                let args = group_ids::Args {
+                    token_ids: &id_list.region,
+                    token_rows: &row_list.region,
+                    lists: &lists.region,
+                    ids: &ids.region,
+                };
+                lab.launch(|recording| group_ids::encode(recording, &problem, args, tuning))?;
+                let groups = batch.ids[first_row as usize..].iter().map(|id| id.map(|id| (id, id % 2 == 1)));
+                let tokens = token_ids.iter().zip(token_rows).map(|(&id, row)| Some((id, row != NO_ROW)));
+                let expected = reference::group_ids(&groups.chain(tokens).collect::<Vec<_>>());
+                let got: Vec<f32> = ids.read(lab.kernels, lab.queue)?.into_iter().map(|id| id as f32).collect();
+                let expected: Vec<f64> = expected.into_iter().map(|id| f64::from(id as f32)).collect();
+                Ok(vec![super::compare(&got, &expected, Tolerance::EXACT)])
             })
         }));
     }

@@ -4,7 +4,7 @@ use super::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use super::guarded::POISON;
 use super::random::{Random, attention_weights};
 use super::{Case, Lab, Outcome, outcome, readback};
-use crate::attention::{Attention, CacheOptions, DecodePath, LatentCache, Workspace, WorkspaceOptions};
+use crate::attention::{Attention, CacheOptions, DecodePath, GateRows, LatentCache, Workspace, WorkspaceOptions};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
 use crate::error::Result;
 use crate::kernel::{Recording, Region};
@@ -20,6 +20,9 @@ struct Schedule {
     /// Most tokens of a sequence in one prefill.
     chunk: u32,
     path: DecodePath,
+    /// New tokens of a sequence in a decode step.
+    decode: u32,
+    gate_rows: GateRows,
 }
 
 fn base() -> AttentionConfig {
@@ -128,18 +131,38 @@ fn layer(
     tile_rows: u32,
 ) -> Result<Vec<Outcome>> {
     let weights = attention_weights(config, kv_a_norm, 7)?;
-    let attention = Attention::new(lab.kernels, config, &weights, storage)?;
+    let mut attention = Attention::new(lab.kernels, config, &weights, storage)?;
+    if config.up_projected_gate().is_some() {
+        lab.launch(|recording| attention.load_gate_table(recording))?;
+    }
     let longest = lengths.iter().copied().max().unwrap_or(0);
+    let plain = Schedule {
+        name: "prefill",
+        prefill: longest,
+        chunk: longest,
+        path: DecodePath::Auto,
+        decode: 1,
+        gate_rows: GateRows::Recompute,
+    };
+    let decoded = Schedule { prefill: longest - 5, chunk: 100, ..plain };
+    let absorbed = Schedule { name: "absorbed", path: DecodePath::Absorbed, ..decoded };
     let mut schedules = vec![
-        Schedule { name: "prefill", prefill: longest, chunk: longest, path: DecodePath::Auto },
-        Schedule { name: "chunked", prefill: longest, chunk: longest.div_ceil(3), path: DecodePath::Auto },
-        Schedule { name: "expanded", prefill: longest - 5, chunk: 100, path: DecodePath::Expanded },
+        plain,
+        Schedule { name: "chunked", chunk: longest.div_ceil(3), ..plain },
+        Schedule { name: "expanded", path: DecodePath::Expanded, ..decoded },
+        absorbed,
+        Schedule { name: "candidates", decode: 3, ..absorbed },
+        Schedule { name: "candidates_expanded", decode: 3, path: DecodePath::Expanded, ..decoded },
     ];
-    if attention.decode_path(DecodePath::Absorbed).is_ok() {
-        schedules.push(Schedule { name: "absorbed", prefill: longest - 5, chunk: 100, path: DecodePath::Absorbed });
+    // The source of the gate rows is the same to every activation; each costs pipelines.
+    if config.up_projected_gate().is_some_and(|gate| gate.activation == Activation::Tanh) {
+        // Fewer rows than there are ids, and one for every id.
+        schedules.push(Schedule { name: "pool", gate_rows: GateRows::Pool { rows: 7 }, decode: 2, ..absorbed });
+        schedules.push(Schedule { name: "large_pool", gate_rows: GateRows::Pool { rows: 99 }, ..absorbed });
+        schedules.push(Schedule { name: "table", gate_rows: GateRows::Table, ..absorbed });
     }
     if longest < 100 {
-        schedules.push(Schedule { name: "decode_from_0", prefill: 0, chunk: 1, path: DecodePath::Auto });
+        schedules.push(Schedule { name: "decode_from_0", prefill: 0, path: DecodePath::Absorbed, ..decoded });
     }
     let mut random = Random::new(11);
     let tokens: u32 = lengths.iter().sum();
@@ -191,9 +214,11 @@ fn run(
     let width = config.hidden_size as usize;
     let longest = lengths.iter().copied().max().unwrap_or(0);
     // A row to spare, so that sequences do not touch.
-    let options = CacheOptions { n_layer: 1, batch: lengths.len() as u32, capacity: longest + 1, storage };
+    let (n_layer, batch, gate_rows) = (1, lengths.len() as u32, schedule.gate_rows);
+    let options = CacheOptions { n_layer, batch, capacity: longest + 1, storage, gate_rows };
     let mut cache = LatentCache::new(lab.kernels, config, options)?;
-    let workspace_options = WorkspaceOptions { max_tokens: hidden.len() as u32 / config.hidden_size, tile_rows };
+    let max_tokens = hidden.len() as u32 / config.hidden_size;
+    let workspace_options = WorkspaceOptions { max_tokens, tile_rows, decode_tokens: schedule.decode };
     let workspace = Workspace::new(&cache, workspace_options)?;
     for buffer in cache.buffers().chain(workspace.buffers()) {
         let poison = vec![POISON; buffer.size() as usize / 4];
@@ -217,7 +242,7 @@ fn run(
             .zip(lengths)
             .map(|(&done, &length)| match prefilling {
                 true => length.min(schedule.prefill).saturating_sub(done).min(schedule.chunk),
-                false => length.saturating_sub(done).min(1),
+                false => length.saturating_sub(done).min(schedule.decode),
             })
             .collect();
         let rows: Vec<usize> = (0..lengths.len())

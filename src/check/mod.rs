@@ -15,6 +15,7 @@
 //! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, guard words stand around every
 //! buffer, and the GPU runs before the reference.
 
+pub mod bench;
 pub mod compare;
 pub mod guarded;
 mod kernel_cases;

@@ -21,6 +21,11 @@ impl Random {
         (radius * (std::f64::consts::TAU * self.0.f64()).cos()) as f32
     }
 
+    /// One value from 0 to 1, 1 left out.
+    pub fn unit(&mut self) -> f64 {
+        self.0.f64()
+    }
+
     /// `n` values of mean 0.
     pub fn values(&mut self, n: usize, deviation: f32) -> Vec<f32> {
         (0..n).map(|_| deviation * self.normal()).collect()

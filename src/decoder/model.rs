@@ -3,8 +3,8 @@
 use super::cpu::check_layers;
 use super::folder::DecoderWeights;
 use crate::attention::{
-    Attention, CacheOptions, DecodePath, LatentCache, MemoryReport, Step, StepInput, Workspace, WorkspaceOptions,
-    product_of, upload_tensor,
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Step, StepInput, Workspace,
+    WorkspaceOptions, product_of, upload_tensor,
 };
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
@@ -155,21 +155,35 @@ impl Decoder {
         self.storage
     }
 
-    /// The decode path that `path` stands for in this model.
+    /// The decode path that `path` stands for in a step of this model.
     ///
     /// # Errors
     /// As [`Attention::decode_path`].
-    pub fn decode_path(&self, path: DecodePath) -> Result<DecodePath> {
-        self.layers.first().map_or(Ok(path), |layer| layer.attention.decode_path(path))
+    pub fn decode_path(&self, path: DecodePath, cache: &LatentCache, step: &Step) -> Result<DecodePath> {
+        self.layers.first().map_or(Ok(path), |layer| layer.attention.decode_path(path, cache, step))
+    }
+
+    /// Records the gate tables of all layers, for caches with [`GateRows::Table`].
+    ///
+    /// # Errors
+    /// As [`Attention::load_gate_table`].
+    pub fn load_gate_tables(&mut self, recording: &mut Recording) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.attention.load_gate_table(recording))
     }
 
     /// Allocates a cache of `batch` sequences of up to `capacity` tokens, stored like the weights.
     ///
     /// # Errors
     /// As [`LatentCache::new`].
-    pub fn cache(&self, batch: u32, capacity: u32) -> Result<LatentCache> {
-        let options = CacheOptions { n_layer: self.config.n_layer, batch, capacity, storage: self.storage };
+    pub fn cache(&self, batch: u32, capacity: u32, gate_rows: GateRows) -> Result<LatentCache> {
+        let (n_layer, storage) = (self.config.n_layer, self.storage);
+        let options = CacheOptions { n_layer, batch, capacity, storage, gate_rows };
         LatentCache::new(&self.kernels, &self.config.attention, options)
+    }
+
+    /// Bytes of the gate tables of all layers.
+    pub fn gate_table_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.attention.gate_table_bytes()).sum()
     }
 
     /// Allocates the buffers for steps on `cache`.
@@ -349,7 +363,7 @@ impl Decoder {
         (table, ids, y): (&Region, &Region, &Region),
     ) -> Result<()> {
         let width = self.config.attention.hidden_size;
-        let problem = gather::Problem { rows, width, vocab_size: table_rows, storage };
+        let problem = gather::Problem { rows, width, table_row: width, vocab_size: table_rows, storage };
         gather::encode(recording, &problem, gather::Args { table, ids, y }, Tuning::Auto)
     }
 

@@ -1,4 +1,4 @@
-//! Attention of one query per sequence straight over the cached latents, split over the cache.
+//! Attention of few queries per sequence straight over the cached latents, split over the cache.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -27,8 +27,11 @@ pub const SPEC: KernelSpec = KernelSpec {
     features: wgpu::Features::empty(),
 };
 
-/// (WORKGROUP, CHUNK); WORKGROUP is at least `SPLIT / 4`.
-const TUNINGS: &[(u32, u32)] = &[(64, 128), (128, 64), (256, 256)];
+/// HEADS: heads of a workgroup.
+const TUNINGS: &[u32] = &[4, 8];
+
+/// 16-byte loads of a key whose query elements are staged at once.
+const CHUNK: u32 = 8;
 
 /// Uniform parameters, as in the shader.
 #[repr(C)]
@@ -39,8 +42,8 @@ pub struct Params {
     d_nope: u32,
     d_rope: u32,
     n_sequence: u32,
-    latent_pitch: u32,
-    rope_pitch: u32,
+    latent_loads: u32,
+    rope_loads: u32,
     scale: f32,
 }
 
@@ -51,8 +54,12 @@ pub struct Problem {
     pub tokens: u32,
     /// Lines of the sequence table.
     pub n_sequence: u32,
+    /// Most query tokens of a sequence.
+    pub most_tokens: u32,
     /// Splits of all sequences: the step's rows over [`SPLIT`].
     pub splits: u32,
+    /// Partial results: splits times query tokens, summed over the sequences.
+    pub partials: u32,
     /// Query heads.
     pub n_head: u32,
     /// Width of a latent.
@@ -75,17 +82,20 @@ impl super::Problem for Problem {
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent)])?;
         nonzero(SPEC.name, &[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])?;
-        let (workgroup_size, chunk) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), 0)?];
+        // Eight heads read a row half as often, where they are not heads past the end.
+        let of_sizes = if (self.n_head - 1) % 8 >= 4 { 1 } else { 0 };
+        let heads = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, of_sizes))?];
+        let workgroup_size = SPLIT / 4;
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),
-                ("WORKGROUP", workgroup_size.into()),
+                ("HEADS", heads.into()),
+                ("CHUNK", CHUNK.into()),
                 ("SPLIT", SPLIT.into()),
-                ("CHUNK", chunk.into()),
             ],
-            grid: [self.splits, self.n_head.div_ceil(4), 1],
+            grid: [self.splits, self.n_head.div_ceil(heads), self.most_tokens],
             workgroup_size,
-            workgroup_bytes: 16 * (chunk + SPLIT + workgroup_size),
+            workgroup_bytes: 4 * heads * (8 * CHUNK + SPLIT + workgroup_size),
         }
         .checked(SPEC.name, &context.limits)
     }
@@ -102,11 +112,11 @@ pub struct Args<'a> {
     pub latent_cache: &'a Region,
     /// `[cache_rows, pitch of d_rope]` in `storage`.
     pub rope_cache: &'a Region,
-    /// `[n_sequence]` [`super::cache_read::SequenceRow`].
+    /// `[n_sequence]` [`super::attention_decode::DecodeSequence`].
     pub sequences: &'a Region,
-    /// `[splits, n_head, d_latent]` f32, written.
+    /// `[partials, n_head, d_latent]` f32, written.
     pub partial_values: &'a Region,
-    /// `[splits, n_head, 2]` f32 (m, l), written.
+    /// `[partials, n_head, 2]` f32 (m, l), written.
     pub partial_softmax: &'a Region,
 }
 
@@ -118,6 +128,7 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
     let plan = problem.plan(recording.kernels().context(), tuning)?;
     let p = *problem;
     let (latent_pitch, rope_pitch) = (p.storage.row_pitch(p.d_latent), p.storage.row_pitch(p.d_rope));
+    let per_load = 16 / p.storage.bytes() as u32;
     let cache =
         |region, pitch: u32| Bound { region, bytes: product(&[p.cache_rows, pitch]).saturating_mul(p.storage.bytes()) };
     recording.push(
@@ -129,8 +140,8 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
             d_nope: p.d_nope,
             d_rope: p.d_rope,
             n_sequence: p.n_sequence,
-            latent_pitch,
-            rope_pitch,
+            latent_loads: latent_pitch / per_load,
+            rope_loads: rope_pitch / per_load,
             scale: p.scale,
         },
         &[
@@ -138,9 +149,9 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
             words(args.q, product(&[p.tokens, p.n_head, p.d_nope + p.d_rope])),
             cache(args.latent_cache, latent_pitch),
             cache(args.rope_cache, rope_pitch),
-            words(args.sequences, product(&[p.n_sequence, 4])),
-            words(args.partial_values, product(&[p.splits, p.n_head, p.d_latent])),
-            words(args.partial_softmax, product(&[p.splits, p.n_head, 2])),
+            words(args.sequences, product(&[p.n_sequence, 8])),
+            words(args.partial_values, product(&[p.partials, p.n_head, p.d_latent])),
+            words(args.partial_softmax, product(&[p.partials, p.n_head, 2])),
         ],
     )
 }

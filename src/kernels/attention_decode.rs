@@ -30,6 +30,28 @@ pub const SPLIT: u32 = 256;
 
 const WORKGROUPS: &[u32] = &[64, 128, 256];
 
+/// One line of the sequence table of a decode step: [`super::cache_read::SequenceRow`], and where results go.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct DecodeSequence {
+    /// First row in the step's numbering, a multiple of [`SPLIT`].
+    pub first_row: u32,
+    /// Cache row of position 0.
+    pub first_slot: u32,
+    /// Tokens, those of this step included.
+    pub length: u32,
+    /// Row of the sequence's first query token in the step's activations.
+    pub token: u32,
+    /// Query tokens: each sees those before it.
+    pub tokens: u32,
+    /// First partial result: query token i's split s is partial result `partial + i · splits + s`.
+    pub partial: u32,
+    /// Splits of the sequence.
+    pub splits: u32,
+    /// Fills the line up.
+    pub unused: u32,
+}
+
 /// Uniform parameters, as in the shader.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -49,6 +71,10 @@ pub struct Params {
 pub struct Problem {
     /// Rows of `q`.
     pub tokens: u32,
+    /// Most query tokens of a sequence.
+    pub most_tokens: u32,
+    /// Partial results: splits times query tokens, summed over the sequences.
+    pub partials: u32,
     /// Lines of the sequence table.
     pub n_sequence: u32,
     /// Query heads.
@@ -82,14 +108,14 @@ impl super::Problem for Problem {
                 return Err(Error::problem(SPEC.name, format!("{what} is {rows}, not a multiple of {SPLIT}")));
             }
         }
-        let workgroup_size = WORKGROUPS[tuning.choose(SPEC.name, WORKGROUPS.len(), 0)?];
+        let workgroup_size = WORKGROUPS[tuning.choose(SPEC.name, WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),
                 ("WORKGROUP", workgroup_size.into()),
                 ("SPLIT", SPLIT.into()),
             ],
-            grid: [self.kv_rows / SPLIT, self.n_head, 1],
+            grid: [self.kv_rows / SPLIT, self.n_head, self.most_tokens],
             workgroup_size,
             workgroup_bytes: 4 * (SPLIT + workgroup_size),
         }
@@ -97,7 +123,7 @@ impl super::Problem for Problem {
     }
 }
 
-/// Buffers of one dispatch. Split s of the step covers rows `[s·SPLIT, (s+1)·SPLIT)`; this tile writes its own splits.
+/// Buffers of one dispatch. A tile writes the partial results of its own splits.
 #[derive(Debug, Clone, Copy)]
 pub struct Args<'a> {
     /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
@@ -106,11 +132,11 @@ pub struct Args<'a> {
     pub kv: &'a Region,
     /// `[cache_rows, pitch of d_rope]` in `storage`.
     pub rope_cache: &'a Region,
-    /// `[n_sequence]` [`super::cache_read::SequenceRow`].
+    /// `[n_sequence]` [`DecodeSequence`].
     pub sequences: &'a Region,
-    /// `[splits, n_head, d_value]` f32, written.
+    /// `[partials, n_head, d_value]` f32, written.
     pub partial_values: &'a Region,
-    /// `[splits, n_head, 2]` f32 (m, l), written.
+    /// `[partials, n_head, 2]` f32 (m, l), written.
     pub partial_softmax: &'a Region,
 }
 
@@ -122,7 +148,6 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
     let plan = problem.plan(recording.kernels().context(), tuning)?;
     let p = *problem;
     let rope_pitch = p.storage.row_pitch(p.d_rope);
-    let splits = p.kv_first / SPLIT + p.kv_rows / SPLIT;
     recording.push(
         &SPEC,
         &plan,
@@ -143,9 +168,9 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
                 region: args.rope_cache,
                 bytes: product(&[p.cache_rows, rope_pitch]).saturating_mul(p.storage.bytes()),
             },
-            words(args.sequences, product(&[p.n_sequence, 4])),
-            words(args.partial_values, product(&[splits, p.n_head, p.d_value])),
-            words(args.partial_softmax, product(&[splits, p.n_head, 2])),
+            words(args.sequences, product(&[p.n_sequence, 8])),
+            words(args.partial_values, product(&[p.partials, p.n_head, p.d_value])),
+            words(args.partial_softmax, product(&[p.partials, p.n_head, 2])),
         ],
     )
 }

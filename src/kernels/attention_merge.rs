@@ -52,7 +52,8 @@ impl super::Problem for Problem {
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         nonzero(SPEC.name, &[("n_head", self.n_head), ("width", self.width)])?;
-        let workgroup_size = ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), 0)?];
+        let workgroup_size =
+            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
         Plan {
             overrides: vec![("WORKGROUP", workgroup_size.into())],
             grid: fold_grid(SPEC.name, product(&[self.tokens, self.n_head]), &context.limits)?,

@@ -1,8 +1,11 @@
 //! Causal attention of many queries over a tile of rebuilt keys and values, with a running softmax.
+//!
+//! The shader reads and writes 16 bytes at once. [`encode`] hands widths that are not multiples of 4 to
+//! [`super::attention_prefill_rows`], which has the same meaning, query tiles and state.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, narrow, nonzero, product, words};
+use super::{Problem as _, attention_prefill_rows, narrow, nonzero, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
@@ -26,10 +29,19 @@ pub const SPEC: KernelSpec = KernelSpec {
     features: wgpu::Features::empty(),
 };
 
-/// (WORKGROUP, LANES, CHUNK)
-const TUNINGS: &[(u32, u32, u32)] = &[(64, 4, 16), (128, 4, 8), (32, 4, 16), (32, 2, 32)];
+/// (ROWS, CHUNK, VALUE_ROWS): 8 lanes share 4 queries, ROWS times.
+pub(super) const TUNINGS: &[(u32, u32, u32)] = &[(8, 8, 16), (16, 4, 8), (4, 8, 8)];
 
-/// Uniform parameters, as in the shader.
+/// Lanes that share a row of 4 queries.
+const LANES: u32 = 8;
+
+/// Keys of a block.
+const TILE_KV: u32 = 32;
+
+/// Value columns of a workgroup: 8 lanes of 4 times 4.
+pub(super) const SLICE: u32 = 128;
+
+/// Uniform parameters, as in the shader; `attention_prefill_rows` has the same.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub struct Params {
@@ -41,6 +53,8 @@ pub struct Params {
     kv_rows: u32,
     rope_pitch: u32,
     scale: f32,
+    first: u32,
+    last: u32,
 }
 
 /// A run of consecutive queries of one sequence, at most [`tile_q`] long.
@@ -90,12 +104,13 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-fn setting(context: &PlanContext, tuning: Tuning) -> Result<(u32, u32, u32)> {
+/// Index into [`TUNINGS`].
+pub(super) fn setting(context: &PlanContext, tuning: Tuning) -> Result<usize> {
     let auto = match context.class {
-        AdapterClass::Software => 2,
-        AdapterClass::Integrated | AdapterClass::Discrete | AdapterClass::Apple => 0,
+        AdapterClass::Discrete => 1,
+        AdapterClass::Software | AdapterClass::Integrated | AdapterClass::Apple => 0,
     };
-    Ok(TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?])
+    tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))
 }
 
 /// Most queries of a [`QueryTile`].
@@ -103,8 +118,7 @@ fn setting(context: &PlanContext, tuning: Tuning) -> Result<(u32, u32, u32)> {
 /// # Errors
 /// A forced tuning that does not exist.
 pub fn tile_q(context: &PlanContext, tuning: Tuning) -> Result<u32> {
-    let (workgroup, lanes, _) = setting(context, tuning)?;
-    Ok(workgroup / lanes)
+    Ok(TUNINGS[setting(context, tuning)?].0 * 4)
 }
 
 /// Slices of the value width, each with its own (m, l) in the softmax state.
@@ -112,34 +126,83 @@ pub fn tile_q(context: &PlanContext, tuning: Tuning) -> Result<u32> {
 /// # Errors
 /// A forced tuning that does not exist.
 pub fn slices(context: &PlanContext, tuning: Tuning, d_value: u32) -> Result<u32> {
-    let (_, lanes, _) = setting(context, tuning)?;
-    Ok(d_value.div_ceil(lanes * 16))
+    setting(context, tuning)?;
+    Ok(d_value.div_ceil(SLICE))
+}
+
+impl Problem {
+    /// Whether every row of every tensor begins on a 16-byte boundary.
+    pub fn aligned(&self) -> bool {
+        [self.d_nope, self.d_rope, self.d_value].iter().all(|width| width.is_multiple_of(4))
+    }
+
+    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
+        narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
+        nonzero(kernel, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        if self.d_nope == 0 && self.d_rope == 0 {
+            return Err(Error::problem(kernel, "d_nope and d_rope are both 0"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn params(&self) -> Params {
+        Params {
+            n_head: self.n_head,
+            d_nope: self.d_nope,
+            d_rope: self.d_rope,
+            d_value: self.d_value,
+            kv_first: self.kv_first,
+            kv_rows: self.kv_rows,
+            rope_pitch: self.storage.row_pitch(self.d_rope),
+            scale: self.scale,
+            first: self.first.into(),
+            last: self.last.into(),
+        }
+    }
+
+    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 7] {
+        let rope_pitch = self.storage.row_pitch(self.d_rope);
+        // A binding of 16-byte elements holds one at least, be it unused.
+        let least = if self.aligned() { 16 } else { 0 };
+        [
+            words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
+            words(args.kv, product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value]).max(least / 4)),
+            Bound {
+                region: args.rope_cache,
+                bytes: product(&[self.cache_rows, rope_pitch]).saturating_mul(self.storage.bytes()).max(least),
+            },
+            words(args.queries, product(&[self.query_tiles, 4])),
+            words(args.sequences, product(&[self.n_sequence, 4])),
+            words(args.values, product(&[self.tokens, self.n_head, self.d_value])),
+            words(args.softmax, product(&[self.tokens, self.n_head, self.d_value.div_ceil(SLICE), 2])),
+        ]
+    }
 }
 
 impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
-        nonzero(SPEC.name, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
-        if self.d_nope == 0 && self.d_rope == 0 {
-            return Err(Error::problem(SPEC.name, "d_nope and d_rope are both 0"));
+        self.validate(SPEC.name)?;
+        if !self.aligned() {
+            let Problem { d_nope, d_rope, d_value, .. } = self;
+            let widths = format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4");
+            return Err(Error::problem(SPEC.name, widths));
         }
-        let (workgroup_size, lanes, chunk) = setting(context, tuning)?;
-        let (tile_q, tile_kv, slice) = (workgroup_size / lanes, lanes * 8, lanes * 16);
-        let staged = tile_q * (chunk + 1) + tile_kv * (chunk + 1) + tile_q * (tile_kv + 1) + tile_kv * slice;
+        let (rows, chunk, value_rows) = TUNINGS[setting(context, tuning)?];
+        let columns = self.d_value.min(SLICE).div_ceil(LANES * 4);
+        let staged = (rows * 4 + TILE_KV) * (chunk + 1) + TILE_KV * (rows + 1);
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),
-                ("FIRST", flag(self.first)),
-                ("LAST", flag(self.last)),
-                ("WORKGROUP", workgroup_size.into()),
-                ("LANES", lanes.into()),
+                ("ROWS", rows.into()),
                 ("CHUNK", chunk.into()),
+                ("VALUE_ROWS", value_rows.into()),
+                ("COLUMNS", columns.into()),
             ],
-            grid: [self.query_tiles, self.n_head, self.d_value.div_ceil(slice)],
-            workgroup_size,
-            workgroup_bytes: 4 * staged,
+            grid: [self.query_tiles, self.n_head, self.d_value.div_ceil(SLICE)],
+            workgroup_size: rows * LANES,
+            workgroup_bytes: 16 * staged,
         }
         .checked(SPEC.name, &context.limits)
     }
@@ -152,7 +215,7 @@ pub struct Args<'a> {
     pub q: &'a Region,
     /// `[kv_rows, n_head, d_nope + d_value]` f32: gated and normed where the model says so.
     pub kv: &'a Region,
-    /// `[cache_rows, pitch of d_rope]` in `storage`.
+    /// `[cache_rows, pitch of d_rope]` in `storage`; without `d_rope` any region of 16 bytes.
     pub rope_cache: &'a Region,
     /// `[query_tiles]` [`QueryTile`].
     pub queries: &'a Region,
@@ -160,7 +223,7 @@ pub struct Args<'a> {
     pub sequences: &'a Region,
     /// `[tokens, n_head, d_value]` f32: the running sums, normalised by the last tile.
     pub values: &'a Region,
-    /// `[tokens, n_head, slices, 2]` f32: running maximum and sum. lse = m + ln l.
+    /// `[tokens, n_head, slices, 2]` f32, of [`slices`]: running maximum and sum. lse = m + ln l.
     pub softmax: &'a Region,
 }
 
@@ -169,33 +232,9 @@ pub struct Args<'a> {
 /// # Errors
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    if !problem.aligned() {
+        return attention_prefill_rows::encode(recording, &attention_prefill_rows::Problem(*problem), args, tuning);
+    }
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let p = *problem;
-    let rope_pitch = p.storage.row_pitch(p.d_rope);
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params {
-            n_head: p.n_head,
-            d_nope: p.d_nope,
-            d_rope: p.d_rope,
-            d_value: p.d_value,
-            kv_first: p.kv_first,
-            kv_rows: p.kv_rows,
-            rope_pitch,
-            scale: p.scale,
-        },
-        &[
-            words(args.q, product(&[p.tokens, p.n_head, p.d_nope + p.d_rope])),
-            words(args.kv, product(&[p.kv_rows, p.n_head, p.d_nope + p.d_value])),
-            Bound {
-                region: args.rope_cache,
-                bytes: product(&[p.cache_rows, rope_pitch]).saturating_mul(p.storage.bytes()),
-            },
-            words(args.queries, product(&[p.query_tiles, 4])),
-            words(args.sequences, product(&[p.n_sequence, 4])),
-            words(args.values, product(&[p.tokens, p.n_head, p.d_value])),
-            words(args.softmax, product(&[p.tokens, p.n_head, plan.grid[2], 2])),
-        ],
-    )
+    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

@@ -1,9 +1,9 @@
-//! Writes new tokens to their rows of the latent cache.
+//! Writes latents and rotary keys of new tokens to their rows of the latent cache.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, narrow, nonzero, product, words};
-use crate::error::Result;
+use super::{Problem as _, narrow, nonzero, product, words};
+use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{LINEAR_WORKGROUPS, Plan, PlanContext, Storage, Tuning, linear_plan};
 
@@ -15,11 +15,9 @@ pub const SPEC: KernelSpec = KernelSpec {
         Binding::PARAMS,
         Binding::read("latent"),
         Binding::read("rope_key"),
-        Binding::read("ids"),
+        Binding::read("rotations"),
         Binding::read("slots"),
-        Binding::write("latent_cache"),
-        Binding::write("rope_cache"),
-        Binding::write("id_cache"),
+        Binding::write("cache"),
     ],
     params_size: size_of::<Params>(),
     tunings: LINEAR_WORKGROUPS.len(),
@@ -39,6 +37,7 @@ pub struct Params {
     rope_offset: u32,
     rope_row: u32,
     rope_words: u32,
+    rope_cache: u32,
 }
 
 /// Tokens to append.
@@ -60,8 +59,10 @@ pub struct Problem {
     pub rope_offset: u32,
     /// From one row of `rope_key` to the next.
     pub rope_row: u32,
-    /// Token ids are cached too.
-    pub with_ids: bool,
+    /// Rotates the keys: pairs (2i, 2i+1) when true, (i, i + d_rope/2) when false; `None` leaves them as they are.
+    pub interleave: Option<bool>,
+    /// Byte of `cache` where the rotary keys begin, behind the latents.
+    pub rope_byte: u64,
     /// How the cache is stored.
     pub storage: Storage,
 }
@@ -78,8 +79,21 @@ impl super::Problem for Problem {
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         narrow(SPEC.name, &[("d_latent", self.d_latent), ("d_rope", self.d_rope)])?;
         nonzero(SPEC.name, &[("d_latent", self.d_latent)])?;
-        let words = self.row_words(self.d_latent) + self.row_words(self.d_rope) + 1;
-        let overrides = vec![("STORAGE_F16", self.storage.constant()), ("WITH_IDS", flag(self.with_ids))];
+        let words = self.row_words(self.d_latent) + self.row_words(self.d_rope);
+        let latents = product(&[self.cache_rows, self.row_words(self.d_latent), 4]);
+        if self.rope_byte < latents || !self.rope_byte.is_multiple_of(4) {
+            let problem = format!("rotary keys begin at byte {}, latents take {latents}", self.rope_byte);
+            return Err(Error::problem(SPEC.name, problem));
+        }
+        if self.interleave.is_some() && !self.d_rope.is_multiple_of(2) {
+            return Err(Error::problem(SPEC.name, format!("d_rope is {}, must be even", self.d_rope)));
+        }
+        let rotate = match self.interleave {
+            None => 0.0,
+            Some(true) => 1.0,
+            Some(false) => 2.0,
+        };
+        let overrides = vec![("STORAGE_F16", self.storage.constant()), ("ROTATE", rotate)];
         linear_plan(SPEC.name, product(&[self.tokens, words]), overrides, context, tuning)
     }
 }
@@ -89,18 +103,14 @@ impl super::Problem for Problem {
 pub struct Args<'a> {
     /// f32, rows as in [`Problem`].
     pub latent: &'a Region,
-    /// f32, rotated, rows as in [`Problem`].
+    /// f32, rows as in [`Problem`].
     pub rope_key: &'a Region,
-    /// `[tokens]` u32; `Kernels::absent` when ids are not cached.
-    pub ids: &'a Region,
+    /// `[tokens, d_rope / 2, 2]` f32: cos and sin of each pair; `Kernels::absent` where nothing is rotated.
+    pub rotations: &'a Region,
     /// `[tokens]` u32 rows of the cache, all different.
     pub slots: &'a Region,
-    /// `[cache_rows, pitch of d_latent]` in `storage`, written.
-    pub latent_cache: &'a Region,
-    /// `[cache_rows, pitch of d_rope]` in `storage`, written.
-    pub rope_cache: &'a Region,
-    /// `[cache_rows]` u32, written when ids are cached; `Kernels::sink` otherwise.
-    pub id_cache: &'a Region,
+    /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
+    pub cache: &'a Region,
 }
 
 /// Adds one append to a recording.
@@ -114,8 +124,7 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
     let end = |offset: u32, row: u32, width: u32| {
         u64::from(offset) + product(&[p.tokens.saturating_sub(1), row]) + u64::from(width)
     };
-    let ids = |count: u32| if p.with_ids { u64::from(count) } else { 0 };
-    let cache = |region, words: u32| Bound { region, bytes: product(&[p.cache_rows, words, 4]) };
+    let cache = Bound { region: args.cache, bytes: p.rope_byte + product(&[p.cache_rows, rope_words, 4]) };
     recording.push(
         &SPEC,
         &plan,
@@ -129,15 +138,15 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
             rope_offset: p.rope_offset,
             rope_row: p.rope_row,
             rope_words,
+            // Within a binding, so words are counted in 32 bits.
+            rope_cache: (p.rope_byte / 4) as u32,
         },
         &[
             words(args.latent, end(p.latent_offset, p.latent_row, p.d_latent)),
             words(args.rope_key, if p.d_rope == 0 { 0 } else { end(p.rope_offset, p.rope_row, p.d_rope) }),
-            words(args.ids, ids(p.tokens)),
+            words(args.rotations, if p.interleave.is_some() { product(&[p.tokens, p.d_rope]) } else { 0 }),
             words(args.slots, p.tokens.into()),
-            cache(args.latent_cache, latent_words),
-            cache(args.rope_cache, rope_words),
-            words(args.id_cache, ids(p.cache_rows)),
+            cache,
         ],
     )
 }

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Problem as _, nonzero, product, words};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{LINEAR_WORKGROUPS, Plan, PlanContext, Storage, Tuning, linear_plan};
 
@@ -23,6 +23,7 @@ pub const SPEC: KernelSpec = KernelSpec {
 pub struct Params {
     rows: u32,
     width: u32,
+    table_row: u32,
 }
 
 /// Rows to look up.
@@ -32,6 +33,8 @@ pub struct Problem {
     pub rows: u32,
     /// Width of a table row.
     pub width: u32,
+    /// Elements from one row of the table to the next.
+    pub table_row: u32,
     /// Rows of the table; the caller has checked that every id is below it.
     pub vocab_size: u32,
     /// How the table is stored.
@@ -43,6 +46,10 @@ impl super::Problem for Problem {
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         nonzero(SPEC.name, &[("width", self.width), ("vocab_size", self.vocab_size)])?;
+        if self.table_row < self.width {
+            let (row, width) = (self.table_row, self.width);
+            return Err(Error::problem(SPEC.name, format!("rows of {width} elements begin every {row}")));
+        }
         let overrides = vec![("STORAGE_F16", self.storage.constant())];
         linear_plan(SPEC.name, product(&[self.rows, self.width]), overrides, context, tuning)
     }
@@ -51,9 +58,9 @@ impl super::Problem for Problem {
 /// Buffers of one dispatch.
 #[derive(Debug, Clone, Copy)]
 pub struct Args<'a> {
-    /// `[vocab_size, width]` in `storage`.
+    /// `[vocab_size, table_row]` in `storage`.
     pub table: &'a Region,
-    /// `[rows]` u32.
+    /// `[rows]` u32; `u32::MAX` for a row of zeros.
     pub ids: &'a Region,
     /// `[rows, width]` f32, written.
     pub y: &'a Region,
@@ -65,8 +72,8 @@ pub struct Args<'a> {
 /// What the plan refuses, a region that is too small, or a table over the device's binding limit.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { rows, width, vocab_size, storage } = *problem;
-    let table = Bound { region: args.table, bytes: product(&[vocab_size, width]).saturating_mul(storage.bytes()) };
+    let Problem { rows, width, table_row, vocab_size, storage } = *problem;
+    let table = Bound { region: args.table, bytes: product(&[vocab_size, table_row]).saturating_mul(storage.bytes()) };
     let y = words(args.y, product(&[rows, width]));
-    recording.push(&SPEC, &plan, &Params { rows, width }, &[table, words(args.ids, rows.into()), y])
+    recording.push(&SPEC, &plan, &Params { rows, width, table_row }, &[table, words(args.ids, rows.into()), y])
 }

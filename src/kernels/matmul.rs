@@ -183,7 +183,7 @@ impl super::Problem for Problem {
             AdapterClass::Software | AdapterClass::Discrete => 0,
             AdapterClass::Integrated | AdapterClass::Apple => 2,
         };
-        let (wg_x, wg_y, tile_k) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
+        let (wg_x, wg_y, tile_k) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.switches();
         overrides.extend([("WG_X", wg_x.into()), ("WG_Y", wg_y.into()), ("TILE_K", tile_k.into())]);
         let (tile_m, tile_n) = (wg_y * 4, wg_x * 4);

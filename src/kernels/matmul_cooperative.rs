@@ -45,7 +45,7 @@ impl super::Problem for Problem {
                 return Err(Error::problem(SPEC.name, format!("{name} is {size}, not a multiple of 16")));
             }
         }
-        let (tile_m, tile_n) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), 0)?];
+        let (tile_m, tile_n) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, 0))?];
         Plan {
             overrides: vec![("HAS_BIAS", flag(bias))],
             grid: [cols.div_ceil(tile_n), rows.div_ceil(tile_m), batch],

@@ -29,7 +29,7 @@ impl super::Problem for Problem {
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         self.0.validate_vec4(SPEC.name)?;
-        let cols = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), 0)?];
+        let cols = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, 0))?];
         let mut overrides = self.0.switches();
         overrides.push(("SPREAD", if context.subgroup_min_size >= 8 { 8.0 } else { 4.0 }));
         Plan {

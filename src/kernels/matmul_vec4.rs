@@ -46,7 +46,7 @@ impl super::Problem for Problem {
             AdapterClass::Discrete if self.tiles(1) >= FULL => 1,
             AdapterClass::Discrete => 0,
         };
-        let (wg_x, wg_y) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
+        let (wg_x, wg_y) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.0.switches();
         overrides.extend([("WG_X", wg_x.into()), ("WG_Y", wg_y.into())]);
         Plan {

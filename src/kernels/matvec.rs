@@ -44,8 +44,8 @@ impl super::Problem for Problem {
             let (workgroup, lanes) = TUNINGS[index];
             self.0.cols.div_ceil(workgroup / lanes) <= context.limits.max_compute_workgroups_per_dimension
         };
-        let auto = if fits(auto) { auto } else { 1 };
-        let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
+        let auto = Some(context.auto(SPEC.name, auto)).filter(|&auto| fits(auto)).unwrap_or(1);
+        let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.0.switches();
         overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into())]);
         Plan {

@@ -41,7 +41,7 @@ impl super::Problem for Problem {
                 }
             }
         };
-        let workgroup = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
+        let workgroup = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.0.switches();
         overrides.push(("WORKGROUP", workgroup.into()));
         Plan {

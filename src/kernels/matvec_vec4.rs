@@ -34,7 +34,7 @@ impl super::Problem for Problem {
             AdapterClass::Integrated | AdapterClass::Apple => 1,
             AdapterClass::Discrete => 2,
         };
-        let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), auto)?];
+        let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.0.switches();
         overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into())]);
         Plan {

@@ -6,13 +6,18 @@
 
 pub mod attention_absorbed;
 pub mod attention_decode;
+pub mod attention_grouped;
 pub mod attention_merge;
 pub mod attention_prefill;
+pub mod attention_prefill_rows;
 pub mod cache_append;
 pub mod cache_copy;
 pub mod cache_read;
 pub mod gate;
+pub mod gate_rows;
+pub mod gate_statistics;
 pub mod gather;
+pub mod group_ids;
 pub mod matmul;
 pub mod matmul_cooperative;
 pub mod matmul_subgroup;
@@ -22,8 +27,11 @@ pub mod matvec_subgroup;
 pub mod matvec_vec4;
 pub mod norm;
 pub mod residual_add;
+pub mod roofline_copy;
+pub mod roofline_fma;
 pub mod rope;
 pub mod swiglu;
+pub mod word_scatter;
 
 use crate::error::{Error, Result};
 use crate::kernel::{Bound, KernelSpec, Region};
@@ -33,13 +41,18 @@ use crate::plan::{Plan, PlanContext, Tuning};
 pub const REGISTRY: &[&KernelSpec] = &[
     &attention_absorbed::SPEC,
     &attention_decode::SPEC,
+    &attention_grouped::SPEC,
     &attention_merge::SPEC,
     &attention_prefill::SPEC,
+    &attention_prefill_rows::SPEC,
     &cache_append::SPEC,
     &cache_copy::SPEC,
     &cache_read::SPEC,
     &gate::SPEC,
+    &gate_rows::SPEC,
+    &gate_statistics::SPEC,
     &gather::SPEC,
+    &group_ids::SPEC,
     &matmul::SPEC,
     &matmul_cooperative::SPEC,
     &matmul_subgroup::SPEC,
@@ -49,8 +62,11 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &matvec_vec4::SPEC,
     &norm::SPEC,
     &residual_add::SPEC,
+    &roofline_copy::SPEC,
+    &roofline_fma::SPEC,
     &rope::SPEC,
     &swiglu::SPEC,
+    &word_scatter::SPEC,
 ];
 
 /// Every feature that some variant of a kernel makes use of, beside experimental ones: what to ask of an adapter that has

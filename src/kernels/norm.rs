@@ -72,7 +72,8 @@ impl super::Problem for Problem {
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         nonzero(SPEC.name, &[("width", self.width)])?;
-        let workgroup_size = ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), 0)?];
+        let workgroup_size =
+            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),

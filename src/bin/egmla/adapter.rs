@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clap::Args;
 use egmla::kernel::Kernels;
 use egmla::kernels::optional_features;
+use egmla::plan::Tunings;
 use egmla::wgpu;
 
-use crate::console::one_line;
+use crate::cache_folder;
+use crate::console::{self, one_line};
 use crate::failure::Failure;
 
 /// `--adapter`, shared by every command that computes.
@@ -37,6 +39,8 @@ pub struct Gpu {
     pub queue: wgpu::Queue,
     /// The kernels, with their device.
     pub kernels: Kernels,
+    /// The driver's cache of compiled pipelines, and the bytes that it began with.
+    pipelines: Option<(wgpu::PipelineCache, Option<Vec<u8>>)>,
     /// Errors that no scope caught; the program must not go on after one.
     errors: Arc<Mutex<Vec<String>>>,
 }
@@ -52,6 +56,15 @@ impl Backend {
 }
 
 impl Gpu {
+    /// Says which measured tile settings are in force.
+    pub fn note_tunings(&self) {
+        let tunings = &self.kernels.context().tunings.0;
+        if !tunings.is_empty() {
+            let choices: Vec<_> = tunings.iter().map(|(kernel, choice)| format!("{kernel} {choice}")).collect();
+            console::note(format_args!("tuned: {} (egmla tune --forget drops them)", choices.join(", ")));
+        }
+    }
+
     /// Fails when the device reported an error since the last call.
     pub fn check(&self) -> Result<(), Failure> {
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,6 +73,46 @@ impl Gpu {
             Some(error) => Err(Failure::run(error)),
         }
     }
+}
+
+/// Keeps what was compiled for the next run. Where that fails the next run compiles again.
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let Some((cache, before)) = &self.pipelines else { return };
+        let (Some(file), Some(data)) = (cache_folder::pipelines_file(&self.info), cache.get_data()) else { return };
+        if before.as_deref() == Some(&data[..]) {
+            return;
+        }
+        if let Err(error) = cache_folder::write(&file, &cache_folder::seal(&data)) {
+            tracing::debug!("{}: {error}", file.display());
+        }
+    }
+}
+
+/// The driver's cache, with what an earlier run kept of this adapter.
+fn pipeline_cache(device: &wgpu::Device, info: &wgpu::AdapterInfo) -> Option<(wgpu::PipelineCache, Option<Vec<u8>>)> {
+    if !device.features().contains(wgpu::Features::PIPELINE_CACHE) {
+        return None;
+    }
+    let kept = std::fs::read(cache_folder::pipelines_file(info)?).ok();
+    let data = kept.as_deref().and_then(cache_folder::unseal).map(<[u8]>::to_vec);
+    let descriptor = wgpu::PipelineCacheDescriptor { label: Some("egmla"), data: data.as_deref(), fallback: true };
+    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    // SAFETY: the bytes are those that `get_data` returned in an earlier run: they passed their checksum, and wgpu refuses
+    // those of another adapter or driver.
+    #[expect(unsafe_code, reason = "wgpu cannot prove where a driver's bytes come from")]
+    let cache = unsafe { device.create_pipeline_cache(&descriptor) };
+    pollster::block_on(scope.pop()).is_none().then_some((cache, data))
+}
+
+/// Measured tile settings of this adapter and driver, when `egmla tune` kept some.
+pub fn tunings(info: &wgpu::AdapterInfo) -> Tunings {
+    let Some(file) = cache_folder::tunings_file(info) else { return Tunings::default() };
+    let Ok(bytes) = std::fs::read(&file) else { return Tunings::default() };
+    serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        tracing::warn!("{}: {error}; run `egmla tune` again", file.display());
+        Tunings::default()
+    })
 }
 
 /// One line: name, backend, driver, and that it is software where it is.
@@ -144,9 +197,11 @@ pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
 
 fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
     let required_limits = limits(adapter);
+    // Neither changes what a kernel computes: one measures, the other makes a second start quicker.
+    let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("egmla"),
-        required_features: features(adapter),
+        required_features: adapter.features() & wanted,
         required_limits,
         ..Default::default()
     });
@@ -164,6 +219,16 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
             lost(format!("the device was lost: {message}"));
         }
     });
-    let kernels = Kernels::new(&device)?;
-    Ok(Gpu { info: adapter.get_info(), queue, kernels, errors })
+    let info = adapter.get_info();
+    let pipelines = pipeline_cache(&device, &info);
+    let mut kernels = Kernels::new(&device)?;
+    if let Some((cache, _)) = &pipelines {
+        kernels = kernels.with_pipeline_cache(cache.clone());
+    }
+    // Settings of an older version may not exist any more.
+    match kernels.with_tunings(tunings(&info)) {
+        Ok(tuned) => kernels = tuned,
+        Err(error) => tracing::warn!("measured tile settings are not used: {error}; run `egmla tune` again"),
+    }
+    Ok(Gpu { info, queue, kernels, pipelines, errors })
 }

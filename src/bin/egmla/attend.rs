@@ -80,7 +80,6 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
         .map_err(|error| error.in_file(&args.weights))?;
     drop(bytes);
     let input = Input::read(&args.input, &config)?;
-    args.path.check(&config)?;
     let output = Output::check(&args.output)?;
     for (option, path) in [("config", &args.config), ("weights", &args.weights), ("input", &args.input)] {
         output.refuse_input(option, path)?;

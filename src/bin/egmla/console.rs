@@ -1,8 +1,9 @@
 //! What the program writes: results to stdout, everything else to stderr, one line each.
 
 use std::fmt::{self, Write as _};
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 
+use indicatif::{ProgressBar, ProgressStyle};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
@@ -70,6 +71,15 @@ where
         };
         writeln!(writer, "{level}: {}", one_line(&text))
     }
+}
+
+/// A bar on stderr when that is a terminal.
+pub fn progress(length: u64, what: &str) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {what}, {{elapsed}} {{msg}}"));
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// Bytes for a reader: `1.50 KiB`.

@@ -1,6 +1,6 @@
 //! A language model on whatever `--adapter` chose: kernels on a device, or the reference on the CPU.
 
-use egmla::attention::{DecodePath, LatentCache, MemoryReport, Mode, StepInput};
+use egmla::attention::{DecodePath, GateRows, LatentCache, MemoryReport, Mode, StepInput};
 use egmla::check::readback;
 use egmla::config::DecoderConfig;
 use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits};
@@ -36,6 +36,8 @@ pub enum Engine<'a> {
         state: Box<DecoderState>,
         /// How decode steps attend.
         path: DecodePath,
+        /// How the last one did.
+        used: DecodePath,
     },
 }
 
@@ -45,6 +47,8 @@ pub struct EngineOptions {
     pub storage: Storage,
     /// Decode path on a device.
     pub decode: DecodePath,
+    /// Gate rows on a device.
+    pub gate_rows: GateRows,
     /// Most tokens of a sequence.
     pub capacity: u32,
     /// Most tokens that are fed at once.
@@ -67,9 +71,13 @@ impl<'a> Engine<'a> {
                 Ok(Engine::Cpu { state: decoder.state(), decoder: Box::new(decoder), capacity: options.capacity })
             }
             Backend::Gpu(gpu) => {
-                let decoder = Decoder::new(&gpu.kernels, config, weights, options.storage)?;
-                let path = decoder.decode_path(options.decode)?;
-                let cache = decoder.cache(1, options.capacity)?;
+                let mut decoder = Decoder::new(&gpu.kernels, config, weights, options.storage)?;
+                if options.gate_rows == GateRows::Table && config.attention.up_projected_gate().is_some() {
+                    let mut recording = Recording::new(&gpu.kernels);
+                    decoder.load_gate_tables(&mut recording)?;
+                    readback::submit(&recording, &gpu.queue)?;
+                }
+                let cache = decoder.cache(1, options.capacity, options.gate_rows)?;
                 let max_tokens = options.max_tokens.min(CHUNK);
                 let state =
                     decoder.state(&cache, DecoderStateOptions { max_tokens, all_logits: options.all_logits })?;
@@ -79,7 +87,8 @@ impl<'a> Engine<'a> {
                     decoder: Box::new(decoder),
                     cache: Box::new(cache),
                     state: Box::new(state),
-                    path,
+                    path: options.decode,
+                    used: DecodePath::Expanded,
                 })
             }
         }
@@ -93,10 +102,10 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Name of the decode path in effect.
+    /// Name of the path that the last decode step took; the expanded one before any.
     pub fn decode(&self) -> &'static str {
         match self {
-            Engine::Gpu { path: DecodePath::Absorbed, .. } => "absorbed",
+            Engine::Gpu { used: DecodePath::Absorbed, .. } => "absorbed",
             Engine::Cpu { .. } | Engine::Gpu { .. } => "expanded",
         }
     }
@@ -105,7 +114,11 @@ impl<'a> Engine<'a> {
     pub fn memory(&self) -> Option<MemoryReport> {
         match self {
             Engine::Cpu { .. } => None,
-            Engine::Gpu { cache, state, .. } => Some(state.memory(cache)),
+            Engine::Gpu { decoder, cache, state, .. } => {
+                let mut memory = state.memory(cache);
+                memory.gate_rows += decoder.gate_table_bytes();
+                Some(memory)
+            }
         }
     }
 
@@ -172,10 +185,15 @@ impl<'a> Engine<'a> {
                 }
                 Ok(decoder.forward(ids, state, logits)?.into_iter().map(|logit| logit as f32).collect())
             }
-            Engine::Gpu { gpu, decoder, cache, state, path } => {
+            Engine::Gpu { gpu, decoder, cache, state, path, used } => {
                 let mut recording = Recording::new(&gpu.kernels);
                 let input = StepInput { mode, counts: &[ids.len() as u32], token_ids: Some(ids) };
-                let region = decoder.advance(&mut recording, cache, state, input, *path, logits)?;
+                let step = decoder.plan_step(cache, input)?;
+                if mode == Mode::Decode {
+                    *used = decoder.decode_path(*path, cache, step.step())?;
+                }
+                let region = decoder.forward(&mut recording, cache, &step, state, *path, logits)?;
+                cache.commit(step.step())?;
                 readback::submit(&recording, &gpu.queue)?;
                 let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region]));
                 gpu.check()?;

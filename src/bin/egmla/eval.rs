@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use egmla::attention::DecodePath;
+use egmla::attention::{DecodePath, GateRows};
 use egmla::decoder::{ModelFolder, Score, Windows, scored_characters};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -76,6 +76,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
         &EngineOptions {
             storage: args.storage.into(),
             decode: DecodePath::Auto,
+            gate_rows: GateRows::Recompute,
             capacity: width,
             max_tokens: width,
             all_logits: true,

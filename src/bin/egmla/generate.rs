@@ -99,7 +99,6 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     let prompt_ids = folder.tokenizer().encode(&args.prompt)?;
     let (new_tokens, capacity) = room(&args, &folder, prompt_ids.len())?;
 
-    args.path.check(&folder.config().attention)?;
     let weights = folder.weights()?;
 
     let backend = adapter::open(&args.adapter)?;
@@ -115,6 +114,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         &EngineOptions {
             storage,
             decode: args.path.decode.into(),
+            gate_rows: args.path.gate_rows,
             capacity,
             max_tokens: prompt_ids.len() as u32,
             all_logits: false,

@@ -9,7 +9,7 @@ use egmla::config::{DecoderConfig, GateNorm};
 use egmla::kernels::{
     Problem, attention_absorbed, attention_decode, attention_merge, attention_prefill, matmul, matvec,
 };
-use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
+use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning, Tunings};
 use egmla::{Error, wgpu};
 use serde::Serialize;
 
@@ -56,6 +56,9 @@ struct Adapter {
     subgroup_max_size: u32,
     timestamp_query: bool,
     cooperative_matrix: bool,
+    pipeline_cache: bool,
+    /// What `egmla tune` kept for this adapter and driver.
+    tunings: Tunings,
     variants: Vec<Variant>,
 }
 
@@ -122,11 +125,12 @@ impl Adapter {
         let offered = adapter.limits();
         let features = adapter.features();
         let class = AdapterClass::of(&info);
+        let tunings = adapter::tunings(&info);
         let context = PlanContext {
-            limits: adapter::limits(adapter),
-            class,
+            tunings: tunings.clone(),
             features: adapter::features(adapter),
             subgroup_min_size: info.subgroup_min_size,
+            ..PlanContext::new(adapter::limits(adapter), class)
         };
         Adapter {
             driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_owned(),
@@ -149,6 +153,8 @@ impl Adapter {
             subgroup_max_size: info.subgroup_max_size,
             timestamp_query: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+            pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
+            tunings,
             variants: variants(&context),
             name: info.name,
         }
@@ -174,6 +180,8 @@ impl Adapter {
             ("subgroups", subgroups),
             ("timestamp query", yes(self.timestamp_query)),
             ("cooperative matrix", yes(self.cooperative_matrix)),
+            ("pipeline cache", yes(self.pipeline_cache)),
+            ("tuned kernels", self.tunings.0.len().to_string()),
         ]
     }
 }
@@ -213,6 +221,8 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
             "1 query, 4096 keys",
             &attention_decode::Problem {
                 tokens: 1,
+                most_tokens: 1,
+                partials: splits,
                 n_sequence: 1,
                 n_head,
                 d_nope: width,
@@ -230,6 +240,8 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
             "1 query, 4096 latents",
             &attention_absorbed::Problem {
                 tokens: 1,
+                most_tokens: 1,
+                partials: splits,
                 n_sequence: 1,
                 splits,
                 n_head,

@@ -5,6 +5,8 @@
 
 mod adapter;
 mod attend;
+mod bench;
+mod cache_folder;
 mod check;
 mod console;
 mod engine;
@@ -13,6 +15,7 @@ mod failure;
 mod generate;
 mod info;
 mod options;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -40,6 +43,10 @@ enum Command {
     Info(info::InfoArgs),
     /// Compare every kernel and the layer with the reference on an adapter
     Check(check::CheckArgs),
+    /// Time kernels and decode paths against what the adapter reaches at best
+    Bench(bench::BenchArgs),
+    /// Measure tile settings on an adapter and keep the fastest
+    Tune(tune::TuneArgs),
 }
 
 fn main() -> ExitCode {
@@ -68,6 +75,8 @@ fn run() -> Result<(), Failure> {
         Command::Attend(args) => attend::run(args),
         Command::Info(args) => info::run(args),
         Command::Check(args) => check::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Tune(args) => tune::run(args),
     }
 }
 

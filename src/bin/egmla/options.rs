@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use egmla::attention::DecodePath;
-use egmla::config::AttentionConfig;
+use egmla::attention::{DecodePath, GateRows};
 use egmla::plan::Storage;
 
 use crate::failure::Failure;
@@ -31,12 +30,12 @@ impl From<StorageOption> for Storage {
 /// `--decode`
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DecodeOption {
-    /// The fastest that the model supports
+    /// The one with less work, step by step
     #[default]
     Auto,
     /// Keys and values rebuilt from the cache
     Expanded,
-    /// Queries taken to the latents; not with the gate at `up_projected`
+    /// Queries taken to the latents, once per distinct token id with the gate at `up_projected`
     Absorbed,
 }
 
@@ -59,20 +58,22 @@ pub struct PathOptions {
     /// How a decode step attends to the cache
     #[arg(long, value_name = "PATH", value_enum, default_value_t)]
     pub decode: DecodeOption,
+    /// Where the absorbed decode takes gate rows from, with the gate at `up_projected`: recompute, table (the whole vocabulary)
+    /// or pool:N (N rows a layer)
+    #[arg(long, value_name = "ROWS", default_value = "recompute", value_parser = gate_rows)]
+    pub gate_rows: GateRows,
 }
 
-impl PathOptions {
-    /// Refuses a decode path that this attention does not have, on a device and on the CPU alike.
-    ///
-    /// # Errors
-    /// Bad usage: `absorbed` with the gate at `up_projected`.
-    pub fn check(&self, config: &AttentionConfig) -> Result<(), Failure> {
-        if self.decode == DecodeOption::Absorbed && config.up_projected_gate().is_some() {
-            return Err(Failure::usage(
-                "decode path `absorbed` with gate site `up_projected` is not supported: use `expanded` or `auto`",
-            ));
-        }
-        Ok(())
+/// `--gate-rows`
+fn gate_rows(text: &str) -> Result<GateRows, String> {
+    let rows = |count: &str| count.parse().ok().filter(|rows| *rows > 0).map(|rows| GateRows::Pool { rows });
+    match text {
+        "recompute" => Ok(GateRows::Recompute),
+        "table" => Ok(GateRows::Table),
+        _ => text
+            .strip_prefix("pool:")
+            .and_then(rows)
+            .ok_or_else(|| "expected recompute, table or pool:N with N from 1 on".to_owned()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
 use egmla::check::readback;
 use egmla::config::AttentionConfig;
@@ -33,10 +33,15 @@ pub fn on_gpu(
 ) -> Result<(Vec<f32>, Summary), Failure> {
     let kernels = &gpu.kernels;
     let (storage, path) = (Storage::from(options.storage), DecodePath::from(options.decode));
-    let attention = Attention::new(kernels, config, weights, storage)?;
-    attention.decode_path(path)?;
+    let mut attention = Attention::new(kernels, config, weights, storage)?;
+    if options.gate_rows == GateRows::Table && config.up_projected_gate().is_some() {
+        let mut recording = Recording::new(kernels);
+        attention.load_gate_table(&mut recording)?;
+        readback::submit(&recording, &gpu.queue)?;
+    }
     let capacity = input.lengths.iter().copied().max().unwrap_or(0);
-    let cache_options = CacheOptions { n_layer: 1, batch: input.lengths.len() as u32, capacity, storage };
+    let (n_layer, batch, gate_rows) = (1, input.lengths.len() as u32, options.gate_rows);
+    let cache_options = CacheOptions { n_layer, batch, capacity, storage, gate_rows };
     let mut cache = LatentCache::new(kernels, config, cache_options)?;
     let workspace = match Workspace::new(&cache, WorkspaceOptions::new(schedule.most_tokens())) {
         Err(error @ egmla::Error::Limit { .. }) => {
@@ -70,7 +75,9 @@ pub fn on_gpu(
         }
         phase.seconds = start.elapsed().as_secs_f64();
     }
-    Ok((hidden, Summary { prefill, decode, memory: Some(cache.memory(&workspace)) }))
+    let mut memory = cache.memory(&workspace);
+    memory.gate_rows += attention.gate_table_bytes();
+    Ok((hidden, Summary { prefill, decode, memory: Some(memory) }))
 }
 
 struct DeviceLayer<'a> {

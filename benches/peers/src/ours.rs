@@ -1,0 +1,210 @@
+//! Our side: the only file that calls into egmla.
+
+use bytemuck::cast_slice;
+use egmla::check::readback;
+use egmla::kernel::{Kernels, Recording, Region};
+use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
+use egmla::kernels::attention_prefill::QueryTile;
+use egmla::kernels::cache_read::SequenceRow;
+use egmla::kernels::{attention_absorbed, attention_merge, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
+use egmla::plan::{AdapterClass, Storage, Tuning};
+use egmla::wgpu;
+
+use crate::problem::{Matmul, MlaDecode, Prefill, side_by_side, swap_axes};
+use crate::{Failure, Side};
+
+/// Adds a case's dispatches to a recording.
+type Encode = Box<dyn Fn(&mut Recording) -> egmla::Result<()>>;
+
+/// A case with its inputs on the device.
+pub struct Ours {
+    kernels: Kernels,
+    queue: wgpu::Queue,
+    encode: Encode,
+    output: Region,
+    /// From the kernel's order of results to the problem's.
+    reorder: Box<dyn Fn(Vec<f32>) -> Vec<f32>>,
+}
+
+impl Side for Ours {
+    fn run(&mut self) -> Result<(), Failure> {
+        let mut recording = Recording::new(&self.kernels);
+        (self.encode)(&mut recording)?;
+        readback::submit(&recording, &self.queue)?;
+        finish(&self.kernels)
+    }
+
+    fn result(&self) -> Result<Vec<f32>, Failure> {
+        let read = readback::wait(readback::read_f32(&self.kernels, &self.queue, &[&self.output]))?;
+        Ok((self.reorder)(read.concat()))
+    }
+}
+
+fn finish(kernels: &Kernels) -> Result<(), Failure> {
+    kernels.device().poll(wgpu::PollType::wait_indefinitely())?;
+    Ok(())
+}
+
+/// Kernels without a compiled pipeline, and the buffers of one case.
+struct Bench {
+    kernels: Kernels,
+    queue: wgpu::Queue,
+}
+
+impl Bench {
+    fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> egmla::Result<Self> {
+        Ok(Bench { kernels: Kernels::new(device)?, queue: queue.clone() })
+    }
+
+    fn floats(&self, values: &[f32]) -> egmla::Result<Region> {
+        self.words(cast_slice(values))
+    }
+
+    fn words(&self, words: &[u32]) -> egmla::Result<Region> {
+        Ok(Region::from(&self.kernels.upload("input", cast_slice(words))?))
+    }
+
+    fn output(&self, elements: usize) -> egmla::Result<Region> {
+        Ok(Region::from(&self.kernels.allocate("output", 4 * elements as u64)?))
+    }
+
+    fn ready(
+        self,
+        output: &Region,
+        encode: impl Fn(&mut Recording) -> egmla::Result<()> + 'static,
+        reorder: impl Fn(Vec<f32>) -> Vec<f32> + 'static,
+    ) -> Result<Box<dyn Side>, Failure> {
+        let Bench { kernels, queue } = self;
+        // Uploads travel with the next submission: not with the first that is timed.
+        queue.submit([]);
+        finish(&kernels)?;
+        let (encode, reorder) = (Box::new(encode), Box::new(reorder));
+        Ok(Box::new(Ours { kernels, queue, encode, output: output.clone(), reorder }))
+    }
+}
+
+pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Result<Box<dyn Side>, Failure> {
+    let bench = Bench::new(device, queue)?;
+    let (x, w) = (bench.floats(&inputs.x)?, bench.floats(&inputs.w)?);
+    let y = bench.output(inputs.rows * inputs.cols)?;
+    let bias = bench.kernels.absent();
+    let (rows, inner, cols) = (inputs.rows as u32, inputs.inner as u32, inputs.cols as u32);
+    let problem = matmul::Problem::linear(rows, inner, cols, false, Storage::F32);
+    // As the attention layer chooses.
+    let context = bench.kernels.context();
+    let shuffles = context.class == AdapterClass::Software && matmul_subgroup::SPEC.missing(context.features).is_none();
+    let output = y.clone();
+    let encode = move |recording: &mut Recording| {
+        let args = matmul::Args { x: &x, w: &w, bias: &bias, y: &y };
+        if shuffles {
+            matmul_subgroup::encode(recording, &matmul_subgroup::Problem(problem), args, Tuning::Auto)
+        } else {
+            matmul_vec4::encode(recording, &matmul_vec4::Problem(problem), args, Tuning::Auto)
+        }
+    };
+    bench.ready(&output, encode, |values| values)
+}
+
+pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> Result<Box<dyn Side>, Failure> {
+    let bench = Bench::new(device, queue)?;
+    let &Prefill { heads, tokens, width, .. } = inputs;
+    let by_token = |values: &[f32]| swap_axes(values, tokens, width);
+    let q = bench.floats(&by_token(&inputs.q))?;
+    let kv = bench.floats(&side_by_side(&by_token(&inputs.k), width, &by_token(&inputs.v), width))?;
+    let rope_cache = bench.kernels.absent();
+    let context = bench.kernels.context();
+    let tile_q = attention_prefill::tile_q(context, Tuning::Auto)?;
+    let slices = attention_prefill::slices(context, Tuning::Auto, width as u32)?;
+    let count = tokens as u32;
+    let tiles: Vec<QueryTile> = (0..count)
+        .step_by(tile_q as usize)
+        .map(|first| QueryTile { first_token: first, count: tile_q.min(count - first), position: first, sequence: 0 })
+        .collect();
+    let queries = bench.words(cast_slice(&tiles))?;
+    let sequence = SequenceRow { first_row: 0, first_slot: 0, length: count, token: 0 };
+    let sequences = bench.words(cast_slice(&[sequence]))?;
+    let values = bench.output(tokens * heads * width)?;
+    let softmax = bench.output(tokens * heads * slices as usize * 2)?;
+    let problem = attention_prefill::Problem {
+        tokens: count,
+        query_tiles: tiles.len() as u32,
+        n_sequence: 1,
+        n_head: heads as u32,
+        d_nope: width as u32,
+        d_rope: 0,
+        d_value: width as u32,
+        kv_first: 0,
+        kv_rows: count,
+        cache_rows: count,
+        first: true,
+        last: true,
+        scale: inputs.scale(),
+        storage: Storage::F32,
+    };
+    let output = values.clone();
+    let encode = move |recording: &mut Recording| {
+        let args = attention_prefill::Args {
+            q: &q,
+            kv: &kv,
+            rope_cache: &rope_cache,
+            queries: &queries,
+            sequences: &sequences,
+            values: &values,
+            softmax: &softmax,
+        };
+        attention_prefill::encode(recording, &problem, args, Tuning::Auto)
+    };
+    bench.ready(&output, encode, move |values| swap_axes(&values, heads, width))
+}
+
+pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode) -> Result<Box<dyn Side>, Failure> {
+    let bench = Bench::new(device, queue)?;
+    let &MlaDecode { heads, latent, rope, cached, .. } = inputs;
+    let (absorbed, q) = (bench.floats(&inputs.q_latent)?, bench.floats(&inputs.q_rope)?);
+    let (latent_cache, rope_cache) = (bench.floats(&inputs.latents)?, bench.floats(&inputs.ropes)?);
+    let (length, splits) = (cached as u32, (cached as u32).div_ceil(SPLIT));
+    let sequence =
+        DecodeSequence { first_row: 0, first_slot: 0, length, token: 0, tokens: 1, partial: 0, splits, unused: 0 };
+    let sequences = bench.words(cast_slice(&[sequence]))?;
+    let ranges = bench.words(&[0, splits])?;
+    let partials = splits as usize * heads;
+    let (partial_values, partial_softmax) = (bench.output(partials * latent)?, bench.output(partials * 2)?);
+    let (values, lse) = (bench.output(heads * latent)?, bench.output(heads)?);
+    let attend = attention_absorbed::Problem {
+        tokens: 1,
+        n_sequence: 1,
+        most_tokens: 1,
+        splits,
+        partials: splits,
+        n_head: heads as u32,
+        d_latent: latent as u32,
+        d_nope: 0,
+        d_rope: rope as u32,
+        cache_rows: length,
+        scale: inputs.scale(),
+        storage: Storage::F32,
+    };
+    let merge = attention_merge::Problem { tokens: 1, n_head: heads as u32, width: latent as u32, splits };
+    let output = values.clone();
+    let encode = move |recording: &mut Recording| {
+        let args = attention_absorbed::Args {
+            absorbed: &absorbed,
+            q: &q,
+            latent_cache: &latent_cache,
+            rope_cache: &rope_cache,
+            sequences: &sequences,
+            partial_values: &partial_values,
+            partial_softmax: &partial_softmax,
+        };
+        attention_absorbed::encode(recording, &attend, args, Tuning::Auto)?;
+        let args = attention_merge::Args {
+            partial_values: &partial_values,
+            partial_softmax: &partial_softmax,
+            ranges: &ranges,
+            values: &values,
+            lse: &lse,
+        };
+        attention_merge::encode(recording, &merge, args, Tuning::Auto)
+    };
+    bench.ready(&output, encode, |values| values)
+}

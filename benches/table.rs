@@ -1,0 +1,61 @@
+//! The rows of `egmla bench` under criterion: device time where the adapter has timestamps, else wall time.
+//!
+//! `cargo bench -- decode` selects. Compare rows of one run only: machines drift. Rows of longer caches than the quick
+//! suite's are left to `egmla bench --suite full`.
+
+use std::time::Duration;
+
+use criterion::Criterion;
+use egmla::check::bench::timer::Timer;
+use egmla::check::bench::{Stock, Suite, rows};
+use egmla::kernel::Kernels;
+use egmla::wgpu;
+
+type Failure = Box<dyn std::error::Error>;
+
+fn run(criterion: &mut Criterion) -> Result<(), Failure> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
+    let required_features = adapter.features() & wgpu::Features::TIMESTAMP_QUERY;
+    let descriptor = wgpu::DeviceDescriptor { required_features, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
+    println!("adapter: {:?}", adapter.get_info());
+    let kernels = Kernels::new(&device)?;
+    let timer = Timer::new(&kernels, &queue)?;
+    let mut stock = Stock::default();
+    for row in rows().iter().filter(|row| row.is_in(Suite::Quick)) {
+        let prepared = match row.prepare(&kernels, &mut stock) {
+            Ok(prepared) => prepared,
+            Err(error @ egmla::Error::Device { .. }) => return Err(error.into()),
+            Err(error) => {
+                println!("{}: not measured: {error}", row.id());
+                continue;
+            }
+        };
+        let mut failure = None;
+        criterion.bench_function(row.id(), |bencher| {
+            bencher.iter_custom(|runs| {
+                let one = |_| timer.run(&prepared.recording).map(|elapsed| elapsed.device_us);
+                let total = (0..runs).map(one).sum::<egmla::Result<f64>>();
+                let microseconds = total.unwrap_or_else(|error| {
+                    failure = Some(error);
+                    1.0
+                });
+                Duration::from_secs_f64(microseconds.max(1e-3) / 1e6)
+            });
+        });
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+fn main() {
+    let mut criterion = Criterion::default().sample_size(10).configure_from_args();
+    if let Err(failure) = run(&mut criterion) {
+        eprintln!("error: {failure}");
+        std::process::exit(1);
+    }
+    criterion.final_summary();
+}

@@ -1,0 +1,569 @@
+// Attention straight over the cached latents where a gate by token id stands between latent and key: the query is absorbed
+// once per distinct id of the sequence (EG-MLA, gate site `up_projected`). With u(j) the group of position j:
+//
+//   a[u,h] = scale · W_K[h]ᵀ (q_C[h] ⊙ γ_K ⊙ g_K[u,h])
+//   s_j    = ρ_j (a[u(j),h] · c_j − μ_j · scale · Σ(q_C ⊙ γ_K)) + scale · q_R · k_R_j      (+ q_C · β_K, the same for every j)
+//   m = max_j s_j    l = Σ_j e^(s_j−m)    w_j = e^(s_j−m) ρ_j    S[u,h] = Σ_{j in u} w_j c_j
+//   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
+//
+// A tile is up to GROUPS groups with their first 64 positions, or a chunk of 256 further positions of one group; absorbed
+// queries and sums of a tile stay in workgroup memory. An item is RUN tiles or RUN chunks, joined on the way; attention_merge
+// joins items. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected some at a time.
+// Each invocation owns eight latent columns (then four value columns) of one head, so a weight is read once for GROUPS groups.
+// On lavapipe eight columns an invocation against four: 16-byte loads of halves are then used whole.
+// grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
+
+override CACHE_F16: u32 = 0u;
+override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
+override GATES_F16: u32 = 0u;    // gates
+override MORE_F16: u32 = 0u;     // gates_more
+override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
+override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
+override HEADS: u32 = 2u;        // heads of a workgroup
+override LANES: u32 = 8u;        // invocations of a head
+override GROUPS: u32 = 4u;       // groups of a tile, at most 4
+override RUN: u32 = 4u;          // tiles of an item
+override D_NOPE: u32 = 64u;
+override D_VALUE: u32 = 64u;
+override LATENT4: u32 = 16u;     // latent columns / 4, rounded up to an even number
+override ROPE4: u32 = 16u;       // rotary columns / 4, rounded up to an even number
+override VALUE4: u32 = 16u;      // value columns / 4, rounded up
+override ROOM: u32 = 64u;        // the larger of D_NOPE and D_VALUE rounded up to 4
+override WORKGROUP: u32 = HEADS * LANES;
+
+const LOWEST: f32 = -3.4028234e38;
+const HEADER: u32 = 8u;          // words of a group's header
+const TILE: u32 = 64u;           // positions of a group in a tile
+const CHUNK: u32 = 256u;         // positions of a chunk; GROUPS · TILE is not more
+const CHUNK_WORDS: u32 = 260u;
+const SEQUENCE: u32 = 16u;       // words of a line of the sequence table
+const NO_ROW: u32 = 0xffffffffu;
+
+struct Params {
+    n_head: u32,
+    d_rope: u32,
+    n_sequence: u32,
+    items: u32,
+    table: u32,            // first word of the sequence table in `lists`
+    latent: u32,           // first vec4 of the latents in `cache`; rope and statistics likewise
+    latent_pitch: u32,     // vec4s of a row
+    rope: u32,
+    rope_pitch: u32,
+    statistics: u32,
+    weight_pitch: u32,     // vec4s of a row of kv_b_proj
+    gate_pitch: u32,       // elements of a row of `gates`
+    more_pitch: u32,       // elements of a row of `gates_more`
+    resident: u32,         // rows of `gates`; rows from here on are those of `gates_more`
+    first_row: u32,        // of the pass: groups first_row … first_row + rows, in the step's numbering
+    rows: u32,
+    pass_index: u32,
+    passes: u32,
+    beta: u32,             // first element of β in `affine`
+    softmax: u32,          // first word of (m, l) in `partial`
+    scale: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<f32>;                  // [tokens, n_head, D_NOPE + d_rope], rotated
+@group(0) @binding(2) var<storage, read> kv_b_proj: array<vec4<u32>>;    // [n_head, D_NOPE + D_VALUE, weight_pitch]
+@group(0) @binding(3) var<storage, read> affine: array<u32>;             // γ [n_head, D_NOPE + D_VALUE], then β
+@group(0) @binding(4) var<storage, read> gates: array<u32>;              // [resident, gate_pitch], before the activation
+@group(0) @binding(5) var<storage, read> gates_more: array<u32>;         // [more rows, more_pitch]
+@group(0) @binding(6) var<storage, read> cache: array<vec4<u32>>;        // latents, rotary keys, (μ, ρ)
+@group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table (see attention/groups.rs)
+@group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, D_VALUE], then [partials, n_head, 2]
+
+var<workgroup> sh_query: array<f32, HEADS * D_NOPE + 1u>;                // scale · q_C ⊙ γ_K
+var<workgroup> sh_rope: array<vec4<f32>, HEADS * ROPE4>;                 // scale · q_R
+var<workgroup> sh_gate: array<vec4<f32>, HEADS * ROOM>;                  // gated query, then g_V: a component a group
+var<workgroup> sh_latent: array<vec4<f32>, GROUPS * HEADS * LATENT4>;    // a[u,h], then S[u,h]
+var<workgroup> sh_value: array<vec4<f32>, HEADS * VALUE4>;               // values so far
+var<workgroup> sh_score: array<f32, HEADS * 256u>;
+var<workgroup> sh_slot: array<u32, 256u>;                                // u32 max: not seen by the query
+var<workgroup> sh_statistics: array<vec2<f32>, 256u>;                    // (μ, ρ)
+
+// Word that holds element i of a tensor of weights.
+fn weight_word(i: u32) -> u32 {
+    return select(i, i >> 1u, WEIGHTS_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn weight(word: u32, i: u32) -> f32 {
+    if (WEIGHTS_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+fn halves(low: u32, high: u32) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
+}
+
+// Eight columns.
+struct Eight {
+    low: vec4<f32>,
+    high: vec4<f32>,
+}
+
+// Columns 8i … 8i + 7 of a row of kv_b_proj; 0 past its end.
+fn weight8(row: u32, i: u32) -> Eight {
+    let first = row * params.weight_pitch;
+    if (WEIGHTS_F16 == 1u) {
+        let words = kv_b_proj[first + i];
+        return Eight(halves(words.x, words.y), halves(words.z, words.w));
+    }
+    var high = vec4<f32>(0.0);
+    if (2u * i + 1u < params.weight_pitch) {
+        high = bitcast<vec4<f32>>(kv_b_proj[first + 2u * i + 1u]);
+    }
+    return Eight(bitcast<vec4<f32>>(kv_b_proj[first + 2u * i]), high);
+}
+
+// Columns 8i … 8i + 7 of a cached latent; 0 past its end.
+fn latent8(slot: u32, i: u32) -> Eight {
+    let first = params.latent + slot * params.latent_pitch;
+    if (CACHE_F16 == 1u) {
+        let words = cache[first + i];
+        return Eight(halves(words.x, words.y), halves(words.z, words.w));
+    }
+    var high = vec4<f32>(0.0);
+    if (2u * i + 1u < params.latent_pitch) {
+        high = bitcast<vec4<f32>>(cache[first + 2u * i + 1u]);
+    }
+    return Eight(bitcast<vec4<f32>>(cache[first + 2u * i]), high);
+}
+
+// (μ, ρ) of a cached token.
+fn statistics_of(slot: u32) -> vec2<f32> {
+    let pair = cache[params.statistics + (slot >> 1u)];
+    return bitcast<vec2<f32>>(select(pair.xy, pair.zw, (slot & 1u) == 1u));
+}
+
+fn sigmoid(v: f32) -> f32 {
+    return 1.0 / (1.0 + exp(-v));
+}
+
+fn activate(v: f32) -> f32 {
+    switch (ACTIVATION) {
+        case 1u: {
+            return sigmoid(v);
+        }
+        case 2u: {
+            // Some drivers' tanh overflows for large arguments; ±1 is exact in f32 from 10 on. A clamp would hide NaN.
+            return select(tanh(clamp(v, -10.0, 10.0)), v, (bitcast<u32>(v) & 0x7fffffffu) > 0x7f800000u);
+        }
+        case 3u: {
+            return v * sigmoid(v);
+        }
+        case 4u: {
+            return 1.0 + v;
+        }
+        default: {
+            return v;
+        }
+    }
+}
+
+// Element i of `gates`.
+fn gate_element(i: u32) -> f32 {
+    if (GATES_F16 == 1u) {
+        let pair = unpack2x16float(gates[i >> 1u]);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(gates[i]);
+}
+
+// Element i of `gates_more`.
+fn more_at(i: u32) -> f32 {
+    if (MORE_F16 == 1u) {
+        let pair = unpack2x16float(gates_more[i >> 1u]);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(gates_more[i]);
+}
+
+// Element i of a gate row, activated; 0 for a group that is not there.
+fn gate_at(row: u32, i: u32) -> f32 {
+    if (row == NO_ROW) {
+        return 0.0;
+    }
+    if (row < params.resident) {
+        let at = row * params.gate_pitch + i;
+        return activate(gate_element(at));
+    }
+    return activate(more_at((row - params.resident) * params.more_pitch + i));
+}
+
+// Gate row of a group of the sequence whose lists begin at `base`.
+fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
+    let row = lists[base + group * HEADER + 2u];
+    return select(row, params.resident + group_row - params.first_row, row == NO_ROW);
+}
+
+// Position i of a group, one of its first 64.
+fn position_of(base: u32, group: u32, i: u32) -> u32 {
+    let header = base + group * HEADER;
+    if (i < 3u) {
+        return lists[header + 5u + i];
+    }
+    if (i < 16u) {
+        return lists[base + lists[header + 3u] + i - 3u];
+    }
+    return lists[base + lists[header + 4u] + i - 16u];
+}
+
+// First word of the line of the last sequence that begins at or before `item`.
+fn first_word_of(item: u32) -> u32 {
+    var low = 0u;
+    var high = params.n_sequence;
+    while (high - low > 1u) {
+        let middle = (low + high) / 2u;
+        if (lists[params.table + middle * SEQUENCE] <= item) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return params.table + low * SEQUENCE;
+}
+
+// Products of eight columns of four weight rows with those of a group's weighted latents.
+fn fold8(at: u32, w0: Eight, w1: Eight, w2: Eight, w3: Eight) -> vec4<f32> {
+    let low = sh_latent[at];
+    let high = sh_latent[at + 1u];
+    return vec4<f32>(
+        dot(w0.low, low) + dot(w0.high, high),
+        dot(w1.low, low) + dot(w1.high, high),
+        dot(w2.low, low) + dot(w2.high, high),
+        dot(w3.low, low) + dot(w3.high, high),
+    );
+}
+
+// e^(s_j − m) of entry e; 0 for one that the query does not see.
+fn weight_of(local_head: u32, e: u32, best: f32) -> f32 {
+    return select(0.0, exp(sh_score[local_head * 256u + e] - best), sh_slot[e] != NO_ROW);
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let item = workgroup.z * workgroups.y + workgroup.y;
+    let blocks = (params.n_head + HEADS - 1u) / HEADS;
+    let query = workgroup.x / blocks;
+    if (item >= params.items) {
+        return;
+    }
+    let line = first_word_of(item);
+    let tiles = lists[line + 1u];
+    let groups = lists[line + 2u];
+    let base = lists[line + 3u];
+    let first_slot = lists[line + 4u];
+    // The query token sees itself and what is before it.
+    let last = lists[line + 5u] + query;
+    let token = lists[line + 6u] + query;
+    if (query >= lists[line + 7u]) {
+        return;
+    }
+    let tile_items = lists[line + 9u];
+    let first_group = lists[line + 10u];
+    let chunks = lists[line + 11u];
+    let first_chunk = base + lists[line + 12u];
+    let chunk_items = lists[line + 13u];
+    let own_item = item - lists[line];
+    // Tiles belong to one pass, which alone writes their partial result; the chunks of an item may belong to several, and
+    // each pass writes one.
+    let of_chunks = own_item >= tile_items;
+    var index = lists[line + 8u] + query * (tile_items + params.passes * chunk_items) + own_item;
+    var tile0 = own_item * RUN;
+    var tile1 = min(tile0 + RUN, tiles);
+    if (of_chunks) {
+        index += params.pass_index * chunk_items;
+        tile0 = (own_item - tile_items) * RUN;
+        tile1 = min(tile0 + RUN, chunks);
+    } else {
+        let row = first_group + tile0 * GROUPS;
+        if (row < params.first_row || row - params.first_row >= params.rows) {
+            return;
+        }
+    }
+
+    // With one head a workgroup this is 0 in a way that compilers see: what depends on it is the same in all invocations.
+    let local_head = select(lane / LANES, 0u, HEADS == 1u);
+    let own = lane - local_head * LANES;
+    let head_index = (workgroup.x % blocks) * HEADS + local_head;
+    // Heads past the end repeat the last one and are not stored.
+    let head = min(head_index, params.n_head - 1u);
+    let head_row = head * (D_NOPE + D_VALUE);
+    let query_row = (token * params.n_head + head) * (D_NOPE + params.d_rope);
+
+    for (var i = own; i < 4u * ROPE4; i += LANES) {
+        var element = 0.0;
+        if (i < params.d_rope) {
+            element = params.scale * q[query_row + D_NOPE + i];
+        }
+        sh_rope[local_head * ROPE4 + i / 4u][i % 4u] = element;
+    }
+    for (var d = own; d < D_NOPE; d += LANES) {
+        let i = head_row + d;
+        var x = params.scale * q[query_row + d];
+        if (NORM != 2u) {
+            x *= weight(affine[weight_word(i)], i);
+        }
+        sh_query[local_head * D_NOPE + d] = x;
+    }
+    for (var i = own; i < VALUE4; i += LANES) {
+        sh_value[local_head * VALUE4 + i] = vec4<f32>(0.0);
+    }
+    workgroupBarrier();
+    // scale · Σ(q_C ⊙ γ_K)
+    var query_gamma = 0.0;
+    if (NORM == 0u) {
+        for (var d = 0u; d < D_NOPE; d++) {
+            query_gamma += sh_query[local_head * D_NOPE + d];
+        }
+    }
+
+    var best = LOWEST;   // m so far
+    var sum = 0.0;       // l so far
+    var shift = 0.0;     // Σ w_j μ_j so far
+    for (var tile = tile0; tile < tile1; tile++) {
+        // Groups of this tile, and where each one's entries end.
+        var group = tile * GROUPS;
+        var end = vec4<u32>(0u);
+        var skipped = 0u;
+        var positions = 0u;
+        if (!of_chunks) {
+            var total = 0u;
+            for (var g = 0u; g < 4u; g++) {
+                if (g < GROUPS && group + g < groups) {
+                    total += min(lists[base + (group + g) * HEADER + 1u], TILE);
+                }
+                end[g] = total;
+            }
+        } else {
+            positions = first_chunk + tile * CHUNK_WORDS;
+            group = lists[positions];
+            skipped = lists[positions + 1u];
+            end = vec4<u32>(min(lists[base + group * HEADER + 1u] - skipped, CHUNK));
+        }
+        let row = first_group + group;
+        if (row < params.first_row || row - params.first_row >= params.rows) {
+            continue;
+        }
+        let count = end.w;
+        for (var e = lane; e < count; e += WORKGROUP) {
+            var position = 0u;
+            if (!of_chunks) {
+                let g = u32(e >= end.x) + u32(e >= end.y) + u32(e >= end.z);
+                let before = select(0u, end[max(g, 1u) - 1u], g > 0u);
+                position = position_of(base, group + g, e - before);
+            } else {
+                position = lists[positions + 4u + e];
+            }
+            sh_slot[e] = select(NO_ROW, first_slot + position, position <= last);
+            if (NORM != 2u) {
+                sh_statistics[e] = statistics_of(first_slot + position);
+            }
+        }
+        var rows = vec4<u32>(NO_ROW);
+        rows.x = gate_row_of(base, group, row);
+        if (!of_chunks) {
+            for (var g = 1u; g < GROUPS; g++) {
+                if (group + g < groups) {
+                    rows[g] = gate_row_of(base, group + g, row + g);
+                }
+            }
+        }
+        for (var i = own; i < 4u * D_NOPE; i += LANES) {
+            let d = i / 4u;
+            let gate = gate_at(rows[i % 4u], head_row + d);
+            sh_gate[local_head * ROOM + d][i % 4u] = sh_query[local_head * D_NOPE + d] * gate;
+        }
+        workgroupBarrier();
+
+        // Absorb: every weight of W_K meets the four groups.
+        for (var i = own; 2u * i < LATENT4; i += LANES) {
+            var a0 = Eight();
+            var a1 = Eight();
+            var a2 = Eight();
+            var a3 = Eight();
+            for (var d = 0u; d < D_NOPE; d++) {
+                let w = weight8(head_row + d, i);
+                let x = sh_gate[local_head * ROOM + d];
+                a0.low += x.x * w.low;
+                a0.high += x.x * w.high;
+                if (GROUPS > 1u) {
+                    a1.low += x.y * w.low;
+                    a1.high += x.y * w.high;
+                }
+                if (GROUPS > 2u) {
+                    a2.low += x.z * w.low;
+                    a2.high += x.z * w.high;
+                    a3.low += x.w * w.low;
+                    a3.high += x.w * w.high;
+                }
+            }
+            let to = local_head * LATENT4 + 2u * i;
+            sh_latent[to] = a0.low;
+            sh_latent[to + 1u] = a0.high;
+            if (GROUPS > 1u) {
+                sh_latent[to + HEADS * LATENT4] = a1.low;
+                sh_latent[to + HEADS * LATENT4 + 1u] = a1.high;
+            }
+            if (GROUPS > 2u) {
+                sh_latent[to + 2u * HEADS * LATENT4] = a2.low;
+                sh_latent[to + 2u * HEADS * LATENT4 + 1u] = a2.high;
+                sh_latent[to + 3u * HEADS * LATENT4] = a3.low;
+                sh_latent[to + 3u * HEADS * LATENT4 + 1u] = a3.high;
+            }
+        }
+        workgroupBarrier();
+
+        // Scores.
+        for (var e = own; e < count; e += LANES) {
+            // One that is not seen takes part as the first row of the sequence, with a score that gives it no weight.
+            let visible = sh_slot[e] != NO_ROW;
+            let slot = select(first_slot, sh_slot[e], visible);
+            let g = u32(e >= end.x) + u32(e >= end.y) + u32(e >= end.z);
+            // A chunk has one group, and end says so: g is 0 there.
+            let a = (g * HEADS + local_head) * LATENT4;
+            var content = 0.0;
+            var rotary = 0.0;
+            let latent_row = params.latent + slot * params.latent_pitch;
+            let rope_row = params.rope + slot * params.rope_pitch;
+            if (CACHE_F16 == 1u) {
+                for (var i = 0u; i < params.latent_pitch; i++) {
+                    let words = cache[latent_row + i];
+                    content += dot(sh_latent[a + 2u * i], halves(words.x, words.y));
+                    content += dot(sh_latent[a + 2u * i + 1u], halves(words.z, words.w));
+                }
+                for (var i = 0u; i < params.rope_pitch; i++) {
+                    let words = cache[rope_row + i];
+                    rotary += dot(sh_rope[local_head * ROPE4 + 2u * i], halves(words.x, words.y));
+                    rotary += dot(sh_rope[local_head * ROPE4 + 2u * i + 1u], halves(words.z, words.w));
+                }
+            } else {
+                for (var i = 0u; i < params.latent_pitch; i++) {
+                    content += dot(sh_latent[a + i], bitcast<vec4<f32>>(cache[latent_row + i]));
+                }
+                for (var i = 0u; i < params.rope_pitch; i++) {
+                    rotary += dot(sh_rope[local_head * ROPE4 + i], bitcast<vec4<f32>>(cache[rope_row + i]));
+                }
+            }
+            if (NORM != 2u) {
+                content = sh_statistics[e].y * (content - sh_statistics[e].x * query_gamma);
+            }
+            let score = select(LOWEST, content + rotary, visible);
+            sh_score[local_head * 256u + e] = score;
+        }
+        workgroupBarrier();
+
+        // Every invocation goes over all scores of its head: that costs less than the barriers of a reduction.
+        let before = best;
+        for (var e = 0u; e < count; e++) {
+            best = max(best, sh_score[local_head * 256u + e]);
+        }
+        let kept = exp(before - best);
+        sum *= kept;
+        shift *= kept;
+        for (var e = 0u; e < count; e++) {
+            let p = weight_of(local_head, e, best);
+            sum += p;
+            if (NORM == 0u) {
+                shift += p * sh_statistics[e].y * sh_statistics[e].x;
+            }
+        }
+
+        // Weighted latents of each group, over what the scores no longer need, and g_V over what the absorption did not.
+        for (var i = own; i < 4u * D_VALUE; i += LANES) {
+            let n = i / 4u;
+            sh_gate[local_head * ROOM + n][i % 4u] = gate_at(rows[i % 4u], head_row + D_NOPE + n);
+        }
+        for (var i = own; 2u * i < LATENT4; i += LANES) {
+            var e = 0u;
+            for (var g = 0u; g < GROUPS; g++) {
+                var total = Eight();
+                for (; e < end[g]; e++) {
+                    let slot = sh_slot[e];
+                    if (slot != NO_ROW) {
+                        var w = weight_of(local_head, e, best);
+                        if (NORM != 2u) {
+                            w *= sh_statistics[e].y;
+                        }
+                        let c = latent8(slot, i);
+                        total.low += w * c.low;
+                        total.high += w * c.high;
+                    }
+                }
+                let to = (g * HEADS + local_head) * LATENT4 + 2u * i;
+                sh_latent[to] = total.low;
+                sh_latent[to + 1u] = total.high;
+            }
+        }
+        workgroupBarrier();
+
+        // Fold: value projection, then each group's gate.
+        for (var i = own; i < VALUE4; i += LANES) {
+            var v0 = vec4<f32>(0.0);
+            var v1 = vec4<f32>(0.0);
+            var v2 = vec4<f32>(0.0);
+            var v3 = vec4<f32>(0.0);
+            let value_row = head_row + D_NOPE;
+            let r0 = value_row + 4u * i;
+            // Columns past the last value repeat it and are not stored.
+            let r1 = value_row + min(4u * i + 1u, D_VALUE - 1u);
+            let r2 = value_row + min(4u * i + 2u, D_VALUE - 1u);
+            let r3 = value_row + min(4u * i + 3u, D_VALUE - 1u);
+            for (var k = 0u; 2u * k < LATENT4; k++) {
+                let w0 = weight8(r0, k);
+                let w1 = weight8(r1, k);
+                let w2 = weight8(r2, k);
+                let w3 = weight8(r3, k);
+                let at = local_head * LATENT4 + 2u * k;
+                v0 += fold8(at, w0, w1, w2, w3);
+                if (GROUPS > 1u) {
+                    v1 += fold8(at + HEADS * LATENT4, w0, w1, w2, w3);
+                }
+                if (GROUPS > 2u) {
+                    v2 += fold8(at + 2u * HEADS * LATENT4, w0, w1, w2, w3);
+                    v3 += fold8(at + 3u * HEADS * LATENT4, w0, w1, w2, w3);
+                }
+            }
+            var value = sh_value[local_head * VALUE4 + i] * kept;
+            let g = local_head * ROOM + 4u * i;
+            value += vec4<f32>(
+                dot(sh_gate[g], vec4<f32>(v0.x, v1.x, v2.x, v3.x)),
+                dot(sh_gate[g + 1u], vec4<f32>(v0.y, v1.y, v2.y, v3.y)),
+                dot(sh_gate[g + 2u], vec4<f32>(v0.z, v1.z, v2.z, v3.z)),
+                dot(sh_gate[g + 3u], vec4<f32>(v0.w, v1.w, v2.w, v3.w)),
+            );
+            sh_value[local_head * VALUE4 + i] = value;
+        }
+        workgroupBarrier();
+    }
+
+    if (head_index >= params.n_head) {
+        return;
+    }
+    let to = index * params.n_head + head;
+    for (var v = own; v < D_VALUE; v += LANES) {
+        let n = head_row + D_NOPE + v;
+        var out = sh_value[local_head * VALUE4 + v / 4u][v % 4u];
+        if (NORM != 2u) {
+            out = (out - shift) * weight(affine[weight_word(n)], n);
+        }
+        if (NORM == 0u) {
+            let b = params.beta + n;
+            out += sum * weight(affine[weight_word(b)], b);
+        }
+        partial[to * D_VALUE + v] = out;
+    }
+    if (own == 0u) {
+        partial[params.softmax + 2u * to] = best;
+        partial[params.softmax + 2u * to + 1u] = sum;
+    }
+}

@@ -1,0 +1,153 @@
+// Gate rows by token id, before their activation, to be kept: in a pool, or for the whole vocabulary.
+//
+//   y[targets[r], n] = Σ_k gate_b_proj[n, k] · gate_embedding[ids[r], k]
+//
+// Without ids, row r is that of id first_id + r; without targets it goes to row r. u32 max, as an id, leaves a row out. Rows of
+// y are padded with zeros to 16 bytes. In f16 storage finite values beyond ±65504 are stored as ±65504; NaN stays NaN.
+// grid: (⌈width / (4 · WORKGROUP)⌉, ⌈rows / 4⌉ folded into y and z); an invocation owns four columns of four rows.
+
+override STORAGE_F16: u32 = 0u;   // table and projection
+override Y_F16: u32 = 0u;
+override HAS_IDS: u32 = 0u;
+override HAS_TARGETS: u32 = 0u;
+override WORKGROUP: u32 = 64u;
+
+const NO_ROW: u32 = 0xffffffffu;
+
+struct Params {
+    rows: u32,
+    width: u32,
+    pitch: u32,      // vec4s of a row of gate_embedding and of gate_b_proj
+    y_words: u32,    // words of a row of y
+    first_id: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> gate_embedding: array<vec4<u32>>;   // [vocab, pitch]
+@group(0) @binding(2) var<storage, read> gate_b_proj: array<vec4<u32>>;      // [width, pitch]
+@group(0) @binding(3) var<storage, read> ids: array<u32>;                    // [rows]
+@group(0) @binding(4) var<storage, read> targets: array<u32>;                // [rows]
+@group(0) @binding(5) var<storage, read_write> y: array<u32>;                // [rows of y, y_words]
+
+fn halves(low: u32, high: u32) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
+}
+
+// Products of 16 bytes of a weight row with those of four table rows.
+fn products(w: vec4<u32>, e0: vec4<u32>, e1: vec4<u32>, e2: vec4<u32>, e3: vec4<u32>) -> vec4<f32> {
+    if (STORAGE_F16 == 1u) {
+        let low = halves(w.x, w.y);
+        let high = halves(w.z, w.w);
+        return vec4<f32>(
+            dot(low, halves(e0.x, e0.y)) + dot(high, halves(e0.z, e0.w)),
+            dot(low, halves(e1.x, e1.y)) + dot(high, halves(e1.z, e1.w)),
+            dot(low, halves(e2.x, e2.y)) + dot(high, halves(e2.z, e2.w)),
+            dot(low, halves(e3.x, e3.y)) + dot(high, halves(e3.z, e3.w)),
+        );
+    }
+    let v = bitcast<vec4<f32>>(w);
+    return vec4<f32>(
+        dot(v, bitcast<vec4<f32>>(e0)),
+        dot(v, bitcast<vec4<f32>>(e1)),
+        dot(v, bitcast<vec4<f32>>(e2)),
+        dot(v, bitcast<vec4<f32>>(e3)),
+    );
+}
+
+// Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since compilers take
+// `v != v` for false.
+fn bounded(v: f32) -> f32 {
+    let finite = (bitcast<u32>(v) & 0x7f800000u) != 0x7f800000u;
+    return select(v, clamp(v, -65504.0, 65504.0), finite);
+}
+
+fn pack(a: f32, b: f32) -> u32 {
+    return pack2x16float(vec2<f32>(bounded(a), bounded(b)));
+}
+
+// Id of a row; u32 max for one that is left out.
+fn id_of(row: u32) -> u32 {
+    if (row >= params.rows) {
+        return NO_ROW;
+    }
+    if (HAS_IDS == 1u) {
+        return ids[row];
+    }
+    return params.first_id + row;
+}
+
+// Table row of an id; any will do for one that is left out.
+fn table_row(id: u32) -> u32 {
+    return select(id * params.pitch, 0u, id == NO_ROW);
+}
+
+fn store(row: u32, id: u32, column: u32, value: vec4<f32>) {
+    if (id == NO_ROW) {
+        return;
+    }
+    var to = row;
+    if (HAS_TARGETS == 1u) {
+        to = targets[row];
+    }
+    // Columns past the end are the padding.
+    let inside = vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.width);
+    let v = select(vec4<f32>(0.0), value, inside);
+    if (Y_F16 == 1u) {
+        let word = to * params.y_words + column / 2u;
+        y[word] = pack(v.x, v.y);
+        y[word + 1u] = pack(v.z, v.w);
+    } else {
+        let word = to * params.y_words + column;
+        y[word] = bitcast<u32>(v.x);
+        y[word + 1u] = bitcast<u32>(v.y);
+        y[word + 2u] = bitcast<u32>(v.z);
+        y[word + 3u] = bitcast<u32>(v.w);
+    }
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = (group.z * groups.y + group.y) * 4u;
+    let column = (group.x * WORKGROUP + lane) * 4u;
+    let columns = params.y_words * select(1u, 2u, Y_F16 == 1u);
+    let id0 = id_of(row);
+    let id1 = id_of(row + 1u);
+    let id2 = id_of(row + 2u);
+    let id3 = id_of(row + 3u);
+    if (column >= columns || (id0 & id1 & id2 & id3) == NO_ROW) {
+        return;
+    }
+    // Columns past the last one repeat it.
+    let last = params.width - 1u;
+    let w0 = min(column, last) * params.pitch;
+    let w1 = min(column + 1u, last) * params.pitch;
+    let w2 = min(column + 2u, last) * params.pitch;
+    let w3 = min(column + 3u, last) * params.pitch;
+    let t0 = table_row(id0);
+    let t1 = table_row(id1);
+    let t2 = table_row(id2);
+    let t3 = table_row(id3);
+    // A component a row.
+    var a0 = vec4<f32>(0.0);
+    var a1 = vec4<f32>(0.0);
+    var a2 = vec4<f32>(0.0);
+    var a3 = vec4<f32>(0.0);
+    for (var k = 0u; k < params.pitch; k++) {
+        let e0 = gate_embedding[t0 + k];
+        let e1 = gate_embedding[t1 + k];
+        let e2 = gate_embedding[t2 + k];
+        let e3 = gate_embedding[t3 + k];
+        a0 += products(gate_b_proj[w0 + k], e0, e1, e2, e3);
+        a1 += products(gate_b_proj[w1 + k], e0, e1, e2, e3);
+        a2 += products(gate_b_proj[w2 + k], e0, e1, e2, e3);
+        a3 += products(gate_b_proj[w3 + k], e0, e1, e2, e3);
+    }
+    store(row, id0, column, vec4<f32>(a0.x, a1.x, a2.x, a3.x));
+    store(row + 1u, id1, column, vec4<f32>(a0.y, a1.y, a2.y, a3.y));
+    store(row + 2u, id2, column, vec4<f32>(a0.z, a1.z, a2.z, a3.z));
+    store(row + 3u, id3, column, vec4<f32>(a0.w, a1.w, a2.w, a3.w));
+}

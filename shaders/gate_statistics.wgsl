@@ -1,0 +1,137 @@
+// Statistics of the gate's norm for new tokens, from their keys and values and their gate rows.
+//
+//   z = kv ⊙ act(g)    layer_norm: μ = mean(z), ρ = 1/√(var(z) + eps)    rms_norm: μ = 0, ρ = 1/√(mean(z²) + eps)
+//
+// grid: one workgroup a token, folded into x and y.
+
+override STORAGE_F16: u32 = 0u;   // gates
+override MORE_F16: u32 = 0u;      // gates_more
+override ACTIVATION: u32 = 0u;    // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
+override NORM: u32 = 0u;          // 0 layer_norm, 1 rms_norm
+override WORKGROUP: u32 = 64u;
+
+const NO_ROW: u32 = 0xffffffffu;
+
+struct Params {
+    tokens: u32,
+    width: u32,
+    gate_pitch: u32,    // elements of a row of `gates`
+    more_pitch: u32,    // elements of a row of `gates_more`
+    resident: u32,      // rows of `gates`; rows from here on are those of `gates_more`
+    more_first: u32,    // row of `gates_more` of token 0, where its row is not resident
+    eps: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> kv: array<f32>;                       // [tokens, width]
+@group(0) @binding(2) var<storage, read> gates: array<u32>;                    // [resident, gate_pitch], before the activation
+@group(0) @binding(3) var<storage, read> gates_more: array<u32>;               // [more rows, more_pitch]
+@group(0) @binding(4) var<storage, read> rows: array<u32>;                     // [tokens] gate row; u32 max: row more_first + t of gates_more
+@group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [tokens] rows of the cache
+@group(0) @binding(6) var<storage, read_write> statistics: array<vec2<f32>>;   // [cache rows] (μ, ρ)
+
+var<workgroup> sh_sum: array<f32, WORKGROUP>;
+
+// Word that holds element i of a tensor in f32 or f16 storage.
+fn word_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+// Element i of `gates_more`.
+fn more_at(i: u32) -> f32 {
+    if (MORE_F16 == 1u) {
+        let pair = unpack2x16float(gates_more[i >> 1u]);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(gates_more[i]);
+}
+
+// Sum of `value` over the workgroup, the same bits in every invocation. WORKGROUP is a power of two.
+fn workgroup_sum(lane: u32, value: f32) -> f32 {
+    sh_sum[lane] = value;
+    workgroupBarrier();
+    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
+        if (lane < half) {
+            sh_sum[lane] += sh_sum[lane + half];
+        }
+        workgroupBarrier();
+    }
+    let total = sh_sum[0];
+    workgroupBarrier();
+    return total;
+}
+
+fn sigmoid(v: f32) -> f32 {
+    return 1.0 / (1.0 + exp(-v));
+}
+
+fn activate(v: f32) -> f32 {
+    switch (ACTIVATION) {
+        case 1u: {
+            return sigmoid(v);
+        }
+        case 2u: {
+            // Some drivers' tanh overflows for large arguments; ±1 is exact in f32 from 10 on. A clamp would hide NaN.
+            return select(tanh(clamp(v, -10.0, 10.0)), v, (bitcast<u32>(v) & 0x7fffffffu) > 0x7f800000u);
+        }
+        case 3u: {
+            return v * sigmoid(v);
+        }
+        case 4u: {
+            return 1.0 + v;
+        }
+        default: {
+            return v;
+        }
+    }
+}
+
+// Element i of a gate row, activated.
+fn gate_of(row: u32, i: u32) -> f32 {
+    if (row < params.resident) {
+        let at = row * params.gate_pitch + i;
+        return activate(decode(gates[word_of(at)], at));
+    }
+    return activate(more_at((row - params.resident) * params.more_pitch + i));
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let token = group.y * groups.x + group.x;
+    if (token >= params.tokens) {
+        return;
+    }
+    let row = select(rows[token], params.resident + params.more_first + token, rows[token] == NO_ROW);
+    let base = token * params.width;
+    let width = f32(params.width);
+    var mean = 0.0;
+    if (NORM == 0u) {
+        var sum = 0.0;
+        for (var i = lane; i < params.width; i += WORKGROUP) {
+            sum += kv[base + i] * gate_of(row, i);
+        }
+        mean = workgroup_sum(lane, sum) / width;
+    }
+    var squares = 0.0;
+    for (var i = lane; i < params.width; i += WORKGROUP) {
+        let centred = kv[base + i] * gate_of(row, i) - mean;
+        squares += centred * centred;
+    }
+    let scale = inverseSqrt(workgroup_sum(lane, squares) / width + params.eps);
+    if (lane == 0u) {
+        statistics[slots[token]] = vec2<f32>(mean, scale);
+    }
+}

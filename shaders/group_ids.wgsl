@@ -1,0 +1,63 @@
+// Token ids whose gate rows a pass has to project: those of its groups, in the step's numbering, then those of new tokens.
+//
+//   ids[r] = id of group first_row + r     where its header names no resident row
+//   ids[rows + t] = token_ids[t]           where token_rows[t] is no resident row
+//   and u32 max everywhere else: padding, groups that are resident
+//
+// grid: one invocation an entry, folded into x and y.
+
+override WORKGROUP: u32 = 64u;
+
+const HEADER: u32 = 8u;      // words of a group's header
+const SEQUENCE: u32 = 16u;   // words of a line of the sequence table
+const NO_ROW: u32 = 0xffffffffu;
+
+struct Params {
+    tokens: u32,
+    first_row: u32,    // first group, in the step's numbering
+    rows: u32,         // groups
+    n_sequence: u32,
+    table: u32,        // first word of the sequence table in `lists`
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> token_ids: array<u32>;    // [tokens]
+@group(0) @binding(2) var<storage, read> token_rows: array<u32>;   // [tokens]
+@group(0) @binding(3) var<storage, read> lists: array<u32>;        // group lists and sequence table
+@group(0) @binding(4) var<storage, read_write> ids: array<u32>;    // [rows + tokens]
+
+// Id of a group without a resident row.
+fn id_of_group(row: u32) -> u32 {
+    var low = 0u;
+    var high = params.n_sequence;
+    while (high - low > 1u) {
+        let middle = (low + high) / 2u;
+        if (lists[params.table + middle * SEQUENCE + 10u] <= row) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    let line = params.table + low * SEQUENCE;
+    let group = row - lists[line + 10u];
+    if (group >= lists[line + 2u]) {
+        return NO_ROW;
+    }
+    let header = lists[line + 3u] + group * HEADER;
+    return select(NO_ROW, lists[header], lists[header + 2u] == NO_ROW);
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let i = (group.y * groups.x + group.x) * WORKGROUP + lane;
+    if (i < params.rows) {
+        ids[i] = id_of_group(params.first_row + i);
+    } else if (i < params.rows + params.tokens) {
+        let token = i - params.rows;
+        ids[i] = select(NO_ROW, token_ids[token], token_rows[token] == NO_ROW);
+    }
+}

@@ -1,0 +1,315 @@
+//! Cached positions by token id: what the grouped decode walks over, kept up to date token by token.
+//!
+//! Keys and values of EG-MLA depend on the token id beyond the latent only through the gate, so positions of one id share
+//! their absorbed query. The lists live in device memory, in a region of words for every sequence:
+//!
+//! ```text
+//! headers   [capacity][8]   id, count, gate row, word of tier 1, word of tier 2, positions 0 … 2 of the group
+//! tiers     [4 · capacity]  13 words for positions 3 … 15 of a group, 48 words for positions 16 … 63
+//! chunks    [capacity / 65][4 + 256]  group, index of its first position, 2 unused; then positions 64 … of a group, 256 a chunk
+//! ```
+//!
+//! A position that is appended changes a few words of it, whatever the length: the host keeps the same lists without the
+//! positions, and a step uploads (word, value) pairs. Everything is allocated first in, last out, so that taking tokens back
+//! frees exactly what they took.
+
+use std::collections::HashMap;
+
+use crate::kernels::attention_grouped::{
+    CHUNK_HEADER, CHUNK_POSITIONS, HEADER_WORDS, INLINE_POSITIONS, TIER_1, TIER_2, TILE_POSITIONS,
+};
+
+/// Stands where a group has no row of its own among the resident gate rows.
+pub(crate) const NO_ROW: u32 = u32::MAX;
+
+/// A word of the lists and its new value.
+pub(crate) type Patch = [u32; 2];
+
+/// Words of one sequence's region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub tiers: u32,
+    pub chunks: u32,
+    pub words: u32,
+}
+
+impl Layout {
+    /// `None` when the words do not fit 32 bits.
+    pub fn new(capacity: u32) -> Option<Self> {
+        let tiers = capacity.checked_mul(HEADER_WORDS)?;
+        // A group of n positions has taken 13 words from n = 4 on and 61 from n = 17 on: below 4 a position.
+        let chunks = tiers.checked_add(capacity.checked_mul(4)?)?;
+        // A group of n positions has a chunk from n = 65 on, and one more every 256.
+        let words =
+            chunks.checked_add((capacity / (TILE_POSITIONS + 1)).checked_mul(CHUNK_HEADER + CHUNK_POSITIONS)?)?;
+        Some(Layout { tiers, chunks, words })
+    }
+
+    fn chunk(&self, index: u32) -> u32 {
+        self.chunks + index * (CHUNK_HEADER + CHUNK_POSITIONS)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Group {
+    count: u32,
+    gate_row: u32,
+    tier_1: u32,
+    tier_2: u32,
+    /// The chunk that its last position is in.
+    chunk: u32,
+}
+
+/// The group lists of one sequence, as the host knows them.
+#[derive(Debug, Clone)]
+pub(crate) struct Groups {
+    layout: Layout,
+    of_id: HashMap<u32, u32>,
+    groups: Vec<Group>,
+    /// Token id of every position, to take them back one by one.
+    ids: Vec<u32>,
+    /// Words of the tiers that are taken.
+    tiers: u32,
+    /// The chunk that each chunk's group had before it.
+    chunks: Vec<u32>,
+}
+
+/// What taking a position back changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Popped {
+    pub group: u32,
+    /// Gate row of the group, when it is gone with its last position.
+    pub gone: Option<u32>,
+}
+
+impl Groups {
+    pub fn new(layout: Layout) -> Self {
+        let (of_id, groups, ids, chunks) = Default::default();
+        Groups { layout, of_id, groups, ids, tiers: 0, chunks }
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> u32 {
+        self.ids.len() as u32
+    }
+
+    /// Distinct ids.
+    pub fn groups(&self) -> u32 {
+        self.groups.len() as u32
+    }
+
+    /// Chunks of groups that hold more than a tile takes.
+    pub fn chunks(&self) -> u32 {
+        self.chunks.len() as u32
+    }
+
+    pub fn gate_row(&self, group: u32) -> u32 {
+        self.groups[group as usize].gate_row
+    }
+
+    /// Adds the next position. `gate_row` is asked for when the id is new; the words that change go to `patches`, counted
+    /// from `base`, all but the group's count, which is due once a step ([`Groups::count_patch`]).
+    pub fn append(&mut self, id: u32, gate_row: impl FnOnce() -> u32, base: u32, patches: &mut Vec<Patch>) -> u32 {
+        let position = self.len();
+        self.ids.push(id);
+        let next = self.groups.len() as u32;
+        let index = *self.of_id.entry(id).or_insert(next);
+        let new = index == next;
+        let header = base + index * HEADER_WORDS;
+        if new {
+            let gate_row = gate_row();
+            self.groups.push(Group { count: 0, gate_row, tier_1: 0, tier_2: 0, chunk: 0 });
+            patches.push([header, id]);
+            patches.push([header + 2, gate_row]);
+        }
+        let group = &mut self.groups[index as usize];
+        let i = group.count;
+        group.count += 1;
+        let word = if i < INLINE_POSITIONS {
+            header + 5 + i
+        } else if i < INLINE_POSITIONS + TIER_1 {
+            if i == INLINE_POSITIONS {
+                group.tier_1 = self.layout.tiers + self.tiers;
+                self.tiers += TIER_1;
+                patches.push([header + 3, group.tier_1]);
+            }
+            base + group.tier_1 + i - INLINE_POSITIONS
+        } else if i < TILE_POSITIONS {
+            if i == INLINE_POSITIONS + TIER_1 {
+                group.tier_2 = self.layout.tiers + self.tiers;
+                self.tiers += TIER_2;
+                patches.push([header + 4, group.tier_2]);
+            }
+            base + group.tier_2 + i - INLINE_POSITIONS - TIER_1
+        } else {
+            let within = (i - TILE_POSITIONS) % CHUNK_POSITIONS;
+            if within == 0 {
+                let chunk = self.chunks.len() as u32;
+                self.chunks.push(group.chunk);
+                group.chunk = chunk;
+                let words = base + self.layout.chunk(chunk);
+                patches.push([words, index]);
+                patches.push([words + 1, i]);
+            }
+            base + self.layout.chunk(group.chunk) + CHUNK_HEADER + within
+        };
+        patches.push([word, position]);
+        index
+    }
+
+    /// Takes the last position back.
+    pub fn pop(&mut self) -> Option<Popped> {
+        let id = self.ids.pop()?;
+        let index = *self.of_id.get(&id)?;
+        let group = self.groups.get_mut(index as usize)?;
+        group.count -= 1;
+        let i = group.count;
+        if i == INLINE_POSITIONS {
+            self.tiers -= TIER_1;
+        } else if i == INLINE_POSITIONS + TIER_1 {
+            self.tiers -= TIER_2;
+        } else if i >= TILE_POSITIONS && (i - TILE_POSITIONS).is_multiple_of(CHUNK_POSITIONS) {
+            group.chunk = self.chunks.pop().unwrap_or_default();
+        }
+        if i > 0 {
+            return Some(Popped { group: index, gone: None });
+        }
+        // The last group to come is the first to go: its first position was the last position.
+        self.of_id.remove(&id);
+        Some(Popped { group: index, gone: self.groups.pop().map(|group| group.gate_row) })
+    }
+
+    /// The word that repeats what the host knows of a group's count.
+    pub fn count_patch(&self, group: u32, base: u32) -> Option<Patch> {
+        let known = self.groups.get(group as usize)?;
+        Some([base + group * HEADER_WORDS + 1, known.count])
+    }
+
+    /// Ranges of words, within the region, that hold something.
+    pub fn used(&self) -> [(u32, u32); 3] {
+        let chunks = self.chunks.len() as u32 * (CHUNK_HEADER + CHUNK_POSITIONS);
+        [(0, self.groups.len() as u32 * HEADER_WORDS), (self.layout.tiers, self.tiers), (self.layout.chunks, chunks)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use proptest::prelude::*;
+
+    const CAPACITY: u32 = 1500;
+    const BASE: u32 = 7;
+
+    /// The lists as a shader reads them: id and positions of every group, out of the words alone.
+    fn read(words: &[u32], groups: u32, chunks: u32) -> Vec<(u32, Vec<u32>)> {
+        let layout = Layout::new(CAPACITY).unwrap();
+        let mut lists: Vec<(u32, Vec<u32>)> = (0..groups)
+            .map(|group| {
+                let header = (BASE + group * HEADER_WORDS) as usize;
+                let (id, count) = (words[header], words[header + 1]);
+                let position = |i: u32| {
+                    let word = match i {
+                        0..3 => header as u32 + 5 + i,
+                        3..16 => BASE + words[header + 3] + i - 3,
+                        _ => BASE + words[header + 4] + i - 16,
+                    };
+                    words[word as usize]
+                };
+                (id, (0..count.min(TILE_POSITIONS)).map(position).collect())
+            })
+            .collect();
+        for chunk in 0..chunks {
+            let first = (BASE + layout.chunk(chunk)) as usize;
+            let (group, from) = (words[first] as usize, words[first + 1]);
+            let count = words[(BASE + group as u32 * HEADER_WORDS) as usize + 1] - from;
+            let positions = &words[first + CHUNK_HEADER as usize..][..count.min(CHUNK_POSITIONS) as usize];
+            assert_eq!(lists[group].1.len() as u32, from, "chunks of a group come in order");
+            lists[group].1.extend(positions);
+        }
+        lists
+    }
+
+    fn naive(ids: &[u32]) -> Vec<(u32, Vec<u32>)> {
+        let mut lists: Vec<(u32, Vec<u32>)> = Vec::new();
+        for (position, &id) in (0..).zip(ids) {
+            match lists.iter_mut().find(|(known, _)| *known == id) {
+                Some((_, positions)) => positions.push(position),
+                None => lists.push((id, vec![position])),
+            }
+        }
+        lists
+    }
+
+    fn check(steps: &[(u32, u32, u32)]) {
+        let layout = Layout::new(CAPACITY).unwrap();
+        let mut words = vec![0xdead_beef_u32; (BASE + layout.words) as usize];
+        let mut groups = Groups::new(layout);
+        let mut ids: Vec<u32> = Vec::new();
+        let mut random = fastrand::Rng::with_seed(3);
+        for &(take, add, spread) in steps {
+            let mut dirty = Vec::new();
+            for _ in 0..take.min(ids.len() as u32) {
+                ids.pop();
+                dirty.push(groups.pop().unwrap().group);
+            }
+            let mut patches: Vec<Patch> = Vec::new();
+            for _ in 0..add.min(CAPACITY - ids.len() as u32) {
+                // Skewed: half of all positions hold one id.
+                let id = if random.bool() { 5 } else { random.u32(0..spread.max(1)) };
+                ids.push(id);
+                let before = patches.len();
+                dirty.push(groups.append(id, || id + 100, BASE, &mut patches));
+                assert!(patches.len() - before <= 4, "an append changes a few words");
+            }
+            patches.extend(dirty.iter().filter_map(|&group| groups.count_patch(group, BASE)));
+            for [word, value] in patches {
+                words[word as usize] = value;
+            }
+            assert_eq!(read(&words, groups.groups(), groups.chunks()), naive(&ids));
+        }
+    }
+
+    #[test]
+    fn all_equal_and_all_distinct_fill_the_cache() {
+        let layout = Layout::new(CAPACITY).unwrap();
+        for spread in [1, CAPACITY] {
+            let mut groups = Groups::new(layout);
+            let mut words = vec![0; (BASE + layout.words) as usize];
+            let mut patches = Vec::new();
+            let ids: Vec<u32> = (0..CAPACITY).map(|position| position % spread).collect();
+            for &id in &ids {
+                let group = groups.append(id, || 0, BASE, &mut patches);
+                patches.extend(groups.count_patch(group, BASE));
+            }
+            patches.iter().for_each(|&[word, value]| words[word as usize] = value);
+            assert_eq!(read(&words, groups.groups(), groups.chunks()), naive(&ids));
+            while groups.pop().is_some() {}
+            assert_eq!((groups.groups(), groups.chunks(), groups.tiers), (0, 0, 0));
+        }
+    }
+
+    /// The worst that each part of the region can come to.
+    #[test]
+    fn every_part_holds_its_worst_case() {
+        let layout = Layout::new(CAPACITY).unwrap();
+        for size in [1, 3, 4, 5, 16, 17, 18, 64, 65, 66, 320, 321] {
+            let mut groups = Groups::new(layout);
+            for position in 0..CAPACITY {
+                groups.append(position / size, || 0, 0, &mut Vec::new());
+            }
+            let [(_, headers), (tiers, taken), (chunks, chunk_words)] = groups.used();
+            assert!(headers <= tiers && taken <= chunks - tiers && chunks + chunk_words <= layout.words, "{size}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn words_and_patches_say_what_a_plain_grouping_says(
+            steps in prop::collection::vec((0u32..200, 0u32..400, 1u32..600), 1..12)
+        ) {
+            check(&steps);
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! `egmla bench`: the adapter's ceilings, then every row against them; plots; and the README's table from kept results.
+
+mod plots;
+mod readme;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use comfy_table::{CellAlignment, Table};
+use egmla::check::bench::report::Report;
+use egmla::check::bench::roofline::Roofline;
+use egmla::check::bench::schedule::{Budget, measure};
+use egmla::check::bench::timer::Timer;
+use egmla::check::bench::{self, Suite};
+use egmla::wgpu;
+
+use crate::adapter::{self, AdapterOption, Backend, Gpu};
+use crate::console;
+use crate::failure::Failure;
+
+/// Options of `egmla bench`.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    adapter: AdapterOption,
+    /// Which rows
+    #[arg(long, value_name = "SUITE", value_enum, default_value_t)]
+    suite: SuiteOption,
+    /// Only the rows whose id contains S
+    #[arg(long, value_name = "S")]
+    filter: Option<String>,
+    /// Write what was measured to FILE as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write plots to DIR as SVG
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
+    /// Measure nothing: put the table of these results into README.md of the current folder, and plots beside them
+    #[arg(long, value_name = "RESULTS", num_args = 1.., conflicts_with_all = ["suite", "filter", "json", "svg", "adapter"])]
+    readme: Vec<PathBuf>,
+}
+
+/// `--suite`
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum SuiteOption {
+    /// Caches of up to 8192 tokens
+    #[default]
+    Quick,
+    /// Every row
+    Full,
+}
+
+impl From<SuiteOption> for Suite {
+    fn from(option: SuiteOption) -> Self {
+        match option {
+            SuiteOption::Quick => Suite::Quick,
+            SuiteOption::Full => Suite::Full,
+        }
+    }
+}
+
+/// Measures, prints and writes.
+pub fn run(args: BenchArgs) -> Result<(), Failure> {
+    if !args.readme.is_empty() {
+        return readme::update(Path::new("README.md"), &args.readme);
+    }
+    let suite = Suite::from(args.suite);
+    let filter = args.filter.as_deref().unwrap_or_default();
+    let rows: Vec<_> = bench::rows().into_iter().filter(|row| row.is_in(suite) && row.id().contains(filter)).collect();
+    if rows.is_empty() {
+        return Err(Failure::usage(format!("no row of this suite contains `{filter}` (--filter)")));
+    }
+    let backend = adapter::open(&args.adapter)?;
+    let gpu = gpu(&backend)?;
+    console::note(format_args!("adapter: {}", backend.describe()));
+    gpu.note_tunings();
+    let timer = Timer::new(&gpu.kernels, &gpu.queue)?;
+    console::note(format_args!("times: {}", timer.clock().describe()));
+    let roofline = Roofline::measure(&gpu.kernels, &timer)?;
+    gpu.check()?;
+    let bar = console::progress(rows.len() as u64, "rows");
+    let (measured, skipped) = measure(&gpu.kernels, &timer, &roofline, &rows, Budget::of(suite), |progress| {
+        bar.set_position(progress.done as u64);
+        bar.set_message(progress.id.to_owned());
+    })?;
+    bar.finish_and_clear();
+    gpu.check()?;
+    let info = &gpu.info;
+    let report = Report {
+        adapter: info.name.clone(),
+        backend: format!("{:?}", info.backend),
+        driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_owned(),
+        software: info.device_type == wgpu::DeviceType::Cpu,
+        egmla: env!("CARGO_PKG_VERSION").to_owned(),
+        suite,
+        clock: timer.clock(),
+        tunings: gpu.kernels.context().tunings.clone(),
+        roofline,
+        rows: measured,
+        skipped,
+    };
+    if let Some(file) = &args.json {
+        let text = serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n";
+        write(file, &text)?;
+    }
+    if let Some(folder) = &args.svg {
+        for (name, svg) in plots::all(&report)? {
+            write(&folder.join(name), &svg)?;
+        }
+    }
+    console::print(&text(&report))
+}
+
+/// The device; benches and tuning have nothing to do without one.
+pub fn gpu(backend: &Backend) -> Result<&Gpu, Failure> {
+    match backend {
+        Backend::Gpu(gpu) => Ok(gpu),
+        Backend::Cpu { reason } => Err(Failure::run(format!(
+            "{reason}: there is no adapter to measure; install a driver, for instance Mesa's software Vulkan \
+             (mesa-vulkan-drivers)"
+        ))),
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(path, text))
+        .map_err(|error| Failure::run(format!("{}: {error}", path.display())))
+}
+
+/// Microseconds for a reader, to three digits.
+fn time(microseconds: f64) -> String {
+    let (value, unit) = match microseconds {
+        us if us < 1e3 => (us, "µs"),
+        us if us < 1e6 => (us / 1e3, "ms"),
+        us => (us / 1e6, "s"),
+    };
+    format!("{} {unit}", digits(value))
+}
+
+/// A number to three digits, or as many as it has before the point.
+fn digits(value: f64) -> String {
+    let decimals = match value {
+        0.0 => 0,
+        small if small < 0.1 => 4,
+        small if small < 1.0 => 3,
+        small if small < 10.0 => 2,
+        small => usize::from(small < 100.0),
+    };
+    format!("{value:.decimals$}")
+}
+
+/// The ceilings in one line.
+fn ceilings(roofline: &Roofline) -> String {
+    let cooperative = roofline.cooperative_f16_gflop_s;
+    let cooperative =
+        cooperative.map_or_else(String::new, |rate| format!(", cooperative f16 {} GFLOP/s", digits(rate)));
+    format!(
+        "copy {} GB/s, f32 multiply-adds {} GFLOP/s{cooperative}, empty dispatch {}, submit and wait {}",
+        digits(roofline.copy_gb_s),
+        digits(roofline.fma_gflop_s),
+        time(roofline.empty_dispatch_us),
+        time(roofline.submit_wait_us)
+    )
+}
+
+fn text(report: &Report) -> String {
+    let mut table = Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    let header = [
+        "row",
+        "path",
+        "storage",
+        "runs",
+        "first",
+        "min",
+        "median",
+        "MB",
+        "MFLOP",
+        "GB/s",
+        "GFLOP/s",
+        "% copy",
+        "% FMA",
+        "dispatches",
+        "CPU f64",
+    ];
+    table.set_header(header);
+    for row in &report.rows {
+        table.add_row([
+            row.id.clone(),
+            row.path.clone(),
+            row.storage.clone(),
+            row.runs.to_string(),
+            time(row.first_us),
+            time(row.min_us),
+            time(row.median_us),
+            digits(row.bytes as f64 / 1e6),
+            digits(row.flops as f64 / 1e6),
+            digits(row.gb_s),
+            digits(row.gflop_s),
+            digits(row.pct_copy),
+            digits(row.pct_fma),
+            row.dispatches.to_string(),
+            row.cpu_reference_us.map_or_else(|| "-".to_owned(), time),
+        ]);
+    }
+    for column in 3..header.len() {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let skipped: String = report.skipped.iter().map(|row| format!("not measured: {}: {}\n", row.id, row.why)).collect();
+    format!("roofline: {}\n{table}\n{skipped}", ceilings(&report.roofline))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{digits, time};
+
+    #[test]
+    fn times_have_three_digits_and_a_unit() {
+        assert_eq!([time(0.5), time(12.34), time(999.0)], ["0.500 µs", "12.3 µs", "999 µs"]);
+        assert_eq!([time(1234.0), time(56_789.0), time(2.5e6)], ["1.23 ms", "56.8 ms", "2.50 s"]);
+        assert_eq!([digits(12_345.6), digits(0.0032), digits(0.0)], ["12346", "0.0032", "0"]);
+    }
+}

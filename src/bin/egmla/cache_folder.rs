@@ -1,0 +1,83 @@
+//! The user's cache folder: compiled pipelines and measured tile settings, by adapter and driver. Losing it costs time.
+
+use std::path::PathBuf;
+
+use egmla::check::bench::report::slug;
+use egmla::wgpu;
+
+/// `$XDG_CACHE_HOME/egmla`, else `~/.cache/egmla`; on macOS and Windows their own places.
+pub fn folder() -> Option<PathBuf> {
+    // The XDG rules pass over a path that is not absolute.
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = |below: &str| absolute("HOME").map(|home| home.join(below));
+    let base = absolute("XDG_CACHE_HOME").or_else(|| {
+        if cfg!(windows) {
+            absolute("LOCALAPPDATA")
+        } else if cfg!(target_os = "macos") {
+            home("Library/Caches")
+        } else {
+            home(".cache")
+        }
+    });
+    base.map(|base| base.join("egmla"))
+}
+
+/// Where measured tile settings of an adapter and its driver are kept.
+pub fn tunings_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
+    let name = slug(&format!("{} {:?} {} {}", info.name, info.backend, info.driver, info.driver_info));
+    folder().map(|folder| folder.join(format!("tunings-{name}.json")))
+}
+
+/// Where compiled pipelines of an adapter are kept; `None` where its backend has no cache.
+pub fn pipelines_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
+    let name = wgpu::util::pipeline_cache_key(info)?;
+    folder().map(|folder| folder.join(name))
+}
+
+/// Replaces a file in one step, so that a reader finds the old one or the new one.
+pub fn write(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
+    let written = std::fs::write(&unfinished, bytes).and_then(|()| std::fs::rename(&unfinished, path));
+    if written.is_err() {
+        // Nothing more can be done about a file that cannot be removed either.
+        let _ = std::fs::remove_file(&unfinished);
+    }
+    written
+}
+
+/// A checksum before the bytes of a driver's cache: a file that was cut or changed never reaches the driver.
+pub fn seal(content: &[u8]) -> Vec<u8> {
+    let mut sealed = checksum(content).to_le_bytes().to_vec();
+    sealed.extend_from_slice(content);
+    sealed
+}
+
+/// The bytes behind the checksum, where they are those that were sealed.
+pub fn unseal(sealed: &[u8]) -> Option<&[u8]> {
+    let (sum, content) = sealed.split_first_chunk::<8>()?;
+    (u64::from_le_bytes(*sum) == checksum(content)).then_some(content)
+}
+
+/// FNV-1a: for accidents, not for attacks; who can write this folder can replace the program.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{seal, unseal};
+
+    #[test]
+    fn a_damaged_file_is_not_used() {
+        let sealed = seal(b"pipelines");
+        assert_eq!(unseal(&sealed), Some(&b"pipelines"[..]));
+        assert_eq!(unseal(&sealed[..sealed.len() - 1]), None);
+        assert_eq!(unseal(b"short"), None);
+        let mut changed = sealed;
+        changed[10] ^= 1;
+        assert_eq!(unseal(&changed), None);
+    }
+}

@@ -1,0 +1,83 @@
+//! `egmla tune`: measures the tile settings of each kernel on this adapter and keeps the choice.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use clap::Args;
+use comfy_table::Table;
+use egmla::check::bench::timer::Timer;
+use egmla::check::bench::tuning::{Tuned, tune};
+use egmla::check::bench::{self, Suite};
+use egmla::plan::Tunings;
+
+use crate::adapter::{self, AdapterOption};
+use crate::bench::gpu;
+use crate::cache_folder;
+use crate::console;
+use crate::failure::Failure;
+
+/// Options of `egmla tune`.
+#[derive(Args, Debug)]
+pub struct TuneArgs {
+    #[command(flatten)]
+    adapter: AdapterOption,
+    /// Stop after S seconds and keep what was found; the kernels that take longest come first
+    #[arg(long, value_name = "S", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
+    time_limit: u64,
+    /// Forget what is kept for this adapter and measure nothing
+    #[arg(long, conflicts_with = "time_limit")]
+    forget: bool,
+}
+
+/// Measures and keeps.
+pub fn run(args: TuneArgs) -> Result<(), Failure> {
+    let backend = adapter::open(&args.adapter)?;
+    let gpu = gpu(&backend)?;
+    console::note(format_args!("adapter: {}", backend.describe()));
+    let file = cache_folder::tunings_file(&gpu.info)
+        .ok_or_else(|| Failure::run("there is no cache folder: neither XDG_CACHE_HOME nor HOME is an absolute path"))?;
+    if args.forget {
+        return match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Failure::run(format!("{}: {error}", file.display())))
+            }
+            _ => Ok(()),
+        };
+    }
+    // The shortest caches are all overhead: what is chosen there would be noise.
+    let rows: Vec<_> =
+        bench::rows().into_iter().filter(|row| row.is_in(Suite::Quick) && !row.id().ends_with("/t1024")).collect();
+    let timer = Timer::new(&gpu.kernels, &gpu.queue)?;
+    let bar = console::progress(0, "kernels");
+    let limit = Duration::from_secs(args.time_limit);
+    let tuned = tune(&gpu.kernels, &timer, &rows, limit, |progress| {
+        bar.set_length(progress.of as u64);
+        bar.set_position(progress.done as u64);
+        bar.set_message(progress.kernel);
+    })?;
+    bar.finish_and_clear();
+    gpu.check()?;
+    let chosen: BTreeMap<_, _> =
+        tuned.iter().filter_map(|tuned| Some((tuned.kernel.to_owned(), tuned.choice?))).collect();
+    let text = serde_json::to_string_pretty(&Tunings(chosen)).map_err(Failure::run)? + "\n";
+    cache_folder::write(&file, text.as_bytes())
+        .map_err(|error| Failure::run(format!("{}: {error}", file.display())))?;
+    console::note(format_args!("kept in {}", file.display()));
+    console::note("kernels that are not listed need a longer --time-limit");
+    console::print(&format!("{}\n", table(&tuned)))
+}
+
+fn table(tuned: &[Tuned]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header(["kernel", "setting of the class", "fastest", "kept"]);
+    for Tuned { kernel, of_class_us, best_us, choice } in tuned {
+        table.add_row([
+            (*kernel).to_owned(),
+            format!("{of_class_us:.0} µs"),
+            format!("{best_us:.0} µs"),
+            choice.map_or_else(|| "that of the class".to_owned(), |choice| format!("setting {choice}")),
+        ]);
+    }
+    table
+}

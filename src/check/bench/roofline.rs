@@ -1,0 +1,114 @@
+//! What the adapter reaches at best: the ceilings that rows are set against.
+
+use serde::{Deserialize, Serialize};
+
+use super::timer::Timer;
+use crate::cost::Costed;
+use crate::error::Result;
+use crate::kernel::{Kernels, Recording, Region};
+use crate::kernels::{roofline_copy, roofline_fma};
+use crate::plan::{AdapterClass, Tuning};
+
+/// Ceilings of an adapter, and what a dispatch and a submission cost before they do anything.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Roofline {
+    /// Bytes read and written by the copy kernel, 10⁹ a second.
+    pub copy_gb_s: f64,
+    /// f32 multiply-adds in registers, 10⁹ FLOPs a second.
+    pub fma_gflop_s: f64,
+    /// Products of cooperative f16 matrices, 10⁹ FLOPs a second; null where none was measured.
+    pub cooperative_f16_gflop_s: Option<f64>,
+    /// A dispatch of one workgroup with nothing to do, behind others in one pass.
+    pub empty_dispatch_us: f64,
+    /// A submission of one such dispatch and the wait for its end, as the host sees it.
+    pub submit_wait_us: f64,
+}
+
+/// Runs of each setting; the fastest counts, since a ceiling is what is reached at best.
+const RUNS: usize = 5;
+
+/// Dispatches that are timed together to tell one from the pass around it.
+const DISPATCHES: u32 = 256;
+
+impl Roofline {
+    /// Measures it: a second or so.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub fn measure(kernels: &Kernels, timer: &Timer) -> Result<Self> {
+        let software = kernels.context().class == AdapterClass::Software;
+        Ok(Roofline {
+            copy_gb_s: copy(kernels, timer, software)?,
+            fma_gflop_s: fma(kernels, timer, software)?,
+            cooperative_f16_gflop_s: None,
+            empty_dispatch_us: (idle(kernels, timer, 1 + DISPATCHES)?.0 - idle(kernels, timer, 1)?.0).max(0.0)
+                / f64::from(DISPATCHES),
+            submit_wait_us: idle(kernels, timer, 1)?.1,
+        })
+    }
+
+    /// The rate that a kernel of this many FLOPs a byte can reach, 10⁹ FLOPs a second.
+    pub fn ceiling(&self, flops_per_byte: f64) -> f64 {
+        self.fma_gflop_s.min(self.copy_gb_s * flops_per_byte)
+    }
+}
+
+fn best(timer: &Timer, recording: &Recording) -> Result<(f64, f64)> {
+    let mut best = (f64::INFINITY, f64::INFINITY);
+    // The first run compiles; it does not win.
+    for _ in 0..=RUNS {
+        let elapsed = timer.run(recording)?;
+        best = (best.0.min(elapsed.device_us), best.1.min(elapsed.wall_us));
+    }
+    Ok(best)
+}
+
+/// The fastest of the kernel's settings.
+fn fastest(tunings: usize, mut run: impl FnMut(Tuning) -> Result<f64>) -> Result<f64> {
+    (0..tunings).try_fold(f64::INFINITY, |best, tuning| Ok(best.min(run(Tuning::Forced(tuning))?)))
+}
+
+/// 10⁹ of something a second, of a count and microseconds.
+pub(super) fn giga_per_second(count: u64, microseconds: f64) -> f64 {
+    if microseconds > 0.0 { count as f64 / microseconds / 1e3 } else { 0.0 }
+}
+
+fn copy(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
+    // Beyond any cache, within a binding.
+    let wanted: u64 = if software { 64 << 20 } else { 512 << 20 };
+    let bytes = wanted.min(kernels.context().limits.max_storage_buffer_binding_size) & !15;
+    let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![1; bytes as usize])?);
+    let y = Region::from(&kernels.allocate("egmla.roofline.y", bytes)?);
+    let problem = roofline_copy::Problem { words: (bytes / 4) as u32 };
+    let best = fastest(roofline_copy::SPEC.tunings, |tuning| {
+        let mut recording = Recording::new(kernels);
+        roofline_copy::encode(&mut recording, &problem, roofline_copy::Args { x: &x, y: &y }, tuning)?;
+        Ok(best(timer, &recording)?.0)
+    })?;
+    Ok(giga_per_second(problem.cost().bytes, best))
+}
+
+fn fma(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
+    let (elements, trips) = if software { (1 << 14, 512) } else { (1 << 20, 1024) };
+    let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![0; 4 * elements as usize])?);
+    let y = Region::from(&kernels.allocate("egmla.roofline.y", 4 * u64::from(elements))?);
+    let problem = roofline_fma::Problem { elements, trips, a: 0.75, b: 0.5 };
+    let best = fastest(roofline_fma::SPEC.tunings, |tuning| {
+        let mut recording = Recording::new(kernels);
+        roofline_fma::encode(&mut recording, &problem, roofline_fma::Args { x: &x, y: &y }, tuning)?;
+        Ok(best(timer, &recording)?.0)
+    })?;
+    Ok(giga_per_second(problem.cost().flops, best))
+}
+
+/// Dispatches of one vector each: microseconds by the timer's clock, and as the host sees it.
+fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<(f64, f64)> {
+    let x = Region::from(&kernels.allocate("egmla.roofline.x", 16)?);
+    let y = Region::from(&kernels.allocate("egmla.roofline.y", 16)?);
+    let mut recording = Recording::new(kernels);
+    for _ in 0..dispatches {
+        let problem = roofline_copy::Problem { words: 4 };
+        roofline_copy::encode(&mut recording, &problem, roofline_copy::Args { x: &x, y: &y }, Tuning::Auto)?;
+    }
+    best(timer, &recording)
+}

@@ -1,0 +1,657 @@
+//! The rows themselves: ids, sizes, buffers, and what each records.
+
+use std::collections::HashSet;
+use std::rc::Rc;
+
+use super::{Prepared, Row, Suite, tokens};
+use crate::attention::{
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    product_of,
+};
+use crate::check::random::{Random, attention_weights};
+use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use crate::cost::{self, Cost, Costed};
+use crate::error::{Error, Result};
+use crate::kernel::{Kernels, Recording, Region};
+use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
+use crate::kernels::attention_prefill::{QueryTile, slices, tile_q};
+use crate::kernels::cache_read::SequenceRow;
+use crate::kernels::{
+    attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, gate, matmul, norm, rope,
+};
+use crate::plan::{Storage, Tuning};
+use crate::reference::{self, Heads};
+
+/// Seed of every row's inputs.
+const SEED: u64 = 20;
+
+/// What a row does.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Work {
+    /// A dense product.
+    Matmul { rows: u32, inner: u32, cols: u32 },
+    /// RMSNorm of rows.
+    Norm { rows: u32, width: u32 },
+    /// Gate and LayerNorm of rows.
+    Gate { rows: u32, width: u32 },
+    /// Latents, rotary keys and ids into a cache.
+    Append { tokens: u32, d_latent: u32, d_rope: u32 },
+    /// Causal attention alone, keys and values as they come.
+    PrefillAttention { tokens: u32, n_head: u32, d_head: u32 },
+    /// Absorbed attention alone.
+    AbsorbedAttention { cached: u32, n_head: u32, d_latent: u32, d_rope: u32 },
+    /// A layer's prefill without a past.
+    PrefillLayer { config: AttentionConfig, tokens: u32 },
+    /// One new token through a layer of multi-head attention.
+    DecodeHeads { cached: u32, n_head: u32, d_head: u32 },
+    /// One new token through a layer.
+    DecodeLayer { config: AttentionConfig, cached: u32, path: LayerPath },
+}
+
+/// How a layer's decode step attends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LayerPath {
+    /// Keys and values rebuilt.
+    Expanded,
+    /// Over the latents, no gate between them and the keys.
+    Absorbed,
+    /// Over the latents, grouped by token id.
+    Grouped(GateRows),
+}
+
+/// The 120M layer of arXiv 2509.16686: 12 heads, 64 + 64 + 64 (content, rotary, value), with the gate's table of 256 over
+/// 50 304 ids where it is gated.
+pub fn paper_120m(d_latent: u32, gated: bool) -> AttentionConfig {
+    layer(12, d_latent, gated)
+}
+
+fn layer(n_head: u32, d_latent: u32, gated: bool) -> AttentionConfig {
+    let gate = GateConfig {
+        vocab_size: tokens::VOCABULARY,
+        d_gate: 256,
+        site: GateSite::UpProjected,
+        activation: Activation::default(),
+        norm: GateNorm::default(),
+        norm_eps: 1e-5,
+    };
+    AttentionConfig {
+        hidden_size: 64 * n_head,
+        n_head,
+        d_latent,
+        d_q_latent: None,
+        d_nope: 64,
+        d_rope: 64,
+        d_value: 64,
+        attention_bias: false,
+        gate: gated.then_some(gate),
+        rope: RopeConfig::default(),
+    }
+}
+
+/// Every row.
+pub fn rows() -> Vec<Row> {
+    let mut all = Vec::new();
+    let mut add = |id: String, path, storage, suite, work| all.push(Row { id, path, storage, suite, work });
+    let quick = Suite::Quick;
+    let size = 1024;
+    let work = Work::Matmul { rows: size, inner: size, cols: size };
+    add(format!("matmul/{size}"), "product, as in layers", "f32", quick, work);
+    let (rows, width) = (8192, 1024);
+    add(format!("norm/rms_{rows}x{width}"), "norm", "f32", quick, Work::Norm { rows, width });
+    let (rows, width) = (4096, 1536);
+    add(format!("gate/layer_norm_{rows}x{width}"), "gate", "f32", quick, Work::Gate { rows, width });
+    let (d_latent, d_rope, tokens) = (64, 64, 65_536);
+    let work = Work::Append { tokens, d_latent, d_rope };
+    add(format!("append/r{d_latent}_{tokens}"), "cache_append", "f16 cache", quick, work);
+    let (tokens, n_head, d_head) = (512, 16, 128);
+    let work = Work::PrefillAttention { tokens, n_head, d_head };
+    add(format!("prefill/mha_{n_head}x{d_head}/t{tokens}"), "attention_prefill", "f32", quick, work);
+    for cached in [1024, 8192, 32_768] {
+        let suite = if cached <= 8192 { Suite::Quick } else { Suite::Full };
+        let work = Work::DecodeHeads { cached, n_head: 12, d_head: 64 };
+        add(format!("decode/mha_120m/t{cached}"), "layer, heads", "f16 weights, f32 keys and values", suite, work);
+        let work = Work::DecodeLayer { config: paper_120m(256, false), cached, path: LayerPath::Absorbed };
+        add(format!("decode/mla_120m_r256/t{cached}"), "layer, absorbed", "f16", suite, work);
+        for (name, path, label) in GATED_PATHS {
+            let work = Work::DecodeLayer { config: paper_120m(64, true), cached, path };
+            add(format!("decode/egmla_120m_r64/{name}/t{cached}"), label, "f16", suite, work);
+        }
+    }
+    let (cached, n_head, d_latent, d_rope) = (4096, 16, 512, 64);
+    let work = Work::AbsorbedAttention { cached, n_head, d_latent, d_rope };
+    add(format!("decode/mla_dsv3_{n_head}h/t{cached}"), "attention_absorbed, merge", "f16 cache", quick, work);
+    // Neighbours in size: what is fast only where the sizes are round shows here.
+    let (config, cached) = (layer(10, 48, true), 7000);
+    for (name, path, label) in GATED_PATHS {
+        if matches!(path, LayerPath::Expanded | LayerPath::Grouped(GateRows::Table)) {
+            let work = Work::DecodeLayer { config: config.clone(), cached, path };
+            add(format!("decode/egmla_10h_r48/{name}/t{cached}"), label, "f16", quick, work);
+        }
+    }
+    // Last: where the time is limited and the adapter slow, every other row was measured.
+    let (config, tokens) = (paper_120m(64, true), 2048);
+    add(
+        format!("prefill/egmla_120m/t{tokens}"),
+        "layer, expanded",
+        "f16",
+        quick,
+        Work::PrefillLayer { config, tokens },
+    );
+    all
+}
+
+const GATED_PATHS: [(&str, LayerPath, &str); 4] = [
+    ("expanded", LayerPath::Expanded, "layer, expanded"),
+    ("absorbed_recompute", LayerPath::Grouped(GateRows::Recompute), "layer, absorbed by id"),
+    ("absorbed_pool", LayerPath::Grouped(GateRows::Pool { rows: POOL_ROWS }), "layer, absorbed by id"),
+    ("absorbed_table", LayerPath::Grouped(GateRows::Table), "layer, absorbed by id"),
+];
+
+/// Layers that are set up already: rows of one layer share its weights.
+#[derive(Debug, Default)]
+pub struct Stock(Vec<(AttentionConfig, LayerPath, Rc<Attention>)>);
+
+impl Stock {
+    /// The layer with random weights in f16, and the decode path that goes with it.
+    fn layer(
+        &mut self,
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        path: LayerPath,
+    ) -> Result<(Rc<Attention>, DecodePath)> {
+        let decode = match path {
+            LayerPath::Expanded => DecodePath::Expanded,
+            LayerPath::Absorbed | LayerPath::Grouped(_) => DecodePath::Absorbed,
+        };
+        // Only the table belongs to the layer.
+        let table = LayerPath::Grouped(GateRows::Table);
+        let same =
+            |(known, of, _): &&(AttentionConfig, LayerPath, _)| known == config && (*of == table) == (path == table);
+        if let Some((.., attention)) = self.0.iter().find(same) {
+            return Ok((attention.clone(), decode));
+        }
+        let weights = attention_weights(config, true, SEED)?;
+        let mut attention = Attention::new(kernels, config, &weights, Storage::F16)?;
+        if path == table {
+            attention.reserve_gate_table()?;
+        }
+        let attention = Rc::new(attention);
+        self.0.push((config.clone(), path, attention.clone()));
+        Ok((attention, decode))
+    }
+}
+
+pub(super) fn prepare(work: &Work, kernels: &Kernels, stock: &mut Stock) -> Result<Prepared> {
+    match *work {
+        Work::Matmul { rows, inner, cols } => product(kernels, rows, inner, cols),
+        Work::Norm { rows, width } => norm_rows(kernels, rows, width),
+        Work::Gate { rows, width } => gate_rows(kernels, rows, width),
+        Work::Append { tokens, d_latent, d_rope } => append(kernels, tokens, d_latent, d_rope),
+        Work::PrefillAttention { tokens, n_head, d_head } => prefill_attention(kernels, tokens, n_head, d_head),
+        Work::AbsorbedAttention { cached, n_head, d_latent, d_rope } => {
+            absorbed_attention(kernels, cached, n_head, d_latent, d_rope)
+        }
+        Work::PrefillLayer { ref config, tokens } => prefill_layer(kernels, stock, config, tokens),
+        Work::DecodeHeads { cached, n_head, d_head } => decode_heads(kernels, cached, n_head, d_head),
+        Work::DecodeLayer { ref config, cached, path } => decode_layer(kernels, stock, config, cached, path),
+    }
+}
+
+/// Uploads normal values. They repeat after a while, which no kernel notices and no clock waits for.
+struct Inputs<'a> {
+    kernels: &'a Kernels,
+    values: Vec<f32>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(kernels: &'a Kernels) -> Self {
+        // Prime, so that rows differ.
+        Inputs { kernels, values: Random::new(SEED).values(65_537, 1.0) }
+    }
+
+    fn of(&self, n: usize, deviation: f32) -> Vec<f32> {
+        self.values.iter().cycle().take(n).map(|value| deviation * value).collect()
+    }
+
+    fn stored(&self, n: usize, deviation: f32, storage: Storage) -> Result<Region> {
+        let (words, _) = super::super::pack(&self.of(n, deviation), storage);
+        Ok(Region::from(&self.kernels.upload("egmla.bench.input", bytemuck::cast_slice(&words))?))
+    }
+
+    fn floats(&self, n: usize) -> Result<Region> {
+        self.stored(n, 1.0, Storage::F32)
+    }
+
+    fn table<T: bytemuck::Pod>(&self, rows: &[T]) -> Result<Region> {
+        Ok(Region::from(&self.kernels.upload("egmla.bench.table", bytemuck::cast_slice(rows))?))
+    }
+
+    fn output(&self, words: usize) -> Result<Region> {
+        Ok(Region::from(&self.kernels.allocate("egmla.bench.output", 4 * words as u64)?))
+    }
+}
+
+fn widen(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&value| value.into()).collect()
+}
+
+fn product(kernels: &Kernels, rows: u32, inner: u32, cols: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let (m, k, n) = (rows as usize, inner as usize, cols as usize);
+    let (x, w, y) = (inputs.floats(m * k)?, inputs.floats(n * k)?, inputs.output(m * n)?);
+    let problem = matmul::Problem::linear(rows, inner, cols, false, Storage::F32);
+    let mut recording = Recording::new(kernels);
+    let args = matmul::Args { x: &x, w: &w, bias: &kernels.absent(), y: &y };
+    product_of(&mut recording, problem, args)?;
+    let (x, w) = (widen(&inputs.of(m * k, 1.0)), widen(&inputs.of(n * k, 1.0)));
+    let reference = Box::new(move || {
+        std::hint::black_box(reference::matmul(&x, &w, None, m, k, n));
+    });
+    Ok(Prepared { recording, cost: problem.cost(), output: y, reference: Some(reference) })
+}
+
+fn norm_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let elements = (rows * width) as usize;
+    let (x, weight, y) = (inputs.floats(elements)?, inputs.floats(width as usize)?, inputs.output(elements)?);
+    let (kind, storage) = (norm::Kind::Rms, Storage::F32);
+    let problem = norm::Problem { rows, width, x_offset: 0, x_row: width, eps: 1e-6, kind, bias: false, storage };
+    let mut recording = Recording::new(kernels);
+    let args = norm::Args { x: &x, weight: &weight, bias: &kernels.absent(), y: &y };
+    norm::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    let (x, weight) = (widen(&inputs.of(elements, 1.0)), widen(&inputs.of(width as usize, 1.0)));
+    let reference = Box::new(move || {
+        std::hint::black_box(reference::rms_norm(&x, Some(&weight), width as usize, 1e-6));
+    });
+    Ok(Prepared { recording, cost: problem.cost(), output: y, reference: Some(reference) })
+}
+
+fn gate_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let elements = (rows * width) as usize;
+    let (x, g, y) = (inputs.floats(elements)?, inputs.floats(elements)?, inputs.output(elements)?);
+    let affine = inputs.floats(width as usize)?;
+    let (activation, norm) = (Activation::Sigmoid, GateNorm::LayerNorm);
+    let problem = gate::Problem {
+        rows,
+        width,
+        x_offset: 0,
+        x_row: width,
+        eps: 1e-5,
+        activation,
+        norm,
+        statistics_rows: 0,
+        storage: Storage::F32,
+    };
+    let mut recording = Recording::new(kernels);
+    let (absent, sink) = (kernels.absent(), kernels.sink());
+    let args = gate::Args { x: &x, g: &g, weight: &affine, bias: &affine, slots: &absent, y: &y, statistics: &sink };
+    gate::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    let (x, affine) = (widen(&inputs.of(elements, 1.0)), widen(&inputs.of(width as usize, 1.0)));
+    let reference = Box::new(move || {
+        let (weight, bias) = (Some(&affine[..]), Some(&affine[..]));
+        std::hint::black_box(reference::gate(&x, &x, activation, norm, weight, bias, width as usize, 1e-5));
+    });
+    Ok(Prepared { recording, cost: problem.cost(), output: y, reference: Some(reference) })
+}
+
+fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let row = d_latent + d_rope;
+    let values = inputs.floats((tokens * row) as usize)?;
+    let slots = inputs.table(&(0..tokens).collect::<Vec<_>>())?;
+    let storage = Storage::F16;
+    let words = |width: u32| (u64::from(storage.row_pitch(width)) * storage.bytes() / 4) as usize * tokens as usize;
+    let cache = inputs.output(words(d_latent) + words(d_rope))?;
+    let problem = cache_append::Problem {
+        tokens,
+        cache_rows: tokens,
+        d_latent,
+        latent_offset: 0,
+        latent_row: row,
+        d_rope,
+        rope_offset: d_latent,
+        rope_row: row,
+        interleave: None,
+        rope_byte: 4 * words(d_latent) as u64,
+        storage,
+    };
+    let args = cache_append::Args {
+        latent: &values,
+        rope_key: &values,
+        rotations: &kernels.absent(),
+        slots: &slots,
+        cache: &cache,
+    };
+    let mut recording = Recording::new(kernels);
+    cache_append::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    // Halves of a normal distribution, two by two, are finite as f32 too.
+    Ok(Prepared { recording, cost: problem.cost(), output: cache, reference: None })
+}
+
+fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let width = (tokens * n_head * d_head) as usize;
+    let (q, kv, values) = (inputs.floats(width)?, inputs.floats(2 * width)?, inputs.output(width)?);
+    let context = kernels.context();
+    let tile = tile_q(context, Tuning::Auto)?;
+    let slices = slices(context, Tuning::Auto, d_head)?;
+    let softmax = inputs.output((tokens * n_head * slices * 2) as usize)?;
+    let tiles: Vec<_> = (0..tokens)
+        .step_by(tile as usize)
+        .map(|first| QueryTile { first_token: first, count: tile.min(tokens - first), position: first, sequence: 0 })
+        .collect();
+    let queries = inputs.table(&tiles)?;
+    let sequences = inputs.table(&[SequenceRow { first_row: 0, first_slot: 0, length: tokens, token: 0 }])?;
+    let scale = f64::from(d_head).sqrt().recip();
+    let problem = attention_prefill::Problem {
+        tokens,
+        query_tiles: tiles.len() as u32,
+        n_sequence: 1,
+        n_head,
+        d_nope: d_head,
+        d_rope: 0,
+        d_value: d_head,
+        kv_first: 0,
+        kv_rows: tokens,
+        cache_rows: tokens,
+        first: true,
+        last: true,
+        scale: scale as f32,
+        storage: Storage::F32,
+    };
+    let args = attention_prefill::Args {
+        q: &q,
+        kv: &kv,
+        rope_cache: &kernels.absent(),
+        queries: &queries,
+        sequences: &sequences,
+        values: &values,
+        softmax: &softmax,
+    };
+    let mut recording = Recording::new(kernels);
+    attention_prefill::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    let (q, kv) = (widen(&inputs.of(width, 1.0)), widen(&inputs.of(2 * width, 1.0)));
+    let reference = Box::new(move || {
+        let d = d_head as usize;
+        let heads = Heads { n_head: n_head as usize, d_nope: d, d_rope: 0, d_value: d };
+        let visible: Vec<_> = (0..tokens as usize).map(|token| 0..token + 1).collect();
+        std::hint::black_box(reference::attention_prefill(&q, &kv, &[], &visible, heads, scale));
+    });
+    Ok(Prepared { recording, cost: cost::causal(&problem), output: values, reference: Some(reference) })
+}
+
+fn absorbed_attention(kernels: &Kernels, cached: u32, n_head: u32, d_latent: u32, d_rope: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let (splits, storage, d_nope) = (cached.div_ceil(SPLIT), Storage::F16, 128);
+    let problem = attention_absorbed::Problem {
+        tokens: 1,
+        most_tokens: 1,
+        partials: splits,
+        n_sequence: 1,
+        splits,
+        n_head,
+        d_latent,
+        d_nope,
+        d_rope,
+        cache_rows: cached,
+        scale: 0.135_234,
+        storage,
+    };
+    let stored = |width: u32| inputs.stored((cached * storage.row_pitch(width)) as usize, 1.0, storage);
+    let (latents, keys) = (stored(d_latent)?, stored(d_rope)?);
+    // Absorbed queries this small leave the softmax spread over many rows.
+    let absorbed = inputs.stored((n_head * d_latent) as usize, 0.1, Storage::F32)?;
+    let q = inputs.stored((n_head * (d_nope + d_rope)) as usize, 0.1, Storage::F32)?;
+    let sequences = inputs.table(&[DecodeSequence {
+        first_row: 0,
+        first_slot: 0,
+        length: cached,
+        token: 0,
+        tokens: 1,
+        partial: 0,
+        splits: cached.div_ceil(SPLIT),
+        unused: 0,
+    }])?;
+    let partial_values = inputs.output((splits * n_head * d_latent) as usize)?;
+    let partial_softmax = inputs.output((splits * n_head * 2) as usize)?;
+    let mut recording = Recording::new(kernels);
+    let args = attention_absorbed::Args {
+        absorbed: &absorbed,
+        q: &q,
+        latent_cache: &latents,
+        rope_cache: &keys,
+        sequences: &sequences,
+        partial_values: &partial_values,
+        partial_softmax: &partial_softmax,
+    };
+    attention_absorbed::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    let output = inputs.output((n_head * d_latent) as usize)?;
+    let merged =
+        merge(&mut recording, &inputs, n_head, d_latent, splits, (&partial_values, &partial_softmax), &output)?;
+
+    let (n, d, r) = (cached as usize, d_latent as usize, d_rope as usize);
+    let (a, q) = (widen(&inputs.of(n_head as usize * d, 0.1)), widen(&inputs.of(n_head as usize * r, 0.1)));
+    let (latents, keys) = (widen(&inputs.of(n * d, 1.0)), widen(&inputs.of(n * r, 1.0)));
+    let reference = Box::new(move || {
+        let one = [(0, 0..n)];
+        let heads = n_head as usize;
+        std::hint::black_box(reference::attention_absorbed(&a, &q, &latents, &keys, &one, heads, d, r, 0.135_234));
+    });
+    Ok(Prepared { recording, cost: problem.cost() + merged, output, reference: Some(reference) })
+}
+
+/// Joins the splits of one query.
+fn merge(
+    recording: &mut Recording,
+    inputs: &Inputs<'_>,
+    n_head: u32,
+    width: u32,
+    splits: u32,
+    (partial_values, partial_softmax): (&Region, &Region),
+    values: &Region,
+) -> Result<Cost> {
+    let problem = attention_merge::Problem { tokens: 1, n_head, width, splits };
+    let ranges = inputs.table(&[[0, splits]])?;
+    let lse = inputs.output(n_head as usize)?;
+    let args = attention_merge::Args { partial_values, partial_softmax, ranges: &ranges, values, lse: &lse };
+    attention_merge::encode(recording, &problem, args, Tuning::Auto)?;
+    Ok(problem.cost())
+}
+
+/// Rows of the pool: more than the longest cache has distinct ids.
+const POOL_ROWS: u32 = 8192;
+
+const ONE_SEQUENCE: CacheOptions =
+    CacheOptions { n_layer: 1, batch: 1, capacity: 0, storage: Storage::F16, gate_rows: GateRows::Recompute };
+
+fn prefill_layer(kernels: &Kernels, stock: &mut Stock, config: &AttentionConfig, tokens: u32) -> Result<Prepared> {
+    let (attention, path) = stock.layer(kernels, config, LayerPath::Expanded)?;
+    let options = CacheOptions { capacity: tokens, ..ONE_SEQUENCE };
+    let cache = LatentCache::new(kernels, config, options)?;
+    let ids = tokens::text_like(tokens as usize, SEED);
+    let cost = cost::prefill(config, tokens, Storage::F16);
+    let input = StepInput { mode: Mode::Prefill, counts: &[tokens], token_ids: Some(&ids) };
+    layer_step(kernels, &attention, &cache, input, path, cost)
+}
+
+fn decode_layer(
+    kernels: &Kernels,
+    stock: &mut Stock,
+    config: &AttentionConfig,
+    cached: u32,
+    path: LayerPath,
+) -> Result<Prepared> {
+    let (attention, decode) = stock.layer(kernels, config, path)?;
+    let gate_rows = match path {
+        LayerPath::Grouped(gate_rows) => gate_rows,
+        _ => GateRows::Recompute,
+    };
+    let options = CacheOptions { capacity: cached, gate_rows, ..ONE_SEQUENCE };
+    let mut cache = LatentCache::new(kernels, config, options)?;
+    let ids = tokens::text_like(cached as usize, SEED);
+    let (new, past) = ids.split_last().ok_or(Error::Empty { what: "the cache of a bench row" })?;
+    let mut random = Random::new(SEED);
+    cache.fill(past, || random.normal())?;
+    let distinct = ids.iter().collect::<HashSet<_>>().len() as u32;
+    let projected = if path == LayerPath::Grouped(GateRows::Recompute) { distinct } else { 0 };
+    let cost = match decode {
+        DecodePath::Absorbed => cost::decode_absorbed(config, cached, distinct, projected, Storage::F16),
+        DecodePath::Auto | DecodePath::Expanded => cost::decode_expanded(config, cached, Storage::F16),
+    };
+    let input = StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&[*new]) };
+    layer_step(kernels, &attention, &cache, input, decode, cost)
+}
+
+/// Records one step of a layer. The step is not committed, so each submission does the same again.
+fn layer_step(
+    kernels: &Kernels,
+    attention: &Attention,
+    cache: &LatentCache,
+    input: StepInput<'_>,
+    path: DecodePath,
+    cost: Cost,
+) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let step = cache.plan_step(input)?;
+    let workspace = Workspace::new(cache, WorkspaceOptions::new(step.tokens()))?;
+    let elements = (step.tokens() * attention.config().hidden_size) as usize;
+    let (hidden, out) = (inputs.floats(elements)?, inputs.output(elements)?);
+    let mut recording = Recording::new(kernels);
+    attention.forward(&mut recording, cache, 0, &step, &workspace, path, &hidden, &out)?;
+    Ok(Prepared { recording, cost, output: out, reference: None })
+}
+
+/// Rows of keys and values in one buffer: within every device's storage binding.
+const HEADS_TILE: u32 = 8192;
+
+/// A layer of multi-head attention from the library's kernels, what MLA and EG-MLA are set against: keys and values of
+/// every head are cached, rotated, in the f32 that `attention_decode` reads.
+fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let width = n_head * d_head;
+    let deviation = f64::from(width).sqrt().recip() as f32;
+    let weights = |cols: u32| inputs.stored((width * cols) as usize, deviation, Storage::F16);
+    let (q_proj, kv_proj, o_proj) = (weights(width)?, weights(2 * width)?, weights(width)?);
+    let hidden = inputs.floats(width as usize)?;
+    let (q, values, out) =
+        (inputs.output(width as usize)?, inputs.output(width as usize)?, inputs.output(width as usize)?);
+    let tiles = (0..cached)
+        .step_by(HEADS_TILE as usize)
+        .map(|first| Ok((first, inputs.floats((HEADS_TILE.min(cached - first) * 2 * width) as usize)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let rotations = RopeConfig::default().frequencies(d_head).into_iter().map(|frequency| {
+        let (sin, cos) = (f64::from(cached - 1) * frequency).sin_cos();
+        [cos as f32, sin as f32]
+    });
+    let rotations = inputs.table(&rotations.collect::<Vec<_>>())?;
+    let sequences = inputs.table(&[DecodeSequence {
+        first_row: 0,
+        first_slot: 0,
+        length: cached,
+        token: 0,
+        tokens: 1,
+        partial: 0,
+        splits: cached.div_ceil(SPLIT),
+        unused: 0,
+    }])?;
+    let splits = cached.div_ceil(SPLIT);
+    let partial_values = inputs.output((splits * width) as usize)?;
+    let partial_softmax = inputs.output((splits * n_head * 2) as usize)?;
+    let absent = kernels.absent();
+
+    let mut recording = Recording::new(kernels);
+    let mut cost = Cost::default();
+    let linear = |recording: &mut Recording, cols: u32, x: &Region, w: &Region, y: &Region, y_offset: u32| {
+        let dense = matmul::Problem::linear(1, width, cols, false, Storage::F16);
+        let problem = matmul::Problem { y: matmul::Layout { offset: y_offset, ..dense.y }, ..dense };
+        product_of(recording, problem, matmul::Args { x, w, bias: &absent, y })?;
+        Ok::<_, Error>(problem.cost())
+    };
+    let rotate = |recording: &mut Recording, offset: u32, head_stride: u32, values: &Region| {
+        let (tokens, d_rope, token_stride) = (1, d_head, n_head * head_stride);
+        let problem = rope::Problem { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave: true };
+        rope::encode(recording, &problem, rope::Args { rotations: &rotations, values }, Tuning::Auto)?;
+        Ok::<_, Error>(problem.cost())
+    };
+    cost = cost + linear(&mut recording, width, &hidden, &q_proj, &q, 0)?;
+    cost = cost + rotate(&mut recording, 0, d_head, &q)?;
+    // The new token's row is the last of the last tile.
+    if let Some((first, tile)) = tiles.last() {
+        let row = (cached - 1 - first) * 2 * width;
+        cost = cost + linear(&mut recording, 2 * width, &hidden, &kv_proj, tile, row)?;
+        cost = cost + rotate(&mut recording, row, 2 * d_head, tile)?;
+    }
+    for (first, tile) in &tiles {
+        let problem = attention_decode::Problem {
+            tokens: 1,
+            most_tokens: 1,
+            partials: splits,
+            n_sequence: 1,
+            n_head,
+            d_nope: d_head,
+            d_rope: 0,
+            d_value: d_head,
+            kv_first: *first,
+            kv_rows: HEADS_TILE.min(cached - first),
+            cache_rows: cached,
+            scale: f64::from(d_head).sqrt().recip() as f32,
+            storage: Storage::F32,
+        };
+        let args = attention_decode::Args {
+            q: &q,
+            kv: tile,
+            rope_cache: &absent,
+            sequences: &sequences,
+            partial_values: &partial_values,
+            partial_softmax: &partial_softmax,
+        };
+        attention_decode::encode(&mut recording, &problem, args, Tuning::Auto)?;
+        cost = cost + problem.cost();
+    }
+    let partial = (&partial_values, &partial_softmax);
+    cost = cost + merge(&mut recording, &inputs, n_head, d_head, splits, partial, &values)?;
+    cost = cost + linear(&mut recording, width, &values, &o_proj, &out, 0)?;
+    Ok(Prepared { recording, cost, output: out, reference: None })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn the_promised_rows_are_there_once() {
+        let all = rows();
+        let ids: Vec<&str> = all.iter().map(Row::id).collect();
+        let mut promised: Vec<String> =
+            ["matmul/1024", "prefill/mha_16x128/t512", "prefill/egmla_120m/t2048", "decode/mla_dsv3_16h/t4096"]
+                .map(str::to_owned)
+                .to_vec();
+        for t in [1024, 8192, 32_768] {
+            promised.extend([format!("decode/mha_120m/t{t}"), format!("decode/mla_120m_r256/t{t}")]);
+            for path in ["expanded", "absorbed_recompute", "absorbed_pool", "absorbed_table"] {
+                promised.push(format!("decode/egmla_120m_r64/{path}/t{t}"));
+            }
+        }
+        promised.extend(["expanded", "absorbed_table"].map(|path| format!("decode/egmla_10h_r48/{path}/t7000")));
+        for id in &promised {
+            assert_eq!(ids.iter().filter(|found| *found == id).count(), 1, "{id}");
+        }
+        for family in ["norm/", "gate/", "append/"] {
+            assert!(ids.iter().any(|id| id.starts_with(family)), "{family}");
+        }
+        assert_eq!(ids.len(), promised.len() + 3);
+        let long: Vec<_> = all.iter().filter(|row| !row.is_in(Suite::Quick)).map(Row::id).collect();
+        assert!(long.len() == 6 && long.iter().all(|id| id.ends_with("/t32768")), "{long:?}");
+        assert!(all.iter().all(|row| row.is_in(Suite::Full)));
+    }
+
+    #[test]
+    fn the_120m_layer_caches_what_the_paper_prints() {
+        assert_eq!(12 * paper_120m(64, true).cache_elements(), 1536);
+        assert_eq!(12 * paper_120m(256, false).cache_elements(), 3840);
+        assert_eq!(12 * paper_120m(64, true).mha_cache_elements(), 18_432);
+    }
+}

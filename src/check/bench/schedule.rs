@@ -1,0 +1,141 @@
+//! Measures rows in turns.
+
+use std::time::{Duration, Instant};
+
+use super::report::{Measured, Skipped, Times};
+use super::roofline::Roofline;
+use super::timer::Timer;
+use super::{Prepared, Row, Stock, Suite};
+use crate::error::{Error, Result};
+use crate::kernel::Kernels;
+
+/// How long a row is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// A row with at least five runs that took this long together is done.
+    pub enough: Duration,
+    /// A row that took this long is done, whatever its runs.
+    pub limit: Duration,
+    /// Most runs.
+    pub most_runs: usize,
+    /// When this is over no row is begun any more, and no run that would not end before: a row that had none but its cold
+    /// one shows that one.
+    pub total: Duration,
+}
+
+impl Budget {
+    /// Of a suite.
+    pub fn of(suite: Suite) -> Self {
+        let (enough, limit, total) = match suite {
+            Suite::Quick => (1, 6, 150),
+            Suite::Full => (3, 60, 3600),
+        };
+        let [enough, limit, total] = [enough, limit, total].map(Duration::from_secs);
+        Budget { enough, limit, most_runs: 50, total }
+    }
+}
+
+/// Fewer say little of a median.
+const LEAST_RUNS: usize = 5;
+
+/// A row's turn: runs until this much is spent.
+const TURN: Duration = Duration::from_millis(40);
+
+/// Where a measurement stands.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress<'a> {
+    /// The row at hand.
+    pub id: &'a str,
+    /// Rows that are done.
+    pub done: usize,
+    /// Rows.
+    pub of: usize,
+}
+
+struct Running<'a> {
+    row: &'a Row,
+    prepared: Prepared,
+    times: Times,
+    spent: Duration,
+    /// Wall time of its first use: later runs take less.
+    longest: Duration,
+}
+
+/// Sets every row up, runs each once cold and checks that its results are finite, then measures them in turns.
+///
+/// # Errors
+/// A lost device, results that are not finite. A row that the device or this version refuses is skipped with its reason.
+pub fn measure(
+    kernels: &Kernels,
+    timer: &Timer,
+    roofline: &Roofline,
+    rows: &[Row],
+    budget: Budget,
+    mut progress: impl FnMut(Progress<'_>),
+) -> Result<(Vec<Measured>, Vec<Skipped>)> {
+    let begun = Instant::now();
+    let over = || begun.elapsed() >= budget.total;
+    let mut stock = Stock::default();
+    let (mut running, mut skipped) = (Vec::new(), Vec::new());
+    for row in rows {
+        if over() {
+            let why = format!("the suite's {} s were over", budget.total.as_secs());
+            skipped.push(Skipped { id: row.id().to_owned(), why });
+            continue;
+        }
+        progress(Progress { id: row.id(), done: 0, of: rows.len() });
+        // Nothing compiled: a row's first use is its own.
+        match start(row, &kernels.uncompiled(), timer, &mut stock) {
+            Ok(started) => running.push(started),
+            Err(error @ (Error::Device { .. } | Error::NonFinite { .. })) => return Err(error),
+            Err(error) => skipped.push(Skipped { id: row.id().to_owned(), why: error.to_string() }),
+        }
+    }
+    drop(stock);
+    // A run that would not end in time is not begun.
+    let fits = |row: &Running<'_>| begun.elapsed() + row.longest < budget.total;
+    let open = |row: &Running<'_>| !row.is_done(budget) && fits(row);
+    // Rows whose one run is longer than a row's limit wait until every other is done: their turns would eat the time.
+    for slow in [false, true] {
+        let now = |row: &Running<'_>| (row.longest > budget.limit) == slow && open(row);
+        while running.iter().any(now) {
+            for index in 0..running.len() {
+                let done = rows.len() - running.iter().filter(|row| open(row)).count();
+                let row = &mut running[index];
+                progress(Progress { id: row.row.id(), done, of: rows.len() });
+                let turn = Instant::now();
+                while now(row) && turn.elapsed() < TURN {
+                    let start = Instant::now();
+                    row.times.runs.push(timer.run(&row.prepared.recording)?.device_us);
+                    row.spent += start.elapsed();
+                }
+            }
+        }
+    }
+    let measured = running.into_iter().map(|running| Measured::new(running.row, running.times, roofline)).collect();
+    Ok((measured, skipped))
+}
+
+impl Running<'_> {
+    fn is_done(&self, budget: Budget) -> bool {
+        let runs = self.times.runs.len();
+        runs >= budget.most_runs || self.spent >= budget.limit || (runs >= LEAST_RUNS && self.spent >= budget.enough)
+    }
+}
+
+fn start<'a>(row: &'a Row, kernels: &Kernels, timer: &Timer, stock: &mut Stock) -> Result<Running<'a>> {
+    let prepared = row.prepare(kernels, stock)?;
+    let cold = Instant::now();
+    let first_device_us = timer.run(&prepared.recording)?.device_us;
+    let longest = cold.elapsed();
+    let first_us = longest.as_secs_f64() * 1e6;
+    prepared.verify(timer.queue())?;
+    let cpu_reference_us = prepared.reference.as_ref().map(|reference| {
+        let start = Instant::now();
+        reference();
+        start.elapsed().as_secs_f64() * 1e6
+    });
+    let (cost, dispatches) = (prepared.cost, prepared.recording.dispatches());
+    let times = Times { first_us, first_device_us, runs: Vec::new(), cost, dispatches, cpu_reference_us };
+    Ok(Running { row, prepared, times, spent: Duration::ZERO, longest })
+}

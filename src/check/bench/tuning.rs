@@ -1,0 +1,173 @@
+//! Finds the fastest tile settings of each kernel on one adapter, when it is asked to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use super::report::median;
+use super::timer::Timer;
+use super::{Row, Stock};
+use crate::error::{Error, Result};
+use crate::kernel::{Kernels, Recording};
+use crate::kernels::REGISTRY;
+use crate::plan::Tunings;
+
+/// Runs of each candidate, in turns.
+const RUNS: usize = 5;
+
+/// With fewer nothing is chosen.
+const LEAST_RUNS: usize = 3;
+
+/// Rows that a kernel is measured in: those where it takes longest.
+const ROWS: usize = 3;
+
+/// A candidate must be this much faster than the setting for the class: less is the machine's noise.
+const GAIN: f64 = 0.95;
+
+/// What tuning one kernel came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tuned {
+    /// Stem of the kernel.
+    pub kernel: &'static str,
+    /// Microseconds of its dispatches in the rows that were measured, with the setting for the adapter's class.
+    pub of_class_us: f64,
+    /// The same with the fastest setting.
+    pub best_us: f64,
+    /// The setting to take, where one is faster by more than noise.
+    pub choice: Option<usize>,
+}
+
+/// Where tuning stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// The kernel at hand.
+    pub kernel: &'static str,
+    /// Kernels that are done.
+    pub done: usize,
+    /// Kernels.
+    pub of: usize,
+}
+
+/// Measures the settings of every kernel of these rows, those first that take longest, until all are done or `limit` is
+/// over. Dispatches of other kernels are left out of what is timed. Kernels that would need longer than `limit` leaves them
+/// are not among the results.
+///
+/// # Errors
+/// A lost device. Settings that the device does not allow are passed over.
+pub fn tune(
+    kernels: &Kernels,
+    timer: &Timer,
+    rows: &[Row],
+    limit: Duration,
+    mut progress: impl FnMut(Progress),
+) -> Result<Vec<Tuned>> {
+    let start = Instant::now();
+    let of_class = kernels.with_tunings(Tunings::default())?;
+    let mut stock = Stock::default();
+    // Microseconds of each kernel in each row.
+    let mut shares: BTreeMap<&'static str, Vec<(f64, usize)>> = BTreeMap::new();
+    for (index, row) in rows.iter().enumerate() {
+        if start.elapsed() > limit / 3 {
+            break;
+        }
+        let prepared = match row.prepare(&of_class, &mut stock) {
+            Ok(prepared) => prepared,
+            Err(error @ Error::Device { .. }) => return Err(error),
+            Err(_) => continue,
+        };
+        let names: BTreeSet<_> = prepared.recording.kernel_names().collect();
+        for name in names {
+            if start.elapsed() > limit / 3 {
+                break;
+            }
+            let Some(recording) = alone(row, name, &of_class, &mut stock)? else { continue };
+            shares.entry(name).or_default().push((timer.run(&recording)?.device_us, index));
+        }
+    }
+    let mut order: Vec<_> = shares.into_iter().filter(|(name, _)| settings(name) > 1).collect();
+    for (name, shares) in &mut order {
+        shares.sort_by(|a, b| b.0.total_cmp(&a.0));
+        // A row that would take most of the time by itself gives way to shorter ones.
+        let runs = ((1 + settings(name)) * (1 + RUNS)) as f64;
+        let within = |time: f64| time * runs < limit.as_secs_f64() * 1e6 / 8.0;
+        shares.retain(|&(time, _)| within(time));
+        shares.truncate(ROWS);
+    }
+    order.retain(|(_, shares)| !shares.is_empty());
+    let total = |shares: &[(f64, usize)]| shares.iter().map(|(time, _)| time).sum::<f64>();
+    order.sort_by(|(_, a), (_, b)| total(b).total_cmp(&total(a)));
+
+    let mut tuned = Vec::new();
+    let of = order.len();
+    for (done, (kernel, shares)) in order.into_iter().enumerate() {
+        if start.elapsed() > limit {
+            break;
+        }
+        progress(Progress { kernel, done, of });
+        let rows: Vec<_> = shares.iter().map(|&(_, index)| &rows[index]).collect();
+        tuned.push(kernel_of(kernel, &rows, &of_class, timer, &mut stock, start + limit)?);
+    }
+    Ok(tuned)
+}
+
+/// How many settings a kernel has.
+fn settings(kernel: &str) -> usize {
+    REGISTRY.iter().find(|spec| spec.name == kernel).map_or(0, |spec| spec.tunings)
+}
+
+/// The dispatches of one kernel in a row; `None` where the device does not allow what they need.
+fn alone(row: &Row, kernel: &str, kernels: &Kernels, stock: &mut Stock) -> Result<Option<Recording>> {
+    match row.prepare(kernels, stock) {
+        Ok(mut prepared) => {
+            prepared.recording.retain(kernel);
+            Ok(Some(prepared.recording))
+        }
+        Err(error @ Error::Device { .. }) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+fn kernel_of(
+    kernel: &'static str,
+    rows: &[&Row],
+    of_class: &Kernels,
+    timer: &Timer,
+    stock: &mut Stock,
+    end: Instant,
+) -> Result<Tuned> {
+    let mut candidates: Vec<(Option<usize>, Vec<Recording>, Vec<f64>)> = Vec::new();
+    // The setting for the class, then each by its number.
+    for setting in std::iter::once(None).chain((0..settings(kernel)).map(Some)) {
+        let tunings = setting.map(|index| (kernel.to_owned(), index)).into_iter().collect();
+        let with = of_class.with_tunings(Tunings(tunings))?;
+        let recordings = rows.iter().map(|row| alone(row, kernel, &with, stock)).collect::<Result<Option<Vec<_>>>>()?;
+        let Some(recordings) = recordings else { continue };
+        for recording in &recordings {
+            timer.run(recording)?;
+        }
+        candidates.push((setting, recordings, Vec::new()));
+    }
+    for round in 0..RUNS {
+        // Whole rounds only, so that no candidate has runs that another has not.
+        if round > 0 && Instant::now() > end {
+            break;
+        }
+        for (_, recordings, times) in &mut candidates {
+            let run = |recording| timer.run(recording).map(|elapsed| elapsed.device_us);
+            times.push(recordings.iter().map(run).sum::<Result<f64>>()?);
+        }
+    }
+    let rounds = candidates.first().map_or(0, |(.., times)| times.len());
+    let mut medians = candidates.into_iter().map(|(setting, _, mut times)| {
+        times.sort_by(f64::total_cmp);
+        (setting, median(&times))
+    });
+    let of_class_us = medians.next().map_or(0.0, |(_, time)| time);
+    let best = medians.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|(_, time)| *time < of_class_us);
+    let (choice, best_us) = best.unwrap_or((None, of_class_us));
+    Ok(Tuned {
+        kernel,
+        of_class_us,
+        best_us,
+        choice: choice.filter(|_| rounds >= LEAST_RUNS && best_us < GAIN * of_class_us),
+    })
+}

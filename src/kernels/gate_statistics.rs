@@ -1,0 +1,146 @@
+//! Statistics of the gate's norm for new tokens: what the grouped decode needs of their keys and values.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::norm::ROW_WORKGROUPS;
+use super::{Problem as _, nonzero, product, words};
+use crate::config::{Activation, GateNorm};
+use crate::error::{Error, Result};
+use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
+use crate::plan::{Plan, PlanContext, Storage, Tuning, fold_grid};
+
+/// Registry line.
+pub const SPEC: KernelSpec = KernelSpec {
+    name: "gate_statistics",
+    source: include_str!("../../shaders/gate_statistics.wgsl"),
+    bindings: &[
+        Binding::PARAMS,
+        Binding::read("kv"),
+        Binding::read("gates"),
+        Binding::read("gates_more"),
+        Binding::read("rows"),
+        Binding::read("slots"),
+        Binding::write("statistics"),
+    ],
+    params_size: size_of::<Params>(),
+    tunings: ROW_WORKGROUPS.len(),
+    features: wgpu::Features::empty(),
+};
+
+/// Uniform parameters, as in the shader.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub struct Params {
+    tokens: u32,
+    width: u32,
+    gate_pitch: u32,
+    more_pitch: u32,
+    resident: u32,
+    more_first: u32,
+    eps: f32,
+}
+
+/// Tokens to measure.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Problem {
+    /// New tokens.
+    pub tokens: u32,
+    /// Elements that the norm spans.
+    pub width: u32,
+    /// Rows of `gates`; further rows are those of `gates_more`.
+    pub resident: u32,
+    /// Rows of `gates_more` that are bound.
+    pub more: u32,
+    /// Row of `gates_more` of the first token.
+    pub more_first: u32,
+    /// Rows of the cache.
+    pub cache_rows: u32,
+    /// Added to the mean square or variance.
+    pub eps: f32,
+    /// Applied to the gate rows.
+    pub activation: Activation,
+    /// `layer_norm` or `rms_norm`: without a norm there are no statistics.
+    pub norm: GateNorm,
+    /// How `gates` is stored.
+    pub storage: Storage,
+    /// How `gates_more` is stored.
+    pub more_storage: Storage,
+}
+
+impl super::Problem for Problem {
+    const SPEC: &'static KernelSpec = &SPEC;
+
+    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        nonzero(SPEC.name, &[("width", self.width)])?;
+        if self.norm == GateNorm::None {
+            return Err(Error::problem(SPEC.name, "there are no statistics without a norm"));
+        }
+        let workgroup_size =
+            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        Plan {
+            overrides: vec![
+                ("STORAGE_F16", self.storage.constant()),
+                ("MORE_F16", self.more_storage.constant()),
+                ("ACTIVATION", f64::from(self.activation as u32)),
+                ("NORM", f64::from(self.norm as u32)),
+                ("WORKGROUP", workgroup_size.into()),
+            ],
+            grid: fold_grid(SPEC.name, self.tokens.into(), &context.limits)?,
+            workgroup_size,
+            workgroup_bytes: 4 * workgroup_size,
+        }
+        .checked(SPEC.name, &context.limits)
+    }
+}
+
+/// Buffers of one dispatch.
+#[derive(Debug, Clone, Copy)]
+pub struct Args<'a> {
+    /// `[tokens, width]` f32: keys and values before the gate.
+    pub kv: &'a Region,
+    /// `[resident, pitch of width]` in `storage`: gate rows before their activation.
+    pub gates: &'a Region,
+    /// `[more, pitch of width]` in `more_storage`.
+    pub gates_more: &'a Region,
+    /// `[tokens]` u32 gate rows; `u32::MAX` for row `more_first + t` of `gates_more`.
+    pub rows: &'a Region,
+    /// `[tokens]` u32 rows of the cache.
+    pub slots: &'a Region,
+    /// `[cache_rows, 2]` f32 (μ, ρ), written at the slots.
+    pub statistics: &'a Region,
+}
+
+/// Adds the statistics of new tokens to a recording.
+///
+/// # Errors
+/// What the plan refuses, a region that is too small, or an input that is also the output.
+pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    let plan = problem.plan(recording.kernels().context(), tuning)?;
+    let p = *problem;
+    let (gate_pitch, more_pitch) = (p.storage.row_pitch(p.width), p.more_storage.row_pitch(p.width));
+    let stored = |region, rows: u32, pitch: u32, storage: Storage| Bound {
+        region,
+        bytes: product(&[rows, pitch]).saturating_mul(storage.bytes()),
+    };
+    recording.push(
+        &SPEC,
+        &plan,
+        &Params {
+            tokens: p.tokens,
+            width: p.width,
+            gate_pitch,
+            more_pitch,
+            resident: p.resident,
+            more_first: p.more_first,
+            eps: p.eps,
+        },
+        &[
+            words(args.kv, product(&[p.tokens, p.width])),
+            stored(args.gates, p.resident, gate_pitch, p.storage),
+            stored(args.gates_more, p.more, more_pitch, p.more_storage),
+            words(args.rows, p.tokens.into()),
+            words(args.slots, p.tokens.into()),
+            words(args.statistics, product(&[p.cache_rows, 2])),
+        ],
+    )
+}
