@@ -23,10 +23,10 @@ use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
-    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
-    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, product,
-    residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
+    attention_prefill, attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics,
+    gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4,
+    norm, product, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::Storage;
 
@@ -362,6 +362,12 @@ impl Costed for attention_grouped::Problem {
                 times(8, &[self.partials, n_head]),
             ],
         )
+    }
+}
+
+impl Costed for attention_grouped_subgroup::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -897,6 +903,11 @@ mod tests {
             // In: q 2·3·10·4, W 39·8·2, γ and β 2·39·2, 5 gate rows 39·4, 5 headers 32, 20 rows of 12·2 + 8 + 4.
             // Out: 4·3·(7·4 + 8).
             entry(grouped(), 2 * (10 * 3 * 13 * 8 + 40 * 3 * 20), 240 + 624 + 156 + 5 * 156 + 160 + 20 * 36 + 432),
+            entry(
+                attention_grouped_subgroup::Problem(grouped()),
+                2 * (10 * 3 * 13 * 8 + 40 * 3 * 20),
+                240 + 624 + 156 + 5 * 156 + 160 + 20 * 36 + 432,
+            ),
             // 4 splits · 3 heads · (2·10 + 5) + 2 queries · 3 heads · (10 + 3).
             // In: 12·(40 + 8) + 2·8. Out: 6·(40 + 4).
             entry(attention_merge::Problem { tokens: 2, n_head: 3, width: 10, splits: 4 }, 300 + 78, 576 + 16 + 264),

@@ -64,14 +64,18 @@ pub struct KernelSpec {
     /// What the device must have beside WebGPU's core. Kernels that need something are variants: another does their work
     /// where it is not offered.
     pub features: wgpu::Features,
+    /// The fewest invocations of a subgroup that it is right for; 0 where it has nothing to do with them.
+    pub subgroup: u32,
 }
 
 impl KernelSpec {
-    /// The features it needs that `offered` lacks, by name; `None` when it can run.
-    pub fn missing(&self, offered: wgpu::Features) -> Option<String> {
-        let missing = self.features - offered;
-        let names: Vec<_> = missing.iter_names().map(|(name, _)| name.to_lowercase()).collect();
-        (!missing.is_empty()).then(|| names.join(", "))
+    /// What it needs that a device lacks, by name; `None` when it can run.
+    pub fn missing(&self, device: &PlanContext) -> Option<String> {
+        let features = self.features - device.features;
+        let subgroup = format!("subgroups of {} invocations and more", self.subgroup);
+        let subgroup = (device.subgroup_min_size < self.subgroup).then_some(subgroup);
+        let names: Vec<_> = features.iter_names().map(|(name, _)| name.to_lowercase()).chain(subgroup).collect();
+        (!names.is_empty()).then(|| names.join(", "))
     }
 }
 
@@ -539,7 +543,7 @@ impl Recording {
         }
         debug_assert_eq!(bound.len() + 1, spec.bindings.len(), "{}", spec.name);
         debug_assert_eq!(size_of::<P>(), spec.params_size, "{}", spec.name);
-        if let Some(features) = spec.missing(self.kernels.0.context.features) {
+        if let Some(features) = spec.missing(&self.kernels.0.context) {
             return Err(Error::Feature { kernel: spec.name, features });
         }
         let limits = &self.kernels.0.context.limits;

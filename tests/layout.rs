@@ -13,10 +13,10 @@ use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
-    Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
-    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
-    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add,
-    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup,
+    attention_merge, attention_prefill, attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows,
+    gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec,
+    matvec_subgroup, matvec_vec4, norm, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{Features, Limits};
@@ -340,6 +340,21 @@ fn grouped_problem(items: u32, n_head: u32, widths: Widths, norm: GateNorm) -> a
     }
 }
 
+/// The same for the kernel that keeps a tile in registers.
+fn grouped_in_registers(
+    items: u32,
+    n_head: u32,
+    widths: Widths,
+    norm: GateNorm,
+) -> attention_grouped_subgroup::Problem {
+    let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+    context.features = attention_grouped_subgroup::SPEC.features;
+    context.subgroup_min_size = attention_grouped_subgroup::SPEC.subgroup;
+    let tiling = attention_grouped::tiling(&context, widths).unwrap();
+    let problem = grouped_problem(items, n_head, widths, norm);
+    attention_grouped_subgroup::Problem(attention_grouped::Problem { tiling, ..problem })
+}
+
 fn rope_problem(tokens: u32, d_rope: u32, interleave: bool) -> rope::Problem {
     rope::Problem { tokens, n_head: 1, d_rope, offset: 0, token_stride: d_rope, head_stride: d_rope, interleave }
 }
@@ -494,6 +509,15 @@ fn cases() -> Vec<Case> {
             }
         }
         for n_head in HEADS {
+            for norm in GateNorm::ALL {
+                for cache_storage in Storage::ALL {
+                    let widths = Widths { d_latent: 57, d_nope: 0, d_rope: 62, d_value: 128 };
+                    let mut problem = grouped_in_registers(5, n_head, widths, norm);
+                    problem.0 = attention_grouped::Problem { storage, cache_storage, ..problem.0 };
+                    let blocks = |plan: &Plan| u64::from(n_head).div_ceil(value(plan, "HEADS"));
+                    add(all, problem, |plan| Cover::Tiled { size: [3 * blocks(plan), 5, 1], tile: [1; 3] });
+                }
+            }
             for items in [1, 5] {
                 for (d_latent, d_nope, d_rope, d_value) in [(64, 64, 64, 64), (13, 0, 0, 11), (512, 128, 64, 128)] {
                     for norm in GateNorm::ALL {
@@ -637,6 +661,9 @@ fn plans_keep_what_their_shaders_assume() {
                 assert!([value(&plan, "WG_X"), value(&plan, "WG_Y")].iter().all(|side| side % 4 == 0), "{what}");
             }
             "matmul_subgroup" => assert!([4, 8].contains(&value(&plan, "SPREAD")), "{what}"),
+            "attention_grouped_subgroup" => {
+                assert_eq!(value(&plan, "HEADS") * 8, u64::from(plan.workgroup_size), "{what}")
+            }
             "matvec" | "matvec_vec4" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
             "attention_prefill" => {
                 let value = |name| value(&plan, name);
@@ -685,6 +712,12 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(absorbed_problem(3, 9, Storage::F16)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
         planner(grouped_problem(
+            5,
+            9,
+            Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 },
+            GateNorm::LayerNorm,
+        )),
+        planner(grouped_in_registers(
             5,
             9,
             Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 },
@@ -838,6 +871,24 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     let empty = attention_prefill::Problem { d_nope: 0, d_rope: 0, ..prefill };
     assert_eq!(problem_of(empty), "d_nope and d_rope are both 0");
     assert_eq!(problem_of(attention_prefill_rows::Problem(empty)), "d_nope and d_rope are both 0");
+    // Widths beyond what eight invocations hold are another kernel's, and so are tilings of fewer groups.
+    let whole = Widths { d_latent: 64, d_nope: 72, d_rope: 64, d_value: 128 };
+    let tiled = grouped_in_registers(1, 1, whole, GateNorm::None);
+    assert!(tiled.plan(&PlanContext::webgpu_defaults(AdapterClass::Software), Tuning::Auto).is_ok());
+    for widths in [
+        Widths { d_latent: 65, ..whole },
+        Widths { d_nope: 68, ..whole },
+        Widths { d_rope: 66, ..whole },
+        Widths { d_value: 136, ..whole },
+        Widths { d_value: 100, ..whole },
+    ] {
+        let problem = attention_grouped_subgroup::Problem(attention_grouped::Problem { widths, ..tiled.0 });
+        assert!(problem_of(problem).contains("latents and rotary keys go up to 64"));
+        let other = grouped_in_registers(1, 1, widths, GateNorm::None).0.tiling;
+        assert!(other.groups < 8, "{widths:?}");
+        let problem = attention_grouped_subgroup::Problem(attention_grouped::Problem { tiling: other, ..tiled.0 });
+        assert!(problem_of(problem).contains("tiles of"));
+    }
     let odd = prefill_problem(1, 1, 4);
     for odd in [
         attention_prefill::Problem { d_nope: 6, ..odd },

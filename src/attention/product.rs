@@ -37,7 +37,7 @@ impl Kernel {
         if !problem.in_vec4() {
             return if few { Kernel::Matvec } else { Kernel::Matmul };
         }
-        let offered = |spec: &KernelSpec| spec.missing(context.features).is_none();
+        let offered = |spec: &KernelSpec| spec.missing(context).is_none();
         // Its workgroups are as many as a quarter of the columns.
         let narrow = problem.cols.div_ceil(4) <= context.limits.max_compute_workgroups_per_dimension;
         match context.class {

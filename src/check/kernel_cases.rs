@@ -16,10 +16,10 @@ use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
-    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
-    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add,
-    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
+    attention_prefill, attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics,
+    gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4,
+    norm, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -1467,18 +1467,70 @@ fn grouped(cases: &mut Vec<Case>) {
         ("wide", GroupedSizes { n_head: 2, widths: widths(512, 128, 64, 128), ..mixed(Storage::F16, Storage::F16) }),
     ];
     for (name, sizes) in all {
-        cases.push(Case::new("attention_grouped", name, move |lab| attend_groups(lab, sizes)));
+        cases.push(Case::new(attention_grouped::SPEC.name, name, move |lab| {
+            let tiling = attention_grouped::tiling_in_workgroup(lab.kernels.context(), sizes.widths)?;
+            attend_groups(lab, sizes, tiling, attention_grouped::SPEC.tunings, reference::attention_grouped)
+        }));
+    }
+
+    // Slots are filled, half filled and overfull; latents and rotary keys end within a block of 8 and within the eighth.
+    let plain = GroupedSizes { widths: widths(20, 16, 8, 24), ..plain };
+    let mixed = |storage, cache_storage| GroupedSizes { storage, cache_storage, ..plain };
+    let in_registers = [
+        ("t1", GroupedSizes { sequences: &[(1, Ids::Distinct)], ..plain }),
+        ("equal", GroupedSizes { sequences: &[(1700, Ids::Equal)], ..plain }),
+        ("equal_64", GroupedSizes { sequences: &[(64, Ids::Equal), (65, Ids::Equal), (320, Ids::Equal)], ..plain }),
+        (
+            "distinct",
+            GroupedSizes { sequences: &[(7, Ids::Distinct), (8, Ids::Distinct), (99, Ids::Distinct)], ..plain },
+        ),
+        ("ragged", GroupedSizes { sequences: &[(1000, Ids::Skewed), (1, Ids::Equal), (17, Ids::Distinct)], ..plain }),
+        (
+            "q5",
+            GroupedSizes { sequences: &[(70, Ids::Equal), (9, Ids::Distinct), (3, Ids::Skewed)], queries: 5, ..plain },
+        ),
+        ("f16", mixed(Storage::F16, Storage::F16)),
+        ("f16_cache", mixed(Storage::F32, Storage::F16)),
+        ("f16_weights", mixed(Storage::F16, Storage::F32)),
+        ("h1_no_rope", GroupedSizes { n_head: 1, widths: widths(16, 8, 0, 8), ..plain }),
+        ("h9_odd", GroupedSizes { n_head: 9, widths: widths(13, 8, 2, 8), norm: GateNorm::RmsNorm, ..plain }),
+        ("h5_no_nope", GroupedSizes { n_head: 5, widths: widths(8, 0, 4, 8), activation: Activation::Silu, ..plain }),
+        ("no_norm", GroupedSizes { norm: GateNorm::None, activation: Activation::OnePlus, ..plain }),
+        ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..mixed(Storage::F32, Storage::F16) }),
+        ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
+        ("r57", GroupedSizes { n_head: 2, widths: widths(57, 72, 62, 80), ..mixed(Storage::F16, Storage::F16) }),
+        ("heads_of_128", GroupedSizes { widths: widths(64, 128, 64, 128), ..mixed(Storage::F32, Storage::F32) }),
+    ];
+    for (name, sizes) in in_registers {
+        let spec = &attention_grouped_subgroup::SPEC;
+        cases.push(Case::new(spec.name, name, move |lab| match skipped(spec, lab.kernels) {
+            Some(skipped) => Ok(skipped),
+            None => {
+                let tiling = attention_grouped::tiling(lab.kernels.context(), sizes.widths)?;
+                attend_groups(lab, sizes, tiling, spec.tunings, reference::attention_grouped_subgroup)
+            }
+        }));
     }
 }
 
-fn attend_groups(lab: &Lab<'_>, sizes: GroupedSizes) -> Result<Vec<super::Outcome>> {
+/// The meaning of a kernel of the grouped attention.
+type GroupedDefinition =
+    fn(&reference::Grouped<'_>, &[reference::GroupedItem], reference::Heads, usize, f64) -> reference::Partial;
+
+/// By the kernel that the tiling belongs to.
+fn attend_groups(
+    lab: &Lab<'_>,
+    sizes: GroupedSizes,
+    tiling: Tiling,
+    tunings: usize,
+    definition: GroupedDefinition,
+) -> Result<Vec<super::Outcome>> {
     let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage } = sizes;
     let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
     let d_kv = n_head * (d_nope + d_value);
-    let tiling = attention_grouped::tiling(lab.kernels.context(), widths)?;
     let longest = sequences.iter().map(|(length, _)| *length as usize).max().unwrap_or(0);
     let tolerance = Tolerance::sums(&[d_nope as usize, d_latent as usize, d_kv as usize, longest]);
-    every_tuning(attention_grouped::SPEC.tunings, tolerance, |tuning| {
+    every_tuning(tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         // Rows of odd ids come from `gates`, at their id, and the others from `gates_more`, at their group.
         let Some(batch) = GroupedBatch::new(sequences, queries, tiling, true) else { return Ok(Vec::new()) };
@@ -1596,7 +1648,7 @@ fn attend_groups(lab: &Lab<'_>, sizes: GroupedSizes) -> Result<Vec<super::Outcom
             d_rope: d_rope as usize,
             d_value: d_value as usize,
         };
-        let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, scale.into());
+        let expected = definition(&input, &batch.expected, heads, d_latent as usize, scale.into());
         let got = partial.read_f32(lab.kernels, lab.queue)?;
         let values = &got[..partials * d_value as usize];
         Ok(std::iter::once(super::compare(values, &expected.values, tolerance))

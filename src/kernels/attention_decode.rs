@@ -23,6 +23,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: WORKGROUPS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// Rows of the cache that one workgroup attends to, here and in `attention_absorbed`.

@@ -1,8 +1,11 @@
 //! Attention over the cached latents with one absorbed query per distinct token id: decode for the gate at `up_projected`.
+//!
+//! The step's tables are made for a [`Tiling`], and with it for a kernel: [`encode`] hands tilings of eight groups to
+//! [`super::attention_grouped_subgroup`], which has the same meaning, lists and partial results.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, narrow, nonzero, product, words};
+use super::{Problem as _, attention_grouped_subgroup, narrow, nonzero, product, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -26,6 +29,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// Words of a group's header.
@@ -160,11 +164,23 @@ fn workgroup_bytes(widths: Widths, groups: u32, heads: u32) -> u64 {
     16 * vectors + 4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256
 }
 
-/// The tiling for these widths on a device: as many groups as workgroup memory holds.
+/// The tiling for these widths on a device, and with it the kernel: that of [`attention_grouped_subgroup`] where it is offered
+/// and suits them, else as many groups as workgroup memory holds.
 ///
 /// # Errors
 /// [`Error::Limit`] when one head of one group does not fit.
 pub fn tiling(context: &PlanContext, widths: Widths) -> Result<Tiling> {
+    match attention_grouped_subgroup::tiling(context, widths) {
+        Some(tiling) => Ok(tiling),
+        None => tiling_in_workgroup(context, widths),
+    }
+}
+
+/// The tiling of the kernel that keeps a tile in workgroup memory.
+///
+/// # Errors
+/// [`Error::Limit`] when one head of one group does not fit.
+pub fn tiling_in_workgroup(context: &PlanContext, widths: Widths) -> Result<Tiling> {
     let allowed = context.limits.max_compute_workgroup_storage_size;
     let bytes = |groups| workgroup_bytes(widths, groups, 1);
     let run = match context.class {
@@ -245,8 +261,71 @@ pub struct Problem {
 
 impl Problem {
     /// Width of all keys and values.
-    fn d_kv(&self) -> u32 {
+    pub(super) fn d_kv(&self) -> u32 {
         self.n_head * (self.widths.d_nope + self.widths.d_value)
+    }
+
+    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
+        let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
+        narrow(kernel, &[("d_nope", d_nope), ("d_rope", d_rope), ("d_latent", d_latent), ("d_value", d_value)])?;
+        nonzero(
+            kernel,
+            &[("n_head", self.n_head), ("d_latent", d_latent), ("d_value", d_value), ("n_sequence", self.n_sequence)],
+        )?;
+        if product(&[self.n_head, d_nope + d_value]) >= 1 << 31 {
+            return Err(Error::problem(kernel, format!("{} heads of {d_nope} + {d_value}", self.n_head)));
+        }
+        Ok(())
+    }
+
+    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("CACHE_F16", self.cache_storage.constant()),
+            ("WEIGHTS_F16", self.storage.constant()),
+            ("GATES_F16", self.gates_storage.constant()),
+            ("MORE_F16", self.more_storage.constant()),
+            ("ACTIVATION", f64::from(self.activation as u32)),
+            ("NORM", f64::from(self.norm as u32)),
+        ]
+    }
+
+    /// Workgroups of `heads` heads, items folded into y and z.
+    pub(super) fn grid(&self, kernel: &'static str, heads: u32, context: &PlanContext) -> Result<[u32; 3]> {
+        let [y, z, _] = crate::plan::fold_grid(kernel, self.items.into(), &context.limits)?;
+        Ok([self.n_head.div_ceil(heads) * self.most_tokens, y, z])
+    }
+
+    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 8] {
+        let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
+        let d_kv = self.d_kv();
+        let stored =
+            |region, extents: &[u32]| Bound { region, bytes: product(extents).saturating_mul(self.storage.bytes()) };
+        let rows = |region, rows: u32, storage: Storage| Bound {
+            region,
+            bytes: product(&[rows, storage.row_pitch(d_kv)]).saturating_mul(storage.bytes()),
+        };
+        let affine = match self.norm {
+            GateNorm::None => 0,
+            GateNorm::RmsNorm => d_kv,
+            GateNorm::LayerNorm => beta_element(d_kv) + d_kv,
+        };
+        let cache = if self.norm == GateNorm::None {
+            let rope_loads = d_rope.div_ceil(16 / self.cache_storage.bytes() as u32);
+            self.rope_byte + product(&[self.cache_rows, rope_loads, 16])
+        } else {
+            self.statistics_byte + product(&[self.cache_rows, 8]).next_multiple_of(16)
+        };
+        let softmax = softmax_word(self.partials, self.n_head, d_value);
+        [
+            words(args.q, product(&[self.tokens, self.n_head, d_nope + d_rope])),
+            stored(args.kv_b_proj, &[d_kv, self.storage.row_pitch(d_latent)]),
+            stored(args.affine, &[affine]),
+            rows(args.gates, self.resident, self.gates_storage),
+            rows(args.gates_more, self.more, self.more_storage),
+            Bound { region: args.cache, bytes: cache },
+            words(args.lists, self.list_words.into()),
+            words(args.partial, softmax + product(&[self.partials, self.n_head, 2])),
+        ]
     }
 }
 
@@ -264,15 +343,8 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        self.validate(SPEC.name)?;
         let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
-        narrow(SPEC.name, &[("d_nope", d_nope), ("d_rope", d_rope), ("d_latent", d_latent), ("d_value", d_value)])?;
-        nonzero(
-            SPEC.name,
-            &[("n_head", self.n_head), ("d_latent", d_latent), ("d_value", d_value), ("n_sequence", self.n_sequence)],
-        )?;
-        if product(&[self.n_head, d_nope + d_value]) >= 1 << 31 {
-            return Err(Error::problem(SPEC.name, format!("{} heads of {d_nope} + {d_value}", self.n_head)));
-        }
         let Tiling { groups, run } = self.tiling;
         let auto = match context.class {
             AdapterClass::Software => 0,
@@ -284,30 +356,22 @@ impl super::Problem for Problem {
             heads /= 2;
         }
         let bytes = workgroup_bytes(self.widths, groups, heads);
-        let [_, y, z] = {
-            let [x, y, _] = crate::plan::fold_grid(SPEC.name, self.items.into(), &context.limits)?;
-            [0, x, y]
-        };
+        let mut overrides = self.switches();
+        overrides.extend([
+            ("HEADS", heads.into()),
+            ("LANES", lanes.into()),
+            ("GROUPS", groups.into()),
+            ("RUN", run.into()),
+            ("D_NOPE", d_nope.into()),
+            ("D_VALUE", d_value.into()),
+            ("LATENT4", pairs_of_four(d_latent).into()),
+            ("ROPE4", pairs_of_four(d_rope).max(2).into()),
+            ("VALUE4", d_value.div_ceil(4).into()),
+            ("ROOM", room(d_nope, d_value).into()),
+        ]);
         Plan {
-            overrides: vec![
-                ("CACHE_F16", self.cache_storage.constant()),
-                ("WEIGHTS_F16", self.storage.constant()),
-                ("GATES_F16", self.gates_storage.constant()),
-                ("MORE_F16", self.more_storage.constant()),
-                ("ACTIVATION", f64::from(self.activation as u32)),
-                ("NORM", f64::from(self.norm as u32)),
-                ("HEADS", heads.into()),
-                ("LANES", lanes.into()),
-                ("GROUPS", groups.into()),
-                ("RUN", run.into()),
-                ("D_NOPE", d_nope.into()),
-                ("D_VALUE", d_value.into()),
-                ("LATENT4", pairs_of_four(d_latent).into()),
-                ("ROPE4", pairs_of_four(d_rope).max(2).into()),
-                ("VALUE4", d_value.div_ceil(4).into()),
-                ("ROOM", room(d_nope, d_value).into()),
-            ],
-            grid: [self.n_head.div_ceil(heads) * self.most_tokens, y, z],
+            overrides,
+            grid: self.grid(SPEC.name, heads, context)?,
             workgroup_size: heads * lanes,
             workgroup_bytes: u32::try_from(bytes).unwrap_or(u32::MAX),
         }
@@ -336,74 +400,42 @@ pub struct Args<'a> {
     pub partial: &'a Region,
 }
 
-/// Adds the attention of one pass to a recording.
+/// Adds the attention of one pass to a recording, by the kernel that the problem's tiling belongs to.
 ///
 /// # Errors
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    if problem.tiling.groups == attention_grouped_subgroup::GROUPS {
+        let problem = attention_grouped_subgroup::Problem(*problem);
+        return attention_grouped_subgroup::encode(recording, &problem, args, tuning);
+    }
     let plan = problem.plan(recording.kernels().context(), tuning)?;
     let p = *problem;
-    let Widths { d_latent, d_nope, d_rope, d_value } = p.widths;
-    let (d_kv, per_load) = (p.d_kv(), 16 / p.cache_storage.bytes() as u32);
-    let (latent_pitch, rope_pitch) = (d_latent.div_ceil(per_load), d_rope.div_ceil(per_load));
-    let weight_pitch = p.storage.row_pitch(d_latent);
-    let (gate_pitch, more_pitch) = (p.gates_storage.row_pitch(d_kv), p.more_storage.row_pitch(d_kv));
-    let softmax = softmax_word(p.partials, p.n_head, d_value);
-    // Every buffer is within a binding of less than 2^32 bytes: its words and vec4s are counted in 32 bits.
-    let vectors = |byte: u64| (byte / 16) as u32;
-    let stored = |region, extents: &[u32]| Bound { region, bytes: product(extents).saturating_mul(p.storage.bytes()) };
-    let rows = |region, rows: u32, storage: Storage| Bound {
-        region,
-        bytes: product(&[rows, storage.row_pitch(d_kv)]).saturating_mul(storage.bytes()),
+    let Widths { d_latent, d_rope, d_value, .. } = p.widths;
+    let vectors = |storage: Storage, width: u32| storage.row_pitch(width) * storage.bytes() as u32 / 16;
+    let params = Params {
+        n_head: p.n_head,
+        d_rope,
+        n_sequence: p.n_sequence,
+        items: p.items,
+        table: p.table,
+        latent: 0,
+        latent_pitch: vectors(p.cache_storage, d_latent),
+        // Every buffer is within a binding of less than 2^32 bytes: its words and vec4s are counted in 32 bits.
+        rope: (p.rope_byte / 16) as u32,
+        rope_pitch: vectors(p.cache_storage, d_rope),
+        statistics: (p.statistics_byte / 16) as u32,
+        weight_pitch: vectors(p.storage, d_latent),
+        gate_pitch: p.gates_storage.row_pitch(p.d_kv()),
+        more_pitch: p.more_storage.row_pitch(p.d_kv()),
+        resident: p.resident,
+        first_row: p.first_row,
+        rows: p.rows,
+        pass_index: p.pass_index,
+        passes: p.passes,
+        beta: beta_element(p.d_kv()),
+        softmax: softmax_word(p.partials, p.n_head, d_value) as u32,
+        scale: p.scale,
     };
-    let affine = match p.norm {
-        GateNorm::None => 0,
-        GateNorm::RmsNorm => d_kv,
-        GateNorm::LayerNorm => beta_element(d_kv) + d_kv,
-    };
-    let statistics = if p.norm == GateNorm::None { 0 } else { product(&[p.cache_rows, 8]).next_multiple_of(16) };
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params {
-            n_head: p.n_head,
-            d_rope,
-            n_sequence: p.n_sequence,
-            items: p.items,
-            table: p.table,
-            latent: 0,
-            latent_pitch,
-            rope: vectors(p.rope_byte),
-            rope_pitch,
-            statistics: vectors(p.statistics_byte),
-            weight_pitch: weight_pitch * p.storage.bytes() as u32 / 16,
-            gate_pitch,
-            more_pitch,
-            resident: p.resident,
-            first_row: p.first_row,
-            rows: p.rows,
-            pass_index: p.pass_index,
-            passes: p.passes,
-            beta: beta_element(d_kv),
-            softmax: softmax as u32,
-            scale: p.scale,
-        },
-        &[
-            words(args.q, product(&[p.tokens, p.n_head, d_nope + d_rope])),
-            stored(args.kv_b_proj, &[d_kv, weight_pitch]),
-            stored(args.affine, &[affine]),
-            rows(args.gates, p.resident, p.gates_storage),
-            rows(args.gates_more, p.more, p.more_storage),
-            Bound {
-                region: args.cache,
-                bytes: if statistics > 0 {
-                    p.statistics_byte + statistics
-                } else {
-                    p.rope_byte + product(&[p.cache_rows, rope_pitch, 16])
-                },
-            },
-            words(args.lists, p.list_words.into()),
-            words(args.partial, softmax + product(&[p.partials, p.n_head, 2])),
-        ],
-    )
+    recording.push(&SPEC, &plan, &params, &p.bound(&args))
 }

@@ -27,6 +27,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// (ROWS, CHUNK, VALUE_ROWS): 8 lanes share 4 queries, ROWS times.

@@ -24,6 +24,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     // The query tiles of attention_prefill, one setting for each of its.
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// Queries of an invocation.

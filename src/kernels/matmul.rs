@@ -18,6 +18,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// (WG_X, WG_Y, TILE_K): an invocation owns 4 × 4 results.

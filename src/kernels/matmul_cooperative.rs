@@ -21,6 +21,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     features: wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
         .union(wgpu::Features::SHADER_F16)
         .union(wgpu::Features::SUBGROUP),
+    subgroup: 0,
 };
 
 /// Rows and columns of a workgroup.

@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::SUBGROUP,
+    subgroup: 4,
 };
 
 /// Columns of a workgroup of eight invocations; its rows are 8.

@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// (WG_X, WG_Y): an invocation owns 8 × 8 results. Multiples of 4, since the shader moves quads about in groups of 8.

@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::SUBGROUP,
+    subgroup: 4,
 };
 
 /// Invocations that share four columns.

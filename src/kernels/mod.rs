@@ -7,6 +7,7 @@
 pub mod attention_absorbed;
 pub mod attention_decode;
 pub mod attention_grouped;
+pub mod attention_grouped_subgroup;
 pub mod attention_merge;
 pub mod attention_prefill;
 pub mod attention_prefill_rows;
@@ -42,6 +43,7 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &attention_absorbed::SPEC,
     &attention_decode::SPEC,
     &attention_grouped::SPEC,
+    &attention_grouped_subgroup::SPEC,
     &attention_merge::SPEC,
     &attention_prefill::SPEC,
     &attention_prefill_rows::SPEC,

@@ -21,6 +21,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: ROW_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.

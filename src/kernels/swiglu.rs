@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: LINEAR_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
+    subgroup: 0,
 };
 
 /// Uniform parameters, as in the shader.

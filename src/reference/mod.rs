@@ -15,6 +15,7 @@
 pub mod attention_absorbed;
 pub mod attention_decode;
 pub mod attention_grouped;
+pub mod attention_grouped_subgroup;
 pub mod attention_merge;
 pub mod attention_prefill;
 pub mod attention_prefill_rows;
@@ -45,6 +46,7 @@ pub mod word_scatter;
 pub use attention_absorbed::attention_absorbed;
 pub use attention_decode::{Partial, attention_decode};
 pub use attention_grouped::{Grouped, GroupedItem, attention_grouped};
+pub use attention_grouped_subgroup::attention_grouped_subgroup;
 pub use attention_merge::attention_merge;
 pub use attention_prefill::{Attended, Heads, attention_prefill};
 pub use attention_prefill_rows::attention_prefill_rows;

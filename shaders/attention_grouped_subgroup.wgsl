@@ -1,0 +1,548 @@
+// attention_grouped in registers and shuffles, for latents and rotary keys of up to 64 columns and heads of whole blocks of 8:
+//
+//   a[u,h] = scale · W_K[h]ᵀ (q_C[h] ⊙ γ_K ⊙ g_K[u,h])
+//   s_j    = ρ_j (a[u(j),h] · c_j − μ_j · scale · Σ(q_C ⊙ γ_K)) + scale · q_R · k_R_j      (+ q_C · β_K, the same for every j)
+//   m = max_j s_j    l = Σ_j e^(s_j−m)    w_j = e^(s_j−m) ρ_j    S[u,h] = Σ_{j in u} w_j c_j
+//   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
+//
+// Items, tiles, chunks, passes and results are those of attention_grouped, with 8 slots: the groups of a tile, or all chunks of
+// an item. Eight invocations are a head. Each owns 8 columns of everything that is as wide as a latent, so that they read a row
+// of weights or of the cache side by side, once for the 8 slots; and each owns the gate of one slot, which the others take by
+// shuffles. Positions are met one after another with a running maximum. No invocation waits for another.
+// Floor, in 16-byte loads an invocation: a tile of 8 groups of d_nope = d_value = 64 reads 128 rows of weights and 16 of gates,
+// a position 2; each load of weights is met by 64 multiply-adds.
+//
+// Results, on lavapipe (Mesa 25, 2 cores that other work shared), one layer of 12 heads, r 64, a table, 8192 cached tokens:
+// - against attention_grouped: 24 to 30 ms for 76 to 96, and half its time to compile.
+// - sums and queries of the slots in workgroup memory instead of registers that take turns: 1.4 times the time, twice to compile.
+// - sizes as overrides instead of parameters: the loops are unrolled, and compile for seconds.
+//
+// grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
+
+override CACHE_F16: u32 = 0u;
+override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
+override GATES_F16: u32 = 0u;    // gates
+override MORE_F16: u32 = 0u;     // gates_more
+override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
+override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
+override HEADS: u32 = 2u;        // heads of a workgroup
+override RUN: u32 = 2u;          // tiles of an item; chunks of an item, at most 8
+override WORKGROUP: u32 = HEADS * 8u;
+
+const LOWEST: f32 = -3.4028234e38;
+const GROUPS: u32 = 8u;          // slots of a turn, and invocations of a head
+const HEADER: u32 = 8u;          // words of a group's header
+const TILE: u32 = 64u;           // positions of a group in a tile
+const CHUNK: u32 = 256u;         // positions of a chunk
+const CHUNK_WORDS: u32 = 260u;
+const SEQUENCE: u32 = 16u;       // words of a line of the sequence table
+const NO_ROW: u32 = 0xffffffffu;
+
+struct Params {
+    n_head: u32,
+    d_latent: u32,         // at most 64
+    d_nope: u32,           // a multiple of 8
+    d_rope: u32,           // at most 64
+    d_value: u32,          // a multiple of 8, at most 128
+    n_sequence: u32,
+    items: u32,
+    table: u32,            // first word of the sequence table in `lists`
+    latent: u32,           // first vec4 of the latents in `cache`; rope and statistics likewise
+    latent_pitch: u32,     // vec4s of a row
+    rope: u32,
+    rope_pitch: u32,
+    statistics: u32,
+    weight_pitch: u32,     // vec4s of a row of kv_b_proj
+    gate_pitch: u32,       // vec4s of a row of `gates`
+    more_pitch: u32,       // vec4s of a row of `gates_more`
+    resident: u32,         // rows of `gates`; rows from here on are those of `gates_more`
+    first_row: u32,        // of the pass: groups first_row … first_row + rows, in the step's numbering
+    rows: u32,
+    pass_index: u32,
+    passes: u32,
+    beta: u32,             // first element of β in `affine`
+    softmax: u32,          // first word of (m, l) in `partial`
+    scale: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<f32>;                  // [tokens, n_head, d_nope + d_rope], rotated
+@group(0) @binding(2) var<storage, read> kv_b_proj: array<vec4<u32>>;    // [n_head, d_nope + d_value, weight_pitch]
+@group(0) @binding(3) var<storage, read> affine: array<u32>;             // γ [n_head, d_nope + d_value], then β
+@group(0) @binding(4) var<storage, read> gates: array<vec4<u32>>;        // [resident, gate_pitch], before the activation
+@group(0) @binding(5) var<storage, read> gates_more: array<vec4<u32>>;   // [more rows, more_pitch]
+@group(0) @binding(6) var<storage, read> cache: array<vec4<u32>>;        // latents, rotary keys, (μ, ρ)
+@group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table (see attention/groups.rs)
+@group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, d_value], then [partials, n_head, 2]
+
+// Word that holds element i of a tensor of weights.
+fn weight_word(i: u32) -> u32 {
+    return select(i, i >> 1u, WEIGHTS_F16 == 1u);
+}
+
+// Element i, given the word that holds it.
+fn weight(word: u32, i: u32) -> f32 {
+    if (WEIGHTS_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(word);
+}
+
+fn halves(low: u32, high: u32) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
+}
+
+// Eight columns.
+struct Eight {
+    low: vec4<f32>,
+    high: vec4<f32>,
+}
+
+// Columns 8i … 8i + 7 of a row of kv_b_proj; 0 past its end.
+fn weight8(row: u32, i: u32) -> Eight {
+    let first = row * params.weight_pitch;
+    if (WEIGHTS_F16 == 1u) {
+        let words = kv_b_proj[first + i];
+        return Eight(halves(words.x, words.y), halves(words.z, words.w));
+    }
+    var high = vec4<f32>(0.0);
+    if (2u * i + 1u < params.weight_pitch) {
+        high = bitcast<vec4<f32>>(kv_b_proj[first + 2u * i + 1u]);
+    }
+    return Eight(bitcast<vec4<f32>>(kv_b_proj[first + 2u * i]), high);
+}
+
+// Columns 8i … 8i + 7 of a cached latent; 0 past its end.
+fn latent8(slot: u32, i: u32) -> Eight {
+    let first = params.latent + slot * params.latent_pitch;
+    if (CACHE_F16 == 1u) {
+        let words = cache[first + i];
+        return Eight(halves(words.x, words.y), halves(words.z, words.w));
+    }
+    var high = vec4<f32>(0.0);
+    if (2u * i + 1u < params.latent_pitch) {
+        high = bitcast<vec4<f32>>(cache[first + 2u * i + 1u]);
+    }
+    return Eight(bitcast<vec4<f32>>(cache[first + 2u * i]), high);
+}
+
+// (μ, ρ) of a cached token.
+fn statistics_of(slot: u32) -> vec2<f32> {
+    let pair = cache[params.statistics + (slot >> 1u)];
+    return bitcast<vec2<f32>>(select(pair.xy, pair.zw, (slot & 1u) == 1u));
+}
+
+fn sigmoid(v: f32) -> f32 {
+    return 1.0 / (1.0 + exp(-v));
+}
+
+fn activate(v: f32) -> f32 {
+    switch (ACTIVATION) {
+        case 1u: {
+            return sigmoid(v);
+        }
+        case 2u: {
+            // Some drivers' tanh overflows for large arguments; ±1 is exact in f32 from 10 on. A clamp would hide NaN.
+            return select(tanh(clamp(v, -10.0, 10.0)), v, (bitcast<u32>(v) & 0x7fffffffu) > 0x7f800000u);
+        }
+        case 3u: {
+            return v * sigmoid(v);
+        }
+        case 4u: {
+            return 1.0 + v;
+        }
+        default: {
+            return v;
+        }
+    }
+}
+
+// Columns 8i … 8i + 7 of a cached rotary key; 0 past its end.
+fn rope8(slot: u32, i: u32) -> Eight {
+    let first = params.rope + slot * params.rope_pitch;
+    if (CACHE_F16 == 1u) {
+        let words = cache[first + i];
+        return Eight(halves(words.x, words.y), halves(words.z, words.w));
+    }
+    var high = vec4<f32>(0.0);
+    if (2u * i + 1u < params.rope_pitch) {
+        high = bitcast<vec4<f32>>(cache[first + 2u * i + 1u]);
+    }
+    return Eight(bitcast<vec4<f32>>(cache[first + 2u * i]), high);
+}
+
+fn activate4(x: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(activate(x.x), activate(x.y), activate(x.z), activate(x.w));
+}
+
+// Elements 8i … 8i + 7 of a gate row, activated; 0 for a slot that is empty.
+fn gate8(row: u32, i: u32) -> Eight {
+    var gate = Eight();
+    if (row == NO_ROW) {
+        return gate;
+    }
+    if (row < params.resident) {
+        let first = row * params.gate_pitch;
+        if (GATES_F16 == 1u) {
+            let words = gates[first + i];
+            gate = Eight(halves(words.x, words.y), halves(words.z, words.w));
+        } else {
+            let at = first + 2u * i;
+            gate = Eight(bitcast<vec4<f32>>(gates[at]), bitcast<vec4<f32>>(gates[at + 1u]));
+        }
+    } else {
+        let first = (row - params.resident) * params.more_pitch;
+        if (MORE_F16 == 1u) {
+            let words = gates_more[first + i];
+            gate = Eight(halves(words.x, words.y), halves(words.z, words.w));
+        } else {
+            let at = first + 2u * i;
+            gate = Eight(bitcast<vec4<f32>>(gates_more[at]), bitcast<vec4<f32>>(gates_more[at + 1u]));
+        }
+    }
+    return Eight(activate4(gate.low), activate4(gate.high));
+}
+
+// The elements of `x` one place on: what was second is first.
+fn next(x: Eight) -> Eight {
+    return Eight(vec4<f32>(x.low.yzw, x.high.x), vec4<f32>(x.high.yzw, 0.0));
+}
+
+fn dot8(a: Eight, b: Eight) -> f32 {
+    return dot(a.low, b.low) + dot(a.high, b.high);
+}
+
+// Sum over the eight invocations of a head, the same bits in each.
+fn sum8(value: f32) -> f32 {
+    var sum = value + subgroupShuffleXor(value, 1u);
+    sum += subgroupShuffleXor(sum, 2u);
+    return sum + subgroupShuffleXor(sum, 4u);
+}
+
+// `value` in the component of block `block`, of blocks first … first + 3.
+fn placed(value: f32, block: u32, first: u32) -> vec4<f32> {
+    let here = vec4<u32>(first) + vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(block);
+    return select(vec4<f32>(0.0), vec4<f32>(value), here);
+}
+
+// The sums so far, and the product of one factor with eight columns.
+fn plus(sums: Eight, x: f32, w: Eight) -> Eight {
+    return Eight(sums.low + x * w.low, sums.high + x * w.high);
+}
+
+// Gate row of a group of the sequence whose lists begin at `base`.
+fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
+    let row = lists[base + group * HEADER + 2u];
+    return select(row, params.resident + group_row - params.first_row, row == NO_ROW);
+}
+
+// Position i of a group, one of its first 64.
+fn position_of(base: u32, group: u32, i: u32) -> u32 {
+    let header = base + group * HEADER;
+    if (i < 3u) {
+        return lists[header + 5u + i];
+    }
+    if (i < 16u) {
+        return lists[base + lists[header + 3u] + i - 3u];
+    }
+    return lists[base + lists[header + 4u] + i - 16u];
+}
+
+// First word of the line of the last sequence that begins at or before `item`.
+fn first_word_of(item: u32) -> u32 {
+    var low = 0u;
+    var high = params.n_sequence;
+    while (high - low > 1u) {
+        let middle = (low + high) / 2u;
+        if (lists[params.table + middle * SEQUENCE] <= item) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return params.table + low * SEQUENCE;
+}
+
+// What a slot holds: a group's first positions, or a chunk of its further ones.
+struct Slot {
+    group: u32,
+    count: u32,      // positions; 0: none of this pass
+    word: u32,       // of a group's header, or of a chunk's positions
+}
+
+// Number `index` of the tiles' groups or of the chunks, of those below `end`.
+fn slot_of(line: u32, of_chunks: bool, index: u32, end: u32) -> Slot {
+    var slot = Slot(0u, 0u, 0u);
+    if (index >= end) {
+        return slot;
+    }
+    let base = lists[line + 3u];
+    if (of_chunks) {
+        let chunk = base + lists[line + 12u] + index * CHUNK_WORDS;
+        slot.group = lists[chunk];
+        slot.count = min(lists[base + slot.group * HEADER + 1u] - lists[chunk + 1u], CHUNK);
+        slot.word = chunk + 4u;
+    } else {
+        slot.group = index;
+        slot.word = base + index * HEADER;
+        slot.count = min(lists[slot.word + 1u], TILE);
+    }
+    let row = lists[line + 10u] + slot.group;
+    if (row < params.first_row || row - params.first_row >= params.rows) {
+        slot.count = 0u;
+    }
+    return slot;
+}
+
+// Position i of a slot.
+fn position_in(base: u32, of_chunks: bool, slot: Slot, i: u32) -> u32 {
+    if (of_chunks) {
+        return lists[slot.word + i];
+    }
+    return position_of(base, slot.group, i);
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(subgroup_size) subgroup_size: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) member: u32,
+) {
+    let item = workgroup.z * workgroups.y + workgroup.y;
+    let blocks = (params.n_head + HEADS - 1u) / HEADS;
+    let query = workgroup.x / blocks;
+    if (item >= params.items) {
+        return;
+    }
+    let line = first_word_of(item);
+    let groups = lists[line + 2u];
+    let base = lists[line + 3u];
+    let first_slot = lists[line + 4u];
+    // The query token sees itself and what is before it.
+    let last = lists[line + 5u] + query;
+    let token = lists[line + 6u] + query;
+    if (query >= lists[line + 7u]) {
+        return;
+    }
+    let tile_items = lists[line + 9u];
+    let first_group = lists[line + 10u];
+    let chunks = lists[line + 11u];
+    let chunk_items = lists[line + 13u];
+    let own_item = item - lists[line];
+    // Tiles belong to one pass, which alone writes their partial result; the chunks of an item may belong to several, and
+    // each pass writes one.
+    let of_chunks = own_item >= tile_items;
+    var index = lists[line + 8u] + query * (tile_items + params.passes * chunk_items) + own_item;
+    var begin = own_item * RUN * GROUPS;
+    var end = min(begin + RUN * GROUPS, groups);
+    if (of_chunks) {
+        index += params.pass_index * chunk_items;
+        begin = (own_item - tile_items) * RUN;
+        end = min(begin + RUN, chunks);
+    } else {
+        let row = first_group + begin;
+        if (row < params.first_row || row - params.first_row >= params.rows) {
+            return;
+        }
+    }
+
+    // Invocation `own` of a head; the head's invocations are `first` to first + 7 of their subgroup.
+    let own = member % GROUPS;
+    let first = member - own;
+    let local_head = select(subgroup * (subgroup_size / GROUPS) + member / GROUPS, 0u, HEADS == 1u);
+    let head_index = (workgroup.x % blocks) * HEADS + local_head;
+    // Heads past the end repeat the last one and are not stored.
+    let head = min(head_index, params.n_head - 1u);
+    let head_row = head * (params.d_nope + params.d_value);
+    let value_row = head_row + params.d_nope;
+    let query_row = (token * params.n_head + head) * (params.d_nope + params.d_rope);
+    // Columns past the last block repeat it as weights and are 0 in the cache.
+    let column = min(own, (params.d_latent - 1u) / 8u);
+    let absent = 8u * own >= params.d_latent;
+    // scale · q_R, own columns, and the block of the rotary keys that they meet.
+    let rotary_column = min(own, (max(params.d_rope, 1u) - 1u) / 8u);
+    var rotary = Eight();
+    for (var k = 0u; k < 8u && 8u * own + k < params.d_rope; k++) {
+        let x = params.scale * q[query_row + params.d_nope + 8u * own + k];
+        let here = vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(k % 4u);
+        if (k < 4u) {
+            rotary.low = select(rotary.low, vec4<f32>(x), here);
+        } else {
+            rotary.high = select(rotary.high, vec4<f32>(x), here);
+        }
+    }
+
+    var best = LOWEST;   // m so far
+    var sum = 0.0;       // l so far
+    var shift = 0.0;     // Σ w_j μ_j so far
+    // Values so far: of block b the component b % 4 of valueB, B = b / 4; column 8b + own.
+    var value0 = vec4<f32>(0.0);
+    var value1 = vec4<f32>(0.0);
+    var value2 = vec4<f32>(0.0);
+    var value3 = vec4<f32>(0.0);
+    for (var turn = begin; turn < end; turn += GROUPS) {
+        let own_slot = slot_of(line, of_chunks, turn + own, end);
+        var gate_row = NO_ROW;
+        if (own_slot.count > 0u) {
+            gate_row = gate_row_of(base, own_slot.group, first_group + own_slot.group);
+        }
+
+        // Absorb: every weight of W_K meets the eight slots.
+        var a0 = Eight();
+        var a1 = Eight();
+        var a2 = Eight();
+        var a3 = Eight();
+        var a4 = Eight();
+        var a5 = Eight();
+        var a6 = Eight();
+        var a7 = Eight();
+        var query_gamma = 0.0;   // scale · Σ(q_C ⊙ γ_K)
+        for (var d0 = 0u; d0 < params.d_nope; d0 += 8u) {
+            // scale · q_C ⊙ γ_K, one element an invocation.
+            var query_own = params.scale * q[query_row + d0 + own];
+            if (NORM != 2u) {
+                let i = head_row + d0 + own;
+                query_own *= weight(affine[weight_word(i)], i);
+            }
+            query_gamma += query_own;
+            var gate = gate8(gate_row, (head_row + d0) / 8u);
+            for (var k = 0u; k < min(params.d_nope - d0, 8u); k++) {
+                let w = weight8(head_row + d0 + k, column);
+                let x = gate.low.x * subgroupShuffle(query_own, first + k);
+                a0 = plus(a0, subgroupShuffle(x, first), w);
+                a1 = plus(a1, subgroupShuffle(x, first + 1u), w);
+                a2 = plus(a2, subgroupShuffle(x, first + 2u), w);
+                a3 = plus(a3, subgroupShuffle(x, first + 3u), w);
+                a4 = plus(a4, subgroupShuffle(x, first + 4u), w);
+                a5 = plus(a5, subgroupShuffle(x, first + 5u), w);
+                a6 = plus(a6, subgroupShuffle(x, first + 6u), w);
+                a7 = plus(a7, subgroupShuffle(x, first + 7u), w);
+                gate = next(gate);
+            }
+        }
+        query_gamma = sum8(query_gamma);
+
+        // Scores and weighted latents, slot by slot: each takes the first absorbed query and leaves its sums as the last, so that
+        // after the eighth the sums stand where the queries stood.
+        let folded = best;         // m of the values so far
+        var best_then = LOWEST;    // m when the sums of the own slot were made
+        for (var g = 0u; g < GROUPS; g++) {
+            let slot = slot_of(line, of_chunks, turn + g, end);
+            let a = a0;
+            var s = Eight();
+            for (var e0 = 0u; e0 < slot.count; e0 += 8u) {
+                // One entry an invocation. One that is not seen takes part as the first row of the sequence, and weighs nothing.
+                let entries = min(slot.count - e0, 8u);
+                var row = NO_ROW;
+                if (own < entries) {
+                    let position = position_in(base, of_chunks, slot, e0 + own);
+                    row = select(NO_ROW, first_slot + position, position <= last);
+                }
+                var pair = vec2<f32>(0.0, 1.0);
+                if (NORM != 2u) {
+                    pair = statistics_of(select(row, first_slot, row == NO_ROW));
+                }
+                for (var i = 0u; i < entries; i++) {
+                    let found = subgroupShuffle(row, first + i);
+                    let visible = found != NO_ROW;
+                    let at = select(first_slot, found, visible);
+                    let mu = subgroupShuffle(pair.x, first + i);
+                    let rho = subgroupShuffle(pair.y, first + i);
+                    var c = latent8(at, column);
+                    if (absent) {
+                        c = Eight();
+                    }
+                    var part = rho * dot8(a, c);
+                    if (params.d_rope > 0u) {
+                        part += dot8(rotary, rope8(at, rotary_column));
+                    }
+                    var score = sum8(part);
+                    if (NORM == 0u) {
+                        score -= rho * mu * query_gamma;
+                    }
+                    score = select(LOWEST, score, visible);
+                    // One of the two is 1: one exponential.
+                    let other = exp(-abs(score - best));
+                    let higher = score > best;
+                    let shrink = select(1.0, other, higher);
+                    let p = select(0.0, select(other, 1.0, higher), visible);
+                    best = select(best, score, higher);
+                    sum = sum * shrink + p;
+                    let w = p * rho;
+                    if (NORM == 0u) {
+                        shift = shift * shrink + w * mu;
+                    }
+                    s.low = s.low * shrink + w * c.low;
+                    s.high = s.high * shrink + w * c.high;
+                }
+            }
+            a0 = a1;
+            a1 = a2;
+            a2 = a3;
+            a3 = a4;
+            a4 = a5;
+            a5 = a6;
+            a6 = a7;
+            a7 = s;
+            best_then = select(best_then, best, own == g);
+        }
+
+        // Fold: value projection, then each slot's gate. Every weight of W_V meets the eight slots.
+        let shrink = exp(folded - best);
+        value0 *= shrink;
+        value1 *= shrink;
+        value2 *= shrink;
+        value3 *= shrink;
+        let since = exp(best_then - best);
+        for (var n0 = 0u; n0 < params.d_value; n0 += 8u) {
+            var gate = gate8(gate_row, (value_row + n0) / 8u);
+            gate.low *= since;
+            gate.high *= since;
+            var total = 0.0;
+            for (var k = 0u; k < min(params.d_value - n0, 8u); k++) {
+                let w = weight8(value_row + n0 + k, column);
+                let g = gate.low.x;
+                var part = subgroupShuffle(g, first) * dot8(w, a0);
+                part += subgroupShuffle(g, first + 1u) * dot8(w, a1);
+                part += subgroupShuffle(g, first + 2u) * dot8(w, a2);
+                part += subgroupShuffle(g, first + 3u) * dot8(w, a3);
+                part += subgroupShuffle(g, first + 4u) * dot8(w, a4);
+                part += subgroupShuffle(g, first + 5u) * dot8(w, a5);
+                part += subgroupShuffle(g, first + 6u) * dot8(w, a6);
+                part += subgroupShuffle(g, first + 7u) * dot8(w, a7);
+                total = select(total, sum8(part), own == k);
+                gate = next(gate);
+            }
+            value0 += placed(total, n0 / 8u, 0u);
+            value1 += placed(total, n0 / 8u, 4u);
+            value2 += placed(total, n0 / 8u, 8u);
+            value3 += placed(total, n0 / 8u, 12u);
+        }
+    }
+
+    if (head_index >= params.n_head) {
+        return;
+    }
+    let to = index * params.n_head + head;
+    for (var n0 = 0u; n0 < params.d_value; n0 += 8u) {
+        let low = select(value0, value1, n0 >= 32u);
+        let high = select(value2, value3, n0 >= 96u);
+        let n = value_row + n0 + own;
+        var out = select(low, high, n0 >= 64u)[n0 / 8u % 4u];
+        if (NORM != 2u) {
+            out = (out - shift) * weight(affine[weight_word(n)], n);
+        }
+        if (NORM == 0u) {
+            let b = params.beta + n;
+            out += sum * weight(affine[weight_word(b)], b);
+        }
+        partial[to * params.d_value + n0 + own] = out;
+    }
+    if (own == 0u) {
+        partial[params.softmax + 2u * to] = best;
+        partial[params.softmax + 2u * to + 1u] = sum;
+    }
+}
