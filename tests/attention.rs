@@ -546,6 +546,53 @@ fn absorption_without_the_gate_is_wrong() {
     assert!(error.verdict.is_err() && error.relative_error > 1e-2, "{}", error.relative_error);
 }
 
+/// Ids as in text: a few are most of the tokens, most appear once.
+fn text_ids(random: &mut Random, tokens: usize, vocab: u32) -> Vec<u32> {
+    let id = |value: f32| f64::from(vocab).powf(f64::from(value.abs() / 3.0).min(1.0)) as u32 - 1;
+    random.values(tokens, 1.0).into_iter().map(id).collect()
+}
+
+#[test]
+fn absorbed_decode_keeps_its_tolerance_over_32768_tokens() {
+    const TOKENS: usize = 32_768;
+    const NEW: usize = 4;
+    let one_head = |config: AttentionConfig| AttentionConfig { n_head: 1, ..config };
+    let many_ids = |mut config: AttentionConfig| {
+        config.gate.as_mut().unwrap().vocab_size = 5000;
+        config
+    };
+    let up_projected = one_head(many_ids(gated(GateSite::UpProjected)));
+    // Of whole blocks of 8, for the kernel that wants them.
+    let blocks = AttentionConfig { d_value: 8, ..up_projected.clone() };
+    for (config, storage) in [
+        (blocks.clone(), Storage::F32),
+        (blocks, Storage::F16),
+        (up_projected, Storage::F16),
+        (one_head(many_ids(gated(GateSite::Latent))), Storage::F16),
+        (one_head(mla()), Storage::F16),
+    ] {
+        let mut rig = Rig::new(&config, 1, TOKENS as u32, storage);
+        let mut random = Random::new(3);
+        let (hidden, ids) = (random.values(TOKENS * HIDDEN, 1.0), text_ids(&mut random, TOKENS, 5000));
+        let distinct = ids.iter().collect::<std::collections::HashSet<_>>().len();
+        assert!((500..5000).contains(&distinct), "{distinct}");
+        let past = TOKENS - NEW;
+        rig.prefill(&[past as u32], rows(&hidden, 0..past), &ids[..past]);
+        let got = rig.decode(&[NEW as u32], rows(&hidden, past..TOKENS), &ids[past..], DecodePath::Absorbed);
+        let wide: Vec<f64> = hidden.iter().map(|&value| value.into()).collect();
+        let (before, new) = wide.split_at(past * HIDDEN);
+        let latents = rig.reference.latents(before, &ids[..past], 0);
+        let expected = rig.reference.decode_absorbed(new, &ids[past..], &latents, &ids[..past]);
+        assert_close(&got, &expected, if storage == Storage::F32 { F32_LIMIT } else { F16_LIMIT });
+        // The ids matter: with those of the past turned round, another answer would be right.
+        if config.up_projected_gate().is_some() {
+            let turned: Vec<u32> = ids[..past].iter().rev().copied().collect();
+            let wrong = rig.reference.decode_absorbed(new, &ids[past..], &latents, &turned);
+            compare(&got, &wrong, Tolerance { relative: 1e-2 }).verdict.unwrap_err();
+        }
+    }
+}
+
 #[test]
 fn auto_takes_the_path_with_less_work() {
     // A wide latent: absorbing once per id pays only where ids recur.

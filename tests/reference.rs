@@ -262,6 +262,28 @@ fn absorbed_is_expanded() {
 }
 
 #[test]
+fn decoding_from_cached_latents_is_the_end_of_a_forward_pass() {
+    for (seed, config) in every_config().iter().enumerate() {
+        let layer = Layer::new(config.clone(), &attention_weights(config, true, seed as u64).unwrap());
+        let (hidden, ids) = (hidden(config, 17), ids(17));
+        let width = config.hidden_size as usize;
+        let whole = run(&layer, &hidden, &ids);
+        for past in [0, 1, 12] {
+            let latents = layer.latents(&hidden[..past * width], &ids[..past], 0);
+            let (new, new_ids) = (&hidden[past * width..], &ids[past..]);
+            for decoded in [
+                layer.decode_absorbed(new, new_ids, &latents, &ids[..past]),
+                layer.decode_expanded(new, new_ids, &latents, &ids[..past]),
+            ] {
+                assert_eq!(decoded.len(), (17 - past) * width);
+                let distance = distance(&decoded, &whole[past * width..]);
+                assert!(distance < 1e-12, "{distance:e} behind {past} in {config:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn ungated_absorption_is_wrong() {
     for activation in Activation::ALL {
         for norm in GateNorm::ALL {

@@ -1,5 +1,6 @@
 //! One attention layer, MLA or EG-MLA, from the kernels of this module: expanded ([`Layer::forward`]) and absorbed
-//! ([`Layer::forward_absorbed`]). The two agree to rounding; the program's CPU fallback runs the first.
+//! ([`Layer::forward_absorbed`]). The two agree to rounding; the program's CPU fallback runs the first. Both also decode from
+//! what a latent cache holds: [`Layer::decode_expanded`], [`Layer::decode_absorbed`].
 
 use crate::config::{AttentionConfig, GateConfig, LOW_RANK_NORM_EPS};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
@@ -77,7 +78,7 @@ impl History {
 }
 
 /// What the latent cache holds of some tokens.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Latents {
     /// c `[tokens, d_latent]`, normed; gated at site `latent`, ungated at site `up_projected`.
     pub latent: Vec<f64>,
@@ -85,6 +86,18 @@ pub struct Latents {
     pub k_rope: Vec<f64>,
     /// (μ, ρ) `[tokens]` of the norm at site `up_projected`; (0, 1) everywhere else.
     pub statistics: Vec<[f64; 2]>,
+}
+
+impl Latents {
+    /// These tokens, then `more`.
+    fn followed_by(&self, more: Latents) -> Latents {
+        let both = |before: &[f64], after: Vec<f64>| [before, &after].concat();
+        Latents {
+            latent: both(&self.latent, more.latent),
+            k_rope: both(&self.k_rope, more.k_rope),
+            statistics: [&self.statistics[..], &more.statistics].concat(),
+        }
+    }
 }
 
 /// Cached positions by token id, for the absorbed form.
@@ -160,17 +173,30 @@ impl Layer {
     /// A whole sequence from position 0, as decoding computes it: no keys and values, but queries absorbed into the
     /// latent once per distinct token id (one group for MLA and site `latent`). Equal to [`Layer::forward`].
     pub fn forward_absorbed(&self, hidden: &[f64], token_ids: &[u32]) -> Vec<f64> {
-        let tokens = self.tokens(hidden);
+        self.decode_absorbed(hidden, token_ids, &Latents::default(), &[])
+    }
+
+    /// New tokens of one sequence behind those that a cache holds, whose ids are `past_ids`: like [`Layer::forward_absorbed`]
+    /// of all of them, the new ones' part.
+    pub fn decode_absorbed(&self, hidden: &[f64], token_ids: &[u32], past: &Latents, past_ids: &[u32]) -> Vec<f64> {
+        let (tokens, first) = (self.tokens(hidden), past.statistics.len());
         let (heads, d_query) = (self.heads(), self.heads().d_query());
-        let q = self.queries(hidden, 0);
-        let latents = self.latents(hidden, token_ids, 0);
-        let groups = self.groups(token_ids, tokens);
+        let q = self.queries(hidden, first as u32);
+        let latents = past.followed_by(self.latents(hidden, token_ids, first as u32));
+        let groups = self.groups(&[past_ids, token_ids].concat(), first + tokens);
         let mut values = Vec::with_capacity(tokens * heads.n_head * heads.d_value);
         for (row, query) in q.chunks_exact(d_query).enumerate() {
             let (token, head) = (row / heads.n_head, row % heads.n_head);
-            values.extend(self.absorbed_head(query, head, token + 1, &latents, &groups));
+            values.extend(self.absorbed_head(query, head, first + token + 1, &latents, &groups));
         }
         self.output(&values, tokens)
+    }
+
+    /// The same, with keys and values rebuilt from what the cache holds: the new tokens' part of [`Layer::forward`].
+    pub fn decode_expanded(&self, hidden: &[f64], token_ids: &[u32], past: &Latents, past_ids: &[u32]) -> Vec<f64> {
+        let (kv, _) = self.up_project(&past.latent, past_ids);
+        let mut history = History { length: past.statistics.len(), kv, k_rope: past.k_rope.clone() };
+        self.forward(hidden, token_ids, &mut history)
     }
 
     /// One query head over the first `rows` cached positions.
@@ -266,7 +292,7 @@ impl Layer {
     /// What is cached of the tokens, and their keys and values `[tokens, n_head, d_nope + d_value]`.
     fn keys_and_values(&self, hidden: &[f64], token_ids: &[u32], first_position: u32) -> (Latents, Vec<f64>) {
         let (heads, tokens, width) = (self.heads(), self.tokens(hidden), self.config.hidden_size as usize);
-        let (d_latent, d_kv) = (self.config.d_latent as usize, self.config.d_kv() as usize);
+        let d_latent = self.config.d_latent as usize;
         let d_kv_a = d_latent + heads.d_rope;
         let kv_a = matmul(hidden, &self.kv_a_proj, self.kv_a_bias.as_deref(), tokens, width, d_kv_a);
         let mut latent: Vec<f64> = kv_a.chunks_exact(d_kv_a).flat_map(|row| &row[..d_latent]).copied().collect();
@@ -275,16 +301,26 @@ impl Layer {
             latent = rms_norm(&latent, Some(weight), d_latent, LOW_RANK_NORM_EPS);
         }
         self.rotate(&mut k_rope, first_position, 1, heads.d_rope);
-        let gate = self.gate.as_ref();
-        if let Some(gate) = gate.filter(|_| self.config.latent_gate().is_some()) {
+        if let Some(gate) = self.gate.as_ref().filter(|_| self.config.latent_gate().is_some()) {
             latent = gate.apply(&latent, token_ids).values;
         }
-        let mut kv = matmul(&latent, &self.kv_b_proj, None, tokens, d_latent, d_kv);
-        let mut statistics = vec![[0.0, 1.0]; tokens];
-        if let Some(gate) = gate.filter(|_| self.config.up_projected_gate().is_some()) {
-            Gated { values: kv, statistics } = gate.apply(&kv, token_ids);
-        }
+        let (kv, statistics) = self.up_project(&latent, token_ids);
         (Latents { latent, k_rope, statistics }, kv)
+    }
+
+    /// Keys and values `[tokens, n_head, d_nope + d_value]` of cached latents `[tokens, d_latent]`, and the statistics of their
+    /// norm.
+    fn up_project(&self, latent: &[f64], token_ids: &[u32]) -> (Vec<f64>, Vec<[f64; 2]>) {
+        let (d_latent, d_kv) = (self.config.d_latent as usize, self.config.d_kv() as usize);
+        let tokens = latent.len() / d_latent;
+        let kv = matmul(latent, &self.kv_b_proj, None, tokens, d_latent, d_kv);
+        match self.gate.as_ref().filter(|_| self.config.up_projected_gate().is_some()) {
+            None => (kv, vec![[0.0, 1.0]; tokens]),
+            Some(gate) => {
+                let Gated { values, statistics } = gate.apply(&kv, token_ids);
+                (values, statistics)
+            }
+        }
     }
 
     /// RoPE on the last `d_rope` of each head; the first token stands at `first_position`.

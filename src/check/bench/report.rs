@@ -84,7 +84,7 @@ pub struct Measured {
     pub pct_fma: f64,
     /// Dispatches of a step.
     pub dispatches: usize,
-    /// The f64 reference on one core of the same machine in the same run, where it takes seconds at most.
+    /// The f64 reference of the same path on one core of the same machine in the same run.
     pub cpu_reference_us: Option<f64>,
 }
 

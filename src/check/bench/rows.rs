@@ -149,7 +149,10 @@ const GATED_PATHS: [(&str, LayerPath, &str); 4] = [
 
 /// Layers that are set up already: rows of one layer share its weights.
 #[derive(Debug, Default)]
-pub struct Stock(Vec<(AttentionConfig, LayerPath, Rc<Attention>)>);
+pub struct Stock {
+    layers: Vec<(AttentionConfig, LayerPath, Rc<Attention>)>,
+    references: Vec<(AttentionConfig, Rc<reference::Layer>)>,
+}
 
 impl Stock {
     /// The layer with random weights in f16, and the decode path that goes with it.
@@ -167,7 +170,7 @@ impl Stock {
         let table = LayerPath::Grouped(GateRows::Table);
         let same =
             |(known, of, _): &&(AttentionConfig, LayerPath, _)| known == config && (*of == table) == (path == table);
-        if let Some((.., attention)) = self.0.iter().find(same) {
+        if let Some((.., attention)) = self.layers.iter().find(same) {
             return Ok((attention.clone(), decode));
         }
         let weights = attention_weights(config, true, SEED)?;
@@ -176,8 +179,18 @@ impl Stock {
             attention.reserve_gate_table()?;
         }
         let attention = Rc::new(attention);
-        self.0.push((config.clone(), path, attention.clone()));
+        self.layers.push((config.clone(), path, attention.clone()));
         Ok((attention, decode))
+    }
+
+    /// The same layer in f64.
+    fn reference(&mut self, config: &AttentionConfig) -> Result<Rc<reference::Layer>> {
+        if let Some((_, layer)) = self.references.iter().find(|(known, _)| known == config) {
+            return Ok(layer.clone());
+        }
+        let layer = Rc::new(reference::Layer::new(config.clone(), &attention_weights(config, true, SEED)?));
+        self.references.push((config.clone(), layer.clone()));
+        Ok(layer)
     }
 }
 
@@ -325,8 +338,17 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
     };
     let mut recording = Recording::new(kernels);
     cache_append::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    let (n, d, r) = (tokens as usize, d_latent as usize, d_rope as usize);
+    let (latents, keys) = (widen(&inputs.of(n * d, 1.0)), widen(&inputs.of(n * r, 1.0)));
+    let of_token: Vec<u32> = (0..tokens).collect();
+    let reference = Box::new(move || {
+        let (mut first, mut second) = (vec![0.0; n * d], vec![0.0; n * r]);
+        reference::cache_append(&mut first, &latents, d, &of_token);
+        reference::cache_append(&mut second, &keys, r, &of_token);
+        std::hint::black_box((first, second));
+    });
     // Halves of a normal distribution, two by two, are finite as f32 too.
-    Ok(Prepared { recording, cost: problem.cost(), output: cache, reference: None })
+    Ok(Prepared { recording, cost: problem.cost(), output: cache, reference: Some(reference) })
 }
 
 fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
@@ -472,7 +494,13 @@ fn prefill_layer(kernels: &Kernels, stock: &mut Stock, config: &AttentionConfig,
     let ids = tokens::text_like(tokens as usize, SEED);
     let cost = cost::prefill(config, tokens, Storage::F16);
     let input = StepInput { mode: Mode::Prefill, counts: &[tokens], token_ids: Some(&ids) };
-    layer_step(kernels, &attention, &cache, input, path, cost)
+    let prepared = layer_step(kernels, &attention, &cache, input, path, cost)?;
+    let layer = stock.reference(config)?;
+    let hidden = widen(&Inputs::new(kernels).of((tokens * config.hidden_size) as usize, 1.0));
+    let reference = Box::new(move || {
+        std::hint::black_box(layer.forward(&hidden, &ids, &mut reference::History::default()));
+    });
+    Ok(Prepared { reference: Some(reference), ..prepared })
 }
 
 fn decode_layer(
@@ -500,7 +528,24 @@ fn decode_layer(
         DecodePath::Auto | DecodePath::Expanded => cost::decode_expanded(config, cached, Storage::F16),
     };
     let input = StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&[*new]) };
-    layer_step(kernels, &attention, &cache, input, decode, cost)
+    let prepared = layer_step(kernels, &attention, &cache, input, decode, cost)?;
+
+    // The same path in f64, over other numbers.
+    let (layer, inputs, rows) = (stock.reference(config)?, Inputs::new(kernels), past.len());
+    let hidden = widen(&inputs.of(config.hidden_size as usize, 1.0));
+    let latents = reference::Latents {
+        latent: widen(&inputs.of(rows * config.d_latent as usize, 1.0)),
+        k_rope: widen(&inputs.of(rows * config.d_rope as usize, 1.0)),
+        statistics: vec![[0.5, 1.0]; rows],
+    };
+    let (new, past) = ([*new], past.to_vec());
+    let reference = Box::new(move || {
+        std::hint::black_box(match decode {
+            DecodePath::Absorbed => layer.decode_absorbed(&hidden, &new, &latents, &past),
+            DecodePath::Auto | DecodePath::Expanded => layer.decode_expanded(&hidden, &new, &latents, &past),
+        });
+    });
+    Ok(Prepared { reference: Some(reference), ..prepared })
 }
 
 /// Records one step of a layer. The step is not committed, so each submission does the same again.
@@ -612,7 +657,20 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
     let partial = (&partial_values, &partial_softmax);
     cost = cost + merge(&mut recording, &inputs, n_head, d_head, splits, partial, &values)?;
     cost = cost + linear(&mut recording, width, &values, &o_proj, &out, 0)?;
-    Ok(Prepared { recording, cost, output: out, reference: None })
+
+    // Three projections and the attention; the rotations of one token are too few to count.
+    let (n, d, heads) = (cached as usize, width as usize, n_head as usize);
+    let (x, w) = (widen(&inputs.of(d, 1.0)), widen(&inputs.of(d * 2 * d, deviation)));
+    let kv = widen(&inputs.of(n * 2 * d, 1.0));
+    let reference = Box::new(move || {
+        let q = reference::matmul(&x, &w, None, 1, d, d);
+        std::hint::black_box(reference::matmul(&x, &w, None, 1, d, 2 * d));
+        let heads = Heads { n_head: heads, d_nope: d / heads, d_rope: 0, d_value: d / heads };
+        let scale = ((d / heads.n_head) as f64).sqrt().recip();
+        let attended = reference::attention_decode(&q, &kv, &[], &[(0, 0..n)], heads, scale);
+        std::hint::black_box(reference::matmul(&attended.values, &w, None, 1, d, d));
+    });
+    Ok(Prepared { recording, cost, output: out, reference: Some(reference) })
 }
 
 #[cfg(test)]
