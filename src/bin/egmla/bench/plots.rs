@@ -77,10 +77,10 @@ fn span(values: impl Iterator<Item = f64>, base: f64) -> std::ops::Range<f64> {
     low..base.powf(high.log(base).ceil()).max(low * base)
 }
 
-/// A mark of a legend: a line, or a point that is full or hollow.
+/// A mark of a legend: a line of some width, or a point that is full or hollow.
 #[derive(Clone, Copy)]
 enum Mark {
-    Line,
+    Line(u32),
     Point(ShapeStyle),
 }
 
@@ -89,7 +89,7 @@ fn legend(area: &Area<'_>, entries: &[(String, RGBColor, Mark)]) -> Result<(), F
     for (place, (name, colour, mark)) in (0..).zip(entries) {
         let y = 70 + 24 * place;
         match mark {
-            Mark::Line => area.draw(&PathElement::new([(4, y), (24, y)], colour.stroke_width(3))),
+            Mark::Line(width) => area.draw(&PathElement::new([(4, y), (24, y)], colour.stroke_width(*width))),
             Mark::Point(style) => area.draw(&Circle::new((14, y), 5, *style)),
         }
         .and_then(|()| area.draw(&Text::new(name.clone(), (32, y - 8), font(15))))
@@ -98,15 +98,16 @@ fn legend(area: &Area<'_>, entries: &[(String, RGBColor, Mark)]) -> Result<(), F
     Ok(())
 }
 
-/// Lines of points over the number of cached tokens.
+/// Lines of points over the number of cached tokens, and thin ones that have one name together.
 fn over_tokens(
     area: &Area<'_>,
     title: &str,
     axis: &str,
     y_label: &dyn Fn(&f64) -> String,
     lines: &[Line],
+    (thin_name, thin): (&str, &[Line]),
 ) -> Result<(), Failure> {
-    let y = span(lines.iter().flat_map(|(.., points)| points).map(|point| point.1), 10.0);
+    let y = span(lines.iter().chain(thin).flat_map(|(.., points)| points).map(|point| point.1), 10.0);
     let x = f64::from(LENGTHS[0]) / 1.2..f64::from(LENGTHS[2]) * 1.2;
     let (plot, names) = area.split_horizontally(PLOT);
     let mut chart = ChartBuilder::on(&plot)
@@ -135,25 +136,31 @@ fn over_tokens(
             .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)).point_size(4))
             .map_err(Failure::run)?;
     }
-    let entries: Vec<_> = lines.iter().map(|(name, colour, _)| (name.clone(), *colour, Mark::Line)).collect();
+    for (_, colour, points) in thin {
+        let colour = *colour;
+        chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(1))).map_err(Failure::run)?;
+    }
+    let mut entries: Vec<_> = lines.iter().map(|(name, colour, _)| (name.clone(), *colour, Mark::Line(3))).collect();
+    if !thin.is_empty() {
+        entries.push((thin_name.to_owned(), INK, Mark::Line(1)));
+    }
     legend(&names, &entries)
 }
 
 fn decode(area: &Area<'_>, report: &Report) -> Result<(), Failure> {
-    let lines: Vec<Line> = DECODE
-        .iter()
-        .zip(COLOURS)
-        .map(|((path, name), colour)| {
+    let lines = |time: &dyn Fn(&Measured) -> Option<f64>| -> Vec<Line> {
+        let paths = DECODE.iter().zip(COLOURS).map(|((path, name), colour)| {
             let point = |&tokens: &u32| {
                 let row = report.row(&format!("decode/{path}/t{tokens}"))?;
-                Some((f64::from(tokens), row.median_us / 1e3))
+                Some((f64::from(tokens), time(row)? / 1e3))
             };
             ((*name).to_owned(), colour, LENGTHS.iter().filter_map(point).collect::<Vec<_>>())
-        })
-        .filter(|(.., points)| !points.is_empty())
-        .collect();
+        });
+        paths.filter(|(.., points)| !points.is_empty()).collect()
+    };
     let title = format!("One token through one 120M layer: {}", report.adapter);
-    over_tokens(area, &title, "median time, ms", &|ms| number(*ms), &lines)
+    let thin = ("thin: the same in plain f64, one CPU core", &lines(&|row| row.cpu_reference_us)[..]);
+    over_tokens(area, &title, "median time, ms", &|ms| number(*ms), &lines(&|row| Some(row.median_us)), thin)
 }
 
 /// Bytes of one layer's f16 cache; ids and norm statistics are counted where they are kept.
@@ -163,14 +170,14 @@ fn cache(area: &Area<'_>) -> Result<(), Failure> {
         ("MHA", COLOURS[0], 2 * mla.mha_cache_elements()),
         ("MLA r 256", COLOURS[1], 2 * mla.cache_elements()),
         // 4 bytes of id, 8 of (μ, ρ).
-        ("EG-MLA r 64, with ids and norm statistics", COLOURS[4], 2 * gated.cache_elements() + 12),
-        ("EG-MLA r 64, latents and rotary keys", COLOURS[3], 2 * gated.cache_elements()),
+        ("EG-MLA r 64, ids, statistics", COLOURS[4], 2 * gated.cache_elements() + 12),
+        ("EG-MLA r 64", COLOURS[3], 2 * gated.cache_elements()),
     ];
     let lines = lines.map(|(name, colour, bytes)| {
         let points = LENGTHS.map(|tokens| (f64::from(tokens), f64::from(tokens) * f64::from(bytes) / 1e6));
         (format!("{name}: {bytes} bytes a token"), colour, points.to_vec())
     });
-    over_tokens(area, "Cache of one 120M layer in f16", "megabytes", &|mb| number(*mb), &lines)
+    over_tokens(area, "Cache of one 120M layer in f16", "megabytes", &|mb| number(*mb), &lines, ("", &[]))
 }
 
 /// Without trailing zeros: 0.01, 1, 100.
@@ -210,7 +217,7 @@ fn roofline(area: &Area<'_>, report: &Report) -> Result<(), Failure> {
     let line = [low, knee, x.end].map(|at| (at, roof.ceiling(at)));
     let roof_label = format!("copy {:.1} GB/s, f32 multiply-adds {:.0} GFLOP/s", roof.copy_gb_s, roof.fma_gflop_s);
     chart.draw_series(LineSeries::new(line, INK.stroke_width(3))).map_err(Failure::run)?;
-    let mut entries = vec![(roof_label, INK, Mark::Line)];
+    let mut entries = vec![(roof_label, INK, Mark::Line(3))];
     let mut families: Vec<&str> = Vec::new();
     for row in &computing {
         if !families.contains(&family(&row.id)) {
