@@ -307,8 +307,7 @@ fn position_in(base: u32, of_chunks: bool, slot: Slot, i: u32) -> u32 {
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) workgroups: vec3<u32>,
-    @builtin(subgroup_size) subgroup_size: u32,
-    @builtin(subgroup_id) subgroup: u32,
+    @builtin(local_invocation_index) lane: u32,
     @builtin(subgroup_invocation_id) member: u32,
 ) {
     let item = workgroup.z * workgroups.y + workgroup.y;
@@ -349,11 +348,11 @@ fn main(
         }
     }
 
-    // Invocation `own` of a head; the head's invocations are `first` to first + 7 of their subgroup.
+    // Invocation `own` of a head; the head's invocations are `first` to first + 7 of their subgroup. Subgroups take the
+    // invocations of a workgroup in order. Heads are not counted by subgroups: a driver may fill them half.
     let own = member % GROUPS;
     let first = member - own;
-    let local_head = select(subgroup * (subgroup_size / GROUPS) + member / GROUPS, 0u, HEADS == 1u);
-    let head_index = (workgroup.x % blocks) * HEADS + local_head;
+    let head_index = (workgroup.x % blocks) * HEADS + lane / GROUPS;
     // Heads past the end repeat the last one and are not stored.
     let head = min(head_index, params.n_head - 1u);
     let head_row = head * (params.d_nope + params.d_value);
