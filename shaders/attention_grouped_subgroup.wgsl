@@ -27,6 +27,7 @@ override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
 override HEADS: u32 = 2u;        // heads of a workgroup
 override RUN: u32 = 2u;          // tiles of an item; chunks of an item, at most 8
+override AHEAD: u32 = 2u;        // positions whose rows are asked for at once, at most 4
 override WORKGROUP: u32 = HEADS * 8u;
 
 const LOWEST: f32 = -3.4028234e38;
@@ -444,38 +445,46 @@ fn main(
                 if (NORM != 2u) {
                     pair = statistics_of(select(row, first_slot, row == NO_ROW));
                 }
-                for (var i = 0u; i < entries; i++) {
-                    let found = subgroupShuffle(row, first + i);
-                    let visible = found != NO_ROW;
-                    let at = select(first_slot, found, visible);
-                    let mu = subgroupShuffle(pair.x, first + i);
-                    let rho = subgroupShuffle(pair.y, first + i);
-                    var c = latent8(at, column);
-                    if (absent) {
-                        c = Eight();
+                for (var i = 0u; i < entries; i += AHEAD) {
+                    var latents: array<Eight, 4>;
+                    var rotaries: array<f32, 4>;
+                    for (var j = 0u; j < AHEAD; j++) {
+                        // Past the last entry there is none that is seen.
+                        let found = subgroupShuffle(row, first + i + j);
+                        let at = select(first_slot, found, found != NO_ROW);
+                        latents[j] = latent8(at, column);
+                        rotaries[j] = 0.0;
+                        if (params.d_rope > 0u) {
+                            rotaries[j] = dot8(rotary, rope8(at, rotary_column));
+                        }
                     }
-                    var part = rho * dot8(a, c);
-                    if (params.d_rope > 0u) {
-                        part += dot8(rotary, rope8(at, rotary_column));
+                    for (var j = 0u; j < AHEAD; j++) {
+                        let visible = subgroupShuffle(row, first + i + j) != NO_ROW;
+                        let mu = subgroupShuffle(pair.x, first + i + j);
+                        let rho = subgroupShuffle(pair.y, first + i + j);
+                        var c = latents[j];
+                        if (absent) {
+                            c = Eight();
+                        }
+                        var score = sum8(rho * dot8(a, c) + rotaries[j]);
+                        if (NORM == 0u) {
+                            score -= rho * mu * query_gamma;
+                        }
+                        score = select(LOWEST, score, visible);
+                        // One of the two is 1: one exponential.
+                        let other = exp(-abs(score - best));
+                        let higher = score > best;
+                        let shrink = select(1.0, other, higher);
+                        let p = select(0.0, select(other, 1.0, higher), visible);
+                        best = select(best, score, higher);
+                        sum = sum * shrink + p;
+                        let w = p * rho;
+                        if (NORM == 0u) {
+                            shift = shift * shrink + w * mu;
+                        }
+                        s.low = s.low * shrink + w * c.low;
+                        s.high = s.high * shrink + w * c.high;
                     }
-                    var score = sum8(part);
-                    if (NORM == 0u) {
-                        score -= rho * mu * query_gamma;
-                    }
-                    score = select(LOWEST, score, visible);
-                    // One of the two is 1: one exponential.
-                    let other = exp(-abs(score - best));
-                    let higher = score > best;
-                    let shrink = select(1.0, other, higher);
-                    let p = select(0.0, select(other, 1.0, higher), visible);
-                    best = select(best, score, higher);
-                    sum = sum * shrink + p;
-                    let w = p * rho;
-                    if (NORM == 0u) {
-                        shift = shift * shrink + w * mu;
-                    }
-                    s.low = s.low * shrink + w * c.low;
-                    s.high = s.high * shrink + w * c.high;
                 }
             }
             a0 = a1;

@@ -30,8 +30,10 @@ pub const SPEC: KernelSpec = KernelSpec {
     subgroup: GROUPS,
 };
 
-/// HEADS: heads of a workgroup, eight invocations each.
-const TUNINGS: &[u32] = &[1, 4, 8];
+/// (HEADS, AHEAD): heads of a workgroup, eight invocations each, and positions whose rows are asked for at once. AHEAD divides 8.
+///
+/// A GPU waits for memory at every position that it did not ask for ahead; a software adapter does not wait, it compiles.
+const TUNINGS: &[(u32, u32)] = &[(1, 1), (4, 4), (8, 4), (4, 2)];
 
 /// Groups of a tile, and invocations of a head.
 pub const GROUPS: u32 = 8;
@@ -106,9 +108,9 @@ impl super::Problem for Problem {
             AdapterClass::Software => 0,
             AdapterClass::Integrated | AdapterClass::Discrete | AdapterClass::Apple => 1,
         };
-        let heads = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        let (heads, ahead) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.0.switches();
-        overrides.extend([("HEADS", heads.into()), ("RUN", run.into())]);
+        overrides.extend([("HEADS", heads.into()), ("RUN", run.into()), ("AHEAD", ahead.into())]);
         Plan {
             overrides,
             grid: self.0.grid(SPEC.name, heads, context)?,
