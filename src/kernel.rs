@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
-use crate::kernels::REGISTRY;
-use crate::plan::{AdapterClass, Plan, PlanContext, Tunings};
+use crate::kernels::{COOPERATIVE_FEATURES, REGISTRY};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tunings};
 
 /// How a shader sees a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,14 +64,18 @@ pub struct KernelSpec {
     /// What the device must have beside WebGPU's core. Kernels that need something are variants: another does their work
     /// where it is not offered.
     pub features: wgpu::Features,
+    /// The cooperative matrices that it computes with.
+    pub cooperative: Cooperative,
 }
 
 impl KernelSpec {
-    /// The features it needs that `offered` lacks, by name; `None` when it can run.
-    pub fn missing(&self, offered: wgpu::Features) -> Option<String> {
-        let missing = self.features - offered;
-        let names: Vec<_> = missing.iter_names().map(|(name, _)| name.to_lowercase()).collect();
-        (!missing.is_empty()).then(|| names.join(", "))
+    /// What it needs that a device lacks, by name; `None` when it can run.
+    pub fn missing(&self, device: &PlanContext) -> Option<String> {
+        let features = self.features - device.features;
+        let matrices = self.cooperative.without(device.cooperative).names();
+        let matrices = matrices.iter().map(|name| format!("cooperative matrices of {name}"));
+        let names: Vec<_> = features.iter_names().map(|(name, _)| name.to_lowercase()).chain(matrices).collect();
+        (!names.is_empty()).then(|| names.join(", "))
     }
 }
 
@@ -152,8 +156,8 @@ impl Kernels {
         // Shaders index elements with 32 bits.
         limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
         let (features, info) = (device.features(), device.adapter_info());
-        let subgroup_min_size = info.subgroup_min_size;
-        let context = PlanContext { features, subgroup_min_size, ..PlanContext::new(limits, class) };
+        let (subgroup_min_size, subgroup_max_size) = (info.subgroup_min_size, info.subgroup_max_size);
+        let context = PlanContext { features, subgroup_min_size, subgroup_max_size, ..PlanContext::new(limits, class) };
         let empty = |label: &str| {
             scoped(device, label, || {
                 device.create_buffer(&wgpu::BufferDescriptor {
@@ -172,6 +176,16 @@ impl Kernels {
     /// The same device and choices, with nothing compiled yet: to measure a first use.
     pub fn uncompiled(&self) -> Self {
         self.with(self.0.context.clone(), self.0.pipeline_cache.clone())
+    }
+
+    /// The same, with the cooperative matrices of the adapter: a device does not tell which it has, and the kernels that
+    /// multiply by them are used only where the caller says so, for weights and caches in f16. Take what
+    /// [`Cooperative::of`] finds in `wgpu::Adapter::cooperative_matrix_properties`, and open the device with
+    /// [`COOPERATIVE_FEATURES`]; without those features this changes nothing.
+    pub fn with_cooperative(&self, matrices: Cooperative) -> Self {
+        let opened = self.0.context.features.contains(COOPERATIVE_FEATURES);
+        let cooperative = if opened { matrices } else { Cooperative::NONE };
+        self.with(PlanContext { cooperative, ..self.0.context.clone() }, self.0.pipeline_cache.clone())
     }
 
     /// The same, with pipelines that come from and go to the driver's cache. The caller makes it of the bytes that an
@@ -539,7 +553,7 @@ impl Recording {
         }
         debug_assert_eq!(bound.len() + 1, spec.bindings.len(), "{}", spec.name);
         debug_assert_eq!(size_of::<P>(), spec.params_size, "{}", spec.name);
-        if let Some(features) = spec.missing(self.kernels.0.context.features) {
+        if let Some(features) = spec.missing(&self.kernels.0.context) {
             return Err(Error::Feature { kernel: spec.name, features });
         }
         let limits = &self.kernels.0.context.limits;

@@ -38,7 +38,7 @@ fn run(kernel: &str) {
     gpu.assert_no_errors();
     println!("{kernel}: {compared} comparisons, {skipped} skipped, worst {:.0} % of its tolerance", worst * 100.0);
     // Only a variant whose feature this adapter lacks compares nothing, and says so above.
-    let lacks = |spec: &KernelSpec| spec.missing(gpu.kernels.context().features).is_some();
+    let lacks = |spec: &KernelSpec| spec.missing(gpu.kernels.context()).is_some();
     let absent = REGISTRY.iter().any(|spec| spec.name == kernel && lacks(spec));
     assert!(if absent { compared == 0 && skipped > 0 } else { compared > 0 && skipped == 0 }, "no case of {kernel}");
     assert!(wrong.is_empty(), "{} of {compared} are wrong:\n{}", wrong.len(), wrong.join("\n"));
@@ -64,6 +64,8 @@ kernels!(
     attention_grouped,
     attention_merge,
     attention_prefill,
+    attention_prefill_cooperative,
+    attention_prefill_cooperative_8,
     attention_prefill_rows,
     cache_append,
     cache_copy,
@@ -76,6 +78,7 @@ kernels!(
     layer,
     matmul,
     matmul_cooperative,
+    matmul_cooperative_8,
     matmul_subgroup,
     matmul_vec4,
     matvec,
@@ -83,6 +86,8 @@ kernels!(
     matvec_vec4,
     norm,
     residual_add,
+    roofline_cooperative,
+    roofline_cooperative_8,
     roofline_copy,
     roofline_fma,
     rope,

@@ -149,7 +149,7 @@ fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
 
 /// What stands for the outcomes of a variant that the device does not offer; `None` where it can run.
 fn skipped(spec: &KernelSpec, kernels: &Kernels) -> Option<Vec<Outcome>> {
-    let missing = spec.missing(kernels.context().features)?;
+    let missing = spec.missing(kernels.context())?;
     Some(vec![Outcome {
         tuning: "-".to_owned(),
         error: f64::NAN,

@@ -6,7 +6,7 @@ use super::{Problem as _, narrow, nonzero, product, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -26,6 +26,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// Words of a group's header.

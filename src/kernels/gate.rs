@@ -7,7 +7,7 @@ use super::{Problem as _, flag, nonzero, product, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -26,6 +26,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: ROW_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// Uniform parameters, as in the shader.

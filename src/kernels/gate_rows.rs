@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, flag, nonzero, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -22,6 +22,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// WORKGROUP.

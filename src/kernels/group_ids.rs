@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, nonzero, words};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -21,6 +21,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: LINEAR_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// Uniform parameters, as in the shader.

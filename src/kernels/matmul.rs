@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, flag, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -18,6 +18,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// (WG_X, WG_Y, TILE_K): an invocation owns 4 × 4 results.

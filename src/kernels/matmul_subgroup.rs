@@ -3,7 +3,7 @@
 use super::{Problem as _, matmul};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::plan::{Plan, PlanContext, Tuning};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning};
 
 pub use super::matmul::{Args, Layout, Params};
 
@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::SUBGROUP,
+    cooperative: Cooperative::NONE,
 };
 
 /// Columns of a workgroup of eight invocations; its rows are 8.

@@ -3,7 +3,7 @@
 use super::{Problem as _, matmul, product};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::plan::{AdapterClass, Plan, PlanContext, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
 
 pub use super::matmul::{Args, Layout, Params};
 
@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// (WG_X, WG_Y): an invocation owns 8 × 8 results. Multiples of 4, since the shader moves quads about in groups of 8.

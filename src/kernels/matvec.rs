@@ -3,7 +3,7 @@
 use super::{Problem as _, matmul};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::plan::{AdapterClass, Plan, PlanContext, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
 
 pub use super::matmul::{Args, Layout, Params};
 
@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// (WORKGROUP, LANES): LANES invocations share a column.

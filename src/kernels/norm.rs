@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, flag, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -21,6 +21,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: ROW_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.

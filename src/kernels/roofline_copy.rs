@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -15,6 +15,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     params_size: size_of::<Params>(),
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
+    cooperative: Cooperative::NONE,
 };
 
 /// (WORKGROUP, EACH)
