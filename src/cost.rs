@@ -24,9 +24,11 @@ use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
-    attention_prefill, attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics,
-    gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4,
-    norm, product, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
+    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul,
+    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
+    word_scatter,
 };
 use crate::plan::Storage;
 
@@ -95,6 +97,12 @@ impl Costed for matmul::Problem {
 }
 
 impl Costed for matmul_cooperative::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for matmul_cooperative_8::Problem {
     fn cost(&self) -> Cost {
         self.0.cost()
     }
@@ -253,6 +261,18 @@ impl Costed for attention_prefill::Problem {
                 times(8 * state, &[tokens, n_head]),
             ],
         )
+    }
+}
+
+impl Costed for attention_prefill_cooperative::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for attention_prefill_cooperative_8::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -423,6 +443,30 @@ fn activated(activation: Activation) -> u64 {
         Activation::Tanh | Activation::OnePlus => 1,
         Activation::Sigmoid | Activation::Silu => 3,
     }
+}
+
+impl Costed for roofline_cooperative::Problem {
+    fn cost(&self) -> Cost {
+        matrices(self, roofline_cooperative::SIDE)
+    }
+}
+
+impl Costed for roofline_cooperative_8::Problem {
+    fn cost(&self) -> Cost {
+        matrices(&self.0, roofline_cooperative_8::SIDE)
+    }
+}
+
+/// Products of square matrices in registers.
+fn matrices(problem: &roofline_cooperative::Problem, side: u32) -> Cost {
+    let roofline_cooperative::Problem { groups, trips } = *problem;
+    cost(
+        &[times(2, &[groups, trips, roofline_cooperative::PRODUCTS, side, side, side])],
+        &[
+            times(4, &[roofline_cooperative::FACTORS, side, side]),
+            times(4, &[groups, roofline_cooperative::PRODUCTS, side, side]),
+        ],
+    )
 }
 
 impl Costed for roofline_copy::Problem {
@@ -841,6 +885,7 @@ mod tests {
         }
         let f16 = Storage::F16;
         let product = matmul::Problem::linear(2, 3, 5, true, f16);
+        let by_matrices = roofline_cooperative::Problem { groups: 3, trips: 5 };
         let prefill = attention_prefill::Problem {
             tokens: 4,
             query_tiles: 1,
@@ -914,6 +959,12 @@ mod tests {
             // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
             // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
             entry(prefill, 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
+            entry(attention_prefill_cooperative::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
+            entry(
+                attention_prefill_cooperative_8::Problem(prefill),
+                2 * 4 * 7 * 2 * 10,
+                160 + 448 + 28 + 32 + 224 + 224,
+            ),
             entry(attention_prefill_rows::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
             // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
             entry(
@@ -1010,6 +1061,7 @@ mod tests {
             // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
             entry(product, 60 + 10, 24 + 30 + 10 + 40),
             entry(matmul_cooperative::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
+            entry(matmul_cooperative_8::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
             entry(matmul_subgroup::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
             entry(matmul_vec4::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
             entry(matvec::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
@@ -1031,6 +1083,9 @@ mod tests {
                 80 + 20,
             ),
             entry(residual_add::Problem { elements: 11 }, 11, 132),
+            // 3 groups · 5 trips · 8 products of 16 · 16 · 16 multiply-adds. x 6·16·16·4, y 3·8·16·16·4; then with 8 for 16.
+            entry(by_matrices, 2 * 3 * 5 * 8 * 4096, 6144 + 24576),
+            entry(roofline_cooperative_8::Problem(by_matrices), 2 * 3 * 5 * 8 * 512, 1536 + 6144),
             entry(roofline_copy::Problem { words: 12 }, 0, 96),
             // 3 elements · (5 trips · 48 multiply-adds, 12 chains begun and 11 additions).
             entry(roofline_fma::Problem { elements: 3, trips: 5, a: 0.5, b: 0.5 }, 3 * (2 * 5 * 48 + 23), 24),

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
-use crate::kernels::REGISTRY;
-use crate::plan::{AdapterClass, Plan, PlanContext, Tunings};
+use crate::kernels::{COOPERATIVE_FEATURES, REGISTRY};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tunings};
 
 /// How a shader sees a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,8 @@ pub struct KernelSpec {
     pub features: wgpu::Features,
     /// The fewest invocations of a subgroup that it is right for; 0 where it has nothing to do with them.
     pub subgroup: u32,
+    /// The cooperative matrices that it computes with.
+    pub cooperative: Cooperative,
 }
 
 impl KernelSpec {
@@ -74,7 +76,10 @@ impl KernelSpec {
         let features = self.features - device.features;
         let subgroup = format!("subgroups of {} invocations and more", self.subgroup);
         let subgroup = (device.subgroup_min_size < self.subgroup).then_some(subgroup);
-        let names: Vec<_> = features.iter_names().map(|(name, _)| name.to_lowercase()).chain(subgroup).collect();
+        let matrices = self.cooperative.without(device.cooperative).names();
+        let matrices = matrices.iter().map(|name| format!("cooperative matrices of {name}"));
+        let names = features.iter_names().map(|(name, _)| name.to_lowercase());
+        let names: Vec<_> = names.chain(subgroup).chain(matrices).collect();
         (!names.is_empty()).then(|| names.join(", "))
     }
 }
@@ -156,8 +161,8 @@ impl Kernels {
         // Shaders index elements with 32 bits.
         limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
         let (features, info) = (device.features(), device.adapter_info());
-        let subgroup_min_size = info.subgroup_min_size;
-        let context = PlanContext { features, subgroup_min_size, ..PlanContext::new(limits, class) };
+        let (subgroup_min_size, subgroup_max_size) = (info.subgroup_min_size, info.subgroup_max_size);
+        let context = PlanContext { features, subgroup_min_size, subgroup_max_size, ..PlanContext::new(limits, class) };
         let empty = |label: &str| {
             scoped(device, label, || {
                 device.create_buffer(&wgpu::BufferDescriptor {
@@ -176,6 +181,16 @@ impl Kernels {
     /// The same device and choices, with nothing compiled yet: to measure a first use.
     pub fn uncompiled(&self) -> Self {
         self.with(self.0.context.clone(), self.0.pipeline_cache.clone())
+    }
+
+    /// The same, with the cooperative matrices of the adapter: a device does not tell which it has, and the kernels that
+    /// multiply by them are used only where the caller says so, for weights and caches in f16. Take what
+    /// [`Cooperative::of`] finds in `wgpu::Adapter::cooperative_matrix_properties`, and open the device with
+    /// [`COOPERATIVE_FEATURES`]; without those features this changes nothing.
+    pub fn with_cooperative(&self, matrices: Cooperative) -> Self {
+        let opened = self.0.context.features.contains(COOPERATIVE_FEATURES);
+        let cooperative = if opened { matrices } else { Cooperative::NONE };
+        self.with(PlanContext { cooperative, ..self.0.context.clone() }, self.0.pipeline_cache.clone())
     }
 
     /// The same, with pipelines that come from and go to the driver's cache. The caller makes it of the bytes that an

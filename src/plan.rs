@@ -100,6 +100,55 @@ impl AdapterClass {
 /// Of WebGPU: no subgroup has fewer invocations.
 const SMALLEST_SUBGROUP: u32 = 4;
 
+/// Of the GPUs with cooperative matrices.
+const LARGEST_SUBGROUP: u32 = 64;
+
+/// Square cooperative matrices, by their size: f16 factors, f32 sums.
+///
+/// A device does not tell which it has. Its adapter does: [`Cooperative::of`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cooperative {
+    /// 16 × 16 × 16.
+    pub by_16: bool,
+    /// 8 × 8 × 8.
+    pub by_8: bool,
+}
+
+impl Cooperative {
+    /// None.
+    pub const NONE: Cooperative = Cooperative { by_16: false, by_8: false };
+
+    /// 16 × 16 × 16 alone.
+    pub const BY_16: Cooperative = Cooperative { by_16: true, by_8: false };
+
+    /// 8 × 8 × 8 alone.
+    pub const BY_8: Cooperative = Cooperative { by_16: false, by_8: true };
+
+    /// Those among an adapter's `cooperative_matrix_properties`.
+    pub fn of(properties: &[wgpu::CooperativeMatrixProperties]) -> Self {
+        let has = |size| {
+            properties.iter().any(|shape| {
+                [shape.m_size, shape.n_size, shape.k_size] == [size; 3]
+                    && shape.ab_type == wgpu::CooperativeScalarType::F16
+                    && shape.cr_type == wgpu::CooperativeScalarType::F32
+                    && !shape.saturating_accumulation
+            })
+        };
+        Cooperative { by_16: has(16), by_8: has(8) }
+    }
+
+    /// Their names.
+    pub fn names(self) -> Vec<&'static str> {
+        let named = [(self.by_16, "16×16×16 f16"), (self.by_8, "8×8×8 f16")];
+        named.into_iter().filter_map(|(has, name)| has.then_some(name)).collect()
+    }
+
+    /// What is here and not in `offered`.
+    pub(crate) fn without(self, offered: Self) -> Self {
+        Cooperative { by_16: self.by_16 && !offered.by_16, by_8: self.by_8 && !offered.by_8 }
+    }
+}
+
 /// What a plan may know of the device.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlanContext {
@@ -111,6 +160,10 @@ pub struct PlanContext {
     pub features: wgpu::Features,
     /// The smallest subgroup that a shader may run in.
     pub subgroup_min_size: u32,
+    /// The largest.
+    pub subgroup_max_size: u32,
+    /// Cooperative matrices that the caller knows the adapter to have.
+    pub cooperative: Cooperative,
     /// What `Tuning::Auto` takes instead, where it was measured.
     pub tunings: Tunings,
 }
@@ -129,8 +182,15 @@ impl PlanContext {
 
     /// Limits and a class of adapter, no features, nothing measured.
     pub fn new(limits: wgpu::Limits, class: AdapterClass) -> Self {
-        let features = wgpu::Features::empty();
-        PlanContext { limits, class, features, subgroup_min_size: SMALLEST_SUBGROUP, tunings: Tunings::default() }
+        PlanContext {
+            limits,
+            class,
+            features: wgpu::Features::empty(),
+            subgroup_min_size: SMALLEST_SUBGROUP,
+            subgroup_max_size: LARGEST_SUBGROUP,
+            cooperative: Cooperative::NONE,
+            tunings: Tunings::default(),
+        }
     }
 
     /// The setting of a kernel that was measured, else the one for the class.

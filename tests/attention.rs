@@ -757,9 +757,15 @@ fn a_weight_that_is_not_a_number_shows_in_the_output() {
 #[test]
 fn the_plans_of_every_class_of_adapter_are_right_here() {
     let gpu = gpu();
-    let filter = ["layer/mla/f32", "layer/mla_low_rank_bias_yarn/f16", "layer/long_up_projected/f32"];
+    let filter = [
+        "layer/mla/f32",
+        "layer/mla_whole_widths/f16",
+        "layer/mla_low_rank_bias_yarn/f16",
+        "layer/long_up_projected/f32",
+    ];
     for class in AdapterClass::ALL {
         let kernels = Kernels::with_class(gpu.kernels.device(), class).unwrap();
+        let kernels = kernels.with_cooperative(gpu.kernels.context().cooperative);
         let cases = egmla::check::cases();
         let mut compared = 0;
         for case in cases.iter().filter(|case| filter.contains(&case.id())) {
@@ -772,6 +778,57 @@ fn the_plans_of_every_class_of_adapter_are_right_here() {
         }
         assert!(compared >= 9, "{compared}");
     }
+}
+
+/// And what is not a number in one token's hidden state is in the results of that token and those after it, in no other:
+/// also of the same tile of queries.
+#[test]
+fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() {
+    let gpu = gpu();
+    let offered = gpu.kernels.context().cooperative;
+    let kernels = Kernels::with_class(gpu.kernels.device(), AdapterClass::Discrete).unwrap();
+    let kernels = kernels.with_cooperative(offered);
+    let expected = match (offered.by_16, offered.by_8) {
+        (true, _) => vec!["attention_prefill_cooperative", "matmul_cooperative"],
+        (false, true) => vec!["attention_prefill_cooperative_8", "matmul_cooperative_8"],
+        (false, false) => Vec::new(),
+    };
+    println!("cooperative matrices: {offered:?}");
+    let config = AttentionConfig { d_latent: 24, d_nope: 16, d_rope: 8, d_value: 16, ..mla() };
+    let weights = attention_weights(&config, true, 1).unwrap();
+    let layer = Layer::new(config.clone(), &weights);
+    let tokens = 71;
+    let hidden = Random::new(5).values(tokens * HIDDEN, 1.0);
+    for (storage, limit) in [(Storage::F32, F32_LIMIT), (Storage::F16, F16_LIMIT)] {
+        let attention = Attention::new(&kernels, &config, &weights, storage).unwrap();
+        for broken in [None, Some(37)] {
+            let gate_rows = GateRows::Recompute;
+            let options = CacheOptions { n_layer: 1, batch: 1, capacity: 80, storage, gate_rows };
+            let mut cache = LatentCache::new(&kernels, &config, options).unwrap();
+            let workspace = Workspace::new(&cache, WorkspaceOptions::new(80)).unwrap();
+            let mut input = hidden.clone();
+            if let Some(token) = broken {
+                input[token * HIDDEN] = f32::NAN;
+            }
+            let input = Region::from(&kernels.upload("hidden", bytemuck::cast_slice(&input)).unwrap());
+            let out = Region::from(&kernels.allocate("out", 4 * hidden.len() as u64).unwrap());
+            let mut recording = Recording::new(&kernels);
+            let counts = [tokens as u32];
+            attention.prefill(&mut recording, &mut cache, &workspace, &counts, None, &input, &out).unwrap();
+            let mut used: Vec<_> = recording.kernel_names().filter(|name| name.contains("cooperative")).collect();
+            used.sort_unstable();
+            used.dedup();
+            assert_eq!(used, if storage == Storage::F16 { expected.clone() } else { Vec::new() }, "{storage:?}");
+            readback::submit(&recording, &gpu.queue).unwrap();
+            let got = readback::wait(readback::read_f32(&kernels, &gpu.queue, &[&out])).unwrap().remove(0);
+            let whole = broken.unwrap_or(tokens) * HIDDEN;
+            let wide: Vec<f64> = hidden[..whole].iter().map(|&value| value.into()).collect();
+            let reference = layer.forward(&wide, &[], &mut History::default());
+            compare(&got[..whole], &reference, Tolerance { relative: limit }).verdict.unwrap();
+            assert!(got[whole..].iter().all(|value| value.is_nan()), "{storage:?}");
+        }
+    }
+    gpu.assert_no_errors();
 }
 
 #[test]

@@ -14,11 +14,13 @@ use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
     Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup,
-    attention_merge, attention_prefill, attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows,
-    gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec,
-    matvec_subgroup, matvec_vec4, norm, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_merge, attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8,
+    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
+    matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
+    matvec_vec4, norm, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope,
+    swiglu, word_scatter,
 };
-use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
+use egmla::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{Features, Limits};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
@@ -129,7 +131,8 @@ fn bindings_are_those_of_the_shader() {
 fn rust_params(kernel: &str) -> Vec<(String, String)> {
     // The modules that take another's.
     let file = match kernel {
-        "attention_prefill_rows" => "attention_prefill",
+        _ if kernel.starts_with("attention_prefill_") => "attention_prefill",
+        _ if kernel.starts_with("roofline_cooperative") => "roofline_cooperative",
         _ if kernel.starts_with("matmul_") || kernel.starts_with("matvec") => "matmul",
         other => other,
     };
@@ -472,6 +475,9 @@ fn cases() -> Vec<Case> {
                 }
             }
         }
+        let by_matrices = roofline_cooperative::Problem { groups: n.min(65_535), trips: 3 };
+        add(all, by_matrices, tiles([by_matrices.groups, 1, 1], |_| [1; 3]));
+        add(all, roofline_cooperative_8::Problem(by_matrices), tiles([by_matrices.groups, 1, 1], |_| [1; 3]));
         let merge = attention_merge::Problem { tokens: n, n_head: 3, width: 5, splits: n };
         add(all, merge, rows(3 * u64::from(n)));
     }
@@ -489,9 +495,10 @@ fn cases() -> Vec<Case> {
                 let tile = |plan: &Plan| [8 * value(plan, "WG_X"), 8 * value(plan, "WG_Y"), 1];
                 add(all, matmul_vec4::Problem(whole), tiles([n, m, 3], tile));
                 if storage == Storage::F16 {
-                    let whole = matmul::Problem { inner: 32, cols: 16 * n, ..whole };
-                    let whole = matmul::Problem { w: Layout::dense(32), x: Layout::dense(32), ..whole };
-                    add(all, matmul_cooperative::Problem(whole), tiles([16 * n, m, 3], |_| [64, 16, 1]));
+                    let tile = |plan: &Plan| [32 * value(plan, "FRAGMENTS"), 32 * value(plan, "FRAGMENTS"), 1];
+                    add(all, matmul_cooperative::Problem(whole), tiles([n, m, 3], tile));
+                    let tile = |plan: &Plan| [16 * value(plan, "FRAGMENTS"), 16 * value(plan, "FRAGMENTS"), 1];
+                    add(all, matmul_cooperative_8::Problem(whole), tiles([n, m, 3], tile));
                 }
                 add(all, matmul_subgroup::Problem(whole), tiles([m, n, 3], |_| [8, 32, 1]));
                 let tile = |plan: &Plan| [4 * value(plan, "WORKGROUP") / value(plan, "LANES"), 4, 1];
@@ -546,6 +553,14 @@ fn cases() -> Vec<Case> {
                     let problem = prefill_problem(query_tiles, n_head, d_value);
                     let problem = attention_prefill::Problem { storage, ..problem };
                     add(all, problem, tiles([query_tiles, n_head, d_value], |_| [1, 1, 128]));
+                    if storage == Storage::F16 {
+                        let parts = |plan: &Plan| Cover::Tiled {
+                            size: [u64::from(query_tiles) * value(plan, "PARTS"), n_head.into(), d_value.into()],
+                            tile: [1, 1, 128],
+                        };
+                        add(all, attention_prefill_cooperative::Problem(problem), parts);
+                        add(all, attention_prefill_cooperative_8::Problem(problem), parts);
+                    }
                 }
                 for d_value in [1, 3, 127, 128, 129, 256, 257] {
                     let problem = prefill_problem(query_tiles, n_head, d_value);
@@ -674,7 +689,20 @@ fn plans_keep_what_their_shaders_assume() {
                 let stage = (4 * value("ROWS") + 32) * (value("CHUNK") + 1);
                 assert!(value("VALUE_ROWS") * 8 * columns <= stage, "{what}");
             }
+            "matmul_cooperative" | "matmul_cooperative_8" => {
+                assert!([2, 4].contains(&value(&plan, "FRAGMENTS")), "{what}");
+            }
+            "attention_prefill_cooperative" | "attention_prefill_cooperative_8" => {
+                assert!([16, 32].contains(&value(&plan, "COLUMNS")), "{what}");
+                // Rows of 32 queries are shared by 1 to 8 lanes.
+                assert!([32, 64, 128, 256].contains(&value(&plan, "WORKGROUP")), "{what}");
+            }
             _ => {}
+        }
+        // Four subgroups at least, and whole ones.
+        if spec.cooperative != Cooperative::NONE && !spec.name.starts_with("roofline") {
+            let four = 4 * PlanContext::webgpu_defaults(AdapterClass::Discrete).subgroup_max_size;
+            assert!(plan.workgroup_size >= four && plan.workgroup_size.is_multiple_of(four), "{what}");
         }
         if spec.name == "attention_decode" {
             assert_eq!(u64::from(SPLIT) % value(&plan, "WORKGROUP"), 0, "{what}");
@@ -696,6 +724,14 @@ fn plans_keep_what_their_shaders_assume() {
             let plan = attention_prefill_rows::Problem(problem).plan(&context, tuning).unwrap();
             assert_eq!(tile_q, 8 * plan.workgroup_size);
             assert_eq!(attention_prefill::slices(&context, tuning, 132).unwrap(), plan.grid[2]);
+            let halves = attention_prefill::Problem { d_nope: 4, d_rope: 4, storage: Storage::F16, ..problem };
+            for size in [4, 8, 16, 32, 64] {
+                let context = PlanContext { subgroup_max_size: size, ..context.clone() };
+                let plan = attention_prefill_cooperative::Problem(halves).plan(&context, tuning).unwrap();
+                assert!((32 * value(&plan, "PARTS")).abs_diff(tile_q.into()) < 32);
+                assert!(plan.workgroup_size >= 4 * size && [32, 64, 128, 256].contains(&plan.workgroup_size));
+                assert_eq!(attention_prefill::slices(&context, tuning, 132).unwrap(), plan.grid[2]);
+            }
         }
     }
 }
@@ -708,6 +744,8 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         (P::SPEC, Box::new(move |context, tuning| problem.plan(context, tuning)))
     }
     let product = matmul::Problem::linear(100, 104, 100, true, Storage::F16);
+    let by_matrices = roofline_cooperative::Problem { groups: 40, trips: 3 };
+    let halves = attention_prefill::Problem { storage: Storage::F16, ..prefill_problem(5, 9, 128) };
     vec![
         planner(absorbed_problem(3, 9, Storage::F16)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
@@ -725,6 +763,8 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         )),
         planner(attention_merge::Problem { tokens: 100, n_head: 9, width: 64, splits: 300 }),
         planner(prefill_problem(5, 9, 132)),
+        planner(attention_prefill_cooperative::Problem(halves)),
+        planner(attention_prefill_cooperative_8::Problem(halves)),
         planner(attention_prefill_rows::Problem(prefill_problem(5, 9, 129))),
         planner(append_problem(1000, 8, Storage::F16)),
         planner(cache_copy::Problem { words: 1000, from_word: 0, to_word: 1000 }),
@@ -736,6 +776,7 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(group_ids::Problem { tokens: 1, first_row: 0, rows: 999, n_sequence: 1, table: 0, list_words: 16 }),
         planner(product),
         planner(matmul_cooperative::Problem(matmul::Problem::linear(100, 112, 96, true, Storage::F16))),
+        planner(matmul_cooperative_8::Problem(matmul::Problem::linear(100, 112, 96, true, Storage::F16))),
         planner(matmul_subgroup::Problem(product)),
         planner(matmul_vec4::Problem(product)),
         planner(matvec::Problem(product)),
@@ -743,6 +784,8 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(matvec_vec4::Problem(product)),
         planner(norm_problem(1000, norm::Kind::Layer, true, Storage::F16)),
         planner(residual_add::Problem { elements: 1000 }),
+        planner(by_matrices),
+        planner(roofline_cooperative_8::Problem(by_matrices)),
         planner(roofline_copy::Problem { words: 1000 }),
         planner(roofline_fma::Problem { elements: 1000, trips: 2, a: 0.5, b: 0.5 }),
         planner(rope_problem(1000, 8, true)),
@@ -864,6 +907,16 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         let expected = format!("kv_first is {rows}, not a multiple of {SPLIT}");
         assert_eq!(problem_of(attention_decode::Problem { kv_first: rows, ..decode }), expected);
     }
+    let trips = roofline_cooperative::Problem { groups: 1, trips: 65_535 };
+    assert_eq!(problem_of(trips), "65535 trips, must be below 65535");
+    // Halves are for layers of halves alone.
+    let full = prefill_problem(1, 1, 4);
+    let full = attention_prefill::Problem { d_nope: 4, d_rope: 4, storage: f32, ..full };
+    assert_eq!(problem_of(attention_prefill_cooperative::Problem(full)), "the cache must be stored in f16");
+    assert_eq!(problem_of(attention_prefill_cooperative_8::Problem(full)), "the cache must be stored in f16");
+    let full = matmul::Problem::linear(32, 8, 8, false, f32);
+    assert_eq!(problem_of(matmul_cooperative::Problem(full)), "weights must be stored in f16");
+    assert_eq!(problem_of(matmul_cooperative_8::Problem(full)), "weights must be stored in f16");
     let prefill = prefill_problem(1, 1, 1);
     assert_eq!(problem_of(attention_prefill::Problem { n_head: 0, ..prefill }), "n_head is 0");
     assert_eq!(problem_of(attention_prefill::Problem { d_value: 0, ..prefill }), "d_value is 0");

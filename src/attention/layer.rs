@@ -4,6 +4,7 @@ use half::f16;
 
 use super::cache::LatentCache;
 use super::lists::{GateRows, Grouped, Lists, widths};
+use super::prefill::prefill_of;
 use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
 use super::workspace::Workspace;
@@ -807,7 +808,7 @@ impl Attention {
                         values: &workspace.values,
                         softmax: &workspace.softmax,
                     };
-                    attention_prefill::encode(recording, &problem, args, Tuning::Auto)?;
+                    prefill_of(recording, problem, self.storage, args)?;
                 }
                 Mode::Decode => {
                     let problem = attention_decode::Problem {

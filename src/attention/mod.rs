@@ -17,6 +17,7 @@ mod cache;
 pub(crate) mod groups;
 mod layer;
 mod lists;
+mod prefill;
 mod product;
 mod step;
 mod workspace;

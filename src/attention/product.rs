@@ -2,8 +2,14 @@
 
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::kernels::{matmul, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4};
-use crate::plan::{AdapterClass, PlanContext, Tuning};
+use crate::kernels::{
+    Problem, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
+    matvec_vec4,
+};
+use crate::plan::{AdapterClass, PlanContext, Storage, Tuning};
+
+/// Fewest rows for cooperative matrices: half the rows of their smallest tile on most adapters.
+const COOPERATIVE_ROWS: u32 = 32;
 
 /// Records `y = x · wᵀ + bias` with the kernel that suits its sizes, its layout and the device.
 ///
@@ -13,6 +19,12 @@ pub(crate) fn product_of(recording: &mut Recording, problem: matmul::Problem, ar
     let auto = Tuning::Auto;
     match Kernel::of(&problem, recording.kernels().context()) {
         Kernel::Matmul => matmul::encode(recording, &problem, args, auto),
+        Kernel::MatmulCooperative => {
+            matmul_cooperative::encode(recording, &matmul_cooperative::Problem(problem), args, auto)
+        }
+        Kernel::MatmulCooperative8 => {
+            matmul_cooperative_8::encode(recording, &matmul_cooperative_8::Problem(problem), args, auto)
+        }
         Kernel::MatmulSubgroup => matmul_subgroup::encode(recording, &matmul_subgroup::Problem(problem), args, auto),
         Kernel::MatmulVec4 => matmul_vec4::encode(recording, &matmul_vec4::Problem(problem), args, auto),
         Kernel::Matvec => matvec::encode(recording, &matvec::Problem(problem), args, auto),
@@ -24,6 +36,8 @@ pub(crate) fn product_of(recording: &mut Recording, problem: matmul::Problem, ar
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
     Matmul,
+    MatmulCooperative,
+    MatmulCooperative8,
     MatmulSubgroup,
     MatmulVec4,
     Matvec,
@@ -40,6 +54,18 @@ impl Kernel {
         let offered = |spec: &KernelSpec| spec.missing(context).is_none();
         // Its workgroups are as many as a quarter of the columns.
         let narrow = problem.cols.div_ceil(4) <= context.limits.max_compute_workgroups_per_dimension;
+        // They round x: only where the weights are rounded, too. A software adapter gains nothing by them.
+        if problem.storage == Storage::F16
+            && problem.rows >= COOPERATIVE_ROWS
+            && context.class != AdapterClass::Software
+        {
+            if runs(&matmul_cooperative::Problem(*problem), context) {
+                return Kernel::MatmulCooperative;
+            }
+            if runs(&matmul_cooperative_8::Problem(*problem), context) {
+                return Kernel::MatmulCooperative8;
+            }
+        }
         match context.class {
             // On lavapipe the shuffles pay from the second row on.
             AdapterClass::Software if problem.rows > 1 && offered(&matmul_subgroup::SPEC) => Kernel::MatmulSubgroup,
@@ -51,11 +77,16 @@ impl Kernel {
     }
 }
 
+/// Whether the device has what the kernel needs, and the problem fits its limits.
+pub(super) fn runs<P: Problem>(problem: &P, context: &PlanContext) -> bool {
+    P::SPEC.missing(context).is_none() && problem.plan(context, Tuning::Auto).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::Kernel;
-    use crate::kernels::matmul;
-    use crate::plan::{AdapterClass, PlanContext, Storage};
+    use crate::kernels::{COOPERATIVE_FEATURES, matmul};
+    use crate::plan::{AdapterClass, Cooperative, PlanContext, Storage};
 
     fn chosen(class: AdapterClass, features: wgpu::Features, rows: u32, inner: u32, storage: Storage) -> Kernel {
         let context = PlanContext { features, ..PlanContext::webgpu_defaults(class) };
@@ -79,6 +110,39 @@ mod tests {
         assert_eq!([software(1), software(2)], [Kernel::MatvecVec4, Kernel::MatmulSubgroup]);
         let discrete = |rows| chosen(AdapterClass::Discrete, subgroup, rows, 16, Storage::F32);
         assert_eq!([discrete(1), discrete(9)], [Kernel::MatvecSubgroup, Kernel::MatmulVec4]);
+    }
+
+    #[test]
+    fn cooperative_matrices_multiply_halves_of_many_rows_where_they_are_offered() {
+        let chosen = |class, features, cooperative, rows, storage| {
+            let context = PlanContext { features, cooperative, ..PlanContext::webgpu_defaults(class) };
+            Kernel::of(&matmul::Problem::linear(rows, 16, 64, false, storage), &context)
+        };
+        let both = Cooperative { by_16: true, by_8: true };
+        let (none, all) = (wgpu::Features::empty(), COOPERATIVE_FEATURES);
+        for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
+            for (cooperative, kernel) in [
+                (Cooperative::NONE, Kernel::MatmulVec4),
+                (Cooperative::BY_8, Kernel::MatmulCooperative8),
+                (Cooperative::BY_16, Kernel::MatmulCooperative),
+                (both, Kernel::MatmulCooperative),
+            ] {
+                assert_eq!(chosen(class, all, cooperative, 32, Storage::F16), kernel);
+                assert_eq!(chosen(class, all, cooperative, 31, Storage::F16), Kernel::MatmulVec4);
+                // Never where the result has to be that of f32 arithmetic, nor on a device opened without the features.
+                assert_eq!(chosen(class, all, cooperative, 32, Storage::F32), Kernel::MatmulVec4);
+                assert_eq!(chosen(class, none, cooperative, 32, Storage::F16), Kernel::MatmulVec4);
+            }
+        }
+        assert_eq!(chosen(AdapterClass::Software, all, both, 32, Storage::F16), Kernel::MatmulSubgroup);
+        // 12 halves are no whole number of 16-byte loads; subgroups of 128 make workgroups that no limit promises.
+        let context =
+            PlanContext { features: all, cooperative: both, ..PlanContext::webgpu_defaults(AdapterClass::Discrete) };
+        let ragged = matmul::Problem::linear(32, 12, 64, false, Storage::F16);
+        assert_eq!(Kernel::of(&ragged, &context), Kernel::Matmul);
+        let wide = PlanContext { subgroup_max_size: 128, ..context };
+        let whole = matmul::Problem::linear(32, 16, 64, false, Storage::F16);
+        assert_eq!(Kernel::of(&whole, &wide), Kernel::MatmulVec4);
     }
 
     #[test]

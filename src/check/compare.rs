@@ -3,6 +3,9 @@
 /// Unit roundoff of f32: half the distance from 1 to the next number.
 pub const UNIT_ROUNDOFF: f64 = 1.0 / 16_777_216.0;
 
+/// Unit roundoff of f16.
+pub const HALF_ROUNDOFF: f64 = 1.0 / 2048.0;
+
 /// The largest relative 2-norm error that f32 storage may show, whatever a derivation allows.
 pub const F32_LIMIT: f64 = 2e-5;
 

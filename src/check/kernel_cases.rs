@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::compare::{Comparison, Tolerance, UNIT_ROUNDOFF};
+use super::compare::{Comparison, HALF_ROUNDOFF, Tolerance, UNIT_ROUNDOFF};
 use super::guarded::Guarded;
 use super::random::Random;
 use super::{Case, Lab, every_tuning, skipped};
@@ -17,9 +17,11 @@ use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
-    attention_prefill, attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics,
-    gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4,
-    norm, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
+    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul,
+    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
+    word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -118,10 +120,27 @@ fn matrix_products(cases: &mut Vec<Case>) {
             }
         }
     }
-    for (index, (rows, inner, cols)) in [(1, 16, 16), (15, 32, 48), (17, 16, 64), (33, 80, 80)].into_iter().enumerate()
-    {
-        let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
-        cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &MATMUL_COOPERATIVE));
+    // Around tiles of 32, 64 and 128 and around the 16 to 64 k that are staged at once.
+    let by_matrices = [
+        (1, 8, 1),
+        (9, 16, 31),
+        (31, 24, 33),
+        (33, 32, 32),
+        (63, 40, 65),
+        (65, 64, 63),
+        (127, 72, 129),
+        (129, 128, 127),
+        (257, 8, 17),
+        (5, 1024, 130),
+    ];
+    for product in [&MATMUL_COOPERATIVE, &MATMUL_COOPERATIVE_8] {
+        for (index, &(rows, inner, cols)) in by_matrices.iter().enumerate() {
+            let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+        }
+        for rows in [3, 34] {
+            cases.push(product_case(format!("apart_{rows}"), apart(rows, Storage::F16), product));
+        }
     }
 }
 
@@ -191,6 +210,14 @@ const MATMUL_COOPERATIVE: Product = Product {
         matmul_cooperative::encode(recording, &matmul_cooperative::Problem(problem), args, tuning)
     },
     reference: reference::matmul_cooperative,
+};
+
+const MATMUL_COOPERATIVE_8: Product = Product {
+    spec: &matmul_cooperative_8::SPEC,
+    encode: |recording, problem, args, tuning| {
+        matmul_cooperative_8::encode(recording, &matmul_cooperative_8::Problem(problem), args, tuning)
+    },
+    reference: reference::matmul_cooperative_8,
 };
 
 const MATMUL_SUBGROUP: Product = Product {
@@ -478,6 +505,32 @@ fn elementwise(cases: &mut Vec<Case>) {
     }
 }
 
+/// Either kernel that multiplies matrices in registers.
+fn products(lab: &Lab<'_>, spec: &'static KernelSpec, groups: u32, trips: u32) -> Result<Vec<super::Outcome>> {
+    if let Some(outcomes) = skipped(spec, lab.kernels) {
+        return Ok(outcomes);
+    }
+    let by_16 = spec.cooperative.by_16;
+    let side = if by_16 { roofline_cooperative::SIDE } else { roofline_cooperative_8::SIDE } as usize;
+    let tolerance = Tolerance::sums(&[trips as usize * side]);
+    every_tuning(spec.tunings, tolerance, |tuning| {
+        let values = Random::new(SEED).values(roofline_cooperative::FACTORS as usize * side * side, 1.0);
+        let written = groups as usize * roofline_cooperative::PRODUCTS as usize * side * side;
+        let (x, y) = (lab.floats(&values)?, lab.output(written)?);
+        let args = roofline_cooperative::Args { x: &x.region, y: &y.region };
+        let problem = roofline_cooperative::Problem { groups, trips };
+        lab.launch(|recording| match by_16 {
+            true => roofline_cooperative::encode(recording, &problem, args, tuning),
+            false => roofline_cooperative_8::encode(recording, &roofline_cooperative_8::Problem(problem), args, tuning),
+        })?;
+        let expected = match by_16 {
+            true => reference::roofline_cooperative(&widen(&values), side, trips as usize),
+            false => reference::roofline_cooperative_8(&widen(&values), trips as usize),
+        };
+        Ok(vec![lab.compare(&y, &expected.repeat(groups as usize), tolerance)?])
+    })
+}
+
 fn rooflines(cases: &mut Vec<Case>) {
     // Vectors of four around the workgroups' 256 and 1024.
     for vectors in [1, 63, 255, 256, 257, 1023, 1025, 5000] {
@@ -491,6 +544,12 @@ fn rooflines(cases: &mut Vec<Case>) {
                 Ok(vec![lab.compare(&y, &reference::roofline_copy(&widen(&values)), Tolerance::EXACT)?])
             })
         }));
+    }
+    for (groups, trips) in [(1, 0), (1, 1), (3, 100), (70, 7)] {
+        for spec in [&roofline_cooperative::SPEC, &roofline_cooperative_8::SPEC] {
+            cases
+                .push(Case::new(spec.name, format!("{groups}x{trips}"), move |lab| products(lab, spec, groups, trips)));
+        }
     }
     for (elements, trips) in [(1, 0), (63, 1), (64, 2), (65, 3), (255, 100), (257, 7)] {
         cases.push(Case::new("roofline_fma", format!("{elements}x{trips}"), move |lab| {
@@ -859,13 +918,26 @@ fn prefills(cases: &mut Vec<Case>) {
     for widths in [(1, 8, 4, 8), (1, 16, 0, 33), (2, 0, 6, 16), (63, 3, 2, 1), (2, 3, 2, 129)] {
         add(Prefill::Rows, &["chunk"], widths, &Storage::ALL);
     }
-    for (kernel, widths) in [(Prefill::Tiles, (2, 16, 8, 16)), (Prefill::Rows, (2, 15, 6, 15))] {
+    for kernel in [Prefill::Cooperative, Prefill::Cooperative8] {
+        // Wide values and narrow ones, one and several chunks of queries and keys, a second slice.
+        add(kernel, &every, (3, 16, 8, 16), &[Storage::F16]);
+        for widths in [(9, 4, 12, 32), (2, 0, 8, 68), (1, 60, 0, 64), (1, 128, 64, 128), (3, 8, 4, 132)] {
+            add(kernel, &["chunk", "ragged"], widths, &[Storage::F16]);
+        }
+    }
+    for (kernel, widths, storage) in [
+        (Prefill::Tiles, (2, 16, 8, 16), Storage::F32),
+        (Prefill::Rows, (2, 15, 6, 15), Storage::F32),
+        (Prefill::Cooperative, (2, 16, 8, 16), Storage::F16),
+        (Prefill::Cooperative8, (2, 16, 8, 16), Storage::F16),
+    ] {
+        let id = |what: &str| format!("{what}/{}", storage.name());
         // Logits of ±1e4 before the softmax: one key takes everything, nothing overflows.
-        cases.push(Case::new(kernel.name(), "huge_logits/f32", move |lab| {
-            prefill(lab, kernel, &[(0, 40)], widths, Storage::F32, 1e4, false)
+        cases.push(Case::new(kernel.name(), id("huge_logits"), move |lab| {
+            prefill(lab, kernel, &[(0, 40)], widths, storage, 1e4, false)
         }));
-        cases.push(Case::new(kernel.name(), "first_has_no_keys/f32", move |lab| {
-            prefill(lab, kernel, &[(0, 5), (0, 9)], widths, Storage::F32, 1.0, true)
+        cases.push(Case::new(kernel.name(), id("first_has_no_keys"), move |lab| {
+            prefill(lab, kernel, &[(0, 5), (0, 9)], widths, storage, 1.0, true)
         }));
     }
 }
@@ -875,14 +947,22 @@ fn prefills(cases: &mut Vec<Case>) {
 enum Prefill {
     Tiles,
     Rows,
+    Cooperative,
+    Cooperative8,
 }
 
 impl Prefill {
-    fn name(self) -> &'static str {
+    fn spec(self) -> &'static KernelSpec {
         match self {
-            Prefill::Tiles => attention_prefill::SPEC.name,
-            Prefill::Rows => attention_prefill_rows::SPEC.name,
+            Prefill::Tiles => &attention_prefill::SPEC,
+            Prefill::Rows => &attention_prefill_rows::SPEC,
+            Prefill::Cooperative => &attention_prefill_cooperative::SPEC,
+            Prefill::Cooperative8 => &attention_prefill_cooperative_8::SPEC,
         }
+    }
+
+    fn name(self) -> &'static str {
+        self.spec().name
     }
 }
 
@@ -904,6 +984,9 @@ fn prefill(
     spread: f32,
     first_has_no_keys: bool,
 ) -> Result<Vec<super::Outcome>> {
+    if let Some(outcomes) = skipped(kernel.spec(), lab.kernels) {
+        return Ok(outcomes);
+    }
     let batch = Batch::new(lengths, 3);
     let slots = batch.slots();
     let (mut table, mut visible) = (batch.sequences.clone(), batch.visible());
@@ -912,7 +995,13 @@ fn prefill(
         visible[..batch.counts[0] as usize].fill(0..0);
     }
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
-    let tolerance = attention_tolerance(d_query, slots.len(), spread.into());
+    let of_scores = attention_tolerance(d_query, slots.len(), spread.into());
+    // The reference rounds what the kernel rounds, but for the weights: each is off by at most 2⁻¹¹ of itself, and so are,
+    // as errors of random signs, their sums. The scores alone make lse.
+    let tolerance = match kernel {
+        Prefill::Tiles | Prefill::Rows => of_scores,
+        Prefill::Cooperative | Prefill::Cooperative8 => Tolerance { relative: of_scores.relative + HALF_ROUNDOFF },
+    };
     let context = lab.kernels.context().clone();
     every_tuning(attention_prefill::SPEC.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
@@ -973,6 +1062,14 @@ fn prefill(
                         let problem = attention_prefill_rows::Problem(problem);
                         attention_prefill_rows::encode(recording, &problem, args, tuning)?;
                     }
+                    Prefill::Cooperative => {
+                        let problem = attention_prefill_cooperative::Problem(problem);
+                        attention_prefill_cooperative::encode(recording, &problem, args, tuning)?;
+                    }
+                    Prefill::Cooperative8 => {
+                        let problem = attention_prefill_cooperative_8::Problem(problem);
+                        attention_prefill_cooperative_8::encode(recording, &problem, args, tuning)?;
+                    }
                 }
             }
             Ok(())
@@ -981,11 +1078,13 @@ fn prefill(
         let attend = match kernel {
             Prefill::Tiles => reference::attention_prefill,
             Prefill::Rows => reference::attention_prefill_rows,
+            Prefill::Cooperative => reference::attention_prefill_cooperative,
+            Prefill::Cooperative8 => reference::attention_prefill_cooperative_8,
         };
         let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, scale.into());
         let state = softmax.read_f32(lab.kernels, lab.queue)?;
         let lse: Vec<f32> = state.chunks(2 * slices).map(|slices| slices[0] + slices[1].ln()).collect();
-        Ok(vec![lab.compare(&values, &expected.values, tolerance)?, super::compare(&lse, &expected.lse, tolerance)])
+        Ok(vec![lab.compare(&values, &expected.values, tolerance)?, super::compare(&lse, &expected.lse, of_scores)])
     })
 }
 

@@ -76,6 +76,11 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
             AttentionConfig { hidden_size: 37, d_latent: 13, d_nope: 7, d_rope: 2, d_value: 11, ..base() },
             true,
         ),
+        (
+            "mla_whole_widths".to_owned(),
+            AttentionConfig { d_latent: 24, d_nope: 16, d_rope: 8, d_value: 16, ..base() },
+            true,
+        ),
         ("mla_wide_values".to_owned(), AttentionConfig { n_head: 2, d_value: 90, d_nope: 64, ..base() }, true),
     ];
     for norm in GateNorm::ALL {

@@ -6,7 +6,7 @@ use super::attention_decode::SPLIT;
 use super::{Problem as _, narrow, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Storage, Tuning};
+use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -26,6 +26,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// HEADS: heads of a workgroup.

@@ -7,7 +7,7 @@ use super::attention_grouped::{Args, Tiling, Widths, beta_element, softmax_word}
 use super::{Problem as _, attention_grouped};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, KernelSpec, Recording};
-use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -28,6 +28,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::SUBGROUP,
     subgroup: GROUPS,
+    cooperative: Cooperative::NONE,
 };
 
 /// (HEADS, AHEAD): heads of a workgroup, eight invocations each, and positions whose rows are asked for at once. AHEAD divides 8.

@@ -6,7 +6,7 @@ use super::norm::ROW_WORKGROUPS;
 use super::{Problem as _, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -24,6 +24,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: ROW_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// Uniform parameters, as in the shader.

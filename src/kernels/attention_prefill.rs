@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, attention_prefill_rows, narrow, nonzero, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -28,6 +28,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// (ROWS, CHUNK, VALUE_ROWS): 8 lanes share 4 queries, ROWS times.
@@ -146,6 +147,15 @@ impl Problem {
         Ok(())
     }
 
+    pub(super) fn validate_aligned(&self, kernel: &'static str) -> Result<()> {
+        if self.aligned() {
+            return Ok(());
+        }
+        let Problem { d_nope, d_rope, d_value, .. } = self;
+        let widths = format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4");
+        Err(Error::problem(kernel, widths))
+    }
+
     pub(super) fn params(&self) -> Params {
         Params {
             n_head: self.n_head,
@@ -185,11 +195,7 @@ impl super::Problem for Problem {
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         self.validate(SPEC.name)?;
-        if !self.aligned() {
-            let Problem { d_nope, d_rope, d_value, .. } = self;
-            let widths = format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4");
-            return Err(Error::problem(SPEC.name, widths));
-        }
+        self.validate_aligned(SPEC.name)?;
         let (rows, chunk, value_rows) = TUNINGS[setting(context, tuning)?];
         let columns = self.d_value.min(SLICE).div_ceil(LANES * 4);
         let staged = (rows * 4 + TILE_KV) * (chunk + 1) + TILE_KV * (rows + 1);

@@ -4,7 +4,7 @@ use super::attention_prefill::{Args, Params, SLICE, TUNINGS, setting, tile_q};
 use super::{Problem as _, attention_prefill};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording};
-use crate::plan::{Plan, PlanContext, Tuning};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -25,6 +25,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// Queries of an invocation.

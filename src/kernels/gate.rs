@@ -7,7 +7,7 @@ use super::{Problem as _, flag, nonzero, product, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -27,6 +27,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: ROW_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// Uniform parameters, as in the shader.

@@ -3,7 +3,7 @@
 use super::{Problem as _, matmul};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::plan::{Plan, PlanContext, Tuning};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning};
 
 pub use super::matmul::{Args, Layout, Params};
 
@@ -16,6 +16,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::SUBGROUP,
     subgroup: 4,
+    cooperative: Cooperative::NONE,
 };
 
 /// Columns of a workgroup of eight invocations; its rows are 8.

@@ -3,7 +3,7 @@
 use super::{Problem as _, matmul, product};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
-use crate::plan::{AdapterClass, Plan, PlanContext, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
 
 pub use super::matmul::{Args, Layout, Params};
 
@@ -16,6 +16,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// (WG_X, WG_Y): an invocation owns 8 × 8 results. Multiples of 4, since the shader moves quads about in groups of 8.

@@ -10,6 +10,8 @@ pub mod attention_grouped;
 pub mod attention_grouped_subgroup;
 pub mod attention_merge;
 pub mod attention_prefill;
+pub mod attention_prefill_cooperative;
+pub mod attention_prefill_cooperative_8;
 pub mod attention_prefill_rows;
 pub mod cache_append;
 pub mod cache_copy;
@@ -21,6 +23,7 @@ pub mod gather;
 pub mod group_ids;
 pub mod matmul;
 pub mod matmul_cooperative;
+pub mod matmul_cooperative_8;
 pub mod matmul_subgroup;
 pub mod matmul_vec4;
 pub mod matvec;
@@ -28,6 +31,8 @@ pub mod matvec_subgroup;
 pub mod matvec_vec4;
 pub mod norm;
 pub mod residual_add;
+pub mod roofline_cooperative;
+pub mod roofline_cooperative_8;
 pub mod roofline_copy;
 pub mod roofline_fma;
 pub mod rope;
@@ -46,6 +51,8 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &attention_grouped_subgroup::SPEC,
     &attention_merge::SPEC,
     &attention_prefill::SPEC,
+    &attention_prefill_cooperative::SPEC,
+    &attention_prefill_cooperative_8::SPEC,
     &attention_prefill_rows::SPEC,
     &cache_append::SPEC,
     &cache_copy::SPEC,
@@ -57,6 +64,7 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &group_ids::SPEC,
     &matmul::SPEC,
     &matmul_cooperative::SPEC,
+    &matmul_cooperative_8::SPEC,
     &matmul_subgroup::SPEC,
     &matmul_vec4::SPEC,
     &matvec::SPEC,
@@ -64,12 +72,20 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &matvec_vec4::SPEC,
     &norm::SPEC,
     &residual_add::SPEC,
+    &roofline_cooperative::SPEC,
+    &roofline_cooperative_8::SPEC,
     &roofline_copy::SPEC,
     &roofline_fma::SPEC,
     &rope::SPEC,
     &swiglu::SPEC,
     &word_scatter::SPEC,
 ];
+
+/// What the kernels that multiply cooperative matrices need of a device. wgpu hands the first out to those only who accept its
+/// experiments (`wgpu::ExperimentalFeatures`); [`Kernels::with_cooperative`](crate::kernel::Kernels::with_cooperative) takes
+/// the sizes.
+pub const COOPERATIVE_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
 
 /// Every feature that some variant of a kernel makes use of, beside experimental ones: what to ask of an adapter that has
 /// them. A device without them runs the other variants.

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, flag, nonzero, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -22,6 +22,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: ROW_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Plan, PlanContext, Tuning, fold_grid};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -16,6 +16,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: TUNINGS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// (WORKGROUP, EACH)

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, words};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -16,6 +16,7 @@ pub const SPEC: KernelSpec = KernelSpec {
     tunings: LINEAR_WORKGROUPS.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
+    cooperative: Cooperative::NONE,
 };
 
 /// Uniform parameters, as in the shader.

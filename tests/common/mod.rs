@@ -1,5 +1,8 @@
 //! The device of the GPU tests.
 
+#[path = "../../src/bin/egmla/experimental.rs"]
+mod experimental;
+
 use std::sync::{Arc, Mutex};
 
 use egmla::kernel::Kernels;
@@ -22,15 +25,15 @@ pub fn gpu() -> Gpu {
     let adapter = adapters
         .first()
         .expect("no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)");
-    let required_features = adapter.features() & egmla::kernels::optional_features();
-    let (device, queue) =
-        pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor { required_features, ..Default::default() }))
-            .expect("a device");
+    let (cooperative, experimental_features, matrices) = experimental::cooperative(adapter);
+    let required_features = adapter.features() & egmla::kernels::optional_features() | cooperative;
+    let descriptor = wgpu::DeviceDescriptor { required_features, experimental_features, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     let errors = Arc::new(Mutex::new(Vec::new()));
     let log = errors.clone();
     device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| log.lock().unwrap().push(error.to_string())));
     println!("adapter: {:?}", adapter.get_info());
-    Gpu { kernels: Kernels::new(&device).expect("kernels"), queue, errors }
+    Gpu { kernels: Kernels::new(&device).expect("kernels").with_cooperative(matrices), queue, errors }
 }
 
 impl Gpu {

@@ -92,7 +92,7 @@ pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Re
     let problem = matmul::Problem::linear(rows, inner, cols, false, Storage::F32);
     // As the attention layer chooses.
     let context = bench.kernels.context();
-    let shuffles = context.class == AdapterClass::Software && matmul_subgroup::SPEC.missing(context.features).is_none();
+    let shuffles = context.class == AdapterClass::Software && matmul_subgroup::SPEC.missing(context).is_none();
     let output = y.clone();
     let encode = move |recording: &mut Recording| {
         let args = matmul::Args { x: &x, w: &w, bias: &bias, y: &y };

@@ -10,6 +10,7 @@ use egmla::wgpu;
 
 use crate::cache_folder;
 use crate::console::{self, one_line};
+use crate::experimental;
 use crate::failure::Failure;
 
 /// `--adapter`, shared by every command that computes.
@@ -199,10 +200,12 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
     let required_limits = limits(adapter);
     // Neither changes what a kernel computes: one measures, the other makes a second start quicker.
     let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
+    let (cooperative, experimental_features, matrices) = experimental::cooperative(adapter);
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("egmla"),
-        required_features: adapter.features() & wanted,
+        required_features: adapter.features() & wanted | cooperative,
         required_limits,
+        experimental_features,
         ..Default::default()
     });
     let (device, queue) = pollster::block_on(request).map_err(|error| Failure::run(one_line(&error.to_string())))?;
@@ -221,7 +224,7 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
     });
     let info = adapter.get_info();
     let pipelines = pipeline_cache(&device, &info);
-    let mut kernels = Kernels::new(&device)?;
+    let mut kernels = Kernels::new(&device)?.with_cooperative(matrices);
     if let Some((cache, _)) = &pipelines {
         kernels = kernels.with_pipeline_cache(cache.clone());
     }

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::adapter;
 use crate::console;
+use crate::experimental;
 use crate::failure::Failure;
 use crate::options::ModelOption;
 
@@ -56,6 +57,8 @@ struct Adapter {
     subgroup_max_size: u32,
     timestamp_query: bool,
     cooperative_matrix: bool,
+    /// Cooperative matrices that the kernels use.
+    cooperative: Vec<&'static str>,
     pipeline_cache: bool,
     /// What `egmla tune` kept for this adapter and driver.
     tunings: Tunings,
@@ -126,10 +129,13 @@ impl Adapter {
         let features = adapter.features();
         let class = AdapterClass::of(&info);
         let tunings = adapter::tunings(&info);
+        let (cooperative_features, _, cooperative) = experimental::cooperative(adapter);
         let context = PlanContext {
             tunings: tunings.clone(),
-            features: adapter::features(adapter),
+            features: adapter::features(adapter) | cooperative_features,
             subgroup_min_size: info.subgroup_min_size,
+            subgroup_max_size: info.subgroup_max_size,
+            cooperative,
             ..PlanContext::new(adapter::limits(adapter), class)
         };
         Adapter {
@@ -153,6 +159,7 @@ impl Adapter {
             subgroup_max_size: info.subgroup_max_size,
             timestamp_query: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+            cooperative: cooperative.names(),
             pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
             tunings,
             variants: variants(&context),
@@ -167,6 +174,11 @@ impl Adapter {
             (true, low, high) if low == high => format!("{low} lanes"),
             (true, low, high) => format!("{low} to {high} lanes"),
         };
+        let cooperative = match (self.cooperative_matrix, &self.cooperative[..]) {
+            (false, _) => "no".to_owned(),
+            (true, []) => "of no size that is used".to_owned(),
+            (true, sizes) => sizes.join(", "),
+        };
         vec![
             ("backend", self.backend.clone()),
             ("driver", self.driver.clone()),
@@ -179,7 +191,7 @@ impl Adapter {
             ("shader-f16", yes(self.shader_f16)),
             ("subgroups", subgroups),
             ("timestamp query", yes(self.timestamp_query)),
-            ("cooperative matrix", yes(self.cooperative_matrix)),
+            ("cooperative matrix", cooperative),
             ("pipeline cache", yes(self.pipeline_cache)),
             ("tuned kernels", self.tunings.0.len().to_string()),
         ]

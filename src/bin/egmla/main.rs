@@ -11,6 +11,7 @@ mod check;
 mod console;
 mod engine;
 mod eval;
+mod experimental;
 mod failure;
 mod generate;
 mod info;

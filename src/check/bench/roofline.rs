@@ -6,7 +6,7 @@ use super::timer::Timer;
 use crate::cost::Costed;
 use crate::error::Result;
 use crate::kernel::{Kernels, Recording, Region};
-use crate::kernels::{roofline_copy, roofline_fma};
+use crate::kernels::{roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma};
 use crate::plan::{AdapterClass, Tuning};
 
 /// Ceilings of an adapter, and what a dispatch and a submission cost before they do anything.
@@ -40,7 +40,7 @@ impl Roofline {
         Ok(Roofline {
             copy_gb_s: copy(kernels, timer, software)?,
             fma_gflop_s: fma(kernels, timer, software)?,
-            cooperative_f16_gflop_s: None,
+            cooperative_f16_gflop_s: cooperative(kernels, timer, software)?,
             empty_dispatch_us: (idle(kernels, timer, 1 + DISPATCHES)?.0 - idle(kernels, timer, 1)?.0).max(0.0)
                 / f64::from(DISPATCHES),
             submit_wait_us: idle(kernels, timer, 1)?.1,
@@ -99,6 +99,31 @@ fn fma(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
         Ok(best(timer, &recording)?.0)
     })?;
     Ok(giga_per_second(problem.cost().flops, best))
+}
+
+/// By the largest matrices that are offered; `None` where none are.
+fn cooperative(kernels: &Kernels, timer: &Timer, software: bool) -> Result<Option<f64>> {
+    let by_16 = roofline_cooperative::SPEC.missing(kernels.context()).is_none();
+    if !by_16 && roofline_cooperative_8::SPEC.missing(kernels.context()).is_some() {
+        return Ok(None);
+    }
+    let (groups, trips) = if software { (64, 64) } else { (4096, 4096) };
+    let elements = |matrices: u32| u64::from(matrices * roofline_cooperative::SIDE * roofline_cooperative::SIDE);
+    let x = vec![0; 4 * elements(roofline_cooperative::FACTORS) as usize];
+    let x = Region::from(&kernels.upload("egmla.roofline.x", &x)?);
+    let y = kernels.allocate("egmla.roofline.y", 4 * elements(groups * roofline_cooperative::PRODUCTS))?;
+    let args = roofline_cooperative::Args { x: &x, y: &Region::from(&y) };
+    let problem = roofline_cooperative::Problem { groups, trips };
+    let by_8 = roofline_cooperative_8::Problem(problem);
+    let mut recording = Recording::new(kernels);
+    let flops = if by_16 {
+        roofline_cooperative::encode(&mut recording, &problem, args, Tuning::Auto)?;
+        problem.cost().flops
+    } else {
+        roofline_cooperative_8::encode(&mut recording, &by_8, args, Tuning::Auto)?;
+        by_8.cost().flops
+    };
+    Ok(Some(giga_per_second(flops, best(timer, &recording)?.0)))
 }
 
 /// Dispatches of one vector each: microseconds by the timer's clock, and as the host sees it.

@@ -1,0 +1,348 @@
+// Causal attention of a tile of queries over a tile of rebuilt keys and values by cooperative matrices of 16 × 16: f16 factors,
+// sums and softmax in f32. What it computes, its tables and its running state are those of attention_prefill:
+//
+//   s_j = f16(scale · q) · f16(k_j)   p_j = e^(s_j−m)   l = Σ_j p_j   values = Σ_j f16(p_j) f16(v_j)
+//
+// The key tile holds rows [kv_first, kv_first + kv_rows) of the step's row numbering (see cache_read). m is not the largest
+// score but at most RESERVE below it: a matrix cannot be scaled row by row, so it goes through workgroup memory for that, and
+// with a reserve this is seldom. e^RESERVE is far below what f16 holds; (m, l) mean the same whatever m is, and lse = m + ln l.
+// A product of 0 with a value that is not finite is not 0: where some query of the tile does not see some key of the block,
+// such a value is staged as 0 and its weight as NaN, which then is in the result of those queries alone that see it.
+// grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉); a workgroup takes 32 queries of a tile, 32 keys at a time; each of
+// four subgroups owns 16 × 16 of the scores and 32 × COLUMNS of the values. Further subgroups repeat one, and store the same.
+// Widths are multiples of 4.
+//
+// By reasoning, since no adapter here has these matrices (with 8 for 16 and half the tiles this is right on lavapipe): 32 keys
+// of 192 + 128 columns are 327 680 multiply-adds behind 14 barriers and 64 KiB of loads, 24 of them queries that the first
+// level of cache holds: 16 KiB of workgroup memory leave no room to keep those, or more keys, staged.
+
+enable f16;
+enable wgpu_cooperative_matrix;
+
+override WORKGROUP: u32 = 128u;                  // four subgroups or more, 32 to 256 invocations
+override PARTS: u32 = 1u;                        // workgroups of a query tile
+override COLUMNS: u32 = 32u;                     // value columns of a subgroup: 32 or 16
+override LANES: u32 = WORKGROUP / 32u;           // of a row of scores
+override VALUE_ROWS: u32 = 512u / COLUMNS;       // values staged at once
+override VALUE_PITCH: u32 = COLUMNS + 2u;        // fours of a staged row of values; padded as the chunk is
+
+const LOWEST: f32 = -3.4028234e38;
+const RESERVE: f32 = 4.0;
+const SIDE: u32 = 16u;
+const MATRIX: u32 = SIDE * SIDE;
+const TILE_Q: u32 = 32u;
+const TILE_KV: u32 = 32u;
+const QUADS: u32 = 16u;                          // fours of a chunk of queries and keys, staged at once
+const SCORE_PITCH: u32 = TILE_KV + 4u;
+const CHUNK_PITCH: u32 = QUADS + 2u;             // in fours: rows 16 bytes beyond a multiple of 128 meet different banks
+const WEIGHT_PITCH: u32 = TILE_KV / 4u + 2u;
+const VALUES: u32 = TILE_Q * WEIGHT_PITCH;       // where staged values begin, behind the weights
+
+struct Params {
+    n_head: u32,
+    d_nope: u32,
+    d_rope: u32,
+    d_value: u32,
+    kv_first: u32,
+    kv_rows: u32,
+    rope_pitch: u32,   // elements of a rope cache row
+    scale: f32,
+    first: u32,        // 1: start from the empty state
+    last: u32,         // 1: normalise
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
+@group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
+@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<f16>>;      // [cache rows, rope_pitch / 4]
+@group(0) @binding(4) var<storage, read> queries: array<vec4<u32>>;         // [query tiles] (first token, count, its position, sequence)
+@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;       // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(6) var<storage, read_write> values: array<f32>;          // [tokens, n_head, d_value]
+@group(0) @binding(7) var<storage, read_write> softmax: array<vec2<f32>>;   // [tokens, n_head, slices] (m, l)
+
+// A chunk of queries, then of keys; later weights [query, key], then values [key, column].
+var<workgroup> sh_stage: array<vec4<f16>, (TILE_Q + TILE_KV) * CHUNK_PITCH>;
+// [query, key] scores; a matrix of each subgroup's on its way from or to storage.
+var<workgroup> sh_scores: array<f32, TILE_Q * SCORE_PITCH>;
+var<workgroup> sh_part: array<f32, WORKGROUP>;   // [query, lane] maxima, at the end sums
+var<workgroup> sh_factor: array<f32, TILE_Q>;    // what the values of a query are multiplied by
+var<workgroup> sh_poison: array<u32, TILE_KV>;   // 1: the value of this key is not finite
+var<workgroup> sh_scaled: u32;                   // 1: some factor is not 1
+
+// Stages four halves, at a place in fours.
+fn stage_four(at: u32, four: vec4<f32>) {
+    sh_stage[at] = vec4<f16>(four);
+}
+
+// Which of four numbers round to halves that are not finite. By their bits: shaders may be compiled as if there were no NaN.
+fn overflows(four: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(four) & vec4<u32>(0x7fffffffu)) >= vec4<u32>(0x477ff000u);
+}
+
+// Fills each subgroup's matrix (i, j) of the running values; `column0` is the slice's first. Rows past `count` are 0.
+fn begin_values(i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32) {
+    workgroupBarrier();
+    for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
+        let row = i * SIDE + e % MATRIX / SIDE;
+        let column = column0 + e / MATRIX * COLUMNS + j * SIDE + e % SIDE;
+        var value = 0.0;
+        if (params.first == 0u && row < count && column < params.d_value) {
+            value = values[out + row * params.n_head * params.d_value + column];
+        }
+        sh_scores[e] = value;
+    }
+    workgroupBarrier();
+}
+
+// Multiplies the rows of each subgroup's matrix, of the i-th row of matrices, by their factors.
+fn scaled_16(sums: coop_mat16x16<f32, C>, i: u32, local: u32, own: u32) -> coop_mat16x16<f32, C> {
+    coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
+    workgroupBarrier();
+    for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
+        sh_scores[e] *= sh_factor[i * SIDE + e % MATRIX / SIDE];
+    }
+    workgroupBarrier();
+    let result = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    workgroupBarrier();
+    return result;
+}
+
+// Writes each subgroup's matrix (i, j), times its rows' factors.
+fn end_values_16(sums: coop_mat16x16<f32, C>, i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32, own: u32) {
+    coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
+    workgroupBarrier();
+    for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
+        let row = i * SIDE + e % MATRIX / SIDE;
+        let column = column0 + e / MATRIX * COLUMNS + j * SIDE + e % SIDE;
+        if (row < count && column < params.d_value) {
+            values[out + row * params.n_head * params.d_value + column] = sh_scores[e] * sh_factor[row];
+        }
+    }
+    workgroupBarrier();
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    @builtin(subgroup_id) subgroup: u32,
+) {
+    let tile = queries[group.x / PARTS];
+    let sequence = sequences[tile.w];
+    let head = group.y;
+    // Widths and pitches in fours.
+    let nope = params.d_nope / 4u;
+    let width = (params.d_nope + params.d_rope) / 4u;
+    let value_width = params.d_value / 4u;
+    let kv_row = params.n_head * (nope + value_width);
+    let column0 = group.z * 128u;
+
+    // This workgroup's queries, of the tile's.
+    let skipped = group.x % PARTS * TILE_Q;
+    let count = min(max(tile.y, skipped) - skipped, TILE_Q);
+    let token0 = tile.x + skipped;
+    let position0 = tile.z + skipped;
+    let out = (token0 * params.n_head + head) * params.d_value;
+    let own = subgroup % 4u;
+
+    // A row of scores.
+    let row = local / LANES;
+    let lane = local % LANES;
+    let state = ((token0 + row) * params.n_head + head) * groups.z + group.z;
+
+    // Keys of this tile that belong to the sequence and that the last query may see.
+    let tile_end = params.kv_first + params.kv_rows;
+    let begin = max(params.kv_first, sequence.x) - sequence.x;
+    var end = 0u;
+    if (tile_end > sequence.x && count > 0u) {
+        end = min(min(tile_end - sequence.x, sequence.z), position0 + count);
+    }
+
+    var best = LOWEST;
+    var sum = 0.0;                         // over the keys of this lane
+    if (params.first == 0u && row < count) {
+        let before = softmax[state];
+        best = before.x;
+        if (lane == 0u) {
+            sum = before.y;
+        }
+    }
+    // valueIJ: rows I · SIDE, columns J · SIDE of the subgroup's.
+    begin_values(0u, 0u, out, count, column0, local);
+    var value00 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    begin_values(0u, 1u, out, count, column0, local);
+    var value01 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    begin_values(1u, 0u, out, count, column0, local);
+    var value10 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    begin_values(1u, 1u, out, count, column0, local);
+    var value11 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    workgroupBarrier();
+    for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
+        sh_scores[e] = 0.0;
+    }
+    workgroupBarrier();
+    let zero = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    let score_at = own / 2u * 16u * SCORE_PITCH + own % 2u * 16u;
+
+    for (var key0 = begin; key0 < end; key0 += TILE_KV) {
+        let kv_base = (sequence.x + key0 - params.kv_first) * kv_row + head * (nope + value_width);
+        let rope_base = (sequence.y + key0) * params.rope_pitch / 4u;
+        // Some query does not see some key.
+        let ragged = key0 + TILE_KV > position0 + 1u;
+        if (local < TILE_KV) {
+            sh_poison[local] = 0u;
+        }
+        if (local == 0u) {
+            sh_scaled = 0u;
+        }
+        var score00 = zero;
+        for (var d0 = 0u; d0 < width; d0 += QUADS) {
+            workgroupBarrier();
+            for (var e = local; e < TILE_Q * QUADS; e += WORKGROUP) {
+                let d = d0 + e % QUADS;
+                let r = e / QUADS;
+                var four = vec4<f32>(0.0);
+                if (d < width && r < count) {
+                    four = params.scale * q[((token0 + r) * params.n_head + head) * width + d];
+                }
+                stage_four(r * CHUNK_PITCH + (e % QUADS), four);
+            }
+            for (var e = local; e < TILE_KV * QUADS; e += WORKGROUP) {
+                let d = d0 + e % QUADS;
+                let r = e / QUADS;
+                var four = vec4<f32>(0.0);
+                if (d < width && key0 + r < end) {
+                    if (d < nope) {
+                        four = kv[kv_base + r * kv_row + d];
+                    } else {
+                        four = vec4<f32>(rope_cache[rope_base + r * params.rope_pitch / 4u + d - nope]);
+                    }
+                }
+                stage_four((TILE_Q + r) * CHUNK_PITCH + (e % QUADS), four);
+            }
+            workgroupBarrier();
+            let q_at = own / 2u * 16u * CHUNK_PITCH;
+            let k_at = (TILE_Q + own % 2u * 16u) * CHUNK_PITCH;
+            for (var d = 0u; d < QUADS; d += SIDE / 4u) {
+                let a0 = coopLoadT<coop_mat16x16<f16, A>>(&sh_stage[q_at + d], CHUNK_PITCH);
+                let b0 = coopLoad<coop_mat16x16<f16, B>>(&sh_stage[k_at + d], CHUNK_PITCH);
+                score00 = coopMultiplyAdd(a0, b0, score00);
+            }
+        }
+        coopStoreT(score00, &sh_scores[score_at], SCORE_PITCH);
+        if (ragged) {
+            for (var e = local; e < TILE_KV * COLUMNS; e += WORKGROUP) {
+                let r = e / COLUMNS;
+                let column = column0 / 4u + e % COLUMNS;
+                if (column < value_width && key0 + r < end) {
+                    if (any(overflows(kv[kv_base + r * kv_row + nope + column]))) {
+                        sh_poison[r] = 1u;
+                    }
+                }
+            }
+        }
+        workgroupBarrier();
+
+        // Keys of this block that the query sees, from its first: none for a query before the block.
+        let seen = min(max(position0 + row + 1u, key0) - key0, min(end - key0, TILE_KV));
+        var next = LOWEST;
+        for (var key = 4u * lane; key < seen; key += 4u * LANES) {
+            for (var k = key; k < min(key + 4u, seen); k++) {
+                next = max(next, sh_scores[row * SCORE_PITCH + k]);
+            }
+        }
+        sh_part[local] = next;
+        workgroupBarrier();
+        for (var l = 0u; l < LANES; l++) {
+            next = max(next, sh_part[row * LANES + l]);
+        }
+        var shrink = 1.0;
+        if (next > best + RESERVE) {
+            // Of an empty state nothing is there to shrink.
+            shrink = select(exp(best - next), 1.0, best == LOWEST);
+            best = next;
+        }
+        if (shrink != 1.0) {
+            sh_scaled = 1u;
+        }
+        if (lane == 0u) {
+            sh_factor[row] = shrink;
+        }
+        sum *= shrink;
+        // Not a constant, which may not be NaN.
+        let nan = bitcast<f32>(0x7fc00000u | params.first);
+        for (var key = 4u * lane; key < TILE_KV; key += 4u * LANES) {
+            let at = row * SCORE_PITCH + key;
+            let keys = vec4<u32>(key) + vec4<u32>(0u, 1u, 2u, 3u);
+            let poison = vec4<u32>(sh_poison[key], sh_poison[key + 1u], sh_poison[key + 2u], sh_poison[key + 3u]);
+            let scores = vec4<f32>(sh_scores[at], sh_scores[at + 1u], sh_scores[at + 2u], sh_scores[at + 3u]);
+            // A masked key weighs 0, not e^0.
+            let unseen = keys >= vec4<u32>(seen);
+            let p = select(exp(scores - best), vec4<f32>(0.0), unseen);
+            sum += p.x + p.y + p.z + p.w;
+            stage_four(row * WEIGHT_PITCH + key / 4u, select(p, vec4<f32>(nan), (poison == vec4<u32>(1u)) & !unseen));
+        }
+        if (workgroupUniformLoad(&sh_scaled) == 1u) {
+            value00 = scaled_16(value00, 0u, local, own);
+            value10 = scaled_16(value10, 1u, local, own);
+            if (COLUMNS == 32u) {
+                value01 = scaled_16(value01, 0u, local, own);
+                value11 = scaled_16(value11, 1u, local, own);
+            }
+        }
+
+        for (var k0 = 0u; k0 < TILE_KV; k0 += VALUE_ROWS) {
+            workgroupBarrier();
+            for (var e = local; e < VALUE_ROWS * COLUMNS; e += WORKGROUP) {
+                let r = k0 + e / COLUMNS;
+                let column = column0 / 4u + e % COLUMNS;
+                var four = vec4<f32>(0.0);
+                if (column < value_width && key0 + r < end) {
+                    four = kv[kv_base + r * kv_row + nope + column];
+                    four = select(four, vec4<f32>(0.0), overflows(four) & vec4<bool>(ragged));
+                }
+                stage_four(VALUES + e / COLUMNS * VALUE_PITCH + (e % COLUMNS), four);
+            }
+            workgroupBarrier();
+            let v_at = VALUES + own * COLUMNS / 4u;
+            for (var k = 0u; k < VALUE_ROWS; k += SIDE) {
+                let a0 = coopLoadT<coop_mat16x16<f16, A>>(&sh_stage[(k0 + k) / 4u], WEIGHT_PITCH);
+                let a1 = coopLoadT<coop_mat16x16<f16, A>>(&sh_stage[(k0 + k) / 4u + SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
+                let b0 = coopLoadT<coop_mat16x16<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH], VALUE_PITCH);
+                value00 = coopMultiplyAdd(a0, b0, value00);
+                value10 = coopMultiplyAdd(a1, b0, value10);
+                if (COLUMNS == 32u) {
+                    let b1 = coopLoadT<coop_mat16x16<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH + SIDE / 4u], VALUE_PITCH);
+                    value01 = coopMultiplyAdd(a0, b1, value01);
+                    value11 = coopMultiplyAdd(a1, b1, value11);
+                }
+            }
+        }
+    }
+
+    workgroupBarrier();
+    sh_part[local] = sum;
+    workgroupBarrier();
+    sum = 0.0;
+    for (var l = 0u; l < LANES; l++) {
+        sum += sh_part[row * LANES + l];
+    }
+    if (lane == 0u) {
+        var factor = 1.0;
+        if (params.last == 1u) {
+            factor = select(0.0, 1.0 / sum, sum > 0.0);
+        }
+        sh_factor[row] = factor;
+        if (row < count) {
+            softmax[state] = vec2<f32>(best, sum);
+        }
+    }
+    workgroupBarrier();
+    end_values_16(value00, 0u, 0u, out, count, column0, local, own);
+    end_values_16(value10, 1u, 0u, out, count, column0, local, own);
+    if (COLUMNS == 32u) {
+        end_values_16(value01, 0u, 1u, out, count, column0, local, own);
+        end_values_16(value11, 1u, 1u, out, count, column0, local, own);
+    }
+}

@@ -1,0 +1,20 @@
+//! The one place that accepts wgpu's experiments: `tests/common` takes this file too.
+
+use egmla::kernels::COOPERATIVE_FEATURES;
+use egmla::plan::Cooperative;
+use egmla::wgpu;
+
+/// What to open an adapter's device with for the kernels that multiply cooperative matrices, and which it has: nothing where
+/// it has none that they use.
+pub fn cooperative(adapter: &wgpu::Adapter) -> (wgpu::Features, wgpu::ExperimentalFeatures, Cooperative) {
+    let matrices = Cooperative::of(&adapter.cooperative_matrix_properties());
+    if matrices == Cooperative::NONE || !adapter.features().contains(COOPERATIVE_FEATURES) {
+        return (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled(), Cooperative::NONE);
+    }
+    // SAFETY: what wgpu leaves unchecked of this feature is checked here. Only shaders of this crate are compiled; they load
+    // and store whole matrices inside of their workgroup arrays alone, at offsets that their plans bound, in control flow that
+    // is the same in all of a subgroup; and `Cooperative::of` keeps to sizes and types that the adapter lists.
+    #[expect(unsafe_code, reason = "wgpu hands out its experiments to those only who vouch for their use")]
+    let accepted = unsafe { wgpu::ExperimentalFeatures::enabled() };
+    (COOPERATIVE_FEATURES, accepted, matrices)
+}
