@@ -15,6 +15,11 @@ pub struct Gpu {
 /// features that variants of the kernels use, where it has them. No adapter is a failure: a test that compared nothing must
 /// not pass.
 pub fn gpu() -> Gpu {
+    gpu_with(wgpu::Limits::default())
+}
+
+/// The same with other limits.
+pub fn gpu_with(required_limits: wgpu::Limits) -> Gpu {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
     let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
@@ -23,9 +28,8 @@ pub fn gpu() -> Gpu {
         .first()
         .expect("no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)");
     let required_features = adapter.features() & egmla::kernels::optional_features();
-    let (device, queue) =
-        pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor { required_features, ..Default::default() }))
-            .expect("a device");
+    let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     let errors = Arc::new(Mutex::new(Vec::new()));
     let log = errors.clone();
     device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| log.lock().unwrap().push(error.to_string())));
