@@ -1,10 +1,12 @@
-// Writes the latents and rotary keys of new tokens to their rows of the cache; rotates the keys on the way.
+// Writes the latents and rotary keys of new tokens to their rows of the cache, rotates the keys on the way and the queries
+// in place.
 //
-//   latents[slots[t], :] = latent[t, :]    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    (see rope)
+//   latents[slots[t], :] = latent[t, :]    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    q_R[t, h] ← RoPE_t(q_R[t, h])
 //
 // Rows of the cache are padded with zeros to 16 bytes, so that an invocation always owns whole words. In f16 storage
 // finite values beyond ±65504 are stored as ±65504; NaN stays NaN, so that a broken model shows.
-// grid: one invocation a word (latent words and rope words of every token), folded into x and y.
+// grid: one invocation a word (latent words and rope words of every token), then one a pair of every head of every token,
+// folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
 override ROTATE: u32 = 0u;       // 0 not at all, 1 pairs (2i, 2i+1), 2 pairs (i, i + d_rope/2)
@@ -21,6 +23,10 @@ struct Params {
     rope_row: u32,
     rope_words: u32,     // words of a rope cache row
     rope_cache: u32,     // first word of the rotary keys in `cache`
+    q_heads: u32,        // heads to rotate; 0 for none
+    q_offset: u32,
+    q_row: u32,
+    q_head: u32,         // elements from one head to the next
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -29,6 +35,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> rotations: array<vec2<f32>>;     // [tokens, d_rope / 2] (cos, sin)
 @group(0) @binding(4) var<storage, read> slots: array<u32>;               // [tokens] rows of the cache
 @group(0) @binding(5) var<storage, read_write> cache: array<u32>;         // [cache rows, latent_words], [cache rows, rope_words]
+@group(0) @binding(6) var<storage, read_write> q: array<f32>;             // q_offset + t·q_row + h·q_head + i
 
 fn latent_at(token: u32, i: u32) -> f32 {
     if (i >= params.d_latent) {
@@ -71,6 +78,25 @@ fn pack(a: f32, b: f32) -> u32 {
     return pack2x16float(vec2<f32>(bounded(a), bounded(b)));
 }
 
+// Rotates one pair of a head in place.
+fn rotate(index: u32) {
+    let pairs = params.d_rope / 2u;
+    let pair = index % pairs;
+    let head = index / pairs % params.q_heads;
+    let token = index / pairs / params.q_heads;
+    if (token >= params.tokens) {
+        return;
+    }
+    let base = params.q_offset + token * params.q_row + head * params.q_head;
+    let first = base + select(pair, 2u * pair, ROTATE == 1u);
+    let second = select(first + pairs, first + 1u, ROTATE == 1u);
+    let turn = rotations[token * pairs + pair];
+    let a = q[first];
+    let b = q[second];
+    q[first] = a * turn.x - b * turn.y;
+    q[second] = a * turn.y + b * turn.x;
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -81,6 +107,9 @@ fn main(
     let words = params.latent_words + params.rope_words;
     let token = index / words;
     if (token >= params.tokens) {
+        if (params.q_heads > 0u && params.d_rope > 0u) {
+            rotate(index - params.tokens * words);
+        }
         return;
     }
     let slot = slots[token];

@@ -1,14 +1,15 @@
-// Reads a tile of cached latents, with their token ids and cache rows, for the kernels that rebuild keys and values.
+// Reads a tile of cached latents, with their cache rows and the gate embeddings of their token ids, for the kernels that rebuild
+// keys and values.
 //
 // The sequences of a step stand one after another in one row numbering; each begins at `sequences[s].x`, a multiple of
-// the split length, so rows past a sequence's end exist: they read as latent 0, id 0 and slot u32 max.
+// the split length, so rows past a sequence's end exist: they read as latent 0, embedding 0 and slot u32 max.
 //
-//   latent[r, :] = latent_cache[slot(first_row + r), :]
+//   latent[r, :] = latent_cache[slot(first_row + r), :]    embedding[r, :] = gate_embedding[id_cache[slot(first_row + r)], :]
 //
-// grid: one invocation an element of latent, folded into x and y.
+// grid: one invocation an element of a row of latent and one of embedding, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
-override WITH_IDS: u32 = 0u;
+override TABLE_F16: u32 = 0u;
 override WORKGROUP: u32 = 64u;
 
 struct Params {
@@ -17,15 +18,18 @@ struct Params {
     d_latent: u32,
     latent_pitch: u32,    // elements of a latent cache row
     n_sequence: u32,
+    d_gate: u32,          // 0: no embeddings
+    table_row: u32,       // elements from one row of gate_embedding to the next
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> latent_cache: array<u32>;        // [cache rows, latent_pitch]
 @group(0) @binding(2) var<storage, read> id_cache: array<u32>;            // [cache rows]
 @group(0) @binding(3) var<storage, read> sequences: array<vec4<u32>>;     // [n_sequence] (first row, first cache row, length, token)
-@group(0) @binding(4) var<storage, read_write> latent: array<f32>;        // [rows, d_latent]
-@group(0) @binding(5) var<storage, read_write> ids: array<u32>;           // [rows]
-@group(0) @binding(6) var<storage, read_write> slots: array<u32>;         // [rows]
+@group(0) @binding(4) var<storage, read> gate_embedding: array<u32>;      // [vocab, table_row]
+@group(0) @binding(5) var<storage, read_write> latent: array<f32>;        // [rows, d_latent]
+@group(0) @binding(6) var<storage, read_write> embedding: array<f32>;     // [rows, d_gate]
+@group(0) @binding(7) var<storage, read_write> slots: array<u32>;         // [rows]
 
 // Word that holds element i of a tensor in f32 or f16 storage.
 fn word_of(i: u32) -> u32 {
@@ -39,6 +43,15 @@ fn decode(word: u32, i: u32) -> f32 {
         return select(pair.x, pair.y, (i & 1u) == 1u);
     }
     return bitcast<f32>(word);
+}
+
+// Element i of `gate_embedding`.
+fn embedding_at(i: u32) -> f32 {
+    if (TABLE_F16 == 1u) {
+        let pair = unpack2x16float(gate_embedding[i >> 1u]);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(gate_embedding[i]);
 }
 
 // Index of the last sequence that begins at or before `row`.
@@ -63,8 +76,9 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = (group.y * groups.x + group.x) * WORKGROUP + lane;
-    let row = index / params.d_latent;
-    let column = index % params.d_latent;
+    let columns = params.d_latent + params.d_gate;
+    let row = index / columns;
+    let column = index % columns;
     if (row >= params.rows) {
         return;
     }
@@ -74,19 +88,20 @@ fn main(
     let valid = position < sequence.z;
     let slot = sequence.y + position;
     var value = 0.0;
+    if (column >= params.d_latent) {
+        let i = column - params.d_latent;
+        if (valid) {
+            value = embedding_at(id_cache[slot] * params.table_row + i);
+        }
+        embedding[row * params.d_gate + i] = value;
+        return;
+    }
     if (valid) {
         let i = slot * params.latent_pitch + column;
         value = decode(latent_cache[word_of(i)], i);
     }
-    latent[index] = value;
+    latent[row * params.d_latent + column] = value;
     if (column == 0u) {
         slots[row] = select(0xffffffffu, slot, valid);
-        if (WITH_IDS == 1u) {
-            var id = 0u;
-            if (valid) {
-                id = id_cache[slot];
-            }
-            ids[row] = id;
-        }
     }
 }

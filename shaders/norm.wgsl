@@ -3,7 +3,8 @@
 //   RMSNorm:   y = x / √(mean(x²) + eps) · weight
 //   LayerNorm: y = (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias
 //
-// grid: one workgroup a row, folded into x and y.
+// A row may hold a second segment behind the first, with a norm of its own.
+// grid: one workgroup a segment, all first ones before all second ones, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
 override CENTER: u32 = 0u;       // 1: LayerNorm
@@ -13,6 +14,7 @@ override WORKGROUP: u32 = 64u;
 struct Params {
     rows: u32,
     width: u32,
+    second: u32,     // width of the second segment; 0 for none
     x_offset: u32,
     x_row: u32,
     eps: f32,
@@ -20,9 +22,9 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<f32>;           // x_offset + row·x_row + i
-@group(0) @binding(2) var<storage, read> weight: array<u32>;      // [width]
-@group(0) @binding(3) var<storage, read> bias: array<u32>;        // [width]
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;     // [rows, width]
+@group(0) @binding(2) var<storage, read> weight: array<u32>;      // [width + second]
+@group(0) @binding(3) var<storage, read> bias: array<u32>;        // [width + second]
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;     // [rows, width + second]
 
 var<workgroup> sh_sum: array<f32, WORKGROUP>;
 
@@ -61,32 +63,37 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = group.y * groups.x + group.x;
+    let index = group.y * groups.x + group.x;
+    let is_second = index >= params.rows;
+    let row = select(index, index - params.rows, is_second);
     if (row >= params.rows) {
         return;
     }
-    let base = params.x_offset + row * params.x_row;
-    let width = f32(params.width);
+    let first = select(0u, params.width, is_second);
+    let width = select(params.width, params.second, is_second);
+    let base = params.x_offset + row * params.x_row + first;
+    let y_base = row * (params.width + params.second) + first;
     var mean = 0.0;
     if (CENTER == 1u) {
         var sum = 0.0;
-        for (var i = lane; i < params.width; i += WORKGROUP) {
+        for (var i = lane; i < width; i += WORKGROUP) {
             sum += x[base + i];
         }
-        mean = workgroup_sum(lane, sum) / width;
+        mean = workgroup_sum(lane, sum) / f32(width);
     }
     // A second pass over the centred values: E[x²] − mean² would cancel.
     var squares = 0.0;
-    for (var i = lane; i < params.width; i += WORKGROUP) {
+    for (var i = lane; i < width; i += WORKGROUP) {
         let centred = x[base + i] - mean;
         squares += centred * centred;
     }
-    let scale = inverseSqrt(workgroup_sum(lane, squares) / width + params.eps);
-    for (var i = lane; i < params.width; i += WORKGROUP) {
-        var value = (x[base + i] - mean) * scale * decode(weight[word_of(i)], i);
+    let scale = inverseSqrt(workgroup_sum(lane, squares) / f32(width) + params.eps);
+    for (var i = lane; i < width; i += WORKGROUP) {
+        let at = first + i;
+        var value = (x[base + i] - mean) * scale * decode(weight[word_of(at)], at);
         if (HAS_BIAS == 1u) {
-            value += decode(bias[word_of(i)], i);
+            value += decode(bias[word_of(at)], at);
         }
-        y[row * params.width + i] = value;
+        y[y_base + i] = value;
     }
 }

@@ -25,10 +25,10 @@ use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
     attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
-    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul,
-    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
-    product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
-    word_scatter,
+    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
+    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
+    matvec_vec4, norm, norm_vec4, product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
+    roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::Storage;
 
@@ -140,16 +140,23 @@ impl Costed for matvec_vec4::Problem {
 
 impl Costed for norm::Problem {
     fn cost(&self) -> Cost {
-        let norm::Problem { rows, width, kind, bias, storage, .. } = *self;
+        let norm::Problem { rows, width, second, kind, bias, storage, .. } = *self;
+        let (whole, segments) = (width.saturating_add(second), if second > 0 { 2 } else { 1 });
         // Square and sum, scale, weight; LayerNorm also sums and centres.
         let (element, row) = match kind {
             norm::Kind::Rms => (4, 3),
             norm::Kind::Layer => (6, 4),
         };
         cost(
-            &[times(element + u64::from(bias), &[rows, width]), times(row, &[rows])],
-            &[times(8, &[rows, width]), times(storage.bytes() * (1 + u64::from(bias)), &[width])],
+            &[times(element + u64::from(bias), &[rows, whole]), times(row, &[rows, segments])],
+            &[times(8, &[rows, whole]), times(storage.bytes() * (1 + u64::from(bias)), &[whole])],
         )
+    }
+}
+
+impl Costed for norm_vec4::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -194,16 +201,23 @@ impl Costed for gate::Problem {
     }
 }
 
+impl Costed for gate_vec4::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
 impl Costed for cache_append::Problem {
     fn cost(&self) -> Cost {
-        let cache_append::Problem { tokens, d_latent, d_rope, interleave, storage, .. } = *self;
+        let cache_append::Problem { tokens, d_latent, d_rope, interleave, queries, storage, .. } = *self;
         let rotated = if interleave.is_some() { d_rope } else { 0 };
         // The padding of a cache row is written too.
         let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
         cost(
-            &[times(3, &[tokens, rotated])],
+            &[times(3, &[tokens, rotated]), times(3, &[tokens, queries.n_head, rotated])],
             &[
                 times(4, &[tokens, rotated]),
+                times(8, &[tokens, queries.n_head, rotated]),
                 times(4, &[tokens, d_latent]),
                 times(4, &[tokens, d_rope]),
                 times(4, &[tokens]),
@@ -211,6 +225,12 @@ impl Costed for cache_append::Problem {
                 written[1],
             ],
         )
+    }
+}
+
+impl Costed for cache_append_vec4::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -222,7 +242,7 @@ impl Costed for cache_copy::Problem {
 
 impl Costed for cache_read::Problem {
     fn cost(&self) -> Cost {
-        let cache_read::Problem { rows, cache_rows, d_latent, n_sequence, with_ids, storage, .. } = *self;
+        let cache_read::Problem { rows, cache_rows, d_latent, n_sequence, table, storage, .. } = *self;
         let cached = rows.min(cache_rows);
         cost(
             &[],
@@ -231,7 +251,12 @@ impl Costed for cache_read::Problem {
                 times(16, &[n_sequence]),
                 times(4, &[rows, d_latent]),
                 times(4, &[rows]),
-                when(with_ids, times(4, &[cached]) + times(4, &[rows])),
+                // An id a row, each embedding once at most.
+                table.map_or(0, |table| {
+                    let ids = times(4, &[cached]);
+                    let read = times(table.storage.bytes(), &[cached.min(table.vocab_size), table.d_gate]);
+                    ids + read + times(4, &[rows, table.d_gate])
+                }),
             ],
         )
     }
@@ -590,7 +615,11 @@ fn rebuilding(config: &AttentionConfig, cached: u32, cache_storage: Storage, sto
         cache_rows: cached,
         d_latent,
         n_sequence: 1,
-        with_ids: config.up_projected_gate().is_some(),
+        table: config.up_projected_gate().map(|gate| cache_read::Table {
+            d_gate: gate.d_gate,
+            vocab_size: gate.vocab_size,
+            storage,
+        }),
         storage: cache_storage,
     };
     let gated = config.up_projected_gate().map_or(Cost::default(), |gate| {
@@ -751,10 +780,8 @@ pub fn causal(problem: &attention_prefill::Problem) -> Cost {
     Cost { flops: (flops.saturating_add(one)) / 2, bytes }
 }
 
-/// Table rows, their projection, and the gate itself.
+/// The projection of embeddings, and the gate itself.
 fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, storage: Storage) -> Cost {
-    let (width_of_row, vocab_size) = (config.d_gate, config.vocab_size);
-    let table = gather::Problem { rows, width: width_of_row, table_row: width_of_row, vocab_size, storage };
     let gate = gate::Problem {
         rows,
         width,
@@ -766,7 +793,7 @@ fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, stora
         statistics_rows,
         storage,
     };
-    table.cost() + linear(rows, config.d_gate, width, false, storage) + gate.cost()
+    linear(rows, config.d_gate, width, false, storage) + gate.cost()
 }
 
 /// What every path does for new tokens: queries, latents and rotary keys into the cache, outputs.
@@ -775,19 +802,24 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
     let d_q = n_head * config.d_query();
     let rms = |width: u32| {
         let (x_offset, x_row, eps) = (0, width, 0.0);
-        norm::Problem { rows: tokens, width, x_offset, x_row, eps, kind: norm::Kind::Rms, bias: false, storage }.cost()
+        let (kind, second, bias) = (norm::Kind::Rms, 0, false);
+        norm::Problem { rows: tokens, width, second, x_offset, x_row, eps, kind, bias, storage }.cost()
     };
-    let rotated = |n_head: u32| {
-        let (offset, token_stride, head_stride, interleave) = (0, 0, d_rope, config.rope.interleave);
-        rope::Problem { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave }.cost()
-    };
-    let query = match config.d_q_latent {
-        None => linear(tokens, hidden_size, d_q, false, storage),
+    let d_kv_a = d_latent + d_rope;
+    let down = match config.d_q_latent {
+        None => linear(tokens, hidden_size, d_q, false, storage) + linear(tokens, hidden_size, d_kv_a, bias, storage),
+        // Both go down in one product.
         Some(rank) => {
-            linear(tokens, hidden_size, rank, bias, storage) + rms(rank) + linear(tokens, rank, d_q, false, storage)
+            linear(tokens, hidden_size, rank + d_kv_a, bias, storage)
+                + rms(rank)
+                + linear(tokens, rank, d_q, false, storage)
         }
     };
-    let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| gated(gate, tokens, d_latent, 0, storage));
+    let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| {
+        let (width, vocab_size) = (gate.d_gate, gate.vocab_size);
+        let table = gather::Problem { rows: tokens, width, table_row: width, vocab_size, storage };
+        table.cost() + gated(gate, tokens, d_latent, 0, storage)
+    });
     let append = cache_append::Problem {
         tokens,
         cache_rows: tokens,
@@ -798,13 +830,11 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         rope_offset: 0,
         rope_row: d_rope,
         interleave: Some(config.rope.interleave),
+        queries: cache_append::Queries { n_head, offset: 0, row: d_q, head: config.d_query() },
         rope_byte: 0,
         storage,
     };
-    query
-        + rotated(n_head)
-        + linear(tokens, hidden_size, d_latent + d_rope, bias, storage)
-        + rms(d_latent)
+    down + rms(d_latent)
         + latent_gate
         + append.cost()
         + linear(tokens, n_head * config.d_value, hidden_size, bias, storage)
@@ -978,14 +1008,34 @@ mod tests {
                     rope_offset: 0,
                     rope_row: 2,
                     interleave: Some(true),
+                    queries: cache_append::Queries::default(),
                     rope_byte: 144,
                     storage: f16,
                 },
                 18,
                 24 + 84 + 12 + 3 * 32,
             ),
+            // A pair of 2 heads a token more than of keys: 6 FLOPs a pair, read and written.
+            entry(
+                cache_append_vec4::Problem(cache_append::Problem {
+                    tokens: 3,
+                    cache_rows: 9,
+                    d_latent: 8,
+                    latent_offset: 0,
+                    latent_row: 8,
+                    d_rope: 8,
+                    rope_offset: 0,
+                    rope_row: 8,
+                    interleave: Some(true),
+                    queries: cache_append::Queries { n_head: 2, offset: 0, row: 16, head: 8 },
+                    rope_byte: 144,
+                    storage: f16,
+                }),
+                3 * 4 * 6 + 6 * 4 * 6,
+                3 * (32 + 32 + 32 + 4 + 32) + 6 * 64,
+            ),
             entry(cache_copy::Problem { words: 10, from_word: 0, to_word: 10 }, 0, 80),
-            // In: 6 rows of cache (10 are asked for) · (5·2 + 4), table 2·16. Out: 10 · (5·4 + 4 + 4).
+            // In: 6 rows of cache (10 are asked for) · (5·2 + 4), table 2·16, 6 embeddings of 3·4. Out: 10 · (5·4 + 3·4 + 4).
             entry(
                 cache_read::Problem {
                     first_row: 0,
@@ -993,11 +1043,11 @@ mod tests {
                     cache_rows: 6,
                     d_latent: 5,
                     n_sequence: 2,
-                    with_ids: true,
+                    table: Some(cache_read::Table { d_gate: 3, vocab_size: 50, storage: Storage::F32 }),
                     storage: f16,
                 },
                 0,
-                84 + 32 + 280,
+                84 + 32 + 72 + 360,
             ),
             // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).
             entry(
@@ -1050,6 +1100,22 @@ mod tests {
                 168 + 12,
                 126 + 48,
             ),
+            // A product an element; x, g and y.
+            entry(
+                gate_vec4::Problem(gate::Problem {
+                    rows: 3,
+                    width: 8,
+                    x_offset: 0,
+                    x_row: 8,
+                    eps: 1e-5,
+                    activation: Activation::Identity,
+                    norm: GateNorm::None,
+                    statistics_rows: 0,
+                    storage: f16,
+                }),
+                24,
+                288,
+            ),
             // Table rows 4·6·2, ids 4·4, out 4·6·4.
             entry(gather::Problem { rows: 4, width: 6, table_row: 8, vocab_size: 50, storage: f16 }, 0, 48 + 16 + 96),
             // 3 rows and 3 tokens of 12 bytes, a line of the table.
@@ -1072,6 +1138,7 @@ mod tests {
                 norm::Problem {
                     rows: 2,
                     width: 5,
+                    second: 0,
                     x_offset: 0,
                     x_row: 5,
                     eps: 1e-5,
@@ -1081,6 +1148,22 @@ mod tests {
                 },
                 70 + 8,
                 80 + 20,
+            ),
+            // RMSNorm of two segments: 2·(8 + 16)·4 + 2·2·3. In and out 2·24·8, weights 24·2.
+            entry(
+                norm_vec4::Problem(norm::Problem {
+                    rows: 2,
+                    width: 8,
+                    second: 16,
+                    x_offset: 0,
+                    x_row: 24,
+                    eps: 1e-5,
+                    kind: norm::Kind::Rms,
+                    bias: false,
+                    storage: f16,
+                }),
+                192 + 12,
+                384 + 48,
             ),
             entry(residual_add::Problem { elements: 11 }, 11, 132),
             // 3 groups · 5 trips · 8 products of 16 · 16 · 16 multiply-adds. x 6·16·16·4, y 3·8·16·16·4; then with 8 for 16.

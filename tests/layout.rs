@@ -15,10 +15,10 @@ use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
     Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup,
     attention_merge, attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8,
-    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
-    matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
-    matvec_vec4, norm, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope,
-    swiglu, word_scatter,
+    attention_prefill_rows, cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics,
+    gate_vec4, gather, group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4,
+    matvec, matvec_subgroup, matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8,
+    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use egmla::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{Features, Limits};
@@ -133,6 +133,9 @@ fn rust_params(kernel: &str) -> Vec<(String, String)> {
     let file = match kernel {
         _ if kernel.starts_with("attention_prefill_") => "attention_prefill",
         _ if kernel.starts_with("roofline_cooperative") => "roofline_cooperative",
+        "cache_append_vec4" => "cache_append",
+        "gate_vec4" => "gate",
+        "norm_vec4" => "norm",
         _ if kernel.starts_with("matmul_") || kernel.starts_with("matvec") => "matmul",
         other => other,
     };
@@ -242,7 +245,17 @@ const ROWS: [u32; 7] = [0, 1, 2, 65_535, 65_536, 131_071, 10_000_000];
 const HEADS: [u32; 6] = [1, 3, 4, 5, 9, 63];
 
 fn norm_problem(rows: u32, kind: norm::Kind, bias: bool, storage: Storage) -> norm::Problem {
-    norm::Problem { rows, width: 3, x_offset: 0, x_row: 3, eps: 1e-6, kind, bias, storage }
+    norm::Problem { rows, width: 3, second: 0, x_offset: 0, x_row: 3, eps: 1e-6, kind, bias, storage }
+}
+
+/// A norm of rows that suit 16-byte loads.
+fn whole_norm_problem(norm: norm::Problem, width: u32, second: u32) -> norm_vec4::Problem {
+    norm_vec4::Problem(norm::Problem { width, second, x_row: width + second, ..norm })
+}
+
+/// A gate of rows that suit 16-byte loads.
+fn whole_gate_problem(gate: gate::Problem, width: u32) -> gate_vec4::Problem {
+    gate_vec4::Problem(gate::Problem { width, x_row: width, ..gate })
 }
 
 fn gate_problem(rows: u32, activation: Activation, norm: GateNorm, statistics_rows: u32) -> gate::Problem {
@@ -262,13 +275,29 @@ fn append_problem(tokens: u32, d_rope: u32, storage: Storage) -> cache_append::P
         rope_offset: 0,
         rope_row: d_rope,
         interleave: [None, Some(true), Some(false)][tokens as usize % 3],
+        queries: cache_append::Queries::default(),
         rope_byte,
         storage,
     }
 }
 
-fn read_problem(rows: u32, with_ids: bool, storage: Storage) -> cache_read::Problem {
-    cache_read::Problem { first_row: 0, rows, cache_rows: rows, d_latent: 3, n_sequence: 1, with_ids, storage }
+/// The same for rows that suit 16-byte loads, with heads of queries.
+fn whole_append_problem(tokens: u32, n_head: u32, storage: Storage) -> cache_append_vec4::Problem {
+    cache_append_vec4::Problem(cache_append::Problem {
+        d_latent: 24,
+        latent_row: 40,
+        d_rope: 16,
+        rope_offset: 24,
+        rope_row: 40,
+        queries: cache_append::Queries { n_head, offset: 8, row: 24 * n_head, head: 24 },
+        rope_byte: u64::from(tokens) * 24 * storage.bytes(),
+        ..append_problem(tokens, 16, storage)
+    })
+}
+
+fn read_problem(rows: u32, table: Option<Storage>, storage: Storage) -> cache_read::Problem {
+    let table = table.map(|storage| cache_read::Table { d_gate: 2, vocab_size: 7, storage });
+    cache_read::Problem { first_row: 0, rows, cache_rows: rows, d_latent: 3, n_sequence: 1, table, storage }
 }
 
 fn statistics_problem(
@@ -442,13 +471,28 @@ fn cases() -> Vec<Case> {
         for storage in Storage::ALL {
             let table = gather::Problem { rows: n, width: 3, table_row: 3, vocab_size: 7, storage };
             add(all, table, elements(3 * u64::from(n)));
-            for with_ids in [false, true] {
-                add(all, read_problem(n, with_ids, storage), elements(3 * u64::from(n)));
+            add(all, read_problem(n, None, storage), elements(3 * u64::from(n)));
+            for table in Storage::ALL {
+                add(all, read_problem(n, Some(table), storage), elements(5 * u64::from(n)));
             }
             for d_rope in [0, 2] {
                 let words = |width| u64::from(storage.row_pitch(width)) * storage.bytes() / 4;
                 let words = words(5) + words(d_rope);
                 add(all, append_problem(n, d_rope, storage), elements(words * u64::from(n)));
+                if n < 1 << 20 {
+                    let queries = cache_append::Queries { n_head: 3, offset: 0, row: 3 * d_rope, head: d_rope };
+                    let problem = cache_append::Problem { queries, ..append_problem(n, d_rope, storage) };
+                    let pairs = if problem.interleave.is_some() { 3 * u64::from(d_rope) / 2 } else { 0 };
+                    add(all, problem, elements((words + pairs) * u64::from(n)));
+                }
+            }
+            for n_head in [0, 3] {
+                let problem = whole_append_problem(n, n_head, storage);
+                let heads = if problem.0.interleave.is_some() { n_head } else { 0 };
+                add(all, problem, |plan| Cover::Folded {
+                    items: u64::from(n) * u64::from(1 + heads),
+                    each: value(plan, "WORKGROUP") / value(plan, "LANES"),
+                });
             }
         }
     }
@@ -456,7 +500,16 @@ fn cases() -> Vec<Case> {
         for storage in Storage::ALL {
             for kind in [norm::Kind::Rms, norm::Kind::Layer] {
                 for bias in [false, true] {
-                    add(all, norm_problem(n, kind, bias, storage), rows(n.into()));
+                    let problem = norm_problem(n, kind, bias, storage);
+                    add(all, problem, rows(n.into()));
+                    add(all, norm::Problem { second: 5, x_row: 8, ..problem }, rows(2 * u64::from(n)));
+                    for (width, second) in [(8, 0), (1024, 0), (24, 4096)] {
+                        let segments = if second > 0 { 2 } else { 1 };
+                        add(all, whole_norm_problem(problem, width, second), |plan| Cover::Folded {
+                            items: segments * u64::from(n),
+                            each: value(plan, "WORKGROUP") / value(plan, "LANES"),
+                        });
+                    }
                 }
             }
             for more_storage in Storage::ALL {
@@ -470,7 +523,14 @@ fn cases() -> Vec<Case> {
                 for norm in GateNorm::ALL {
                     for statistics_rows in [0, 1] {
                         let problem = gate_problem(n, activation, norm, statistics_rows);
-                        add(all, gate::Problem { storage, ..problem }, rows(n.into()));
+                        let problem = gate::Problem { storage, ..problem };
+                        add(all, problem, rows(n.into()));
+                        for width in [8, 1024, 4096] {
+                            add(all, whole_gate_problem(problem, width), |plan| Cover::Folded {
+                                items: n.into(),
+                                each: value(plan, "WORKGROUP") / value(plan, "LANES") * value(plan, "ROWS"),
+                            });
+                        }
                     }
                 }
             }
@@ -671,6 +731,13 @@ fn plans_keep_what_their_shaders_assume() {
             "norm" | "gate" | "attention_decode" | "gate_statistics" => {
                 assert!(plan.workgroup_size.is_power_of_two(), "{what}");
             }
+            "norm_vec4" | "gate_vec4" | "cache_append_vec4" => {
+                let (workgroup, lanes) = (value(&plan, "WORKGROUP"), value(&plan, "LANES"));
+                assert!(lanes.is_power_of_two() && workgroup.is_multiple_of(lanes), "{what}");
+                if spec.name == "gate_vec4" {
+                    assert!([1, 4].contains(&value(&plan, "ROWS")), "{what}");
+                }
+            }
             // The shader moves quads about within groups of 8.
             "matmul_vec4" => {
                 assert!([value(&plan, "WG_X"), value(&plan, "WG_Y")].iter().all(|side| side % 4 == 0), "{what}");
@@ -767,11 +834,13 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(attention_prefill_cooperative_8::Problem(halves)),
         planner(attention_prefill_rows::Problem(prefill_problem(5, 9, 129))),
         planner(append_problem(1000, 8, Storage::F16)),
+        planner(whole_append_problem(1000, 3, Storage::F16)),
         planner(cache_copy::Problem { words: 1000, from_word: 0, to_word: 1000 }),
-        planner(read_problem(1000, true, Storage::F16)),
+        planner(read_problem(1000, Some(Storage::F32), Storage::F16)),
         planner(gate_problem(1000, Activation::Silu, GateNorm::LayerNorm, 1000)),
         planner(gate_rows_problem(1000, 64, true, Storage::F16, Storage::F16)),
         planner(statistics_problem(1000, Activation::Silu, GateNorm::LayerNorm, (Storage::F16, Storage::F32))),
+        planner(whole_gate_problem(gate_problem(1000, Activation::Silu, GateNorm::LayerNorm, 1000), 64)),
         planner(gather::Problem { rows: 1000, width: 64, table_row: 64, vocab_size: 7, storage: Storage::F16 }),
         planner(group_ids::Problem { tokens: 1, first_row: 0, rows: 999, n_sequence: 1, table: 0, list_words: 16 }),
         planner(product),
@@ -783,6 +852,7 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(matvec_subgroup::Problem(product)),
         planner(matvec_vec4::Problem(product)),
         planner(norm_problem(1000, norm::Kind::Layer, true, Storage::F16)),
+        planner(whole_norm_problem(norm_problem(1000, norm::Kind::Layer, true, Storage::F16), 512, 64)),
         planner(residual_add::Problem { elements: 1000 }),
         planner(by_matrices),
         planner(roofline_cooperative_8::Problem(by_matrices)),
@@ -955,13 +1025,44 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     assert_eq!(problem_of(attention_merge::Problem { width: 0, ..merge }), "width is 0");
     let append = append_problem(1, 0, f32);
     assert_eq!(problem_of(cache_append::Problem { d_latent: 0, ..append }), "d_latent is 0");
-    let tile = read_problem(1, false, f32);
+    let tile = read_problem(1, None, f32);
     assert_eq!(problem_of(cache_read::Problem { d_latent: 0, ..tile }), "d_latent is 0");
     assert_eq!(problem_of(cache_read::Problem { n_sequence: 0, ..tile }), "n_sequence is 0");
     let gated = gate_problem(1, Activation::Identity, GateNorm::None, 0);
     assert_eq!(problem_of(gate::Problem { width: 0, ..gated }), "width is 0");
     let normed = norm_problem(1, norm::Kind::Rms, false, f32);
     assert_eq!(problem_of(norm::Problem { width: 0, ..normed }), "width is 0");
+    assert_eq!(problem_of(whole_norm_problem(normed, 0, 0)), "width is 0");
+    for odd in [
+        norm::Problem { width: 6, ..normed },
+        norm::Problem { width: 8, second: 6, x_row: 16, ..normed },
+        norm::Problem { width: 8, x_row: 10, ..normed },
+        norm::Problem { width: 8, x_row: 8, x_offset: 2, ..normed },
+        norm::Problem { width: 12, x_row: 12, storage: Storage::F16, ..normed },
+    ] {
+        assert!(problem_of(norm_vec4::Problem(odd)).contains("16-byte"));
+    }
+    assert_eq!(problem_of(whole_gate_problem(gated, 0)), "width is 0");
+    for odd in [
+        gate::Problem { width: 6, ..gated },
+        gate::Problem { width: 8, x_row: 10, ..gated },
+        gate::Problem { width: 8, x_row: 8, x_offset: 1, ..gated },
+        gate::Problem { width: 12, x_row: 12, storage: Storage::F16, ..gated },
+    ] {
+        assert!(problem_of(gate_vec4::Problem(odd)).contains("16-byte"));
+    }
+    let cache_append_vec4::Problem(append) = whole_append_problem(1, 3, Storage::F16);
+    let halves = cache_append::Problem { interleave: Some(false), ..append };
+    for odd in [
+        cache_append::Problem { d_latent: 20, ..append },
+        cache_append::Problem { latent_row: 42, ..append },
+        cache_append::Problem { rope_offset: 25, ..append },
+        cache_append::Problem { d_rope: 8, ..halves },
+        cache_append::Problem { rope_byte: append.rope_byte + 4, ..append },
+        cache_append::Problem { queries: cache_append::Queries { head: 22, ..append.queries }, ..append },
+    ] {
+        assert!(problem_of(cache_append_vec4::Problem(odd)).contains("16-byte"));
+    }
     let table = gather::Problem { rows: 1, width: 1, table_row: 1, vocab_size: 1, storage: f32 };
     assert_eq!(problem_of(gather::Problem { width: 0, ..table }), "width is 0");
     assert_eq!(problem_of(gather::Problem { vocab_size: 0, ..table }), "vocab_size is 0");

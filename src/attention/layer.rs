@@ -15,7 +15,7 @@ use crate::kernel::{Kernels, Recording, Region};
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill, cache_append,
-    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm, rope, word_scatter,
+    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm, word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
@@ -37,9 +37,11 @@ pub enum DecodePath {
 #[derive(Debug)]
 struct DeviceWeights {
     query: DeviceQuery,
-    kv_a_proj: Region,
-    kv_a_bias: Option<Region>,
-    kv_a_norm: Option<Region>,
+    /// What turns a hidden state into the latents and the rotary key: `q_a_proj`, with a low-rank query, on `kv_a_proj_with_mqa`.
+    down: Vec<DownProjection>,
+    /// `q_a_layernorm`, with a low-rank query, then `kv_a_layernorm`, where there is one.
+    down_norm: Option<Region>,
+    has_kv_a_norm: bool,
     kv_b_proj: Region,
     o_proj: Region,
     o_bias: Option<Region>,
@@ -49,7 +51,26 @@ struct DeviceWeights {
 #[derive(Debug)]
 enum DeviceQuery {
     Full(Region),
-    LowRank { a_proj: Region, a_bias: Option<Region>, a_norm: Region, b_proj: Region },
+    LowRank { b_proj: Region },
+}
+
+/// Columns of `[q latent, latent, rotary key]` of every new token.
+#[derive(Debug)]
+struct DownProjection {
+    first: u32,
+    columns: u32,
+    proj: Region,
+    bias: Option<Region>,
+}
+
+/// Rows of latents: where they stand.
+#[derive(Clone, Copy)]
+struct Latents<'a> {
+    region: &'a Region,
+    /// First element.
+    offset: u32,
+    /// From one to the next.
+    row: u32,
 }
 
 #[derive(Debug)]
@@ -125,6 +146,53 @@ fn upload_parts(
     let mut stored = vec![0u8; needed as usize];
     stored_rows(tensor, storage, width, pitch, &mut stored)?;
     Ok(Region::from(&kernels.upload(&tensor.name, &stored)?))
+}
+
+/// Uploads tensors one behind the other; `None` where they do not fit one binding.
+///
+/// # Errors
+/// As [`upload_tensor`], the limit aside.
+fn upload_together(kernels: &Kernels, tensors: &[&HostTensor], storage: Storage) -> Result<Option<Region>> {
+    let elements: u64 = tensors.iter().map(|tensor| tensor.data.len() as u64).sum();
+    let needed = storage.tensor_bytes(elements);
+    let (Some(first), true) = (tensors.first(), needed <= kernels.context().limits.max_storage_buffer_binding_size)
+    else {
+        return Ok(None);
+    };
+    let mut stored = vec![0u8; needed as usize];
+    let mut at = 0;
+    for tensor in tensors {
+        let width = tensor.data.len();
+        stored_rows(tensor, storage, width, width, &mut stored[at..])?;
+        at += width * storage.bytes() as usize;
+    }
+    Ok(Some(Region::from(&kernels.upload(&first.name, &stored)?)))
+}
+
+/// The projections down to the latents: one product where they fit one binding, one for each where not.
+fn upload_down(kernels: &Kernels, weights: &AttentionWeights, storage: Storage) -> Result<Vec<DownProjection>> {
+    let query = match &weights.query {
+        QueryWeights::Full { .. } => None,
+        QueryWeights::LowRank { a_proj, a_bias, .. } => Some((a_proj, a_bias)),
+    };
+    let parts: Vec<_> = query.into_iter().chain([(&weights.kv_a_proj, &weights.kv_a_bias)]).collect();
+    let columns = |proj: &HostTensor| proj.shape.first().copied().unwrap_or(0) as u32;
+    let proj = upload_together(kernels, &parts.iter().map(|(proj, _)| *proj).collect::<Vec<_>>(), storage)?;
+    let biases: Option<Vec<_>> = parts.iter().map(|(_, bias)| bias.as_ref()).collect();
+    if let Some(proj) = proj {
+        let bias = biases.map_or(Ok(None), |biases| upload_together(kernels, &biases, storage))?;
+        let columns = parts.iter().map(|(proj, _)| columns(proj)).sum();
+        return Ok(vec![DownProjection { first: 0, columns, proj, bias }]);
+    }
+    let mut first = 0;
+    let mut down = Vec::new();
+    for (proj, bias) in parts {
+        let columns = columns(proj);
+        let bias = bias.as_ref().map(|bias| upload_tensor(kernels, bias, storage)).transpose()?;
+        down.push(DownProjection { first, columns, proj: upload_tensor(kernels, proj, storage)?, bias });
+        first += columns;
+    }
+    Ok(down)
 }
 
 /// Writes a tensor's rows as they are stored on the device.
@@ -207,19 +275,19 @@ impl Attention {
         weights.check(config)?;
         let upload = |tensor: &HostTensor| upload_tensor(kernels, tensor, storage);
         let optional = |tensor: &Option<HostTensor>| tensor.as_ref().map(upload).transpose();
+        let query_norm = match &weights.query {
+            QueryWeights::Full { .. } => None,
+            QueryWeights::LowRank { a_norm, .. } => Some(a_norm),
+        };
+        let norms: Vec<_> = query_norm.into_iter().chain(&weights.kv_a_norm).collect();
         let weights = DeviceWeights {
             query: match &weights.query {
                 QueryWeights::Full { proj } => DeviceQuery::Full(upload(proj)?),
-                QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => DeviceQuery::LowRank {
-                    a_proj: upload(a_proj)?,
-                    a_bias: optional(a_bias)?,
-                    a_norm: upload(a_norm)?,
-                    b_proj: upload(b_proj)?,
-                },
+                QueryWeights::LowRank { b_proj, .. } => DeviceQuery::LowRank { b_proj: upload(b_proj)? },
             },
-            kv_a_proj: upload(&weights.kv_a_proj)?,
-            kv_a_bias: optional(&weights.kv_a_bias)?,
-            kv_a_norm: optional(&weights.kv_a_norm)?,
+            down: upload_down(kernels, weights, storage)?,
+            down_norm: upload_together(kernels, &norms, storage)?,
+            has_kv_a_norm: weights.kv_a_norm.is_some(),
             kv_b_proj: upload_rows(kernels, &weights.kv_b_proj, storage, config.d_latent)?,
             o_proj: upload(&weights.o_proj)?,
             o_bias: optional(&weights.o_bias)?,
@@ -503,11 +571,11 @@ impl Attention {
         out: &Region,
     ) -> Result<()> {
         self.begin(recording, cache, layer, step)?;
-        self.query(recording, step, workspace, hidden)?;
-        let latent = self.append(recording, cache, layer, step, workspace, hidden)?;
+        let latents = self.project(recording, step, workspace, hidden)?;
+        let latents = self.append(recording, cache, layer, step, workspace, latents)?;
         match (path, step.grouped()) {
             (DecodePath::Absorbed, Some(grouped)) => {
-                self.attend_grouped(recording, cache, layer, step, workspace, latent, grouped)?;
+                self.attend_grouped(recording, cache, layer, step, workspace, latents, grouped)?;
             }
             (DecodePath::Absorbed, None) => self.attend_absorbed(recording, cache, layer, step, workspace)?,
             _ => self.attend_expanded(recording, cache, layer, step, workspace)?,
@@ -579,58 +647,66 @@ impl Attention {
         product_of(recording, problem, matmul::Args { x, w, bias: bias.unwrap_or(&absent), y })
     }
 
-    fn low_rank_norm(
+    /// `q [tokens, n_head, d_nope + d_rope]`, not rotated yet, and the latents and rotary keys of the new tokens, normed. Returns
+    /// the latents.
+    fn project<'w>(
         &self,
         recording: &mut Recording,
-        (rows, width, x_row): (u32, u32, u32),
-        x: &Region,
-        weight: &Region,
-        y: &Region,
-    ) -> Result<()> {
-        let problem = norm::Problem {
-            rows,
-            width,
-            x_offset: 0,
-            x_row,
-            eps: LOW_RANK_NORM_EPS as f32,
-            kind: norm::Kind::Rms,
-            bias: false,
-            storage: self.storage,
-        };
-        let bias = self.kernels.absent();
-        norm::encode(recording, &problem, norm::Args { x, weight, bias: &bias, y }, Tuning::Auto)
-    }
-
-    /// `q [tokens, n_head, d_nope + d_rope]`, rotated.
-    fn query(&self, recording: &mut Recording, step: &Step, workspace: &Workspace, hidden: &Region) -> Result<()> {
-        let c = &self.config;
-        let width = c.n_head * c.d_query();
+        step: &Step,
+        workspace: &'w Workspace,
+        hidden: &Region,
+    ) -> Result<Latents<'w>> {
+        let (c, tokens) = (&self.config, step.tokens);
+        let (rank, width) = (c.d_q_latent.unwrap_or(0), c.n_head * c.d_query());
+        let down_row = rank + c.d_latent + c.d_rope;
+        for DownProjection { first, columns, proj, bias } in &self.weights.down {
+            let y = Layout { offset: *first, row: down_row, ..Layout::dense(*columns) };
+            let dense = matmul::Problem::linear(tokens, c.hidden_size, *columns, bias.is_some(), self.storage);
+            let absent = self.kernels.absent();
+            let bias = bias.as_ref().unwrap_or(&absent);
+            let args = matmul::Args { x: hidden, w: proj, bias, y: &workspace.down };
+            product_of(recording, matmul::Problem { y, ..dense }, args)?;
+        }
+        // Segments that are normed, from the row's begin.
+        let normed_latent = if self.weights.has_kv_a_norm { c.d_latent } else { 0 };
+        if let Some(weight) = &self.weights.down_norm {
+            let (width, second) = if rank == 0 { (normed_latent, 0) } else { (rank, normed_latent) };
+            let problem = norm::Problem {
+                rows: tokens,
+                width,
+                second,
+                x_offset: 0,
+                x_row: down_row,
+                eps: LOW_RANK_NORM_EPS as f32,
+                kind: norm::Kind::Rms,
+                bias: false,
+                storage: self.storage,
+            };
+            let bias = self.kernels.absent();
+            let args = norm::Args { x: &workspace.down, weight, bias: &bias, y: &workspace.normed };
+            norm::encode(recording, &problem, args, Tuning::Auto)?;
+        }
+        let normed_row = rank + normed_latent;
         match &self.weights.query {
             DeviceQuery::Full(proj) => {
-                self.linear(recording, step.tokens, (c.hidden_size, width), hidden, proj, None, &workspace.q)?;
+                self.linear(recording, tokens, (c.hidden_size, width), hidden, proj, None, &workspace.q)?;
             }
-            DeviceQuery::LowRank { a_proj, a_bias, a_norm, b_proj } => {
-                let rank = c.d_q_latent.unwrap_or_default();
-                let (latent, normed) = (&workspace.q_latent, &workspace.q_latent_normed);
-                self.linear(recording, step.tokens, (c.hidden_size, rank), hidden, a_proj, a_bias.as_ref(), latent)?;
-                self.low_rank_norm(recording, (step.tokens, rank, rank), latent, a_norm, normed)?;
-                self.linear(recording, step.tokens, (rank, width), normed, b_proj, None, &workspace.q)?;
+            DeviceQuery::LowRank { b_proj } => {
+                let x = Layout { row: normed_row, ..Layout::dense(rank) };
+                let dense = matmul::Problem::linear(tokens, rank, width, false, self.storage);
+                let bias = self.kernels.absent();
+                let args = matmul::Args { x: &workspace.normed, w: b_proj, bias: &bias, y: &workspace.q };
+                product_of(recording, matmul::Problem { x, ..dense }, args)?;
             }
         }
-        let problem = rope::Problem {
-            tokens: step.tokens,
-            n_head: c.n_head,
-            d_rope: c.d_rope,
-            offset: c.d_nope,
-            token_stride: c.n_head * c.d_query(),
-            head_stride: c.d_query(),
-            interleave: c.rope.interleave,
-        };
-        let args = rope::Args { rotations: &step.rotations, values: &workspace.q };
-        rope::encode(recording, &problem, args, Tuning::Auto)
+        Ok(match normed_latent {
+            0 => Latents { region: &workspace.down, offset: rank, row: down_row },
+            _ => Latents { region: &workspace.normed, offset: rank, row: normed_row },
+        })
     }
 
-    /// Latents and rotary keys of the new tokens, into the cache. Returns the latents, and elements from one to the next.
+    /// Latents, gated where the configuration says so, and rotary keys of the new tokens into the cache; the queries are rotated
+    /// on the way. Returns the latents as they are cached.
     fn append<'w>(
         &self,
         recording: &mut Recording,
@@ -638,54 +714,53 @@ impl Attention {
         layer: usize,
         step: &Step,
         workspace: &'w Workspace,
-        hidden: &Region,
-    ) -> Result<(&'w Region, u32)> {
+        mut latents: Latents<'w>,
+    ) -> Result<Latents<'w>> {
         let c = &self.config;
-        let d_kv_a = c.d_latent + c.d_rope;
-        let bias = self.weights.kv_a_bias.as_ref();
-        let kv_a = &workspace.kv_a;
-        self.linear(recording, step.tokens, (c.hidden_size, d_kv_a), hidden, &self.weights.kv_a_proj, bias, kv_a)?;
-        let mut latent = (kv_a, d_kv_a);
-        if let Some(weight) = &self.weights.kv_a_norm {
-            self.low_rank_norm(recording, (step.tokens, c.d_latent, d_kv_a), kv_a, weight, &workspace.latent)?;
-            latent = (&workspace.latent, c.d_latent);
-        }
+        let rank = c.d_q_latent.unwrap_or(0);
         if let Some(gate) = c.latent_gate() {
-            let ids = self.ids_of(step)?;
-            self.gate_projection(recording, gate, step.tokens, c.d_latent, ids, workspace)?;
-            let absent = self.kernels.absent();
-            let sink = self.kernels.sink();
-            let (x, y) = (latent, &workspace.latent_gated);
-            self.apply_gate(recording, gate, (step.tokens, c.d_latent, x.1), x.0, workspace, (&absent, &sink, 0), y)?;
-            latent = (&workspace.latent_gated, c.d_latent);
+            let args = gather::Args {
+                table: &self.gate_weights()?.embedding,
+                ids: self.ids_of(step)?,
+                y: &workspace.gate_rows,
+            };
+            gather::encode(recording, &self.embeddings(gate, step.tokens), args, Tuning::Auto)?;
+            self.gate_projection(recording, gate, step.tokens, c.d_latent, workspace)?;
+            let none = (&self.kernels.absent(), &self.kernels.sink(), 0);
+            let y = &workspace.latent_gated;
+            self.apply_gate(recording, gate, (step.tokens, c.d_latent), latents, workspace, none, y)?;
+            latents = Latents { region: y, offset: 0, row: c.d_latent };
         }
         let cached = cache.layer(layer)?;
         let problem = cache_append::Problem {
             tokens: step.tokens,
             cache_rows: cache.rows(),
             d_latent: c.d_latent,
-            latent_offset: 0,
-            latent_row: latent.1,
+            latent_offset: latents.offset,
+            latent_row: latents.row,
             d_rope: c.d_rope,
-            rope_offset: c.d_latent,
-            rope_row: d_kv_a,
+            rope_offset: rank + c.d_latent,
+            rope_row: rank + c.d_latent + c.d_rope,
             interleave: Some(c.rope.interleave),
+            queries: cache_append::Queries {
+                n_head: c.n_head,
+                offset: c.d_nope,
+                row: c.n_head * c.d_query(),
+                head: c.d_query(),
+            },
             rope_byte: cached.rope_key.offset,
             storage: cache.options().storage,
         };
-        cache_append::encode(
-            recording,
-            &problem,
-            cache_append::Args {
-                latent: latent.0,
-                rope_key: kv_a,
-                rotations: &step.rotations,
-                slots: &step.slots,
-                cache: &cached.whole,
-            },
-            Tuning::Auto,
-        )?;
-        Ok(latent)
+        let args = cache_append::Args {
+            latent: latents.region,
+            rope_key: &workspace.down,
+            rotations: &step.rotations,
+            slots: &step.slots,
+            cache: &cached.whole,
+            q: &workspace.q,
+        };
+        cache_append::encode(recording, &problem, args, Tuning::Auto)?;
+        Ok(latents)
     }
 
     fn ids_of<'a>(&self, step: &'a Step) -> Result<&'a Region> {
@@ -697,20 +772,16 @@ impl Attention {
         self.weights.gate.as_ref().ok_or(Error::Empty { what: "the gate's weights" })
     }
 
-    /// `gate [rows, width] = gate_b_proj · gate_embedding[ids]`, before its activation.
+    /// `gate [rows, width] = gate_b_proj · gate_rows`, the embeddings in the workspace; before its activation.
     fn gate_projection(
         &self,
         recording: &mut Recording,
         config: &GateConfig,
         rows: u32,
         width: u32,
-        ids: &Region,
         workspace: &Workspace,
     ) -> Result<()> {
         let weights = self.gate_weights()?;
-        let problem = self.embeddings(config, rows);
-        let args = gather::Args { table: &weights.embedding, ids, y: &workspace.gate_rows };
-        gather::encode(recording, &problem, args, Tuning::Auto)?;
         let absent = self.kernels.absent();
         let problem = self.padded(rows, config.d_gate, width);
         let args = matmul::Args { x: &workspace.gate_rows, w: &weights.b_proj, bias: &absent, y: &workspace.gate };
@@ -740,8 +811,8 @@ impl Attention {
         &self,
         recording: &mut Recording,
         config: &GateConfig,
-        (rows, width, x_row): (u32, u32, u32),
-        x: &Region,
+        (rows, width): (u32, u32),
+        x: Latents<'_>,
         workspace: &Workspace,
         (slots, statistics, statistics_rows): (&Region, &Region, u32),
         y: &Region,
@@ -750,8 +821,8 @@ impl Attention {
         let problem = gate::Problem {
             rows,
             width,
-            x_offset: 0,
-            x_row,
+            x_offset: x.offset,
+            x_row: x.row,
             eps: config.norm_eps as f32,
             activation: config.activation,
             norm: config.norm,
@@ -759,7 +830,7 @@ impl Attention {
             storage: self.storage,
         };
         let (weight, bias) = (&weights.norm_weight, &weights.norm_bias);
-        let args = gate::Args { x, g: &workspace.gate, weight, bias, slots, y, statistics };
+        let args = gate::Args { x: x.region, g: &workspace.gate, weight, bias, slots, y, statistics };
         gate::encode(recording, &problem, args, Tuning::Auto)
     }
 
@@ -857,14 +928,23 @@ impl Attention {
     ) -> Result<&'w Region> {
         let c = &self.config;
         let cached = cache.layer(layer)?;
-        let with_ids = cache.ids().is_some();
+        let absent = self.kernels.absent();
+        let gate = c.up_projected_gate();
+        let embedding = match gate {
+            Some(_) => &self.gate_weights()?.embedding,
+            None => &absent,
+        };
         let problem = cache_read::Problem {
             first_row,
             rows,
             cache_rows: cache.rows(),
             d_latent: c.d_latent,
             n_sequence: step.n_sequence,
-            with_ids,
+            table: gate.map(|gate| cache_read::Table {
+                d_gate: gate.d_gate,
+                vocab_size: gate.vocab_size,
+                storage: self.storage,
+            }),
             storage: cache.options().storage,
         };
         cache_read::encode(
@@ -874,17 +954,17 @@ impl Attention {
                 latent_cache: &cached.latent,
                 id_cache: &cache.ids().unwrap_or_else(|| self.kernels.absent()),
                 sequences: &step.sequences,
+                gate_embedding: embedding,
                 latent: &workspace.tile_latent,
-                ids: &workspace.tile_ids,
+                embedding: &workspace.gate_rows,
                 slots: &workspace.tile_slots,
             },
             Tuning::Auto,
         )?;
-        let absent = self.kernels.absent();
         let (x, w, y) = (&workspace.tile_latent, &self.weights.kv_b_proj, &workspace.kv);
         product_of(recording, self.padded(rows, c.d_latent, c.d_kv()), matmul::Args { x, w, bias: &absent, y })?;
-        let Some(gate) = c.up_projected_gate() else { return Ok(&workspace.kv) };
-        self.gate_projection(recording, gate, rows, c.d_kv(), &workspace.tile_ids, workspace)?;
+        let Some(gate) = gate else { return Ok(&workspace.kv) };
+        self.gate_projection(recording, gate, rows, c.d_kv(), workspace)?;
         let (statistics, statistics_rows) = match &cached.statistics {
             Some(statistics) => (statistics.clone(), cache.rows()),
             None => (self.kernels.sink(), 0),
@@ -893,8 +973,8 @@ impl Attention {
         self.apply_gate(
             recording,
             gate,
-            (rows, c.d_kv(), c.d_kv()),
-            &workspace.kv,
+            (rows, c.d_kv()),
+            Latents { region: &workspace.kv, offset: 0, row: c.d_kv() },
             workspace,
             to,
             &workspace.kv_gated,
@@ -1013,7 +1093,7 @@ impl Attention {
         layer: usize,
         step: &Step,
         workspace: &Workspace,
-        (latent, latent_row): (&Region, u32),
+        latents: Latents<'_>,
         grouped: &Grouped,
     ) -> Result<()> {
         let c = &self.config;
@@ -1053,10 +1133,11 @@ impl Attention {
             }
             if pass_index == 0 && gate.norm != GateNorm::None {
                 let problem = matmul::Problem {
-                    x: Layout { row: latent_row, ..Layout::dense(c.d_latent) },
+                    x: Layout { offset: latents.offset, row: latents.row, ..Layout::dense(c.d_latent) },
                     ..self.padded(step.tokens, c.d_latent, c.d_kv())
                 };
-                let args = matmul::Args { x: latent, w: &self.weights.kv_b_proj, bias: &absent, y: &workspace.kv };
+                let args =
+                    matmul::Args { x: latents.region, w: &self.weights.kv_b_proj, bias: &absent, y: &workspace.kv };
                 product_of(recording, problem, args)?;
                 let problem = gate_statistics::Problem {
                     tokens: step.tokens,

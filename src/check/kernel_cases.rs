@@ -18,10 +18,10 @@ use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
     attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
-    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul,
-    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
-    residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
-    word_scatter,
+    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
+    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
+    matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
+    roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -309,120 +309,173 @@ fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| value.into()).collect()
 }
 
+/// A kernel that norms rows, on the problem that they share.
+type EncodeNorm = fn(&mut Recording, &norm::Problem, norm::Args<'_>, Tuning) -> Result<()>;
+
 fn norms(cases: &mut Vec<Case>) {
+    let in_vec4: EncodeNorm =
+        |recording, &problem, args, tuning| norm_vec4::encode(recording, &norm_vec4::Problem(problem), args, tuning);
+    let any = [(1, 1, 0), (3, 31, 7), (2, 63, 0), (5, 64, 8), (1, 65, 0), (7, 257, 3), (300, 24, 0)];
+    let whole = [(1, 8, 0), (9, 32, 8), (2, 64, 0), (5, 1000, 264), (17, 264, 1032), (300, 24, 0), (3, 4096, 0)];
     for storage in Storage::ALL {
         for kind in [norm::Kind::Rms, norm::Kind::Layer] {
-            for (index, (rows, width)) in
-                [(1, 1), (3, 31), (2, 63), (5, 64), (1, 65), (7, 257), (300, 24)].into_iter().enumerate()
-            {
+            for (index, sizes) in any.into_iter().enumerate() {
                 // Odd cases read columns out of wider rows.
-                let (offset, pitch) = if index % 2 == 1 { (3, width + 5) } else { (0, width) };
-                let problem = norm::Problem {
-                    rows,
-                    width,
-                    x_offset: offset,
-                    x_row: pitch,
-                    eps: 1e-6,
-                    kind,
-                    bias: kind == norm::Kind::Layer,
-                    storage,
-                };
-                cases.push(Case::new("norm", format!("{kind:?}_{rows}x{width}/{}", storage.name()), move |lab| {
-                    let tolerance = Tolerance::sums(&[width as usize]);
-                    every_tuning(norm::SPEC.tunings, tolerance, |tuning| {
-                        let mut random = Random::new(SEED);
-                        let mut values = random.values((offset + rows * pitch) as usize, 1.0);
-                        // A mean far from 0: E[x²] − mean² would lose digits here.
-                        values.iter_mut().for_each(|value| *value += 3.0);
-                        let x = lab.floats(&values)?;
-                        let (weight, w) = lab.stored(&random.values(width as usize, 1.0), storage)?;
-                        let (bias, b) = lab.stored(&random.values(width as usize, 1.0), storage)?;
-                        let y = lab.output((rows * width) as usize)?;
-                        let args =
-                            norm::Args { x: &x.region, weight: &weight.region, bias: &bias.region, y: &y.region };
-                        lab.launch(|recording| norm::encode(recording, &problem, args, tuning))?;
-                        let rows_of = |row: u32| &values[(offset + row * pitch) as usize..][..width as usize];
-                        let dense = widen(&(0..rows).flat_map(rows_of).copied().collect::<Vec<_>>());
-                        let expected = match kind {
-                            norm::Kind::Rms => reference::rms_norm(&dense, Some(&w), width as usize, 1e-6),
-                            norm::Kind::Layer => {
-                                reference::layer_norm(&dense, Some(&w), Some(&b), width as usize, 1e-6)
-                            }
-                        };
-                        Ok(vec![lab.compare(&y, &expected, tolerance)?])
-                    })
-                }));
+                let (offset, pitch) = if index % 2 == 1 { (3, 5) } else { (0, 0) };
+                cases.push(norm_case(&norm::SPEC, norm::encode, sizes, (offset, pitch), kind, storage));
+            }
+            for (index, sizes) in whole.into_iter().enumerate() {
+                let (offset, pitch) = if index % 2 == 1 { (8, 12) } else { (0, 0) };
+                cases.push(norm_case(&norm_vec4::SPEC, in_vec4, sizes, (offset, pitch), kind, storage));
             }
         }
     }
 }
 
+fn norm_case(
+    spec: &'static KernelSpec,
+    encode: EncodeNorm,
+    (rows, width, second): (u32, u32, u32),
+    (offset, more): (u32, u32),
+    kind: norm::Kind,
+    storage: Storage,
+) -> Case {
+    let whole = width + second;
+    let pitch = whole + more;
+    let problem = norm::Problem {
+        rows,
+        width,
+        second,
+        x_offset: offset,
+        x_row: pitch,
+        eps: 1e-6,
+        kind,
+        bias: kind == norm::Kind::Layer,
+        storage,
+    };
+    let behind = if second > 0 { format!("+{second}") } else { String::new() };
+    let id = format!("{kind:?}_{rows}x{width}{behind}/{}", storage.name());
+    Case::new(spec.name, id, move |lab| {
+        let tolerance = Tolerance::sums(&[width.max(second) as usize]);
+        every_tuning(spec.tunings, tolerance, |tuning| {
+            let mut random = Random::new(SEED);
+            let mut values = random.values((offset + rows * pitch) as usize, 1.0);
+            // A mean far from 0: E[x²] − mean² would lose digits here.
+            values.iter_mut().for_each(|value| *value += 3.0);
+            let x = lab.floats(&values)?;
+            let (weight, w) = lab.stored(&random.values(whole as usize, 1.0), storage)?;
+            let (bias, b) = lab.stored(&random.values(whole as usize, 1.0), storage)?;
+            let y = lab.output((rows * whole) as usize)?;
+            let args = norm::Args { x: &x.region, weight: &weight.region, bias: &bias.region, y: &y.region };
+            lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+            let mut expected = Vec::new();
+            for row in 0..rows {
+                for (first, width) in [(0, width as usize), (width as usize, second as usize)] {
+                    let segment = &values[(offset + row * pitch) as usize + first..][..width];
+                    let (dense, part) = (widen(segment), first..first + width);
+                    expected.extend(match kind {
+                        _ if width == 0 => Vec::new(),
+                        norm::Kind::Rms => reference::rms_norm(&dense, Some(&w[part]), width, 1e-6),
+                        norm::Kind::Layer => {
+                            reference::layer_norm(&dense, Some(&w[part.clone()]), Some(&b[part]), width, 1e-6)
+                        }
+                    });
+                }
+            }
+            Ok(vec![lab.compare(&y, &expected, tolerance)?])
+        })
+    })
+}
+
+/// A kernel that gates rows, on the problem that they share.
+type EncodeGate = fn(&mut Recording, &gate::Problem, gate::Args<'_>, Tuning) -> Result<()>;
+
 fn gates(cases: &mut Vec<Case>) {
-    let every = Activation::ALL.into_iter().flat_map(|activation| GateNorm::ALL.map(|norm| (activation, norm, 5, 33)));
-    let sizes = [(1, 1), (3, 63), (2, 64), (1, 65), (4, 257), (130, 24)]
-        .map(|(rows, width)| (Activation::Sigmoid, GateNorm::LayerNorm, rows, width));
+    let in_vec4: EncodeGate =
+        |recording, &problem, args, tuning| gate_vec4::encode(recording, &gate_vec4::Problem(problem), args, tuning);
+    let every = |rows, width| {
+        let norms = move |activation| GateNorm::ALL.map(|norm| (activation, norm, rows, width));
+        Activation::ALL.into_iter().flat_map(norms)
+    };
+    let normed = |(rows, width)| (Activation::Sigmoid, GateNorm::LayerNorm, rows, width);
+    let any = [(1, 1), (3, 63), (2, 64), (1, 65), (4, 257), (130, 24)].map(normed);
+    // The last has rows enough for several an invocation, and a rest.
+    let whole = [(1, 8), (3, 64), (33, 1000), (4, 2056), (130, 24), (541, 16)].map(normed);
     for storage in Storage::ALL {
-        for (activation, norm, rows, width) in every.clone().chain(sizes) {
-            let id = format!("{activation:?}_{norm:?}_{rows}x{width}/{}", storage.name());
-            cases.push(Case::new("gate", id, move |lab| {
-                let tolerance = Tolerance::sums(&[width as usize, width as usize]);
-                every_tuning(gate::SPEC.tunings, tolerance, |tuning| {
-                    let mut random = Random::new(SEED);
-                    let pitch = width + 3;
-                    let x_values = random.values((2 + rows * pitch) as usize, 1.0);
-                    let mut g_values = random.values((rows * width) as usize, 1.0);
-                    // Where exponentials overflow and tanh saturates.
-                    let ends = [95.0, -95.0].into_iter().cycle();
-                    g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
-                    let (x, g) = (lab.floats(&x_values)?, lab.floats(&g_values)?);
-                    let (weight, w) = lab.stored(&random.values(width as usize, 1.0), storage)?;
-                    let (bias, b) = lab.stored(&random.values(width as usize, 1.0), storage)?;
-                    // Statistics land backwards and one row apart; the last row has none.
-                    let statistics_rows = rows + 2;
-                    let slot = |row: u32| if row + 1 == rows { u32::MAX } else { rows - row };
-                    let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
-                    let y = lab.output((rows * width) as usize)?;
-                    let statistics = lab.output(2 * statistics_rows as usize)?;
-                    let problem = gate::Problem {
-                        rows,
-                        width,
-                        x_offset: 2,
-                        x_row: pitch,
-                        eps: 1e-5,
-                        activation,
-                        norm,
-                        statistics_rows,
-                        storage,
-                    };
-                    let args = gate::Args {
-                        x: &x.region,
-                        g: &g.region,
-                        weight: &weight.region,
-                        bias: &bias.region,
-                        slots: &slots.region,
-                        y: &y.region,
-                        statistics: &statistics.region,
-                    };
-                    lab.launch(|recording| gate::encode(recording, &problem, args, tuning))?;
-                    let row_of = |row: u32| &x_values[(2 + row * pitch) as usize..][..width as usize];
-                    let dense = widen(&(0..rows).flat_map(row_of).copied().collect::<Vec<_>>());
-                    let (weight, bias) = match norm {
-                        GateNorm::LayerNorm => (Some(&w[..]), Some(&b[..])),
-                        GateNorm::RmsNorm => (Some(&w[..]), None),
-                        GateNorm::None => (None, None),
-                    };
-                    let g = widen(&g_values);
-                    let expected = reference::gate(&dense, &g, activation, norm, weight, bias, width as usize, 1e-5);
-                    let mut all = vec![f64::NAN; 2 * statistics_rows as usize];
-                    for row in 0..rows.saturating_sub(1) {
-                        let at = 2 * slot(row) as usize;
-                        all[at..at + 2].copy_from_slice(&expected.statistics[row as usize]);
-                    }
-                    Ok(vec![lab.compare(&y, &expected.values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
-                })
-            }));
+        for sizes in every(5, 33).chain(any) {
+            cases.push(gate_case(&gate::SPEC, gate::encode, sizes, (2, 3), storage));
+        }
+        for sizes in every(35, 40).chain(whole) {
+            cases.push(gate_case(&gate_vec4::SPEC, in_vec4, sizes, (4, 12), storage));
         }
     }
+}
+
+fn gate_case(
+    spec: &'static KernelSpec,
+    encode: EncodeGate,
+    (activation, norm, rows, width): (Activation, GateNorm, u32, u32),
+    (offset, more): (u32, u32),
+    storage: Storage,
+) -> Case {
+    let id = format!("{activation:?}_{norm:?}_{rows}x{width}/{}", storage.name());
+    Case::new(spec.name, id, move |lab| {
+        let tolerance = Tolerance::sums(&[width as usize, width as usize]);
+        every_tuning(spec.tunings, tolerance, |tuning| {
+            let mut random = Random::new(SEED);
+            let pitch = width + more;
+            let x_values = random.values((offset + rows * pitch) as usize, 1.0);
+            let mut g_values = random.values((rows * width) as usize, 1.0);
+            // Where exponentials overflow and tanh saturates.
+            let ends = [95.0, -95.0].into_iter().cycle();
+            g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
+            let (x, g) = (lab.floats(&x_values)?, lab.floats(&g_values)?);
+            let (weight, w) = lab.stored(&random.values(width as usize, 1.0), storage)?;
+            let (bias, b) = lab.stored(&random.values(width as usize, 1.0), storage)?;
+            // Statistics land backwards and one row apart; the last row has none.
+            let statistics_rows = rows + 2;
+            let slot = |row: u32| if row + 1 == rows { u32::MAX } else { rows - row };
+            let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
+            let y = lab.output((rows * width) as usize)?;
+            let statistics = lab.output(2 * statistics_rows as usize)?;
+            let problem = gate::Problem {
+                rows,
+                width,
+                x_offset: offset,
+                x_row: pitch,
+                eps: 1e-5,
+                activation,
+                norm,
+                statistics_rows,
+                storage,
+            };
+            let args = gate::Args {
+                x: &x.region,
+                g: &g.region,
+                weight: &weight.region,
+                bias: &bias.region,
+                slots: &slots.region,
+                y: &y.region,
+                statistics: &statistics.region,
+            };
+            lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+            let row_of = |row: u32| &x_values[(offset + row * pitch) as usize..][..width as usize];
+            let dense = widen(&(0..rows).flat_map(row_of).copied().collect::<Vec<_>>());
+            let (weight, bias) = match norm {
+                GateNorm::LayerNorm => (Some(&w[..]), Some(&b[..])),
+                GateNorm::RmsNorm => (Some(&w[..]), None),
+                GateNorm::None => (None, None),
+            };
+            let g = widen(&g_values);
+            let expected = reference::gate(&dense, &g, activation, norm, weight, bias, width as usize, 1e-5);
+            let mut all = vec![f64::NAN; 2 * statistics_rows as usize];
+            for row in 0..rows.saturating_sub(1) {
+                let at = 2 * slot(row) as usize;
+                all[at..at + 2].copy_from_slice(&expected.statistics[row as usize]);
+            }
+            Ok(vec![lab.compare(&y, &expected.values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
+        })
+    })
 }
 
 fn ropes(cases: &mut Vec<Case>) {
@@ -643,8 +696,36 @@ fn caches(cases: &mut Vec<Case>) {
         for (d_latent, d_rope, with_ids) in [(1, 0, true), (5, 2, false), (32, 16, true), (63, 6, true), (8, 64, false)]
         {
             let id = format!("{d_latent}+{d_rope}/{}", storage.name());
-            cases.push(Case::new("cache_append", id.clone(), move |lab| append(lab, d_latent, d_rope, storage)));
+            // Odd widths as they are, the others rotated in the one way or the other.
+            let interleave = if d_rope % 2 == 1 { None } else { Some(d_latent % 2 == 1) };
+            let sizes = (d_latent, d_rope, 1);
+            cases.push(Case::new("cache_append", id.clone(), move |lab| {
+                append(lab, &cache_append::SPEC, cache_append::encode, sizes, interleave, storage)
+            }));
             cases.push(Case::new("cache_read", id, move |lab| read(lab, d_latent, with_ids, storage)));
+        }
+    }
+    let in_vec4: EncodeAppend = |recording, &problem, args, tuning| {
+        cache_append_vec4::encode(recording, &cache_append_vec4::Problem(problem), args, tuning)
+    };
+    for storage in Storage::ALL {
+        for (d_latent, d_rope, interleave) in [
+            (8, 0, Some(true)),
+            (16, 8, None),
+            (8, 16, Some(false)),
+            (72, 24, Some(true)),
+            (512, 64, Some(true)),
+            (32, 80, Some(false)),
+        ] {
+            let pairs = match interleave {
+                None => "as_they_are",
+                Some(true) => "neighbours",
+                Some(false) => "halves",
+            };
+            let (id, sizes) = (format!("{d_latent}+{d_rope}_{pairs}/{}", storage.name()), (d_latent, d_rope, 4));
+            cases.push(Case::new("cache_append_vec4", id, move |lab| {
+                append(lab, &cache_append_vec4::SPEC, in_vec4, sizes, interleave, storage)
+            }));
         }
     }
     for (words, from_word, to_word) in [(1, 0, 1), (64, 100, 0), (257, 3, 300), (0, 5, 5)] {
@@ -662,19 +743,30 @@ fn caches(cases: &mut Vec<Case>) {
     }
 }
 
-fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, storage: Storage) -> Result<Vec<super::Outcome>> {
+/// A kernel that appends to the cache, on the problem that they share.
+type EncodeAppend = fn(&mut Recording, &cache_append::Problem, cache_append::Args<'_>, Tuning) -> Result<()>;
+
+/// `step` elements stand between rows, and words before the rotary keys of the cache.
+fn append(
+    lab: &Lab<'_>,
+    spec: &'static KernelSpec,
+    encode: EncodeAppend,
+    (d_latent, d_rope, step): (u32, u32, u32),
+    interleave: Option<bool>,
+    storage: Storage,
+) -> Result<Vec<super::Outcome>> {
     // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
     // The rotation's own error in f32 is that of two products and a sum.
     let tolerance = match storage {
         Storage::F32 => Tolerance::sums(&[2]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(cache_append::SPEC.tunings, tolerance, |tuning| {
+    every_tuning(spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let slots = [4, 0, 6, 1, 9];
         let tokens = slots.len() as u32;
         let cached = 11;
-        let row = d_latent + d_rope + 1;
+        let row = d_latent + d_rope + step;
         let mut values = random.values((tokens * row) as usize, 1.0);
         // Beyond f16: stored as its largest value.
         values[0] = 1e6;
@@ -682,15 +774,23 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, storage: Storage) -> Result
         values[((tokens - 1) * row) as usize] = f32::NAN;
         let source = lab.floats(&values)?;
         let slot_words = lab.words(&slots)?;
-        // Odd widths as they are, the others rotated in the one way or the other.
-        let interleave = if d_rope % 2 == 1 { None } else { Some(d_latent % 2 == 1) };
         let turns = reference::rotations(&RopeConfig::default(), d_rope as usize, &[3, 0, 70, 1, 4000]);
-        // One more where there is none: a binding holds something.
-        let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 2]);
+        // Some more where there is none: a binding holds something.
+        let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 4]);
         let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
+        // Heads of queries, each behind a content part, in rows that stand apart.
+        let (n_head, d_nope) = (3, 2 * step);
+        let queries = cache_append::Queries {
+            n_head,
+            offset: step + d_nope,
+            row: n_head * (d_nope + d_rope) + step,
+            head: d_nope + d_rope,
+        };
+        let q_values = random.values((step + tokens * queries.row) as usize, 1.0);
+        let q = lab.floats(&q_values)?;
         // The rotary keys begin a little behind the latents.
         let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
-        let rope_word = latent_words + 3;
+        let rope_word = latent_words + 4 - step as usize % 4;
         let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
         let problem = cache_append::Problem {
             tokens,
@@ -702,6 +802,7 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, storage: Storage) -> Result
             rope_offset: d_latent,
             rope_row: row,
             interleave,
+            queries,
             rope_byte: 4 * rope_word as u64,
             storage,
         };
@@ -711,8 +812,9 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, storage: Storage) -> Result
             rotations: &rotations.region,
             slots: &slot_words.region,
             cache: &cache.region,
+            q: &q.region,
         };
-        lab.launch(|recording| cache_append::encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| encode(recording, &problem, args, tuning))?;
         let mut comparisons = Vec::new();
         let words = cache.read(lab.kernels, lab.queue)?;
         let parts = [(&words[..latent_words], 0, d_latent), (&words[rope_word..], d_latent, d_rope)];
@@ -733,6 +835,17 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, storage: Storage) -> Result
             reference::cache_append(&mut expected, &new, width as usize, &slots);
             comparisons.push(super::compare(&got, &expected, tolerance));
         }
+        let mut expected = widen(&q_values);
+        if let Some(interleave) = interleave {
+            for (token, turn) in turns.chunks((d_rope as usize / 2).max(1)).enumerate().take(tokens as usize) {
+                for head in 0..n_head as usize {
+                    let at = queries.offset as usize + token * queries.row as usize + head * queries.head as usize;
+                    let part = &mut expected[at..at + d_rope as usize];
+                    reference::rope(part, turn, 1, d_rope as usize, d_rope as usize, interleave);
+                }
+            }
+        }
+        comparisons.push(lab.compare(&q, &expected, Tolerance::sums(&[2]))?);
         Ok(comparisons)
     })
 }
@@ -747,28 +860,36 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
             (values.clone(), super::pack(&values, storage).1)
         };
         let latent_cache = lab.words(&cache_rows(&rounded, d_latent, &slots, batch.cache_rows, storage))?;
-        let ids = random.ids(batch.cache_rows as usize, 1000);
+        // In the other storage, rows padded.
+        let (d_gate, vocab) = (5, 40);
+        let table_storage = if storage == Storage::F32 { Storage::F16 } else { Storage::F32 };
+        let embeddings = random.values((vocab * d_gate) as usize, 1.0);
+        let every: Vec<u32> = (0..vocab).collect();
+        let gate_embedding = lab.words(&cache_rows(&embeddings, d_gate, &every, vocab, table_storage))?;
+        let embeddings = super::pack(&embeddings, table_storage).1;
+        let ids = random.ids(batch.cache_rows as usize, vocab);
         let id_cache = lab.words(&ids)?;
         let sequences = lab.words(bytemuck::cast_slice(&batch.sequences))?;
         // A tile that begins inside the first sequence's padding and ends inside the last's.
         let (first_row, rows) = (2, batch.rows - 5);
         let latent = lab.output((rows * d_latent) as usize)?;
-        let (id_out, slot_out) = (lab.output(rows as usize)?, lab.output(rows as usize)?);
+        let (embedding, slot_out) = (lab.output((rows * d_gate) as usize)?, lab.output(rows as usize)?);
         let problem = cache_read::Problem {
             first_row,
             rows,
             cache_rows: batch.cache_rows,
             d_latent,
             n_sequence: batch.sequences.len() as u32,
-            with_ids,
+            table: with_ids.then_some(cache_read::Table { d_gate, vocab_size: vocab, storage: table_storage }),
             storage,
         };
         let args = cache_read::Args {
             latent_cache: &latent_cache.region,
             id_cache: &id_cache.region,
             sequences: &sequences.region,
+            gate_embedding: &gate_embedding.region,
             latent: &latent.region,
-            ids: &id_out.region,
+            embedding: &embedding.region,
             slots: &slot_out.region,
         };
         lab.launch(|recording| cache_read::encode(recording, &problem, args, tuning))?;
@@ -792,9 +913,12 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
             exact(slot_out.read(lab.kernels, lab.queue)?, row_slots.clone()),
         ];
         if with_ids {
-            let id_of = |&slot: &u32| if slot == u32::MAX { 0 } else { ids[slot as usize] };
-            let expected = row_slots.iter().map(id_of).collect();
-            comparisons.push(exact(id_out.read(lab.kernels, lab.queue)?, expected));
+            let embedding_of = |&slot: &u32| match slot {
+                u32::MAX => vec![0.0; d_gate as usize],
+                slot => reference::gather(&embeddings, d_gate as usize, &[ids[slot as usize]]),
+            };
+            let expected: Vec<f64> = row_slots.iter().flat_map(embedding_of).collect();
+            comparisons.push(lab.compare(&embedding, &expected, Tolerance::EXACT)?);
         }
         Ok(comparisons)
     })

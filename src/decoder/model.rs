@@ -372,6 +372,7 @@ impl Decoder {
         let problem = norm::Problem {
             rows,
             width,
+            second: 0,
             x_offset: 0,
             x_row: width,
             eps: self.config.rms_norm_eps as f32,

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, flag, nonzero, product, words};
+use super::{Problem as _, flag, gate_vec4, nonzero, product, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -64,6 +64,47 @@ pub struct Problem {
     pub storage: Storage,
 }
 
+impl Problem {
+    /// Whether every row of every tensor is a whole number of 16-byte loads that begin on 16-byte boundaries.
+    pub fn in_vec4(&self) -> bool {
+        [self.x_offset, self.x_row].iter().all(|step| step.is_multiple_of(4))
+            && self.width.is_multiple_of(16 / self.storage.bytes() as u32)
+    }
+
+    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("STORAGE_F16", self.storage.constant()),
+            ("ACTIVATION", f64::from(self.activation as u32)),
+            ("NORM", f64::from(self.norm as u32)),
+            ("WRITE_STATISTICS", flag(self.statistics_rows > 0)),
+        ]
+    }
+
+    pub(super) fn params(&self) -> Params {
+        let Problem { rows, width, x_offset, x_row, eps, .. } = *self;
+        Params { rows, width, x_offset, x_row, eps }
+    }
+
+    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 7] {
+        let Problem { rows, width, norm, statistics_rows, storage, .. } = *self;
+        let x_end = u64::from(self.x_offset) + product(&[rows.saturating_sub(1), self.x_row]) + u64::from(width);
+        // A binding of 16-byte elements holds one at least, be it unused.
+        let least = if self.in_vec4() { 16 } else { 0 };
+        let stored =
+            |region, on: bool| Bound { region, bytes: if on { u64::from(width) * storage.bytes() } else { least } };
+        let all = product(&[rows, width]);
+        [
+            words(args.x, x_end),
+            words(args.g, all),
+            stored(args.weight, norm != GateNorm::None),
+            stored(args.bias, norm == GateNorm::LayerNorm),
+            words(args.slots, if statistics_rows > 0 { rows.into() } else { 0 }),
+            words(args.y, all),
+            words(args.statistics, 2 * u64::from(statistics_rows)),
+        ]
+    }
+}
+
 impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
@@ -71,14 +112,10 @@ impl super::Problem for Problem {
         nonzero(SPEC.name, &[("width", self.width)])?;
         let workgroup_size =
             ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        let mut overrides = self.switches();
+        overrides.push(("WORKGROUP", workgroup_size.into()));
         Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("ACTIVATION", f64::from(self.activation as u32)),
-                ("NORM", f64::from(self.norm as u32)),
-                ("WRITE_STATISTICS", flag(self.statistics_rows > 0)),
-                ("WORKGROUP", workgroup_size.into()),
-            ],
+            overrides,
             grid: fold_grid(SPEC.name, self.rows.into(), &context.limits)?,
             workgroup_size,
             workgroup_bytes: 4 * workgroup_size,
@@ -106,28 +143,15 @@ pub struct Args<'a> {
     pub statistics: &'a Region,
 }
 
-/// Adds one gate to a recording.
+/// Adds one gate to a recording: with [`gate_vec4`] where the operands are [`Problem::in_vec4`] and no setting of this kernel
+/// is forced.
 ///
 /// # Errors
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    if tuning == Tuning::Auto && problem.in_vec4() {
+        return gate_vec4::encode(recording, &gate_vec4::Problem(*problem), args, tuning);
+    }
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { rows, width, x_offset, x_row, eps, norm, statistics_rows, storage, .. } = *problem;
-    let x_end = u64::from(x_offset) + product(&[rows.saturating_sub(1), x_row]) + u64::from(width);
-    let stored = |region, on: bool| Bound { region, bytes: if on { u64::from(width) * storage.bytes() } else { 0 } };
-    let all = product(&[rows, width]);
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params { rows, width, x_offset, x_row, eps },
-        &[
-            words(args.x, x_end),
-            words(args.g, all),
-            stored(args.weight, norm != GateNorm::None),
-            stored(args.bias, norm == GateNorm::LayerNorm),
-            words(args.slots, if statistics_rows > 0 { rows.into() } else { 0 }),
-            words(args.y, all),
-            words(args.statistics, 2 * u64::from(statistics_rows)),
-        ],
-    )
+    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

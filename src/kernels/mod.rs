@@ -14,11 +14,13 @@ pub mod attention_prefill_cooperative;
 pub mod attention_prefill_cooperative_8;
 pub mod attention_prefill_rows;
 pub mod cache_append;
+pub mod cache_append_vec4;
 pub mod cache_copy;
 pub mod cache_read;
 pub mod gate;
 pub mod gate_rows;
 pub mod gate_statistics;
+pub mod gate_vec4;
 pub mod gather;
 pub mod group_ids;
 pub mod matmul;
@@ -30,6 +32,7 @@ pub mod matvec;
 pub mod matvec_subgroup;
 pub mod matvec_vec4;
 pub mod norm;
+pub mod norm_vec4;
 pub mod residual_add;
 pub mod roofline_cooperative;
 pub mod roofline_cooperative_8;
@@ -55,11 +58,13 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &attention_prefill_cooperative_8::SPEC,
     &attention_prefill_rows::SPEC,
     &cache_append::SPEC,
+    &cache_append_vec4::SPEC,
     &cache_copy::SPEC,
     &cache_read::SPEC,
     &gate::SPEC,
     &gate_rows::SPEC,
     &gate_statistics::SPEC,
+    &gate_vec4::SPEC,
     &gather::SPEC,
     &group_ids::SPEC,
     &matmul::SPEC,
@@ -71,6 +76,7 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &matvec_subgroup::SPEC,
     &matvec_vec4::SPEC,
     &norm::SPEC,
+    &norm_vec4::SPEC,
     &residual_add::SPEC,
     &roofline_cooperative::SPEC,
     &roofline_cooperative_8::SPEC,

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, nonzero, product, words};
+use super::{Problem as _, flag, narrow, nonzero, norm_vec4, product, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
@@ -34,6 +34,7 @@ pub(super) const ROW_WORKGROUPS: &[u32] = &[64, 256, 32];
 pub struct Params {
     rows: u32,
     width: u32,
+    second: u32,
     x_offset: u32,
     x_row: u32,
     eps: f32,
@@ -55,6 +56,8 @@ pub struct Problem {
     pub rows: u32,
     /// Elements that a norm spans.
     pub width: u32,
+    /// Elements of a second segment, right behind the first, with a norm of its own; 0 for none.
+    pub second: u32,
     /// First element of `x`.
     pub x_offset: u32,
     /// From one row of `x` to the next.
@@ -69,21 +72,63 @@ pub struct Problem {
     pub storage: Storage,
 }
 
+impl Problem {
+    /// Whether every segment of every tensor is a whole number of 16-byte loads that begin on 16-byte boundaries.
+    pub fn in_vec4(&self) -> bool {
+        [self.x_offset, self.x_row].iter().all(|step| step.is_multiple_of(4))
+            && [self.width, self.second].iter().all(|width| width.is_multiple_of(16 / self.storage.bytes() as u32))
+    }
+
+    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
+        narrow(kernel, &[("width", self.width), ("second", self.second)])?;
+        nonzero(kernel, &[("width", self.width)])
+    }
+
+    /// Segments of all rows.
+    pub(super) fn segments(&self) -> u64 {
+        product(&[self.rows, if self.second > 0 { 2 } else { 1 }])
+    }
+
+    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
+        vec![
+            ("STORAGE_F16", self.storage.constant()),
+            ("CENTER", flag(self.kind == Kind::Layer)),
+            ("HAS_BIAS", flag(self.bias)),
+        ]
+    }
+
+    pub(super) fn params(&self) -> Params {
+        let Problem { rows, width, second, x_offset, x_row, eps, .. } = *self;
+        Params { rows, width, second, x_offset, x_row, eps }
+    }
+
+    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 4] {
+        let whole = self.width + self.second;
+        let x_end = u64::from(self.x_offset) + product(&[self.rows.saturating_sub(1), self.x_row]) + u64::from(whole);
+        let stored = |region, elements: u32| Bound { region, bytes: u64::from(elements) * self.storage.bytes() };
+        // A binding of 16-byte elements holds one at least, be it unused.
+        let least = if self.in_vec4() { 16 / self.storage.bytes() as u32 } else { 0 };
+        [
+            words(args.x, x_end),
+            stored(args.weight, whole),
+            stored(args.bias, if self.bias { whole } else { least }),
+            words(args.y, product(&[self.rows, whole])),
+        ]
+    }
+}
+
 impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("width", self.width)])?;
+        self.validate(SPEC.name)?;
         let workgroup_size =
             ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        let mut overrides = self.switches();
+        overrides.push(("WORKGROUP", workgroup_size.into()));
         Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("CENTER", flag(self.kind == Kind::Layer)),
-                ("HAS_BIAS", flag(self.bias)),
-                ("WORKGROUP", workgroup_size.into()),
-            ],
-            grid: fold_grid(SPEC.name, self.rows.into(), &context.limits)?,
+            overrides,
+            grid: fold_grid(SPEC.name, self.segments(), &context.limits)?,
             workgroup_size,
             workgroup_bytes: 4 * workgroup_size,
         }
@@ -96,32 +141,23 @@ impl super::Problem for Problem {
 pub struct Args<'a> {
     /// f32, rows as in [`Problem`].
     pub x: &'a Region,
-    /// `[width]` in `storage`.
+    /// `[width + second]` in `storage`.
     pub weight: &'a Region,
-    /// `[width]` in `storage`; `Kernels::absent` without a bias.
+    /// `[width + second]` in `storage`; `Kernels::absent` without a bias.
     pub bias: &'a Region,
-    /// `[rows, width]` f32, written.
+    /// `[rows, width + second]` f32, written.
     pub y: &'a Region,
 }
 
-/// Adds one norm to a recording.
+/// Adds one norm to a recording: with [`norm_vec4`] where the operands are [`Problem::in_vec4`] and no setting of this kernel is
+/// forced.
 ///
 /// # Errors
 /// What the plan refuses, a region that is too small, or an input that is also the output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    if tuning == Tuning::Auto && problem.in_vec4() {
+        return norm_vec4::encode(recording, &norm_vec4::Problem(*problem), args, tuning);
+    }
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { rows, width, x_offset, x_row, eps, .. } = *problem;
-    let x_end = u64::from(x_offset) + product(&[rows.saturating_sub(1), x_row]) + u64::from(width);
-    let stored = |region, elements: u32| Bound { region, bytes: u64::from(elements) * problem.storage.bytes() };
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params { rows, width, x_offset, x_row, eps },
-        &[
-            words(args.x, x_end),
-            stored(args.weight, width),
-            stored(args.bias, if problem.bias { width } else { 0 }),
-            words(args.y, product(&[rows, width])),
-        ],
-    )
+    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

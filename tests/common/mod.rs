@@ -18,6 +18,11 @@ pub struct Gpu {
 /// features that variants of the kernels use, where it has them. No adapter is a failure: a test that compared nothing must
 /// not pass.
 pub fn gpu() -> Gpu {
+    gpu_with(wgpu::Limits::default())
+}
+
+/// The same with other limits.
+pub fn gpu_with(required_limits: wgpu::Limits) -> Gpu {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
     let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
@@ -27,7 +32,8 @@ pub fn gpu() -> Gpu {
         .expect("no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)");
     let (cooperative, experimental_features, matrices) = experimental::cooperative(adapter);
     let required_features = adapter.features() & egmla::kernels::optional_features() | cooperative;
-    let descriptor = wgpu::DeviceDescriptor { required_features, experimental_features, ..Default::default() };
+    let descriptor =
+        wgpu::DeviceDescriptor { required_features, required_limits, experimental_features, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     let errors = Arc::new(Mutex::new(Vec::new()));
     let log = errors.clone();

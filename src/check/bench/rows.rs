@@ -267,8 +267,9 @@ fn norm_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
     let elements = (rows * width) as usize;
     let (x, weight, y) = (inputs.floats(elements)?, inputs.floats(width as usize)?, inputs.output(elements)?);
-    let (kind, storage) = (norm::Kind::Rms, Storage::F32);
-    let problem = norm::Problem { rows, width, x_offset: 0, x_row: width, eps: 1e-6, kind, bias: false, storage };
+    let (kind, bias, second) = (norm::Kind::Rms, false, 0);
+    let (x_offset, x_row, eps, storage) = (0, width, 1e-6, Storage::F32);
+    let problem = norm::Problem { rows, width, second, x_offset, x_row, eps, kind, bias, storage };
     let mut recording = Recording::new(kernels);
     let args = norm::Args { x: &x, weight: &weight, bias: &kernels.absent(), y: &y };
     norm::encode(&mut recording, &problem, args, Tuning::Auto)?;
@@ -326,6 +327,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         rope_offset: d_latent,
         rope_row: row,
         interleave: None,
+        queries: cache_append::Queries::default(),
         rope_byte: 4 * words(d_latent) as u64,
         storage,
     };
@@ -335,6 +337,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         rotations: &kernels.absent(),
         slots: &slots,
         cache: &cache,
+        q: &kernels.sink(),
     };
     let mut recording = Recording::new(kernels);
     cache_append::encode(&mut recording, &problem, args, Tuning::Auto)?;
