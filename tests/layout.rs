@@ -13,15 +13,15 @@ use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
-    Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup,
-    attention_merge, attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8,
-    attention_prefill_rows, cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics,
-    gate_vec4, gather, group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4,
-    matvec, matvec_subgroup, matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8,
-    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    COOPERATIVE_FEATURES, Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped,
+    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
+    attention_prefill_cooperative_8, attention_prefill_rows, cache_append, cache_append_vec4, cache_copy, cache_read,
+    gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul, matmul_cooperative, matmul_cooperative_8,
+    matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, norm_vec4, residual_add,
+    roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use egmla::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
-use egmla::wgpu::{Features, Limits};
+use egmla::wgpu::{CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 
@@ -1086,6 +1086,42 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     // Elements are indexed with 32 bits.
     let huge = gather::Problem { rows: u32::MAX, width: u32::MAX, table_row: u32::MAX, vocab_size: 1, storage: f32 };
     assert!(problem_of(huge).contains("2^31"));
+}
+
+#[test]
+fn cooperative_matrices_are_square_halves_with_sums_in_f32() {
+    let shape = |m_size, n_size, k_size, ab_type, cr_type| CooperativeMatrixProperties {
+        m_size,
+        n_size,
+        k_size,
+        ab_type,
+        cr_type,
+        saturating_accumulation: false,
+    };
+    let (half, float) = (CooperativeScalarType::F16, CooperativeScalarType::F32);
+    let (by_16, by_8) = (shape(16, 16, 16, half, float), shape(8, 8, 8, half, float));
+    assert_eq!(Cooperative::of(&[by_16]), Cooperative::BY_16);
+    assert_eq!(Cooperative::of(&[by_8]), Cooperative::BY_8);
+    assert_eq!(Cooperative::of(&[by_8, by_16]), Cooperative { by_16: true, by_8: true });
+    let others = [
+        shape(16, 8, 16, half, float),
+        shape(16, 16, 8, half, float),
+        shape(8, 16, 16, half, float),
+        shape(16, 16, 16, half, half),
+        shape(8, 8, 8, float, float),
+        CooperativeMatrixProperties { saturating_accumulation: true, ..by_16 },
+    ];
+    assert_eq!(Cooperative::of(&others), Cooperative::NONE);
+    // A kernel says which it lacks, beside features.
+    let mut context = PlanContext { features: COOPERATIVE_FEATURES, ..PlanContext::webgpu_defaults(CLASSES[0]) };
+    let lacks = |context: &PlanContext| matmul_cooperative::SPEC.missing(context);
+    assert_eq!(lacks(&context).as_deref(), Some("cooperative matrices of 16×16×16 f16"));
+    context.cooperative = Cooperative::BY_8;
+    assert!(lacks(&context).is_some() && matmul_cooperative_8::SPEC.missing(&context).is_none());
+    context.cooperative = Cooperative::BY_16;
+    assert_eq!(lacks(&context), None);
+    context.features.remove(Features::SHADER_F16);
+    assert_eq!(lacks(&context).as_deref(), Some("shader_f16"));
 }
 
 /// Top-level functions other than the entry: name, and text with the comment above it.

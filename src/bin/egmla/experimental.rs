@@ -8,7 +8,11 @@ use egmla::wgpu;
 /// it has none that they use.
 pub fn cooperative(adapter: &wgpu::Adapter) -> (wgpu::Features, wgpu::ExperimentalFeatures, Cooperative) {
     let matrices = Cooperative::of(&adapter.cooperative_matrix_properties());
-    if matrices == Cooperative::NONE || !adapter.features().contains(COOPERATIVE_FEATURES) {
+    let info = adapter.get_info();
+    // Mesa's software adapter lists its matrices whatever the width of its vectors. With 4 lanes it then refuses the device,
+    // which wgpu takes for a defect and panics; with 16 it crashes in compiling.
+    let unfit = info.device_type == wgpu::DeviceType::Cpu && (info.subgroup_min_size, info.subgroup_max_size) != (8, 8);
+    if matrices == Cooperative::NONE || unfit || !adapter.features().contains(COOPERATIVE_FEATURES) {
         return (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled(), Cooperative::NONE);
     }
     // SAFETY: what wgpu leaves unchecked of this feature is checked here. Only shaders of this crate are compiled; they load
