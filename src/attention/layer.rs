@@ -37,7 +37,7 @@ pub enum DecodePath {
 #[derive(Debug)]
 struct DeviceWeights {
     query: DeviceQuery,
-    /// What turns a hidden state into the latents and the rotary key: `q_a_proj`, with a low-rank query, on `kv_a_proj_with_mqa`.
+    /// `q_a_proj`, with a low-rank query, and `kv_a_proj_with_mqa`: one behind the other where a binding holds both.
     down: Vec<DownProjection>,
     /// `q_a_layernorm`, with a low-rank query, then `kv_a_layernorm`, where there is one.
     down_norm: Option<Region>,
@@ -148,17 +148,23 @@ fn upload_parts(
     Ok(Region::from(&kernels.upload(&tensor.name, &stored)?))
 }
 
-/// Uploads tensors one behind the other; `None` where they do not fit one binding.
+/// Bytes of tensors that stand one behind the other.
+fn bytes_together(tensors: &[&HostTensor], storage: Storage) -> u64 {
+    storage.tensor_bytes(tensors.iter().map(|tensor| tensor.data.len() as u64).sum())
+}
+
+/// Uploads tensors one behind the other.
 ///
 /// # Errors
-/// As [`upload_tensor`], the limit aside.
-fn upload_together(kernels: &Kernels, tensors: &[&HostTensor], storage: Storage) -> Result<Option<Region>> {
-    let elements: u64 = tensors.iter().map(|tensor| tensor.data.len() as u64).sum();
-    let needed = storage.tensor_bytes(elements);
-    let (Some(first), true) = (tensors.first(), needed <= kernels.context().limits.max_storage_buffer_binding_size)
-    else {
-        return Ok(None);
-    };
+/// As [`upload_tensor`].
+fn upload_together(kernels: &Kernels, tensors: &[&HostTensor], storage: Storage) -> Result<Region> {
+    let needed = bytes_together(tensors, storage);
+    let allowed = kernels.context().limits.max_storage_buffer_binding_size;
+    let names = tensors.iter().map(|tensor| format!("`{}`", tensor.name)).collect::<Vec<_>>().join(", ");
+    if needed > allowed {
+        let what = format!("tensors {names} in {}", storage.name());
+        return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+    }
     let mut stored = vec![0u8; needed as usize];
     let mut at = 0;
     for tensor in tensors {
@@ -166,7 +172,7 @@ fn upload_together(kernels: &Kernels, tensors: &[&HostTensor], storage: Storage)
         stored_rows(tensor, storage, width, width, &mut stored[at..])?;
         at += width * storage.bytes() as usize;
     }
-    Ok(Some(Region::from(&kernels.upload(&first.name, &stored)?)))
+    Ok(Region::from(&kernels.upload(&names, &stored)?))
 }
 
 /// The projections down to the latents: one product where they fit one binding, one for each where not.
@@ -177,10 +183,11 @@ fn upload_down(kernels: &Kernels, weights: &AttentionWeights, storage: Storage) 
     };
     let parts: Vec<_> = query.into_iter().chain([(&weights.kv_a_proj, &weights.kv_a_bias)]).collect();
     let columns = |proj: &HostTensor| proj.shape.first().copied().unwrap_or(0) as u32;
-    let proj = upload_together(kernels, &parts.iter().map(|(proj, _)| *proj).collect::<Vec<_>>(), storage)?;
+    let projections: Vec<_> = parts.iter().map(|(proj, _)| *proj).collect();
     let biases: Option<Vec<_>> = parts.iter().map(|(_, bias)| bias.as_ref()).collect();
-    if let Some(proj) = proj {
-        let bias = biases.map_or(Ok(None), |biases| upload_together(kernels, &biases, storage))?;
+    if bytes_together(&projections, storage) <= kernels.context().limits.max_storage_buffer_binding_size {
+        let proj = upload_together(kernels, &projections, storage)?;
+        let bias = biases.map(|biases| upload_together(kernels, &biases, storage)).transpose()?;
         let columns = parts.iter().map(|(proj, _)| columns(proj)).sum();
         return Ok(vec![DownProjection { first: 0, columns, proj, bias }]);
     }
@@ -286,7 +293,7 @@ impl Attention {
                 QueryWeights::LowRank { b_proj, .. } => DeviceQuery::LowRank { b_proj: upload(b_proj)? },
             },
             down: upload_down(kernels, weights, storage)?,
-            down_norm: upload_together(kernels, &norms, storage)?,
+            down_norm: (!norms.is_empty()).then(|| upload_together(kernels, &norms, storage)).transpose()?,
             has_kv_a_norm: weights.kv_a_norm.is_some(),
             kv_b_proj: upload_rows(kernels, &weights.kv_b_proj, storage, config.d_latent)?,
             o_proj: upload(&weights.o_proj)?,
