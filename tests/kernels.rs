@@ -60,11 +60,13 @@ macro_rules! kernels {
 
 kernels!(
     attention_absorbed,
+    attention_absorbed_subgroup,
     attention_decode,
     attention_grouped,
     attention_merge,
     attention_prefill,
     attention_prefill_rows,
+    attention_prefill_subgroup,
     cache_append,
     cache_copy,
     cache_read,

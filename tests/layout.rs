@@ -13,10 +13,11 @@ use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
-    Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
-    attention_prefill_rows, cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids,
-    matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add,
-    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    Problem, REGISTRY, attention_absorbed, attention_absorbed_subgroup, attention_decode, attention_grouped,
+    attention_merge, attention_prefill, attention_prefill_rows, attention_prefill_subgroup, cache_append, cache_copy,
+    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup,
+    matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add, roofline_copy, roofline_fma, rope, swiglu,
+    word_scatter,
 };
 use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{Features, Limits};
@@ -129,7 +130,8 @@ fn bindings_are_those_of_the_shader() {
 fn rust_params(kernel: &str) -> Vec<(String, String)> {
     // The modules that take another's.
     let file = match kernel {
-        "attention_prefill_rows" => "attention_prefill",
+        _ if kernel.starts_with("attention_prefill_") => "attention_prefill",
+        _ if kernel.starts_with("attention_absorbed_") => "attention_absorbed",
         _ if kernel.starts_with("matmul_") || kernel.starts_with("matvec") => "matmul",
         other => other,
     };
@@ -206,12 +208,15 @@ fn tunings(spec: &KernelSpec) -> impl Iterator<Item = Tuning> + use<> {
     std::iter::once(Tuning::Auto).chain((0..spec.tunings).map(Tuning::Forced))
 }
 
-/// Every plan of a problem: each class of adapter, each tuning, WebGPU's default limits.
+/// Every plan of a problem: each class of adapter, each size of its subgroups where they matter, each tuning, WebGPU's default
+/// limits.
 fn add<P: Problem + std::fmt::Debug>(cases: &mut Vec<Case>, problem: P, cover: impl Fn(&Plan) -> Cover) {
-    for class in CLASSES {
-        let context = PlanContext::webgpu_defaults(class);
+    let sizes: &[u32] = if P::SPEC.features.contains(Features::SUBGROUP) { &[4, 8, 16, 32] } else { &[4] };
+    for (class, &subgroup_min_size) in CLASSES.into_iter().flat_map(|class| sizes.iter().map(move |size| (class, size)))
+    {
+        let context = PlanContext { subgroup_min_size, ..PlanContext::webgpu_defaults(class) };
         for tuning in tunings(P::SPEC) {
-            let what = format!("{} {class:?} {tuning:?} {problem:?}", P::SPEC.name);
+            let what = format!("{} {class:?} {subgroup_min_size} {tuning:?} {problem:?}", P::SPEC.name);
             let plan = problem.plan(&context, tuning).unwrap_or_else(|error| panic!("{what}: {error}"));
             let cover = cover(&plan);
             cases.push(Case { spec: P::SPEC, what, plan, cover });
@@ -516,12 +521,24 @@ fn cases() -> Vec<Case> {
                 add(all, decode_problem(splits * SPLIT, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
                 let tile = |plan: &Plan| [value(plan, "SPLIT"), value(plan, "HEADS"), 1];
                 add(all, absorbed_problem(splits, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
+                for (d_latent, d_rope) in [(4, 0), (64, 64), (512, 64)] {
+                    let problem = absorbed_problem(splits, n_head, storage);
+                    let problem = attention_absorbed::Problem { d_latent, d_nope: 8, d_rope, ..problem };
+                    let size = [splits * SPLIT, n_head, 1];
+                    let tile = |plan: &Plan| [value(plan, "SPLIT"), 8, 1];
+                    add(all, attention_absorbed_subgroup::Problem(problem), tiles(size, tile));
+                }
             }
             for query_tiles in [0, 1, 5] {
                 for d_value in [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260] {
                     let problem = prefill_problem(query_tiles, n_head, d_value);
                     let problem = attention_prefill::Problem { storage, ..problem };
                     add(all, problem, tiles([query_tiles, n_head, d_value], |_| [1, 1, 128]));
+                    // Workgroups share a tile.
+                    add(all, attention_prefill_subgroup::Problem(problem), |plan| Cover::Tiled {
+                        size: [u64::from(query_tiles) * value(plan, "PARTS"), n_head.into(), d_value.into()],
+                        tile: [1, 1, 128],
+                    });
                 }
                 for d_value in [1, 3, 127, 128, 129, 256, 257] {
                     let problem = prefill_problem(query_tiles, n_head, d_value);
@@ -638,6 +655,13 @@ fn plans_keep_what_their_shaders_assume() {
             }
             "matmul_subgroup" => assert!([4, 8].contains(&value(&plan, "SPREAD")), "{what}"),
             "matvec" | "matvec_vec4" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            "attention_absorbed_subgroup" => assert!(value(&plan, "LANES").is_power_of_two(), "{what}"),
+            "attention_prefill_subgroup" => {
+                let lanes = value(&plan, "LANES");
+                assert!(lanes.is_power_of_two() && (4..=32).contains(&lanes), "{what}");
+                // The shader's arrays hold 8 vectors of columns.
+                assert!((1..=8).contains(&value(&plan, "COLUMNS")), "{what}");
+            }
             "attention_prefill" => {
                 let value = |name| value(&plan, name);
                 let columns = value("COLUMNS");
@@ -670,6 +694,12 @@ fn plans_keep_what_their_shaders_assume() {
             assert_eq!(tile_q, 8 * plan.workgroup_size);
             assert_eq!(attention_prefill::slices(&context, tuning, 132).unwrap(), plan.grid[2]);
         }
+        for tuning in tunings(&attention_prefill_subgroup::SPEC) {
+            let plan = attention_prefill_subgroup::Problem(prefill_problem(1, 1, 132)).plan(&context, tuning).unwrap();
+            let tile_q = attention_prefill::tile_q(&context, Tuning::Auto).unwrap();
+            assert_eq!(u64::from(tile_q), 8 * value(&plan, "TEAMS") * value(&plan, "PARTS"));
+            assert_eq!(attention_prefill::slices(&context, Tuning::Auto, 132).unwrap(), plan.grid[2]);
+        }
     }
 }
 
@@ -683,6 +713,12 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
     let product = matmul::Problem::linear(100, 104, 100, true, Storage::F16);
     vec![
         planner(absorbed_problem(3, 9, Storage::F16)),
+        planner(attention_absorbed_subgroup::Problem(attention_absorbed::Problem {
+            d_latent: 64,
+            d_nope: 64,
+            d_rope: 64,
+            ..absorbed_problem(3, 9, Storage::F16)
+        })),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
         planner(grouped_problem(
             5,
@@ -693,6 +729,7 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(attention_merge::Problem { tokens: 100, n_head: 9, width: 64, splits: 300 }),
         planner(prefill_problem(5, 9, 132)),
         planner(attention_prefill_rows::Problem(prefill_problem(5, 9, 129))),
+        planner(attention_prefill_subgroup::Problem(prefill_problem(5, 9, 132))),
         planner(append_problem(1000, 8, Storage::F16)),
         planner(cache_copy::Problem { words: 1000, from_word: 0, to_word: 1000 }),
         planner(read_problem(1000, true, Storage::F16)),

@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::cache::LatentCache;
+use super::choice::{absorbed_of, prefill_of};
 use super::lists::{GateRows, Grouped, Lists, widths};
 use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
@@ -807,7 +808,7 @@ impl Attention {
                         values: &workspace.values,
                         softmax: &workspace.softmax,
                     };
-                    attention_prefill::encode(recording, &problem, args, Tuning::Auto)?;
+                    prefill_of(recording, problem, args)?;
                 }
                 Mode::Decode => {
                     let problem = attention_decode::Problem {
@@ -956,7 +957,7 @@ impl Attention {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
-        attention_absorbed::encode(recording, &problem, args, Tuning::Auto)?;
+        absorbed_of(recording, problem, args)?;
         self.merge(recording, step, workspace, c.d_latent, &workspace.merged)?;
 
         // o[h] = W_V[h] S[h]

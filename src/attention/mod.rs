@@ -14,6 +14,7 @@
 //! three for a cache of one layer.
 
 mod cache;
+mod choice;
 pub(crate) mod groups;
 mod layer;
 mod lists;
@@ -22,6 +23,7 @@ mod step;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache, MemoryReport};
+pub use choice::{absorbed_of, prefill_of};
 pub use layer::{Attention, DecodePath};
 pub use lists::GateRows;
 pub use step::{MOST_DECODED, Mode, Step, StepInput};

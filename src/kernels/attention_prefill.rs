@@ -145,6 +145,16 @@ impl Problem {
         Ok(())
     }
 
+    pub(super) fn validate_aligned(&self, kernel: &'static str) -> Result<()> {
+        self.validate(kernel)?;
+        if self.aligned() {
+            return Ok(());
+        }
+        let Problem { d_nope, d_rope, d_value, .. } = self;
+        let widths = format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4");
+        Err(Error::problem(kernel, widths))
+    }
+
     pub(super) fn params(&self) -> Params {
         Params {
             n_head: self.n_head,
@@ -183,12 +193,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
-        if !self.aligned() {
-            let Problem { d_nope, d_rope, d_value, .. } = self;
-            let widths = format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4");
-            return Err(Error::problem(SPEC.name, widths));
-        }
+        self.validate_aligned(SPEC.name)?;
         let (rows, chunk, value_rows) = TUNINGS[setting(context, tuning)?];
         let columns = self.d_value.min(SLICE).div_ceil(LANES * 4);
         let staged = (rows * 4 + TILE_KV) * (chunk + 1) + TILE_KV * (rows + 1);

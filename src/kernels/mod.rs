@@ -5,11 +5,13 @@
 //! Activations are f32. `storage` says how weights and caches are stored.
 
 pub mod attention_absorbed;
+pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
 pub mod attention_grouped;
 pub mod attention_merge;
 pub mod attention_prefill;
 pub mod attention_prefill_rows;
+pub mod attention_prefill_subgroup;
 pub mod cache_append;
 pub mod cache_copy;
 pub mod cache_read;
@@ -40,11 +42,13 @@ use crate::plan::{Plan, PlanContext, Tuning};
 /// Every kernel.
 pub const REGISTRY: &[&KernelSpec] = &[
     &attention_absorbed::SPEC,
+    &attention_absorbed_subgroup::SPEC,
     &attention_decode::SPEC,
     &attention_grouped::SPEC,
     &attention_merge::SPEC,
     &attention_prefill::SPEC,
     &attention_prefill_rows::SPEC,
+    &attention_prefill_subgroup::SPEC,
     &cache_append::SPEC,
     &cache_copy::SPEC,
     &cache_read::SPEC,

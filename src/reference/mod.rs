@@ -13,11 +13,13 @@
 //! [`layer`] puts the kernels together into one attention layer, expanded and absorbed.
 
 pub mod attention_absorbed;
+pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
 pub mod attention_grouped;
 pub mod attention_merge;
 pub mod attention_prefill;
 pub mod attention_prefill_rows;
+pub mod attention_prefill_subgroup;
 pub mod cache_append;
 pub mod cache_copy;
 pub mod cache_read;
@@ -43,11 +45,13 @@ pub mod swiglu;
 pub mod word_scatter;
 
 pub use attention_absorbed::attention_absorbed;
+pub use attention_absorbed_subgroup::attention_absorbed_subgroup;
 pub use attention_decode::{Partial, attention_decode};
 pub use attention_grouped::{Grouped, GroupedItem, attention_grouped};
 pub use attention_merge::attention_merge;
 pub use attention_prefill::{Attended, Heads, attention_prefill};
 pub use attention_prefill_rows::attention_prefill_rows;
+pub use attention_prefill_subgroup::attention_prefill_subgroup;
 pub use cache_append::cache_append;
 pub use cache_copy::cache_copy;
 pub use cache_read::cache_read;
