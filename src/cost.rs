@@ -23,10 +23,11 @@ use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_subgroup, attention_decode, attention_grouped, attention_merge,
-    attention_prefill, attention_prefill_rows, attention_prefill_subgroup, cache_append, cache_copy, cache_read, gate,
-    gate_rows, gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec,
-    matvec_subgroup, matvec_vec4, norm, product, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode, attention_grouped,
+    attention_merge, attention_prefill, attention_prefill_rows, attention_prefill_subgroup, cache_append, cache_copy,
+    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup,
+    matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, product, residual_add, roofline_copy, roofline_fma, rope,
+    swiglu, word_scatter,
 };
 use crate::plan::Storage;
 
@@ -308,6 +309,12 @@ impl Costed for attention_absorbed::Problem {
                 times(8, &[self.partials, n_head]),
             ],
         )
+    }
+}
+
+impl Costed for attention_absorbed_stream::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -881,6 +888,7 @@ mod tests {
             // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
             // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 32. Out: 2·3·(8·4 + 8).
             entry(absorbed, 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
+            entry(attention_absorbed_stream::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
             entry(attention_absorbed_subgroup::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
             // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
             // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 32. Out: 1·2·(5·4 + 8).

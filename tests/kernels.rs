@@ -60,6 +60,7 @@ macro_rules! kernels {
 
 kernels!(
     attention_absorbed,
+    attention_absorbed_stream,
     attention_absorbed_subgroup,
     attention_decode,
     attention_grouped,

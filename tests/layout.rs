@@ -13,11 +13,11 @@ use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
-    Problem, REGISTRY, attention_absorbed, attention_absorbed_subgroup, attention_decode, attention_grouped,
-    attention_merge, attention_prefill, attention_prefill_rows, attention_prefill_subgroup, cache_append, cache_copy,
-    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup,
-    matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add, roofline_copy, roofline_fma, rope, swiglu,
-    word_scatter,
+    Problem, REGISTRY, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    attention_grouped, attention_merge, attention_prefill, attention_prefill_rows, attention_prefill_subgroup,
+    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul,
+    matmul_cooperative, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add,
+    roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use egmla::plan::{AdapterClass, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{Features, Limits};
@@ -528,6 +528,13 @@ fn cases() -> Vec<Case> {
                     let tile = |plan: &Plan| [value(plan, "SPLIT"), 8, 1];
                     add(all, attention_absorbed_subgroup::Problem(problem), tiles(size, tile));
                 }
+                for (d_latent, d_rope) in [(4, 0), (36, 4), (64, 64)] {
+                    let problem = absorbed_problem(splits, n_head, storage);
+                    let problem = attention_absorbed::Problem { d_latent, d_nope: 8, d_rope, ..problem };
+                    let size = [splits * SPLIT, n_head, 1];
+                    let tile = |plan: &Plan| [value(plan, "SPLIT"), 4 * value(plan, "TEAMS"), 1];
+                    add(all, attention_absorbed_stream::Problem(problem), tiles(size, tile));
+                }
             }
             for query_tiles in [0, 1, 5] {
                 for d_value in [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260] {
@@ -655,6 +662,12 @@ fn plans_keep_what_their_shaders_assume() {
             }
             "matmul_subgroup" => assert!([4, 8].contains(&value(&plan, "SPREAD")), "{what}"),
             "matvec" | "matvec_vec4" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            "attention_absorbed_stream" => {
+                let value = |name| value(&plan, name);
+                assert!(value("LANES").is_power_of_two() && value("LANES") >= 4, "{what}");
+                // The shader's arrays hold 4 loads and 16 words.
+                assert!((1..=4).contains(&value("LOADS")) && value("ROPE") <= 16, "{what}");
+            }
             "attention_absorbed_subgroup" => assert!(value(&plan, "LANES").is_power_of_two(), "{what}"),
             "attention_prefill_subgroup" => {
                 let lanes = value(&plan, "LANES");
@@ -711,14 +724,12 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         (P::SPEC, Box::new(move |context, tuning| problem.plan(context, tuning)))
     }
     let product = matmul::Problem::linear(100, 104, 100, true, Storage::F16);
+    let plain = absorbed_problem(3, 9, Storage::F16);
+    let absorbed = attention_absorbed::Problem { d_latent: 64, d_nope: 64, d_rope: 64, ..plain };
     vec![
         planner(absorbed_problem(3, 9, Storage::F16)),
-        planner(attention_absorbed_subgroup::Problem(attention_absorbed::Problem {
-            d_latent: 64,
-            d_nope: 64,
-            d_rope: 64,
-            ..absorbed_problem(3, 9, Storage::F16)
-        })),
+        planner(attention_absorbed_stream::Problem(absorbed)),
+        planner(attention_absorbed_subgroup::Problem(absorbed)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
         planner(grouped_problem(
             5,

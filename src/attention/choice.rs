@@ -3,7 +3,8 @@
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::kernels::{
-    Problem as _, attention_absorbed, attention_absorbed_subgroup, attention_prefill, attention_prefill_subgroup,
+    Problem as _, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_prefill,
+    attention_prefill_subgroup,
 };
 use crate::plan::{AdapterClass, PlanContext, Tuning};
 
@@ -38,6 +39,10 @@ pub fn absorbed_of(
     let auto = Tuning::Auto;
     match Absorbed::of(&problem, recording.kernels().context()) {
         Absorbed::Plain => attention_absorbed::encode(recording, &problem, args, auto),
+        Absorbed::Stream => {
+            let problem = attention_absorbed_stream::Problem(problem);
+            attention_absorbed_stream::encode(recording, &problem, args, auto)
+        }
         Absorbed::Subgroup => {
             let problem = attention_absorbed_subgroup::Problem(problem);
             attention_absorbed_subgroup::encode(recording, &problem, args, auto)
@@ -72,16 +77,23 @@ impl Prefill {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Absorbed {
     Plain,
+    Stream,
     Subgroup,
 }
 
 impl Absorbed {
     fn of(problem: &attention_absorbed::Problem, context: &PlanContext) -> Self {
-        match context.class {
-            AdapterClass::Software if problem.aligned() && offered(&attention_absorbed_subgroup::SPEC, context) => {
-                Absorbed::Subgroup
-            }
-            _ => Absorbed::Plain,
+        // It keeps a row in the registers of a subgroup, of which small ones do not hold long rows.
+        let fits = || attention_absorbed_stream::Problem(*problem).plan(context, Tuning::Auto).is_ok();
+        let software = context.class == AdapterClass::Software;
+        if !problem.aligned() {
+            Absorbed::Plain
+        } else if software && offered(&attention_absorbed_subgroup::SPEC, context) {
+            Absorbed::Subgroup
+        } else if !software && offered(&attention_absorbed_stream::SPEC, context) && fits() {
+            Absorbed::Stream
+        } else {
+            Absorbed::Plain
         }
     }
 }
@@ -155,5 +167,8 @@ mod tests {
         assert_eq!([prefill(&software, 16_383, 4), prefill(&software, 16_384, 4)], [Prefill::Subgroup, Prefill::Plain]);
         assert_eq!(absorbed(&software, 64), Absorbed::Subgroup);
         assert_eq!(absorbed(&context(AdapterClass::Software, SUBGROUP, 4), 64), Absorbed::Plain);
+        let discrete = |size, d_latent| absorbed(&context(AdapterClass::Discrete, SUBGROUP, size), d_latent);
+        assert_eq!([discrete(32, 512), discrete(8, 64), discrete(4, 128)], [Absorbed::Stream; 3]);
+        assert_eq!([discrete(8, 512), discrete(4, 136)], [Absorbed::Plain; 2]);
     }
 }

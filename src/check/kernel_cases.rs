@@ -16,10 +16,11 @@ use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_subgroup, attention_decode, attention_grouped, attention_merge,
-    attention_prefill, attention_prefill_rows, attention_prefill_subgroup, cache_append, cache_copy, cache_read, gate,
-    gate_rows, gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup, matmul_vec4, matvec,
-    matvec_subgroup, matvec_vec4, norm, residual_add, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode, attention_grouped,
+    attention_merge, attention_prefill, attention_prefill_rows, attention_prefill_subgroup, cache_append, cache_copy,
+    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, matmul_cooperative, matmul_subgroup,
+    matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, residual_add, roofline_copy, roofline_fma, rope, swiglu,
+    word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -1030,7 +1031,7 @@ fn decodes(cases: &mut Vec<Case>) {
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
                 cases.push(Case::new("attention_decode", id, move |lab| decode(lab, lengths, 1, widths, storage)));
                 let id = format!("{name}_h{n_head}_r{d_value}+{d_rope}/{}", storage.name());
-                for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths)) {
+                for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths, storage)) {
                     let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage);
                     cases.push(Case::new(kernel.name(), id.clone(), run));
                 }
@@ -1053,16 +1054,21 @@ fn decodes(cases: &mut Vec<Case>) {
         cases.push(Case::new(kernel.name(), "t32768_h3_r20+8/f16", move |lab| {
             absorbed(lab, kernel, &[32_768], 1, (3, 12, 8, 20), Storage::F16)
         }));
-        // DeepSeek-V3's widths: the query is staged in several chunks.
+    }
+    // DeepSeek-V3's widths: the query is staged in several chunks.
+    for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes((5, 128, 64, 512), Storage::F16)) {
         cases.push(Case::new(kernel.name(), "t300_h5_r512+64/f16", move |lab| {
             absorbed(lab, kernel, &[300], 1, (5, 128, 64, 512), Storage::F16)
         }));
     }
     // Latents of one load to several a lane, of half a load more, of none left for the last lanes; without a rotary key.
-    for widths in [(1, 4, 0, 4), (9, 8, 4, 100), (17, 4, 12, 64), (2, 64, 64, 256)] {
+    for widths in [(1, 4, 0, 4), (9, 8, 4, 100), (17, 4, 12, 64), (5, 16, 64, 128), (2, 64, 64, 256)] {
         for (kernel, storage) in
             Absorbed::ALL.into_iter().flat_map(|kernel| Storage::ALL.map(|storage| (kernel, storage)))
         {
+            if !kernel.takes(widths, storage) {
+                continue;
+            }
             let (n_head, _, d_rope, d_latent) = widths;
             let id = format!("wide_h{n_head}_r{d_latent}+{d_rope}/{}", storage.name());
             let run = move |lab: &Lab<'_>| absorbed(lab, kernel, &[70, 3, 257], 2, widths, storage);
@@ -1208,15 +1214,17 @@ fn compare_softmax(state: &[f32], expected: &reference::Partial, tolerance: Tole
 #[derive(Clone, Copy)]
 enum Absorbed {
     Plain,
+    Stream,
     Subgroup,
 }
 
 impl Absorbed {
-    const ALL: [Absorbed; 2] = [Absorbed::Plain, Absorbed::Subgroup];
+    const ALL: [Absorbed; 3] = [Absorbed::Plain, Absorbed::Stream, Absorbed::Subgroup];
 
     fn spec(self) -> &'static KernelSpec {
         match self {
             Absorbed::Plain => &attention_absorbed::SPEC,
+            Absorbed::Stream => &attention_absorbed_stream::SPEC,
             Absorbed::Subgroup => &attention_absorbed_subgroup::SPEC,
         }
     }
@@ -1225,10 +1233,15 @@ impl Absorbed {
         self.spec().name
     }
 
-    /// The variants need rows that begin on 16-byte boundaries.
-    fn takes(self, (_, d_nope, d_rope, d_latent): Widths) -> bool {
+    /// The variants need rows that begin on 16-byte boundaries; the lanes of a small subgroup hold short rows only.
+    fn takes(self, (_, d_nope, d_rope, d_latent): Widths, storage: Storage) -> bool {
         let aligned = [d_nope, d_rope, d_latent].iter().all(|width| width.is_multiple_of(4));
-        aligned || matches!(self, Absorbed::Plain)
+        let bytes = |width: usize| width as u64 * storage.bytes();
+        match self {
+            Absorbed::Plain => true,
+            Absorbed::Stream => aligned && bytes(d_latent) <= 256 && bytes(d_rope) <= 256,
+            Absorbed::Subgroup => aligned,
+        }
     }
 }
 
@@ -1288,6 +1301,10 @@ fn absorbed(
         };
         lab.launch(|recording| match kernel {
             Absorbed::Plain => attention_absorbed::encode(recording, &problem, args, tuning),
+            Absorbed::Stream => {
+                let problem = attention_absorbed_stream::Problem(problem);
+                attention_absorbed_stream::encode(recording, &problem, args, tuning)
+            }
             Absorbed::Subgroup => {
                 let problem = attention_absorbed_subgroup::Problem(problem);
                 attention_absorbed_subgroup::encode(recording, &problem, args, tuning)
@@ -1296,6 +1313,7 @@ fn absorbed(
         let q_rope: Vec<f64> = q_values.chunks(d_nope + d_rope).flat_map(|head| widen(&head[d_nope..])).collect();
         let attend = match kernel {
             Absorbed::Plain => reference::attention_absorbed,
+            Absorbed::Stream => reference::attention_absorbed_stream,
             Absorbed::Subgroup => reference::attention_absorbed_subgroup,
         };
         let expected = attend(

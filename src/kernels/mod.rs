@@ -5,6 +5,7 @@
 //! Activations are f32. `storage` says how weights and caches are stored.
 
 pub mod attention_absorbed;
+pub mod attention_absorbed_stream;
 pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
 pub mod attention_grouped;
@@ -42,6 +43,7 @@ use crate::plan::{Plan, PlanContext, Tuning};
 /// Every kernel.
 pub const REGISTRY: &[&KernelSpec] = &[
     &attention_absorbed::SPEC,
+    &attention_absorbed_stream::SPEC,
     &attention_absorbed_subgroup::SPEC,
     &attention_decode::SPEC,
     &attention_grouped::SPEC,

@@ -13,6 +13,7 @@
 //! [`layer`] puts the kernels together into one attention layer, expanded and absorbed.
 
 pub mod attention_absorbed;
+pub mod attention_absorbed_stream;
 pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
 pub mod attention_grouped;
@@ -45,6 +46,7 @@ pub mod swiglu;
 pub mod word_scatter;
 
 pub use attention_absorbed::attention_absorbed;
+pub use attention_absorbed_stream::attention_absorbed_stream;
 pub use attention_absorbed_subgroup::attention_absorbed_subgroup;
 pub use attention_decode::{Partial, attention_decode};
 pub use attention_grouped::{Grouped, GroupedItem, attention_grouped};

@@ -7,8 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table};
 use egmla::config::{DecoderConfig, GateNorm};
 use egmla::kernels::{
-    Problem, attention_absorbed, attention_absorbed_subgroup, attention_decode, attention_merge, attention_prefill,
-    attention_prefill_subgroup, matmul, matvec,
+    Problem, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    attention_merge, attention_prefill, attention_prefill_subgroup, matmul, matvec,
 };
 use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning, Tunings};
 use egmla::{Error, wgpu};
@@ -249,6 +249,7 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
             },
         ),
         variant(context, "1 query, 4096 latents", &absorbed),
+        variant(context, "1 query, 4096 latents", &attention_absorbed_stream::Problem(absorbed)),
         variant(context, "1 query, 4096 latents", &attention_absorbed_subgroup::Problem(absorbed)),
         variant(context, "1 query, 16 splits", &attention_merge::Problem { tokens: 1, n_head, width, splits }),
     ]
