@@ -23,12 +23,13 @@ use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
-    attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
-    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
-    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
-    matvec_vec4, norm, norm_vec4, product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
-    roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode, attention_grouped,
+    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
+    attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup, cache_append,
+    cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul,
+    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    norm_vec4, product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope,
+    swiglu, word_scatter,
 };
 use crate::plan::Storage;
 
@@ -307,6 +308,12 @@ impl Costed for attention_prefill_rows::Problem {
     }
 }
 
+impl Costed for attention_prefill_subgroup::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
 impl Costed for attention_decode::Problem {
     fn cost(&self) -> Cost {
         let attention_decode::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
@@ -347,6 +354,18 @@ impl Costed for attention_absorbed::Problem {
                 times(8, &[self.partials, n_head]),
             ],
         )
+    }
+}
+
+impl Costed for attention_absorbed_stream::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
+    }
+}
+
+impl Costed for attention_absorbed_subgroup::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -932,27 +951,26 @@ mod tests {
             scale: 1.0,
             storage: f16,
         };
+        let absorbed = attention_absorbed::Problem {
+            tokens: 1,
+            most_tokens: 1,
+            n_sequence: 1,
+            splits: 2,
+            partials: 2,
+            n_head: 3,
+            d_latent: 8,
+            d_nope: 6,
+            d_rope: 4,
+            cache_rows: 300,
+            scale: 1.0,
+            storage: f16,
+        };
         vec![
             // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
             // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 32. Out: 2·3·(8·4 + 8).
-            entry(
-                attention_absorbed::Problem {
-                    tokens: 1,
-                    most_tokens: 1,
-                    n_sequence: 1,
-                    splits: 2,
-                    partials: 2,
-                    n_head: 3,
-                    d_latent: 8,
-                    d_nope: 6,
-                    d_rope: 4,
-                    cache_rows: 300,
-                    scale: 1.0,
-                    storage: f16,
-                },
-                2 * 300 * 3 * 20,
-                96 + 48 + 4800 + 2400 + 32 + 240,
-            ),
+            entry(absorbed, 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
+            entry(attention_absorbed_stream::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
+            entry(attention_absorbed_subgroup::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
             // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
             // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 32. Out: 1·2·(5·4 + 8).
             entry(
@@ -996,6 +1014,7 @@ mod tests {
                 160 + 448 + 28 + 32 + 224 + 224,
             ),
             entry(attention_prefill_rows::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
+            entry(attention_prefill_subgroup::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
             // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
             entry(
                 cache_append::Problem {

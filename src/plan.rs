@@ -193,6 +193,11 @@ impl PlanContext {
         }
     }
 
+    /// The most lanes, a power of two up to `most`, that are sure to lie in one subgroup.
+    pub(crate) fn team(&self, most: u32) -> u32 {
+        1 << self.subgroup_min_size.clamp(SMALLEST_SUBGROUP, most).ilog2()
+    }
+
     /// The setting of a kernel that was measured, else the one for the class.
     pub(crate) fn auto(&self, kernel: &str, of_class: usize) -> usize {
         self.tunings.0.get(kernel).copied().unwrap_or(of_class)

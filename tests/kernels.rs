@@ -60,6 +60,8 @@ macro_rules! kernels {
 
 kernels!(
     attention_absorbed,
+    attention_absorbed_stream,
+    attention_absorbed_subgroup,
     attention_decode,
     attention_grouped,
     attention_grouped_subgroup,
@@ -68,6 +70,7 @@ kernels!(
     attention_prefill_cooperative,
     attention_prefill_cooperative_8,
     attention_prefill_rows,
+    attention_prefill_subgroup,
     cache_append,
     cache_append_vec4,
     cache_copy,

@@ -13,12 +13,13 @@ use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
-    COOPERATIVE_FEATURES, Problem, REGISTRY, attention_absorbed, attention_decode, attention_grouped,
-    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
-    attention_prefill_cooperative_8, attention_prefill_rows, cache_append, cache_append_vec4, cache_copy, cache_read,
-    gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul, matmul_cooperative, matmul_cooperative_8,
-    matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, norm_vec4, residual_add,
-    roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    COOPERATIVE_FEATURES, Problem, REGISTRY, attention_absorbed, attention_absorbed_stream,
+    attention_absorbed_subgroup, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
+    attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
+    attention_prefill_subgroup, cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows,
+    gate_statistics, gate_vec4, gather, group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup,
+    matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative,
+    roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use egmla::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
@@ -136,6 +137,7 @@ fn rust_params(kernel: &str) -> Vec<(String, String)> {
         "cache_append_vec4" => "cache_append",
         "gate_vec4" => "gate",
         "norm_vec4" => "norm",
+        _ if kernel.starts_with("attention_absorbed_") => "attention_absorbed",
         _ if kernel.starts_with("matmul_") || kernel.starts_with("matvec") => "matmul",
         other => other,
     };
@@ -212,12 +214,15 @@ fn tunings(spec: &KernelSpec) -> impl Iterator<Item = Tuning> + use<> {
     std::iter::once(Tuning::Auto).chain((0..spec.tunings).map(Tuning::Forced))
 }
 
-/// Every plan of a problem: each class of adapter, each tuning, WebGPU's default limits.
+/// Every plan of a problem: each class of adapter, each size of its subgroups where they matter, each tuning, WebGPU's default
+/// limits.
 fn add<P: Problem + std::fmt::Debug>(cases: &mut Vec<Case>, problem: P, cover: impl Fn(&Plan) -> Cover) {
-    for class in CLASSES {
-        let context = PlanContext::webgpu_defaults(class);
+    let sizes: &[u32] = if P::SPEC.features.contains(Features::SUBGROUP) { &[4, 8, 16, 32] } else { &[4] };
+    for (class, &subgroup_min_size) in CLASSES.into_iter().flat_map(|class| sizes.iter().map(move |size| (class, size)))
+    {
+        let context = PlanContext { subgroup_min_size, ..PlanContext::webgpu_defaults(class) };
         for tuning in tunings(P::SPEC) {
-            let what = format!("{} {class:?} {tuning:?} {problem:?}", P::SPEC.name);
+            let what = format!("{} {class:?} {subgroup_min_size} {tuning:?} {problem:?}", P::SPEC.name);
             let plan = problem.plan(&context, tuning).unwrap_or_else(|error| panic!("{what}: {error}"));
             let cover = cover(&plan);
             cases.push(Case { spec: P::SPEC, what, plan, cover });
@@ -607,6 +612,20 @@ fn cases() -> Vec<Case> {
                 add(all, decode_problem(splits * SPLIT, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
                 let tile = |plan: &Plan| [value(plan, "SPLIT"), value(plan, "HEADS"), 1];
                 add(all, absorbed_problem(splits, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
+                for (d_latent, d_rope) in [(4, 0), (64, 64), (512, 64)] {
+                    let problem = absorbed_problem(splits, n_head, storage);
+                    let problem = attention_absorbed::Problem { d_latent, d_nope: 8, d_rope, ..problem };
+                    let size = [splits * SPLIT, n_head, 1];
+                    let tile = |plan: &Plan| [value(plan, "SPLIT"), 8, 1];
+                    add(all, attention_absorbed_subgroup::Problem(problem), tiles(size, tile));
+                }
+                for (d_latent, d_rope) in [(4, 0), (36, 4), (64, 64)] {
+                    let problem = absorbed_problem(splits, n_head, storage);
+                    let problem = attention_absorbed::Problem { d_latent, d_nope: 8, d_rope, ..problem };
+                    let size = [splits * SPLIT, n_head, 1];
+                    let tile = |plan: &Plan| [value(plan, "SPLIT"), 4 * value(plan, "TEAMS"), 1];
+                    add(all, attention_absorbed_stream::Problem(problem), tiles(size, tile));
+                }
             }
             for query_tiles in [0, 1, 5] {
                 for d_value in [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260] {
@@ -621,6 +640,11 @@ fn cases() -> Vec<Case> {
                         add(all, attention_prefill_cooperative::Problem(problem), parts);
                         add(all, attention_prefill_cooperative_8::Problem(problem), parts);
                     }
+                    // Workgroups share a tile.
+                    add(all, attention_prefill_subgroup::Problem(problem), |plan| Cover::Tiled {
+                        size: [u64::from(query_tiles) * value(plan, "PARTS"), n_head.into(), d_value.into()],
+                        tile: [1, 1, 128],
+                    });
                 }
                 for d_value in [1, 3, 127, 128, 129, 256, 257] {
                     let problem = prefill_problem(query_tiles, n_head, d_value);
@@ -747,6 +771,19 @@ fn plans_keep_what_their_shaders_assume() {
                 assert_eq!(value(&plan, "HEADS") * 8, u64::from(plan.workgroup_size), "{what}")
             }
             "matvec" | "matvec_vec4" => assert_eq!(value(&plan, "WORKGROUP") % value(&plan, "LANES"), 0, "{what}"),
+            "attention_absorbed_stream" => {
+                let value = |name| value(&plan, name);
+                assert!(value("LANES").is_power_of_two() && value("LANES") >= 4, "{what}");
+                // The shader's arrays hold 4 loads and 16 words.
+                assert!((1..=4).contains(&value("LOADS")) && value("ROPE") <= 16, "{what}");
+            }
+            "attention_absorbed_subgroup" => assert!(value(&plan, "LANES").is_power_of_two(), "{what}"),
+            "attention_prefill_subgroup" => {
+                let lanes = value(&plan, "LANES");
+                assert!(lanes.is_power_of_two() && (4..=32).contains(&lanes), "{what}");
+                // The shader's arrays hold 8 vectors of columns.
+                assert!((1..=8).contains(&value(&plan, "COLUMNS")), "{what}");
+            }
             "attention_prefill" => {
                 let value = |name| value(&plan, name);
                 let columns = value("COLUMNS");
@@ -800,6 +837,12 @@ fn plans_keep_what_their_shaders_assume() {
                 assert_eq!(attention_prefill::slices(&context, tuning, 132).unwrap(), plan.grid[2]);
             }
         }
+        for tuning in tunings(&attention_prefill_subgroup::SPEC) {
+            let plan = attention_prefill_subgroup::Problem(prefill_problem(1, 1, 132)).plan(&context, tuning).unwrap();
+            let tile_q = attention_prefill::tile_q(&context, Tuning::Auto).unwrap();
+            assert_eq!(u64::from(tile_q), 8 * value(&plan, "TEAMS") * value(&plan, "PARTS"));
+            assert_eq!(attention_prefill::slices(&context, Tuning::Auto, 132).unwrap(), plan.grid[2]);
+        }
     }
 }
 
@@ -813,8 +856,12 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
     let product = matmul::Problem::linear(100, 104, 100, true, Storage::F16);
     let by_matrices = roofline_cooperative::Problem { groups: 40, trips: 3 };
     let halves = attention_prefill::Problem { storage: Storage::F16, ..prefill_problem(5, 9, 128) };
+    let plain = absorbed_problem(3, 9, Storage::F16);
+    let absorbed = attention_absorbed::Problem { d_latent: 64, d_nope: 64, d_rope: 64, ..plain };
     vec![
         planner(absorbed_problem(3, 9, Storage::F16)),
+        planner(attention_absorbed_stream::Problem(absorbed)),
+        planner(attention_absorbed_subgroup::Problem(absorbed)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
         planner(grouped_problem(
             5,
@@ -833,6 +880,7 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(attention_prefill_cooperative::Problem(halves)),
         planner(attention_prefill_cooperative_8::Problem(halves)),
         planner(attention_prefill_rows::Problem(prefill_problem(5, 9, 129))),
+        planner(attention_prefill_subgroup::Problem(prefill_problem(5, 9, 132))),
         planner(append_problem(1000, 8, Storage::F16)),
         planner(whole_append_problem(1000, 3, Storage::F16)),
         planner(cache_copy::Problem { words: 1000, from_word: 0, to_word: 1000 }),

@@ -3,8 +3,8 @@
 use half::f16;
 
 use super::cache::LatentCache;
+use super::choice::{absorbed_of, prefill_of};
 use super::lists::{GateRows, Grouped, Lists, widths};
-use super::prefill::prefill_of;
 use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
 use super::workspace::Workspace;
@@ -1044,7 +1044,7 @@ impl Attention {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
-        attention_absorbed::encode(recording, &problem, args, Tuning::Auto)?;
+        absorbed_of(recording, problem, args)?;
         self.merge(recording, step, workspace, c.d_latent, &workspace.merged)?;
 
         // o[h] = W_V[h] S[h]

@@ -14,15 +14,16 @@
 //! three for a cache of one layer.
 
 mod cache;
+mod choice;
 pub(crate) mod groups;
 mod layer;
 mod lists;
-mod prefill;
 mod product;
 mod step;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache, MemoryReport};
+pub use choice::{absorbed_of, prefill_of};
 pub use layer::{Attention, DecodePath};
 pub use lists::GateRows;
 pub use step::{MOST_DECODED, Mode, Step, StepInput};

@@ -16,12 +16,13 @@ use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
-    attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
-    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
-    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
-    matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
-    roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode, attention_grouped,
+    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
+    attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup, cache_append,
+    cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul,
+    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
+    word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -1029,15 +1030,18 @@ fn prefills(cases: &mut Vec<Case>) {
         }
     };
     let every = SEQUENCES.map(|(name, _)| name);
-    // Every width meets the chunk, every sequence the plain width; the rest would repeat both.
-    add(Prefill::Tiles, &every, (3, 16, 8, 16), &Storage::ALL);
-    for widths in [(1, 8, 4, 8), (9, 4, 12, 32), (2, 0, 8, 16), (63, 4, 4, 4), (9, 5, 2, 7)] {
-        add(Prefill::Tiles, &["chunk"], widths, &Storage::ALL);
+    for kernel in [Prefill::Tiles, Prefill::Subgroup] {
+        // Every width meets the chunk, every sequence the plain width; the rest would repeat both.
+        add(kernel, &every, (3, 16, 8, 16), &Storage::ALL);
+        for widths in [(1, 8, 4, 8), (9, 4, 12, 32), (2, 0, 8, 16), (63, 4, 4, 4)] {
+            add(kernel, &["chunk"], widths, &Storage::ALL);
+        }
+        // Two to eight fours of value columns a lane, then a second slice; rows longer than a chunk.
+        for widths in [(1, 36, 0, 36), (2, 64, 32, 80), (1, 128, 64, 128), (3, 8, 4, 132)] {
+            add(kernel, &["chunk", "ragged"], widths, &[Storage::F32]);
+        }
     }
-    // Two to four fours of value columns a lane, then a second slice; rows longer than a chunk.
-    for widths in [(1, 36, 0, 36), (2, 64, 32, 80), (1, 128, 64, 128), (3, 8, 4, 132)] {
-        add(Prefill::Tiles, &["chunk", "ragged"], widths, &[Storage::F32]);
-    }
+    add(Prefill::Tiles, &["chunk"], (9, 5, 2, 7), &Storage::ALL);
     add(Prefill::Rows, &every, (3, 5, 6, 7), &Storage::ALL);
     for widths in [(1, 8, 4, 8), (1, 16, 0, 33), (2, 0, 6, 16), (63, 3, 2, 1), (2, 3, 2, 129)] {
         add(Prefill::Rows, &["chunk"], widths, &Storage::ALL);
@@ -1052,6 +1056,7 @@ fn prefills(cases: &mut Vec<Case>) {
     for (kernel, widths, storage) in [
         (Prefill::Tiles, (2, 16, 8, 16), Storage::F32),
         (Prefill::Rows, (2, 15, 6, 15), Storage::F32),
+        (Prefill::Subgroup, (2, 16, 8, 16), Storage::F32),
         (Prefill::Cooperative, (2, 16, 8, 16), Storage::F16),
         (Prefill::Cooperative8, (2, 16, 8, 16), Storage::F16),
     ] {
@@ -1073,6 +1078,7 @@ enum Prefill {
     Rows,
     Cooperative,
     Cooperative8,
+    Subgroup,
 }
 
 impl Prefill {
@@ -1082,11 +1088,20 @@ impl Prefill {
             Prefill::Rows => &attention_prefill_rows::SPEC,
             Prefill::Cooperative => &attention_prefill_cooperative::SPEC,
             Prefill::Cooperative8 => &attention_prefill_cooperative_8::SPEC,
+            Prefill::Subgroup => &attention_prefill_subgroup::SPEC,
         }
     }
 
     fn name(self) -> &'static str {
         self.spec().name
+    }
+
+    /// The tuning that the query tiles go by.
+    fn tiling(self, tuning: Tuning) -> Tuning {
+        match self {
+            Prefill::Tiles | Prefill::Rows => tuning,
+            Prefill::Subgroup | Prefill::Cooperative | Prefill::Cooperative8 => Tuning::Auto,
+        }
     }
 }
 
@@ -1123,11 +1138,11 @@ fn prefill(
     // The reference rounds what the kernel rounds, but for the weights: each is off by at most 2⁻¹¹ of itself, and so are,
     // as errors of random signs, their sums. The scores alone make lse.
     let tolerance = match kernel {
-        Prefill::Tiles | Prefill::Rows => of_scores,
+        Prefill::Tiles | Prefill::Rows | Prefill::Subgroup => of_scores,
         Prefill::Cooperative | Prefill::Cooperative8 => Tolerance { relative: of_scores.relative + HALF_ROUNDOFF },
     };
     let context = lab.kernels.context().clone();
-    every_tuning(attention_prefill::SPEC.tunings, tolerance, |tuning| {
+    every_tuning(kernel.spec().tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let q_values = random.values(batch.tokens as usize * n_head * d_query, spread);
         let kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -1138,9 +1153,9 @@ fn prefill(
         // A binding holds 16 bytes, also without a rotary part.
         let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
         let sequences = lab.words(bytemuck::cast_slice(&table))?;
-        let tiles = batch.query_tiles(attention_prefill::tile_q(&context, tuning)?);
+        let tiles = batch.query_tiles(attention_prefill::tile_q(&context, kernel.tiling(tuning))?);
         let queries = lab.words(bytemuck::cast_slice(&tiles))?;
-        let slices = attention_prefill::slices(&context, tuning, d_value as u32)? as usize;
+        let slices = attention_prefill::slices(&context, kernel.tiling(tuning), d_value as u32)? as usize;
         let values = lab.output(batch.tokens as usize * n_head * d_value)?;
         let softmax = lab.output(batch.tokens as usize * n_head * slices * 2)?;
         let scale = (d_query as f32).sqrt().recip();
@@ -1194,6 +1209,10 @@ fn prefill(
                         let problem = attention_prefill_cooperative_8::Problem(problem);
                         attention_prefill_cooperative_8::encode(recording, &problem, args, tuning)?;
                     }
+                    Prefill::Subgroup => {
+                        let problem = attention_prefill_subgroup::Problem(problem);
+                        attention_prefill_subgroup::encode(recording, &problem, args, tuning)?;
+                    }
                 }
             }
             Ok(())
@@ -1204,6 +1223,7 @@ fn prefill(
             Prefill::Rows => reference::attention_prefill_rows,
             Prefill::Cooperative => reference::attention_prefill_cooperative,
             Prefill::Cooperative8 => reference::attention_prefill_cooperative_8,
+            Prefill::Subgroup => reference::attention_prefill_subgroup,
         };
         let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, scale.into());
         let state = softmax.read_f32(lab.kernels, lab.queue)?;
@@ -1227,7 +1247,10 @@ fn decodes(cases: &mut Vec<Case>) {
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
                 cases.push(Case::new("attention_decode", id, move |lab| decode(lab, lengths, 1, widths, storage)));
                 let id = format!("{name}_h{n_head}_r{d_value}+{d_rope}/{}", storage.name());
-                cases.push(Case::new("attention_absorbed", id, move |lab| absorbed(lab, lengths, 1, widths, storage)));
+                for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths, storage)) {
+                    let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage);
+                    cases.push(Case::new(kernel.name(), id.clone(), run));
+                }
             }
         }
         // Speculative decoding: candidates that see each other, across the border of a split.
@@ -1237,16 +1260,37 @@ fn decodes(cases: &mut Vec<Case>) {
             cases.push(Case::new("attention_decode", id.clone(), move |lab| {
                 decode(lab, lengths, most, widths, storage)
             }));
-            cases.push(Case::new("attention_absorbed", id, move |lab| absorbed(lab, lengths, most, widths, storage)));
+            for kernel in Absorbed::ALL {
+                let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, most, widths, storage);
+                cases.push(Case::new(kernel.name(), id.clone(), run));
+            }
         }
     }
+    for kernel in Absorbed::ALL {
+        cases.push(Case::new(kernel.name(), "t32768_h3_r20+8/f16", move |lab| {
+            absorbed(lab, kernel, &[32_768], 1, (3, 12, 8, 20), Storage::F16)
+        }));
+    }
     // DeepSeek-V3's widths: the query is staged in several chunks.
-    cases.push(Case::new("attention_absorbed", "t32768_h3_r20+8/f16", |lab| {
-        absorbed(lab, &[32_768], 1, (3, 12, 8, 20), Storage::F16)
-    }));
-    cases.push(Case::new("attention_absorbed", "t300_h5_r512+64/f16", |lab| {
-        absorbed(lab, &[300], 1, (5, 128, 64, 512), Storage::F16)
-    }));
+    for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes((5, 128, 64, 512), Storage::F16)) {
+        cases.push(Case::new(kernel.name(), "t300_h5_r512+64/f16", move |lab| {
+            absorbed(lab, kernel, &[300], 1, (5, 128, 64, 512), Storage::F16)
+        }));
+    }
+    // Latents of one load to several a lane, of half a load more, of none left for the last lanes; without a rotary key.
+    for widths in [(1, 4, 0, 4), (9, 8, 4, 100), (17, 4, 12, 64), (5, 16, 64, 128), (2, 64, 64, 256)] {
+        for (kernel, storage) in
+            Absorbed::ALL.into_iter().flat_map(|kernel| Storage::ALL.map(|storage| (kernel, storage)))
+        {
+            if !kernel.takes(widths, storage) {
+                continue;
+            }
+            let (n_head, _, d_rope, d_latent) = widths;
+            let id = format!("wide_h{n_head}_r{d_latent}+{d_rope}/{}", storage.name());
+            let run = move |lab: &Lab<'_>| absorbed(lab, kernel, &[70, 3, 257], 2, widths, storage);
+            cases.push(Case::new(kernel.name(), id, run));
+        }
+    }
 }
 
 /// Up to `most` new tokens a sequence, and a split behind the last one that holds no row at all.
@@ -1382,17 +1426,56 @@ fn compare_softmax(state: &[f32], expected: &reference::Partial, tolerance: Tole
     [super::compare(&max, &expected_max, tolerance), super::compare(&sum, &expected.sum, tolerance)]
 }
 
+/// The kernels of attention over the latents.
+#[derive(Clone, Copy)]
+enum Absorbed {
+    Plain,
+    Stream,
+    Subgroup,
+}
+
+impl Absorbed {
+    const ALL: [Absorbed; 3] = [Absorbed::Plain, Absorbed::Stream, Absorbed::Subgroup];
+
+    fn spec(self) -> &'static KernelSpec {
+        match self {
+            Absorbed::Plain => &attention_absorbed::SPEC,
+            Absorbed::Stream => &attention_absorbed_stream::SPEC,
+            Absorbed::Subgroup => &attention_absorbed_subgroup::SPEC,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        self.spec().name
+    }
+
+    /// The variants need rows that begin on 16-byte boundaries; the lanes of a small subgroup hold short rows only.
+    fn takes(self, (_, d_nope, d_rope, d_latent): Widths, storage: Storage) -> bool {
+        let aligned = [d_nope, d_rope, d_latent].iter().all(|width| width.is_multiple_of(4));
+        let bytes = |width: usize| width as u64 * storage.bytes();
+        match self {
+            Absorbed::Plain => true,
+            Absorbed::Stream => aligned && bytes(d_latent) <= 256 && bytes(d_rope) <= 256,
+            Absorbed::Subgroup => aligned,
+        }
+    }
+}
+
 fn absorbed(
     lab: &Lab<'_>,
+    kernel: Absorbed,
     lengths: &[u32],
     most: u32,
     (n_head, d_nope, d_rope, d_latent): Widths,
     storage: Storage,
 ) -> Result<Vec<super::Outcome>> {
+    if let Some(outcomes) = skipped(kernel.spec(), lab.kernels) {
+        return Ok(outcomes);
+    }
     let batch = few_new(lengths, most);
     let slots = batch.slots();
     let tolerance = Tolerance::sums(&[d_latent + d_rope, SPLIT as usize]);
-    every_tuning(attention_absorbed::SPEC.tunings, tolerance, |tuning| {
+    every_tuning(kernel.spec().tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let tokens = batch.tokens as usize;
         let a_values = random.values(tokens * n_head * d_latent, 1.0);
@@ -1432,9 +1515,24 @@ fn absorbed(
             partial_values: &values.region,
             partial_softmax: &softmax.region,
         };
-        lab.launch(|recording| attention_absorbed::encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| match kernel {
+            Absorbed::Plain => attention_absorbed::encode(recording, &problem, args, tuning),
+            Absorbed::Stream => {
+                let problem = attention_absorbed_stream::Problem(problem);
+                attention_absorbed_stream::encode(recording, &problem, args, tuning)
+            }
+            Absorbed::Subgroup => {
+                let problem = attention_absorbed_subgroup::Problem(problem);
+                attention_absorbed_subgroup::encode(recording, &problem, args, tuning)
+            }
+        })?;
         let q_rope: Vec<f64> = q_values.chunks(d_nope + d_rope).flat_map(|head| widen(&head[d_nope..])).collect();
-        let expected = reference::attention_absorbed(
+        let attend = match kernel {
+            Absorbed::Plain => reference::attention_absorbed,
+            Absorbed::Stream => reference::attention_absorbed_stream,
+            Absorbed::Subgroup => reference::attention_absorbed_subgroup,
+        };
+        let expected = attend(
             &widen(&a_values),
             &q_rope,
             &latent_kept,

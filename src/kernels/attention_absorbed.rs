@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::attention_decode::SPLIT;
 use super::{Problem as _, narrow, nonzero, product, words};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning};
 
@@ -78,12 +78,67 @@ pub struct Problem {
     pub storage: Storage,
 }
 
+impl Problem {
+    /// Whether rows of the queries, like those of the cache, begin on 16-byte boundaries.
+    pub fn aligned(&self) -> bool {
+        [self.d_latent, self.d_nope, self.d_rope].iter().all(|width| width.is_multiple_of(4))
+    }
+
+    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
+        narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent)])?;
+        nonzero(kernel, &[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])
+    }
+
+    pub(super) fn validate_aligned(&self, kernel: &'static str) -> Result<()> {
+        self.validate(kernel)?;
+        if self.aligned() {
+            return Ok(());
+        }
+        let Problem { d_latent, d_nope, d_rope, .. } = self;
+        let widths = format!("d_latent {d_latent}, d_nope {d_nope} and d_rope {d_rope} must be multiples of 4");
+        Err(Error::problem(kernel, widths))
+    }
+
+    /// 16-byte loads of a cache row of this width.
+    pub(super) fn loads(&self, width: u32) -> u32 {
+        self.storage.row_pitch(width) / (16 / self.storage.bytes() as u32)
+    }
+
+    pub(super) fn params(&self) -> Params {
+        Params {
+            n_head: self.n_head,
+            d_latent: self.d_latent,
+            d_nope: self.d_nope,
+            d_rope: self.d_rope,
+            n_sequence: self.n_sequence,
+            latent_loads: self.loads(self.d_latent),
+            rope_loads: self.loads(self.d_rope),
+            scale: self.scale,
+        }
+    }
+
+    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 7] {
+        let cache = |region, width: u32| {
+            let elements = product(&[self.cache_rows, self.storage.row_pitch(width)]);
+            Bound { region, bytes: elements.saturating_mul(self.storage.bytes()) }
+        };
+        [
+            words(args.absorbed, product(&[self.tokens, self.n_head, self.d_latent])),
+            words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
+            cache(args.latent_cache, self.d_latent),
+            cache(args.rope_cache, self.d_rope),
+            words(args.sequences, product(&[self.n_sequence, 8])),
+            words(args.partial_values, product(&[self.partials, self.n_head, self.d_latent])),
+            words(args.partial_softmax, product(&[self.partials, self.n_head, 2])),
+        ]
+    }
+}
+
 impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent)])?;
-        nonzero(SPEC.name, &[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])?;
+        self.validate(SPEC.name)?;
         // Eight heads read a row half as often, where they are not heads past the end.
         let of_sizes = if (self.n_head - 1) % 8 >= 4 { 1 } else { 0 };
         let heads = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, of_sizes))?];
@@ -128,32 +183,5 @@ pub struct Args<'a> {
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let p = *problem;
-    let (latent_pitch, rope_pitch) = (p.storage.row_pitch(p.d_latent), p.storage.row_pitch(p.d_rope));
-    let per_load = 16 / p.storage.bytes() as u32;
-    let cache =
-        |region, pitch: u32| Bound { region, bytes: product(&[p.cache_rows, pitch]).saturating_mul(p.storage.bytes()) };
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params {
-            n_head: p.n_head,
-            d_latent: p.d_latent,
-            d_nope: p.d_nope,
-            d_rope: p.d_rope,
-            n_sequence: p.n_sequence,
-            latent_loads: latent_pitch / per_load,
-            rope_loads: rope_pitch / per_load,
-            scale: p.scale,
-        },
-        &[
-            words(args.absorbed, product(&[p.tokens, p.n_head, p.d_latent])),
-            words(args.q, product(&[p.tokens, p.n_head, p.d_nope + p.d_rope])),
-            cache(args.latent_cache, latent_pitch),
-            cache(args.rope_cache, rope_pitch),
-            words(args.sequences, product(&[p.n_sequence, 8])),
-            words(args.partial_values, product(&[p.partials, p.n_head, p.d_latent])),
-            words(args.partial_softmax, product(&[p.partials, p.n_head, 2])),
-        ],
-    )
+    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

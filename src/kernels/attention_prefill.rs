@@ -148,6 +148,7 @@ impl Problem {
     }
 
     pub(super) fn validate_aligned(&self, kernel: &'static str) -> Result<()> {
+        self.validate(kernel)?;
         if self.aligned() {
             return Ok(());
         }
@@ -194,7 +195,6 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
         self.validate_aligned(SPEC.name)?;
         let (rows, chunk, value_rows) = TUNINGS[setting(context, tuning)?];
         let columns = self.d_value.min(SLICE).div_ceil(LANES * 4);

@@ -5,6 +5,8 @@
 //! Activations are f32. `storage` says how weights and caches are stored.
 
 pub mod attention_absorbed;
+pub mod attention_absorbed_stream;
+pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
 pub mod attention_grouped;
 pub mod attention_grouped_subgroup;
@@ -13,6 +15,7 @@ pub mod attention_prefill;
 pub mod attention_prefill_cooperative;
 pub mod attention_prefill_cooperative_8;
 pub mod attention_prefill_rows;
+pub mod attention_prefill_subgroup;
 pub mod cache_append;
 pub mod cache_append_vec4;
 pub mod cache_copy;
@@ -49,6 +52,8 @@ use crate::plan::{Plan, PlanContext, Tuning};
 /// Every kernel.
 pub const REGISTRY: &[&KernelSpec] = &[
     &attention_absorbed::SPEC,
+    &attention_absorbed_stream::SPEC,
+    &attention_absorbed_subgroup::SPEC,
     &attention_decode::SPEC,
     &attention_grouped::SPEC,
     &attention_grouped_subgroup::SPEC,
@@ -57,6 +62,7 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &attention_prefill_cooperative::SPEC,
     &attention_prefill_cooperative_8::SPEC,
     &attention_prefill_rows::SPEC,
+    &attention_prefill_subgroup::SPEC,
     &cache_append::SPEC,
     &cache_append_vec4::SPEC,
     &cache_copy::SPEC,

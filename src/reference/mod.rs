@@ -13,6 +13,8 @@
 //! [`layer`] puts the kernels together into one attention layer, expanded and absorbed.
 
 pub mod attention_absorbed;
+pub mod attention_absorbed_stream;
+pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
 pub mod attention_grouped;
 pub mod attention_grouped_subgroup;
@@ -21,6 +23,7 @@ pub mod attention_prefill;
 pub mod attention_prefill_cooperative;
 pub mod attention_prefill_cooperative_8;
 pub mod attention_prefill_rows;
+pub mod attention_prefill_subgroup;
 pub mod cache_append;
 pub mod cache_append_vec4;
 pub mod cache_copy;
@@ -52,6 +55,8 @@ pub mod swiglu;
 pub mod word_scatter;
 
 pub use attention_absorbed::attention_absorbed;
+pub use attention_absorbed_stream::attention_absorbed_stream;
+pub use attention_absorbed_subgroup::attention_absorbed_subgroup;
 pub use attention_decode::{Partial, attention_decode};
 pub use attention_grouped::{Grouped, GroupedItem, attention_grouped};
 pub use attention_grouped_subgroup::attention_grouped_subgroup;
@@ -60,6 +65,7 @@ pub use attention_prefill::{Attended, Heads, attention_prefill};
 pub use attention_prefill_cooperative::attention_prefill_cooperative;
 pub use attention_prefill_cooperative_8::attention_prefill_cooperative_8;
 pub use attention_prefill_rows::attention_prefill_rows;
+pub use attention_prefill_subgroup::attention_prefill_subgroup;
 pub use cache_append::cache_append;
 pub use cache_append_vec4::cache_append_vec4;
 pub use cache_copy::cache_copy;

@@ -1,6 +1,7 @@
 //! Our side: the only file that calls into egmla.
 
 use bytemuck::cast_slice;
+use egmla::attention::{absorbed_of, prefill_of};
 use egmla::check::readback;
 use egmla::kernel::{Kernels, Recording, Region};
 use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
@@ -152,7 +153,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
             values: &values,
             softmax: &softmax,
         };
-        attention_prefill::encode(recording, &problem, args, Tuning::Auto)
+        prefill_of(recording, problem, args)
     };
     bench.ready(&output, encode, move |values| swap_axes(&values, heads, width))
 }
@@ -196,7 +197,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
         };
-        attention_absorbed::encode(recording, &attend, args, Tuning::Auto)?;
+        absorbed_of(recording, attend, args)?;
         let args = attention_merge::Args {
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,

@@ -7,7 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table};
 use egmla::config::{DecoderConfig, GateNorm};
 use egmla::kernels::{
-    Problem, attention_absorbed, attention_decode, attention_merge, attention_prefill, matmul, matvec,
+    Problem, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    attention_merge, attention_prefill, attention_prefill_subgroup, matmul, matvec,
 };
 use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning, Tunings};
 use egmla::{Error, wgpu};
@@ -205,29 +206,41 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
     let splits = cached / attention_decode::SPLIT;
     let product = |rows| matmul::Problem::linear(rows, hidden, hidden, false, storage);
     let query_tiles = attention_prefill::tile_q(context, Tuning::Auto).map_or(1, |tile| 256u32.div_ceil(tile));
+    let prefill = attention_prefill::Problem {
+        tokens: 256,
+        query_tiles,
+        n_sequence: 1,
+        n_head,
+        d_nope: width,
+        d_rope: width,
+        d_value: width,
+        kv_first: 0,
+        kv_rows: 256,
+        cache_rows: cached,
+        first: true,
+        last: true,
+        scale,
+        storage,
+    };
+    let absorbed = attention_absorbed::Problem {
+        tokens: 1,
+        most_tokens: 1,
+        partials: splits,
+        n_sequence: 1,
+        splits,
+        n_head,
+        d_latent,
+        d_nope: width,
+        d_rope: width,
+        cache_rows: cached,
+        scale,
+        storage,
+    };
     vec![
         variant(context, "256 × 768 × 768", &product(256)),
         variant(context, "1 × 768 × 768", &matvec::Problem(product(1))),
-        variant(
-            context,
-            "256 queries, 256 keys",
-            &attention_prefill::Problem {
-                tokens: 256,
-                query_tiles,
-                n_sequence: 1,
-                n_head,
-                d_nope: width,
-                d_rope: width,
-                d_value: width,
-                kv_first: 0,
-                kv_rows: 256,
-                cache_rows: cached,
-                first: true,
-                last: true,
-                scale,
-                storage,
-            },
-        ),
+        variant(context, "256 queries, 256 keys", &prefill),
+        variant(context, "256 queries, 256 keys", &attention_prefill_subgroup::Problem(prefill)),
         variant(
             context,
             "1 query, 4096 keys",
@@ -247,24 +260,9 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
                 storage,
             },
         ),
-        variant(
-            context,
-            "1 query, 4096 latents",
-            &attention_absorbed::Problem {
-                tokens: 1,
-                most_tokens: 1,
-                partials: splits,
-                n_sequence: 1,
-                splits,
-                n_head,
-                d_latent,
-                d_nope: width,
-                d_rope: width,
-                cache_rows: cached,
-                scale,
-                storage,
-            },
-        ),
+        variant(context, "1 query, 4096 latents", &absorbed),
+        variant(context, "1 query, 4096 latents", &attention_absorbed_stream::Problem(absorbed)),
+        variant(context, "1 query, 4096 latents", &attention_absorbed_subgroup::Problem(absorbed)),
         variant(context, "1 query, 16 splits", &attention_merge::Problem { tokens: 1, n_head, width, splits }),
     ]
 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::{Prepared, Row, Suite, tokens};
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
-    product_of,
+    absorbed_of, prefill_of, product_of,
 };
 use crate::check::random::{Random, attention_weights};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
@@ -395,7 +395,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
         softmax: &softmax,
     };
     let mut recording = Recording::new(kernels);
-    attention_prefill::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    prefill_of(&mut recording, problem, Storage::F32, args)?;
     let (q, kv) = (widen(&inputs.of(width, 1.0)), widen(&inputs.of(2 * width, 1.0)));
     let reference = Box::new(move || {
         let d = d_head as usize;
@@ -450,7 +450,7 @@ fn absorbed_attention(kernels: &Kernels, cached: u32, n_head: u32, d_latent: u32
         partial_values: &partial_values,
         partial_softmax: &partial_softmax,
     };
-    attention_absorbed::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    absorbed_of(&mut recording, problem, args)?;
     let output = inputs.output((n_head * d_latent) as usize)?;
     let merged =
         merge(&mut recording, &inputs, n_head, d_latent, splits, (&partial_values, &partial_softmax), &output)?;

@@ -1,0 +1,346 @@
+// Causal attention of a tile of queries over a tile of rebuilt keys and values, with a running softmax in f32: the meaning,
+// the query tiles and the state of attention_prefill, the work shared by subgroups. Widths are multiples of 4.
+//
+//   s_j = scale · (q_C · k_C_j + q_R · k_R_j)   for keys at or before the query
+//   m' = max(m, max_j s_j)   l' = l·e^(m−m') + Σ_j e^(s_j−m')   values' = values·e^(m−m') + Σ_j e^(s_j−m') v_j
+//
+// A team of LANES invocations, all in one subgroup, has 8 queries. Scores: a lane owns 4 keys of a block of 4·LANES, LANES
+// apart, for all 8 queries. Values: a lane owns COLUMNS vectors of 4 columns, and takes the weight of a key from the lane
+// that owns it. Maxima and sums are butterflies of shuffles.
+// grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉), a workgroup has TEAMS · 8 queries of a tile
+//
+// STAGED 0, for software: no workgroup memory and no barrier. A lane reads its keys from storage, and one query, which the
+// others take from it by shuffles: 5 loads of 16 bytes feed 128 multiply-adds. Right for every subgroup size from LANES up.
+// STAGED 1, for GPUs: queries and keys go through workgroup memory, CHUNK elements at a time, shared by all teams; reads of
+// a query there are the same in a whole team, which costs no more than one lane's. Values come from storage, neighbouring
+// lanes reading neighbouring 16 bytes, once for all teams where a cache holds 16 kB. With 16 lanes and d_value 128 that is
+// 12 reads of workgroup memory for 128 multiply-adds of the scores, and 1 load and 8 shuffles for 32 of the values.
+//
+// Results, on lavapipe (Mesa 25, 2 cores shared with other work), CPU time of the process, in turns:
+//   STAGED 0, 512 tokens, 16 heads × 128, against attention_prefill: 2.3 to 2.9× as fast, first use in 0.4 of its time
+//   all vectors of columns of a key at once: 1.08 of the time, 1.13 of the time to compile
+//   a loop of its own for the keys that all queries see, without selects: the same time, 1.2 of the time to compile
+//   the 8 · COLUMNS stores at the end written out instead of in loops: 2.1 of the time to compile
+
+override STORAGE_F16: u32 = 0u;
+override LANES: u32 = 4u;                        // a power of two, at least 4
+override TEAMS: u32 = 1u;
+override PARTS: u32 = 4u;                        // workgroups that share a query tile
+override COLUMNS: u32 = 4u;                      // ⌈min(d_value, 128) / (4·LANES)⌉
+override STAGED: u32 = 0u;
+override CHUNK: u32 = 4u;                        // elements of queries and keys staged at once, in fours
+override WORKGROUP: u32 = LANES * TEAMS;
+override KEYS: u32 = 4u * LANES;
+// Rows of queries that one load of a team brings.
+override SPREAD: u32 = min(LANES, 8u);
+// One vector of padding: lanes that read one element of a row each would all hit the same banks.
+override PITCH: u32 = CHUNK + 1u;
+override STAGE: u32 = max(STAGED * (8u * TEAMS + KEYS) * PITCH, 1u);
+
+const LOWEST: f32 = -3.4028234e38;
+const SLICE: u32 = 32u;                          // fours of value columns a workgroup
+
+struct Params {
+    n_head: u32,
+    d_nope: u32,
+    d_rope: u32,
+    d_value: u32,
+    kv_first: u32,
+    kv_rows: u32,
+    rope_pitch: u32,   // elements of a rope cache row
+    scale: f32,
+    first: u32,        // 1: start from the empty state
+    last: u32,         // 1: normalise
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
+@group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
+@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes an element
+@group(0) @binding(4) var<storage, read> queries: array<vec4<u32>>;         // [query tiles] (first token, count, its position, sequence)
+@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;       // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(6) var<storage, read_write> values: array<vec4<f32>>;    // [tokens, n_head, d_value / 4]
+@group(0) @binding(7) var<storage, read_write> softmax: array<vec2<f32>>;   // [tokens, n_head, slices] (m, l)
+
+// Queries of all teams, then keys, of a chunk.
+var<workgroup> sh_stage: array<vec4<f32>, STAGE>;
+
+// Elements i to i + 3 of the rope cache; i is a multiple of 4.
+fn rope_four(i: u32) -> vec4<f32> {
+    if (STORAGE_F16 == 1u) {
+        let eight = rope_cache[i >> 3u];
+        let four = select(eight.xy, eight.zw, (i & 4u) == 4u);
+        return vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y));
+    }
+    return bitcast<vec4<f32>>(rope_cache[i >> 2u]);
+}
+
+// Adds the products of 8 rows with 4 keys of this lane, a component a key. Lane base + i of the subgroup holds 4 elements of
+// row i in a, or, where a team has 4 lanes, of row 4 + i in b.
+fn meet(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
+    (*sums)[0] += subgroupShuffle(a, base) * keys;
+    (*sums)[1] += subgroupShuffle(a, base + 1u) * keys;
+    (*sums)[2] += subgroupShuffle(a, base + 2u) * keys;
+    (*sums)[3] += subgroupShuffle(a, base + 3u) * keys;
+    (*sums)[4] += subgroupShuffle(b, base + 4u % SPREAD) * keys;
+    (*sums)[5] += subgroupShuffle(b, base + 5u % SPREAD) * keys;
+    (*sums)[6] += subgroupShuffle(b, base + 6u % SPREAD) * keys;
+    (*sums)[7] += subgroupShuffle(b, base + 7u % SPREAD) * keys;
+}
+
+fn largest(v: vec4<f32>) -> f32 {
+    return max(max(v.x, v.y), max(v.z, v.w));
+}
+
+fn total(v: vec4<f32>) -> f32 {
+    return (v.x + v.y) + (v.z + v.w);
+}
+
+// Row r of 8, without an index into registers.
+fn row_of(rows: array<vec4<f32>, 8>, r: u32) -> vec4<f32> {
+    let even = select(select(rows[0], rows[2], r >= 2u), select(rows[4], rows[6], r >= 6u), r >= 4u);
+    let odd = select(select(rows[1], rows[3], r >= 2u), select(rows[5], rows[7], r >= 6u), r >= 4u);
+    return select(even, odd, (r & 1u) == 1u);
+}
+
+// Takes the first vector of columns out and puts `back` behind the last: COLUMNS turns bring all back to their places. The
+// loops over columns are not unrolled that way, which compiles faster, and each works on 8 vectors at a time.
+fn turn(sums: ptr<function, array<array<vec4<f32>, 8>, 8>>, back: array<vec4<f32>, 8>) {
+    for (var c = 0u; c + 1u < COLUMNS; c++) {
+        (*sums)[c] = (*sums)[c + 1u];
+    }
+    (*sums)[COLUMNS - 1u] = back;
+}
+
+@compute @workgroup_size(WORKGROUP, 1, 1)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    @builtin(subgroup_invocation_id) member: u32,
+) {
+    let tile = queries[group.x / PARTS];
+    let sequence = sequences[tile.w];
+    let head = group.y;
+    // Queries of this workgroup: from own0 on, those of the tile that are left.
+    let own0 = group.x % PARTS * TEAMS * 8u;
+    if (own0 >= tile.y) {
+        return;
+    }
+    let own_count = min(tile.y - own0, TEAMS * 8u);
+    // Widths and pitches in fours.
+    let nope = params.d_nope / 4u;
+    let width = (params.d_nope + params.d_rope) / 4u;
+    let value_width = params.d_value / 4u;
+    let kv_row = params.n_head * (nope + value_width);
+    let column0 = group.z * SLICE;
+    let columns = (min(value_width, SLICE) + LANES - 1u) / LANES;   // COLUMNS, unknown to the compiler
+
+    let lane = member % LANES;
+    let base = member - lane;
+    let own = own0 + local / LANES * 8u;   // first query of the team
+    let rows = min(max(tile.y, own) - own, 8u);
+    let last = tile.y - 1u;
+    let position0 = vec4<u32>(tile.z + own) + vec4<u32>(0u, 1u, 2u, 3u);
+    let position1 = position0 + 4u;
+    let q_row = tile.x + min(vec2<u32>(own, own + 4u) + lane % SPREAD, vec2<u32>(last));
+    let q_at = (q_row * params.n_head + head) * width;
+    let state0 = ((tile.x + own) * params.n_head + head) * groups.z + group.z;
+    let state_pitch = params.n_head * groups.z;
+    let out0 = ((tile.x + own) * params.n_head + head) * value_width + column0;
+    let out_pitch = params.n_head * value_width;
+
+    // Keys of this tile that belong to the sequence and that the last query of the workgroup may see.
+    let tile_end = params.kv_first + params.kv_rows;
+    let begin = max(params.kv_first, sequence.x) - sequence.x;
+    var end = 0u;
+    if (tile_end > sequence.x) {
+        end = min(min(tile_end - sequence.x, sequence.z), tile.z + own0 + own_count);
+    }
+
+    // Of queries 0 to 3 and 4 to 7 of the team; the sums over the keys of this lane.
+    var best0 = vec4<f32>(LOWEST);
+    var best1 = vec4<f32>(LOWEST);
+    var sum0 = vec4<f32>(0.0);
+    var sum1 = vec4<f32>(0.0);
+    var acc: array<array<vec4<f32>, 8>, 8>;
+    for (var c = 0u; c < COLUMNS; c++) {
+        for (var i = 0u; i < 8u; i++) {
+            acc[c][i] = vec4<f32>(0.0);
+        }
+    }
+    for (var key0 = begin; key0 < end; key0 += KEYS) {
+        let count = min(end - key0, KEYS);
+        let kv_base = (sequence.x + key0 - params.kv_first) * kv_row + head * (nope + value_width);
+        let rope_base = (sequence.y + key0) * params.rope_pitch;
+        let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
+        // A query a vector, a key of this lane a component.
+        var s: array<vec4<f32>, 8>;
+        for (var i = 0u; i < 8u; i++) {
+            s[i] = vec4<f32>(0.0);
+        }
+        if (STAGED == 1u) {
+            for (var d0 = 0u; d0 < width; d0 += CHUNK) {
+                for (var e = local; e < 8u * TEAMS * CHUNK; e += WORKGROUP) {
+                    let d = d0 + e % CHUNK;
+                    let r = e / CHUNK;
+                    var four = vec4<f32>(0.0);
+                    if (d < width && r < own_count) {
+                        four = params.scale * q[((tile.x + own0 + r) * params.n_head + head) * width + d];
+                    }
+                    sh_stage[r * PITCH + e % CHUNK] = four;
+                }
+                for (var e = local; e < KEYS * CHUNK; e += WORKGROUP) {
+                    let d = d0 + e % CHUNK;
+                    let r = e / CHUNK;
+                    var four = vec4<f32>(0.0);
+                    if (d < width && r < count) {
+                        if (d < nope) {
+                            four = kv[kv_base + r * kv_row + d];
+                        } else {
+                            four = rope_four(rope_base + r * params.rope_pitch + 4u * (d - nope));
+                        }
+                    }
+                    sh_stage[(8u * TEAMS + r) * PITCH + e % CHUNK] = four;
+                }
+                workgroupBarrier();
+                for (var d = 0u; d < CHUNK; d++) {
+                    let k = (8u * TEAMS + key) * PITCH + d;
+                    let keys = mat4x4<f32>(sh_stage[k.x], sh_stage[k.y], sh_stage[k.z], sh_stage[k.w]);
+                    for (var i = 0u; i < 8u; i++) {
+                        s[i] += sh_stage[(own - own0 + i) * PITCH + d] * keys;
+                    }
+                }
+                workgroupBarrier();
+            }
+        } else {
+            // Keys past the end repeat the last one; they weigh nothing.
+            let k_row = min(key, vec4<u32>(count - 1u));
+            let k = kv_base + k_row * kv_row;
+            let rotary = rope_base + k_row * params.rope_pitch;
+            for (var d = 0u; d < width; d++) {
+                let a = params.scale * q[q_at.x + d];
+                var b = a;
+                if (SPREAD == 4u) {
+                    b = params.scale * q[q_at.y + d];
+                }
+                var keys: mat4x4<f32>;
+                if (d < nope) {
+                    keys = mat4x4<f32>(kv[k.x + d], kv[k.y + d], kv[k.z + d], kv[k.w + d]);
+                } else {
+                    let r = rotary + 4u * (d - nope);
+                    keys = mat4x4<f32>(rope_four(r.x), rope_four(r.y), rope_four(r.z), rope_four(r.w));
+                }
+                meet(&s, a, b, keys, base);
+            }
+        }
+
+        // Keys of this block that each query sees, from its first: none for a query before the block.
+        let seen0 = min(max(position0 + 1u, vec4<u32>(key0)) - key0, vec4<u32>(count));
+        let seen1 = min(max(position1 + 1u, vec4<u32>(key0)) - key0, vec4<u32>(count));
+        for (var i = 0u; i < 8u; i++) {
+            let seen = select(seen0, seen1, i >= 4u)[i % 4u];
+            s[i] = select(vec4<f32>(LOWEST), s[i], key < vec4<u32>(seen));
+        }
+        var next0 = vec4<f32>(largest(s[0]), largest(s[1]), largest(s[2]), largest(s[3]));
+        var next1 = vec4<f32>(largest(s[4]), largest(s[5]), largest(s[6]), largest(s[7]));
+        for (var step = 1u; step < LANES; step *= 2u) {
+            next0 = max(next0, subgroupShuffleXor(next0, step));
+            next1 = max(next1, subgroupShuffleXor(next1, step));
+        }
+        next0 = max(next0, best0);
+        next1 = max(next1, best1);
+        let shrink0 = exp(best0 - next0);
+        let shrink1 = exp(best1 - next1);
+        best0 = next0;
+        best1 = next1;
+        // A masked key weighs 0, not e^0: the maximum of a query that has seen no key yet is its own score of nothing.
+        for (var i = 0u; i < 8u; i++) {
+            let seen = select(seen0, seen1, i >= 4u)[i % 4u];
+            let weights = exp(s[i] - select(next0, next1, i >= 4u)[i % 4u]);
+            s[i] = select(vec4<f32>(0.0), weights, key < vec4<u32>(seen));
+        }
+        sum0 = sum0 * shrink0 + vec4<f32>(total(s[0]), total(s[1]), total(s[2]), total(s[3]));
+        sum1 = sum1 * shrink1 + vec4<f32>(total(s[4]), total(s[5]), total(s[6]), total(s[7]));
+
+        // Keys that all queries see. The others are added only where they are seen: a value that is not a number must not
+        // reach a query before it, and 0 · NaN would.
+        let full = STAGED * min(max(tile.z + own0 + 1u, key0) - key0, count);
+        for (var c = 0u; c < columns; c++) {
+            var sums = acc[0];
+            for (var i = 0u; i < 4u; i++) {
+                sums[i] *= shrink0[i];
+                sums[i + 4u] *= shrink1[i];
+            }
+            let v = kv_base + nope + min(column0 + lane + c * LANES, value_width - 1u);
+            for (var part = 0u; part * LANES < count; part++) {
+                let p0 = vec4<f32>(s[0][part], s[1][part], s[2][part], s[3][part]);
+                let p1 = vec4<f32>(s[4][part], s[5][part], s[6][part], s[7][part]);
+                let part_end = min((part + 1u) * LANES, count);
+                let part_full = clamp(full, part * LANES, part_end);
+                for (var k = part * LANES; k < part_full; k++) {
+                    let value = kv[v + k * kv_row];
+                    let w0 = subgroupShuffle(p0, base + k % LANES);
+                    let w1 = subgroupShuffle(p1, base + k % LANES);
+                    for (var i = 0u; i < 4u; i++) {
+                        sums[i] += w0[i] * value;
+                        sums[i + 4u] += w1[i] * value;
+                    }
+                }
+                for (var k = part_full; k < part_end; k++) {
+                    let value = kv[v + k * kv_row];
+                    let w0 = subgroupShuffle(p0, base + k % LANES);
+                    let w1 = subgroupShuffle(p1, base + k % LANES);
+                    for (var i = 0u; i < 4u; i++) {
+                        sums[i] += select(vec4<f32>(0.0), w0[i] * value, k < seen0[i]);
+                        sums[i + 4u] += select(vec4<f32>(0.0), w1[i] * value, k < seen1[i]);
+                    }
+                }
+            }
+            turn(&acc, sums);
+        }
+    }
+
+    for (var step = 1u; step < LANES; step *= 2u) {
+        sum0 += subgroupShuffleXor(sum0, step);
+        sum1 += subgroupShuffleXor(sum1, step);
+    }
+    // The state before this tile; each row is read and written by one lane alone.
+    var before = vec4<f32>(LOWEST, 0.0, LOWEST, 0.0);
+    if (params.first == 0u) {
+        if (lane < rows) {
+            let state = softmax[state0 + lane * state_pitch];
+            before = vec4<f32>(state, before.zw);
+        }
+        if (SPREAD == 4u && lane + 4u < rows) {
+            before = vec4<f32>(before.xy, softmax[state0 + (lane + 4u) * state_pitch]);
+        }
+    }
+    for (var r = 0u; r < min(own_count, 8u); r++) {
+        let states = subgroupShuffle(before, base + r % SPREAD);
+        let state = select(states.xy, states.zw, r >= SPREAD);
+        let best = select(best0, best1, r >= 4u)[r % 4u];
+        let next = max(state.x, best);
+        let shrink = vec2<f32>(exp(state.x - next), exp(best - next));
+        let sum = dot(shrink, vec2<f32>(state.y, select(sum0, sum1, r >= 4u)[r % 4u]));
+        var factor = shrink;
+        if (params.last == 1u) {
+            factor *= select(0.0, 1.0 / sum, sum > 0.0);
+        }
+        for (var c = 0u; c < columns; c++) {
+            let column = lane + c * LANES;
+            if (r < rows && column0 + column < value_width) {
+                let at = out0 + r * out_pitch + column;
+                var value = factor.y * row_of(acc[0], r);
+                if (params.first == 0u) {
+                    value += factor.x * values[at];
+                }
+                values[at] = value;
+            }
+            turn(&acc, acc[0]);
+        }
+        if (r < rows && lane == r % SPREAD) {
+            softmax[state0 + r * state_pitch] = vec2<f32>(next, sum);
+        }
+    }
+}
