@@ -279,9 +279,11 @@ fn main(
             let scores = vec4<f32>(sh_scores[at], sh_scores[at + 1u], sh_scores[at + 2u], sh_scores[at + 3u]);
             // A masked key weighs 0, not e^0.
             let unseen = keys >= vec4<u32>(seen);
-            let p = select(exp(scores - best), vec4<f32>(0.0), unseen);
+            let zeros = vec4<f32>(0.0);
+            let p = select(exp(scores - best), zeros, unseen);
             sum += p.x + p.y + p.z + p.w;
-            stage_four(row * WEIGHT_PITCH + key / 4u, select(p, vec4<f32>(nan), (poison == vec4<u32>(1u)) & !unseen));
+            let poisoned = select(p, vec4<f32>(nan), poison == vec4<u32>(1u));
+            stage_four(row * WEIGHT_PITCH + key / 4u, select(poisoned, zeros, unseen));
         }
         if (workgroupUniformLoad(&sh_scaled) == 1u) {
             value00 = scaled_16(value00, 0u, local, own);
@@ -300,7 +302,9 @@ fn main(
                 var four = vec4<f32>(0.0);
                 if (column < value_width && key0 + r < end) {
                     four = kv[kv_base + r * kv_row + nope + column];
-                    four = select(four, vec4<f32>(0.0), overflows(four) & vec4<bool>(ragged));
+                    if (ragged) {
+                        four = select(four, vec4<f32>(0.0), overflows(four));
+                    }
                 }
                 stage_four(VALUES + e / COLUMNS * VALUE_PITCH + (e % COLUMNS), four);
             }

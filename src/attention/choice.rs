@@ -225,7 +225,7 @@ mod tests {
         let both = Cooperative { by_16: true, by_8: true };
         for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
             for (cooperative, kernel) in [
-                (Cooperative::NONE, Prefill::Plain),
+                (Cooperative::NONE, Prefill::Subgroup),
                 (Cooperative::BY_8, Prefill::Cooperative8),
                 (Cooperative::BY_16, Prefill::Cooperative),
                 (both, Prefill::Cooperative),
@@ -233,16 +233,16 @@ mod tests {
                 let context = context(class, cooperative);
                 assert_eq!(Prefill::of(&problem, Storage::F16, &context), kernel);
                 // Never where weights or cache are f32, nor on a device opened without the features.
-                assert_eq!(Prefill::of(&problem, Storage::F32, &context), Prefill::Plain);
+                assert_eq!(Prefill::of(&problem, Storage::F32, &context), Prefill::Subgroup);
                 let wide = attention_prefill::Problem { storage: Storage::F32, ..problem };
-                assert_eq!(Prefill::of(&wide, Storage::F16, &context), Prefill::Plain);
+                assert_eq!(Prefill::of(&wide, Storage::F16, &context), Prefill::Subgroup);
                 let plain = PlanContext { features: wgpu::Features::SHADER_F16, ..context.clone() };
                 assert_eq!(Prefill::of(&problem, Storage::F16, &plain), Prefill::Plain);
                 // Nor for odd widths, nor for tiles of few queries.
                 let odd = attention_prefill::Problem { d_value: 10, ..problem };
                 assert_eq!(Prefill::of(&odd, Storage::F16, &context), Prefill::Plain);
                 let few = attention_prefill::Problem { query_tiles: 5, ..problem };
-                assert_eq!(Prefill::of(&few, Storage::F16, &context), Prefill::Plain);
+                assert_eq!(Prefill::of(&few, Storage::F16, &context), Prefill::Subgroup);
             }
         }
         let software = context(AdapterClass::Software, both);
