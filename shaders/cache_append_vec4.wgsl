@@ -7,7 +7,7 @@
 // grid: one workgroup for WORKGROUP / LANES rows, folded into x and y: a row is a token, then one is a head of a token.
 //
 // Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64, per cent of the copy kernel: in f16 `cache_append`
-// 11 to 13; 8 invocations with a row each 76, turned in neighbouring pairs 73, in halves 45; with pack2x16float in place of
+// 11 to 13; 8 invocations with a row each 76, turned in neighbouring pairs 72, in halves 65; with pack2x16float in place of
 // integers 55. f32 84. 8 invocations that share a row: 23 in f16, 73 in f32. Not run on a GPU yet.
 
 override STORAGE_F16: u32 = 0u;
@@ -94,24 +94,23 @@ fn sines(i: u32) -> vec4<f32> {
     return vec4<f32>(rotations[i].yw, rotations[i + 1u].yw);
 }
 
-// Vector i of a token's rotated key.
+// Four pairs that stand half a head apart, turned: their first elements.
+fn turned_low(a: vec4<f32>, b: vec4<f32>, turns: u32) -> vec4<f32> {
+    return a * cosines(turns) - b * sines(turns);
+}
+
+// Their second elements.
+fn turned_high(a: vec4<f32>, b: vec4<f32>, turns: u32) -> vec4<f32> {
+    return a * sines(turns) + b * cosines(turns);
+}
+
+// Vector i of a token's key, turned where pairs are neighbours.
 fn key(token: u32, i: u32) -> vec4<f32> {
-    let base = (params.rope_offset + token * params.rope_row) / 4u;
+    let v = rope_key[(params.rope_offset + token * params.rope_row) / 4u + i];
     if (ROTATE == 0u) {
-        return rope_key[base + i];
+        return v;
     }
-    let turns = token * (params.d_rope / 4u);
-    if (ROTATE == 1u) {
-        return turned(rope_key[base + i], rotations[turns + i]);
-    }
-    let half = params.d_rope / 8u;
-    let low = i < half;
-    let pair = select(i - half, i, low);
-    let a = rope_key[base + pair];
-    let b = rope_key[base + half + pair];
-    let c = cosines(turns + 2u * pair);
-    let s = sines(turns + 2u * pair);
-    return select(a * s + b * c, a * c - b * s, low);
+    return turned(v, rotations[token * (params.d_rope / 4u) + i]);
 }
 
 // Latent and rotary key of a token.
@@ -128,13 +127,37 @@ fn append(token: u32, part: u32) {
         cache[slot * latents + i] = stored(first, second);
     }
     let keys = params.rope_words / 4u;
+    let keys_at = params.rope_cache / 4u + slot * keys;
+    if (ROTATE == 2u) {
+        let half = params.d_rope / 8u;
+        let base = (params.rope_offset + token * params.rope_row) / 4u;
+        for (var i = part; i < keys / 2u; i += LANES) {
+            let at = base + i * LOADS;
+            let turns = token * (params.d_rope / 4u) + 2u * i * LOADS;
+            let a = rope_key[at];
+            let b = rope_key[at + half];
+            let low = turned_low(a, b, turns);
+            let high = turned_high(a, b, turns);
+            var more_low = low;
+            var more_high = high;
+            if (STORAGE_F16 == 1u) {
+                let c = rope_key[at + 1u];
+                let d = rope_key[at + half + 1u];
+                more_low = turned_low(c, d, turns + 2u);
+                more_high = turned_high(c, d, turns + 2u);
+            }
+            cache[keys_at + i] = stored(low, more_low);
+            cache[keys_at + keys / 2u + i] = stored(high, more_high);
+        }
+        return;
+    }
     for (var i = part; i < keys; i += LANES) {
         let first = key(token, i * LOADS);
         var second = first;
         if (STORAGE_F16 == 1u) {
             second = key(token, i * LOADS + 1u);
         }
-        cache[params.rope_cache / 4u + slot * keys + i] = stored(first, second);
+        cache[keys_at + i] = stored(first, second);
     }
 }
 
@@ -151,10 +174,8 @@ fn rotate_head(token: u32, head: u32, part: u32) {
         for (var i = part; i < half; i += LANES) {
             let a = q[base + i];
             let b = q[base + half + i];
-            let c = cosines(turns + 2u * i);
-            let s = sines(turns + 2u * i);
-            q[base + i] = a * c - b * s;
-            q[base + half + i] = a * s + b * c;
+            q[base + i] = turned_low(a, b, turns + 2u * i);
+            q[base + half + i] = turned_high(a, b, turns + 2u * i);
         }
     }
 }
