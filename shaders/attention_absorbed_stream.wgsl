@@ -101,6 +101,7 @@ fn main(
     let count = min(max(length, position0) - position0, SPLIT);
     let slot0 = sequence.y + position0;
     let fours = params.d_latent / 4u;
+    // Neighbours in a workgroup of one dimension are neighbours in a subgroup: a team is LANES of both.
     let lane = member % LANES;
     let base = member - lane;
     // A lane after the exchange has the scores of row 2·(bit 0) + (bit 1) of the four.

@@ -136,6 +136,7 @@ fn main(
     let column0 = group.z * SLICE;
     let columns = (min(value_width, SLICE) + LANES - 1u) / LANES;   // COLUMNS, unknown to the compiler
 
+    // Neighbours in a workgroup of one dimension are neighbours in a subgroup: a team is LANES of both.
     let lane = member % LANES;
     let base = member - lane;
     let own = own0 + local / LANES * 8u;   // first query of the team
