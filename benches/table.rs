@@ -9,6 +9,7 @@ use criterion::Criterion;
 use egmla::check::bench::timer::Timer;
 use egmla::check::bench::{Stock, Suite, rows};
 use egmla::kernel::Kernels;
+use egmla::kernels::optional_features;
 use egmla::wgpu;
 
 type Failure = Box<dyn std::error::Error>;
@@ -16,8 +17,15 @@ type Failure = Box<dyn std::error::Error>;
 fn run(criterion: &mut Criterion) -> Result<(), Failure> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
-    let required_features = adapter.features() & wgpu::Features::TIMESTAMP_QUERY;
-    let descriptor = wgpu::DeviceDescriptor { required_features, ..Default::default() };
+    // As the program opens it: the variants that the adapter offers, and its buffer sizes.
+    let offered = adapter.limits();
+    let required_limits = wgpu::Limits {
+        max_buffer_size: offered.max_buffer_size,
+        max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        ..wgpu::Limits::default().or_worse_values_from(&offered)
+    };
+    let required_features = adapter.features() & (optional_features() | wgpu::Features::TIMESTAMP_QUERY);
+    let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
     println!("adapter: {:?}", adapter.get_info());
     let kernels = Kernels::new(&device)?;

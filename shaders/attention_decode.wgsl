@@ -7,7 +7,8 @@
 // Query token i of n sees all of its sequence but the last n − 1 − i tokens.
 // grid: (splits of this key tile, n_head, most query tokens of a sequence)
 
-override STORAGE_F16: u32 = 0u;
+override STORAGE_F16: u32 = 0u;  // of the rope cache
+override KV_F16: u32 = 0u;
 override WORKGROUP: u32 = 64u;
 override SPLIT: u32 = 256u;      // a multiple of WORKGROUP
 
@@ -26,7 +27,7 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
-@group(0) @binding(2) var<storage, read> kv: array<f32>;                           // [kv rows, n_head, d_nope + d_value]
+@group(0) @binding(2) var<storage, read> kv: array<u32>;                           // [kv rows, n_head, d_nope + d_value]
 @group(0) @binding(3) var<storage, read> rope_cache: array<u32>;                   // [cache rows, rope_pitch]
 @group(0) @binding(4) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
 @group(0) @binding(5) var<storage, read_write> partial_values: array<f32>;         // [partials, n_head, d_value]
@@ -47,6 +48,15 @@ fn decode(word: u32, i: u32) -> f32 {
         return select(pair.x, pair.y, (i & 1u) == 1u);
     }
     return bitcast<f32>(word);
+}
+
+// Element i of the keys and values.
+fn kv_at(i: u32) -> f32 {
+    if (KV_F16 == 1u) {
+        let pair = unpack2x16float(kv[i >> 1u]);
+        return select(pair.x, pair.y, (i & 1u) == 1u);
+    }
+    return bitcast<f32>(kv[i]);
 }
 
 // Line of the last sequence that begins at or before `row`.
@@ -91,7 +101,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var dot = 0.0;
         let k = kv_base + row * kv_row;
         for (var d = 0u; d < params.d_nope; d++) {
-            dot += params.scale * q[q_base + d] * kv[k + d];
+            dot += params.scale * q[q_base + d] * kv_at(k + d);
         }
         let rope = (slot0 + row) * params.rope_pitch;
         for (var d = 0u; d < params.d_rope; d++) {
@@ -131,7 +141,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var column = lane; column < params.d_value; column += WORKGROUP) {
         var value = 0.0;
         for (var row = 0u; row < count; row++) {
-            value += sh_score[row] * kv[kv_base + row * kv_row + params.d_nope + column];
+            value += sh_score[row] * kv_at(kv_base + row * kv_row + params.d_nope + column);
         }
         partial_values[split * params.d_value + column] = value;
     }

@@ -23,13 +23,13 @@ use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode, attention_grouped,
-    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
-    attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup, cache_append,
-    cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul,
-    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
-    norm_vec4, product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope,
-    swiglu, word_scatter,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    attention_decode_vec4, attention_grouped, attention_grouped_subgroup, attention_merge, attention_prefill,
+    attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup,
+    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
+    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
+    matvec_vec4, norm, norm_vec4, product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
+    roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::Storage;
 
@@ -316,7 +316,8 @@ impl Costed for attention_prefill_subgroup::Problem {
 
 impl Costed for attention_decode::Problem {
     fn cost(&self) -> Cost {
-        let attention_decode::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
+        let attention_decode::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, kv_storage, .. } =
+            *self;
         // A row belongs to one sequence, and so meets that one's queries.
         let rows = kv_rows.min(self.cache_rows);
         let met = rows.saturating_mul(self.most_tokens);
@@ -326,14 +327,20 @@ impl Costed for attention_decode::Problem {
             &[
                 times(4, &[tokens, n_head, d_nope]),
                 times(4, &[tokens, n_head, d_rope]),
-                times(4, &[rows, n_head, d_nope]),
-                times(4, &[rows, n_head, d_value]),
+                times(kv_storage.bytes(), &[rows, n_head, d_nope]),
+                times(kv_storage.bytes(), &[rows, n_head, d_value]),
                 times(storage.bytes(), &[rows, d_rope]),
                 times(32, &[self.n_sequence]),
                 times(4, &[splits, n_head, d_value]),
                 times(8, &[splits, n_head]),
             ],
         )
+    }
+}
+
+impl Costed for attention_decode_vec4::Problem {
+    fn cost(&self) -> Cost {
+        self.0.cost()
     }
 }
 
@@ -607,6 +614,7 @@ pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Sto
         cache_rows: rows,
         scale: config.scale() as f32,
         storage: work.cache_storage,
+        kv_storage: Storage::F32,
     };
     let further = Cost { flops: further_positions(work) * times(2, &[n_head, d_nope + d_rope + d_value]), bytes: 0 };
     rebuilding(config, rows, work.cache_storage, storage)
@@ -965,6 +973,22 @@ mod tests {
             scale: 1.0,
             storage: f16,
         };
+        let decode = attention_decode::Problem {
+            tokens: 1,
+            most_tokens: 1,
+            partials: 1,
+            n_sequence: 1,
+            n_head: 2,
+            d_nope: 3,
+            d_rope: 2,
+            d_value: 5,
+            kv_first: 256,
+            kv_rows: 256,
+            cache_rows: 1000,
+            scale: 1.0,
+            storage: f16,
+            kv_storage: Storage::F32,
+        };
         vec![
             // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
             // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 32. Out: 2·3·(8·4 + 8).
@@ -973,24 +997,12 @@ mod tests {
             entry(attention_absorbed_subgroup::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
             // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
             // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 32. Out: 1·2·(5·4 + 8).
+            entry(decode, 2 * 256 * 2 * 10, 40 + 16384 + 1024 + 32 + 56),
+            // Keys and values in f16 are half of that.
             entry(
-                attention_decode::Problem {
-                    tokens: 1,
-                    most_tokens: 1,
-                    partials: 1,
-                    n_sequence: 1,
-                    n_head: 2,
-                    d_nope: 3,
-                    d_rope: 2,
-                    d_value: 5,
-                    kv_first: 256,
-                    kv_rows: 256,
-                    cache_rows: 1000,
-                    scale: 1.0,
-                    storage: f16,
-                },
+                attention_decode_vec4::Problem(attention_decode::Problem { kv_storage: f16, ..decode }),
                 2 * 256 * 2 * 10,
-                40 + 16384 + 1024 + 32 + 56,
+                40 + 8192 + 1024 + 32 + 56,
             ),
             // 2 query tokens that meet 5 groups and 20 positions each: 10 · 3 · (6 + 7) · 8 and 40 · 3 · (2·8 + 4).
             // In: q 2·3·10·4, W 39·8·2, γ and β 2·39·2, 5 gate rows 39·4, 5 headers 32, 20 rows of 12·2 + 8 + 4.

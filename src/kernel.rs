@@ -178,9 +178,9 @@ impl Kernels {
         Ok(Kernels(Arc::new(Inner { device, context, pipelines, pipeline_cache: None, absent, sink })))
     }
 
-    /// The same device and choices, with nothing compiled yet: to measure a first use.
+    /// The same device and choices, with nothing compiled yet and no pipeline cache: to measure a first use.
     pub fn uncompiled(&self) -> Self {
-        self.with(self.0.context.clone(), self.0.pipeline_cache.clone())
+        self.with(self.0.context.clone(), None)
     }
 
     /// The same, with the cooperative matrices of the adapter: a device does not tell which it has, and the kernels that

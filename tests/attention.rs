@@ -968,6 +968,7 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             cache_rows: 1,
             scale: 1.0,
             storage: Storage::F32,
+            kv_storage: Storage::F32,
         };
         for plan in [append.plan(&context, Tuning::Auto), attend.plan(&context, Tuning::Auto)] {
             let error = plan.unwrap_err().to_string();

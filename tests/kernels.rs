@@ -63,6 +63,7 @@ kernels!(
     attention_absorbed_stream,
     attention_absorbed_subgroup,
     attention_decode,
+    attention_decode_vec4,
     attention_grouped,
     attention_grouped_subgroup,
     attention_merge,

@@ -14,12 +14,13 @@ use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
     COOPERATIVE_FEATURES, Problem, REGISTRY, attention_absorbed, attention_absorbed_stream,
-    attention_absorbed_subgroup, attention_decode, attention_grouped, attention_grouped_subgroup, attention_merge,
-    attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows,
-    attention_prefill_subgroup, cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows,
-    gate_statistics, gate_vec4, gather, group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup,
-    matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative,
-    roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
+    attention_absorbed_subgroup, attention_decode, attention_decode_vec4, attention_grouped,
+    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
+    attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup, cache_append,
+    cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul,
+    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
+    norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
+    word_scatter,
 };
 use egmla::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
 use egmla::wgpu::{CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
@@ -134,6 +135,7 @@ fn rust_params(kernel: &str) -> Vec<(String, String)> {
     let file = match kernel {
         _ if kernel.starts_with("attention_prefill_") => "attention_prefill",
         _ if kernel.starts_with("roofline_cooperative") => "roofline_cooperative",
+        "attention_decode_vec4" => "attention_decode",
         "cache_append_vec4" => "cache_append",
         "gate_vec4" => "gate",
         "norm_vec4" => "norm",
@@ -430,6 +432,7 @@ fn decode_problem(kv_rows: u32, n_head: u32, storage: Storage) -> attention_deco
         cache_rows: kv_rows,
         scale: 1.0,
         storage,
+        kv_storage: storage,
     }
 }
 
@@ -610,6 +613,11 @@ fn cases() -> Vec<Case> {
             for splits in [0, 1, 3] {
                 let tile = |plan: &Plan| [value(plan, "SPLIT"), 1, 1];
                 add(all, decode_problem(splits * SPLIT, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
+                for (d_nope, d_rope, d_value) in [(8, 0, 8), (64, 64, 72), (0, 128, 256)] {
+                    let problem = decode_problem(splits * SPLIT, n_head, storage);
+                    let problem = attention_decode::Problem { d_nope, d_rope, d_value, ..problem };
+                    add(all, attention_decode_vec4::Problem(problem), tiles([splits * SPLIT, n_head, 1], tile));
+                }
                 let tile = |plan: &Plan| [value(plan, "SPLIT"), value(plan, "HEADS"), 1];
                 add(all, absorbed_problem(splits, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
                 for (d_latent, d_rope) in [(4, 0), (64, 64), (512, 64)] {
@@ -755,6 +763,14 @@ fn plans_keep_what_their_shaders_assume() {
             "norm" | "gate" | "attention_decode" | "gate_statistics" => {
                 assert!(plan.workgroup_size.is_power_of_two(), "{what}");
             }
+            "attention_decode_vec4" => {
+                let value = |name| value(&plan, name);
+                for share in [value("LANES"), value("COLUMNS")] {
+                    assert!(share.is_power_of_two() && value("WORKGROUP").is_multiple_of(share), "{what}");
+                }
+                assert!((1..=4).contains(&value("EACH")), "{what}");
+                assert!(4 * value("EACH") * value("WORKGROUP") >= u64::from(SPLIT) * value("LANES"), "{what}");
+            }
             "norm_vec4" | "gate_vec4" | "cache_append_vec4" => {
                 let (workgroup, lanes) = (value(&plan, "WORKGROUP"), value(&plan, "LANES"));
                 assert!(lanes.is_power_of_two() && workgroup.is_multiple_of(lanes), "{what}");
@@ -863,6 +879,12 @@ fn planners() -> Vec<(&'static KernelSpec, Planner)> {
         planner(attention_absorbed_stream::Problem(absorbed)),
         planner(attention_absorbed_subgroup::Problem(absorbed)),
         planner(decode_problem(3 * SPLIT, 9, Storage::F16)),
+        planner(attention_decode_vec4::Problem(attention_decode::Problem {
+            d_nope: 64,
+            d_rope: 64,
+            d_value: 64,
+            ..decode_problem(3 * SPLIT, 9, Storage::F16)
+        })),
         planner(grouped_problem(
             5,
             9,

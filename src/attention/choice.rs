@@ -4,8 +4,9 @@ use super::product::runs;
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_prefill,
-    attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_subgroup,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    attention_decode_vec4, attention_prefill, attention_prefill_cooperative, attention_prefill_cooperative_8,
+    attention_prefill_subgroup,
 };
 use crate::plan::{AdapterClass, PlanContext, Storage, Tuning};
 
@@ -37,6 +38,24 @@ pub fn prefill_of(
         Prefill::Subgroup => {
             let problem = attention_prefill_subgroup::Problem(problem);
             attention_prefill_subgroup::encode(recording, &problem, args, auto)
+        }
+    }
+}
+
+/// Records the attention of few queries over a key tile with the kernel that suits its widths and the device.
+///
+/// # Errors
+/// What the kernel refuses.
+pub fn decode_of(
+    recording: &mut Recording,
+    problem: attention_decode::Problem,
+    args: attention_decode::Args<'_>,
+) -> Result<()> {
+    match Decode::of(&problem, recording.kernels().context()) {
+        Decode::Plain => attention_decode::encode(recording, &problem, args, Tuning::Auto),
+        Decode::Vec4 => {
+            let problem = attention_decode_vec4::Problem(problem);
+            attention_decode_vec4::encode(recording, &problem, args, Tuning::Auto)
         }
     }
 }
@@ -102,6 +121,23 @@ impl Prefill {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decode {
+    Plain,
+    Vec4,
+}
+
+impl Decode {
+    fn of(problem: &attention_decode::Problem, context: &PlanContext) -> Self {
+        // Its workgroups may be larger than a device allows.
+        if problem.in_vec4() && runs(&attention_decode_vec4::Problem(*problem), context) {
+            Decode::Vec4
+        } else {
+            Decode::Plain
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Absorbed {
     Plain,
     Stream,
@@ -127,8 +163,8 @@ impl Absorbed {
 
 #[cfg(test)]
 mod tests {
-    use super::{Absorbed, Prefill};
-    use crate::kernels::{COOPERATIVE_FEATURES, attention_absorbed, attention_prefill};
+    use super::{Absorbed, Decode, Prefill};
+    use crate::kernels::{COOPERATIVE_FEATURES, attention_absorbed, attention_decode, attention_prefill};
     use crate::plan::{AdapterClass, Cooperative, PlanContext, Storage};
 
     const NONE: wgpu::Features = wgpu::Features::empty();
@@ -174,6 +210,49 @@ mod tests {
             storage: Storage::F16,
         };
         Absorbed::of(&problem, context)
+    }
+
+    #[test]
+    fn whole_loads_decode_in_16_bytes() {
+        let of = |widths: [u32; 3], storage, kv_storage, context: &PlanContext| {
+            let [d_nope, d_rope, d_value] = widths;
+            let problem = attention_decode::Problem {
+                tokens: 1,
+                most_tokens: 1,
+                partials: 1,
+                n_sequence: 1,
+                n_head: 1,
+                d_nope,
+                d_rope,
+                d_value,
+                kv_first: 0,
+                kv_rows: 256,
+                cache_rows: 256,
+                scale: 1.0,
+                storage,
+                kv_storage,
+            };
+            Decode::of(&problem, context)
+        };
+        let (f32, f16) = (Storage::F32, Storage::F16);
+        for class in AdapterClass::ALL {
+            let context = context(class, NONE, 4);
+            assert_eq!(of([12, 4, 4], f32, f32, &context), Decode::Vec4);
+            assert_eq!(of([12, 8, 4], f16, f32, &context), Decode::Vec4);
+            assert_eq!(of([8, 0, 16], f32, f16, &context), Decode::Vec4);
+            for (widths, storage, kv_storage) in [
+                ([12, 4, 4], f16, f32),
+                ([12, 8, 8], f32, f16),
+                ([8, 8, 12], f32, f16),
+                ([6, 4, 4], f32, f32),
+                ([4, 4, 6], f32, f32),
+            ] {
+                assert_eq!(of(widths, storage, kv_storage, &context), Decode::Plain, "{widths:?}");
+            }
+        }
+        let mut small = context(AdapterClass::Discrete, NONE, 4);
+        small.limits.max_compute_invocations_per_workgroup = 64;
+        assert_eq!(of([8, 8, 8], f16, f16, &small), Decode::Plain);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::cache::LatentCache;
-use super::choice::{absorbed_of, prefill_of};
+use super::choice::{absorbed_of, decode_of, prefill_of};
 use super::lists::{GateRows, Grouped, Lists, widths};
 use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
@@ -903,6 +903,7 @@ impl Attention {
                         cache_rows: cache.rows(),
                         scale: c.scale() as f32,
                         storage,
+                        kv_storage: Storage::F32,
                     };
                     let args = attention_decode::Args {
                         q: &workspace.q,
@@ -912,7 +913,7 @@ impl Attention {
                         partial_values: &workspace.partial_values,
                         partial_softmax: &workspace.partial_softmax,
                     };
-                    attention_decode::encode(recording, &problem, args, Tuning::Auto)?;
+                    decode_of(recording, problem, args)?;
                 }
             }
             first += rows;

@@ -23,7 +23,7 @@ mod step;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache, MemoryReport};
-pub use choice::{absorbed_of, prefill_of};
+pub use choice::{absorbed_of, decode_of, prefill_of};
 pub use layer::{Attention, DecodePath};
 pub use lists::GateRows;
 pub use step::{MOST_DECODED, Mode, Step, StepInput};

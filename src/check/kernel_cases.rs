@@ -16,13 +16,13 @@ use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode, attention_grouped,
-    attention_grouped_subgroup, attention_merge, attention_prefill, attention_prefill_cooperative,
-    attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup, cache_append,
-    cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather, group_ids, matmul,
-    matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup, matvec_vec4, norm,
-    norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma, rope, swiglu,
-    word_scatter,
+    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    attention_decode_vec4, attention_grouped, attention_grouped_subgroup, attention_merge, attention_prefill,
+    attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup,
+    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
+    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
+    matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
+    roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::plan::{Storage, Tuning};
 use crate::reference;
@@ -1245,7 +1245,17 @@ fn decodes(cases: &mut Vec<Case>) {
                 }
                 let (n_head, d_nope, d_rope, d_value) = widths;
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-                cases.push(Case::new("attention_decode", id, move |lab| decode(lab, lengths, 1, widths, storage)));
+                for kernel in Decode::ALL {
+                    // Rebuilt keys and values are f32, cached ones either.
+                    for kv_storage in Storage::ALL {
+                        if kernel.takes(widths, storage, kv_storage) {
+                            let id = format!("{id}_kv_{}", kv_storage.name());
+                            cases.push(Case::new(kernel.name(), id, move |lab| {
+                                decode(lab, kernel, lengths, 1, widths, (storage, kv_storage))
+                            }));
+                        }
+                    }
+                }
                 let id = format!("{name}_h{n_head}_r{d_value}+{d_rope}/{}", storage.name());
                 for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths, storage)) {
                     let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage);
@@ -1257,9 +1267,11 @@ fn decodes(cases: &mut Vec<Case>) {
         let (lengths, widths) = (&[258, 1, 40, 511], (3, 16, 8, 16));
         for most in [2, 16] {
             let id = format!("q{most}/{}", storage.name());
-            cases.push(Case::new("attention_decode", id.clone(), move |lab| {
-                decode(lab, lengths, most, widths, storage)
-            }));
+            for kernel in Decode::ALL {
+                cases.push(Case::new(kernel.name(), id.clone(), move |lab| {
+                    decode(lab, kernel, lengths, most, widths, (storage, storage))
+                }));
+            }
             for kernel in Absorbed::ALL {
                 let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, most, widths, storage);
                 cases.push(Case::new(kernel.name(), id.clone(), run));
@@ -1334,18 +1346,46 @@ fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
         .collect()
 }
 
+/// The kernels of attention over keys and values of few queries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decode {
+    Plain,
+    Vec4,
+}
+
+impl Decode {
+    const ALL: [Decode; 2] = [Decode::Plain, Decode::Vec4];
+
+    fn name(self) -> &'static str {
+        match self {
+            Decode::Plain => attention_decode::SPEC.name,
+            Decode::Vec4 => attention_decode_vec4::SPEC.name,
+        }
+    }
+
+    fn takes(self, (_, d_nope, d_rope, d_value): Widths, storage: Storage, kv_storage: Storage) -> bool {
+        let whole = |width: usize, storage: Storage| width.is_multiple_of(16 / storage.bytes() as usize);
+        self == Decode::Plain || whole(d_nope, kv_storage) && whole(d_value, kv_storage) && whole(d_rope, storage)
+    }
+}
+
 fn decode(
     lab: &Lab<'_>,
+    kernel: Decode,
     lengths: &[u32],
     most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
-    storage: Storage,
+    (storage, kv_storage): (Storage, Storage),
 ) -> Result<Vec<super::Outcome>> {
     let batch = few_new(lengths, most);
     let slots = batch.slots();
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
     let tolerance = Tolerance::sums(&[d_query, SPLIT as usize]);
-    every_tuning(attention_decode::SPEC.tunings, tolerance, |tuning| {
+    let tunings = match kernel {
+        Decode::Plain => attention_decode::SPEC.tunings,
+        Decode::Vec4 => attention_decode_vec4::SPEC.tunings,
+    };
+    every_tuning(tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
         let kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -1353,7 +1393,8 @@ fn decode(
         let rope_kept = super::pack(&rope_values, storage).1;
         let q = lab.floats(&q_values)?;
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
-        let rope_cache = lab.words(&[&rope_words[..], &[0]].concat())?;
+        // A binding holds 16 bytes, also without a rotary part.
+        let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
         let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
         let partials = splits(&batch).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_value)?, lab.output(partials * 2)?);
@@ -1363,7 +1404,7 @@ fn decode(
             .step_by(tile_rows as usize)
             .map(|first| {
                 let rows = tile_rows.min(batch.rows - first);
-                Ok((first, rows, lab.floats(&batch.tile(&kv_values, d_kv, first, rows))?))
+                Ok((first, rows, lab.stored(&batch.tile(&kv_values, d_kv, first, rows), kv_storage)?.0))
             })
             .collect::<Result<Vec<_>>>()?;
         lab.launch(|recording| {
@@ -1382,6 +1423,7 @@ fn decode(
                     cache_rows: batch.cache_rows,
                     scale,
                     storage,
+                    kv_storage,
                 };
                 let args = attention_decode::Args {
                     q: &q.region,
@@ -1391,13 +1433,23 @@ fn decode(
                     partial_values: &values.region,
                     partial_softmax: &softmax.region,
                 };
-                attention_decode::encode(recording, &problem, args, tuning)?;
+                match kernel {
+                    Decode::Plain => attention_decode::encode(recording, &problem, args, tuning)?,
+                    Decode::Vec4 => {
+                        let problem = attention_decode_vec4::Problem(problem);
+                        attention_decode_vec4::encode(recording, &problem, args, tuning)?;
+                    }
+                }
             }
             Ok(())
         })?;
         let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
-        let (q, kv) = (widen(&q_values), widen(&kv_values));
-        let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
+        let (q, kv) = (widen(&q_values), super::pack(&kv_values, kv_storage).1);
+        let attend = match kernel {
+            Decode::Plain => reference::attention_decode,
+            Decode::Vec4 => reference::attention_decode_vec4,
+        };
+        let expected = attend(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
         compare_partials(lab, &values, &softmax, &expected, tolerance)
     })
 }

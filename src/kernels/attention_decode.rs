@@ -1,4 +1,4 @@
-//! Attention of one query per sequence over rebuilt keys and values, split over the cache.
+//! Attention of one query per sequence over rebuilt or cached keys and values, split over the cache.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -97,23 +97,67 @@ pub struct Problem {
     pub scale: f32,
     /// How the rope cache is stored.
     pub storage: Storage,
+    /// How keys and values are stored.
+    pub kv_storage: Storage,
+}
+
+impl Problem {
+    /// Whether every row is a whole number of 16-byte loads.
+    pub fn in_vec4(&self) -> bool {
+        let load = |storage: Storage| 16 / storage.bytes() as u32;
+        let of_kv = [self.d_nope, self.d_value].iter().all(|width| width.is_multiple_of(load(self.kv_storage)));
+        of_kv && self.d_rope.is_multiple_of(load(self.storage))
+    }
+
+    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
+        narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
+        nonzero(kernel, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        for (what, rows) in [("kv_first", self.kv_first), ("kv_rows", self.kv_rows)] {
+            if !rows.is_multiple_of(SPLIT) {
+                return Err(Error::problem(kernel, format!("{what} is {rows}, not a multiple of {SPLIT}")));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn params(&self) -> Params {
+        Params {
+            n_head: self.n_head,
+            d_nope: self.d_nope,
+            d_rope: self.d_rope,
+            d_value: self.d_value,
+            kv_first: self.kv_first,
+            n_sequence: self.n_sequence,
+            rope_pitch: self.storage.row_pitch(self.d_rope),
+            scale: self.scale,
+        }
+    }
+
+    /// The bindings, in which a rope cache that is not read takes `least` bytes.
+    pub(super) fn bound<'a>(&self, args: &Args<'a>, least: u64) -> [Bound<'a>; 6] {
+        let rope = product(&[self.cache_rows, self.storage.row_pitch(self.d_rope)]);
+        let kv = product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value]);
+        [
+            words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
+            Bound { region: args.kv, bytes: kv.saturating_mul(self.kv_storage.bytes()).next_multiple_of(4) },
+            Bound { region: args.rope_cache, bytes: rope.saturating_mul(self.storage.bytes()).max(least) },
+            words(args.sequences, product(&[self.n_sequence, 8])),
+            words(args.partial_values, product(&[self.partials, self.n_head, self.d_value])),
+            words(args.partial_softmax, product(&[self.partials, self.n_head, 2])),
+        ]
+    }
 }
 
 impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        narrow(SPEC.name, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
-        nonzero(SPEC.name, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
-        for (what, rows) in [("kv_first", self.kv_first), ("kv_rows", self.kv_rows)] {
-            if !rows.is_multiple_of(SPLIT) {
-                return Err(Error::problem(SPEC.name, format!("{what} is {rows}, not a multiple of {SPLIT}")));
-            }
-        }
+        self.validate(SPEC.name)?;
         let workgroup_size = WORKGROUPS[tuning.choose(SPEC.name, WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),
+                ("KV_F16", self.kv_storage.constant()),
                 ("WORKGROUP", workgroup_size.into()),
                 ("SPLIT", SPLIT.into()),
             ],
@@ -130,9 +174,9 @@ impl super::Problem for Problem {
 pub struct Args<'a> {
     /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
     pub q: &'a Region,
-    /// `[kv_rows, n_head, d_nope + d_value]` f32.
+    /// `[kv_rows, n_head, d_nope + d_value]` in `kv_storage`.
     pub kv: &'a Region,
-    /// `[cache_rows, pitch of d_rope]` in `storage`.
+    /// `[cache_rows, pitch of d_rope]` in `storage`; without a rotary key any region of 16 bytes.
     pub rope_cache: &'a Region,
     /// `[n_sequence]` [`DecodeSequence`].
     pub sequences: &'a Region,
@@ -148,31 +192,5 @@ pub struct Args<'a> {
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let p = *problem;
-    let rope_pitch = p.storage.row_pitch(p.d_rope);
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params {
-            n_head: p.n_head,
-            d_nope: p.d_nope,
-            d_rope: p.d_rope,
-            d_value: p.d_value,
-            kv_first: p.kv_first,
-            n_sequence: p.n_sequence,
-            rope_pitch,
-            scale: p.scale,
-        },
-        &[
-            words(args.q, product(&[p.tokens, p.n_head, p.d_nope + p.d_rope])),
-            words(args.kv, product(&[p.kv_rows, p.n_head, p.d_nope + p.d_value])),
-            Bound {
-                region: args.rope_cache,
-                bytes: product(&[p.cache_rows, rope_pitch]).saturating_mul(p.storage.bytes()),
-            },
-            words(args.sequences, product(&[p.n_sequence, 8])),
-            words(args.partial_values, product(&[p.partials, p.n_head, p.d_value])),
-            words(args.partial_softmax, product(&[p.partials, p.n_head, 2])),
-        ],
-    )
+    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args, 0))
 }

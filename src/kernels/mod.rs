@@ -8,6 +8,7 @@ pub mod attention_absorbed;
 pub mod attention_absorbed_stream;
 pub mod attention_absorbed_subgroup;
 pub mod attention_decode;
+pub mod attention_decode_vec4;
 pub mod attention_grouped;
 pub mod attention_grouped_subgroup;
 pub mod attention_merge;
@@ -55,6 +56,7 @@ pub const REGISTRY: &[&KernelSpec] = &[
     &attention_absorbed_stream::SPEC,
     &attention_absorbed_subgroup::SPEC,
     &attention_decode::SPEC,
+    &attention_decode_vec4::SPEC,
     &attention_grouped::SPEC,
     &attention_grouped_subgroup::SPEC,
     &attention_merge::SPEC,

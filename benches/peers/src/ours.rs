@@ -153,7 +153,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
             values: &values,
             softmax: &softmax,
         };
-        prefill_of(recording, problem, args)
+        prefill_of(recording, problem, Storage::F32, args)
     };
     bench.ready(&output, encode, move |values| swap_axes(&values, heads, width))
 }

@@ -199,7 +199,7 @@ impl Adapter {
     }
 }
 
-/// The kernels that have tile settings, on the paper's 120M layer: 256 tokens prefilled, 4096 cached.
+/// Tile settings of the larger kernels, on the paper's 120M layer: 256 tokens prefilled, 4096 cached.
 fn variants(context: &PlanContext) -> Vec<Variant> {
     let (n_head, width, d_latent, storage, scale) = (12, 64, 64, Storage::F32, 0.0884);
     let (hidden, cached) = (n_head * width, 4096);
@@ -258,6 +258,7 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
                 cache_rows: cached,
                 scale,
                 storage,
+                kv_storage: storage,
             },
         ),
         variant(context, "1 query, 4096 latents", &absorbed),

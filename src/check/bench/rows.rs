@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::{Prepared, Row, Suite, tokens};
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
-    absorbed_of, prefill_of, product_of,
+    absorbed_of, decode_of, prefill_of, product_of,
 };
 use crate::check::random::{Random, attention_weights};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
@@ -39,7 +39,7 @@ pub(super) enum Work {
     /// Causal attention alone, keys and values as they come.
     PrefillAttention { tokens: u32, n_head: u32, d_head: u32 },
     /// Absorbed attention alone.
-    AbsorbedAttention { cached: u32, n_head: u32, d_latent: u32, d_rope: u32 },
+    AbsorbedAttention { cached: u32, n_head: u32, d_latent: u32, d_rope: u32, storage: Storage },
     /// A layer's prefill without a past.
     PrefillLayer { config: AttentionConfig, tokens: u32 },
     /// One new token through a layer of multi-head attention.
@@ -109,7 +109,7 @@ pub fn rows() -> Vec<Row> {
     for cached in [1024, 8192, 32_768] {
         let suite = if cached <= 8192 { Suite::Quick } else { Suite::Full };
         let work = Work::DecodeHeads { cached, n_head: 12, d_head: 64 };
-        add(format!("decode/mha_120m/t{cached}"), "layer, heads", "f16 weights, f32 keys and values", suite, work);
+        add(format!("decode/mha_120m/t{cached}"), "layer, heads", "f16", suite, work);
         let work = Work::DecodeLayer { config: paper_120m(256, false), cached, path: LayerPath::Absorbed };
         add(format!("decode/mla_120m_r256/t{cached}"), "layer, absorbed", "f16", suite, work);
         for (name, path, label) in GATED_PATHS {
@@ -118,8 +118,11 @@ pub fn rows() -> Vec<Row> {
         }
     }
     let (cached, n_head, d_latent, d_rope) = (4096, 16, 512, 64);
-    let work = Work::AbsorbedAttention { cached, n_head, d_latent, d_rope };
-    add(format!("decode/mla_dsv3_{n_head}h/t{cached}"), "attention_absorbed, merge", "f16 cache", quick, work);
+    for (name, label, storage) in [("", "f16 cache", Storage::F16), ("_f32", "f32 cache", Storage::F32)] {
+        let work = Work::AbsorbedAttention { cached, n_head, d_latent, d_rope, storage };
+        let id = format!("decode/mla_dsv3_{n_head}h{name}/t{cached}");
+        add(id, "attention_absorbed, merge", label, quick, work);
+    }
     // Neighbours in size: what is fast only where the sizes are round shows here.
     let (config, cached) = (layer(10, 48, true), 7000);
     for (name, path, label) in GATED_PATHS {
@@ -201,8 +204,8 @@ pub(super) fn prepare(work: &Work, kernels: &Kernels, stock: &mut Stock) -> Resu
         Work::Gate { rows, width } => gate_rows(kernels, rows, width),
         Work::Append { tokens, d_latent, d_rope } => append(kernels, tokens, d_latent, d_rope),
         Work::PrefillAttention { tokens, n_head, d_head } => prefill_attention(kernels, tokens, n_head, d_head),
-        Work::AbsorbedAttention { cached, n_head, d_latent, d_rope } => {
-            absorbed_attention(kernels, cached, n_head, d_latent, d_rope)
+        Work::AbsorbedAttention { cached, n_head, d_latent, d_rope, storage } => {
+            absorbed_attention(kernels, cached, n_head, (d_latent, d_rope), storage)
         }
         Work::PrefillLayer { ref config, tokens } => prefill_layer(kernels, stock, config, tokens),
         Work::DecodeHeads { cached, n_head, d_head } => decode_heads(kernels, cached, n_head, d_head),
@@ -406,9 +409,15 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
     Ok(Prepared { recording, cost: cost::causal(&problem), output: values, reference: Some(reference) })
 }
 
-fn absorbed_attention(kernels: &Kernels, cached: u32, n_head: u32, d_latent: u32, d_rope: u32) -> Result<Prepared> {
+fn absorbed_attention(
+    kernels: &Kernels,
+    cached: u32,
+    n_head: u32,
+    (d_latent, d_rope): (u32, u32),
+    storage: Storage,
+) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let (splits, storage, d_nope) = (cached.div_ceil(SPLIT), Storage::F16, 128);
+    let (splits, d_nope) = (cached.div_ceil(SPLIT), 128);
     let problem = attention_absorbed::Problem {
         tokens: 1,
         most_tokens: 1,
@@ -574,7 +583,7 @@ fn layer_step(
 const HEADS_TILE: u32 = 8192;
 
 /// A layer of multi-head attention from the library's kernels, what MLA and EG-MLA are set against: keys and values of
-/// every head are cached, rotated, in the f32 that `attention_decode` reads.
+/// every head are cached, rotated, in f16.
 fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
     let width = n_head * d_head;
@@ -586,7 +595,10 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         (inputs.output(width as usize)?, inputs.output(width as usize)?, inputs.output(width as usize)?);
     let tiles = (0..cached)
         .step_by(HEADS_TILE as usize)
-        .map(|first| Ok((first, inputs.floats((HEADS_TILE.min(cached - first) * 2 * width) as usize)?)))
+        .map(|first| {
+            let elements = (HEADS_TILE.min(cached - first) * 2 * width) as usize;
+            Ok((first, inputs.stored(elements, 1.0, Storage::F16)?))
+        })
         .collect::<Result<Vec<_>>>()?;
     let rotations = RopeConfig::default().frequencies(d_head).into_iter().map(|frequency| {
         let (sin, cos) = (f64::from(cached - 1) * frequency).sin_cos();
@@ -610,25 +622,45 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
 
     let mut recording = Recording::new(kernels);
     let mut cost = Cost::default();
-    let linear = |recording: &mut Recording, cols: u32, x: &Region, w: &Region, y: &Region, y_offset: u32| {
-        let dense = matmul::Problem::linear(1, width, cols, false, Storage::F16);
-        let problem = matmul::Problem { y: matmul::Layout { offset: y_offset, ..dense.y }, ..dense };
+    let linear = |recording: &mut Recording, cols: u32, x: &Region, w: &Region, y: &Region| {
+        let problem = matmul::Problem::linear(1, width, cols, false, Storage::F16);
         product_of(recording, problem, matmul::Args { x, w, bias: &absent, y })?;
         Ok::<_, Error>(problem.cost())
     };
-    let rotate = |recording: &mut Recording, offset: u32, head_stride: u32, values: &Region| {
+    let rotate = |recording: &mut Recording, head_stride: u32, values: &Region| {
+        let offset = 0;
         let (tokens, d_rope, token_stride) = (1, d_head, n_head * head_stride);
         let problem = rope::Problem { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave: true };
         rope::encode(recording, &problem, rope::Args { rotations: &rotations, values }, Tuning::Auto)?;
         Ok::<_, Error>(problem.cost())
     };
-    cost = cost + linear(&mut recording, width, &hidden, &q_proj, &q, 0)?;
-    cost = cost + rotate(&mut recording, 0, d_head, &q)?;
+    cost = cost + linear(&mut recording, width, &hidden, &q_proj, &q)?;
+    cost = cost + rotate(&mut recording, d_head, &q)?;
+    let kv = inputs.output(2 * width as usize)?;
+    cost = cost + linear(&mut recording, 2 * width, &hidden, &kv_proj, &kv)?;
+    cost = cost + rotate(&mut recording, 2 * d_head, &kv)?;
     // The new token's row is the last of the last tile.
     if let Some((first, tile)) = tiles.last() {
-        let row = (cached - 1 - first) * 2 * width;
-        cost = cost + linear(&mut recording, 2 * width, &hidden, &kv_proj, tile, row)?;
-        cost = cost + rotate(&mut recording, row, 2 * d_head, tile)?;
+        let row = 2 * width;
+        let problem = cache_append::Problem {
+            tokens: 1,
+            cache_rows: cached - first,
+            d_latent: row,
+            latent_offset: 0,
+            latent_row: row,
+            d_rope: 0,
+            rope_offset: 0,
+            rope_row: 0,
+            interleave: None,
+            queries: cache_append::Queries::default(),
+            rope_byte: tile.size,
+            storage: Storage::F16,
+        };
+        let slots = inputs.table(&[cached - 1 - first])?;
+        let (latent, rope_key, rotations, q) = (&kv, &absent, &absent, &kernels.sink());
+        let args = cache_append::Args { latent, rope_key, rotations, slots: &slots, cache: tile, q };
+        cache_append::encode(&mut recording, &problem, args, Tuning::Auto)?;
+        cost = cost + problem.cost();
     }
     for (first, tile) in &tiles {
         let problem = attention_decode::Problem {
@@ -644,7 +676,8 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             kv_rows: HEADS_TILE.min(cached - first),
             cache_rows: cached,
             scale: f64::from(d_head).sqrt().recip() as f32,
-            storage: Storage::F32,
+            storage: Storage::F16,
+            kv_storage: Storage::F16,
         };
         let args = attention_decode::Args {
             q: &q,
@@ -654,12 +687,12 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
         };
-        attention_decode::encode(&mut recording, &problem, args, Tuning::Auto)?;
+        decode_of(&mut recording, problem, args)?;
         cost = cost + problem.cost();
     }
     let partial = (&partial_values, &partial_softmax);
     cost = cost + merge(&mut recording, &inputs, n_head, d_head, splits, partial, &values)?;
-    cost = cost + linear(&mut recording, width, &values, &o_proj, &out, 0)?;
+    cost = cost + linear(&mut recording, width, &values, &o_proj, &out)?;
 
     // Three projections and the attention; the rotations of one token are too few to count.
     let (n, d, heads) = (cached as usize, width as usize, n_head as usize);
@@ -690,6 +723,7 @@ mod tests {
             ["matmul/1024", "prefill/mha_16x128/t512", "prefill/egmla_120m/t2048", "decode/mla_dsv3_16h/t4096"]
                 .map(str::to_owned)
                 .to_vec();
+        promised.push("decode/mla_dsv3_16h_f32/t4096".to_owned());
         for t in [1024, 8192, 32_768] {
             promised.extend([format!("decode/mha_120m/t{t}"), format!("decode/mla_120m_r256/t{t}")]);
             for path in ["expanded", "absorbed_recompute", "absorbed_pool", "absorbed_table"] {

@@ -24,7 +24,7 @@ const COLOURS: [RGBColor; 6] = [
 
 /// The decode paths that are set against each other: part of the id, and what a reader calls it.
 const DECODE: [(&str, &str); 6] = [
-    ("mha_120m", "MHA, keys and values cached in f32"),
+    ("mha_120m", "MHA, keys and values of every head"),
     ("mla_120m_r256", "MLA r 256, absorbed"),
     ("egmla_120m_r64/expanded", "EG-MLA r 64, expanded"),
     ("egmla_120m_r64/absorbed_recompute", "EG-MLA r 64, absorbed, gates recomputed"),

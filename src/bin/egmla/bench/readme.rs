@@ -45,7 +45,7 @@ impl Peers {
                 || match row.case.as_str() {
                     "matmul" => id == "matmul/1024",
                     "prefill" => id == "prefill/mha_16x128/t512",
-                    "mla_decode" => id == "decode/mla_dsv3_16h/t4096",
+                    "mla_decode" => id == "decode/mla_dsv3_16h_f32/t4096",
                     _ => false,
                 }
         };
