@@ -17,6 +17,7 @@
 // - sums and queries of the slots in workgroup memory instead of registers that take turns: 1.4 times the time, twice to compile.
 // - sizes as overrides instead of parameters: the loops are unrolled, and compile for seconds.
 //
+// Not run on a GPU yet.
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
 
 override CACHE_F16: u32 = 0u;

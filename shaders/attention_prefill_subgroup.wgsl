@@ -7,6 +7,7 @@
 // A team of LANES invocations, all in one subgroup, has 8 queries. Scores: a lane owns 4 keys of a block of 4·LANES, LANES
 // apart, for all 8 queries. Values: a lane owns COLUMNS vectors of 4 columns, and takes the weight of a key from the lane
 // that owns it. Maxima and sums are butterflies of shuffles.
+// Not run on a GPU yet.
 // grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉), a workgroup has TEAMS · 8 queries of a tile
 //
 // STAGED 0, for software: no workgroup memory and no barrier. A lane reads its keys from storage, and one query, which the

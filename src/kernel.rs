@@ -161,7 +161,10 @@ impl Kernels {
         // Shaders index elements with 32 bits.
         limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
         let (features, info) = (device.features(), device.adapter_info());
-        let (subgroup_min_size, subgroup_max_size) = (info.subgroup_min_size, info.subgroup_max_size);
+        // wgpu's Metal backend tells the smallest and largest of all GPUs; Apple's have simdgroups of 32.
+        let apple = info.backend == wgpu::Backend::Metal && AdapterClass::of(&info) == AdapterClass::Apple;
+        let (subgroup_min_size, subgroup_max_size) =
+            if apple { (32, 32) } else { (info.subgroup_min_size, info.subgroup_max_size) };
         let context = PlanContext { features, subgroup_min_size, subgroup_max_size, ..PlanContext::new(limits, class) };
         let empty = |label: &str| {
             scoped(device, label, || {

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How weights and caches are stored on the device. Activations, accumulators, maxima and sums are always f32.
+/// How weights and caches are stored on the device. Activations, accumulators, maxima and sums are always f32; kernels by
+/// cooperative matrices round the factors of a product to f16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {

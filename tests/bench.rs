@@ -134,7 +134,9 @@ fn bench_measures_and_writes_what_it_promises() {
     }
     assert!(rows[0]["min_us"].as_f64() <= rows[0]["median_us"].as_f64());
     assert_eq!(rows[0]["storage"], "f32");
-    for entry in std::fs::read_dir(folder.path().join("out/plots")).unwrap() {
+    let plots: Vec<_> = std::fs::read_dir(folder.path().join("out/plots")).unwrap().collect();
+    assert_eq!(plots.len(), 3, "decode time, roofline, cache");
+    for entry in plots {
         let svg = std::fs::read_to_string(entry.unwrap().path()).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
     }

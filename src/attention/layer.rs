@@ -485,7 +485,7 @@ impl Attention {
         cache.commit(&step)
     }
 
-    /// Plans, records and commits one new token of each sequence with a count of 1, on a cache of one layer.
+    /// Plans, records and commits up to [`MOST_DECODED`](super::MOST_DECODED) new tokens of each sequence, on a cache of one layer.
     ///
     /// `hidden` and `out` are `[tokens, hidden_size]` f32.
     ///

@@ -293,7 +293,7 @@ impl Problem {
     /// Workgroups of `heads` heads, items folded into y and z.
     pub(super) fn grid(&self, kernel: &'static str, heads: u32, context: &PlanContext) -> Result<[u32; 3]> {
         let [y, z, _] = crate::plan::fold_grid(kernel, self.items.into(), &context.limits)?;
-        Ok([self.n_head.div_ceil(heads) * self.most_tokens, y, z])
+        Ok([self.n_head.div_ceil(heads).saturating_mul(self.most_tokens), y, z])
     }
 
     pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 8] {

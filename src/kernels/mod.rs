@@ -2,7 +2,7 @@
 //!
 //! Every module has a `Problem` (the sizes), `Args` (the buffers) and `encode(recording, problem, args, tuning)`. The
 //! shader of the same name documents the formula and every binding's shape; `reference` holds its definition in f64.
-//! Activations are f32. `storage` says how weights and caches are stored.
+//! Activations are f32 in memory. `storage` says how weights and caches are stored.
 
 pub mod attention_absorbed;
 pub mod attention_absorbed_stream;

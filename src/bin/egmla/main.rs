@@ -40,7 +40,7 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Run one attention layer on a file
     Attend(attend::AttendArgs),
-    /// Show adapters, the variants chosen for them, and cache sizes
+    /// Show adapters, tile settings of the larger kernels, and cache sizes
     Info(info::InfoArgs),
     /// Compare every kernel and the layer with the reference on an adapter
     Check(check::CheckArgs),
