@@ -721,7 +721,7 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         storage: if projected > 0 { Storage::F32 } else { storage },
         more_storage,
     };
-    // One partial result for sixteen groups: four tiles of four.
+    // One partial result for sixteen groups: what an item has in software; on a GPU it has fewer.
     let partials = u32::try_from(work.groups.div_ceil(16)).unwrap_or(u32::MAX);
     let attention = attention_grouped::Problem {
         tokens: work.tokens,

@@ -74,8 +74,9 @@ impl KernelSpec {
     /// What it needs that a device lacks, by name; `None` when it can run.
     pub fn missing(&self, device: &PlanContext) -> Option<String> {
         let features = self.features - device.features;
-        let subgroup = format!("subgroups of {} invocations and more", self.subgroup);
-        let subgroup = (device.subgroup_min_size < self.subgroup).then_some(subgroup);
+        let narrow = device.subgroup_min_size < self.subgroup;
+        // Asked before every dispatch: only what is missing is put into words.
+        let subgroup = narrow.then(|| format!("subgroups of {} invocations and more", self.subgroup));
         let matrices = self.cooperative.without(device.cooperative).names();
         let matrices = matrices.iter().map(|name| format!("cooperative matrices of {name}"));
         let names = features.iter_names().map(|(name, _)| name.to_lowercase());

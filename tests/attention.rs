@@ -850,8 +850,8 @@ fn the_plans_of_every_class_of_adapter_are_right_here() {
     }
 }
 
-/// And what is not a number in one token's hidden state is in the results of that token and those after it, in no other:
-/// also of the same tile of queries.
+/// Right to their tolerance, and a hidden state that is not a number shows in the results of its token and those after it, in no
+/// other, also of the same tile of queries.
 #[test]
 fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() {
     let gpu = gpu();

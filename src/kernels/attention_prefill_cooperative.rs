@@ -7,23 +7,14 @@
 use super::attention_prefill::{Args, Params, SLICE, TUNINGS, setting, tile_q};
 use super::{COOPERATIVE_FEATURES, Problem as _, attention_prefill, matmul_cooperative};
 use crate::error::{Error, Result};
-use crate::kernel::{Binding, KernelSpec, Recording};
+use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
     name: "attention_prefill_cooperative",
     source: include_str!("../../shaders/attention_prefill_cooperative.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("q"),
-        Binding::read("kv"),
-        Binding::read("rope_cache"),
-        Binding::read("queries"),
-        Binding::read("sequences"),
-        Binding::write("values"),
-        Binding::write("softmax"),
-    ],
+    bindings: attention_prefill::SPEC.bindings,
     params_size: size_of::<Params>(),
     // The query tiles of attention_prefill, one setting for each of its.
     tunings: TUNINGS.len(),
@@ -46,7 +37,6 @@ pub(super) fn plan(
     context: &PlanContext,
     tuning: Tuning,
 ) -> Result<Plan> {
-    problem.validate(spec.name)?;
     problem.validate_aligned(spec.name)?;
     if problem.storage != Storage::F16 {
         return Err(Error::problem(spec.name, "the cache must be stored in f16"));
