@@ -17,6 +17,7 @@ override CACHE_F16: u32 = 0u;
 override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
 override GATES_F16: u32 = 0u;    // gates
 override MORE_F16: u32 = 0u;     // gates_more
+override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
 override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
 override HEADS: u32 = 2u;        // heads of a workgroup
@@ -188,7 +189,7 @@ fn gate_at(row: u32, i: u32) -> f32 {
     if (row == NO_ROW) {
         return 0.0;
     }
-    if (row < params.resident) {
+    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
         let at = row * params.gate_pitch + i;
         return activate(gate_element(at));
     }

@@ -24,6 +24,7 @@ override CACHE_F16: u32 = 0u;
 override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
 override GATES_F16: u32 = 0u;    // gates
 override MORE_F16: u32 = 0u;     // gates_more
+override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
 override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
 override HEADS: u32 = 2u;        // heads of a workgroup
@@ -184,7 +185,7 @@ fn gate8(row: u32, i: u32) -> Eight {
     if (row == NO_ROW) {
         return gate;
     }
-    if (row < params.resident) {
+    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
         let first = row * params.gate_pitch;
         if (GATES_F16 == 1u) {
             let words = gates[first + i];

@@ -2,13 +2,17 @@
 //
 //   z = kv ⊙ act(g)    layer_norm: μ = mean(z), ρ = 1/√(var(z) + eps)    rms_norm: μ = 0, ρ = 1/√(mean(z²) + eps)
 //
-// grid: one workgroup a token, folded into x and y.
+// One pass finds mean and spread, as in norm_vec4: they are brought up to date element by element and then put together.
+// grid: one workgroup for WORKGROUP / LANES tokens, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;   // gates
 override MORE_F16: u32 = 0u;      // gates_more
+override SOURCES: u32 = 0u;       // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
 override ACTIVATION: u32 = 0u;    // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;          // 0 layer_norm, 1 rms_norm
 override WORKGROUP: u32 = 64u;
+override LANES: u32 = 64u;       // invocations that share a token; a power of two
+override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 
 const NO_ROW: u32 = 0xffffffffu;
 
@@ -30,7 +34,8 @@ struct Params {
 @group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [tokens] rows of the cache
 @group(0) @binding(6) var<storage, read_write> statistics: array<vec2<f32>>;   // [cache rows] (μ, ρ)
 
-var<workgroup> sh_sum: array<f32, WORKGROUP>;
+// (elements, mean, squared distances from it) of each invocation's part of a token.
+var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
 
 // Word that holds element i of a tensor in f32 or f16 storage.
 fn word_of(i: u32) -> u32 {
@@ -55,19 +60,30 @@ fn more_at(i: u32) -> f32 {
     return bitcast<f32>(gates_more[i]);
 }
 
-// Sum of `value` over the workgroup, the same bits in every invocation. WORKGROUP is a power of two.
-fn workgroup_sum(lane: u32, value: f32) -> f32 {
-    sh_sum[lane] = value;
+// Elements, mean and squared distances of two sets together.
+fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
+    let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
+    let apart = b.y - a.y;
+    return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
+}
+
+// Those of all invocations of a row.
+fn joined_lanes(lane: u32, own: vec4<f32>) -> vec4<f32> {
+    if (LANES == 1u) {
+        return own;
+    }
+    let part = lane % LANES;
+    sh_moments[lane % SHARED] = own;
     workgroupBarrier();
-    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
-        if (lane < half) {
-            sh_sum[lane] += sh_sum[lane + half];
+    for (var half = LANES / 2u; half > 0u; half /= 2u) {
+        if (part < half) {
+            sh_moments[lane % SHARED] = joined(sh_moments[lane % SHARED], sh_moments[(lane + half) % SHARED]);
         }
         workgroupBarrier();
     }
-    let total = sh_sum[0];
+    let all = sh_moments[(lane - part) % SHARED];
     workgroupBarrier();
-    return total;
+    return all;
 }
 
 fn sigmoid(v: f32) -> f32 {
@@ -97,7 +113,7 @@ fn activate(v: f32) -> f32 {
 
 // Element i of a gate row, activated.
 fn gate_of(row: u32, i: u32) -> f32 {
-    if (row < params.resident) {
+    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
         let at = row * params.gate_pitch + i;
         return activate(decode(gates[word_of(at)], at));
     }
@@ -110,28 +126,29 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let token = group.y * groups.x + group.x;
-    if (token >= params.tokens) {
-        return;
-    }
-    let row = select(rows[token], params.resident + params.more_first + token, rows[token] == NO_ROW);
+    let part = lane % LANES;
+    let token = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
+    // Past the last token there is nothing to do, but barriers to meet.
+    let known = token < params.tokens;
+    let width = select(0u, params.width, known);
     let base = token * params.width;
-    let width = f32(params.width);
-    var mean = 0.0;
-    if (NORM == 0u) {
-        var sum = 0.0;
-        for (var i = lane; i < params.width; i += WORKGROUP) {
-            sum += kv[base + i] * gate_of(row, i);
+    var row = 0u;
+    if (known) {
+        row = select(rows[token], params.resident + params.more_first + token, rows[token] == NO_ROW);
+    }
+    var own = vec4<f32>(0.0);
+    for (var i = part; i < width; i += LANES) {
+        let z = kv[base + i] * gate_of(row, i);
+        let apart = z - own.y;
+        own.x += 1.0;
+        if (NORM == 0u) {
+            own.y += apart / own.x;
         }
-        mean = workgroup_sum(lane, sum) / width;
+        own.z += apart * (z - own.y);
     }
-    var squares = 0.0;
-    for (var i = lane; i < params.width; i += WORKGROUP) {
-        let centred = kv[base + i] * gate_of(row, i) - mean;
-        squares += centred * centred;
-    }
-    let scale = inverseSqrt(workgroup_sum(lane, squares) / width + params.eps);
-    if (lane == 0u) {
-        statistics[slots[token]] = vec2<f32>(mean, scale);
+    let moments = joined_lanes(lane, own);
+    if (known && part == 0u) {
+        let mean = select(0.0, moments.y, NORM == 0u);
+        statistics[slots[token]] = vec2<f32>(mean, inverseSqrt(moments.z / f32(params.width) + params.eps));
     }
 }

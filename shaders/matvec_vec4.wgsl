@@ -12,6 +12,7 @@
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
+override SINGLE: u32 = 0u;   // 1: there is one row of x, and no code for more
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 16u;
 override GROUPS: u32 = WORKGROUP / LANES;
@@ -77,7 +78,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let part = lane % LANES;
     let own = lane / LANES;
     let row0 = group.y * 4u;
-    let rows = min(params.rows - row0, 4u);
+    let rows = select(min(params.rows - row0, 4u), 1u, SINGLE == 1u);
     let col0 = group.x * COLS + own;
     let loads = params.inner / (4u * X_LOADS);
 
@@ -92,7 +93,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var acc1 = vec4<f32>(0.0);
     var acc2 = vec4<f32>(0.0);
     var acc3 = vec4<f32>(0.0);
-    if (rows == 1u) {
+    if (SINGLE == 1u || rows == 1u) {
         for (var k = part; k < loads; k += LANES) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];

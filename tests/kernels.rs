@@ -37,11 +37,11 @@ fn run(kernel: &str) {
     }
     gpu.assert_no_errors();
     println!("{kernel}: {compared} comparisons, {skipped} skipped, worst {:.0} % of its tolerance", worst * 100.0);
+    assert!(wrong.is_empty(), "{} of {compared} are wrong:\n{}", wrong.len(), wrong.join("\n"));
     // Only a variant whose feature this adapter lacks compares nothing, and says so above.
     let lacks = |spec: &KernelSpec| spec.missing(gpu.kernels.context()).is_some();
     let absent = REGISTRY.iter().any(|spec| spec.name == kernel && lacks(spec));
     assert!(if absent { compared == 0 && skipped > 0 } else { compared > 0 && skipped == 0 }, "no case of {kernel}");
-    assert!(wrong.is_empty(), "{} of {compared} are wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 macro_rules! kernels {

@@ -523,7 +523,14 @@ fn cases() -> Vec<Case> {
             for more_storage in Storage::ALL {
                 for activation in Activation::ALL {
                     for norm in [GateNorm::LayerNorm, GateNorm::RmsNorm] {
-                        add(all, statistics_problem(n, activation, norm, (storage, more_storage)), rows(n.into()));
+                        for (resident, more) in [(2, n), (0, n), (2, 0)] {
+                            let problem = statistics_problem(n, activation, norm, (storage, more_storage));
+                            let problem = gate_statistics::Problem { resident, more, ..problem };
+                            add(all, problem, |plan| Cover::Folded {
+                                items: n.into(),
+                                each: value(plan, "WORKGROUP") / value(plan, "LANES"),
+                            });
+                        }
                     }
                 }
             }
@@ -588,9 +595,11 @@ fn cases() -> Vec<Case> {
                 for cache_storage in Storage::ALL {
                     let widths = Widths { d_latent: 57, d_nope: 0, d_rope: 62, d_value: 128 };
                     let mut problem = grouped_in_registers(5, n_head, widths, norm);
-                    problem.0 = attention_grouped::Problem { storage, cache_storage, ..problem.0 };
                     let blocks = |plan: &Plan| u64::from(n_head).div_ceil(value(plan, "HEADS"));
-                    add(all, problem, |plan| Cover::Tiled { size: [3 * blocks(plan), 5, 1], tile: [1; 3] });
+                    for (resident, more) in [(4, 4), (0, 4), (4, 0)] {
+                        problem.0 = attention_grouped::Problem { storage, cache_storage, resident, more, ..problem.0 };
+                        add(all, problem, |plan| Cover::Tiled { size: [3 * blocks(plan), 5, 1], tile: [1; 3] });
+                    }
                 }
             }
             for items in [1, 5] {
@@ -598,8 +607,12 @@ fn cases() -> Vec<Case> {
                     for norm in GateNorm::ALL {
                         let widths = Widths { d_latent, d_nope, d_rope, d_value };
                         let problem = grouped_problem(items, n_head, widths, norm);
-                        for cache_storage in Storage::ALL {
-                            let problem = attention_grouped::Problem { storage, cache_storage, ..problem };
+                        for (cache_storage, (resident, more)) in Storage::ALL
+                            .into_iter()
+                            .flat_map(|storage| [(4, 4), (0, 4), (4, 0)].map(|sources| (storage, sources)))
+                        {
+                            let problem =
+                                attention_grouped::Problem { storage, cache_storage, resident, more, ..problem };
                             // Heads fill workgroups for one query token, then for the next.
                             let blocks = |plan: &Plan| u64::from(n_head).div_ceil(value(plan, "HEADS"));
                             add(all, problem, |plan| Cover::Tiled {
@@ -760,7 +773,7 @@ fn plans_keep_what_their_shaders_assume() {
         seen.insert(spec.name);
         match spec.name {
             // Halving reductions.
-            "norm" | "gate" | "attention_decode" | "gate_statistics" => {
+            "norm" | "gate" | "attention_decode" => {
                 assert!(plan.workgroup_size.is_power_of_two(), "{what}");
             }
             "attention_decode_vec4" => {
@@ -771,7 +784,7 @@ fn plans_keep_what_their_shaders_assume() {
                 assert!((1..=4).contains(&value("EACH")), "{what}");
                 assert!(4 * value("EACH") * value("WORKGROUP") >= u64::from(SPLIT) * value("LANES"), "{what}");
             }
-            "norm_vec4" | "gate_vec4" | "cache_append_vec4" => {
+            "norm_vec4" | "gate_vec4" | "gate_statistics" | "cache_append_vec4" => {
                 let (workgroup, lanes) = (value(&plan, "WORKGROUP"), value(&plan, "LANES"));
                 assert!(lanes.is_power_of_two() && workgroup.is_multiple_of(lanes), "{what}");
                 if spec.name == "gate_vec4" {

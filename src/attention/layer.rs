@@ -1113,7 +1113,8 @@ impl Attention {
         let more_rows = |rows: u32| match (lists.mode, grouped.projected) {
             (GateRows::Table, _) => gate.vocab_size - source.resident,
             (_, true) => rows + step.tokens,
-            (_, false) => 0,
+            // A row that is not read, so that a pool has one pipeline, whether a step needs others or not.
+            (_, false) => 1,
         };
         for pass_index in 0..grouped.passes {
             let first_row = pass_index * pass_rows;

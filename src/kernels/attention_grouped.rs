@@ -145,6 +145,15 @@ pub struct Widths {
     pub d_value: u32,
 }
 
+/// Where gate rows are found, as the shaders' SOURCES count it: what is never read is not compiled either.
+pub(super) fn sources(resident: u32, more: u32) -> f64 {
+    match (resident, more) {
+        (0, _) => 2.0,
+        (_, 0) => 1.0,
+        _ => 0.0,
+    }
+}
+
 /// vec4s of `width` elements, an even number, so that one 16-byte load of f16 is two of them.
 fn pairs_of_four(width: u32) -> u32 {
     width.div_ceil(8) * 2
@@ -285,6 +294,7 @@ impl Problem {
             ("WEIGHTS_F16", self.storage.constant()),
             ("GATES_F16", self.gates_storage.constant()),
             ("MORE_F16", self.more_storage.constant()),
+            ("SOURCES", sources(self.resident, self.more)),
             ("ACTIVATION", f64::from(self.activation as u32)),
             ("NORM", f64::from(self.norm as u32)),
         ]

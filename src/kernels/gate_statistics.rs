@@ -2,8 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, nonzero, product, words};
+use super::norm_vec4::{ROW_LANES, row_lanes};
+use super::{Problem as _, attention_grouped, nonzero, product, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -23,7 +23,7 @@ pub const SPEC: KernelSpec = KernelSpec {
         Binding::write("statistics"),
     ],
     params_size: size_of::<Params>(),
-    tunings: ROW_WORKGROUPS.len(),
+    tunings: ROW_LANES.len(),
     features: wgpu::Features::empty(),
     subgroup: 0,
     cooperative: Cooperative::NONE,
@@ -77,19 +77,21 @@ impl super::Problem for Problem {
         if self.norm == GateNorm::None {
             return Err(Error::problem(SPEC.name, "there are no statistics without a norm"));
         }
-        let workgroup_size =
-            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        let auto = context.auto(SPEC.name, row_lanes(context, self.width));
+        let (workgroup, lanes) = ROW_LANES[tuning.choose(SPEC.name, ROW_LANES.len(), auto)?];
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),
                 ("MORE_F16", self.more_storage.constant()),
+                ("SOURCES", attention_grouped::sources(self.resident, self.more)),
                 ("ACTIVATION", f64::from(self.activation as u32)),
                 ("NORM", f64::from(self.norm as u32)),
-                ("WORKGROUP", workgroup_size.into()),
+                ("WORKGROUP", workgroup.into()),
+                ("LANES", lanes.into()),
             ],
-            grid: fold_grid(SPEC.name, self.tokens.into(), &context.limits)?,
-            workgroup_size,
-            workgroup_bytes: 4 * workgroup_size,
+            grid: fold_grid(SPEC.name, self.tokens.div_ceil(workgroup / lanes).into(), &context.limits)?,
+            workgroup_size: workgroup,
+            workgroup_bytes: 16 * if lanes == 1 { 1 } else { workgroup },
         }
         .checked(SPEC.name, &context.limits)
     }

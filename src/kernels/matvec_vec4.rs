@@ -38,7 +38,8 @@ impl super::Problem for Problem {
         };
         let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         let mut overrides = self.0.switches();
-        overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into())]);
+        let single = f64::from(u8::from(self.0.rows == 1));
+        overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into()), ("SINGLE", single)]);
         Plan {
             overrides,
             grid: [self.0.cols.div_ceil(4 * workgroup / lanes), self.0.rows.div_ceil(4), self.0.batch],
