@@ -29,7 +29,7 @@ const SEED: u64 = 20;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Work {
     /// A dense product.
-    Matmul { rows: u32, inner: u32, cols: u32 },
+    Matmul { rows: u32, inner: u32, cols: u32, storage: Storage },
     /// RMSNorm of rows.
     Norm { rows: u32, width: u32 },
     /// Gate and LayerNorm of rows.
@@ -38,8 +38,8 @@ pub(super) enum Work {
     Append { tokens: u32, d_latent: u32, d_rope: u32 },
     /// Causal attention alone, keys and values as they come.
     PrefillAttention { tokens: u32, n_head: u32, d_head: u32 },
-    /// Absorbed attention alone.
-    AbsorbedAttention { cached: u32, n_head: u32, d_latent: u32, d_rope: u32, storage: Storage },
+    /// Absorbed attention alone, one query token of each sequence.
+    AbsorbedAttention { batch: u32, cached: u32, n_head: u32, d_latent: u32, d_rope: u32, storage: Storage },
     /// A layer's prefill without a past.
     PrefillLayer { config: AttentionConfig, tokens: u32 },
     /// One new token through a layer of multi-head attention.
@@ -93,9 +93,10 @@ pub fn rows() -> Vec<Row> {
     let mut all = Vec::new();
     let mut add = |id: String, path, storage, suite, work| all.push(Row { id, path, storage, suite, work });
     let quick = Suite::Quick;
-    let size = 1024;
-    let work = Work::Matmul { rows: size, inner: size, cols: size };
-    add(format!("matmul/{size}"), "product, as in layers", "f32", quick, work);
+    let square = |size, storage| Work::Matmul { rows: size, inner: size, cols: size, storage };
+    add("matmul/1024".to_owned(), "product, as in layers", "f32", quick, square(1024, Storage::F32));
+    // Seconds in software; what cooperative matrices are for.
+    add("matmul_f16/4096".to_owned(), "product, as in layers", "f16 weights", Suite::Full, square(4096, Storage::F16));
     let (rows, width) = (8192, 1024);
     add(format!("norm/rms_{rows}x{width}"), "norm", "f32", quick, Work::Norm { rows, width });
     let (rows, width) = (4096, 1536);
@@ -117,11 +118,16 @@ pub fn rows() -> Vec<Row> {
             add(format!("decode/egmla_120m_r64/{name}/t{cached}"), label, "f16", suite, work);
         }
     }
-    let (cached, n_head, d_latent, d_rope) = (4096, 16, 512, 64);
-    for (name, label, storage) in [("", "f16 cache", Storage::F16), ("_f32", "f32 cache", Storage::F32)] {
-        let work = Work::AbsorbedAttention { cached, n_head, d_latent, d_rope, storage };
+    let (n_head, d_latent, d_rope) = (16, 512, 64);
+    for (name, label, storage, batch, cached, suite) in [
+        ("", "f16 cache", Storage::F16, 1, 4096, quick),
+        ("_f32", "f32 cache", Storage::F32, 1, 4096, quick),
+        // 302 MB of cache: beyond the bindings of most software adapters, and of WebGPU's defaults.
+        ("_b32", "f16 cache", Storage::F16, 32, 8192, Suite::Full),
+    ] {
+        let work = Work::AbsorbedAttention { batch, cached, n_head, d_latent, d_rope, storage };
         let id = format!("decode/mla_dsv3_{n_head}h{name}/t{cached}");
-        add(id, "attention_absorbed, merge", label, quick, work);
+        add(id, "attention_absorbed, merge", label, suite, work);
     }
     // Neighbours in size: what is fast only where the sizes are round shows here.
     let (config, cached) = (layer(10, 48, true), 7000);
@@ -199,13 +205,13 @@ impl Stock {
 
 pub(super) fn prepare(work: &Work, kernels: &Kernels, stock: &mut Stock) -> Result<Prepared> {
     match *work {
-        Work::Matmul { rows, inner, cols } => product(kernels, rows, inner, cols),
+        Work::Matmul { rows, inner, cols, storage } => product(kernels, (rows, inner, cols), storage),
         Work::Norm { rows, width } => norm_rows(kernels, rows, width),
         Work::Gate { rows, width } => gate_rows(kernels, rows, width),
         Work::Append { tokens, d_latent, d_rope } => append(kernels, tokens, d_latent, d_rope),
         Work::PrefillAttention { tokens, n_head, d_head } => prefill_attention(kernels, tokens, n_head, d_head),
-        Work::AbsorbedAttention { cached, n_head, d_latent, d_rope, storage } => {
-            absorbed_attention(kernels, cached, n_head, (d_latent, d_rope), storage)
+        Work::AbsorbedAttention { batch, cached, n_head, d_latent, d_rope, storage } => {
+            absorbed_attention(kernels, (batch, cached), n_head, (d_latent, d_rope), storage)
         }
         Work::PrefillLayer { ref config, tokens } => prefill_layer(kernels, stock, config, tokens),
         Work::DecodeHeads { cached, n_head, d_head } => decode_heads(kernels, cached, n_head, d_head),
@@ -230,6 +236,12 @@ impl<'a> Inputs<'a> {
     }
 
     fn stored(&self, n: usize, deviation: f32, storage: Storage) -> Result<Region> {
+        let (needed, allowed) =
+            (n as u64 * storage.bytes(), self.kernels.context().limits.max_storage_buffer_binding_size);
+        if needed > allowed {
+            let (what, limit) = ("input of a bench row: bytes".to_owned(), "max_storage_buffer_binding_size");
+            return Err(Error::Limit { what, needed, allowed, limit });
+        }
         let (words, _) = super::super::pack(&self.of(n, deviation), storage);
         Ok(Region::from(&self.kernels.upload("egmla.bench.input", bytemuck::cast_slice(&words))?))
     }
@@ -251,19 +263,24 @@ fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| value.into()).collect()
 }
 
-fn product(kernels: &Kernels, rows: u32, inner: u32, cols: u32) -> Result<Prepared> {
+/// Products of longer sums than this are seconds for the f64 reference.
+const REFERENCE_MULTIPLY_ADDS: usize = 1 << 31;
+
+fn product(kernels: &Kernels, (rows, inner, cols): (u32, u32, u32), storage: Storage) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
     let (m, k, n) = (rows as usize, inner as usize, cols as usize);
-    let (x, w, y) = (inputs.floats(m * k)?, inputs.floats(n * k)?, inputs.output(m * n)?);
-    let problem = matmul::Problem::linear(rows, inner, cols, false, Storage::F32);
+    let (x, w, y) = (inputs.floats(m * k)?, inputs.stored(n * k, 1.0, storage)?, inputs.output(m * n)?);
+    let problem = matmul::Problem::linear(rows, inner, cols, false, storage);
     let mut recording = Recording::new(kernels);
     let args = matmul::Args { x: &x, w: &w, bias: &kernels.absent(), y: &y };
     product_of(&mut recording, problem, args)?;
-    let (x, w) = (widen(&inputs.of(m * k, 1.0)), widen(&inputs.of(n * k, 1.0)));
-    let reference = Box::new(move || {
-        std::hint::black_box(reference::matmul(&x, &w, None, m, k, n));
+    let reference = (m * k * n <= REFERENCE_MULTIPLY_ADDS).then(|| {
+        let (x, w) = (widen(&inputs.of(m * k, 1.0)), widen(&inputs.of(n * k, 1.0)));
+        Box::new(move || {
+            std::hint::black_box(reference::matmul(&x, &w, None, m, k, n));
+        }) as Box<dyn Fn()>
     });
-    Ok(Prepared { recording, cost: problem.cost(), output: y, reference: Some(reference) })
+    Ok(Prepared { recording, cost: problem.cost(), output: y, reference })
 }
 
 fn norm_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
@@ -411,42 +428,44 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
 
 fn absorbed_attention(
     kernels: &Kernels,
-    cached: u32,
+    (batch, cached): (u32, u32),
     n_head: u32,
     (d_latent, d_rope): (u32, u32),
     storage: Storage,
 ) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let (splits, d_nope) = (cached.div_ceil(SPLIT), 128);
+    let (each, d_nope) = (cached.div_ceil(SPLIT), 128);
+    let (splits, cache_rows) = (batch * each, batch * cached);
     let problem = attention_absorbed::Problem {
-        tokens: 1,
+        tokens: batch,
         most_tokens: 1,
         partials: splits,
-        n_sequence: 1,
+        n_sequence: batch,
         splits,
         n_head,
         d_latent,
         d_nope,
         d_rope,
-        cache_rows: cached,
+        cache_rows,
         scale: 0.135_234,
         storage,
     };
-    let stored = |width: u32| inputs.stored((cached * storage.row_pitch(width)) as usize, 1.0, storage);
+    let stored = |width: u32| inputs.stored((cache_rows * storage.row_pitch(width)) as usize, 1.0, storage);
     let (latents, keys) = (stored(d_latent)?, stored(d_rope)?);
     // Absorbed queries this small leave the softmax spread over many rows.
-    let absorbed = inputs.stored((n_head * d_latent) as usize, 0.1, Storage::F32)?;
-    let q = inputs.stored((n_head * (d_nope + d_rope)) as usize, 0.1, Storage::F32)?;
-    let sequences = inputs.table(&[DecodeSequence {
-        first_row: 0,
-        first_slot: 0,
+    let absorbed = inputs.stored((batch * n_head * d_latent) as usize, 0.1, Storage::F32)?;
+    let q = inputs.stored((batch * n_head * (d_nope + d_rope)) as usize, 0.1, Storage::F32)?;
+    let line = |token: u32| DecodeSequence {
+        first_row: token * each * SPLIT,
+        first_slot: token * cached,
         length: cached,
-        token: 0,
+        token,
         tokens: 1,
-        partial: 0,
-        splits: cached.div_ceil(SPLIT),
+        partial: token * each,
+        splits: each,
         unused: 0,
-    }])?;
+    };
+    let sequences = inputs.table(&(0..batch).map(line).collect::<Vec<_>>())?;
     let partial_values = inputs.output((splits * n_head * d_latent) as usize)?;
     let partial_softmax = inputs.output((splits * n_head * 2) as usize)?;
     let mut recording = Recording::new(kernels);
@@ -460,34 +479,35 @@ fn absorbed_attention(
         partial_softmax: &partial_softmax,
     };
     absorbed_of(&mut recording, problem, args)?;
-    let output = inputs.output((n_head * d_latent) as usize)?;
-    let merged =
-        merge(&mut recording, &inputs, n_head, d_latent, splits, (&partial_values, &partial_softmax), &output)?;
+    let output = inputs.output((batch * n_head * d_latent) as usize)?;
+    let partial = (&partial_values, &partial_softmax);
+    let merged = merge(&mut recording, &inputs, (batch, n_head), d_latent, each, partial, &output)?;
 
-    let (n, d, r) = (cached as usize, d_latent as usize, d_rope as usize);
-    let (a, q) = (widen(&inputs.of(n_head as usize * d, 0.1)), widen(&inputs.of(n_head as usize * r, 0.1)));
-    let (latents, keys) = (widen(&inputs.of(n * d, 1.0)), widen(&inputs.of(n * r, 1.0)));
-    let reference = Box::new(move || {
-        let one = [(0, 0..n)];
-        let heads = n_head as usize;
-        std::hint::black_box(reference::attention_absorbed(&a, &q, &latents, &keys, &one, heads, d, r, 0.135_234));
+    let (n, d, r, heads) = (cached as usize, d_latent as usize, d_rope as usize, n_head as usize);
+    let reference = (batch == 1).then(|| {
+        let (a, q) = (widen(&inputs.of(heads * d, 0.1)), widen(&inputs.of(heads * r, 0.1)));
+        let (latents, keys) = (widen(&inputs.of(n * d, 1.0)), widen(&inputs.of(n * r, 1.0)));
+        Box::new(move || {
+            let one = [(0, 0..n)];
+            std::hint::black_box(reference::attention_absorbed(&a, &q, &latents, &keys, &one, heads, d, r, 0.135_234));
+        }) as Box<dyn Fn()>
     });
-    Ok(Prepared { recording, cost: problem.cost() + merged, output, reference: Some(reference) })
+    Ok(Prepared { recording, cost: problem.cost() + merged, output, reference })
 }
 
-/// Joins the splits of one query.
+/// Joins the splits of each query token, `each` of them.
 fn merge(
     recording: &mut Recording,
     inputs: &Inputs<'_>,
-    n_head: u32,
+    (tokens, n_head): (u32, u32),
     width: u32,
-    splits: u32,
+    each: u32,
     (partial_values, partial_softmax): (&Region, &Region),
     values: &Region,
 ) -> Result<Cost> {
-    let problem = attention_merge::Problem { tokens: 1, n_head, width, splits };
-    let ranges = inputs.table(&[[0, splits]])?;
-    let lse = inputs.output(n_head as usize)?;
+    let problem = attention_merge::Problem { tokens, n_head, width, splits: tokens * each };
+    let ranges = inputs.table(&(0..tokens).map(|token| [token * each, each]).collect::<Vec<_>>())?;
+    let lse = inputs.output((tokens * n_head) as usize)?;
     let args = attention_merge::Args { partial_values, partial_softmax, ranges: &ranges, values, lse: &lse };
     attention_merge::encode(recording, &problem, args, Tuning::Auto)?;
     Ok(problem.cost())
@@ -691,7 +711,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         cost = cost + problem.cost();
     }
     let partial = (&partial_values, &partial_softmax);
-    cost = cost + merge(&mut recording, &inputs, n_head, d_head, splits, partial, &values)?;
+    cost = cost + merge(&mut recording, &inputs, (1, n_head), d_head, splits, partial, &values)?;
     cost = cost + linear(&mut recording, width, &values, &o_proj, &out)?;
 
     // Three projections and the attention; the rotations of one token are too few to count.
@@ -723,7 +743,9 @@ mod tests {
             ["matmul/1024", "prefill/mha_16x128/t512", "prefill/egmla_120m/t2048", "decode/mla_dsv3_16h/t4096"]
                 .map(str::to_owned)
                 .to_vec();
-        promised.push("decode/mla_dsv3_16h_f32/t4096".to_owned());
+        promised.extend(
+            ["decode/mla_dsv3_16h_f32/t4096", "decode/mla_dsv3_16h_b32/t8192", "matmul_f16/4096"].map(str::to_owned),
+        );
         for t in [1024, 8192, 32_768] {
             promised.extend([format!("decode/mha_120m/t{t}"), format!("decode/mla_120m_r256/t{t}")]);
             for path in ["expanded", "absorbed_recompute", "absorbed_pool", "absorbed_table"] {
@@ -739,7 +761,9 @@ mod tests {
         }
         assert_eq!(ids.len(), promised.len() + 3);
         let long: Vec<_> = all.iter().filter(|row| !row.is_in(Suite::Quick)).map(Row::id).collect();
-        assert!(long.len() == 6 && long.iter().all(|id| id.ends_with("/t32768")), "{long:?}");
+        let other = |id: &&&str| ["matmul_f16/4096", "decode/mla_dsv3_16h_b32/t8192"].contains(id);
+        assert_eq!(long.iter().filter(other).count(), 2);
+        assert!(long.len() == 8 && long.iter().all(|id| id.ends_with("/t32768") || other(&id)), "{long:?}");
         assert!(all.iter().all(|row| row.is_in(Suite::Full)));
     }
 

@@ -122,7 +122,9 @@ fn section(block: &mut String, file: &Path, report: &Report, peers: &Peers, plot
         line(format!("![{what}, {}]({})", report.adapter, place(name)));
     }
     if let Some(first) = report.skipped.first() {
-        line(format!("\nNot measured: {} rows ({}: {}).", report.skipped.len(), first.id, first.why));
+        let count = report.skipped.len();
+        let rows = if count == 1 { "row" } else { "rows" };
+        line(format!("\nNot measured: {count} {rows} (`{}`: {}).", first.id, first.why));
     }
 }
 
