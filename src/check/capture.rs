@@ -219,23 +219,28 @@ impl Capture {
         &self.kernels
     }
 
-    /// The queue of the device.
-    pub fn queue(&self) -> &wgpu::Queue {
-        &self.queue
-    }
-
     /// Takes a recording.
     ///
     /// # Errors
     /// A buffer that the host wrote to since its first use, or a lost device.
     pub fn submit(&self, recording: &Recording) -> Result<()> {
+        // The host may not write between the dispatches of a recording: once for each buffer is enough.
+        let mut indices: Vec<(&wgpu::Buffer, usize)> = Vec::new();
         for dispatch in recording.dispatched() {
-            let storage = (1..).zip(&dispatch.spec.bindings[1..]).zip(dispatch.regions);
-            let bindings = storage.map(|((binding, declared), (buffer, offset, size))| {
-                let (write, buffer) = (declared.access == Access::ReadWrite, self.buffer(buffer)?);
-                Ok(BindingData { binding, write, buffer, offset: *offset, size: *size })
-            });
-            let bindings = bindings.collect::<Result<Vec<_>>>()?;
+            let mut bindings = Vec::new();
+            let declared = (1..).zip(&dispatch.spec.bindings[1..]);
+            for ((binding, declared), (buffer, offset, size)) in declared.zip(dispatch.regions) {
+                let index = match indices.iter().find(|(known, _)| *known == buffer) {
+                    Some((_, index)) => *index,
+                    None => {
+                        let index = self.buffer(buffer)?;
+                        indices.push((buffer, index));
+                        index
+                    }
+                };
+                let write = declared.access == Access::ReadWrite;
+                bindings.push(BindingData { binding, write, buffer: index, offset: *offset, size: *size });
+            }
             let state = &mut *self.state.borrow_mut();
             state.actions.push(Action::Dispatch {
                 kernel: dispatch.spec.name,
