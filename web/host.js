@@ -53,7 +53,8 @@ export class Host {
    */
   static async open(subgroups) {
     if (!navigator.gpu) {
-      throw new Error("This browser has no WebGPU, or the page was not opened from https:// or http://localhost.");
+      const which = "Recent versions of Chrome, Edge, Safari and Firefox have it on most systems.";
+      throw new Error(`This browser has no WebGPU, or the page was not opened from https:// or http://localhost. ${which}`);
     }
     const adapter = await navigator.gpu.requestAdapter();
     if (!adapter) throw new Error("This browser has WebGPU but finds no adapter for it on this machine.");
@@ -81,6 +82,8 @@ export class Host {
       this.lost = reason.message || reason.reason;
     });
     this.errors = [];
+    /** Resolves when the work before is done: error scopes of two at once would take each other's errors. */
+    this.turn = Promise.resolve();
     device.addEventListener("uncapturederror", (event) => this.errors.push(event.error.message));
   }
 
@@ -240,8 +243,14 @@ export class Host {
     own.forEach((buffer) => buffer.destroy());
   }
 
-  /** Runs `work` and throws what the device has to say about it. */
-  async scoped(work) {
+  /** Runs `work` after what came before it, and throws what the device has to say about it. */
+  scoped(work) {
+    const turn = this.turn.then(() => this.work(work));
+    this.turn = turn.catch(() => {});
+    return turn;
+  }
+
+  async work(work) {
     this.device.pushErrorScope("out-of-memory");
     this.device.pushErrorScope("validation");
     let result;

@@ -28,7 +28,7 @@ function fail(problem) {
   outcome.problem = problem;
   $("notice").textContent = problem;
   $("notice").hidden = false;
-  $("adapter").textContent = "–";
+  $("status").textContent = "";
   for (const control of document.querySelectorAll("textarea, select, button, input")) control.disabled = true;
 }
 
@@ -43,7 +43,8 @@ function showTokens(demo, { ids, all }) {
 /** The results of all decode paths of a cache storage. */
 function showResults(results) {
   const rows = results.map(({ variant, error, decoded, problem, first, median, dispatches }) => {
-    const verdict = element("td", problem === null ? "within" : `beyond: ${problem}`, { class: problem === null ? "good" : "bad" });
+    const isGood = problem === null;
+    const verdict = element("td", isGood ? "within" : `beyond: ${problem}`, { class: isGood ? "good" : "bad" });
     const number = (text) => element("td", text, { class: "number" });
     return element("tr", [
       element("th", variant.path, { scope: "row" }),
@@ -93,7 +94,8 @@ function drive(demo) {
     }
     $("status").textContent = "Running …";
     $("results").setAttribute("aria-busy", "true");
-    const numbers = demo.data.variants.flatMap(({ storage }, number) => (storage === $("storage").value ? [number] : []));
+    const isChosen = ({ storage }) => storage === $("storage").value;
+    const numbers = demo.data.variants.flatMap((variant, number) => (isChosen(variant) ? [number] : []));
     try {
       const results = [];
       for (const number of numbers) results.push(await demo.run(ids, number));
@@ -103,7 +105,9 @@ function drive(demo) {
       showCache(results[0].variant, ids.length);
       const wrong = results.filter(({ problem }) => problem !== null).length;
       $("status").textContent = wrong ? `${wrong} of ${results.length} results are wrong.` : "Every result is within its tolerance.";
-      const plain = results.map(({ variant, ...rest }) => ({ ...rest, path: variant.path, storage: variant.storage, tolerance: variant.tolerance.relative }));
+      const plain = results.map(({ variant: { path, storage, tolerance }, ...rest }) => {
+        return { ...rest, path, storage, tolerance: tolerance.relative };
+      });
       outcome.demo = { text: $("text").value, tokens: ids.length, results: plain };
     } catch (error) {
       $("status").textContent = `It failed: ${error.message}`;
@@ -173,7 +177,7 @@ function offerCheck(host) {
     try {
       const result = await check(host, base, { filter: $("filter").value, quick: asked.has("quick"), progress, stop: () => stopped });
       const { passed, failed, skipped, cases, worst, seconds, comparator, complete } = result;
-      const judged = `The comparator agreed with the library's on ${comparator.results} results, ${comparator.lies} of them wrong on purpose.`;
+      const judged = `The comparator agreed with the library's on ${comparator.results} results, ${comparator.lies} of them lies.`;
       const stop = complete ? "" : "Stopped before the end: ";
       const figures = `${stop}${passed} right, ${failed} wrong, ${skipped} not run, in ${cases} cases and ${seconds.toFixed(1)} s.`;
       const largest = worst ? ` Largest relative error ${scientific(worst.error)} (${worst.id}).` : " Nothing was compared.";
@@ -201,15 +205,16 @@ async function main() {
   try {
     index = await load(`${base}/index.json`, "json");
   } catch (error) {
-    const how = "The exported cases are missing. Run `sh scripts/browser.sh --serve` in the repository, and open the address that it prints.";
-    fail(location.protocol === "file:" ? "Open this page through a web server: run `sh scripts/browser.sh --serve`." : `${how} (${error.message})`);
+    const how = "Run `sh scripts/browser.sh --serve` in the repository, and open the address that it prints.";
+    const why = location.protocol === "file:" ? "This page needs a web server." : `The exported cases are missing (${error.message}).`;
+    fail(`${why} ${how}`);
     return;
   }
   let host;
   try {
     host = await Host.open(index.subgroups);
   } catch (error) {
-    fail(`${error.message} Chrome, Edge and Safari have WebGPU by default, Firefox on Windows and macOS.`);
+    fail(error.message);
     return;
   }
   $("adapter").textContent = host.describe();
