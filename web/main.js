@@ -20,7 +20,7 @@ function element(name, children = [], attributes = {}) {
   return made;
 }
 
-const scientific = (value) => (Number.isFinite(value) ? value.toExponential(1) : "–");
+const scientific = (value) => (value === 0 ? "0" : Number.isFinite(value) ? value.toExponential(1) : "–");
 const bytes = (value) => `${value.toLocaleString("en")} B`;
 
 /** Says on the page what keeps it from working. */
@@ -48,10 +48,10 @@ function showResults(results) {
     const number = (text) => element("td", text, { class: "number" });
     return element("tr", [
       element("th", variant.path, { scope: "row" }),
+      verdict,
       number(scientific(error)),
       number(scientific(decoded)),
       number(scientific(variant.tolerance.relative)),
-      verdict,
       number(`${median.toFixed(1)} ms`),
       number(`${first.toFixed(0)} ms`),
       number(String(dispatches)),
@@ -143,10 +143,10 @@ function showKernels(rows) {
     const verdict = failed ? `${failed} wrong` : ran ? "right" : skipped;
     return element("tr", [
       element("th", kernel, { scope: "row" }),
+      element("td", verdict, { class: failed ? "bad" : ran ? "good" : "quiet" }),
       element("td", ran ? String(passed + failed) : "–", { class: "number" }),
       element("td", ran ? scientific(worst.error) : "–", { class: "number" }),
       element("td", ran ? scientific(worst.tolerance) : "–", { class: "number" }),
-      element("td", verdict, { class: failed ? "bad" : ran ? "good" : "quiet" }),
     ]);
   });
   $("kernels").replaceChildren(...lines);
