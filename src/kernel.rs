@@ -222,6 +222,11 @@ impl Kernels {
         Ok(self.with(PlanContext { tunings, ..self.0.context.clone() }, self.0.pipeline_cache.clone()))
     }
 
+    /// The same device and buffers with plans for another device: to record what is to run there. Here it may not run.
+    pub(crate) fn planned_for(&self, context: PlanContext) -> Self {
+        self.with(context, None)
+    }
+
     fn with(&self, context: PlanContext, pipeline_cache: Option<wgpu::PipelineCache>) -> Self {
         let Inner { device, absent, sink, .. } = &*self.0;
         Kernels(Arc::new(Inner {
@@ -481,6 +486,16 @@ struct Dispatch {
     grid: [u32; 3],
 }
 
+/// A dispatch as it was recorded, for those who write it down instead of running it.
+pub(crate) struct Dispatched<'a> {
+    pub spec: &'static KernelSpec,
+    pub overrides: &'a [(&'static str, f64)],
+    pub params: &'a [u8],
+    /// Buffer, offset, bytes; by binding number, params left out.
+    pub regions: &'a [(wgpu::Buffer, u64, u64)],
+    pub grid: [u32; 3],
+}
+
 /// Dispatches that are checked and ready to be written into a pass, with their parameters in one buffer.
 ///
 /// One step, one recording: what it holds is written again by every [`Recording::record`] until [`Recording::clear`].
@@ -519,6 +534,15 @@ impl Recording {
     /// Stem of each dispatch's kernel, in order.
     pub fn kernel_names(&self) -> impl Iterator<Item = &'static str> + '_ {
         self.dispatches.iter().map(|dispatch| dispatch.spec.name)
+    }
+
+    /// Every dispatch, in order.
+    pub(crate) fn dispatched(&self) -> impl Iterator<Item = Dispatched<'_>> {
+        self.dispatches.iter().map(|dispatch| {
+            let Dispatch { spec, overrides, regions, grid, .. } = dispatch;
+            let params = &self.params[dispatch.params_offset as usize..][..dispatch.params_size as usize];
+            Dispatched { spec, overrides, params, regions, grid: *grid }
+        })
     }
 
     /// The present end.

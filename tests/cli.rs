@@ -575,6 +575,45 @@ fn check_compares_with_the_reference_or_says_why_not() {
     }
 }
 
+#[test]
+fn export_writes_cases_and_a_layer_that_a_page_can_read() {
+    egmla(&["export", "--out", "x", "--filter", "no-such-case"]).refused(2, &["`no-such-case`", "--filter"]);
+    egmla(&["export", "--out", "x", "--subgroups", "8:4"]).refused(2, &["--subgroups", "8:32"]);
+    egmla(&["export", "--out", "x", "--adapter", "cpu"]).refused(1, &["an adapter is needed"]);
+    let work = tempfile::tempdir().unwrap();
+    let out = work.path().join("data");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/shakespeare");
+    egmla(&["export", "--out", out.to_str().unwrap(), "--filter", "residual_add", "--model", model]).done();
+    let json = |name: &str| -> Value { serde_json::from_slice(&fs::read(out.join(name)).unwrap()).unwrap() };
+    let index = json("index.json");
+    let cases = index["cases"].as_array().unwrap();
+    assert!(cases.len() > 3 && index["layer"] == true, "{index}");
+    for case in cases {
+        let file = format!("cases/{}.json", case["file"].as_str().unwrap());
+        assert_eq!(json(&file)["id"], case["id"]);
+    }
+    let layer = json("layer.json");
+    let most = layer["most_tokens"].as_u64().unwrap() as usize;
+    let variants = layer["variants"].as_array().unwrap();
+    assert_eq!(variants.len(), 4);
+    for variant in variants {
+        let programs = json(&format!("layer/{}.json", variant["file"].as_str().unwrap()));
+        let programs = programs.as_array().unwrap();
+        assert_eq!(programs.len(), most);
+        for (tokens, program) in (1..).zip(programs) {
+            // Every token's id stands somewhere, and of each part of the text the stream is read.
+            let ids = program["ids"].as_array().unwrap();
+            assert!((0..tokens).all(|token| ids.iter().any(|place| place[2] == token)), "{variant}: {tokens} tokens");
+            let actions = program["actions"].as_array().unwrap();
+            assert_eq!(actions.iter().filter(|action| action["do"] == "read").count(), tokens.min(2), "{variant}");
+        }
+    }
+    // A folder that cannot be made.
+    let taken = work.path().join("file");
+    fs::write(&taken, "").unwrap();
+    egmla(&["export", "--out", taken.to_str().unwrap()]).refused(2, &["file"]);
+}
+
 /// The golden case on `adapter`, for every way to run it; `bound` by storage.
 fn golden(case: &str, adapter: &str, decode: &[&str], storages: &[(&str, f64)]) {
     golden_with(case, adapter, decode, "recompute", storages);

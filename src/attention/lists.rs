@@ -1,6 +1,6 @@
 //! Group lists of a cache in device memory, and which gate rows are resident.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytemuck::cast;
@@ -259,7 +259,8 @@ impl Lists {
         let mut state = self.state();
         state.plans += 1;
         let mut step = ListStep { plan: state.plans, ..ListStep::default() };
-        let mut touched: HashSet<(u32, u32)> = HashSet::new();
+        // In order, so that the same tokens are recorded as the same bytes.
+        let mut touched: BTreeSet<(u32, u32)> = BTreeSet::new();
         let mut filled = HashSet::new();
         let mut next = ids.iter();
         for (sequence, &count) in (0..).zip(counts) {

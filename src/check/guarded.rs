@@ -12,7 +12,7 @@ pub const POISON: u32 = 0x7fc0_dead;
 const POISON_F16: u32 = 0x7ead_7ead;
 
 /// Words before and after; a multiple of every device's storage offset alignment (256 bytes).
-const GUARD_WORDS: usize = 64;
+pub const GUARD_WORDS: usize = 64;
 
 /// A region between guard words.
 #[derive(Debug)]
@@ -73,6 +73,11 @@ impl Guarded {
                 problem: format!("a guard word was overwritten, {} words from the buffer's first", word as i64 - 64),
             }),
         }
+    }
+
+    /// Words between the guards.
+    pub fn words(&self) -> usize {
+        self.words
     }
 
     /// Reads the region back as f32.

@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::compare::{Comparison, HALF_ROUNDOFF, Tolerance, UNIT_ROUNDOFF};
 use super::guarded::Guarded;
 use super::random::Random;
-use super::{Case, Lab, every_tuning, skipped};
+use super::view::{Reading, View};
+use super::{Case, Lab, Words, every_tuning, skipped};
 use crate::attention::groups::{Groups, Layout as ListLayout, NO_ROW, Patch};
 use crate::config::{Activation, GateNorm, RopeConfig, RopeScaling};
 use crate::error::Result;
@@ -282,11 +283,11 @@ fn product_case(sizes: String, problem: matmul::Problem, product: &'static Produ
             let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
             let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
             lab.launch(|recording| (product.encode)(recording, p, args, tuning))?;
-            let got = y.read_f32(lab.kernels, lab.queue)?;
+            let got = lab.read(&y)?;
             // Nothing else was written: neither before the offset nor between the rows.
-            let written = got.iter().filter(|value| value.to_bits() != super::guarded::POISON).count();
             let elements = [f64::from(p.batch) * (rows * cols) as f64];
-            let count = super::compare(&[written as f32], &elements, Tolerance::EXACT);
+            let written = View::all(Reading::Written, got.words.len());
+            let count = lab.compare_views(&[(&got, written)], &elements, Tolerance::EXACT);
             std::iter::once(Ok(count))
                 .chain((0..p.batch).map(|b| {
                     let pick = |values: &[f64], layout: Layout, rows: u32, inner: u32| -> Vec<f64> {
@@ -297,9 +298,13 @@ fn product_case(sizes: String, problem: matmul::Problem, product: &'static Produ
                     let w = pick(&w_kept, p.w, p.cols, p.inner);
                     let bias = p.bias.then_some(&bias_kept[..]);
                     let expected = (product.reference)(&x, &w, bias, rows, inner, cols);
-                    let got = pick(&widen(&got), p.y, p.rows, p.cols);
-                    let got: Vec<f32> = got.iter().map(|&value| value as f32).collect();
-                    Ok(super::compare(&got, &expected, tolerance))
+                    let y = View {
+                        reading: Reading::F32,
+                        first: (p.y.offset + b * p.y.batch) as usize,
+                        counts: [rows, cols],
+                        strides: [p.y.row as usize, p.y.inner as usize],
+                    };
+                    Ok(lab.compare_views(&[(&got, y)], &expected, tolerance))
                 }))
                 .collect()
         })
@@ -672,24 +677,18 @@ fn row_words(width: u32, storage: Storage) -> usize {
     (u64::from(storage.row_pitch(width)) * storage.bytes() / 4) as usize
 }
 
-/// A cache as it lies on the device, as values: padding left out.
-fn unpack(words: &[u32], width: u32, storage: Storage) -> Vec<f32> {
-    let row_words = row_words(width, storage);
-    if row_words == 0 {
-        return Vec::new();
+/// Rows of a cache as they lie on the device from a word on: padding left out.
+fn unpack(first_word: usize, rows: u32, width: u32, storage: Storage) -> View {
+    let reading = match storage {
+        Storage::F32 => Reading::F32,
+        Storage::F16 => Reading::F16,
+    };
+    View {
+        reading,
+        first: first_word * 4 / storage.bytes() as usize,
+        counts: [rows as usize, width as usize],
+        strides: [storage.row_pitch(width) as usize, 1],
     }
-    words
-        .chunks(row_words)
-        .flat_map(|row| -> Vec<f32> {
-            match storage {
-                Storage::F32 => row.iter().map(|&word| f32::from_bits(word)).take(width as usize).collect(),
-                Storage::F16 => {
-                    let half = |bits: u32| half::f16::from_bits(bits as u16).to_f32();
-                    row.iter().flat_map(|&word| [half(word), half(word >> 16)]).take(width as usize).collect()
-                }
-            }
-        })
-        .collect()
 }
 
 fn caches(cases: &mut Vec<Case>) {
@@ -817,10 +816,9 @@ fn append(
         };
         lab.launch(|recording| encode(recording, &problem, args, tuning))?;
         let mut comparisons = Vec::new();
-        let words = cache.read(lab.kernels, lab.queue)?;
-        let parts = [(&words[..latent_words], 0, d_latent), (&words[rope_word..], d_latent, d_rope)];
-        for (words, first, width) in parts {
-            let got = if width == 0 { Vec::new() } else { unpack(words, width, storage) };
+        let words = lab.read(&cache)?;
+        for (first_word, first, width) in [(0, 0, d_latent), (rope_word, d_latent, d_rope)] {
+            let got = unpack(first_word, cached, width, storage);
             let largest = match storage {
                 Storage::F32 => f32::MAX,
                 Storage::F16 => 65504.0,
@@ -834,7 +832,7 @@ fn append(
             }
             let mut expected = vec![f64::NAN; (cached * width) as usize];
             reference::cache_append(&mut expected, &new, width as usize, &slots);
-            comparisons.push(super::compare(&got, &expected, tolerance));
+            comparisons.push(lab.compare_views(&[(&words, got)], &expected, tolerance));
         }
         let mut expected = widen(&q_values);
         if let Some(interleave) = interleave {
@@ -904,15 +902,8 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
                 None => vec![0.0; d_latent as usize],
             })
             .collect();
-        let as_floats = |words: Vec<u32>| -> Vec<f32> { words.into_iter().map(|word| word as f32).collect() };
-        let exact = |got: Vec<u32>, expected: Vec<u32>| {
-            let expected: Vec<f64> = expected.into_iter().map(|word| f64::from(word as f32)).collect();
-            super::compare(&as_floats(got), &expected, Tolerance::EXACT)
-        };
-        let mut comparisons = vec![
-            lab.compare(&latent, &expected, Tolerance::EXACT)?,
-            exact(slot_out.read(lab.kernels, lab.queue)?, row_slots.clone()),
-        ];
+        let mut comparisons =
+            vec![lab.compare(&latent, &expected, Tolerance::EXACT)?, compare_numbers(lab, &slot_out, &row_slots)?];
         if with_ids {
             let embedding_of = |&slot: &u32| match slot {
                 u32::MAX => vec![0.0; d_gate as usize],
@@ -923,6 +914,13 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
         }
         Ok(comparisons)
     })
+}
+
+/// Whole numbers, rounded to f32 on both sides.
+fn compare_numbers(lab: &Lab<'_>, got: &Guarded, expected: &[u32]) -> Result<Comparison> {
+    let got = lab.read(got)?;
+    let expected: Vec<f64> = expected.iter().map(|&word| f64::from(word as f32)).collect();
+    Ok(lab.compare_views(&[(&got, View::all(Reading::U32, got.words.len()))], &expected, Tolerance::EXACT))
 }
 
 /// Sequences of (cached before, new) tokens, in the step's row numbering.
@@ -1226,9 +1224,11 @@ fn prefill(
             Prefill::Subgroup => reference::attention_prefill_subgroup,
         };
         let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, scale.into());
-        let state = softmax.read_f32(lab.kernels, lab.queue)?;
-        let lse: Vec<f32> = state.chunks(2 * slices).map(|slices| slices[0] + slices[1].ln()).collect();
-        Ok(vec![lab.compare(&values, &expected.values, tolerance)?, super::compare(&lse, &expected.lse, of_scores)])
+        let state = lab.read(&softmax)?;
+        let counts = [batch.tokens as usize * n_head, 1];
+        let lse = View { reading: Reading::LogSumExp, first: 0, counts, strides: [2 * slices, 1] };
+        let values = lab.compare(&values, &expected.values, tolerance)?;
+        Ok(vec![values, lab.compare_views(&[(&state, lse)], &expected.lse, of_scores)])
     })
 }
 
@@ -1454,7 +1454,7 @@ fn decode(
     })
 }
 
-/// The kernels' mark of no key, the lowest f32, as −∞: as a number it would drown all others in the norm.
+/// The kernels' mark of no key as −∞, as [`Reading::Marked`] reads it.
 fn marked(value: f64) -> f64 {
     if value == f64::from(f32::MIN) { f64::NEG_INFINITY } else { value }
 }
@@ -1466,16 +1466,24 @@ fn compare_partials(
     expected: &reference::Partial,
     tolerance: Tolerance,
 ) -> Result<Vec<Comparison>> {
-    let state = softmax.read_f32(lab.kernels, lab.queue)?;
     let values = lab.compare(values, &expected.values, tolerance)?;
-    Ok(std::iter::once(values).chain(compare_softmax(&state, expected, tolerance)).collect())
+    let state = lab.read(softmax)?;
+    Ok(std::iter::once(values).chain(compare_softmax(lab, (&state, 0), expected, tolerance)).collect())
 }
 
-/// (m, l) pairs.
-fn compare_softmax(state: &[f32], expected: &reference::Partial, tolerance: Tolerance) -> [Comparison; 2] {
-    let (max, sum): (Vec<f32>, Vec<f32>) = state.chunks(2).map(|pair| (marked(pair[0].into()) as f32, pair[1])).unzip();
+/// (m, l) pairs, from a word to the end.
+fn compare_softmax(
+    lab: &Lab<'_>,
+    (state, first): (&Words, usize),
+    expected: &reference::Partial,
+    tolerance: Tolerance,
+) -> [Comparison; 2] {
+    let counts = [(state.words.len() - first) / 2, 1];
+    let max = View { reading: Reading::Marked, first, counts, strides: [2, 1] };
+    let sum = View { reading: Reading::F32, first: first + 1, ..max };
     let expected_max: Vec<f64> = expected.max.iter().copied().map(marked).collect();
-    [super::compare(&max, &expected_max, tolerance), super::compare(&sum, &expected.sum, tolerance)]
+    let compare = |view, expected: &[f64]| lab.compare_views(&[(state, view)], expected, tolerance);
+    [compare(max, &expected_max), compare(sum, &expected.sum)]
 }
 
 /// The kernels of attention over the latents.
@@ -1643,14 +1651,11 @@ fn merges(cases: &mut Vec<Case>) {
                 lab.launch(|recording| attention_merge::encode(recording, &problem, args, tuning))?;
                 let expected = reference::attention_merge(&partial, &ranges, n_head, width);
                 // The kernel writes the lowest f32 where the reference says −∞.
-                let got: Vec<f32> = lse
-                    .read_f32(lab.kernels, lab.queue)?
-                    .into_iter()
-                    .map(|value| marked(value.into()) as f32)
-                    .collect();
+                let got = lab.read(&lse)?;
+                let marked = View::all(Reading::Marked, got.words.len());
                 Ok(vec![
                     lab.compare(&out, &expected.values, tolerance)?,
-                    super::compare(&got, &expected.lse, tolerance),
+                    lab.compare_views(&[(&got, marked)], &expected.lse, tolerance),
                 ])
             })
         }));
@@ -2026,10 +2031,10 @@ fn attend_groups(
             d_value: d_value as usize,
         };
         let expected = definition(&input, &batch.expected, heads, d_latent as usize, scale.into());
-        let got = partial.read_f32(lab.kernels, lab.queue)?;
-        let values = &got[..partials * d_value as usize];
-        Ok(std::iter::once(super::compare(values, &expected.values, tolerance))
-            .chain(compare_softmax(&got[softmax_word..], &expected, tolerance))
+        let got = lab.read(&partial)?;
+        let values = View::all(Reading::F32, partials * d_value as usize);
+        Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
+            .chain(compare_softmax(lab, (&got, softmax_word), &expected, tolerance))
             .collect())
     })
 }
@@ -2122,8 +2127,8 @@ fn gate_rows_case(
                 expected[(to * width) as usize..][..width as usize].copy_from_slice(&values);
             }
         }
-        let got = unpack(&y.read(lab.kernels, lab.queue)?, width, y_storage);
-        Ok(vec![super::compare(&got, &expected, tolerance)])
+        let got = lab.read(&y)?;
+        Ok(vec![lab.compare_views(&[(&got, unpack(0, y_rows, width, y_storage))], &expected, tolerance)])
     })
 }
 
@@ -2252,9 +2257,7 @@ fn lists(cases: &mut Vec<Case>) {
                 let groups = batch.ids[first_row as usize..].iter().map(|id| id.map(|id| (id, id % 2 == 1)));
                 let tokens = token_ids.iter().zip(token_rows).map(|(&id, row)| Some((id, row != NO_ROW)));
                 let expected = reference::group_ids(&groups.chain(tokens).collect::<Vec<_>>());
-                let got: Vec<f32> = ids.read(lab.kernels, lab.queue)?.into_iter().map(|id| id as f32).collect();
-                let expected: Vec<f64> = expected.into_iter().map(|id| f64::from(id as f32)).collect();
-                Ok(vec![super::compare(&got, &expected, Tolerance::EXACT)])
+                Ok(vec![compare_numbers(lab, &ids, &expected)?])
             })
         }));
     }

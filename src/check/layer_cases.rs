@@ -1,9 +1,12 @@
 //! Cases of the whole layer: every option, prefill = prefill + decode = reference, ragged batches, both decode paths.
 
-use super::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
+use std::rc::Rc;
+
+use super::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use super::guarded::POISON;
 use super::random::{Random, attention_weights};
-use super::{Case, Lab, Outcome, outcome, readback};
+use super::view::{Reading, View};
+use super::{Case, Lab, Outcome, Words, outcome};
 use crate::attention::{Attention, CacheOptions, DecodePath, GateRows, LatentCache, Workspace, WorkspaceOptions};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
 use crate::error::Result;
@@ -199,11 +202,15 @@ fn layer(
     }
     Ok(results
         .into_iter()
-        .map(|(schedule, got)| outcome(schedule.name.to_owned(), tolerance, vec![compare(&got, &expected, tolerance)]))
+        .map(|(schedule, parts)| {
+            let parts: Vec<_> = parts.iter().map(|(words, view)| (&**words, *view)).collect();
+            let comparison = lab.compare_views(&parts, &expected, tolerance);
+            outcome(schedule.name.to_owned(), tolerance, vec![comparison])
+        })
         .collect())
 }
 
-/// Output of every token, in the order of the input.
+/// What the steps read back, and where: together the output of every token, in the order of the input.
 #[expect(clippy::too_many_arguments, reason = "a schedule and what it is run on")]
 fn run(
     lab: &Lab<'_>,
@@ -214,7 +221,7 @@ fn run(
     schedule: Schedule,
     hidden: &[f32],
     ids: &[u32],
-) -> Result<Vec<f32>> {
+) -> Result<Vec<(Rc<Words>, View)>> {
     let config = attention.config();
     let width = config.hidden_size as usize;
     let longest = lengths.iter().copied().max().unwrap_or(0);
@@ -238,7 +245,7 @@ fn run(
             Some(own)
         })
         .collect();
-    let mut out = vec![f32::NAN; hidden.len()];
+    let mut parts = Vec::new();
     while cache.lengths() != lengths {
         let done = cache.lengths().to_vec();
         let prefilling = done.iter().zip(lengths).any(|(&done, &length)| done < length.min(schedule.prefill));
@@ -265,11 +272,16 @@ fn run(
             let path = schedule.path;
             attention.decode(&mut recording, &mut cache, &workspace, &counts, step_ids, path, input, to)?;
         }
-        readback::submit(&recording, lab.queue)?;
-        let got = output.read_f32(lab.kernels, lab.queue)?;
-        for (&row, values) in rows.iter().zip(got.chunks(width)) {
-            out[row * width..][..width].copy_from_slice(values);
+        lab.submit(&recording)?;
+        let got = Rc::new(lab.read(&output)?);
+        let mut first = 0;
+        for (s, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let counts = [count as usize, width];
+            let view = View { reading: Reading::F32, first, counts, strides: [width, 1] };
+            parts.push((first_of[s] + done[s], Rc::clone(&got), view));
+            first += count as usize * width;
         }
     }
-    Ok(out)
+    parts.sort_by_key(|(row, ..)| *row);
+    Ok(parts.into_iter().map(|(_, words, view)| (words, view)).collect())
 }

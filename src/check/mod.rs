@@ -16,18 +16,23 @@
 //! buffer, and the GPU runs before the reference.
 
 pub mod bench;
+pub mod capture;
 pub mod compare;
+pub mod export;
 pub mod guarded;
 mod kernel_cases;
 mod layer_cases;
 pub mod random;
 pub mod readback;
+pub mod view;
 
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Kernels, Recording};
 use crate::plan::{Storage, Tuning};
+use capture::Capture;
 use compare::{Comparison, Tolerance, compare};
 use guarded::Guarded;
+use view::{Reading, View};
 
 /// A named case.
 pub struct Case {
@@ -51,6 +56,8 @@ pub struct Outcome {
     pub verdict: Result<(), String>,
     /// The device lacks a feature of this variant, which was not run: neither right nor wrong.
     pub skipped: bool,
+    /// How many comparisons it is the worst of; 0 where nothing was run.
+    pub comparisons: usize,
 }
 
 impl std::fmt::Debug for Case {
@@ -83,7 +90,7 @@ impl Case {
     /// # Errors
     /// What the kernels refuse, a guard word that was overwritten, or a lost device. A wrong result is an [`Outcome`].
     pub fn run(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Vec<Outcome>> {
-        (self.run)(&Lab { kernels, queue })
+        (self.run)(&Lab { kernels, queue, capture: None })
     }
 }
 
@@ -94,10 +101,19 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// A device to run cases on.
+/// A device to run cases on, or to write down what they would run.
 struct Lab<'a> {
     kernels: &'a Kernels,
     queue: &'a wgpu::Queue,
+    /// Takes the place of the device: what is launched, read and compared is written down.
+    capture: Option<&'a Capture>,
+}
+
+/// Words of a region that were read back. Where nothing ran they are those that the region began with.
+struct Words {
+    words: Vec<u32>,
+    /// Of a capture: the number of the reading.
+    number: usize,
 }
 
 impl Lab<'_> {
@@ -122,11 +138,36 @@ impl Lab<'_> {
     fn launch(&self, record: impl FnOnce(&mut Recording) -> Result<()>) -> Result<()> {
         let mut recording = Recording::new(self.kernels);
         record(&mut recording)?;
-        readback::submit(&recording, self.queue)
+        self.submit(&recording)
     }
 
+    fn submit(&self, recording: &Recording) -> Result<()> {
+        match self.capture {
+            None => readback::submit(recording, self.queue),
+            Some(capture) => capture.submit(recording),
+        }
+    }
+
+    fn read(&self, region: &Guarded) -> Result<Words> {
+        let words = region.read(self.kernels, self.queue)?;
+        let number = self.capture.map_or(Ok(0), |capture| capture.read(region))?;
+        Ok(Words { words, number })
+    }
+
+    /// Compares a region, all of it as f32.
     fn compare(&self, got: &Guarded, expected: &[f64], tolerance: Tolerance) -> Result<Comparison> {
-        Ok(compare(&got.read_f32(self.kernels, self.queue)?, expected, tolerance))
+        let words = self.read(got)?;
+        Ok(self.compare_views(&[(&words, View::all(Reading::F32, words.words.len()))], expected, tolerance))
+    }
+
+    /// Compares what views show, one after another. Every comparison of a case is made here: a capture misses none.
+    fn compare_views(&self, parts: &[(&Words, View)], expected: &[f64], tolerance: Tolerance) -> Comparison {
+        if let Some(capture) = self.capture {
+            let parts = parts.iter().map(|(words, view)| (words.number, *view)).collect();
+            capture.compare(parts, expected, tolerance);
+        }
+        let got: Vec<f32> = parts.iter().flat_map(|(words, view)| view.apply(&words.words)).collect();
+        compare(&got, expected, tolerance)
     }
 }
 
@@ -156,6 +197,7 @@ fn skipped(spec: &KernelSpec, kernels: &Kernels) -> Option<Vec<Outcome>> {
         tolerance: f64::NAN,
         verdict: Err(format!("skipped: {missing} not offered")),
         skipped: true,
+        comparisons: 0,
     }])
 }
 
@@ -178,8 +220,9 @@ fn every_tuning(
 
 /// The worst of several comparisons; none at all is a failure, since nothing was compared.
 fn outcome(tuning: String, tolerance: Tolerance, comparisons: Vec<Comparison>) -> Outcome {
-    let error = comparisons.iter().map(|comparison| comparison.relative_error).fold(0.0, f64::max);
+    let (error, count) = (comparisons.iter().map(|one| one.relative_error).fold(0.0, f64::max), comparisons.len());
     let none = comparisons.is_empty().then(|| "nothing was compared".to_owned());
     let problem = none.or_else(|| comparisons.into_iter().find_map(|comparison| comparison.verdict.err()));
-    Outcome { tuning, error, tolerance: tolerance.relative, verdict: problem.map_or(Ok(()), Err), skipped: false }
+    let verdict = problem.map_or(Ok(()), Err);
+    Outcome { tuning, error, tolerance: tolerance.relative, verdict, skipped: false, comparisons: count }
 }

@@ -48,7 +48,7 @@ pub struct GenerateArgs {
 }
 
 /// What `--json` writes.
-#[derive(serde::Serialize)]
+#[derive(Debug, serde::Serialize)]
 struct Report<'a> {
     prompt: &'a str,
     text: &'a str,
@@ -65,8 +65,8 @@ struct Report<'a> {
 }
 
 /// Bytes a cached token takes in all layers; the names of the fields are those of `--json`.
-#[derive(serde::Serialize)]
-struct CacheBytes {
+#[derive(Debug, serde::Serialize)]
+pub struct CacheBytes {
     this: u64,
     mha: u64,
     mla: u64,
@@ -77,7 +77,7 @@ struct CacheBytes {
 
 impl CacheBytes {
     /// The paper compares EG-MLA with MLA of four times the latent width (64 against 256); a plain MLA is its own.
-    fn of(config: &AttentionConfig, n_layer: u32, storage: Storage) -> Self {
+    pub fn of(config: &AttentionConfig, n_layer: u32, storage: Storage) -> Self {
         let bytes = |elements: u64| elements * u64::from(n_layer) * storage.bytes();
         let mla_rank = u64::from(config.d_latent) * if config.gate.is_some() { 4 } else { 1 };
         CacheBytes {

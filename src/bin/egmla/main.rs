@@ -12,6 +12,7 @@ mod console;
 mod engine;
 mod eval;
 mod experimental;
+mod export;
 mod failure;
 mod generate;
 mod info;
@@ -44,6 +45,8 @@ enum Command {
     Info(info::InfoArgs),
     /// Compare every kernel and the layer with the reference on an adapter
     Check(check::CheckArgs),
+    /// Write the cases and a model's first layer as data, for a host without Rust
+    Export(export::ExportArgs),
     /// Time kernels and decode paths against what the adapter reaches at best
     Bench(bench::BenchArgs),
     /// Measure tile settings on an adapter and keep the fastest
@@ -76,6 +79,7 @@ fn run() -> Result<(), Failure> {
         Command::Attend(args) => attend::run(args),
         Command::Info(args) => info::run(args),
         Command::Check(args) => check::run(args),
+        Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Tune(args) => tune::run(args),
     }
