@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::json::Distinct;
 
 /// Where the embedding gate is applied (EG-MLA; the paper leaves it open, see the README).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -355,6 +356,7 @@ impl<'a> Keys<'a> {
 }
 
 pub(crate) fn parse_object(text: &str) -> Result<Map<String, Value>> {
+    serde_json::from_str::<Distinct>(text)?;
     match serde_json::from_str(text)? {
         Value::Object(map) => Ok(map),
         other => Err(Error::config("(top level)", format!("{} is not an object", summary(&other)))),

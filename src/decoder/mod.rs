@@ -12,7 +12,6 @@
 mod cpu;
 mod evaluate;
 mod folder;
-mod mapped;
 mod model;
 mod sampling;
 mod tokenizer;
