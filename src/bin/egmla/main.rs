@@ -11,12 +11,12 @@ mod check;
 mod console;
 mod engine;
 mod eval;
-mod experimental;
 mod failure;
 mod generate;
 mod info;
 mod options;
 mod tune;
+mod unchecked;
 
 use std::process::ExitCode;
 
