@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::error::{Error, Result};
-use crate::json::{Distinct, next_key};
+use crate::json::{Walk, next_key};
 
 /// Most bytes of a `config.json`. Those of published models have some thousands.
 pub const MOST_CONFIG: u64 = 4 << 20;
@@ -177,7 +177,7 @@ impl<'de> Visitor<'de> for Tensors {
         let mut seen = HashSet::new();
         while let Some(name) = next_key(&mut map, &mut seen)? {
             if name == "__metadata__" {
-                map.next_value::<Distinct>()?;
+                map.next_value_seed(Walk(&mut |_| {}))?;
                 continue;
             }
             let (begin, end) = map.next_value::<Tensor>()?.data_offsets;

@@ -65,6 +65,14 @@ impl ModelFolder {
         &self.tokenizer
     }
 
+    /// Ids of a text, by [`TextTokenizer::encode`].
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] in [`Error::File`].
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text).map_err(|error| error.in_file(self.path.join("tokenizer.json")))
+    }
+
     /// Reads all weights, widened to f32. The file's bytes are in memory beside them until it returns: mapping them instead
     /// would end the process where another one shortens the file.
     ///

@@ -50,7 +50,7 @@ struct Report {
 pub fn run(args: EvalArgs) -> Result<(), Failure> {
     let text = read(&args.text)?;
     let folder = ModelFolder::open(&args.model.folder()?)?;
-    let ids = folder.tokenizer().encode(&text)?;
+    let ids = folder.encode(&text)?;
     if ids.len() < 2 {
         let path = args.text.display();
         return Err(Failure::usage(format!(

@@ -52,7 +52,11 @@ enum Command {
 
 fn main() -> ExitCode {
     // A defect of ours must not look like a crash to a script: one line, exit 1.
-    std::panic::set_hook(Box::new(|info| console::error(&format!("internal error: {info}"))));
+    std::panic::set_hook(Box::new(|info| {
+        if !egmla::decoder::panics_are_caught() {
+            console::error(&format!("internal error: {info}"));
+        }
+    }));
     console::start_logging();
     match std::panic::catch_unwind(run) {
         Ok(Ok(())) => ExitCode::SUCCESS,
