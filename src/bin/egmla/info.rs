@@ -311,8 +311,9 @@ impl Shape {
         let row = |attention: String, elements: u64, below_mha, below_mla| CacheRow {
             attention,
             elements,
-            bytes_f32: elements * Storage::F32.bytes(),
-            bytes_f16: elements * Storage::F16.bytes(),
+            // A configuration may tell of more layers than bytes can be counted of.
+            bytes_f32: elements.saturating_mul(Storage::F32.bytes()),
+            bytes_f16: elements.saturating_mul(Storage::F16.bytes()),
             below_mha,
             below_mla,
         };
