@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::json;
 
 /// Where the embedding gate is applied (EG-MLA; the paper leaves it open, see the README).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -355,6 +356,7 @@ impl<'a> Keys<'a> {
 }
 
 pub(crate) fn parse_object(text: &str) -> Result<Map<String, Value>> {
+    json::walk(text.as_bytes(), &mut |_| {})?;
     match serde_json::from_str(text)? {
         Value::Object(map) => Ok(map),
         other => Err(Error::config("(top level)", format!("{} is not an object", summary(&other)))),
@@ -474,11 +476,13 @@ impl AttentionConfig {
     }
 
     fn validate_rope(&self) -> Result<()> {
-        let above = |key: &str, value: f64, bound: f64| {
-            if value.is_finite() && value > bound {
+        // In f32, which the device computes with: what vanishes or overflows there would be NaN in every result.
+        let above = |key: &str, value: f64, bound: f32| {
+            let single = value as f32;
+            if single.is_finite() && single > bound {
                 Ok(())
             } else {
-                Err(Error::config(key, format!("is {value}, must be above {bound}")))
+                Err(Error::config(key, format!("is {value}, must be above {bound} and finite in f32")))
             }
         };
         above("rope_theta", self.rope.theta, 1.0)?;
@@ -497,7 +501,7 @@ impl AttentionConfig {
                 above("rope_scaling.factor", factor, 0.0)?;
                 above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
                 above("rope_scaling.beta_slow", beta_slow, 0.0)?;
-                above("rope_scaling.beta_fast", beta_fast, beta_slow)?;
+                above("rope_scaling.beta_fast", beta_fast, beta_slow as f32)?;
                 above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
                 for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
                     if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
@@ -507,7 +511,9 @@ impl AttentionConfig {
                         ));
                     }
                 }
-                Ok(())
+                // Each may be sound and the square of what they give too large.
+                above("rope_scaling.mscale", self.rope.amplitude(), 0.0)?;
+                above("rope_scaling.mscale_all_dim", self.scale(), 0.0)
             }
         }
     }

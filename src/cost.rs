@@ -256,7 +256,7 @@ impl Costed for cache_read::Problem {
                 table.map_or(0, |table| {
                     let ids = times(4, &[cached]);
                     let read = times(table.storage.bytes(), &[cached.min(table.vocab_size), table.d_gate]);
-                    ids + read + times(4, &[rows, table.d_gate])
+                    ids.saturating_add(read).saturating_add(times(4, &[rows, table.d_gate]))
                 }),
             ],
         )
@@ -403,7 +403,9 @@ impl Costed for attention_grouped::Problem {
     fn cost(&self) -> Cost {
         let attention_grouped::Problem { tokens, n_head, widths, met_groups, met_positions, .. } = *self;
         let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
-        let d_kv = times(1, &[n_head, d_nope + d_value]);
+        let of_head = |width: u32, other: u32| u64::from(width) + u64::from(other);
+        let kv = |factor: u64| times(factor, &[n_head]).saturating_mul(of_head(d_nope, d_value));
+        let d_kv = kv(1);
         // The caller's count of groups and positions, per query token; the bytes are those of one token's.
         let once = |met: u64| met / u64::from(tokens.max(1));
         let row = u64::from(d_latent) + u64::from(d_rope);
@@ -412,18 +414,18 @@ impl Costed for attention_grouped::Problem {
         let affine = match self.norm {
             GateNorm::None => 0,
             GateNorm::RmsNorm => d_kv,
-            GateNorm::LayerNorm => 2 * d_kv,
+            GateNorm::LayerNorm => kv(2),
         };
         let each = |count: u64, size: u64| count.saturating_mul(size);
         cost(
             &[
                 // Absorb and fold of every group, score and sum of every position.
-                each(met_groups, times(2, &[n_head, d_nope + d_value, d_latent])),
-                each(met_positions, times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope])),
+                each(met_groups, kv(2).saturating_mul(d_latent.into())),
+                each(met_positions, times(4, &[n_head, d_latent]).saturating_add(times(2, &[n_head, d_rope]))),
             ],
             &[
-                times(4, &[tokens, n_head, d_nope + d_rope]),
-                times(self.storage.bytes(), &[n_head, d_nope + d_value, d_latent]),
+                times(4, &[tokens, n_head]).saturating_mul(of_head(d_nope, d_rope)),
+                kv(self.storage.bytes()).saturating_mul(d_latent.into()),
                 each(affine, self.storage.bytes()),
                 each(once(met_groups), d_kv.saturating_mul(gate_bytes)),
                 // A header of every group, a position of every row, the row itself and its statistics.
@@ -616,7 +618,10 @@ pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Sto
         storage: work.cache_storage,
         kv_storage: Storage::F32,
     };
-    let further = Cost { flops: further_positions(work) * times(2, &[n_head, d_nope + d_rope + d_value]), bytes: 0 };
+    let further = Cost {
+        flops: further_positions(work).saturating_mul(times(2, &[n_head, d_nope + d_rope + d_value])),
+        bytes: 0,
+    };
     rebuilding(config, rows, work.cache_storage, storage)
         + attention.cost()
         + further
@@ -1435,5 +1440,67 @@ mod tests {
         let paper = AttentionConfig { n_head: 12, d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64, ..config(None) };
         assert_eq!(12 * u64::from(paper.cache_elements()), table[2].elements);
         assert_eq!(12 * u64::from(paper.mha_cache_elements()), table[0].elements);
+    }
+
+    #[test]
+    fn counts_of_sizes_that_no_device_holds_saturate() {
+        let most = u32::MAX;
+        let table = cache_read::Table { d_gate: most, vocab_size: most, storage: Storage::F32 };
+        let read = cache_read::Problem {
+            first_row: 0,
+            rows: most,
+            cache_rows: most,
+            d_latent: most,
+            n_sequence: most,
+            table: Some(table),
+            storage: Storage::F32,
+        };
+        assert_eq!(read.cost().bytes, u64::MAX);
+        let widths = attention_grouped::Widths { d_latent: most, d_nope: most, d_rope: most, d_value: most };
+        let grouped = attention_grouped::Problem {
+            tokens: most,
+            most_tokens: most,
+            n_sequence: most,
+            items: most,
+            partials: most,
+            n_head: most,
+            widths,
+            tiling: attention_grouped::Tiling { groups: most, run: most },
+            table: most,
+            list_words: most,
+            cache_rows: most,
+            rope_byte: u64::MAX,
+            statistics_byte: u64::MAX,
+            resident: most,
+            gates_storage: Storage::F32,
+            more: most,
+            more_storage: Storage::F32,
+            first_row: most,
+            rows: most,
+            pass_index: most,
+            passes: most,
+            activation: Activation::Identity,
+            norm: GateNorm::LayerNorm,
+            scale: 1.0,
+            met_groups: u64::MAX,
+            met_positions: u64::MAX,
+            cache_storage: Storage::F32,
+            storage: Storage::F32,
+        };
+        assert_eq!(grouped.cost(), Cost { flops: u64::MAX, bytes: u64::MAX });
+        assert_eq!(grouped.tiling.item_groups(), u32::MAX);
+        let gate = gate_rows::Problem {
+            rows: most,
+            width: most,
+            d_gate: most,
+            vocab_size: most,
+            first_id: 0,
+            ids: true,
+            targets: true,
+            y_rows: most,
+            storage: Storage::F16,
+            y_storage: Storage::F16,
+        };
+        assert_eq!(gate.cost().bytes, u64::MAX);
     }
 }

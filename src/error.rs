@@ -216,6 +216,15 @@ pub enum Error {
         /// What is wrong in it.
         source: Box<Error>,
     },
+    /// Tensors of an input file do not fit the layer, or each other.
+    #[error("{0}")]
+    Input(String),
+    /// A text file is not UTF-8.
+    #[error("not UTF-8 text (byte {byte})")]
+    Utf8 {
+        /// The first byte that is not.
+        byte: usize,
+    },
     /// A result is NaN or infinite.
     #[error("{what}: element {index} is {value}, must be finite")]
     NonFinite {

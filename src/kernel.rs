@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
 use crate::kernels::{COOPERATIVE_FEATURES, REGISTRY};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tunings};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tunings, padded};
 
 /// How a shader sees a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -285,7 +285,7 @@ impl Kernels {
     }
 
     fn allocation(&self, label: &str, bytes: u64) -> Result<u64> {
-        let size = bytes.next_multiple_of(4).max(16);
+        let size = padded(bytes, 4).max(16);
         let allowed = self.0.context.limits.max_buffer_size;
         if size > allowed {
             let what = format!("buffer `{label}`");
@@ -470,7 +470,7 @@ pub(crate) struct Bound<'a> {
 impl Bound<'_> {
     /// Bytes to bind: whole words. Of a region that is not touched, 16, since a binding holds one element at least.
     fn binding_size(&self) -> u64 {
-        if self.bytes == 0 { self.region.size.clamp(4, 16) } else { self.bytes.next_multiple_of(4) }
+        if self.bytes == 0 { self.region.size.clamp(4, 16) } else { padded(self.bytes, 4) }
     }
 }
 

@@ -15,6 +15,8 @@
 //! Features: `decoder` is the small language model around the layer, `program` the command-line program; both are on by
 //! default, and `default-features = false` is the library alone.
 
+#![forbid(unsafe_code)]
+
 pub mod attention;
 pub mod check;
 pub mod config;
@@ -22,10 +24,13 @@ pub mod cost;
 #[cfg(feature = "decoder")]
 pub mod decoder;
 pub mod error;
+pub mod files;
+mod json;
 pub mod kernel;
 pub mod kernels;
 pub mod plan;
 pub mod reference;
+pub mod sequences;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -42,13 +42,19 @@ impl Storage {
 
     /// Bytes of a densely packed tensor, rounded up to whole words.
     pub fn tensor_bytes(self, elements: u64) -> u64 {
-        (elements * self.bytes()).next_multiple_of(4)
+        padded(elements.saturating_mul(self.bytes()), 4)
     }
 
     /// Elements from one cache row to the next: rows begin on 16-byte boundaries, so that a row is read in whole
     /// 16-byte loads and two rows never share a word.
     pub fn row_pitch(self, width: u32) -> u32 {
-        width.next_multiple_of(16 / self.bytes() as u32)
+        // A width without a pitch is beyond every device: what follows from it is refused.
+        width.checked_next_multiple_of(16 / self.bytes() as u32).unwrap_or(u32::MAX)
+    }
+
+    /// 16-byte loads from one cache row to the next.
+    pub(crate) fn row_loads(self, width: u32) -> u32 {
+        self.row_pitch(width) / (16 / self.bytes() as u32)
     }
 
     /// A short name: `f32` or `f16`.
@@ -194,6 +200,11 @@ impl PlanContext {
         }
     }
 
+    /// The largest subgroup, within what wgpu promises: a context may be of a caller's own making.
+    pub(crate) fn widest_subgroup(&self) -> u32 {
+        self.subgroup_max_size.clamp(SMALLEST_SUBGROUP, wgpu::MAXIMUM_SUBGROUP_MAX_SIZE)
+    }
+
     /// The most lanes, a power of two up to `most`, that are sure to lie in one subgroup.
     pub(crate) fn team(&self, most: u32) -> u32 {
         1 << self.subgroup_min_size.clamp(SMALLEST_SUBGROUP, most).ilog2()
@@ -219,13 +230,23 @@ impl Tuning {
     /// The index into a kernel's list of `count` settings.
     pub(crate) fn choose(self, kernel: &'static str, count: usize, auto: usize) -> Result<usize> {
         match self {
-            Tuning::Auto => Ok(auto),
+            // A measured choice may be of another version, or of a caller's own making.
+            Tuning::Auto if auto < count => Ok(auto),
             Tuning::Forced(index) if index < count => Ok(index),
-            Tuning::Forced(index) => {
-                Err(Error::problem(kernel, format!("tuning {index} does not exist, there are {count}")))
-            }
+            Tuning::Auto => Err(no_tuning(kernel, auto, count)),
+            Tuning::Forced(index) => Err(no_tuning(kernel, index, count)),
         }
     }
+}
+
+fn no_tuning(kernel: &'static str, index: usize, count: usize) -> Error {
+    Error::problem(kernel, format!("tuning {index} does not exist, there are {count}"))
+}
+
+/// Bytes or elements, rounded up; saturates, so that every later comparison with a limit fails: a number that wrapped around
+/// would pass them all.
+pub(crate) fn padded(count: u64, to: u64) -> u64 {
+    count.checked_next_multiple_of(to).unwrap_or(u64::MAX)
 }
 
 /// Everything a dispatch needs beside its buffers.
@@ -316,4 +337,66 @@ pub(crate) fn linear_plan(
     overrides.push(("WORKGROUP", workgroup_size.into()));
     let grid = fold_grid(kernel, elements.div_ceil(workgroup_size.into()), &context.limits)?;
     Plan { overrides, grid, workgroup_size, workgroup_bytes: 0 }.checked(kernel, &context.limits)
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::{AdapterClass, PlanContext, Storage, Tuning, Tunings, padded};
+    use crate::kernels::matmul::Problem as Matmul;
+    use crate::kernels::matvec::Problem as Matvec;
+    use crate::kernels::{Problem, REGISTRY, attention_prefill_cooperative, roofline_cooperative};
+
+    #[test]
+    fn what_does_not_fit_a_number_does_not_come_out_small() {
+        assert_eq!((padded(5, 4), padded(8, 4)), (8, 8));
+        assert_eq!((padded(u64::MAX, 4), padded(u64::MAX - 1, 16)), (u64::MAX, u64::MAX));
+        for storage in Storage::ALL {
+            assert_eq!(storage.tensor_bytes(u64::MAX), u64::MAX);
+            assert_eq!(storage.row_pitch(u32::MAX), u32::MAX);
+            assert_eq!((storage.row_loads(0), storage.row_loads(9)), (0, if storage == Storage::F32 { 3 } else { 2 }));
+            assert!(storage.row_loads(u32::MAX) > 1 << 28);
+        }
+    }
+
+    #[test]
+    fn a_measured_setting_that_does_not_exist_is_an_error() {
+        let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+        context.tunings = Tunings(REGISTRY.iter().map(|spec| (spec.name.to_owned(), 9)).collect());
+        let problem = Matmul::linear(8, 8, 8, false, Storage::F32);
+        let words = "tuning 9 does not exist, there are 4";
+        assert!(problem.plan(&context, Tuning::Auto).unwrap_err().to_string().ends_with(words));
+        assert!(Matvec(problem).plan(&context, Tuning::Auto).is_err());
+        assert!(problem.plan(&context, Tuning::Forced(9)).unwrap_err().to_string().ends_with(words));
+    }
+
+    #[test]
+    fn subgroups_that_no_device_has_do_not_overflow() {
+        for size in [0, 1, u32::MAX] {
+            let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+            (context.subgroup_min_size, context.subgroup_max_size) = (size, size);
+            context.limits.max_compute_invocations_per_workgroup = 1024;
+            context.limits.max_compute_workgroup_size_x = 1024;
+            context.limits.max_compute_workgroup_storage_size = 1 << 16;
+            let plan = roofline_cooperative::Problem { groups: 1, trips: 1 }.plan(&context, Tuning::Auto).unwrap();
+            assert!((4..=128).contains(&plan.workgroup_size), "{plan:?}");
+            let problem = crate::kernels::attention_prefill::Problem {
+                tokens: 16,
+                query_tiles: 1,
+                n_sequence: 1,
+                n_head: 1,
+                d_nope: 8,
+                d_rope: 8,
+                d_value: 8,
+                kv_first: 0,
+                kv_rows: 16,
+                cache_rows: 16,
+                first: true,
+                last: true,
+                scale: 1.0,
+                storage: Storage::F16,
+            };
+            attention_prefill_cooperative::Problem(problem).plan(&context, Tuning::Auto).unwrap();
+        }
+    }
 }

@@ -5,6 +5,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::config::{AttentionConfig, GateNorm};
 use crate::error::{Error, Result};
+use crate::files::tensors;
 
 /// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).
 #[derive(Debug, Clone, PartialEq)]
@@ -34,10 +35,9 @@ impl<'a> Checkpoint<'a> {
     /// Reads the header of a safetensors file.
     ///
     /// # Errors
-    /// [`Error::Safetensors`] when the bytes are truncated or no safetensors file.
+    /// [`Error::Safetensors`] when the bytes are truncated, no safetensors file, or name a tensor twice.
     pub fn new(bytes: &'a [u8]) -> Result<Self> {
-        let tensors = SafeTensors::deserialize(bytes).map_err(|error| Error::Safetensors(error.to_string()))?;
-        Ok(Checkpoint { tensors, taken: Default::default() })
+        Ok(Checkpoint { tensors: tensors(bytes)?, taken: Default::default() })
     }
 
     /// Whether a tensor of that name exists.

@@ -220,10 +220,7 @@ fn a_pipeline_cache_of_another_device_does_no_harm() {
     };
     let (device, queue) = open();
     let (other, _) = open();
-    #[expect(unsafe_code, reason = "no bytes are handed over")]
-    let make = |device: &wgpu::Device| unsafe {
-        device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor { label: None, data: None, fallback: true })
-    };
+    let make = |device: &wgpu::Device| common::unchecked::pipeline_cache(device, None);
     let case = cases().into_iter().find(|case| case.kernel() == "swiglu").unwrap();
     for cache in [make(&device), make(&other)] {
         let kernels = Kernels::new(&device).unwrap().with_pipeline_cache(cache);

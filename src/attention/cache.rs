@@ -11,7 +11,7 @@ use crate::config::{AttentionConfig, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Kernels, Recording, Region};
 use crate::kernels::{cache_copy, product};
-use crate::plan::{Storage, Tuning};
+use crate::plan::{Storage, Tuning, padded};
 
 /// Extents of a [`LatentCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,17 +88,18 @@ impl LatentCache {
             }
             Ok(needed)
         };
-        let stored = |width: u32| u64::from(options.storage.row_pitch(width)) * options.storage.bytes() * rows;
+        let stored =
+            |width: u32| (u64::from(options.storage.row_pitch(width)) * options.storage.bytes()).saturating_mul(rows);
         let gate = config.up_projected_gate();
         let has_statistics = gate.is_some_and(|gate| gate.norm != GateNorm::None);
         // Each part begins where a binding may begin.
         let alignment = u64::from(limits.min_storage_buffer_offset_alignment.max(16));
         let latent = bytes("latent cache", stored(config.d_latent))?;
-        let rope_byte = latent.next_multiple_of(alignment);
+        let rope_byte = padded(latent, alignment);
         let rope_key = stored(config.d_rope);
-        let statistics_byte = (rope_byte + rope_key.max(16)).next_multiple_of(alignment);
+        let statistics_byte = padded(rope_byte.saturating_add(rope_key.max(16)), alignment);
         let statistics = if has_statistics { (rows * 8).next_multiple_of(16) } else { 0 };
-        let whole = bytes("latent cache with rotary keys and statistics", statistics_byte + statistics)?;
+        let whole = bytes("latent cache with rotary keys and statistics", statistics_byte.saturating_add(statistics))?;
         let pool = match (gate, options.gate_rows) {
             (Some(_), GateRows::Pool { rows }) => {
                 let pitch = u64::from(options.storage.row_pitch(config.d_kv()));

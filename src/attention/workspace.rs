@@ -88,7 +88,7 @@ impl Workspace {
         let tile_rows = options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded);
         let tokens = options.max_tokens.min(cache.rows());
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
-        let decoding = tokens.min(product(&[cache.options().batch, decode_tokens]) as u32);
+        let decoding = product(&[cache.options().batch, decode_tokens]).min(tokens.into()) as u32;
         let partials = splits.saturating_mul(decode_tokens);
         let slices = attention_prefill::slices(kernels.context(), Tuning::Auto, config.d_value)?;
         let absorbable = config.up_projected_gate().is_none();
@@ -108,7 +108,8 @@ impl Workspace {
             (Some(lists), Some(gate)) => {
                 let partials = lists.most_partials(gate.vocab_size, decode_tokens);
                 let partials = u32::try_from(partials).unwrap_or(u32::MAX);
-                let words = softmax_word(partials, n_head, config.d_value) + product(&[partials, n_head, 2]);
+                let words =
+                    softmax_word(partials, n_head, config.d_value).saturating_add(product(&[partials, n_head, 2]));
                 u32::try_from(words).unwrap_or(u32::MAX)
             }
             _ => 0,

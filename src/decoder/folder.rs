@@ -2,21 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-
-use super::mapped;
 use super::tokenizer::TextTokenizer;
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::weights::{AttentionWeights, Checkpoint, HostTensor};
 
-/// A model in Hugging Face layout: configuration and tokenizer read, weights mapped into memory.
+/// A model in Hugging Face layout: configuration and tokenizer read, weights read when they are asked for.
 pub struct ModelFolder {
     path: PathBuf,
     config: DecoderConfig,
     tokenizer: TextTokenizer,
     weights_path: PathBuf,
-    weights: Mmap,
 }
 
 impl std::fmt::Debug for ModelFolder {
@@ -33,17 +30,14 @@ impl ModelFolder {
     /// in the header of `model.safetensors` or in `tokenizer.json`, among them a tokenizer with ids beyond `vocab_size`.
     pub fn open(dir: &Path) -> Result<Self> {
         let config_path = dir.join("config.json");
-        let text =
-            std::fs::read_to_string(&config_path).map_err(|source| Error::Io { path: config_path.clone(), source })?;
+        let text = files::read_text(&config_path, files::MOST_CONFIG)?;
         let config = DecoderConfig::from_json(&text).map_err(|error| error.in_file(&config_path))?;
 
         let weights_path = dir.join("model.safetensors");
-        let weights = mapped::map(&weights_path)?;
-        Checkpoint::new(&weights).map_err(|error| error.in_file(&weights_path))?;
+        files::check_safetensors(&weights_path)?;
 
         let tokenizer_path = dir.join("tokenizer.json");
-        let bytes =
-            std::fs::read(&tokenizer_path).map_err(|source| Error::Io { path: tokenizer_path.clone(), source })?;
+        let bytes = files::read(&tokenizer_path, files::MOST_TOKENIZER)?;
         let tokenizer = TextTokenizer::from_bytes(&bytes).map_err(|error| error.in_file(&tokenizer_path))?;
         if tokenizer.vocab_size() > u64::from(config.vocab_size) {
             let problem = format!(
@@ -53,7 +47,7 @@ impl ModelFolder {
             );
             return Err(Error::Tokenizer(problem).in_file(&tokenizer_path));
         }
-        Ok(ModelFolder { path: dir.to_owned(), config, tokenizer, weights_path, weights })
+        Ok(ModelFolder { path: dir.to_owned(), config, tokenizer, weights_path })
     }
 
     /// The folder.
@@ -71,12 +65,21 @@ impl ModelFolder {
         &self.tokenizer
     }
 
-    /// Copies all weights out of the mapped file, widened to f32.
+    /// Ids of a text, by [`TextTokenizer::encode`].
     ///
     /// # Errors
-    /// [`Error::File`] with a tensor that is missing, of another shape or type, or has no place in the configuration.
+    /// [`Error::Tokenizer`] in [`Error::File`].
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text).map_err(|error| error.in_file(self.path.join("tokenizer.json")))
+    }
+
+    /// Reads all weights, widened to f32. The file's bytes are in memory beside them until it returns: mapping them instead
+    /// would end the process where another one shortens the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be read any more, [`Error::File`] with a tensor that is missing, of another shape or type, or has no place in the configuration.
     pub fn weights(&self) -> Result<DecoderWeights> {
-        Checkpoint::new(&self.weights)
+        Checkpoint::new(&files::read_safetensors(&self.weights_path)?)
             .and_then(|checkpoint| DecoderWeights::load(&checkpoint, &self.config))
             .map_err(|error| error.in_file(&self.weights_path))
     }

@@ -12,7 +12,6 @@
 mod cpu;
 mod evaluate;
 mod folder;
-mod mapped;
 mod model;
 mod sampling;
 mod tokenizer;
@@ -22,4 +21,4 @@ pub use evaluate::{Score, Window, Windows, scored_characters};
 pub use folder::{DecoderLayerWeights, DecoderWeights, ModelFolder};
 pub use model::{Decoder, DecoderState, DecoderStateOptions, DecoderStep, Logits};
 pub use sampling::{Sampler, SamplingOptions, argmax};
-pub use tokenizer::{TextStream, TextTokenizer};
+pub use tokenizer::{TextStream, TextTokenizer, panics_are_caught};

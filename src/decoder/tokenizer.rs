@@ -1,8 +1,16 @@
 //! Text to token ids and back, whole or as it comes.
 
+use std::cell::Cell;
+use std::panic::AssertUnwindSafe;
+
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
+use crate::json;
+
+/// Most regular expressions of a tokenizer. Published ones have some three; each may be compiled to ten mebibytes, however few
+/// characters it has.
+const MOST_PATTERNS: usize = 16;
 
 /// The tokenizer of a `tokenizer.json`.
 pub struct TextTokenizer {
@@ -16,6 +24,30 @@ impl std::fmt::Debug for TextTokenizer {
     }
 }
 
+thread_local! {
+    static CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread, now, is one of the tokenizers library that comes back as [`Error::Tokenizer`]: a panic hook
+/// has nothing to tell of it. A tokenizer of settings that contradict each other makes that library panic in several places.
+pub fn panics_are_caught() -> bool {
+    CAUGHT.get()
+}
+
+/// Calls into the tokenizers library.
+fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = CAUGHT.replace(true);
+    // What it panics out of is not used again: reading failed, or a text was not encoded or decoded. Its caches are behind
+    // locks that it passes over where they are poisoned.
+    let result = std::panic::catch_unwind(AssertUnwindSafe(call));
+    CAUGHT.set(before);
+    result.unwrap_or_else(|cause| {
+        let words =
+            cause.downcast_ref::<&str>().copied().or_else(|| cause.downcast_ref::<String>().map(String::as_str));
+        Err(error(format_args!("its library failed: {}", words.unwrap_or("it does not say why"))))
+    })
+}
+
 /// The tokenizer's own words, on one line.
 fn error(error: impl std::fmt::Display) -> Error {
     Error::Tokenizer(error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
@@ -26,13 +58,21 @@ impl TextTokenizer {
     /// encoded whole.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the bytes are no tokenizer.
+    /// [`Error::Tokenizer`] when the bytes are no tokenizer, or one of more than 16 regular expressions.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(error)?;
-        tokenizer.with_truncation(None).map_err(error)?;
-        tokenizer.with_padding(None);
-        let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |&id| u64::from(id) + 1);
-        Ok(TextTokenizer { tokenizer, vocab_size })
+        let mut patterns = 0;
+        json::walk(bytes, &mut |key| patterns += usize::from(key == "Regex")).map_err(error)?;
+        if patterns > MOST_PATTERNS {
+            let problem = format!("{patterns} regular expressions, at most {MOST_PATTERNS} are compiled");
+            return Err(Error::Tokenizer(problem));
+        }
+        guarded(|| {
+            let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(error)?;
+            tokenizer.with_truncation(None).map_err(error)?;
+            tokenizer.with_padding(None);
+            let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |&id| u64::from(id) + 1);
+            Ok(TextTokenizer { tokenizer, vocab_size })
+        })
     }
 
     /// One more than the highest id: rows that a model's embedding must have.
@@ -43,9 +83,16 @@ impl TextTokenizer {
     /// Ids of a text, with the special tokens that the tokenizer itself puts around one.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] for a text that the vocabulary cannot express.
+    /// [`Error::Tokenizer`] for a text that the vocabulary cannot express, or a special token beyond the vocabulary.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.tokenizer.encode_fast(text, true).map_err(error)?.get_ids().to_vec())
+        let ids = guarded(|| Ok(self.tokenizer.encode_fast(text, true).map_err(error)?.get_ids().to_vec()))?;
+        match ids.iter().find(|&&id| u64::from(id) >= self.vocab_size) {
+            None => Ok(ids),
+            Some(id) => {
+                let size = self.vocab_size;
+                Err(Error::Tokenizer(format!("it puts id {id} around a text, beyond its vocabulary of {size}")))
+            }
+        }
     }
 
     /// Text of ids, without special tokens. Bytes that are no UTF-8 come out as U+FFFD.
@@ -53,7 +100,11 @@ impl TextTokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(error)
+        // Some decoders fail on no token at all.
+        if ids.is_empty() {
+            return Ok(String::new());
+        }
+        guarded(|| self.tokenizer.decode(ids, true).map_err(error))
     }
 }
 
@@ -107,4 +158,57 @@ impl<'a> TextStream<'a> {
 /// Bytes of `text` before its trailing replacement characters.
 fn complete(text: &str) -> usize {
     text.trim_end_matches(char::REPLACEMENT_CHARACTER).len()
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::TextTokenizer;
+
+    #[test]
+    fn a_tokenizer_of_many_regular_expressions_is_refused() {
+        let of = |patterns: usize| {
+            let split = r#"{"type":"Split","pattern":{"Regex":"\\w{9}"},"behavior":"Removed","invert":false}"#;
+            let splits = vec![split; patterns].join(",");
+            let text = format!(
+                r#"{{"model":{{"type":"WordLevel","vocab":{{"a":0}},"unk_token":"a"}},
+                    "pre_tokenizer":{{"type":"Sequence","pretokenizers":[{splits}]}}}}"#
+            );
+            TextTokenizer::from_bytes(text.as_bytes()).map(|tokenizer| tokenizer.vocab_size())
+        };
+        assert_eq!(of(16).unwrap(), 1);
+        let refused = of(17).unwrap_err().to_string();
+        assert_eq!(refused, "tokenizer: 17 regular expressions, at most 16 are compiled");
+    }
+
+    /// A tokenizer that knows `a`, with one more setting.
+    fn with(setting: &str) -> crate::Result<TextTokenizer> {
+        let text = format!(r#"{{"model":{{"type":"WordLevel","vocab":{{"a":0}},"unk_token":"a"}},{setting}}}"#);
+        TextTokenizer::from_bytes(text.as_bytes())
+    }
+
+    #[test]
+    fn what_the_tokenizers_library_panics_on_is_an_error() {
+        let tokenizer = with(r#""pre_tokenizer":{"type":"FixedLength","length":0}"#).unwrap();
+        let at_encoding = tokenizer.encode("a").unwrap_err().to_string();
+        assert!(at_encoding.starts_with("tokenizer: its library failed: "), "{at_encoding}");
+        assert!(!super::panics_are_caught());
+    }
+
+    #[test]
+    fn special_tokens_are_within_the_vocabulary() {
+        let of = |id: u32| {
+            let processor = format!(r#""post_processor":{{"type":"BertProcessing","sep":["a",{id}],"cls":["a",0]}}"#);
+            with(&processor).unwrap().encode("a")
+        };
+        assert_eq!(of(0).unwrap(), [0, 0, 0]);
+        assert_eq!(of(5).unwrap_err().to_string(), "tokenizer: it puts id 5 around a text, beyond its vocabulary of 1");
+    }
+
+    #[test]
+    fn no_token_is_no_text_whatever_the_decoder() {
+        let tokenizer = with(r#""decoder":{"type":"BPEDecoder","suffix":"</w>"}"#).unwrap();
+        assert_eq!(tokenizer.decode(&[]).unwrap(), "");
+        assert_eq!(tokenizer.decode(&[0]).unwrap(), "a");
+    }
 }

@@ -101,7 +101,7 @@ impl Problem {
 
     /// 16-byte loads of a cache row of this width.
     pub(super) fn loads(&self, width: u32) -> u32 {
-        self.storage.row_pitch(width) / (16 / self.storage.bytes() as u32)
+        self.storage.row_loads(width)
     }
 
     pub(super) fn params(&self) -> Params {

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Problem as _, narrow, nonzero, product, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, padded};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -139,7 +139,7 @@ impl Problem {
         let kv = product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value]);
         [
             words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
-            Bound { region: args.kv, bytes: kv.saturating_mul(self.kv_storage.bytes()).next_multiple_of(4) },
+            Bound { region: args.kv, bytes: padded(kv.saturating_mul(self.kv_storage.bytes()), 4) },
             Bound { region: args.rope_cache, bytes: rope.saturating_mul(self.storage.bytes()).max(least) },
             words(args.sequences, product(&[self.n_sequence, 8])),
             words(args.partial_values, product(&[self.partials, self.n_head, self.d_value])),

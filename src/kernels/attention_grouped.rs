@@ -9,7 +9,7 @@ use super::{Problem as _, attention_grouped_subgroup, narrow, nonzero, product, 
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning, padded};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -128,7 +128,7 @@ pub struct Tiling {
 impl Tiling {
     /// Groups of an item: sequences begin at multiples of it in the step's numbering, and so do passes.
     pub fn item_groups(&self) -> u32 {
-        self.groups * self.run
+        self.groups.saturating_mul(self.run)
     }
 }
 
@@ -161,17 +161,20 @@ fn pairs_of_four(width: u32) -> u32 {
 
 /// Vectors that hold a head's gated query, and after it the gate of its values.
 fn room(d_nope: u32, d_value: u32) -> u32 {
-    d_nope.max(d_value).next_multiple_of(4)
+    d_nope.max(d_value).checked_next_multiple_of(4).unwrap_or(u32::MAX)
 }
 
 /// Workgroup memory in bytes, as the shader declares it.
 fn workgroup_bytes(widths: Widths, groups: u32, heads: u32) -> u64 {
     let Widths { d_latent, d_nope, d_rope, d_value } = widths;
-    let vectors = product(&[heads, room(d_nope, d_value)])
-        + product(&[heads, pairs_of_four(d_rope).max(2)])
-        + product(&[groups, heads, pairs_of_four(d_latent)])
-        + product(&[heads, d_value.div_ceil(4)]);
-    16 * vectors + 4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256
+    let vectors = [
+        product(&[heads, room(d_nope, d_value)]),
+        product(&[heads, pairs_of_four(d_rope).max(2)]),
+        product(&[groups, heads, pairs_of_four(d_latent)]),
+        product(&[heads, d_value.div_ceil(4)]),
+    ];
+    let vectors = vectors.into_iter().fold(0, u64::saturating_add).saturating_mul(16);
+    vectors.saturating_add(4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256)
 }
 
 /// The tiling for these widths on a device, and with it the kernel: that of [`attention_grouped_subgroup`] where it is offered
@@ -282,6 +285,7 @@ impl Problem {
             kernel,
             &[("n_head", self.n_head), ("d_latent", d_latent), ("d_value", d_value), ("n_sequence", self.n_sequence)],
         )?;
+        nonzero(kernel, &[("groups of a tile", self.tiling.groups), ("tiles of an item", self.tiling.run)])?;
         if product(&[self.n_head, d_nope + d_value]) >= 1 << 31 {
             return Err(Error::problem(kernel, format!("{} heads of {d_nope} + {d_value}", self.n_head)));
         }
@@ -322,9 +326,9 @@ impl Problem {
         };
         let cache = if self.norm == GateNorm::None {
             let rope_loads = d_rope.div_ceil(16 / self.cache_storage.bytes() as u32);
-            self.rope_byte + product(&[self.cache_rows, rope_loads, 16])
+            self.rope_byte.saturating_add(product(&[self.cache_rows, rope_loads, 16]))
         } else {
-            self.statistics_byte + product(&[self.cache_rows, 8]).next_multiple_of(16)
+            self.statistics_byte.saturating_add(product(&[self.cache_rows, 8]).next_multiple_of(16))
         };
         let softmax = softmax_word(self.partials, self.n_head, d_value);
         [
@@ -335,14 +339,14 @@ impl Problem {
             rows(args.gates_more, self.more, self.more_storage),
             Bound { region: args.cache, bytes: cache },
             words(args.lists, self.list_words.into()),
-            words(args.partial, softmax + product(&[self.partials, self.n_head, 2])),
+            words(args.partial, softmax.saturating_add(product(&[self.partials, self.n_head, 2]))),
         ]
     }
 }
 
 /// Word of the (m, l) pairs in the partial results: a binding may begin there.
 pub fn softmax_word(partials: u32, n_head: u32, d_value: u32) -> u64 {
-    product(&[partials, n_head, d_value]).next_multiple_of(64)
+    padded(product(&[partials, n_head, d_value]), 64)
 }
 
 /// First element of β in `affine`: a binding may begin there in either storage.
@@ -423,7 +427,6 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
     let plan = problem.plan(recording.kernels().context(), tuning)?;
     let p = *problem;
     let Widths { d_latent, d_rope, d_value, .. } = p.widths;
-    let vectors = |storage: Storage, width: u32| storage.row_pitch(width) * storage.bytes() as u32 / 16;
     let params = Params {
         n_head: p.n_head,
         d_rope,
@@ -431,12 +434,12 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
         items: p.items,
         table: p.table,
         latent: 0,
-        latent_pitch: vectors(p.cache_storage, d_latent),
+        latent_pitch: p.cache_storage.row_loads(d_latent),
         // Every buffer is within a binding of less than 2^32 bytes: its words and vec4s are counted in 32 bits.
         rope: (p.rope_byte / 16) as u32,
-        rope_pitch: vectors(p.cache_storage, d_rope),
+        rope_pitch: p.cache_storage.row_loads(d_rope),
         statistics: (p.statistics_byte / 16) as u32,
-        weight_pitch: vectors(p.storage, d_latent),
+        weight_pitch: p.storage.row_loads(d_latent),
         gate_pitch: p.gates_storage.row_pitch(p.d_kv()),
         more_pitch: p.more_storage.row_pitch(p.d_kv()),
         resident: p.resident,
@@ -449,4 +452,55 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
         scale: p.scale,
     };
     recording.push(&SPEC, &plan, &params, &p.bound(&args))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widths_and_tilings_that_no_device_holds_are_refused() {
+        let context = PlanContext::webgpu_defaults(AdapterClass::Software);
+        let most = u32::MAX;
+        let wide = Widths { d_latent: most, d_nope: most, d_rope: most, d_value: most };
+        assert!(matches!(tiling(&context, wide), Err(Error::Limit { .. })));
+        assert_eq!(softmax_word(most, most, most), u64::MAX);
+        let problem = |groups, run| Problem {
+            tokens: 1,
+            most_tokens: 1,
+            n_sequence: 1,
+            items: 1,
+            partials: 1,
+            n_head: 1,
+            widths: Widths { d_latent: 8, d_nope: 8, d_rope: 8, d_value: 8 },
+            tiling: Tiling { groups, run },
+            table: 0,
+            list_words: 16,
+            cache_rows: 1,
+            rope_byte: 0,
+            statistics_byte: 0,
+            resident: 1,
+            gates_storage: Storage::F32,
+            more: 0,
+            more_storage: Storage::F32,
+            first_row: 0,
+            rows: 1,
+            pass_index: 0,
+            passes: 1,
+            activation: Activation::Identity,
+            norm: GateNorm::None,
+            scale: 1.0,
+            met_groups: 1,
+            met_positions: 1,
+            cache_storage: Storage::F32,
+            storage: Storage::F32,
+        };
+        let plan = |groups, run| super::super::Problem::plan(&problem(groups, run), &context, Tuning::Auto);
+        plan(4, 4).unwrap();
+        for (groups, run) in [(0, 1), (1, 0)] {
+            assert!(matches!(plan(groups, run), Err(Error::Problem { .. })), "{groups} {run}");
+        }
+        assert!(matches!(plan(most, most), Err(Error::Limit { .. })));
+    }
 }

@@ -7,7 +7,7 @@ use super::attention_grouped::{Args, Tiling, Widths, beta_element, softmax_word}
 use super::{Problem as _, attention_grouped};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, KernelSpec, Recording};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
+use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -130,7 +130,6 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
     let plan = problem.plan(recording.kernels().context(), tuning)?;
     let p = problem.0;
     let Widths { d_latent, d_nope, d_rope, d_value } = p.widths;
-    let vectors = |storage: Storage, width: u32| storage.row_pitch(width) * storage.bytes() as u32 / 16;
     let params = Params {
         n_head: p.n_head,
         d_latent,
@@ -141,14 +140,14 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
         items: p.items,
         table: p.table,
         latent: 0,
-        latent_pitch: vectors(p.cache_storage, d_latent),
+        latent_pitch: p.cache_storage.row_loads(d_latent),
         // Every buffer is within a binding of less than 2^32 bytes: its words and vec4s are counted in 32 bits.
         rope: (p.rope_byte / 16) as u32,
-        rope_pitch: vectors(p.cache_storage, d_rope),
+        rope_pitch: p.cache_storage.row_loads(d_rope),
         statistics: (p.statistics_byte / 16) as u32,
-        weight_pitch: vectors(p.storage, d_latent),
-        gate_pitch: vectors(p.gates_storage, p.d_kv()),
-        more_pitch: vectors(p.more_storage, p.d_kv()),
+        weight_pitch: p.storage.row_loads(d_latent),
+        gate_pitch: p.gates_storage.row_loads(p.d_kv()),
+        more_pitch: p.more_storage.row_loads(p.d_kv()),
         resident: p.resident,
         first_row: p.first_row,
         rows: p.rows,

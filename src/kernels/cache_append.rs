@@ -172,7 +172,7 @@ impl Problem {
             words(args.rope_key, or_least(self.d_rope > 0, end(self.rope_offset, self.rope_row, self.d_rope))),
             words(args.rotations, or_least(rotated, product(&[self.tokens, self.d_rope]))),
             words(args.slots, self.tokens.into()),
-            Bound { region: args.cache, bytes: self.rope_byte + cache },
+            Bound { region: args.cache, bytes: self.rope_byte.saturating_add(cache) },
             words(args.q, or_least(heads > 0, q)),
         ]
     }

@@ -130,8 +130,8 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
         &Params {
             rows: p.rows,
             width: p.width,
-            pitch: pitch * p.storage.bytes() as u32 / 16,
-            y_words: y_pitch * p.y_storage.bytes() as u32 / 4,
+            pitch: p.storage.row_loads(p.d_gate),
+            y_words: y_pitch / (4 / p.y_storage.bytes() as u32),
             first_id: p.first_id,
         },
         &[

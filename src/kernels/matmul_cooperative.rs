@@ -72,7 +72,7 @@ pub(super) fn plan(
 
 /// Invocations of four subgroups at least: whole ones, whatever their size.
 pub(super) fn workgroup_size(context: &PlanContext) -> u32 {
-    4 * context.subgroup_max_size
+    4 * context.widest_subgroup()
 }
 
 impl super::Problem for Problem {

@@ -43,8 +43,10 @@ impl super::Problem for Problem {
         };
         // One dimension holds 65 535 workgroups: a wide result takes the setting with the most columns a workgroup.
         let fits = |index: usize| {
-            let (workgroup, lanes) = TUNINGS[index];
-            self.0.cols.div_ceil(workgroup / lanes) <= context.limits.max_compute_workgroups_per_dimension
+            let columns = TUNINGS.get(index).map(|(workgroup, lanes)| workgroup / lanes);
+            columns.is_some_and(|columns| {
+                self.0.cols.div_ceil(columns) <= context.limits.max_compute_workgroups_per_dimension
+            })
         };
         let auto = Some(context.auto(SPEC.name, auto)).filter(|&auto| fits(auto)).unwrap_or(1);
         let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];

@@ -57,7 +57,7 @@ pub(super) fn plan(
     if problem.trips >= 65_535 {
         return Err(Error::problem(spec.name, format!("{} trips, must be below 65535", problem.trips)));
     }
-    let workgroup_size = context.subgroup_max_size;
+    let workgroup_size = context.widest_subgroup();
     Plan {
         overrides: vec![("WORKGROUP", workgroup_size.into())],
         grid: [problem.groups, 1, 1],

@@ -1,7 +1,8 @@
 //! The device of the GPU tests.
 
-#[path = "../../src/bin/egmla/experimental.rs"]
-mod experimental;
+#[allow(dead_code, reason = "the tests that take this need a part of it")]
+#[path = "../../src/bin/egmla/unchecked.rs"]
+pub mod unchecked;
 
 use std::sync::{Arc, Mutex};
 
@@ -30,7 +31,7 @@ pub fn gpu_with(required_limits: wgpu::Limits) -> Gpu {
     let adapter = adapters
         .first()
         .expect("no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)");
-    let (cooperative, experimental_features, matrices) = experimental::cooperative(adapter);
+    let (cooperative, experimental_features, matrices) = unchecked::cooperative(adapter);
     let required_features = adapter.features() & egmla::kernels::optional_features() | cooperative;
     let descriptor =
         wgpu::DeviceDescriptor { required_features, required_limits, experimental_features, ..Default::default() };

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
+use egmla::files::read;
 use egmla::kernel::Kernels;
 use egmla::kernels::optional_features;
 use egmla::plan::Tunings;
@@ -10,8 +11,8 @@ use egmla::wgpu;
 
 use crate::cache_folder;
 use crate::console::{self, one_line};
-use crate::experimental;
 use crate::failure::Failure;
+use crate::unchecked::{self, Pipelines};
 
 /// `--adapter`, shared by every command that computes.
 #[derive(Args, Debug, Clone)]
@@ -40,8 +41,8 @@ pub struct Gpu {
     pub queue: wgpu::Queue,
     /// The kernels, with their device.
     pub kernels: Kernels,
-    /// The driver's cache of compiled pipelines, and the bytes that it began with.
-    pipelines: Option<(wgpu::PipelineCache, Option<Vec<u8>>)>,
+    /// The driver's cache of compiled pipelines, and what it began with.
+    pipelines: Option<(wgpu::PipelineCache, Option<Pipelines>)>,
     /// Errors that no scope caught; the program must not go on after one.
     errors: Arc<Mutex<Vec<String>>>,
 }
@@ -80,36 +81,38 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let Some((cache, before)) = &self.pipelines else { return };
-        let (Some(file), Some(data)) = (cache_folder::pipelines_file(&self.info), cache.get_data()) else { return };
-        if before.as_deref() == Some(&data[..]) {
+        let (Some(file), Some(data)) = (cache_folder::pipelines_file(&self.info), Pipelines::of(cache)) else { return };
+        if before.as_ref() == Some(&data) {
             return;
         }
-        if let Err(error) = cache_folder::write(&file, &cache_folder::seal(&data)) {
+        if let Err(error) = cache_folder::write(&file, &data.seal()) {
             tracing::debug!("{}: {error}", file.display());
         }
     }
 }
 
+/// Most bytes of a kept cache of pipelines that are read.
+const MOST_PIPELINES: u64 = 256 << 20;
+
+/// Most bytes of kept tile settings that are read.
+const MOST_TUNINGS: u64 = 1 << 20;
+
 /// The driver's cache, with what an earlier run kept of this adapter.
-fn pipeline_cache(device: &wgpu::Device, info: &wgpu::AdapterInfo) -> Option<(wgpu::PipelineCache, Option<Vec<u8>>)> {
+fn pipeline_cache(device: &wgpu::Device, info: &wgpu::AdapterInfo) -> Option<(wgpu::PipelineCache, Option<Pipelines>)> {
     if !device.features().contains(wgpu::Features::PIPELINE_CACHE) {
         return None;
     }
-    let kept = std::fs::read(cache_folder::pipelines_file(info)?).ok();
-    let data = kept.as_deref().and_then(cache_folder::unseal).map(<[u8]>::to_vec);
-    let descriptor = wgpu::PipelineCacheDescriptor { label: Some("egmla"), data: data.as_deref(), fallback: true };
+    let kept = read(&cache_folder::pipelines_file(info)?, MOST_PIPELINES).ok();
+    let kept = kept.as_deref().and_then(Pipelines::unseal);
     let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
-    // SAFETY: the bytes are those that `get_data` returned in an earlier run: they passed their checksum, and wgpu refuses
-    // those of another adapter or driver.
-    #[expect(unsafe_code, reason = "wgpu cannot prove where a driver's bytes come from")]
-    let cache = unsafe { device.create_pipeline_cache(&descriptor) };
-    pollster::block_on(scope.pop()).is_none().then_some((cache, data))
+    let cache = unchecked::pipeline_cache(device, kept.as_ref());
+    pollster::block_on(scope.pop()).is_none().then_some((cache, kept))
 }
 
 /// Measured tile settings of this adapter and driver, when `egmla tune` kept some.
 pub fn tunings(info: &wgpu::AdapterInfo) -> Tunings {
     let Some(file) = cache_folder::tunings_file(info) else { return Tunings::default() };
-    let Ok(bytes) = std::fs::read(&file) else { return Tunings::default() };
+    let Ok(bytes) = read(&file, MOST_TUNINGS) else { return Tunings::default() };
     serde_json::from_slice(&bytes).unwrap_or_else(|error| {
         tracing::warn!("{}: {error}; run `egmla tune` again", file.display());
         Tunings::default()
@@ -200,7 +203,7 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
     let required_limits = limits(adapter);
     // Neither changes what a kernel computes: one measures, the other makes a second start quicker.
     let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
-    let (cooperative, experimental_features, matrices) = experimental::cooperative(adapter);
+    let (cooperative, experimental_features, matrices) = unchecked::cooperative(adapter);
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("egmla"),
         required_features: adapter.features() & wanted | cooperative,

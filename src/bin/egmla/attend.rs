@@ -8,13 +8,15 @@ use std::path::PathBuf;
 
 use clap::Args;
 use egmla::config::AttentionConfig;
+use egmla::files::{MOST_CONFIG, read_safetensors, read_text};
+use egmla::sequences::Sequences;
 use egmla::weights::{AttentionWeights, Checkpoint};
 
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::failure::Failure;
 use crate::options::PathOptions;
-use files::{Input, Output, read};
+use files::Output;
 use schedule::{Prefill, Schedule};
 
 /// Options of `egmla attend`.
@@ -71,15 +73,16 @@ impl Phase {
 
 /// Runs the layer.
 pub fn run(args: AttendArgs) -> Result<(), Failure> {
-    let config = String::from_utf8(read(&args.config)?)
-        .map_err(|_| Failure::usage(format!("{}: not UTF-8 text", args.config.display())))?;
+    let config = read_text(&args.config, MOST_CONFIG)?;
     let config = AttentionConfig::from_json(&config).map_err(|error| error.in_file(&args.config))?;
-    let bytes = read(&args.weights)?;
+    let bytes = read_safetensors(&args.weights)?;
     let weights = Checkpoint::new(&bytes)
         .and_then(|checkpoint| AttentionWeights::load(&checkpoint, "", &config))
         .map_err(|error| error.in_file(&args.weights))?;
     drop(bytes);
-    let input = Input::read(&args.input, &config)?;
+    let bytes = read_safetensors(&args.input)?;
+    let input = Sequences::from_safetensors(&bytes, &config).map_err(|error| error.in_file(&args.input))?;
+    drop(bytes);
     let output = Output::check(&args.output)?;
     for (option, path) in [("config", &args.config), ("weights", &args.weights), ("input", &args.input)] {
         output.refuse_input(option, path)?;

@@ -47,37 +47,3 @@ pub fn write(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
     }
     written
 }
-
-/// A checksum before the bytes of a driver's cache: a file that was cut or changed never reaches the driver.
-pub fn seal(content: &[u8]) -> Vec<u8> {
-    let mut sealed = checksum(content).to_le_bytes().to_vec();
-    sealed.extend_from_slice(content);
-    sealed
-}
-
-/// The bytes behind the checksum, where they are those that were sealed.
-pub fn unseal(sealed: &[u8]) -> Option<&[u8]> {
-    let (sum, content) = sealed.split_first_chunk::<8>()?;
-    (u64::from_le_bytes(*sum) == checksum(content)).then_some(content)
-}
-
-/// FNV-1a: for accidents, not for attacks; who can write this folder can replace the program.
-fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{seal, unseal};
-
-    #[test]
-    fn a_damaged_file_is_not_used() {
-        let sealed = seal(b"pipelines");
-        assert_eq!(unseal(&sealed), Some(&b"pipelines"[..]));
-        assert_eq!(unseal(&sealed[..sealed.len() - 1]), None);
-        assert_eq!(unseal(b"short"), None);
-        let mut changed = sealed;
-        changed[10] ^= 1;
-        assert_eq!(unseal(&changed), None);
-    }
-}

@@ -1,12 +1,13 @@
 //! `egmla eval`: how well a model predicts a text.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use egmla::attention::{DecodePath, GateRows};
 use egmla::decoder::{ModelFolder, Score, Windows, scored_characters};
+use egmla::files;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::adapter::{self, AdapterOption, Backend};
@@ -49,7 +50,7 @@ struct Report {
 pub fn run(args: EvalArgs) -> Result<(), Failure> {
     let text = read(&args.text)?;
     let folder = ModelFolder::open(&args.model.folder()?)?;
-    let ids = folder.tokenizer().encode(&text)?;
+    let ids = folder.encode(&text)?;
     if ids.len() < 2 {
         let path = args.text.display();
         return Err(Failure::usage(format!(
@@ -118,16 +119,13 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
     ))
 }
 
-fn read(path: &std::path::Path) -> Result<String, Failure> {
-    let shown = path.display();
-    let bytes = std::fs::read(path).map_err(|error| Failure::usage(format!("{shown}: {error}")))?;
-    if bytes.is_empty() {
-        return Err(Failure::usage(format!("{shown}: the file is empty")));
+fn read(path: &Path) -> Result<String, Failure> {
+    // A text is the user's own: it may be as long as memory is.
+    let text = files::read_text(path, u64::MAX)?;
+    if text.is_empty() {
+        return Err(Failure::usage(format!("{}: the file is empty", path.display())));
     }
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = error.utf8_error().valid_up_to();
-        Failure::usage(format!("{shown}: not UTF-8 (byte {valid})"))
-    })
+    Ok(text)
 }
 
 /// A bar on stderr when that is a terminal.

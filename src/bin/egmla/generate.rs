@@ -96,7 +96,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         SamplingOptions { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut sampler = Sampler::new(sampling)?;
     let folder = ModelFolder::open(&args.model.folder()?)?;
-    let prompt_ids = folder.tokenizer().encode(&args.prompt)?;
+    let prompt_ids = folder.encode(&args.prompt)?;
     let (new_tokens, capacity) = room(&args, &folder, prompt_ids.len())?;
 
     let weights = folder.weights()?;

@@ -6,19 +6,20 @@ use std::path::Path;
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
 use egmla::config::{DecoderConfig, GateNorm};
+use egmla::files::{MOST_CONFIG, read_text};
 use egmla::kernels::{
     Problem, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
     attention_merge, attention_prefill, attention_prefill_subgroup, matmul, matvec,
 };
 use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning, Tunings};
-use egmla::{Error, wgpu};
+use egmla::wgpu;
 use serde::Serialize;
 
 use crate::adapter;
 use crate::console;
-use crate::experimental;
 use crate::failure::Failure;
 use crate::options::ModelOption;
+use crate::unchecked;
 
 /// Options of `egmla info`.
 #[derive(Args, Debug)]
@@ -130,7 +131,7 @@ impl Adapter {
         let features = adapter.features();
         let class = AdapterClass::of(&info);
         let tunings = adapter::tunings(&info);
-        let (cooperative_features, _, cooperative) = experimental::cooperative(adapter);
+        let (cooperative_features, _, cooperative) = unchecked::cooperative(adapter);
         let context = PlanContext {
             tunings: tunings.clone(),
             features: adapter::features(adapter) | cooperative_features,
@@ -310,8 +311,9 @@ impl Shape {
         let row = |attention: String, elements: u64, below_mha, below_mla| CacheRow {
             attention,
             elements,
-            bytes_f32: elements * Storage::F32.bytes(),
-            bytes_f16: elements * Storage::F16.bytes(),
+            // A configuration may tell of more layers than bytes can be counted of.
+            bytes_f32: elements.saturating_mul(Storage::F32.bytes()),
+            bytes_f16: elements.saturating_mul(Storage::F16.bytes()),
             below_mha,
             below_mla,
         };
@@ -341,7 +343,7 @@ impl CacheTable {
 
     fn of_model(folder: &Path) -> Result<Self, Failure> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let text = read_text(&path, MOST_CONFIG)?;
         let config = DecoderConfig::from_json(&text).map_err(|error| error.in_file(path))?;
         let c = &config.attention;
         let shape =

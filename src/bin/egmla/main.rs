@@ -11,13 +11,13 @@ mod check;
 mod console;
 mod engine;
 mod eval;
-mod experimental;
 mod export;
 mod failure;
 mod generate;
 mod info;
 mod options;
 mod tune;
+mod unchecked;
 
 use std::process::ExitCode;
 
@@ -55,7 +55,11 @@ enum Command {
 
 fn main() -> ExitCode {
     // A defect of ours must not look like a crash to a script: one line, exit 1.
-    std::panic::set_hook(Box::new(|info| console::error(&format!("internal error: {info}"))));
+    std::panic::set_hook(Box::new(|info| {
+        if !egmla::decoder::panics_are_caught() {
+            console::error(&format!("internal error: {info}"));
+        }
+    }));
     console::start_logging();
     match std::panic::catch_unwind(run) {
         Ok(Ok(())) => ExitCode::SUCCESS,

@@ -10,9 +10,9 @@ use egmla::config::AttentionConfig;
 use egmla::kernel::{Kernels, Recording, Region};
 use egmla::plan::Storage;
 use egmla::reference::layer::{History, Layer};
+use egmla::sequences::Sequences;
 use egmla::weights::AttentionWeights;
 
-use super::files::Input;
 use super::schedule::{Planned, Schedule};
 use super::{Phase, Summary};
 use crate::adapter::Gpu;
@@ -27,7 +27,7 @@ pub fn on_gpu(
     gpu: &Gpu,
     config: &AttentionConfig,
     weights: &AttentionWeights,
-    input: &Input,
+    input: &Sequences,
     mut schedule: Schedule,
     options: &PathOptions,
 ) -> Result<(Vec<f32>, Summary), Failure> {
@@ -89,7 +89,7 @@ struct DeviceLayer<'a> {
 
 impl DeviceLayer<'_> {
     /// Submits one step; its output can be read once the queue has come to it.
-    fn submit(&mut self, gpu: &Gpu, input: &Input, step: &Planned, path: DecodePath) -> egmla::Result<Region> {
+    fn submit(&mut self, gpu: &Gpu, input: &Sequences, step: &Planned, path: DecodePath) -> egmla::Result<Region> {
         let rows = gather(&input.hidden, &step.rows, input.width);
         let hidden = Region::from(&self.kernels.upload("egmla.attend.input", bytemuck::cast_slice(&rows))?);
         let bytes = size_of_val(rows.as_slice()) as u64;
@@ -109,7 +109,7 @@ impl DeviceLayer<'_> {
 pub fn on_cpu(
     config: AttentionConfig,
     weights: &AttentionWeights,
-    input: &Input,
+    input: &Sequences,
     schedule: Schedule,
     options: &PathOptions,
 ) -> Result<(Vec<f32>, Summary), Failure> {

@@ -54,8 +54,11 @@ impl Peers {
     }
 }
 
+/// Most bytes of a file of results.
+const MOST_RESULTS: u64 = 64 << 20;
+
 fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, Failure> {
-    let bytes = std::fs::read(path).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
+    let bytes = egmla::files::read(path, MOST_RESULTS)?;
     serde_json::from_slice(&bytes).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
 }
 
@@ -71,8 +74,7 @@ pub fn update(readme: &Path, files: &[PathBuf]) -> Result<(), Failure> {
         }
         section(&mut block, file, &report, &Peers::beside(file, &report)?, &plots);
     }
-    let text =
-        std::fs::read_to_string(readme).map_err(|error| Failure::usage(format!("{}: {error}", readme.display())))?;
+    let text = egmla::files::read_text(readme, MOST_RESULTS)?;
     let marked = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
     let (before, after) =
         marked.ok_or_else(|| Failure::usage(format!("{}: no block from `{BEGIN}` to `{END}`", readme.display())))?;

@@ -1,0 +1,308 @@
+//! Files that nobody vouches for: regular ones only, so that no reader waits for a pipe or reads a device without end, and
+//! read into no more memory than what stands in them justifies.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use safetensors::SafeTensors;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::error::{Error, Result};
+use crate::json::{Walk, next_key};
+
+/// Most bytes of a `config.json`. Those of published models have some thousands.
+pub const MOST_CONFIG: u64 = 4 << 20;
+
+/// Most bytes of a `tokenizer.json`. Those of published models have some tens of millions.
+pub const MOST_TOKENIZER: u64 = 256 << 20;
+
+/// Most bytes of a safetensors header, as the format's own reader has it.
+const MOST_HEADER: u64 = 100_000_000;
+
+/// Bytes that hold the length of a safetensors header.
+const LENGTH: usize = 8;
+
+/// Reads a whole file of `most` bytes at most.
+///
+/// # Errors
+/// [`Error::Io`] for what is no regular file or cannot be read, [`Error::OutOfRange`] in [`Error::File`] for a file that is
+/// larger.
+pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let (file, length) = open(path)?;
+    let refused = |found| Error::OutOfRange { what: "the size of the file in bytes", found, limit: most }.in_file(path);
+    if length > most {
+        return Err(refused(length));
+    }
+    let mut bytes = Vec::new();
+    append(&mut bytes, file, most.saturating_add(1)).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    // It may have grown since, or be a file of the kernel's, which have no length.
+    match bytes.len() as u64 {
+        found if found > most => Err(refused(found)),
+        _ => Ok(bytes),
+    }
+}
+
+/// Reads a whole file of text.
+///
+/// # Errors
+/// As [`read()`], and [`Error::Utf8`] in [`Error::File`].
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    String::from_utf8(read(path, most)?)
+        .map_err(|error| Error::Utf8 { byte: error.utf8_error().valid_up_to() }.in_file(path))
+}
+
+/// Reads a whole safetensors file; its tensors only once its header is found to fit its length.
+///
+/// # Errors
+/// [`Error::Io`] as [`read()`]; [`Error::Safetensors`] in [`Error::File`] for a header that is none or does not fit.
+pub fn read_safetensors(path: &Path) -> Result<Vec<u8>> {
+    let (mut file, length, mut bytes) = open_safetensors(path)?;
+    let rest = length - bytes.len() as u64;
+    append(&mut bytes, &mut file, rest).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    // Shorter where it was cut meanwhile: then its tensors end past it, which `tensors` refuses.
+    Ok(bytes)
+}
+
+/// Checks the header of a safetensors file, without reading its tensors.
+///
+/// # Errors
+/// As [`read_safetensors`].
+pub fn check_safetensors(path: &Path) -> Result<()> {
+    open_safetensors(path).map(drop)
+}
+
+/// The tensors of a safetensors file in memory.
+///
+/// # Errors
+/// [`Error::Safetensors`] when the bytes are no whole safetensors file, or name a tensor twice.
+pub(crate) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
+    let whole = bytes.len() as u64;
+    let start = LENGTH + header_length(bytes.first_chunk(), whole)?;
+    // `header_length` has checked that the header ends within the bytes.
+    check_header(&bytes[LENGTH..start], whole - start as u64)?;
+    SafeTensors::deserialize(bytes).map_err(|error| Error::Safetensors(error.to_string()))
+}
+
+/// A regular file and its length. Asked for before it is opened, since opening a pipe waits for its other end, and again
+/// after, since the name may stand for another file by then.
+fn open(path: &Path) -> Result<(File, u64)> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let regular = |found: std::fs::Metadata| match (found.is_file(), found.is_dir()) {
+        (true, _) => Ok(found.len()),
+        (_, true) => Err(io(io::Error::new(io::ErrorKind::IsADirectory, "is a directory, not a file"))),
+        _ => Err(io(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"))),
+    };
+    regular(std::fs::metadata(path).map_err(io)?)?;
+    let file = File::open(path).map_err(io)?;
+    let length = regular(file.metadata().map_err(io)?)?;
+    Ok((file, length))
+}
+
+/// A safetensors file, its length, and the bytes to the end of its header, which has been checked.
+fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>)> {
+    let (mut file, length) = open(path)?;
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let mut bytes = Vec::new();
+    append(&mut bytes, &mut file, LENGTH as u64).map_err(io)?;
+    let header = header_length(bytes.first_chunk(), length).map_err(|error| error.in_file(path))?;
+    append(&mut bytes, &mut file, header as u64).map_err(io)?;
+    check_header(&bytes[LENGTH..], length - (LENGTH + header) as u64).map_err(|error| error.in_file(path))?;
+    Ok((file, length, bytes))
+}
+
+/// Reads `count` bytes more, or what there is of them.
+fn append(bytes: &mut Vec<u8>, file: impl Read, count: u64) -> io::Result<()> {
+    file.take(count).read_to_end(bytes).map(drop)
+}
+
+/// Bytes of the header of a safetensors file of `whole` bytes that begins with `first`.
+fn header_length(first: Option<&[u8; LENGTH]>, whole: u64) -> Result<usize> {
+    let invalid = |problem: String| Err(Error::Safetensors(problem));
+    let Some(first) = first else { return invalid(format!("{whole} bytes are no header")) };
+    let header = u64::from_le_bytes(*first);
+    if header > MOST_HEADER {
+        return invalid(format!("a header of {header} bytes, at most {MOST_HEADER} are read"));
+    }
+    if header > whole - LENGTH as u64 {
+        return invalid(format!("a header of {header} bytes in a file of {whole}"));
+    }
+    Ok(header as usize)
+}
+
+/// Checks that a header names each tensor once and that the tensors take `data` bytes, no more and no fewer. What each says
+/// of itself is left to the format's own reader, which adds ends up without looking whether the sum still fits a number.
+fn check_header(header: &[u8], data: u64) -> Result<()> {
+    let invalid = |problem: String| Err(Error::Safetensors(problem));
+    let text = match std::str::from_utf8(header) {
+        Ok(text) => text,
+        Err(error) => return invalid(format!("the header is not UTF-8 (byte {})", error.valid_up_to())),
+    };
+    match serde_json::from_str(text) {
+        Err(error) => invalid(format!("the header: {error}")),
+        Ok(Header { end, .. }) if end == data => Ok(()),
+        Ok(Header { end, .. }) => invalid(format!("the header tells of {end} bytes of tensors, the file has {data}")),
+    }
+}
+
+/// Where the last tensor ends.
+struct Header {
+    end: u64,
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Tensors)
+    }
+}
+
+struct Tensors;
+
+#[derive(serde::Deserialize)]
+struct Tensor {
+    data_offsets: (u64, u64),
+}
+
+impl<'de> Visitor<'de> for Tensors {
+    type Value = Header;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+        let mut header = Header { end: 0 };
+        let mut seen = HashSet::new();
+        while let Some(name) = next_key(&mut map, &mut seen)? {
+            if name == "__metadata__" {
+                map.next_value_seed(Walk(&mut |_| {}))?;
+                continue;
+            }
+            let (begin, end) = map.next_value::<Tensor>()?.data_offsets;
+            if end < begin {
+                return Err(A::Error::custom(format_args!("tensor `{name}` begins at byte {begin} and ends at {end}")));
+            }
+            header.end = header.end.max(end);
+        }
+        Ok(header)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::fs;
+
+    use super::{check_safetensors, read, read_safetensors, read_text, tensors};
+
+    /// A file of this header and as many bytes of tensors.
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    fn tensor(name: &str, shape: &str, offsets: &str) -> String {
+        format!(r#""{name}":{{"dtype":"U8","shape":{shape},"data_offsets":{offsets}}}"#)
+    }
+
+    /// What is wrong with a file, which reading it from memory and from a folder both have to say.
+    fn refused(bytes: &[u8]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w");
+        fs::write(&path, bytes).unwrap();
+        let problem = tensors(bytes).map(drop).unwrap_err().to_string();
+        if let Err(error) = check_safetensors(&path) {
+            assert_eq!(error.to_string(), format!("{}: {problem}", path.display()));
+            assert_eq!(read_safetensors(&path).unwrap_err().to_string(), error.to_string());
+        } else {
+            assert_eq!(read_safetensors(&path).unwrap(), bytes);
+        }
+        problem
+    }
+
+    #[test]
+    fn a_whole_file_is_read() {
+        let bytes = file(&format!(r#"{{{},"__metadata__":{{"a":"b"}}}}"#, tensor("w", "[3]", "[0,3]")), 3);
+        assert_eq!(tensors(&bytes).unwrap().tensor("w").unwrap().data(), [0; 3]);
+        tensors(&file("{}", 0)).unwrap();
+    }
+
+    #[test]
+    fn headers_that_do_not_fit_are_refused() {
+        let header = |tensors: &[String], data| refused(&file(&format!("{{{}}}", tensors.join(",")), data));
+        assert!(refused(b"").ends_with("0 bytes are no header"));
+        assert!(refused(b"1234567").ends_with("7 bytes are no header"));
+        assert!(refused(&[0xff; 64]).contains("a header of 18446744073709551615 bytes"));
+        assert!(refused(&60u64.to_le_bytes()).ends_with("a header of 60 bytes in a file of 8"));
+        assert!(refused(&file("\u{0}", 0)).contains("the header: "));
+        assert!(refused(&file("[]", 0)).contains("the header: "));
+        assert!(refused(&file(&r#"{"a":"#.repeat(1000), 0)).contains("the header: "));
+        let mut bytes = file("{}", 0);
+        bytes[9] = 0xff;
+        assert!(refused(&bytes).ends_with("the header is not UTF-8 (byte 1)"));
+        let past = header(&[tensor("w", "[3]", "[0,3]")], 2);
+        assert!(past.ends_with("the header tells of 3 bytes of tensors, the file has 2"), "{past}");
+        assert!(header(&[tensor("w", "[3]", "[0,3]")], 4).contains("3 bytes of tensors, the file has 4"));
+        assert!(header(&[tensor("w", "[3]", "[3,0]")], 3).contains("tensor `w` begins at byte 3 and ends at 0"));
+        assert!(header(&[tensor("w", "[3]", "[-1,3]")], 3).contains("the header: "));
+        let overlapping = [tensor("a", "[3]", "[0,3]"), tensor("b", "[3]", "[1,4]")];
+        assert!(header(&overlapping, 4).starts_with("not a valid safetensors file"));
+        assert!(header(&[tensor("a", "[2]", "[1,3]")], 3).starts_with("not a valid safetensors file"), "a hole");
+        let shape = "[1152921504606846976,1152921504606846976]";
+        assert!(header(&[tensor("w", shape, "[0,0]")], 0).starts_with("not a valid safetensors file"));
+        assert!(
+            header(&[tensor("w", "[1152921504606846976]", "[0,3]")], 3).starts_with("not a valid safetensors file")
+        );
+    }
+
+    #[test]
+    fn a_tensor_stands_once() {
+        let twice = [tensor("w", "[3]", "[0,3]"), tensor("w", "[3]", "[0,3]")].join(",");
+        assert!(refused(&file(&format!("{{{twice}}}"), 3)).contains("`w` is given twice"));
+        let metadata = r#"{"__metadata__":{"a":"b","a":"c"}}"#;
+        assert!(refused(&file(metadata, 0)).contains("`a` is given twice"));
+    }
+
+    #[test]
+    fn ends_that_wrap_around_are_refused() {
+        // Eight tensors of 2^61 - 1 bytes and one more end just below 2^64: 8 + header + end wraps around to a small number,
+        // which the format's own reader compares with the length of the file.
+        let each = (1u64 << 61) - 1;
+        let header = |last: u64| {
+            let mut tensors: Vec<_> = (0..8)
+                .map(|i| tensor(&format!("w{i}"), &format!("[{each}]"), &format!("[{},{}]", i * each, (i + 1) * each)))
+                .collect();
+            tensors.push(tensor("w8", &format!("[{}]", last - 8 * each), &format!("[{},{last}]", 8 * each)));
+            format!("{{{}}}", tensors.join(","))
+        };
+        let end = u64::MAX - 7;
+        let text = header(end);
+        assert_eq!((8 + text.len() as u64).wrapping_add(end), text.len() as u64);
+        assert!(refused(&file(&text, 0)).contains("bytes of tensors, the file has 0"));
+    }
+
+    #[test]
+    fn files_that_are_none_and_files_that_are_too_large_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let problem = |path: &str, most| read(&folder.path().join(path), most).unwrap_err().to_string();
+        assert!(problem("none", 9).contains("none: "));
+        assert!(problem(".", 9).ends_with("is a directory, not a file"));
+        fs::write(folder.path().join("text"), "ab\u{e4}").unwrap();
+        assert_eq!(read(&folder.path().join("text"), 4).unwrap().len(), 4);
+        assert!(problem("text", 3).ends_with("text: the size of the file in bytes is 4, must be at most 3"));
+        fs::write(folder.path().join("text"), b"ab\xff").unwrap();
+        let error = read_text(&folder.path().join("text"), 4).unwrap_err().to_string();
+        assert!(error.ends_with("text: not UTF-8 text (byte 2)"), "{error}");
+        #[cfg(unix)]
+        {
+            assert!(read("/dev/zero".as_ref(), 9).unwrap_err().to_string().ends_with("is not a regular file"));
+            // The kernel says that it is empty.
+            #[cfg(target_os = "linux")]
+            assert!(read("/proc/self/status".as_ref(), 9).unwrap_err().to_string().contains("must be at most 9"));
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Sizes whose bytes fit no number: refused with the largest number there is, never rounded up to a small one.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use egmla::Error;
+use egmla::attention::{CacheOptions, GateRows, LatentCache};
+use egmla::config::AttentionConfig;
+use egmla::kernel::{Recording, Region};
+use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_rows};
+use egmla::plan::{Storage, Tuning};
+
+#[test]
+fn buffers_that_no_number_counts_are_refused() {
+    let gpu = common::gpu();
+    for bytes in [u64::MAX, u64::MAX - 1, 1 << 63] {
+        let error = gpu.kernels.allocate("huge", bytes).unwrap_err();
+        assert!(matches!(error, Error::Limit { needed, .. } if needed >= bytes), "{error}");
+    }
+    gpu.assert_no_errors();
+}
+
+#[test]
+fn caches_that_no_number_counts_are_refused() {
+    let gpu = common::gpu();
+    let config = |latent: u32, rope: u32| {
+        let text = format!(
+            r#"{{"hidden_size":1,"num_attention_heads":1,"kv_lora_rank":{latent},"qk_nope_head_dim":0,
+                "qk_rope_head_dim":{rope},"v_head_dim":1}}"#
+        );
+        AttentionConfig::from_json(&text).unwrap()
+    };
+    let (batch, capacity) = (1, (1 << 31) - 1);
+    for (latent, rope) in [((1 << 31) - 4, 2), (1, (1 << 31) - 2), (1 << 30, 1 << 29)] {
+        for storage in Storage::ALL {
+            let options = CacheOptions { n_layer: 1, batch, capacity, storage, gate_rows: GateRows::Recompute };
+            let error = LatentCache::new(&gpu.kernels, &config(latent, rope), options).unwrap_err();
+            assert!(
+                matches!(error, Error::Limit { needed, .. } if needed > 1 << 33),
+                "{latent} {rope} {storage:?}: {error}"
+            );
+        }
+    }
+    gpu.assert_no_errors();
+}
+
+/// One small buffer for every name: what it is asked to hold is the point.
+#[test]
+fn bindings_that_no_number_counts_are_refused() {
+    let gpu = common::gpu();
+    let small = Region::from(&gpu.kernels.allocate("small", 256).unwrap());
+    let small = &small;
+    let mut recording = Recording::new(&gpu.kernels);
+    let refused = |result: egmla::Result<()>| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::BufferSize { needed: u64::MAX, found: 256, .. }), "{error}");
+    };
+    let most = u32::MAX;
+    // Without a query only keys and values are large.
+    let decode = attention_decode::Problem {
+        tokens: 0,
+        most_tokens: 1,
+        partials: 1,
+        n_sequence: 1,
+        n_head: 65535,
+        d_nope: 1 << 29,
+        d_rope: 0,
+        d_value: 1,
+        kv_first: 0,
+        kv_rows: 65535 << 8,
+        cache_rows: 1,
+        scale: 1.0,
+        storage: Storage::F16,
+        kv_storage: Storage::F16,
+    };
+    let args = attention_decode::Args {
+        q: small,
+        kv: small,
+        rope_cache: small,
+        sequences: small,
+        partial_values: small,
+        partial_softmax: small,
+    };
+    refused(attention_decode::encode(&mut recording, &decode, args, Tuning::Auto));
+    let append = cache_append::Problem {
+        tokens: 1,
+        cache_rows: most,
+        d_latent: 1,
+        latent_offset: 0,
+        latent_row: 1,
+        d_rope: 8,
+        rope_offset: 0,
+        rope_row: 8,
+        interleave: None,
+        queries: cache_append::Queries::default(),
+        rope_byte: u64::MAX - 3,
+        storage: Storage::F32,
+    };
+    let args =
+        cache_append::Args { latent: small, rope_key: small, rotations: small, slots: small, cache: small, q: small };
+    refused(cache_append::encode(&mut recording, &append, args, Tuning::Forced(0)));
+    let rows = gate_rows::Problem {
+        rows: 1,
+        width: 1,
+        d_gate: 1 << 30,
+        vocab_size: most,
+        first_id: 0,
+        ids: false,
+        targets: false,
+        y_rows: 1,
+        storage: Storage::F32,
+        y_storage: Storage::F32,
+    };
+    let args = gate_rows::Args { gate_embedding: small, gate_b_proj: small, ids: small, targets: small, y: small };
+    let error = gate_rows::encode(&mut recording, &rows, args, Tuning::Auto).unwrap_err();
+    assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 60), "{error}");
+    assert_eq!(attention_grouped::softmax_word(most, most, most), u64::MAX);
+    assert_eq!(recording.dispatches(), 0);
+    gpu.assert_no_errors();
+}
