@@ -24,7 +24,7 @@ use crate::kernels::{
     matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
     roofline_fma, rope, swiglu, word_scatter,
 };
-use crate::plan::{Storage, Tuning};
+use crate::plan::{AdapterClass, Storage, Tuning};
 use crate::reference;
 
 /// Seed of every case's inputs: cases differ by their sizes.
@@ -733,6 +733,11 @@ fn caches(cases: &mut Vec<Case>) {
         cases.push(Case::new("cache_copy", format!("{words}_{from_word}_to_{to_word}"), move |lab| {
             every_tuning(cache_copy::SPEC.tunings, Tolerance::EXACT, |tuning| {
                 let values = Random::new(SEED).values(600, 1.0);
+    for (spec, encode) in
+        [(&cache_append::SPEC, cache_append::encode as EncodeAppend), (&cache_append_vec4::SPEC, in_vec4)]
+    {
+        cases.push(Case::new(spec.name, "rounding/f16", move |lab| halves(lab, spec, encode)));
+    }
                 let cache = lab.floats(&values)?;
                 let problem = cache_copy::Problem { words, from_word, to_word };
                 lab.launch(|recording| cache_copy::encode(recording, &problem, &cache.region, tuning))?;
@@ -839,6 +844,9 @@ fn append(
         let mut expected = widen(&q_values);
         if let Some(interleave) = interleave {
             for (token, turn) in turns.chunks((d_rope as usize / 2).max(1)).enumerate().take(tokens as usize) {
+            // What kernels multiply by zero must be a number: it was none before.
+            let padding = padding_of(words, width, &slots, storage);
+            comparisons.push(super::compare(&padding, &vec![0.0; padding.len()], Tolerance::EXACT));
                 for head in 0..n_head as usize {
                     let at = queries.offset as usize + token * queries.row as usize + head * queries.head as usize;
                     let part = &mut expected[at..at + d_rope as usize];
@@ -855,6 +863,81 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
     every_tuning(cache_read::SPEC.tunings, Tolerance::EXACT, |tuning| {
         let mut random = Random::new(SEED);
         let batch = Batch::new(&[(0, 3), (0, 1), (0, SPLIT + 2)], 40);
+/// How latents become halves: where a value lies between two, one of them is right. Integers round as IEEE 754 does, to the
+/// nearest and of two to the even one; `pack2x16float` rounds as the driver does, and may take numbers below 2^-14 for 0.
+fn halves(lab: &Lab<'_>, spec: &'static KernelSpec, encode: EncodeAppend) -> Result<Vec<super::Outcome>> {
+    let integers = spec.name == cache_append_vec4::SPEC.name && lab.kernels.context().class == AdapterClass::Software;
+    let mut values = Vec::new();
+    // Both neighbours, the tie and what lies beside it, in every binade from the smallest half to the largest.
+    for exponent in -25..16 {
+        let place = 2f32.powi((exponent - 10).max(-24));
+        for step in [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 1022.5, 1023.5] {
+            values.extend([1.0, -1.0].map(|sign| sign * (2f32.powi(exponent) + step * place)));
+        }
+    }
+    // 65519.996 is the last that IEEE 754 rounds to 65504; what is beyond is stored so all the same.
+    let ends = [0.0, -0.0, f32::MIN_POSITIVE, 1e-40, 65_504.0, 65_519.996, 65_520.0, 1e6, f32::MAX];
+    values.extend(ends.iter().flat_map(|&end| [end, -end]));
+    values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
+    values.resize(values.len().next_multiple_of(8), 0.0);
+    every_tuning(spec.tunings, Tolerance::EXACT, |tuning| {
+        let width = values.len() as u32;
+        let source = lab.floats(&values)?;
+        let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
+        let cache = Guarded::poisoned_as(lab.kernels, "cache", values.len() / 2 + 4, Storage::F16)?;
+        let problem = cache_append::Problem {
+            tokens: 1,
+            cache_rows: 1,
+            d_latent: width,
+            latent_offset: 0,
+            latent_row: width,
+            d_rope: 0,
+            rope_offset: 0,
+            rope_row: 4,
+            interleave: None,
+            queries: cache_append::Queries::default(),
+            rope_byte: 2 * u64::from(width),
+            storage: Storage::F16,
+        };
+        let args = cache_append::Args {
+            latent: &source.region,
+            rope_key: &nothing.region,
+            rotations: &nothing.region,
+            slots: &slots.region,
+            cache: &cache.region,
+            q: &lab.floats(&[0.0; 4])?.region,
+        };
+        lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+        let words = cache.read(lab.kernels, lab.queue)?;
+        let got = unpack(&words[..values.len() / 2], width, Storage::F16);
+        let right = |(&value, &got): (&f32, &f32)| {
+            let bounded = if value.is_finite() { value.clamp(-65_504.0, 65_504.0) } else { value };
+            let nearest = half::f16::from_f32(bounded);
+            if integers || !value.is_finite() {
+                return nearest.to_f32() == got && value.is_sign_negative() == got.is_sign_negative()
+                    || value.is_nan() && got.is_nan();
+            }
+            // One of the two halves around it.
+            let place = 2f32.powi((bounded.abs().log2().floor() as i32).saturating_sub(10).max(-24));
+            (got - bounded).abs() < place || bounded.abs() < 2f32.powi(-14) && got == 0.0
+        };
+        let wrong: Vec<_> = values.iter().zip(&got).filter(|&pair| !right(pair)).collect();
+        let verdict = match wrong.first() {
+            None => Ok(()),
+            Some((value, got)) => Err(format!("{value:e} became {got:e} ({} such)", wrong.len())),
+        };
+        Ok(vec![Comparison { relative_error: 0.0, verdict }])
+    })
+}
+
+/// What stands behind the last element of some rows of a cache, widened.
+fn padding_of(words: &[u32], width: u32, rows: &[u32], storage: Storage) -> Vec<f32> {
+    let pitch = storage.row_pitch(width);
+    let every = unpack(words, pitch, storage);
+    let of_row = |&row: &u32| every[(row * pitch + width) as usize..((row + 1) * pitch) as usize].to_vec();
+    rows.iter().flat_map(of_row).collect()
+}
+
         let slots = batch.slots();
         let (rounded, kept) = {
             let values = random.values(slots.len() * d_latent as usize, 1.0);
