@@ -150,13 +150,18 @@ fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
 /// What stands for the outcomes of a variant that the device does not offer; `None` where it can run.
 fn skipped(spec: &KernelSpec, kernels: &Kernels) -> Option<Vec<Outcome>> {
     let missing = spec.missing(kernels.context())?;
-    Some(vec![Outcome {
+    Some(vec![not_run(format!("{missing} not offered"))])
+}
+
+/// What stands for the outcomes of a case that the device is not offered, with the reason.
+fn not_run(reason: String) -> Outcome {
+    Outcome {
         tuning: "-".to_owned(),
         error: f64::NAN,
         tolerance: f64::NAN,
-        verdict: Err(format!("skipped: {missing} not offered")),
+        verdict: Err(format!("skipped: {reason}")),
         skipped: true,
-    }])
+    }
 }
 
 /// Runs `Auto` and every forced tuning.
