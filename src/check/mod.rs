@@ -12,14 +12,17 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, guard words stand around every
-//! buffer, and the GPU runs before the reference.
+//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, the padding of used ones the largest
+//! half, guard words stand around every buffer, and the GPU runs before the reference.
+//!
+//! [`cases`] are named; [`property`] draws layers at random.
 
 pub mod bench;
 pub mod compare;
 pub mod guarded;
 mod kernel_cases;
 mod layer_cases;
+pub mod property;
 pub mod random;
 pub mod readback;
 
