@@ -15,13 +15,14 @@
 //! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, the padding of used ones the largest
 //! half, guard words stand around every buffer, and the GPU runs before the reference.
 //!
-//! [`cases`] are named; [`property`] draws layers at random.
+//! [`cases`] are named; [`property`] draws layers at random, and [`long`] measures what a long cache costs in accuracy.
 
 pub mod bench;
 pub mod compare;
 pub mod guarded;
 mod kernel_cases;
 mod layer_cases;
+pub mod long;
 pub mod property;
 pub mod random;
 pub mod readback;
