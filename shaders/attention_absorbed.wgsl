@@ -5,6 +5,8 @@
 //
 // HEADS heads share a workgroup, so that a row of the cache is read once for all of them. Scores: an invocation owns four
 // rows, and every 16 bytes of a row meet all heads. Values: an invocation owns four columns. Splits as in attention_decode.
+// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it: it meets zeros
+// of the query and sums of columns that are not stored.
 // grid: (splits of the step, ⌈n_head / HEADS⌉, most query tokens of a sequence)
 
 override STORAGE_F16: u32 = 0u;

@@ -11,6 +11,8 @@
 // scores meet by shuffles that halve the rows and then add the lanes, 12 floats a row for 4 heads, against 136 multiply-adds.
 // The TEAMS of a workgroup take other heads over the same rows side by side: a cache line comes from memory for the first of
 // them, and from the core's cache for the others.
+// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it: it meets zeros
+// of the query and sums of columns that are not stored.
 // grid: (splits of the step, ⌈n_head / (4·TEAMS)⌉, most query tokens of a sequence)
 //
 // The floor: a row of d_latent + d_rope elements is read once for n_head · (2·d_latent + d_rope) multiply-adds: 30 FLOP a byte

@@ -6,6 +6,8 @@
 // LANES invocations have 8 heads. Scores: a lane owns 4 rows of a block of 4·LANES and reads 16 bytes of each and of one
 // query; the others take the query from it by shuffles: 6 loads for 256 multiply-adds in f16, 5 for 128 in f32. Values: a lane
 // owns 16 bytes of the columns, and takes the weights of a row from the lane that owns it.
+// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it: it meets zeros
+// of the query and sums of columns that are not stored.
 // grid: (splits of the step, ⌈n_head / 8⌉, most query tokens of a sequence)
 //
 // For adapters without fast workgroup memory: on a GPU neighbouring lanes would read rows far apart.

@@ -11,6 +11,8 @@
 // joins items. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected some at a time.
 // Each invocation owns eight latent columns (then four value columns) of one head, so a weight is read once for GROUPS groups.
 // On lavapipe eight columns an invocation against four: 16-byte loads of halves are then used whole.
+// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it; behind that of
+// a row of kv_b_proj stands 0, which it meets.
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
 
 override CACHE_F16: u32 = 0u;

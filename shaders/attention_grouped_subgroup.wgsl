@@ -18,6 +18,8 @@
 // - sizes as overrides instead of parameters: the loops are unrolled, and compile for seconds.
 //
 // Not run on a GPU yet.
+// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it; behind that of
+// a row of kv_b_proj stands 0, which it meets.
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
 
 override CACHE_F16: u32 = 0u;

@@ -50,16 +50,18 @@ fn bounded_four(v: vec4<f32>) -> vec4<f32> {
     return select(v, clamp(v, vec4<f32>(-65504.0), vec4<f32>(65504.0)), finite);
 }
 
-// Four halves in the low bits of words: what pack2x16float and the bound before it do, in integers, which is faster where the
-// driver has no instruction for it. Ties round away from zero.
+// Four halves in the low bits of words: what pack2x16float and the bound before it do where the driver rounds as IEEE 754
+// says, to the nearest and ties to even, in integers, which is faster where it has no instruction for it.
 fn halves_of(v: vec4<f32>) -> vec4<u32> {
     let bits = bitcast<vec4<u32>>(v);
     let size = bits & vec4<u32>(0x7fffffffu);
     // Of the largest exponent: infinity, or not a number.
     let odd = vec4<u32>(0x7c00u) | min(size - vec4<u32>(0x7f800000u), vec4<u32>(0x200u));
-    // Below 2^-14: 0.5 and the value have the last place of the smallest half in common.
+    // Below 2^-14: 0.5 and the value have the last place of the smallest half in common, and their sum is rounded to even.
     let small = bitcast<vec4<u32>>(bitcast<vec4<f32>>(size) + vec4<f32>(0.5)) - vec4<u32>(0x3f000000u);
-    let normal = min((size - vec4<u32>(0x37fff000u)) >> vec4<u32>(13u), vec4<u32>(0x7bffu));
+    // Half a last place, less the smallest step where the last place is even: what lies between goes to the even one.
+    let up = vec4<u32>(0xfffu) + ((size >> vec4<u32>(13u)) & vec4<u32>(1u));
+    let normal = min((size - vec4<u32>(0x38000000u) + up) >> vec4<u32>(13u), vec4<u32>(0x7bffu));
     let finite = select(normal, small, size < vec4<u32>(0x38800000u));
     return select(finite, odd, size >= vec4<u32>(0x7f800000u)) | ((bits >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
 }

@@ -560,6 +560,26 @@ fn info_knows_the_papers_cache_sizes_and_an_adapter() {
 }
 
 #[test]
+fn check_draws_layers_and_runs_one_again() {
+    let found = egmla(&["check", "--random", "6", "--seed", "3"]).done();
+    assert!(found.stdout.contains("6 cases of 4 configurations") && found.stdout.contains("all right"), "{found:?}");
+    egmla(&["check", "--random", "0"]).refused(2, &["--random 0", "nothing to compare"]);
+    egmla(&["check", "--replay", "{}"]).refused(2, &["--replay", "missing field"]);
+    let case = |n_head: u32| {
+        format!(
+            r#"{{"shape":{{"hidden_size":9,"n_head":{n_head},"d_latent":8,"d_q_latent":null,"d_nope":4,"d_rope":2,"d_value":5,
+            "attention_bias":false,"kv_a_norm":true,"rope":"halves","gate":null,"storage":"f32","seed":1}},"batch":1,
+            "capacity":5,"tile_rows":1,"gate_rows":"recompute","ids":"any","events":[{{"prefill":{{"counts":[4],"seed":1}}}},
+            {{"decode":{{"counts":[1],"path":"absorbed","seed":1}}}}]}}"#
+        )
+    };
+    let found = egmla(&["check", "--replay", &case(2)]).done();
+    assert!(found.stdout.contains("right, with a relative error of"), "{found:?}");
+    egmla(&["check", "--replay", &case(0)]).refused(2, &["num_attention_heads", "is 0"]);
+    egmla(&["check", "--svg", "plots"]).refused(2, &["--long"]);
+}
+
+#[test]
 fn check_compares_with_the_reference_or_says_why_not() {
     egmla(&["check", "--filter", "no-such-case"]).refused(2, &["`no-such-case`", "--filter"]);
     egmla(&["check", "--adapter", "cpu"]).refused(2, &["--adapter cpu", "nothing to compare"]);

@@ -14,6 +14,7 @@ fn run(kernel: &str) {
     let mut wrong = Vec::new();
     let mut compared = 0;
     let mut skipped = 0;
+    let mut wide = 0;
     let mut worst = 0.0f64;
     for case in cases().iter().filter(|case| case.kernel() == kernel) {
         match case.run(&gpu.kernels, &gpu.queue) {
@@ -22,8 +23,15 @@ fn run(kernel: &str) {
                 assert!(!outcomes.is_empty(), "{} ran nothing", case.id());
                 for outcome in outcomes {
                     if outcome.skipped {
-                        println!("{}: {}", case.id(), outcome.verdict.unwrap_err());
-                        skipped += 1;
+                        let reason = outcome.verdict.unwrap_err();
+                        println!("{}: {reason}", case.id());
+                        // Rows that the lanes of this adapter's subgroups do not hold: what plan refuses, and nothing else.
+                        let too_wide = kernel == "attention_absorbed_stream" && reason.contains("do not hold a row");
+                        if too_wide {
+                            wide += 1
+                        } else {
+                            skipped += 1
+                        }
                         continue;
                     }
                     compared += 1;
@@ -36,7 +44,11 @@ fn run(kernel: &str) {
         }
     }
     gpu.assert_no_errors();
-    println!("{kernel}: {compared} comparisons, {skipped} skipped, worst {:.0} % of its tolerance", worst * 100.0);
+    println!(
+        "{kernel}: {compared} comparisons, {} skipped, worst {:.0} % of its tolerance",
+        skipped + wide,
+        worst * 100.0
+    );
     assert!(wrong.is_empty(), "{} of {compared} are wrong:\n{}", wrong.len(), wrong.join("\n"));
     // Only a variant whose feature this adapter lacks compares nothing, and says so above.
     let lacks = |spec: &KernelSpec| spec.missing(gpu.kernels.context()).is_some();

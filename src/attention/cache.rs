@@ -228,6 +228,24 @@ impl LatentCache {
     /// Fills the one sequence of a one-layer cache with tokens of these ids and latents from `value`, of order 1: what a
     /// prefill would leave there, without its time. For benches: the numbers are finite and mean nothing.
     pub(crate) fn fill(&mut self, ids: &[u32], mut value: impl FnMut() -> f32) -> Result<()> {
+        let mut rows = |width: u32| (0..ids.len() * width as usize).map(|_| value()).collect::<Vec<_>>();
+        let (latent, rope_key) = (rows(self.config.d_latent), rows(self.config.d_rope));
+        // μ = 0, ρ = 1 in every row.
+        self.fill_with(ids, &latent, &rope_key, &vec![[0.0, 1.0]; ids.len()])
+    }
+
+    /// Fills the one sequence of a one-layer cache with tokens of these ids, latents `[tokens, d_latent]`, rotated keys
+    /// `[tokens, d_rope]` and norm statistics `[tokens]`: what a prefill of them would leave there.
+    ///
+    /// # Errors
+    /// Another cache than that, counts that differ, more tokens than it holds, or no memory left.
+    pub(crate) fn fill_with(
+        &mut self,
+        ids: &[u32],
+        latent: &[f32],
+        rope_key: &[f32],
+        statistics: &[[f32; 2]],
+    ) -> Result<()> {
         let CacheOptions { batch, capacity, storage, .. } = self.options;
         let (batch, found) = (u64::from(batch), ids.len() as u64);
         if batch != 1 || self.layers.len() != 1 {
@@ -236,15 +254,27 @@ impl LatentCache {
         if found > capacity.into() {
             return Err(Error::CacheFull { sequence: 0, length: 0, added: found, capacity });
         }
+        let (d_latent, d_rope) = (self.config.d_latent, self.config.d_rope);
+        let tokens = ids.len();
+        for (what, expected, found) in [
+            ("latents to fill with", tokens * d_latent as usize, latent.len()),
+            ("rotary keys to fill with", tokens * d_rope as usize, rope_key.len()),
+            ("statistics to fill with", tokens, statistics.len()),
+        ] {
+            if expected != found {
+                return Err(Error::Count { what, expected: expected as u64, found: found as u64 });
+            }
+        }
         // The rows to the capacity stay 0: nothing reads them before they are written.
-        let rows = |width: u32, value: &mut dyn FnMut() -> f32| -> Vec<u8> {
-            let pitch = storage.row_pitch(width) as usize;
-            let mut bytes = vec![0; capacity as usize * pitch * storage.bytes() as usize];
-            for row in bytes.chunks_exact_mut(pitch * storage.bytes() as usize).take(ids.len()) {
-                for element in row.chunks_exact_mut(storage.bytes() as usize).take(width as usize) {
+        let rows = |width: u32, values: &[f32]| -> Vec<u8> {
+            let size = storage.bytes() as usize;
+            let pitch = storage.row_pitch(width) as usize * size;
+            let mut bytes = vec![0; tokens * pitch];
+            for (row, values) in bytes.chunks_exact_mut(pitch.max(1)).zip(values.chunks_exact(width.max(1) as usize)) {
+                for (element, &value) in row.chunks_exact_mut(size).zip(values) {
                     match storage {
-                        Storage::F32 => element.copy_from_slice(&value().to_le_bytes()),
-                        Storage::F16 => element.copy_from_slice(&f16::from_f32(value()).to_le_bytes()),
+                        Storage::F32 => element.copy_from_slice(&value.to_le_bytes()),
+                        Storage::F16 => element.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
                     }
                 }
             }
@@ -256,11 +286,10 @@ impl LatentCache {
             let mut put = |region: &Region, part: &[u8]| {
                 bytes[region.offset as usize..][..part.len()].copy_from_slice(part);
             };
-            put(&layer.latent, &rows(self.config.d_latent, &mut value));
-            put(&layer.rope_key, &rows(self.config.d_rope, &mut value));
-            if let Some(statistics) = &layer.statistics {
-                // μ = 0, ρ = 1 in every row.
-                put(statistics, bytemuck::cast_slice(&vec![[0.0f32, 1.0]; capacity as usize]));
+            put(&layer.latent, &rows(d_latent, latent));
+            put(&layer.rope_key, &rows(d_rope, rope_key));
+            if let Some(of_layer) = &layer.statistics {
+                put(of_layer, bytemuck::cast_slice(statistics));
             }
             let buffer = kernels.upload("egmla.cache.layer", &bytes)?;
             let regions = [&mut layer.whole, &mut layer.latent, &mut layer.rope_key];

@@ -1,6 +1,7 @@
 //! One attention layer on the device.
 
 use half::f16;
+use serde::{Deserialize, Serialize};
 
 use super::cache::LatentCache;
 use super::choice::{absorbed_of, decode_of, prefill_of};
@@ -21,7 +22,8 @@ use crate::plan::{Storage, Tuning};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 /// How a decode step attends to the cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum DecodePath {
     /// Whichever of the two does less work for the step at hand, by [`crate::cost`].
     #[default]

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytemuck::cast;
+use serde::{Deserialize, Serialize};
 
 use super::groups::{Groups, Layout, NO_ROW, Patch};
 use crate::config::AttentionConfig;
@@ -13,7 +14,8 @@ use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling,
 use crate::kernels::product;
 
 /// Where the absorbed decode of the gate at `up_projected` takes gate rows from: memory for time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GateRows {
     /// Projected from the gate table at every step, for every distinct id of the cached tokens: no memory beside the
     /// workspace, `d_kv · d_gate` multiply-adds a distinct id and step.

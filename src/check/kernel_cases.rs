@@ -6,7 +6,7 @@ use super::compare::{Comparison, HALF_ROUNDOFF, Tolerance, UNIT_ROUNDOFF};
 use super::guarded::Guarded;
 use super::random::Random;
 use super::view::{Reading, View};
-use super::{Case, Lab, Words, every_tuning, skipped};
+use super::{Case, Lab, Words, every_tuning, not_run, skipped};
 use crate::attention::groups::{Groups, Layout as ListLayout, NO_ROW, Patch};
 use crate::config::{Activation, GateNorm, RopeConfig, RopeScaling};
 use crate::error::Result;
@@ -17,7 +17,7 @@ use crate::kernels::attention_prefill::QueryTile;
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
+    Problem as _, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
     attention_decode_vec4, attention_grouped, attention_grouped_subgroup, attention_merge, attention_prefill,
     attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup,
     cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
@@ -25,7 +25,7 @@ use crate::kernels::{
     matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
     roofline_fma, rope, swiglu, word_scatter,
 };
-use crate::plan::{Storage, Tuning};
+use crate::plan::{AdapterClass, Storage, Tuning};
 use crate::reference;
 
 /// Seed of every case's inputs: cases differ by their sizes.
@@ -657,7 +657,11 @@ fn gathers(cases: &mut Vec<Case>) {
     }
 }
 
-/// Rows of a cache, spread to their pitch, as the device stores them; the padding is zero, other rows are NaN.
+/// What stands behind the last element of a cache row here. `cache_append` writes zeros there; that nothing but zeros of a query
+/// or of a weight meets them, whatever finite number they are, is what the kernels promise.
+const HOSTILE_PADDING: f32 = 65_504.0;
+
+/// Rows of a cache, spread to their pitch, as the device stores them; the padding is hostile, other rows are NaN.
 fn cache_rows(values: &[f32], width: u32, rows: &[u32], cache_rows: u32, storage: Storage) -> Vec<u32> {
     let row_words = row_words(width, storage);
     let poison = match storage {
@@ -667,7 +671,7 @@ fn cache_rows(values: &[f32], width: u32, rows: &[u32], cache_rows: u32, storage
     let mut words = vec![poison; cache_rows as usize * row_words];
     for (index, &row) in rows.iter().enumerate() {
         let mut padded = values[index * width as usize..][..width as usize].to_vec();
-        padded.resize(storage.row_pitch(width) as usize, 0.0);
+        padded.resize(storage.row_pitch(width) as usize, HOSTILE_PADDING);
         words[row as usize * row_words..][..row_words].copy_from_slice(&super::pack(&padded, storage).0);
     }
     words
@@ -727,6 +731,11 @@ fn caches(cases: &mut Vec<Case>) {
                 append(lab, &cache_append_vec4::SPEC, in_vec4, sizes, interleave, storage)
             }));
         }
+    }
+    for (spec, encode) in
+        [(&cache_append::SPEC, cache_append::encode as EncodeAppend), (&cache_append_vec4::SPEC, in_vec4)]
+    {
+        cases.push(Case::new(spec.name, "rounding/f16", move |lab| halves(lab, spec, encode)));
     }
     for (words, from_word, to_word) in [(1, 0, 1), (64, 100, 0), (257, 3, 300), (0, 5, 5)] {
         cases.push(Case::new("cache_copy", format!("{words}_{from_word}_to_{to_word}"), move |lab| {
@@ -833,6 +842,14 @@ fn append(
             let mut expected = vec![f64::NAN; (cached * width) as usize];
             reference::cache_append(&mut expected, &new, width as usize, &slots);
             comparisons.push(lab.compare_views(&[(&words, got)], &expected, tolerance));
+            // What kernels multiply by zero must be a number: it was none before.
+            let padding = padding_of(first_word, cached, width, storage);
+            let [_, elements] = padding.counts;
+            if elements > 0 {
+                let mut zeros = vec![f64::NAN; cached as usize * elements];
+                reference::cache_append(&mut zeros, &vec![0.0; slots.len() * elements], elements, &slots);
+                comparisons.push(lab.compare_views(&[(&words, padding)], &zeros, Tolerance::EXACT));
+            }
         }
         let mut expected = widen(&q_values);
         if let Some(interleave) = interleave {
@@ -847,6 +864,82 @@ fn append(
         comparisons.push(lab.compare(&q, &expected, Tolerance::sums(&[2]))?);
         Ok(comparisons)
     })
+}
+
+/// How latents become halves: where a value lies between two, one of them is right. Integers round as IEEE 754 does, to the
+/// nearest and of two to the even one; `pack2x16float` rounds as the driver does, and may take numbers below 2^-14 for 0.
+fn halves(lab: &Lab<'_>, spec: &'static KernelSpec, encode: EncodeAppend) -> Result<Vec<super::Outcome>> {
+    if lab.capture.is_some() {
+        return Ok(vec![not_run("two answers are right, which a table of expected values does not say".to_owned())]);
+    }
+    let integers = spec.name == cache_append_vec4::SPEC.name && lab.kernels.context().class == AdapterClass::Software;
+    let mut values = Vec::new();
+    // Both neighbours, the tie and what lies beside it, in every binade from the smallest half to the largest.
+    for exponent in -25..16 {
+        let place = 2f32.powi((exponent - 10).max(-24));
+        for step in [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 1022.5, 1023.5] {
+            values.extend([1.0, -1.0].map(|sign| sign * (2f32.powi(exponent) + step * place)));
+        }
+    }
+    // 65519.996 is the last that IEEE 754 rounds to 65504; what is beyond is stored so all the same.
+    let ends = [0.0, -0.0, f32::MIN_POSITIVE, 1e-40, 65_504.0, 65_519.996, 65_520.0, 1e6, f32::MAX];
+    values.extend(ends.iter().flat_map(|&end| [end, -end]));
+    values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
+    values.resize(values.len().next_multiple_of(8), 0.0);
+    every_tuning(spec.tunings, Tolerance::EXACT, |tuning| {
+        let width = values.len() as u32;
+        let source = lab.floats(&values)?;
+        let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
+        let cache = Guarded::poisoned_as(lab.kernels, "cache", values.len() / 2 + 4, Storage::F16)?;
+        let problem = cache_append::Problem {
+            tokens: 1,
+            cache_rows: 1,
+            d_latent: width,
+            latent_offset: 0,
+            latent_row: width,
+            d_rope: 0,
+            rope_offset: 0,
+            rope_row: 4,
+            interleave: None,
+            queries: cache_append::Queries::default(),
+            rope_byte: 2 * u64::from(width),
+            storage: Storage::F16,
+        };
+        let args = cache_append::Args {
+            latent: &source.region,
+            rope_key: &nothing.region,
+            rotations: &nothing.region,
+            slots: &slots.region,
+            cache: &cache.region,
+            q: &lab.floats(&[0.0; 4])?.region,
+        };
+        lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+        let got = unpack(0, 1, width, Storage::F16).apply(&lab.read(&cache)?.words);
+        let right = |(&value, &got): (&f32, &f32)| {
+            let bounded = if value.is_finite() { value.clamp(-65_504.0, 65_504.0) } else { value };
+            let nearest = half::f16::from_f32(bounded);
+            if integers || !value.is_finite() {
+                return nearest.to_f32() == got && value.is_sign_negative() == got.is_sign_negative()
+                    || value.is_nan() && got.is_nan();
+            }
+            // One of the two halves around it.
+            let place = 2f32.powi((bounded.abs().log2().floor() as i32).saturating_sub(10).max(-24));
+            (got - bounded).abs() < place || bounded.abs() < 2f32.powi(-14) && got == 0.0
+        };
+        let wrong: Vec<_> = values.iter().zip(&got).filter(|&pair| !right(pair)).collect();
+        let verdict = match wrong.first() {
+            None => Ok(()),
+            Some((value, got)) => Err(format!("{value:e} became {got:e} ({} such)", wrong.len())),
+        };
+        Ok(vec![Comparison { relative_error: 0.0, verdict }])
+    })
+}
+
+/// What stands behind the last element of each row.
+fn padding_of(first_word: usize, rows: u32, width: u32, storage: Storage) -> View {
+    let values = unpack(first_word, rows, width, storage);
+    let padding = values.strides[0] - width as usize;
+    View { first: values.first + width as usize, counts: [rows as usize, padding], ..values }
 }
 
 fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Result<Vec<super::Outcome>> {
@@ -1022,7 +1115,7 @@ fn prefills(cases: &mut Vec<Case>) {
             for &storage in storages {
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
                 cases.push(Case::new(kernel.name(), id, move |lab| {
-                    prefill(lab, kernel, lengths, widths, storage, 1.0, false)
+                    prefill(lab, kernel, lengths, widths, storage, Extreme::Plain, false)
                 }));
             }
         }
@@ -1059,12 +1152,18 @@ fn prefills(cases: &mut Vec<Case>) {
         (Prefill::Cooperative8, (2, 16, 8, 16), Storage::F16),
     ] {
         let id = |what: &str| format!("{what}/{}", storage.name());
-        // Logits of ±1e4 before the softmax: one key takes everything, nothing overflows.
-        cases.push(Case::new(kernel.name(), id("huge_logits"), move |lab| {
-            prefill(lab, kernel, &[(0, 40)], widths, storage, 1e4, false)
-        }));
+        for extreme in Extreme::ALL {
+            // Queries are scaled before they are halves, where these are 0 or have few digits left.
+            let halves = matches!(kernel, Prefill::Cooperative | Prefill::Cooperative8);
+            if halves && matches!(extreme, Extreme::Denormals | Extreme::Largest) {
+                continue;
+            }
+            cases.push(Case::new(kernel.name(), id(extreme.name()), move |lab| {
+                prefill(lab, kernel, &[(0, 40), (70, 1)], widths, storage, extreme, false)
+            }));
+        }
         cases.push(Case::new(kernel.name(), id("first_has_no_keys"), move |lab| {
-            prefill(lab, kernel, &[(0, 5), (0, 9)], widths, storage, 1.0, true)
+            prefill(lab, kernel, &[(0, 5), (0, 9)], widths, storage, Extreme::Plain, true)
         }));
     }
 }
@@ -1103,6 +1202,80 @@ impl Prefill {
     }
 }
 
+/// Inputs at the ends of what attention may meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extreme {
+    /// None of it.
+    Plain,
+    /// Scores of ±1e4 before the softmax: one key takes everything, nothing overflows.
+    HugeScores,
+    /// Every score is 0: every key has the same weight.
+    EqualScores,
+    /// One key's score is a thousand times the others'.
+    OneKey,
+    /// Queries below the smallest normal f32, every other element of the keys below the smallest normal number of the storage.
+    Denormals,
+    /// Every element of keys and values is ±65504.
+    Largest,
+}
+
+impl Extreme {
+    const ALL: [Extreme; 5] =
+        [Extreme::HugeScores, Extreme::EqualScores, Extreme::OneKey, Extreme::Denormals, Extreme::Largest];
+
+    fn name(self) -> &'static str {
+        match self {
+            Extreme::Plain => "plain",
+            Extreme::HugeScores => "huge_scores",
+            Extreme::EqualScores => "equal_scores",
+            Extreme::OneKey => "one_key",
+            Extreme::Denormals => "denormals",
+            Extreme::Largest => "f16_largest",
+        }
+    }
+
+    /// Size of the scores, for the tolerance.
+    fn spread(self) -> f64 {
+        match self {
+            Extreme::HugeScores => 1e4,
+            Extreme::OneKey => 1e3,
+            Extreme::Plain | Extreme::EqualScores | Extreme::Denormals | Extreme::Largest => 1.0,
+        }
+    }
+
+    fn of_queries(self, values: &mut [f32]) {
+        let scale = |values: &mut [f32], by: f32| values.iter_mut().for_each(|value| *value *= by);
+        match self {
+            Extreme::Plain | Extreme::OneKey => {}
+            Extreme::HugeScores => scale(values, 1e4),
+            Extreme::EqualScores => values.fill(0.0),
+            Extreme::Denormals => scale(values, 1e-39),
+            // Against keys of this size scores of order 1.
+            Extreme::Largest => scale(values, 1.0 / 65_504.0),
+        }
+    }
+
+    /// `width` values a row.
+    fn of_keys(self, values: &mut [f32], width: usize, storage: Storage) {
+        match self {
+            Extreme::Plain | Extreme::HugeScores | Extreme::EqualScores => {}
+            Extreme::OneKey => {
+                let middle = values.len() / width.max(1) / 2 * width;
+                values[middle..].iter_mut().take(width).for_each(|value| *value *= 1e3);
+            }
+            Extreme::Denormals => {
+                // A tenth of the smallest normal number.
+                let tiny = match storage {
+                    Storage::F32 => f32::MIN_POSITIVE / 10.0,
+                    Storage::F16 => 6e-6,
+                };
+                values.iter_mut().step_by(2).for_each(|value| *value *= tiny);
+            }
+            Extreme::Largest => values.iter_mut().for_each(|value| *value = 65_504f32.copysign(*value)),
+        }
+    }
+}
+
 /// Scores of size `spread` carry absolute errors of spread · u · √d: those are relative errors of their exponentials.
 fn attention_tolerance(d_query: usize, keys: usize, spread: f64) -> Tolerance {
     let plain = Tolerance::sums(&[d_query, keys]);
@@ -1118,7 +1291,7 @@ fn prefill(
     lengths: &[(u32, u32)],
     (n_head, d_nope, d_rope, d_value): Widths,
     storage: Storage,
-    spread: f32,
+    extreme: Extreme,
     first_has_no_keys: bool,
 ) -> Result<Vec<super::Outcome>> {
     if let Some(outcomes) = skipped(kernel.spec(), lab.kernels) {
@@ -1132,7 +1305,7 @@ fn prefill(
         visible[..batch.counts[0] as usize].fill(0..0);
     }
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
-    let of_scores = attention_tolerance(d_query, slots.len(), spread.into());
+    let of_scores = attention_tolerance(d_query, slots.len(), extreme.spread());
     // The reference rounds what the kernel rounds, but for the weights: each is off by at most 2⁻¹¹ of itself, and so are,
     // as errors of random signs, their sums. The scores alone make lse.
     let tolerance = match kernel {
@@ -1142,9 +1315,12 @@ fn prefill(
     let context = lab.kernels.context().clone();
     every_tuning(kernel.spec().tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
-        let q_values = random.values(batch.tokens as usize * n_head * d_query, spread);
-        let kv_values = random.values(slots.len() * d_kv, 1.0);
-        let rope_values = random.values(slots.len() * d_rope, 1.0);
+        let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
+        let mut kv_values = random.values(slots.len() * d_kv, 1.0);
+        let mut rope_values = random.values(slots.len() * d_rope, 1.0);
+        extreme.of_queries(&mut q_values);
+        extreme.of_keys(&mut kv_values, d_kv, Storage::F32);
+        extreme.of_keys(&mut rope_values, d_rope, storage);
         let rope_kept = super::pack(&rope_values, storage).1;
         let q = lab.floats(&q_values)?;
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
@@ -1251,14 +1427,14 @@ fn decodes(cases: &mut Vec<Case>) {
                         if kernel.takes(widths, storage, kv_storage) {
                             let id = format!("{id}_kv_{}", kv_storage.name());
                             cases.push(Case::new(kernel.name(), id, move |lab| {
-                                decode(lab, kernel, lengths, 1, widths, (storage, kv_storage))
+                                decode(lab, kernel, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
                             }));
                         }
                     }
                 }
                 let id = format!("{name}_h{n_head}_r{d_value}+{d_rope}/{}", storage.name());
-                for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths, storage)) {
-                    let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage);
+                for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths)) {
+                    let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage, Extreme::Plain);
                     cases.push(Case::new(kernel.name(), id.clone(), run));
                 }
             }
@@ -1269,24 +1445,39 @@ fn decodes(cases: &mut Vec<Case>) {
             let id = format!("q{most}/{}", storage.name());
             for kernel in Decode::ALL {
                 cases.push(Case::new(kernel.name(), id.clone(), move |lab| {
-                    decode(lab, kernel, lengths, most, widths, (storage, storage))
+                    decode(lab, kernel, lengths, most, widths, (storage, storage), Extreme::Plain)
                 }));
             }
             for kernel in Absorbed::ALL {
-                let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, most, widths, storage);
+                let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, most, widths, storage, Extreme::Plain);
                 cases.push(Case::new(kernel.name(), id.clone(), run));
             }
         }
     }
     for kernel in Absorbed::ALL {
         cases.push(Case::new(kernel.name(), "t32768_h3_r20+8/f16", move |lab| {
-            absorbed(lab, kernel, &[32_768], 1, (3, 12, 8, 20), Storage::F16)
+            absorbed(lab, kernel, &[32_768], 1, (3, 12, 8, 20), Storage::F16, Extreme::Plain)
         }));
     }
+    for extreme in Extreme::ALL {
+        for storage in Storage::ALL {
+            let (lengths, widths, id) =
+                (&[300, 1, 255], (3, 16, 8, 16), format!("{}/{}", extreme.name(), storage.name()));
+            for kernel in Decode::ALL {
+                cases.push(Case::new(kernel.name(), id.clone(), move |lab| {
+                    decode(lab, kernel, lengths, 1, widths, (storage, storage), extreme)
+                }));
+            }
+            for kernel in Absorbed::ALL {
+                let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage, extreme);
+                cases.push(Case::new(kernel.name(), id.clone(), run));
+            }
+        }
+    }
     // DeepSeek-V3's widths: the query is staged in several chunks.
-    for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes((5, 128, 64, 512), Storage::F16)) {
+    for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes((5, 128, 64, 512))) {
         cases.push(Case::new(kernel.name(), "t300_h5_r512+64/f16", move |lab| {
-            absorbed(lab, kernel, &[300], 1, (5, 128, 64, 512), Storage::F16)
+            absorbed(lab, kernel, &[300], 1, (5, 128, 64, 512), Storage::F16, Extreme::Plain)
         }));
     }
     // Latents of one load to several a lane, of half a load more, of none left for the last lanes; without a rotary key.
@@ -1294,12 +1485,12 @@ fn decodes(cases: &mut Vec<Case>) {
         for (kernel, storage) in
             Absorbed::ALL.into_iter().flat_map(|kernel| Storage::ALL.map(|storage| (kernel, storage)))
         {
-            if !kernel.takes(widths, storage) {
+            if !kernel.takes(widths) {
                 continue;
             }
             let (n_head, _, d_rope, d_latent) = widths;
             let id = format!("wide_h{n_head}_r{d_latent}+{d_rope}/{}", storage.name());
-            let run = move |lab: &Lab<'_>| absorbed(lab, kernel, &[70, 3, 257], 2, widths, storage);
+            let run = move |lab: &Lab<'_>| absorbed(lab, kernel, &[70, 3, 257], 2, widths, storage, Extreme::Plain);
             cases.push(Case::new(kernel.name(), id, run));
         }
     }
@@ -1376,20 +1567,24 @@ fn decode(
     most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
     (storage, kv_storage): (Storage, Storage),
+    extreme: Extreme,
 ) -> Result<Vec<super::Outcome>> {
     let batch = few_new(lengths, most);
     let slots = batch.slots();
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
-    let tolerance = Tolerance::sums(&[d_query, SPLIT as usize]);
+    let tolerance = attention_tolerance(d_query, SPLIT as usize, extreme.spread());
     let tunings = match kernel {
         Decode::Plain => attention_decode::SPEC.tunings,
         Decode::Vec4 => attention_decode_vec4::SPEC.tunings,
     };
     every_tuning(tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
-        let q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
-        let kv_values = random.values(slots.len() * d_kv, 1.0);
-        let rope_values = random.values(slots.len() * d_rope, 1.0);
+        let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
+        let mut kv_values = random.values(slots.len() * d_kv, 1.0);
+        let mut rope_values = random.values(slots.len() * d_rope, 1.0);
+        extreme.of_queries(&mut q_values);
+        extreme.of_keys(&mut kv_values, d_kv, kv_storage);
+        extreme.of_keys(&mut rope_values, d_rope, storage);
         let rope_kept = super::pack(&rope_values, storage).1;
         let q = lab.floats(&q_values)?;
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
@@ -1509,14 +1704,12 @@ impl Absorbed {
         self.spec().name
     }
 
-    /// The variants need rows that begin on 16-byte boundaries; the lanes of a small subgroup hold short rows only.
-    fn takes(self, (_, d_nope, d_rope, d_latent): Widths, storage: Storage) -> bool {
+    /// The variants need rows that begin on 16-byte boundaries.
+    fn takes(self, (_, d_nope, d_rope, d_latent): Widths) -> bool {
         let aligned = [d_nope, d_rope, d_latent].iter().all(|width| width.is_multiple_of(4));
-        let bytes = |width: usize| width as u64 * storage.bytes();
         match self {
             Absorbed::Plain => true,
-            Absorbed::Stream => aligned && bytes(d_latent) <= 256 && bytes(d_rope) <= 256,
-            Absorbed::Subgroup => aligned,
+            Absorbed::Stream | Absorbed::Subgroup => aligned,
         }
     }
 }
@@ -1528,20 +1721,46 @@ fn absorbed(
     most: u32,
     (n_head, d_nope, d_rope, d_latent): Widths,
     storage: Storage,
+    extreme: Extreme,
 ) -> Result<Vec<super::Outcome>> {
     if let Some(outcomes) = skipped(kernel.spec(), lab.kernels) {
         return Ok(outcomes);
     }
     let batch = few_new(lengths, most);
     let slots = batch.slots();
-    let tolerance = Tolerance::sums(&[d_latent + d_rope, SPLIT as usize]);
+    let scale = ((d_latent + d_rope) as f32).sqrt().recip();
+    let problem = attention_absorbed::Problem {
+        tokens: batch.tokens,
+        most_tokens: most,
+        n_sequence: batch.sequences.len() as u32,
+        splits: batch.rows / SPLIT,
+        partials: splits(&batch).len() as u32,
+        n_head: n_head as u32,
+        d_latent: d_latent as u32,
+        d_nope: d_nope as u32,
+        d_rope: d_rope as u32,
+        cache_rows: batch.cache_rows,
+        scale,
+        storage,
+    };
+    // The lanes of a small subgroup hold short rows only: said, and not passed over.
+    if let Absorbed::Stream = kernel
+        && let Err(error) = attention_absorbed_stream::Problem(problem).plan(lab.kernels.context(), Tuning::Auto)
+    {
+        return Ok(vec![not_run(error.to_string())]);
+    }
+    let tolerance = attention_tolerance(d_latent + d_rope, SPLIT as usize, extreme.spread());
     every_tuning(kernel.spec().tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let tokens = batch.tokens as usize;
-        let a_values = random.values(tokens * n_head * d_latent, 1.0);
-        let q_values = random.values(tokens * n_head * (d_nope + d_rope), 1.0);
-        let latent_values = random.values(slots.len() * d_latent, 1.0);
-        let rope_values = random.values(slots.len() * d_rope, 1.0);
+        let mut a_values = random.values(tokens * n_head * d_latent, 1.0);
+        let mut q_values = random.values(tokens * n_head * (d_nope + d_rope), 1.0);
+        let mut latent_values = random.values(slots.len() * d_latent, 1.0);
+        let mut rope_values = random.values(slots.len() * d_rope, 1.0);
+        extreme.of_queries(&mut a_values);
+        extreme.of_queries(&mut q_values);
+        extreme.of_keys(&mut latent_values, d_latent, storage);
+        extreme.of_keys(&mut rope_values, d_rope, storage);
         let (latent_kept, rope_kept) = (super::pack(&latent_values, storage).1, super::pack(&rope_values, storage).1);
         let (a, q) = (lab.floats(&a_values)?, lab.floats(&q_values)?);
         let latent_words = cache_rows(&latent_values, d_latent as u32, &slots, batch.cache_rows, storage);
@@ -1551,21 +1770,6 @@ fn absorbed(
         let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
         let partials = splits(&batch).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_latent)?, lab.output(partials * 2)?);
-        let scale = ((d_latent + d_rope) as f32).sqrt().recip();
-        let problem = attention_absorbed::Problem {
-            tokens: batch.tokens,
-            most_tokens: most,
-            n_sequence: batch.sequences.len() as u32,
-            splits: batch.rows / SPLIT,
-            partials: splits(&batch).len() as u32,
-            n_head: n_head as u32,
-            d_latent: d_latent as u32,
-            d_nope: d_nope as u32,
-            d_rope: d_rope as u32,
-            cache_rows: batch.cache_rows,
-            scale,
-            storage,
-        };
         let args = attention_absorbed::Args {
             absorbed: &a.region,
             q: &q.region,
@@ -1608,18 +1812,28 @@ fn absorbed(
 }
 
 fn merges(cases: &mut Vec<Case>) {
-    for (n_head, width) in [(1, 1), (3, 16), (9, 65), (2, 130)] {
-        cases.push(Case::new("attention_merge", format!("h{n_head}_{width}"), move |lab| {
+    // Maxima of a few, then of ±1e4: one split takes everything. Values of the largest f16 over few positions, and over many.
+    let sizes = [(1, 1), (3, 16), (9, 65), (2, 130)].map(|(n_head, width)| (n_head, width, 3.0, 1.0));
+    for (n_head, width, spread, size) in
+        sizes.into_iter().chain([(3, 16, 1e4, 1.0), (3, 16, 3.0, 65_504.0), (3, 16, 0.0, 1e-39)])
+    {
+        let plain = spread == 3.0 && size == 1.0;
+        let extreme = if plain { String::new() } else { format!("_maxima_{spread:e}_values_{size:e}") };
+        cases.push(Case::new("attention_merge", format!("h{n_head}_{width}{extreme}"), move |lab| {
             let tolerance = Tolerance::sums(&[8]);
             every_tuning(attention_merge::SPEC.tunings, tolerance, |tuning| {
                 let mut random = Random::new(SEED);
                 // One split, several, none, and a token whose splits are all empty.
                 let ranges = [0..1, 1..6, 6..6, 6..8];
                 let splits = 8;
-                let values = random.values(splits * n_head * width, 1.0);
+                let mut values = random.values(splits * n_head * width, size);
+                // Below the smallest normal number an adapter may take 0 for every second value, as for all of them.
+                if size < f32::MIN_POSITIVE {
+                    values.iter_mut().step_by(2).for_each(|value| *value /= size);
+                }
                 let mut partial = reference::Partial {
                     values: widen(&values),
-                    max: widen(&random.values(splits * n_head, 3.0)),
+                    max: widen(&random.values(splits * n_head, spread)),
                     sum: random.values(splits * n_head, 1.0).iter().map(|value| f64::from(value.abs() + 1.0)).collect(),
                 };
                 let empty = 6 * n_head;
@@ -1705,7 +1919,7 @@ struct GroupedBatch {
 
 impl GroupedBatch {
     /// `sequences` are lengths, the last `queries` tokens of each are new; rows of odd ids are `resident` at id.
-    fn new(sequences: &[(u32, Ids)], queries: u32, tiling: Tiling, resident: bool) -> Option<Self> {
+    fn new(sequences: &[(u32, Ids)], (queries, passes): (u32, u32), tiling: Tiling, resident: bool) -> Option<Self> {
         let capacity = sequences.iter().map(|(length, _)| *length).max()? + 1;
         let layout = ListLayout::new(capacity)?;
         let table = 5;
@@ -1722,6 +1936,7 @@ impl GroupedBatch {
             cache_rows: capacity * sequences.len() as u32,
             tokens: 0,
         };
+        let mut of_pass: Vec<(Range<usize>, u32)> = Vec::new();
         for (line, &(length, ids)) in (0..).zip(sequences) {
             let base = first + line * layout.words;
             let mut groups = Groups::new(layout);
@@ -1777,8 +1992,16 @@ impl GroupedBatch {
             };
             for query in 0..tokens {
                 let last = (line * capacity + length - tokens + query) as usize;
+                // Tiles belong to one pass; the chunks of an item have a partial result of every pass.
                 let items = in_items(&groups_of_tiles, tiling.groups * tiling.run);
-                for item in items.into_iter().chain(in_items(&chunks, tiling.run)) {
+                let first = batch.expected.len() + items.len();
+                let of_chunks = in_items(&chunks, tiling.run);
+                for pass in 0..passes {
+                    let items = first + pass as usize * of_chunks.len()..first + (pass as usize + 1) * of_chunks.len();
+                    of_pass.push((items, pass));
+                }
+                let every_pass = (0..passes).flat_map(|_| of_chunks.clone());
+                for item in items.into_iter().chain(every_pass) {
                     let seen = item.into_iter().map(|(group, rows)| {
                         let rows = rows.into_iter().filter(|&row| row <= last).collect();
                         (batch.rows as usize + group, rows)
@@ -1790,9 +2013,14 @@ impl GroupedBatch {
             let padded = groups.groups().next_multiple_of(tiling.groups * tiling.run);
             batch.ids.extend((0..padded as usize).map(|group| lists.get(group).map(|(id, _)| *id)));
             batch.items += tile_items + chunk_items;
-            batch.partials += tokens * (tile_items + chunk_items);
+            batch.partials += tokens * (tile_items + passes * chunk_items);
             batch.rows += padded;
             batch.tokens += tokens;
+        }
+        let pass_rows = batch.rows.div_ceil(passes).next_multiple_of(tiling.groups * tiling.run).max(1);
+        for (items, pass) in of_pass {
+            let own = |group: usize| group as u32 / pass_rows == pass;
+            batch.expected[items].iter_mut().for_each(|item| item.groups.retain(|(group, _)| own(*group)));
         }
         Some(batch)
     }
@@ -1809,6 +2037,25 @@ struct GroupedSizes {
     norm: GateNorm,
     storage: Storage,
     cache_storage: Storage,
+    extreme: Extreme,
+    /// Passes over the gate rows, each with the rows of its own groups.
+    passes: u32,
+}
+
+impl GroupedSizes {
+    /// The cases at the ends of what attention may meet: chunks, tiles, a sequence of one token.
+    fn extremes(self) -> Vec<(String, GroupedSizes)> {
+        let sequences = &[(330, Ids::Skewed), (1, Ids::Equal), (340, Ids::Equal)];
+        Extreme::ALL
+            .into_iter()
+            .flat_map(|extreme| {
+                Storage::ALL.map(|cache_storage| {
+                    let name = format!("{}_{}_cache", extreme.name(), cache_storage.name());
+                    (name, GroupedSizes { sequences, cache_storage, extreme, ..self })
+                })
+            })
+            .collect()
+    }
 }
 
 fn grouped(cases: &mut Vec<Case>) {
@@ -1822,8 +2069,12 @@ fn grouped(cases: &mut Vec<Case>) {
         norm: GateNorm::LayerNorm,
         storage: Storage::F32,
         cache_storage: Storage::F32,
+        extreme: Extreme::Plain,
+        passes: 1,
     };
     let mixed = |storage, cache_storage| GroupedSizes { storage, cache_storage, ..plain };
+    // Groups of several passes, chunks that belong to both, a sequence that the second pass alone has.
+    let twice: &[(u32, Ids)] = &[(1000, Ids::Skewed), (400, Ids::Equal), (99, Ids::Distinct)];
     let all = [
         ("t1", GroupedSizes { sequences: &[(1, Ids::Distinct)], ..plain }),
         ("equal", GroupedSizes { sequences: &[(700, Ids::Equal)], ..plain }),
@@ -1843,8 +2094,10 @@ fn grouped(cases: &mut Vec<Case>) {
         ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..mixed(Storage::F32, Storage::F16) }),
         ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
         ("wide", GroupedSizes { n_head: 2, widths: widths(512, 128, 64, 128), ..mixed(Storage::F16, Storage::F16) }),
+        ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
+        ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
-    for (name, sizes) in all {
+    for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes()) {
         cases.push(Case::new(attention_grouped::SPEC.name, name, move |lab| {
             let tiling = attention_grouped::tiling_in_workgroup(lab.kernels.context(), sizes.widths)?;
             attend_groups(lab, sizes, tiling, attention_grouped::SPEC.tunings, reference::attention_grouped)
@@ -1879,8 +2132,11 @@ fn grouped(cases: &mut Vec<Case>) {
         ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
         ("r57", GroupedSizes { n_head: 2, widths: widths(57, 72, 62, 80), ..mixed(Storage::F16, Storage::F16) }),
         ("heads_of_128", GroupedSizes { widths: widths(64, 128, 64, 128), ..mixed(Storage::F32, Storage::F32) }),
+        ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
+        ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
-    for (name, sizes) in in_registers {
+    for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes())
+    {
         let spec = &attention_grouped_subgroup::SPEC;
         cases.push(Case::new(spec.name, name, move |lab| match skipped(spec, lab.kernels) {
             Some(skipped) => Ok(skipped),
@@ -1907,38 +2163,47 @@ fn attend_groups(
     tunings: usize,
     definition: GroupedDefinition,
 ) -> Result<Vec<super::Outcome>> {
-    let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage } = sizes;
+    let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
+    let (extreme, passes) = (sizes.extreme, sizes.passes);
     let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
     let d_kv = n_head * (d_nope + d_value);
     let longest = sequences.iter().map(|(length, _)| *length as usize).max().unwrap_or(0);
-    let tolerance = Tolerance::sums(&[d_nope as usize, d_latent as usize, d_kv as usize, longest]);
+    let plain = Tolerance::sums(&[d_nope as usize, d_latent as usize, d_kv as usize, longest]);
+    // Scores of size s carry absolute errors of s · u · √d: those are relative errors of their exponentials.
+    let of_scores = attention_tolerance((d_nope + d_rope + d_latent) as usize, longest, extreme.spread());
+    let tolerance = if extreme.spread() > 1.0 { of_scores } else { plain };
     every_tuning(tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         // Rows of odd ids come from `gates`, at their id, and the others from `gates_more`, at their group.
-        let Some(batch) = GroupedBatch::new(sequences, queries, tiling, true) else { return Ok(Vec::new()) };
+        let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, true) else { return Ok(Vec::new()) };
         let rows = batch.cache_rows as usize;
         let resident = batch.ids.iter().flatten().max().map_or(1, |id| id + 1);
-        let q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
+        let mut q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
         let w_values = random.values((d_kv * d_latent) as usize, 1.0);
         let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
         let gate_values = random.values((resident * d_kv) as usize, 1.0);
         let more_values = random.values((batch.rows * d_kv) as usize, 1.0);
-        let latent_values = random.values(rows * d_latent as usize, 1.0);
-        let rope_values = random.values(rows * d_rope as usize, 1.0);
+        let mut latent_values = random.values(rows * d_latent as usize, 1.0);
+        let mut rope_values = random.values(rows * d_rope as usize, 1.0);
+        extreme.of_queries(&mut q_values);
+        extreme.of_keys(&mut latent_values, d_latent as usize, cache_storage);
+        extreme.of_keys(&mut rope_values, d_rope as usize, cache_storage);
         let statistics: Vec<f32> = random.values(2 * rows, 1.0).iter().map(|value| value.abs() + 0.1).collect();
-        let padded = |values: &[f32], width: u32, storage: Storage| -> Vec<u32> {
+        // The padding of weights and gate rows is zero, that of the cache is hostile.
+        let rows_of = |values: &[f32], width: u32, storage: Storage, padding: f32| -> Vec<u32> {
             let pitch = storage.row_pitch(width) as usize;
-            let row = |row: &[f32]| [row, &vec![0.0; pitch - row.len()]].concat();
+            let row = |row: &[f32]| [row, &vec![padding; pitch - row.len()]].concat();
             let rows: Vec<f32> = values.chunks(width.max(1) as usize).flat_map(row).collect();
             super::pack(&rows, storage).0
         };
+        let padded = |values: &[f32], width: u32, storage: Storage| rows_of(values, width, storage, 0.0);
         let kept = |values: &[f32], storage: Storage| super::pack(values, storage).1;
 
         // Latents, rotary keys and statistics one after another, 16 bytes between them.
-        let mut cache_words = padded(&latent_values, d_latent, cache_storage);
+        let mut cache_words = rows_of(&latent_values, d_latent, cache_storage, HOSTILE_PADDING);
         cache_words.extend([0; 4]);
         let rope_byte = 4 * cache_words.len() as u64;
-        cache_words.extend(padded(&rope_values, d_rope, cache_storage));
+        cache_words.extend(rows_of(&rope_values, d_rope, cache_storage, HOSTILE_PADDING));
         cache_words.extend([0; 4]);
         let statistics_byte = 4 * cache_words.len() as u64;
         cache_words.extend(statistics.iter().map(|value| value.to_bits()));
@@ -1952,7 +2217,15 @@ fn attend_groups(
         let w = lab.words(&padded(&w_values, d_latent, storage))?;
         let affine = lab.words(&super::pack(&affine, storage).0)?;
         let gates = lab.words(&padded(&gate_values, d_kv, cache_storage))?;
-        let more = lab.words(&padded(&more_values, d_kv, Storage::F32))?;
+        // Whole items a pass, as the plan of a step divides them.
+        let item_groups = tiling.groups * tiling.run;
+        let pass_rows = batch.rows.div_ceil(passes).next_multiple_of(item_groups);
+        let more = (0..passes)
+            .map(|pass| {
+                let rows = [pass, pass + 1].map(|pass| (pass * pass_rows).min(batch.rows) as usize * d_kv as usize);
+                lab.words(&padded(&more_values[rows[0]..rows[1]], d_kv, Storage::F32))
+            })
+            .collect::<Result<Vec<_>>>()?;
         let softmax_word = attention_grouped::softmax_word(batch.partials, n_head, d_value) as usize;
         let partials = (batch.partials * n_head) as usize;
         let partial = lab.output(softmax_word + 2 * partials)?;
@@ -1978,7 +2251,7 @@ fn attend_groups(
             first_row: 0,
             rows: batch.rows,
             pass_index: 0,
-            passes: 1,
+            passes,
             activation,
             norm,
             scale,
@@ -1987,17 +2260,26 @@ fn attend_groups(
             cache_storage,
             storage,
         };
-        let args = attention_grouped::Args {
-            q: &q.region,
-            kv_b_proj: &w.region,
-            affine: &affine.region,
-            gates: &gates.region,
-            gates_more: &more.region,
-            cache: &cache.region,
-            lists: &lists.region,
-            partial: &partial.region,
-        };
-        lab.launch(|recording| attention_grouped::encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| {
+            for (pass_index, more) in (0..).zip(&more) {
+                let first_row = pass_index * pass_rows;
+                // Of more passes than there are items the last have nothing to do.
+                let rows = pass_rows.min(batch.rows.saturating_sub(first_row));
+                let problem = attention_grouped::Problem { first_row, rows, more: rows, pass_index, ..problem };
+                let args = attention_grouped::Args {
+                    q: &q.region,
+                    kv_b_proj: &w.region,
+                    affine: &affine.region,
+                    gates: &gates.region,
+                    gates_more: &more.region,
+                    cache: &cache.region,
+                    lists: &lists.region,
+                    partial: &partial.region,
+                };
+                attention_grouped::encode(recording, &problem, args, tuning)?;
+            }
+            Ok(())
+        })?;
 
         let (gates_kept, more_kept) = (kept(&gate_values, cache_storage), widen(&more_values));
         let gate_row = |(row, id): (usize, &Option<u32>)| match id {
@@ -2233,7 +2515,7 @@ fn lists(cases: &mut Vec<Case>) {
             every_tuning(group_ids::SPEC.tunings, Tolerance::EXACT, |tuning| {
                 let tiling = Tiling { groups: 4, run: 2 };
                 let sequences = [(30, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
-                let Some(batch) = GroupedBatch::new(&sequences, 1, tiling, true) else { return Ok(Vec::new()) };
+                let Some(batch) = GroupedBatch::new(&sequences, (1, 1), tiling, true) else { return Ok(Vec::new()) };
                 let rows = batch.rows - first_row;
                 let (token_ids, token_rows) = ([7, 8, 9], [7, NO_ROW, 9]);
                 let lists = lab.words(&batch.words)?;

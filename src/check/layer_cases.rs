@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::kernel::{Recording, Region};
 use crate::plan::Storage;
 use crate::reference::{History, Layer};
+use crate::weights::{AttentionWeights, QueryWeights};
 
 /// How the tokens of a sequence reach the cache.
 #[derive(Debug, Clone, Copy)]
@@ -126,8 +127,154 @@ pub(super) fn cases() -> Vec<Case> {
             let id = format!("{name}/{}", storage.name());
             cases.push(Case::new("layer", id, move |lab| layer(lab, &config, true, storage, &[300, 20, 530], 256)));
         }
+        let sites = [
+            ("mla", None),
+            ("latent", gate(GateSite::Latent, Activation::Sigmoid, GateNorm::LayerNorm)),
+            ("up_projected", gate(GateSite::UpProjected, Activation::Tanh, GateNorm::LayerNorm)),
+        ];
+        for (name, gate) in sites {
+            let config = AttentionConfig { gate, ..base() };
+            for extreme in Extreme::ALL {
+                let (id, config) = (format!("{name}_{}/{}", extreme.name(), storage.name()), config.clone());
+                let sizes = Sizes { lengths: &[7, 1, 33, 0], tile_rows: 16, law: Ids::Any, extreme: Some(extreme) };
+                let run =
+                    move |lab: &Lab<'_>| compared(lab, &config, !extreme.unnormed(), storage, sizes, &ends_of(33));
+                cases.push(Case::new("layer", id, run));
+            }
+            // The most candidates a step, from an empty cache on: 16, 16, then what is left.
+            let (id, config) = (format!("{name}_16_tokens/{}", storage.name()), config.clone());
+            let sizes = Sizes { lengths: &[40, 16, 270, 1], tile_rows: 256, law: Ids::Any, extreme: None };
+            let run = move |lab: &Lab<'_>| compared(lab, &config, true, storage, sizes, &sixteen());
+            cases.push(Case::new("layer", id, run));
+        }
+        // Caches of one id, of as many ids as tokens, and of an id that is every third token: whole chunks of it.
+        for law in [Ids::Equal, Ids::Distinct, Ids::Third] {
+            let mut config =
+                AttentionConfig { gate: gate(GateSite::UpProjected, Activation::Tanh, GateNorm::LayerNorm), ..base() };
+            config.gate.iter_mut().for_each(|gate| gate.vocab_size = 1100);
+            let id = format!("ids_{law:?}/{}", storage.name()).to_lowercase();
+            let sizes = Sizes { lengths: &[300, 1, 1090], tile_rows: 512, law, extreme: None };
+            let run = move |lab: &Lab<'_>| compared(lab, &config, true, storage, sizes, &skewed(1090));
+            cases.push(Case::new("layer", id, run));
+        }
     }
     cases
+}
+
+/// Token ids of the new tokens, by position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ids {
+    Any,
+    Equal,
+    Distinct,
+    Third,
+}
+
+/// What a case runs on.
+#[derive(Clone, Copy)]
+struct Sizes {
+    lengths: &'static [u32],
+    tile_rows: u32,
+    law: Ids,
+    extreme: Option<Extreme>,
+}
+
+/// Layers at the ends of what attention may meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extreme {
+    /// Scores of ±1e4.
+    HugeScores,
+    /// Every score is 0.
+    EqualScores,
+    /// The third token's latent and rotary key are a thousand times the others'.
+    OneKey,
+    /// Every other token's hidden state is below the smallest normal f32.
+    Denormals,
+    /// Latents of up to a half of the largest f16, against queries that leave scores of order 1.
+    Large,
+}
+
+impl Extreme {
+    const ALL: [Extreme; 5] =
+        [Extreme::HugeScores, Extreme::EqualScores, Extreme::OneKey, Extreme::Denormals, Extreme::Large];
+
+    fn name(self) -> &'static str {
+        match self {
+            Extreme::HugeScores => "huge_scores",
+            Extreme::EqualScores => "equal_scores",
+            Extreme::OneKey => "one_key",
+            Extreme::Denormals => "denormals",
+            Extreme::Large => "f16_large",
+        }
+    }
+
+    /// Whether latents must keep their size: there is no `kv_a_layernorm`.
+    fn unnormed(self) -> bool {
+        matches!(self, Extreme::OneKey | Extreme::Large)
+    }
+
+    fn of_weights(self, weights: &mut AttentionWeights) {
+        let scale = |data: &mut [f32], by: f32| data.iter_mut().for_each(|value| *value *= by);
+        let by = match self {
+            Extreme::HugeScores => 1e4,
+            Extreme::EqualScores => 0.0,
+            Extreme::OneKey | Extreme::Denormals => 1.0,
+            Extreme::Large => {
+                scale(&mut weights.kv_a_proj.data, 1e4);
+                1e-4
+            }
+        };
+        if let QueryWeights::Full { proj } = &mut weights.query {
+            scale(&mut proj.data, by);
+        }
+    }
+
+    /// Hidden states of one sequence, `width` values a token.
+    fn of_hidden(self, hidden: &mut [f32], width: usize) {
+        let scale = |rows: &mut [f32], by: f32| rows.iter_mut().for_each(|value| *value *= by);
+        match self {
+            Extreme::HugeScores | Extreme::EqualScores | Extreme::Large => {}
+            Extreme::OneKey => hidden.chunks_mut(width).skip(2).take(1).for_each(|row| scale(row, 1e3)),
+            Extreme::Denormals => hidden.chunks_mut(width).step_by(2).for_each(|row| scale(row, 1e-39)),
+        }
+    }
+}
+
+/// Prefill, and decode by either path.
+fn ends_of(longest: u32) -> Vec<Schedule> {
+    let plain = Schedule {
+        name: "prefill",
+        prefill: longest,
+        chunk: longest,
+        path: DecodePath::Auto,
+        decode: 1,
+        gate_rows: GateRows::Recompute,
+    };
+    let decoded = Schedule { prefill: 28, chunk: 100, ..plain };
+    vec![
+        plain,
+        Schedule { name: "expanded", path: DecodePath::Expanded, ..decoded },
+        Schedule { name: "absorbed", path: DecodePath::Absorbed, ..decoded },
+    ]
+}
+
+/// Sixteen tokens a step from the first one on.
+fn sixteen() -> Vec<Schedule> {
+    [("expanded", DecodePath::Expanded), ("absorbed", DecodePath::Absorbed)]
+        .map(|(name, path)| Schedule { name, prefill: 0, chunk: 0, path, decode: 16, gate_rows: GateRows::Recompute })
+        .into()
+}
+
+/// A few decode steps with every source of gate rows, and by rebuilding.
+fn skewed(longest: u32) -> Vec<Schedule> {
+    [
+        ("expanded", DecodePath::Expanded, GateRows::Recompute),
+        ("absorbed", DecodePath::Absorbed, GateRows::Recompute),
+        ("pool", DecodePath::Absorbed, GateRows::Pool { rows: 50 }),
+        ("table", DecodePath::Absorbed, GateRows::Table),
+    ]
+    .map(|(name, path, gate_rows)| Schedule { name, prefill: longest - 4, chunk: longest, path, decode: 2, gate_rows })
+    .into()
 }
 
 fn layer(
@@ -135,14 +282,9 @@ fn layer(
     config: &AttentionConfig,
     kv_a_norm: bool,
     storage: Storage,
-    lengths: &[u32],
+    lengths: &'static [u32],
     tile_rows: u32,
 ) -> Result<Vec<Outcome>> {
-    let weights = attention_weights(config, kv_a_norm, 7)?;
-    let mut attention = Attention::new(lab.kernels, config, &weights, storage)?;
-    if config.up_projected_gate().is_some() {
-        lab.launch(|recording| attention.load_gate_table(recording))?;
-    }
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let plain = Schedule {
         name: "prefill",
@@ -172,12 +314,47 @@ fn layer(
     if longest < 100 {
         schedules.push(Schedule { name: "decode_from_0", prefill: 0, path: DecodePath::Absorbed, ..decoded });
     }
+    let sizes = Sizes { lengths, tile_rows, law: Ids::Any, extreme: None };
+    compared(lab, config, kv_a_norm, storage, sizes, &schedules)
+}
+
+/// Runs every schedule on the device, then the reference once.
+fn compared(
+    lab: &Lab<'_>,
+    config: &AttentionConfig,
+    kv_a_norm: bool,
+    storage: Storage,
+    sizes: Sizes,
+    schedules: &[Schedule],
+) -> Result<Vec<Outcome>> {
+    let Sizes { lengths, tile_rows, law, extreme } = sizes;
+    let mut weights = attention_weights(config, kv_a_norm, 7)?;
+    extreme.iter().for_each(|extreme| extreme.of_weights(&mut weights));
+    let mut attention = Attention::new(lab.kernels, config, &weights, storage)?;
+    if config.up_projected_gate().is_some() {
+        lab.launch(|recording| attention.load_gate_table(recording))?;
+    }
     let mut random = Random::new(11);
     let tokens: u32 = lengths.iter().sum();
     let width = config.hidden_size as usize;
-    let hidden = random.values(tokens as usize * width, 1.0);
+    let mut hidden = random.values(tokens as usize * width, 1.0);
     let vocab = config.gate.as_ref().map_or(1, |gate| gate.vocab_size);
-    let ids = random.ids(tokens as usize, vocab);
+    let any = random.ids(tokens as usize, vocab);
+    let positions = || lengths.iter().flat_map(|&length| 0..length);
+    let law = |(position, any): (u32, u32)| match law {
+        Ids::Any => any,
+        Ids::Equal => vocab / 2,
+        Ids::Distinct => position % vocab,
+        Ids::Third if position % 3 == 1 => 5,
+        Ids::Third => any,
+    };
+    let ids: Vec<u32> = positions().zip(any).map(law).collect();
+    let mut rest = &mut hidden[..];
+    for &length in lengths {
+        let (own, behind) = rest.split_at_mut(length as usize * width);
+        extreme.iter().for_each(|extreme| extreme.of_hidden(own, width));
+        rest = behind;
+    }
 
     let tolerance = Tolerance {
         relative: match storage {
@@ -186,7 +363,7 @@ fn layer(
         },
     };
     let mut results = Vec::new();
-    for schedule in schedules {
+    for &schedule in schedules {
         results.push((schedule, run(lab, &attention, storage, lengths, tile_rows, schedule, &hidden, &ids)?));
     }
     // After the GPU, so that nothing of it can leak into a result.

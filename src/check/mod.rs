@@ -12,8 +12,10 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, guard words stand around every
-//! buffer, and the GPU runs before the reference.
+//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, the padding of used ones the largest
+//! half, guard words stand around every buffer, and the GPU runs before the reference.
+//!
+//! [`cases`] are named; [`property`] draws layers at random, and [`long`] measures what a long cache costs in accuracy.
 
 pub mod bench;
 pub mod capture;
@@ -22,6 +24,8 @@ pub mod export;
 pub mod guarded;
 mod kernel_cases;
 mod layer_cases;
+pub mod long;
+pub mod property;
 pub mod random;
 pub mod readback;
 pub mod view;
@@ -191,14 +195,19 @@ fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
 /// What stands for the outcomes of a variant that the device does not offer; `None` where it can run.
 fn skipped(spec: &KernelSpec, kernels: &Kernels) -> Option<Vec<Outcome>> {
     let missing = spec.missing(kernels.context())?;
-    Some(vec![Outcome {
+    Some(vec![not_run(format!("{missing} not offered"))])
+}
+
+/// What stands for the outcomes of a case that the device is not offered, with the reason.
+fn not_run(reason: String) -> Outcome {
+    Outcome {
         tuning: "-".to_owned(),
         error: f64::NAN,
         tolerance: f64::NAN,
-        verdict: Err(format!("skipped: {missing} not offered")),
+        verdict: Err(format!("skipped: {reason}")),
         skipped: true,
         comparisons: 0,
-    }])
+    }
 }
 
 /// Runs `Auto` and every forced tuning.

@@ -2,7 +2,10 @@
 //! ([`Layer::forward_absorbed`]). The two agree to rounding; the program's CPU fallback runs the first. Both also decode from
 //! what a latent cache holds: [`Layer::decode_expanded`], [`Layer::decode_absorbed`].
 
+use half::f16;
+
 use crate::config::{AttentionConfig, GateConfig, LOW_RANK_NORM_EPS};
+use crate::plan::Storage;
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 use super::attention_prefill::{exponentials, weighted_sum};
@@ -21,6 +24,7 @@ pub struct Layer {
     o_proj: Vec<f64>,
     o_bias: Option<Vec<f64>>,
     gate: Option<Gate>,
+    cache: Storage,
 }
 
 #[derive(Debug, Clone)]
@@ -89,6 +93,15 @@ pub struct Latents {
 }
 
 impl Latents {
+    /// Those of the first `tokens` tokens, which are no more than there are.
+    pub fn first(&self, tokens: usize, config: &AttentionConfig) -> Latents {
+        Latents {
+            latent: self.latent[..tokens * config.d_latent as usize].to_vec(),
+            k_rope: self.k_rope[..tokens * config.d_rope as usize].to_vec(),
+            statistics: self.statistics[..tokens].to_vec(),
+        }
+    }
+
     /// These tokens, then `more`.
     fn followed_by(&self, more: Latents) -> Latents {
         let both = |before: &[f64], after: Vec<f64>| [before, &after].concat();
@@ -139,7 +152,14 @@ impl Layer {
             o_proj: weights.o_proj.to_f64(),
             o_bias: optional(&weights.o_bias),
             gate,
+            cache: Storage::F32,
         }
+    }
+
+    /// The same with latents and rotary keys rounded as a cache in `storage` rounds them; f32 rounds nothing here. The norm's
+    /// statistics are those of the latents before.
+    pub fn with_cache(self, storage: Storage) -> Layer {
+        Layer { cache: storage, ..self }
     }
 
     /// The configuration that it was built with.
@@ -168,6 +188,11 @@ impl Layer {
     /// [`Layer::forward`].
     pub fn latents(&self, hidden: &[f64], token_ids: &[u32], first_position: u32) -> Latents {
         self.keys_and_values(hidden, token_ids, first_position).0
+    }
+
+    /// (μ, ρ) of the gate's norm of latents `[tokens, d_latent]` with these ids at site `up_projected`; (0, 1) everywhere else.
+    pub fn statistics(&self, latent: &[f64], token_ids: &[u32]) -> Vec<[f64; 2]> {
+        self.up_project(latent, token_ids).1
     }
 
     /// A whole sequence from position 0, as decoding computes it: no keys and values, but queries absorbed into the
@@ -305,6 +330,13 @@ impl Layer {
             latent = gate.apply(&latent, token_ids).values;
         }
         let (kv, statistics) = self.up_project(&latent, token_ids);
+        if self.cache == Storage::F32 {
+            return (Latents { latent, k_rope, statistics }, kv);
+        }
+        let round = |value: &mut f64| *value = f16::from_f64(*value).to_f64();
+        latent.iter_mut().for_each(round);
+        k_rope.iter_mut().for_each(round);
+        let (kv, _) = self.up_project(&latent, token_ids);
         (Latents { latent, k_rope, statistics }, kv)
     }
 

@@ -1,6 +1,6 @@
 //! `egmla bench`: the adapter's ceilings, then every row against them; plots; and the README's table from kept results.
 
-mod plots;
+pub mod plots;
 mod readme;
 
 use std::path::{Path, PathBuf};
@@ -122,7 +122,8 @@ pub fn gpu(backend: &Backend) -> Result<&Gpu, Failure> {
     }
 }
 
-fn write(path: &Path, text: &str) -> Result<(), Failure> {
+/// Writes a file and the folders that it stands in.
+pub fn write(path: &Path, text: &str) -> Result<(), Failure> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder
         .map_or(Ok(()), std::fs::create_dir_all)

@@ -1,5 +1,9 @@
-//! `egmla check`: every case against the reference, on the user's own adapter.
+//! `egmla check`: every case against the reference, on the user's own adapter; random layers; what a long context costs.
 
+mod long;
+mod random;
+
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
@@ -21,6 +25,21 @@ pub struct CheckArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+    /// Instead: the error of every way to attend at up to 65 536 cached tokens
+    #[arg(long, conflicts_with = "filter")]
+    long: bool,
+    /// With --long: write the plot to DIR as SVG
+    #[arg(long, value_name = "DIR", requires = "long")]
+    svg: Option<PathBuf>,
+    /// Instead: N random layers with random histories of their caches; the first that fails is shrunk and printed
+    #[arg(long, value_name = "N", conflicts_with_all = ["filter", "json", "long"])]
+    random: Option<usize>,
+    /// Of --random: equal seeds, equal cases
+    #[arg(long, value_name = "S", default_value_t = 1, requires = "random")]
+    seed: u64,
+    /// Instead: one case that --random printed
+    #[arg(long, value_name = "CASE", conflicts_with_all = ["filter", "json", "long", "random"])]
+    replay: Option<String>,
 }
 
 /// One tuning of one case.
@@ -60,6 +79,11 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         let filter = args.filter.unwrap_or_default();
         return Err(Failure::usage(format!("no case contains `{filter}` (--filter); there are {of} cases")));
     }
+    // Read before a device is opened: a case that cannot be is bad input.
+    let replayed = args.replay.as_deref().map(random::read).transpose()?;
+    if args.random == Some(0) {
+        return Err(Failure::usage("--random 0: there is nothing to compare"));
+    }
     let backend = adapter::open(&args.adapter)?;
     let gpu = match &backend {
         Backend::Gpu(gpu) => gpu,
@@ -78,6 +102,15 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     };
     let adapter = backend.describe();
     console::note(format_args!("adapter: {adapter}"));
+    if args.long {
+        return long::run(gpu, args.json, args.svg.as_deref());
+    }
+    if let Some(cases) = args.random {
+        return random::search(gpu, args.seed, cases);
+    }
+    if let Some(case) = replayed {
+        return random::replay(gpu, &case);
+    }
     let mut rows = Vec::new();
     for case in &cases {
         rows.extend(run_case(gpu, case)?);

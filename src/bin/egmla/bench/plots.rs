@@ -12,8 +12,8 @@ const SIZE: (u32, u32) = (1080, 480);
 /// Pixels of the plot itself; the rest is its legend, where it hides no point.
 const PLOT: u32 = 740;
 /// As far from white as from black.
-const INK: RGBColor = RGBColor(118, 124, 132);
-const COLOURS: [RGBColor; 6] = [
+pub const INK: RGBColor = RGBColor(118, 124, 132);
+pub const COLOURS: [RGBColor; 6] = [
     RGBColor(214, 90, 60),
     RGBColor(52, 128, 210),
     RGBColor(160, 110, 30),
@@ -36,7 +36,7 @@ const DECODE: [(&str, &str); 6] = [
 const LENGTHS: [u32; 3] = [1024, 8192, 32_768];
 
 type Line = (String, RGBColor, Vec<(f64, f64)>);
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// File name and content of every plot.
 pub fn all(report: &Report) -> Result<Vec<(String, String)>, Failure> {
@@ -48,7 +48,7 @@ pub fn all(report: &Report) -> Result<Vec<(String, String)>, Failure> {
     ])
 }
 
-fn drawn(draw: impl FnOnce(&Area<'_>) -> Result<(), Failure>) -> Result<String, Failure> {
+pub fn drawn(draw: impl FnOnce(&Area<'_>) -> Result<(), Failure>) -> Result<String, Failure> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
@@ -61,7 +61,7 @@ fn drawn(draw: impl FnOnce(&Area<'_>) -> Result<(), Failure>) -> Result<String, 
     Ok(svg)
 }
 
-fn font(size: i32) -> TextStyle<'static> {
+pub fn font(size: i32) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(&INK)
 }
 
@@ -79,13 +79,13 @@ fn span(values: impl Iterator<Item = f64>, base: f64) -> std::ops::Range<f64> {
 
 /// A mark of a legend: a line of some width, or a point that is full or hollow.
 #[derive(Clone, Copy)]
-enum Mark {
+pub enum Mark {
     Line(u32),
     Point(ShapeStyle),
 }
 
 /// Names of what is drawn, one below the other.
-fn legend(area: &Area<'_>, entries: &[(String, RGBColor, Mark)]) -> Result<(), Failure> {
+pub fn legend(area: &Area<'_>, entries: &[(String, RGBColor, Mark)]) -> Result<(), Failure> {
     for (place, (name, colour, mark)) in (0..).zip(entries) {
         let y = 70 + 24 * place;
         match mark {
