@@ -972,7 +972,7 @@ fn widths_that_overflow_are_errors_and_not_panics() {
         };
         for plan in [append.plan(&context, Tuning::Auto), attend.plan(&context, Tuning::Auto)] {
             let error = plan.unwrap_err().to_string();
-            assert!(error.contains(&format!("{width}, must be below 2^30")), "{error}");
+            assert!(error.contains(&format!("{width}, must be at most 65534")), "{error}");
         }
     }
     // A configuration that nobody validated, on its way to a checkpoint.

@@ -21,7 +21,7 @@ use crate::plan::Tuning;
 pub struct WorkspaceOptions {
     /// Most new tokens of a step, over all sequences.
     pub max_tokens: u32,
-    /// Cached rows whose keys and values are rebuilt at once; rounded up to the split length. More rows mean fewer
+    /// Cached rows whose keys and values are rebuilt at once, up to 2^19; rounded up to the split length. More rows mean fewer
     /// dispatches, fewer rows mean less memory.
     pub tile_rows: u32,
     /// Most new tokens of a sequence in a decode step, up to [`super::MOST_DECODED`]: each has partial results of its own.
@@ -35,6 +35,9 @@ impl WorkspaceOptions {
         WorkspaceOptions { max_tokens, tile_rows: 1024, decode_tokens: 1 }
     }
 }
+
+/// Keys that the prefill kernels walk in one dispatch without too long a loop.
+const MOST_TILE_ROWS: u32 = 1 << 19;
 
 static IDENTITIES: AtomicU64 = AtomicU64::new(1);
 
@@ -85,7 +88,8 @@ impl Workspace {
         let config = cache.config();
         let n_head = config.n_head;
         let CacheRows { padded, splits } = CacheRows::of(cache);
-        let tile_rows = options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded);
+        let tile_rows =
+            options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded).min(MOST_TILE_ROWS);
         let tokens = options.max_tokens.min(cache.rows());
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = tokens.min(product(&[cache.options().batch, decode_tokens]) as u32);

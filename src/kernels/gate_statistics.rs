@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, nonzero, product, words};
+use super::{Problem as _, nonzero, product, trips, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -79,6 +79,7 @@ impl super::Problem for Problem {
         }
         let workgroup_size =
             ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        trips(SPEC.name, "width", self.width, workgroup_size)?;
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),
