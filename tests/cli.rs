@@ -576,6 +576,16 @@ fn check_compares_with_the_reference_or_says_why_not() {
 }
 
 /// The golden case on `adapter`, for every way to run it; `bound` by storage.
+/// WebGPU's default limits and no feature: kernels that need one are not run, and the others are.
+#[test]
+fn check_opens_a_device_with_webgpus_limits_when_asked() {
+    let check = |limits: &[&str], filter: &str| egmla(&[&["check", "--filter", filter], limits].concat());
+    check(&["--limits", "default"], "swiglu").done();
+    let without = check(&["--limits", "default"], "matmul_subgroup/").refused(1, &["nothing was compared", "subgroup"]);
+    assert!(without.stdout.contains(" 0 failed"), "{without:?}");
+    check(&["--limits", "none"], "swiglu").refused(2, &["--limits", "default", "adapter"]);
+}
+
 fn golden(case: &str, adapter: &str, decode: &[&str], storages: &[(&str, f64)]) {
     golden_with(case, adapter, decode, "recompute", storages);
 }

@@ -7,7 +7,7 @@ use super::lists::GateRows;
 use super::step::MOST_DECODED;
 use crate::config::GateSite;
 use crate::error::{Error, Result};
-use crate::kernel::Region;
+use crate::kernel::{Kernels, Region};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::{attention_prefill, product};
@@ -45,6 +45,7 @@ static IDENTITIES: AtomicU64 = AtomicU64::new(1);
 /// may share it too, since their commands run in order.
 #[derive(Debug)]
 pub struct Workspace {
+    pub(super) kernels: Kernels,
     pub(super) max_tokens: u32,
     pub(super) tile_rows: u32,
     pub(super) decode_tokens: u32,
@@ -79,8 +80,22 @@ impl Workspace {
     /// Allocates a workspace for steps on `cache`.
     ///
     /// # Errors
-    /// No token at all, a buffer over the device's limits, or no memory left.
+    /// No token at all; a buffer over the device's limits, before any is allocated; no memory left, or a lost device.
     pub fn new(cache: &LatentCache, options: WorkspaceOptions) -> Result<Self> {
+        let kernels = cache.kernels();
+        // Every size is checked before the first buffer is made.
+        Self::placed(cache, options, |_, _| Ok(kernels.absent()))?;
+        Self::placed(cache, options, |what, needed| {
+            kernels.allocate(&format!("egmla.workspace.{what}"), needed).map(|buffer| Region::from(&buffer))
+        })
+    }
+
+    /// A workspace whose buffers `place` makes, by name and bytes.
+    fn placed(
+        cache: &LatentCache,
+        options: WorkspaceOptions,
+        mut place: impl FnMut(&'static str, u64) -> Result<Region>,
+    ) -> Result<Self> {
         if options.max_tokens == 0 {
             return Err(Error::Empty { what: "the workspace (max_tokens is 0)" });
         }
@@ -129,13 +144,14 @@ impl Workspace {
                 let what = format!("workspace `{what}` of {extents:?} words");
                 return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
             }
-            let buffer = kernels.allocate(&format!("egmla.workspace.{what}"), needed)?;
-            bytes += buffer.size();
-            Ok(Region::from(&buffer))
+            let region = place(what, needed)?;
+            bytes += region.size;
+            Ok(region)
         };
         let on = |condition: bool, extent: u32| if condition { extent } else { 0 };
         let rank = config.d_q_latent.unwrap_or(0);
         let mut workspace = Workspace {
+            kernels: kernels.clone(),
             max_tokens: tokens,
             tile_rows,
             decode_tokens,

@@ -46,7 +46,8 @@ impl From<egmla::Error> for Failure {
             cause = source;
         }
         match cause {
-            egmla::Error::Device { .. } | egmla::Error::NonFinite { .. } => Failure::run(error),
+            egmla::Error::NonFinite { .. } => Failure::run(error),
+            _ if error.is_of_device() => Failure::run(error),
             _ => Failure::usage(error),
         }
     }
