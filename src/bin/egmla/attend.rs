@@ -13,6 +13,7 @@ use egmla::weights::{AttentionWeights, Checkpoint};
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::options::PathOptions;
 use files::{Input, Output, read};
 use schedule::{Prefill, Schedule};
@@ -80,6 +81,7 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
         .map_err(|error| error.in_file(&args.weights))?;
     drop(bytes);
     let input = Input::read(&args.input, &config)?;
+    interrupt::watch();
     let output = Output::check(&args.output)?;
     for (option, path) in [("config", &args.config), ("weights", &args.weights), ("input", &args.input)] {
         output.refuse_input(option, path)?;
