@@ -34,7 +34,7 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
     for row in rows().iter().filter(|row| row.is_in(Suite::Quick)) {
         let prepared = match row.prepare(&kernels, &mut stock) {
             Ok(prepared) => prepared,
-            Err(error @ egmla::Error::Device { .. }) => return Err(error.into()),
+            Err(error) if error.is_of_device() => return Err(error.into()),
             Err(error) => {
                 println!("{}: not measured: {error}", row.id());
                 continue;

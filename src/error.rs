@@ -192,13 +192,60 @@ pub enum Error {
     /// The step was planned on another cache, or the cache has changed since.
     #[error("this step was planned on another state of the cache: plan it again")]
     StaleStep,
-    /// wgpu refused or failed.
-    #[error("GPU: {what}: {message}")]
+    /// The device is lost: destroyed, reset, unplugged, or out of memory where wgpu does not survive it. Whatever lives on it is
+    /// gone; the host's state, as a cache's lengths, still tells what there was.
+    #[error(
+        "GPU: {what}: the device is lost ({message}); open a new one, make kernels, layers and caches on it, and feed them again"
+    )]
+    DeviceLost {
+        /// What was being done.
+        what: String,
+        /// What is known of the cause, on one line.
+        message: String,
+    },
+    /// The device has no memory left for it. Nothing of what was asked for exists; what was made before goes on.
+    #[error(
+        "GPU: {what}: out of memory ({message}); ask for less (capacity, batch, f16 storage), or free buffers, and try again"
+    )]
+    OutOfMemory {
+        /// What was being allocated.
+        what: String,
+        /// wgpu's own words, on one line.
+        message: String,
+    },
+    /// wgpu's validation refused what reached it: a buffer of another device in a region, or a defect of this crate.
+    #[error(
+        "GPU: {what}: refused: {message}; if all that was given belongs to this device, this is a defect to report"
+    )]
+    Validation {
+        /// What was being done.
+        what: String,
+        /// wgpu's own words, on one line.
+        message: String,
+    },
+    /// The device had not finished in time. It may yet: nothing is lost by waiting again.
+    #[error("GPU: {what}: not done within {seconds} s; wait longer, submit less at once, or open a new device")]
+    Timeout {
+        /// What was waited for.
+        what: String,
+        /// How long, in seconds.
+        seconds: f64,
+    },
+    /// The driver, or wgpu's use of it, failed for a reason of its own.
+    #[error("GPU: {what}: {message}; try again, with a newer driver or on another adapter")]
     Device {
         /// What was being done.
         what: String,
         /// wgpu's own words, on one line.
         message: String,
+    },
+    /// Two objects that must share a device do not. Nothing was recorded.
+    #[error("{what} is of another device than the {than}: make both with the kernels of one device")]
+    OtherDevice {
+        /// What was given.
+        what: &'static str,
+        /// What it does not fit.
+        than: &'static str,
     },
     /// The operating system refused a file.
     #[error("{}: {source}", path.display())]
@@ -249,15 +296,47 @@ impl Error {
         Error::Problem { kernel, problem: problem.into() }
     }
 
-    /// wgpu's messages span lines; ours are one.
+    /// A failure of the driver, in wgpu's words.
     pub(crate) fn device(what: impl Into<String>, message: impl std::fmt::Display) -> Self {
-        let message = message.to_string();
-        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
-        Error::Device { what: what.into(), message }
+        Error::Device { what: what.into(), message: one_line(message) }
+    }
+
+    /// The device is lost, by these words.
+    pub(crate) fn lost(what: impl Into<String>, message: impl std::fmt::Display) -> Self {
+        Error::DeviceLost { what: what.into(), message: one_line(message) }
+    }
+
+    /// What an error scope, or the handler of errors outside of all scopes, was told.
+    pub(crate) fn wgpu(what: impl Into<String>, error: &wgpu::Error) -> Self {
+        let (what, message) = (what.into(), one_line(error));
+        match error {
+            // Its own words are the variant's; what the allocator said stands behind them.
+            wgpu::Error::OutOfMemory { source } => Error::OutOfMemory { what, message: one_line(source) },
+            wgpu::Error::Validation { .. } => Error::Validation { what, message },
+            wgpu::Error::Internal { .. } => Error::Device { what, message },
+        }
+    }
+
+    /// Whether the device is at fault, or what wgpu makes of it, and not what was asked of it.
+    pub fn is_of_device(&self) -> bool {
+        match self {
+            Error::DeviceLost { .. }
+            | Error::OutOfMemory { .. }
+            | Error::Validation { .. }
+            | Error::Timeout { .. }
+            | Error::Device { .. } => true,
+            Error::File { source, .. } => source.is_of_device(),
+            _ => false,
+        }
     }
 
     /// The same error, with the file it was found in.
     pub fn in_file(self, path: impl Into<PathBuf>) -> Self {
         Error::File { path: path.into(), source: Box::new(self) }
     }
+}
+
+/// wgpu's messages span lines; ours are one.
+fn one_line(message: impl std::fmt::Display) -> String {
+    message.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }

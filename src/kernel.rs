@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::pin;
 #[cfg(not(target_arch = "wasm32"))]
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -120,6 +121,8 @@ type PipelineKey = (&'static str, Vec<(&'static str, u64)>);
 #[derive(Debug)]
 struct Inner {
     device: wgpu::Device,
+    /// Shared by kernels that come from one call of [`Kernels::new`], and thus are of one device.
+    family: u64,
     context: PlanContext,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
     /// The driver's own cache of what it compiled, when the caller brought one.
@@ -138,8 +141,8 @@ impl Kernels {
     /// Takes the caller's device. Nothing is compiled yet.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device is lost or out of memory, [`Error::Limit`] when it offers fewer storage
-    /// buffers than WebGPU promises.
+    /// [`Error::DeviceLost`] or [`Error::OutOfMemory`] of the device, [`Error::Limit`] when it offers fewer storage buffers than
+    /// WebGPU promises.
     pub fn new(device: &wgpu::Device) -> Result<Self> {
         Self::with_class(device, AdapterClass::of(&device.adapter_info()))
     }
@@ -178,8 +181,11 @@ impl Kernels {
             })
         };
         let (absent, sink) = (empty("egmla.absent")?, empty("egmla.sink")?);
+        alive(device, "opening kernels")?;
         let (device, pipelines) = (device.clone(), Mutex::default());
-        Ok(Kernels(Arc::new(Inner { device, context, pipelines, pipeline_cache: None, absent, sink })))
+        static FAMILIES: AtomicU64 = AtomicU64::new(0);
+        let family = FAMILIES.fetch_add(1, Ordering::Relaxed);
+        Ok(Kernels(Arc::new(Inner { device, family, context, pipelines, pipeline_cache: None, absent, sink })))
     }
 
     /// The same device and choices, with nothing compiled yet and no pipeline cache: to measure a first use.
@@ -228,9 +234,10 @@ impl Kernels {
     }
 
     fn with(&self, context: PlanContext, pipeline_cache: Option<wgpu::PipelineCache>) -> Self {
-        let Inner { device, absent, sink, .. } = &*self.0;
+        let Inner { device, family, absent, sink, .. } = &*self.0;
         Kernels(Arc::new(Inner {
             device: device.clone(),
+            family: *family,
             context,
             pipelines: Mutex::default(),
             pipeline_cache,
@@ -262,17 +269,30 @@ impl Kernels {
     /// Allocates a storage buffer that can be copied from and to; at least 16 bytes.
     ///
     /// # Errors
-    /// [`Error::Limit`] above `max_buffer_size`, [`Error::Device`] when the device has no memory left.
+    /// [`Error::Limit`] above `max_buffer_size`, [`Error::OutOfMemory`] when the device has no memory left,
+    /// [`Error::DeviceLost`] when it is lost.
     pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         let size = self.allocation(label, bytes)?;
-        scoped(&self.0.device, label, || {
-            self.0.device.create_buffer(&wgpu::BufferDescriptor {
+        let device = &self.0.device;
+        let buffer = scoped(device, label, || {
+            device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),
                 size,
                 usage: STORAGE_USAGE,
                 mapped_at_creation: false,
             })
-        })
+        })?;
+        alive(device, label).map(|()| buffer)
+    }
+
+    /// Fails where `of` belongs to another device: wgpu would refuse it much later, in the caller's own encoder.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`].
+    pub(crate) fn same_device(&self, of: &Kernels, what: &'static str, than: &'static str) -> Result<()> {
+        let same =
+            self.0.family == of.0.family || self.0.device == of.0.device && one_device(&self.0.device, &of.0.device);
+        if same { Ok(()) } else { Err(Error::OtherDevice { what, than }) }
     }
 
     /// Allocates a storage buffer that begins with `bytes`. The bytes are in place before any later submission.
@@ -295,20 +315,23 @@ impl Kernels {
     }
 
     fn filled(&self, label: &str, size: u64, usage: wgpu::BufferUsages, bytes: &[u8]) -> Result<wgpu::Buffer> {
-        let buffer = scoped(&self.0.device, label, || {
-            self.0.device.create_buffer(&wgpu::BufferDescriptor {
+        let device = &self.0.device;
+        scoped(device, label, || {
+            let buffer = device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),
                 size,
                 usage,
                 mapped_at_creation: true,
-            })
-        })?;
-        {
-            let mut view = buffer.get_mapped_range_mut(..).map_err(|error| Error::device(label, error))?;
-            view.slice(..bytes.len()).copy_from_slice(bytes);
-        }
-        buffer.unmap();
-        Ok(buffer)
+            });
+            // What no scope was told of and is not mapped either is a lost device's.
+            buffer
+                .get_mapped_range_mut(..)
+                .map_err(|error| Error::lost(label, error))?
+                .slice(..bytes.len())
+                .copy_from_slice(bytes);
+            buffer.unmap();
+            Ok(buffer)
+        })?
     }
 
     fn known_pipelines(&self) -> MutexGuard<'_, HashMap<PipelineKey, Arc<Pipeline>>> {
@@ -328,7 +351,11 @@ impl Kernels {
                 }
             }
         }
-        for (dispatch, pipeline) in missing.iter().zip(self.compile_all(&missing)?) {
+        let compiled = self.compile_all(&missing)?;
+        if !compiled.is_empty() {
+            alive(&self.0.device, "compiling")?;
+        }
+        for (dispatch, pipeline) in missing.iter().zip(compiled) {
             // Compiled outside of the lock: two threads may both compile a kernel, neither waits for another's.
             self.known_pipelines().entry(dispatch.key.clone()).or_insert(pipeline);
         }
@@ -444,14 +471,39 @@ const STORAGE_USAGE: wgpu::BufferUsages =
 ///
 /// On native backends the answer is there at once. In a browser it comes later, to the page's own error handler.
 pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce() -> T) -> Result<T> {
-    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-    let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let scopes = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory]
+        .map(|filter| device.push_error_scope(filter));
     let created = create();
-    let errors = [ready(validation.pop()), ready(memory.pop())];
-    match errors.into_iter().flatten().flatten().next() {
-        Some(error) => Err(Error::device(what, error)),
+    // The last pushed is popped first. Without memory there is no object, and validation complains of it: the cause comes first.
+    let errors: Vec<_> = scopes.into_iter().rev().map(|scope| ready(scope.pop()).flatten()).collect();
+    match errors.into_iter().flatten().next() {
         None => Ok(created),
+        // Of a lost device wgpu says nothing, and then refuses what was not made on it.
+        Some(error @ wgpu::Error::Validation { .. }) => {
+            Err(alive(device, what).err().unwrap_or(Error::wgpu(what, &error)))
+        }
+        Some(error) => Err(Error::wgpu(what, &error)),
     }
+}
+
+/// Fails on a lost device, where creating, submitting and polling report success. Only what maps a buffer tells: here one that
+/// wgpu maps at its creation, as [`Kernels::upload`] does. In a browser that succeeds, too: there the page's own promise tells.
+///
+/// # Errors
+/// [`Error::DeviceLost`]; [`Error::OutOfMemory`] where there is no room for 4 bytes.
+pub(crate) fn alive(device: &wgpu::Device, what: &str) -> Result<()> {
+    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let probe = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("egmla.alive"),
+        size: 4,
+        // Mapped itself: no second buffer stands in for it.
+        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+        mapped_at_creation: true,
+    });
+    if let Some(error) = ready(memory.pop()).flatten() {
+        return Err(Error::wgpu(what, &error));
+    }
+    probe.get_mapped_range_mut(..).map(drop).map_err(|error| Error::lost(what, error))
 }
 
 fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
@@ -459,6 +511,26 @@ fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
         Poll::Ready(value) => Some(value),
         Poll::Pending => None,
     }
+}
+
+/// Whether two devices that compare as equal are one. Natively wgpu compares their numbers, which begin anew in every instance: an
+/// error on the one that the other's scope catches tells.
+fn one_device(a: &wgpu::Device, b: &wgpu::Device) -> bool {
+    if cfg!(target_arch = "wasm32") {
+        return true;
+    }
+    let outer = a.push_error_scope(wgpu::ErrorFilter::Validation);
+    let inner = b.push_error_scope(wgpu::ErrorFilter::Validation);
+    // Refused before anything is done: a buffer of no use.
+    drop(a.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("egmla.one_device"),
+        size: 4,
+        usage: wgpu::BufferUsages::empty(),
+        mapped_at_creation: false,
+    }));
+    let caught = ready(inner.pop()).flatten().is_some();
+    drop(ready(outer.pop()));
+    caught
 }
 
 /// A buffer handed to a kernel, and the bytes of it that the problem touches.
@@ -630,7 +702,7 @@ impl Recording {
     /// before, from a thread that may wait, keeps a first step quick.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device refuses a kernel.
+    /// [`Error::Validation`] or [`Error::Device`] when the device refuses a kernel, [`Error::DeviceLost`] when it is lost.
     pub fn compile(&self) -> Result<()> {
         self.kernels.pipelines(&self.dispatches).map(drop)
     }
@@ -638,7 +710,8 @@ impl Recording {
     /// Writes the dispatches into the caller's pass. The caller submits.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device refuses a kernel, has no memory left or is lost; the pass is then unchanged.
+    /// [`Error::DeviceLost`], [`Error::OutOfMemory`], [`Error::Validation`] where wgpu refuses a kernel or a buffer of another
+    /// device, [`Error::Device`] where the driver fails. The pass is then unchanged.
     pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         if self.dispatches.is_empty() {
             return Ok(());

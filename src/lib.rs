@@ -8,6 +8,7 @@
 //! config ─ what a model is           plan ── what is dispatched, from problem and limits    reference ─ what a kernel means, f64
 //! weights ─ a checkpoint's tensors   kernel ─ pipelines, and a recording of dispatches      cost ────── what it moves and computes
 //! attention ─ cache and layer        kernels ─ one module each                              check ───── is it right on my adapter?
+//! error ── what went wrong           fault ─── what a device reports between calls
 //! ```
 //!
 //! Start with [`attention`]; the README's example embeds a layer in an application's frame.
@@ -24,6 +25,7 @@ pub mod cost;
 #[cfg(feature = "decoder")]
 pub mod decoder;
 pub mod error;
+pub mod fault;
 pub mod files;
 mod json;
 pub mod kernel;

@@ -635,6 +635,16 @@ fn export_writes_cases_and_a_layer_that_a_page_can_read() {
 }
 
 /// The golden case on `adapter`, for every way to run it; `bound` by storage.
+/// WebGPU's default limits and no feature: kernels that need one are not run, and the others are.
+#[test]
+fn check_opens_a_device_with_webgpus_limits_when_asked() {
+    let check = |limits: &[&str], filter: &str| egmla(&[&["check", "--filter", filter], limits].concat());
+    check(&["--limits", "default"], "swiglu").done();
+    let without = check(&["--limits", "default"], "matmul_subgroup/").refused(1, &["nothing was compared", "subgroup"]);
+    assert!(without.stdout.contains(" 0 failed"), "{without:?}");
+    check(&["--limits", "none"], "swiglu").refused(2, &["--limits", "default", "adapter"]);
+}
+
 fn golden(case: &str, adapter: &str, decode: &[&str], storages: &[(&str, f64)]) {
     golden_with(case, adapter, decode, "recompute", storages);
 }

@@ -219,7 +219,7 @@ fn tunings(spec: &KernelSpec) -> impl Iterator<Item = Tuning> + use<> {
 /// Every plan of a problem: each class of adapter, each size of its subgroups where they matter, each tuning, WebGPU's default
 /// limits.
 fn add<P: Problem + std::fmt::Debug>(cases: &mut Vec<Case>, problem: P, cover: impl Fn(&Plan) -> Cover) {
-    let sizes: &[u32] = if P::SPEC.features.contains(Features::SUBGROUP) { &[4, 8, 16, 32] } else { &[4] };
+    let sizes: &[u32] = if P::SPEC.features.contains(Features::SUBGROUP) { &[4, 8, 16, 32, 64, 128] } else { &[4] };
     for (class, &subgroup_min_size) in CLASSES.into_iter().flat_map(|class| sizes.iter().map(move |size| (class, size)))
     {
         let context = PlanContext { subgroup_min_size, ..PlanContext::webgpu_defaults(class) };
@@ -1061,7 +1061,7 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         assert_eq!(problem_of(attention_decode::Problem { kv_first: rows, ..decode }), expected);
     }
     let trips = roofline_cooperative::Problem { groups: 1, trips: 65_535 };
-    assert_eq!(problem_of(trips), "65535 trips, must be below 65535");
+    assert_eq!(problem_of(trips), "trips is 65535, must be at most 65534: a loop over it is too long");
     // Halves are for layers of halves alone.
     let full = prefill_problem(1, 1, 4);
     let full = attention_prefill::Problem { d_nope: 4, d_rope: 4, storage: f32, ..full };
@@ -1169,6 +1169,116 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     // Elements are indexed with 32 bits.
     let huge = gather::Problem { rows: u32::MAX, width: u32::MAX, table_row: u32::MAX, vocab_size: 1, storage: f32 };
     assert!(problem_of(huge).contains("2^31"));
+}
+
+/// An older software driver ends a loop after 65 535 trips without a word. Loops over what a parameter tells are bound by plans:
+/// the first extent that is too long for a kernel is refused, the last that is not is taken.
+#[test]
+fn loops_over_parameters_end_where_every_driver_ends_them() {
+    const MOST: u32 = 65_534;
+    let mut bound = BTreeSet::new();
+    fn check<P: Problem>(bound: &mut BTreeSet<&'static str>, each: impl Fn(&Plan) -> u64, problem: impl Fn(u32) -> P) {
+        let kernel = P::SPEC.name;
+        for (class, tuning) in CLASSES.into_iter().flat_map(|class| tunings(P::SPEC).map(move |tuning| (class, tuning)))
+        {
+            let context = PlanContext { subgroup_min_size: 8, ..PlanContext::webgpu_defaults(class) };
+            // A wide one, since `Auto` may take more invocations for it; where heads cannot be so wide, a narrow one.
+            let plan = problem(8192).plan(&context, tuning).or_else(|_| problem(64).plan(&context, tuning)).unwrap();
+            let most = u64::from(MOST) * each(&plan);
+            // Whole 16-byte loads of halves, where a kernel wants them.
+            let (fits, over) = (most / 8 * 8, (most + 1).next_multiple_of(8));
+            let fits = problem(fits as u32).plan(&context, tuning);
+            // Widths may have other bounds that come first, as registers and workgroup memory.
+            let other = |error: &Error| !error.to_string().contains("a loop over it");
+            assert!(fits.as_ref().err().is_none_or(other), "{kernel} {tuning:?}: {fits:?}");
+            match problem(over as u32).plan(&context, tuning) {
+                Err(Error::Problem { problem, .. }) => {
+                    assert!(problem.ends_with(": a loop over it is too long"), "{kernel} {tuning:?}: {problem}");
+                }
+                plan => panic!("{kernel} {tuning:?} walks {over}: {plan:?}"),
+            }
+        }
+        bound.insert(kernel);
+    }
+    let of = |name: &'static str, each: u64| move |plan: &Plan| each * value(plan, name);
+    let one = |_: &Plan| 1;
+    let (f16, f32) = (Storage::F16, Storage::F32);
+    let bound = &mut bound;
+    check(bound, one, |width| attention_absorbed::Problem { d_latent: width, ..absorbed_problem(1, 1, f32) });
+    let aligned = move |width| attention_absorbed::Problem {
+        d_latent: 8,
+        d_nope: width,
+        d_rope: 8,
+        ..absorbed_problem(1, 1, f16)
+    };
+    check(bound, one, |width| attention_absorbed_subgroup::Problem(aligned(width)));
+    check(bound, one, |width| attention_decode::Problem { d_value: width, ..decode_problem(SPLIT, 1, f32) });
+    check(bound, one, |width| {
+        let problem = decode_problem(SPLIT, 1, f16);
+        attention_decode_vec4::Problem(attention_decode::Problem { d_nope: 8, d_rope: 8, d_value: width, ..problem })
+    });
+    let widths = |d_nope| Widths { d_latent: 16, d_nope, d_rope: 16, d_value: 16 };
+    check(bound, one, |width| {
+        let mut problem = grouped_in_registers(1, 1, widths(width.min(64)), GateNorm::LayerNorm);
+        problem.0.widths = widths(width);
+        problem
+    });
+    check(bound, one, |width| {
+        let problem = grouped_problem(1, 1, widths(width.min(64)), GateNorm::LayerNorm);
+        attention_grouped::Problem { widths: widths(width), ..problem }
+    });
+    check(bound, of("WORKGROUP", 1), |width| attention_merge::Problem { tokens: 1, n_head: 1, width, splits: 1 });
+    let prefill = |kv_rows| attention_prefill::Problem { kv_rows, ..prefill_problem(1, 1, 8) };
+    let sixteen = |_: &Plan| 16;
+    check(bound, sixteen, prefill);
+    check(bound, sixteen, |rows| attention_prefill_rows::Problem(prefill(rows)));
+    check(bound, sixteen, |rows| attention_prefill_subgroup::Problem(prefill(rows)));
+    let halves = |rows| attention_prefill::Problem { storage: f16, ..prefill(rows) };
+    check(bound, sixteen, |rows| attention_prefill_cooperative::Problem(halves(rows)));
+    check(bound, sixteen, |rows| attention_prefill_cooperative_8::Problem(halves(rows)));
+    check(bound, one, |width| {
+        let whole = whole_append_problem(1, 1, f32).0;
+        let rope_byte = u64::from(width) * 4;
+        cache_append_vec4::Problem(cache_append::Problem { d_latent: width, latent_row: width, rope_byte, ..whole })
+    });
+    let gated =
+        |width| gate::Problem { width, x_row: width, ..gate_problem(1, Activation::OnePlus, GateNorm::LayerNorm, 0) };
+    check(bound, of("WORKGROUP", 1), gated);
+    check(bound, of("LANES", 4), |width| gate_vec4::Problem(gated(width)));
+    check(bound, of("WORKGROUP", 1), |width| {
+        let problem = statistics_problem(1, Activation::OnePlus, GateNorm::LayerNorm, (f32, f32));
+        gate_statistics::Problem { width, ..problem }
+    });
+    check(bound, |_| 4, |d_gate| gate_rows::Problem { d_gate, ..gate_rows_problem(1, 8, false, f32, f32) });
+    let product = |storage| move |inner| matmul::Problem::linear(32, inner, 32, false, storage);
+    check(bound, of("TILE_K", 1), product(f32));
+    check(bound, sixteen, |inner| matmul_vec4::Problem(product(f32)(inner)));
+    check(bound, |_| 4, |inner| matmul_subgroup::Problem(product(f32)(inner)));
+    // What is staged, halves of two operands: 2 · 2 · tile · (tile_k + 8) bytes, and sums beside them.
+    let tile_k = |side: u64| {
+        move |plan: &Plan| {
+            let tile = 2 * side * value(plan, "FRAGMENTS");
+            (u64::from(plan.workgroup_bytes) - 16 * side * side) / (4 * tile) - 8
+        }
+    };
+    check(bound, tile_k(16), |inner| matmul_cooperative::Problem(product(f16)(inner)));
+    check(bound, tile_k(8), |inner| matmul_cooperative_8::Problem(product(f16)(inner)));
+    check(bound, of("LANES", 1), |inner| matvec::Problem(product(f32)(inner)));
+    check(bound, of("LANES", 4), |inner| matvec_vec4::Problem(product(f32)(inner)));
+    check(bound, of("WORKGROUP", 4), |inner| matvec_subgroup::Problem(product(f32)(inner)));
+    let normed = |width| norm::Problem { width, x_row: width, ..norm_problem(1, norm::Kind::Rms, false, f32) };
+    check(bound, |_| 64, normed);
+    check(bound, |plan| (4 * value(plan, "LANES")).min(64), |width| norm_vec4::Problem(normed(width)));
+    check(bound, one, |trips| roofline_fma::Problem { elements: 1, trips, a: 0.5, b: 0.5 });
+    check(bound, one, |trips| roofline_cooperative::Problem { groups: 1, trips });
+    check(bound, one, |trips| roofline_cooperative_8::Problem(roofline_cooperative::Problem { groups: 1, trips }));
+    // Every shader with such a loop is among them.
+    for spec in REGISTRY {
+        let loops = |line: &&str| line.contains("for (") && line.contains("params.");
+        if let Some(line) = spec.source.lines().find(loops) {
+            assert!(bound.contains(spec.name), "{}: nothing bounds `{}`", spec.name, line.trim());
+        }
+    }
 }
 
 #[test]

@@ -344,6 +344,7 @@ impl LatentCache {
     /// # Errors
     /// [`Error::OutOfRange`] when there is no such sequence; what recording refuses. The cache is then unchanged.
     pub fn copy_sequence(&mut self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
+        recording.kernels().same_device(&self.kernels, "the cache", "recording")?;
         self.check_sequence(from)?;
         self.check_sequence(to)?;
         if from == to {

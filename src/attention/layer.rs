@@ -110,6 +110,69 @@ struct GateSource {
     more_storage: Storage,
 }
 
+/// Refuses what one binding, or one buffer, does not hold.
+///
+/// # Errors
+/// [`Error::Limit`] with the bytes needed and the bytes allowed.
+fn fits(kernels: &Kernels, what: &str, storage: Storage, needed: u64) -> Result<()> {
+    let limits = &kernels.context().limits;
+    let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+    if needed > allowed {
+        let what = format!("{what} in {}", storage.name());
+        return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+    }
+    Ok(())
+}
+
+/// Bytes of a matrix whose rows, `width` elements each, are padded to 16 bytes.
+fn bytes_of_rows(tensor: &HostTensor, storage: Storage, width: u32) -> u64 {
+    let rows = tensor.data.len() as u64 / u64::from(width.max(1));
+    storage.tensor_bytes(rows * u64::from(storage.row_pitch(width)))
+}
+
+/// Bytes of γ and β of the gate's norm, and where β begins.
+fn bytes_of_affine(weight: &HostTensor, bias: Option<&HostTensor>, storage: Storage) -> (u64, u64) {
+    let beta = u64::from(attention_grouped::beta_element(weight.data.len() as u32)) * storage.bytes();
+    let part = storage.tensor_bytes(weight.data.len() as u64);
+    (if bias.is_some() { beta + part } else { part }, beta)
+}
+
+/// Refuses a tensor that [`upload_tensor`] would.
+pub(crate) fn check_tensor(kernels: &Kernels, tensor: &HostTensor, storage: Storage) -> Result<()> {
+    fits(kernels, &format!("tensor `{}`", tensor.name), storage, storage.tensor_bytes(tensor.data.len() as u64))
+}
+
+/// Refuses weights of which a tensor does not fit: before any of them takes memory.
+///
+/// # Errors
+/// [`Error::Limit`] of the first such tensor.
+pub(crate) fn check_weights(
+    kernels: &Kernels,
+    config: &AttentionConfig,
+    weights: &AttentionWeights,
+    storage: Storage,
+) -> Result<()> {
+    let check = |tensor: &HostTensor| check_tensor(kernels, tensor, storage);
+    let rows = |tensor: &HostTensor, width: u32| {
+        fits(kernels, &format!("tensor `{}`", tensor.name), storage, bytes_of_rows(tensor, storage, width))
+    };
+    match &weights.query {
+        QueryWeights::Full { proj } => check(proj)?,
+        QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
+            [a_proj, a_norm, b_proj].into_iter().chain(a_bias).try_for_each(check)?;
+        }
+    }
+    let optional = [&weights.kv_a_bias, &weights.kv_a_norm, &weights.o_bias].into_iter().flatten();
+    [&weights.kv_a_proj, &weights.o_proj].into_iter().chain(optional).try_for_each(check)?;
+    rows(&weights.kv_b_proj, config.d_latent)?;
+    let (Some(gate), Some(gate_config)) = (&weights.gate, &config.gate) else { return Ok(()) };
+    rows(&gate.embedding, gate_config.d_gate)?;
+    rows(&gate.b_proj, gate_config.d_gate)?;
+    let Some(weight) = &gate.norm_weight else { return Ok(()) };
+    let (needed, _) = bytes_of_affine(weight, gate.norm_bias.as_ref(), storage);
+    fits(kernels, &format!("tensor `{}`", weight.name), storage, needed)
+}
+
 /// Uploads a tensor as f32 or f16.
 ///
 /// # Errors
@@ -125,9 +188,9 @@ pub(crate) fn upload_tensor(kernels: &Kernels, tensor: &HostTensor, storage: Sto
 /// # Errors
 /// As [`upload_tensor`].
 fn upload_rows(kernels: &Kernels, tensor: &HostTensor, storage: Storage, width: u32) -> Result<Region> {
+    let elements = bytes_of_rows(tensor, storage, width) / storage.bytes();
     let (width, pitch) = (width as usize, storage.row_pitch(width) as usize);
-    let rows = tensor.data.len() / width.max(1);
-    upload_parts(kernels, tensor, storage, width, pitch, rows * pitch)
+    upload_parts(kernels, tensor, storage, width, pitch, elements as usize)
 }
 
 /// Uploads `width` elements of the tensor every `pitch` elements of the device's.
@@ -140,11 +203,7 @@ fn upload_parts(
     elements: usize,
 ) -> Result<Region> {
     let needed = storage.tensor_bytes(elements as u64);
-    let allowed = kernels.context().limits.max_storage_buffer_binding_size;
-    if needed > allowed {
-        let what = format!("tensor `{}` in {}", tensor.name, storage.name());
-        return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-    }
+    fits(kernels, &format!("tensor `{}`", tensor.name), storage, needed)?;
     let mut stored = vec![0u8; needed as usize];
     stored_rows(tensor, storage, width, pitch, &mut stored)?;
     Ok(Region::from(&kernels.upload(&tensor.name, &stored)?))
@@ -161,12 +220,8 @@ fn bytes_together(tensors: &[&HostTensor], storage: Storage) -> u64 {
 /// As [`upload_tensor`].
 fn upload_together(kernels: &Kernels, tensors: &[&HostTensor], storage: Storage) -> Result<Region> {
     let needed = bytes_together(tensors, storage);
-    let allowed = kernels.context().limits.max_storage_buffer_binding_size;
     let names = tensors.iter().map(|tensor| format!("`{}`", tensor.name)).collect::<Vec<_>>().join(", ");
-    if needed > allowed {
-        let what = format!("tensors {names} in {}", storage.name());
-        return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-    }
+    fits(kernels, &format!("tensors {names}"), storage, needed)?;
     let mut stored = vec![0u8; needed as usize];
     let mut at = 0;
     for tensor in tensors {
@@ -236,9 +291,9 @@ fn upload_affine(
     let absent = kernels.absent();
     let Some(weight) = weight else { return Ok((absent.clone(), absent.clone(), absent)) };
     let width = weight.data.len();
-    let beta = attention_grouped::beta_element(width as u32) as usize * storage.bytes() as usize;
-    let part = storage.tensor_bytes(width as u64) as usize;
-    let mut stored = vec![0u8; if bias.is_some() { beta + part } else { part }];
+    let (needed, beta) = bytes_of_affine(weight, bias, storage);
+    let (beta, part) = (beta as usize, storage.tensor_bytes(width as u64) as usize);
+    let mut stored = vec![0u8; needed as usize];
     stored_rows(weight, storage, width, width, &mut stored)?;
     if let Some(bias) = bias {
         stored_rows(bias, storage, width, width, &mut stored[beta..])?;
@@ -248,7 +303,7 @@ fn upload_affine(
     Ok((Region::from(&buffer), Region::new(&buffer, 0, part as u64), norm_bias))
 }
 
-/// Rows of the gate table that a dispatch projects, so that none runs for long: a number of them begins where a binding may.
+/// Rows of the gate table that a dispatch projects, so that none runs for long: any number of tiles begins where a binding may.
 const TABLE_TILE: u32 = 4096;
 
 /// `prefill` and `decode` commit a step after one layer: on a cache of several, the others would never see its tokens.
@@ -273,8 +328,8 @@ impl Attention {
     /// Uploads a layer's weights.
     ///
     /// # Errors
-    /// A configuration that contradicts itself or the weights, a weight beyond f16's range with f16 storage, a tensor over
-    /// the device's binding limit, or no memory left.
+    /// A configuration that contradicts itself or the weights; a tensor over the device's binding limit, before anything is
+    /// allocated; a weight beyond f16's range with f16 storage; no memory left, or a lost device.
     pub fn new(
         kernels: &Kernels,
         config: &AttentionConfig,
@@ -282,6 +337,7 @@ impl Attention {
         storage: Storage,
     ) -> Result<Self> {
         weights.check(config)?;
+        check_weights(kernels, config, weights, storage)?;
         let upload = |tensor: &HostTensor| upload_tensor(kernels, tensor, storage);
         let optional = |tensor: &Option<HostTensor>| tensor.as_ref().map(upload).transpose();
         let query_norm = match &weights.query {
@@ -329,9 +385,10 @@ impl Attention {
     /// The dispatches must run before the first decode step does.
     ///
     /// # Errors
-    /// No gate at `up_projected`; a table over two bindings, with both numbers; no memory left. The recording and the layer
-    /// are then as they were.
+    /// No gate at `up_projected`; a table over two bindings, with both numbers, before anything is allocated; no memory left; a
+    /// recording of another device. The recording and the layer are then as they were.
     pub fn load_gate_table(&mut self, recording: &mut Recording) -> Result<()> {
+        recording.kernels().same_device(&self.kernels, "the layer", "recording")?;
         self.reserve_gate_table()?;
         let recorded = self.project_gate_table(recording);
         if let (Err(_), Some(gate)) = (&recorded, &mut self.weights.gate) {
@@ -352,12 +409,13 @@ impl Attention {
         let row_bytes = u64::from(self.storage.row_pitch(width)) * self.storage.bytes();
         let limits = &self.kernels.context().limits;
         let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        // Each shard holds whole rows: two may hold less than two bindings.
         let shard = (allowed / row_bytes.max(1)).min(vocab.into()) as u32;
-        let shard = if shard < vocab { shard / TABLE_TILE * TABLE_TILE } else { vocab };
-        if shard == 0 || vocab.div_ceil(shard) > 2 {
-            let what = format!("a gate table of {vocab} rows in two shards");
-            let needed = row_bytes.saturating_mul(vocab.into());
-            return Err(Error::Limit { what, needed, allowed: 2 * allowed, limit: "max_storage_buffer_binding_size" });
+        let allowed = 2 * row_bytes * u64::from(shard);
+        let needed = row_bytes.saturating_mul(vocab.into());
+        if needed > allowed {
+            let what = format!("a gate table of {vocab} rows of {row_bytes} bytes, in two bindings");
+            return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
         }
         let allocate = |rows: u32| {
             let bytes = row_bytes * u64::from(rows);
@@ -517,8 +575,8 @@ impl Attention {
     /// `hidden` and `out` are `[step.tokens(), hidden_size]` f32, in different buffers.
     ///
     /// # Errors
-    /// A step of another cache, more tokens than the workspace holds, a path that is not supported, or what a kernel
-    /// refuses. The recording is then as it was.
+    /// Objects of another device, a step of another cache, more tokens than the workspace holds, a path that is not supported,
+    /// or what a kernel refuses. The recording is then as it was.
     #[expect(clippy::too_many_arguments, reason = "the buffers, the step and the path are what a layer needs")]
     pub fn forward(
         &self,
@@ -531,6 +589,9 @@ impl Attention {
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
+        recording.kernels().same_device(&self.kernels, "the layer", "recording")?;
+        recording.kernels().same_device(cache.kernels(), "the cache", "recording")?;
+        recording.kernels().same_device(&workspace.kernels, "the workspace", "recording")?;
         if step.stamp() != cache.stamp() {
             return Err(Error::StaleStep);
         }

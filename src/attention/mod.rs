@@ -30,5 +30,5 @@ pub use step::{MOST_DECODED, Mode, Step, StepInput};
 pub use workspace::{Workspace, WorkspaceOptions};
 
 #[cfg(feature = "decoder")]
-pub(crate) use layer::upload_tensor;
+pub(crate) use layer::{check_tensor, check_weights, upload_tensor};
 pub(crate) use product::product_of;

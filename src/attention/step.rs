@@ -8,6 +8,7 @@ use super::cache::LatentCache;
 use super::lists::{Grouped, ListStep, Lists};
 use crate::error::{Error, Result};
 use crate::kernel::Region;
+use crate::kernels::MOST_TRIPS;
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
@@ -176,6 +177,8 @@ impl Step {
             (Some(lists), Some(ids)) => lists.plan(counts, ids, mode == Mode::Decode),
             _ => ListStep::default(),
         };
+        check_ranges(&ranges)?;
+        lists.grouped.as_ref().map_or(Ok(()), |grouped| check_ranges(&grouped.ranges))?;
         let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
 
         let mut upload = Upload::new(context.limits.min_storage_buffer_offset_alignment);
@@ -284,6 +287,18 @@ impl Step {
     }
 }
 
+/// The partial results of a query token, (first, count), are merged one after another.
+fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
+    match ranges.iter().map(|[_, count]| *count).max() {
+        Some(most) if most > MOST_TRIPS => Err(Error::OutOfRange {
+            what: "partial results of a query token (256 cached tokens or so each)",
+            found: most.into(),
+            limit: MOST_TRIPS.into(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 fn check_ids(cache: &LatentCache, token_ids: Option<&[u32]>, tokens: u32) -> Result<()> {
     let gate = cache.config().gate.as_ref();
     let Some(ids) = token_ids else {
@@ -320,5 +335,19 @@ impl Upload {
         self.bytes.extend_from_slice(table);
         self.bytes.resize(offset + table.len().max(16), 0);
         (offset as u64, table.len().max(16) as u64)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::check_ranges;
+
+    #[test]
+    fn what_a_merge_would_not_come_to_the_end_of_is_refused() {
+        check_ranges(&[]).unwrap();
+        check_ranges(&[[0, 65_534], [65_534, 1]]).unwrap();
+        let error = check_ranges(&[[0, 1], [1, 65_535]]).unwrap_err();
+        assert!(error.to_string().ends_with("is 65535, must be at most 65534"), "{error}");
     }
 }

@@ -7,7 +7,7 @@ use super::lists::GateRows;
 use super::step::MOST_DECODED;
 use crate::config::GateSite;
 use crate::error::{Error, Result};
-use crate::kernel::Region;
+use crate::kernel::{Kernels, Region};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::{attention_prefill, product};
@@ -21,7 +21,7 @@ use crate::plan::Tuning;
 pub struct WorkspaceOptions {
     /// Most new tokens of a step, over all sequences.
     pub max_tokens: u32,
-    /// Cached rows whose keys and values are rebuilt at once; rounded up to the split length. More rows mean fewer
+    /// Cached rows whose keys and values are rebuilt at once, up to 2^19; rounded up to the split length. More rows mean fewer
     /// dispatches, fewer rows mean less memory.
     pub tile_rows: u32,
     /// Most new tokens of a sequence in a decode step, up to [`super::MOST_DECODED`]: each has partial results of its own.
@@ -36,12 +36,16 @@ impl WorkspaceOptions {
     }
 }
 
+/// Keys that the prefill kernels walk in one dispatch without too long a loop.
+const MOST_TILE_ROWS: u32 = 1 << 19;
+
 static IDENTITIES: AtomicU64 = AtomicU64::new(1);
 
 /// Intermediate results of one step. Layers use it one after another; a caller with several steps in flight on one queue
 /// may share it too, since their commands run in order.
 #[derive(Debug)]
 pub struct Workspace {
+    pub(super) kernels: Kernels,
     pub(super) max_tokens: u32,
     pub(super) tile_rows: u32,
     pub(super) decode_tokens: u32,
@@ -76,8 +80,22 @@ impl Workspace {
     /// Allocates a workspace for steps on `cache`.
     ///
     /// # Errors
-    /// No token at all, a buffer over the device's limits, or no memory left.
+    /// No token at all; a buffer over the device's limits, before any is allocated; no memory left, or a lost device.
     pub fn new(cache: &LatentCache, options: WorkspaceOptions) -> Result<Self> {
+        let kernels = cache.kernels();
+        // Every size is checked before the first buffer is made.
+        Self::placed(cache, options, |_, _| Ok(kernels.absent()))?;
+        Self::placed(cache, options, |what, needed| {
+            kernels.allocate(&format!("egmla.workspace.{what}"), needed).map(|buffer| Region::from(&buffer))
+        })
+    }
+
+    /// A workspace whose buffers `place` makes, by name and bytes.
+    fn placed(
+        cache: &LatentCache,
+        options: WorkspaceOptions,
+        mut place: impl FnMut(&'static str, u64) -> Result<Region>,
+    ) -> Result<Self> {
         if options.max_tokens == 0 {
             return Err(Error::Empty { what: "the workspace (max_tokens is 0)" });
         }
@@ -85,7 +103,8 @@ impl Workspace {
         let config = cache.config();
         let n_head = config.n_head;
         let CacheRows { padded, splits } = CacheRows::of(cache);
-        let tile_rows = options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded);
+        let tile_rows =
+            options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded).min(MOST_TILE_ROWS);
         let tokens = options.max_tokens.min(cache.rows());
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[cache.options().batch, decode_tokens]).min(tokens.into()) as u32;
@@ -126,13 +145,14 @@ impl Workspace {
                 let what = format!("workspace `{what}` of {extents:?} words");
                 return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
             }
-            let buffer = kernels.allocate(&format!("egmla.workspace.{what}"), needed)?;
-            bytes += buffer.size();
-            Ok(Region::from(&buffer))
+            let region = place(what, needed)?;
+            bytes += region.size;
+            Ok(region)
         };
         let on = |condition: bool, extent: u32| if condition { extent } else { 0 };
         let rank = config.d_q_latent.unwrap_or(0);
         let mut workspace = Workspace {
+            kernels: kernels.clone(),
             max_tokens: tokens,
             tile_rows,
             decode_tokens,

@@ -2,11 +2,13 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Region, scoped};
+use crate::kernel::{Kernels, Region, alive, scoped};
 
 /// A map request's answer, and who waits for it.
 #[derive(Default)]
@@ -20,8 +22,10 @@ struct Answer {
 /// Works in a browser too: there the future is woken by the page's event loop.
 ///
 /// # Errors
-/// [`Error::Device`] when the device is lost or out of memory.
+/// [`Error::DeviceLost`], [`Error::OutOfMemory`]; [`Error::Validation`] for a region of another device (a queue of another one
+/// tells the handler of its own). Never a number that the device did not write.
 pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -> Result<Vec<Vec<u8>>> {
+    let what = "reading back";
     let device = kernels.device();
     // Copies are whole words.
     let padded = |region: &Region| region.size.next_multiple_of(4);
@@ -29,7 +33,9 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
     if total == 0 {
         return Ok(regions.iter().map(|_| Vec::new()).collect());
     }
-    let staging = scoped(device, "reading back", || {
+    let answer = Arc::new(Mutex::new(Answer::default()));
+    let sender = answer.clone();
+    let (staging, submission) = scoped(device, what, || {
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("egmla.readback"),
             size: total,
@@ -42,21 +48,23 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
             encoder.copy_buffer_to_buffer(&region.buffer, region.offset, &staging, at, padded(region));
             at += padded(region);
         }
-        queue.submit([encoder.finish()]);
-        staging
+        let submission = queue.submit([encoder.finish()]);
+        // Within the scope: what wgpu has against a mapping it tells the scope, too.
+        staging.map_async(wgpu::MapMode::Read, .., move |result| {
+            let waker = {
+                let mut answer = sender.lock().unwrap_or_else(PoisonError::into_inner);
+                answer.result = Some(result);
+                answer.waker.take()
+            };
+            // Outside of the lock: whoever is woken may ask for the answer at once.
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        });
+        (staging, submission)
     })?;
-    let answer = Arc::new(Mutex::new(Answer::default()));
-    let lock = |answer: &Arc<Mutex<Answer>>| -> Option<Waker> {
-        answer.lock().unwrap_or_else(PoisonError::into_inner).waker.take()
-    };
-    let sender = answer.clone();
-    staging.map_async(wgpu::MapMode::Read, .., move |result| {
-        sender.lock().unwrap_or_else(PoisonError::into_inner).result = Some(result);
-        if let Some(waker) = lock(&sender) {
-            waker.wake();
-        }
-    });
-    device.poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::device("reading back", error))?;
+    let wait = wgpu::PollType::Wait { submission_index: Some(submission), timeout: None };
+    device.poll(wait).map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))?;
     poll_fn(|context| {
         let mut answer = answer.lock().unwrap_or_else(PoisonError::into_inner);
         match answer.result.take() {
@@ -68,9 +76,10 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
         }
     })
     .await
-    .map_err(|error| Error::device("reading back (the device may be lost)", error))?;
+    // What was submitted without complaint fails to map on a lost device alone.
+    .map_err(|error| Error::lost(what, error))?;
     let bytes = {
-        let view = staging.get_mapped_range(..).map_err(|error| Error::device("reading back", error))?;
+        let view = staging.get_mapped_range(..).map_err(|error| Error::lost(what, error))?;
         let mut at = 0;
         regions
             .iter()
@@ -83,6 +92,33 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
     };
     staging.unmap();
     Ok(bytes)
+}
+
+/// Waits until all that was submitted is done, and no longer than `timeout`: for callers who would rather open a new device than
+/// wait for one that hangs. In a browser, which has its own watch over the GPU, it returns at once.
+///
+/// # Errors
+/// [`Error::Timeout`], [`Error::DeviceLost`]. What was submitted still runs: wait again, or read what it wrote.
+pub fn finish_within(kernels: &Kernels, queue: &wgpu::Queue, timeout: Duration) -> Result<()> {
+    let (device, what) = (kernels.device(), "waiting for the device");
+    let done = Arc::new(AtomicBool::new(false));
+    let sender = done.clone();
+    scoped(device, what, || queue.on_submitted_work_done(move || sender.store(true, Ordering::Release)))?;
+    if cfg!(target_arch = "wasm32") {
+        return Ok(());
+    }
+    let start = Instant::now();
+    // wgpu's own wait has a timeout, too, which Mesa's software Vulkan does not keep.
+    while !done.load(Ordering::Acquire) {
+        device
+            .poll(wgpu::PollType::Poll)
+            .map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))?;
+        if start.elapsed() >= timeout {
+            return Err(Error::Timeout { what: what.to_owned(), seconds: timeout.as_secs_f64() });
+        }
+        std::thread::sleep(Duration::from_micros(200).min(timeout));
+    }
+    alive(device, what)
 }
 
 /// Reads regions of f32.
@@ -111,12 +147,14 @@ pub fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 /// Submits a recording and waits for nothing.
 ///
 /// # Errors
-/// [`Error::Device`] when the device is lost or out of memory.
+/// What [`Recording::record`](crate::kernel::Recording::record) meets: nothing is then submitted. A device that is lost after
+/// that is told by what is read back.
 pub fn submit(recording: &crate::kernel::Recording, queue: &wgpu::Queue) -> Result<()> {
     let device = recording.kernels().device();
-    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla") });
-    recording.encode(&mut encoder)?;
     scoped(device, "submitting", || {
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla") });
+        recording.encode(&mut encoder)?;
         queue.submit([encoder.finish()]);
-    })
+        Ok(())
+    })?
 }

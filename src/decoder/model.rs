@@ -4,7 +4,7 @@ use super::cpu::check_layers;
 use super::folder::DecoderWeights;
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Step, StepInput, Workspace,
-    WorkspaceOptions, product_of, upload_tensor,
+    WorkspaceOptions, check_tensor, check_weights, product_of, upload_tensor,
 };
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
@@ -119,10 +119,19 @@ impl Decoder {
     /// Uploads a decoder's weights, which must have been loaded with the same `config`.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, a weight beyond f16's range with f16 storage, or no memory left.
+    /// A configuration that contradicts itself; a tensor over the device's binding limit, before anything is allocated; a weight
+    /// beyond f16's range with f16 storage; no memory left, or a lost device.
     pub fn new(kernels: &Kernels, config: &DecoderConfig, weights: &DecoderWeights, storage: Storage) -> Result<Self> {
         config.validate()?;
         check_layers(config, weights)?;
+        let check = |tensor: &HostTensor| check_tensor(kernels, tensor, storage);
+        [&weights.embedding, &weights.norm].into_iter().chain(&weights.lm_head).try_for_each(check)?;
+        for layer in &weights.layers {
+            [&layer.input_norm, &layer.post_attention_norm, &layer.gate_proj, &layer.up_proj, &layer.down_proj]
+                .into_iter()
+                .try_for_each(check)?;
+            check_weights(kernels, &config.attention, &layer.attention, storage)?;
+        }
         let upload = |tensor: &HostTensor| upload_tensor(kernels, tensor, storage);
         let layers = weights.layers.iter().map(|layer| {
             Ok(DeviceLayer {
@@ -189,33 +198,45 @@ impl Decoder {
     /// Allocates the buffers for steps on `cache`.
     ///
     /// # Errors
-    /// No token at all, a buffer over the device's limits, or no memory left.
+    /// No token at all; a buffer over the device's limits, before any is allocated; no memory left, or a lost device.
     pub fn state(&self, cache: &LatentCache, options: DecoderStateOptions) -> Result<DecoderState> {
-        let workspace = Workspace::new(cache, WorkspaceOptions::new(options.max_tokens))?;
-        let tokens = workspace.max_tokens();
-        let logit_rows = if options.all_logits { tokens } else { tokens.min(cache.options().batch) };
+        let CacheOptions { batch, capacity, .. } = cache.options();
+        let tokens = u64::from(options.max_tokens).min(product(&[batch, capacity])) as u32;
+        let logit_rows = if options.all_logits { tokens } else { tokens.min(batch) };
         let (hidden, inner) = (self.config.attention.hidden_size, self.config.intermediate_size);
+        let buffers = [
+            ("stream", [tokens, hidden]),
+            ("normed", [tokens, hidden]),
+            ("delta", [tokens, hidden]),
+            ("gate", [tokens, inner]),
+            ("up", [tokens, inner]),
+            ("inner", [tokens, inner]),
+            ("logits", [logit_rows, self.config.vocab_size]),
+        ];
         let limits = &self.kernels.context().limits;
-        let mut bytes = 0;
-        let mut allocate = |what: &str, extents: [u32; 2]| -> Result<Region> {
-            let needed = product(&extents).saturating_mul(4);
-            let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let size = |extents: [u32; 2]| product(&extents).saturating_mul(4);
+        for (what, extents) in buffers {
+            let (needed, allowed) = (size(extents), limits.max_storage_buffer_binding_size.min(limits.max_buffer_size));
             if needed > allowed {
                 let what = format!("decoder's `{what}` of {extents:?} words");
                 return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
             }
-            let buffer = self.kernels.allocate(&format!("egmla.decoder.{what}"), needed)?;
+        }
+        let workspace = Workspace::new(cache, WorkspaceOptions::new(options.max_tokens))?;
+        let mut bytes = 0;
+        let [stream, normed, delta, gate, up, inner, logits] = buffers.map(|(what, extents)| -> Result<Region> {
+            let buffer = self.kernels.allocate(&format!("egmla.decoder.{what}"), size(extents))?;
             bytes += buffer.size();
             Ok(Region::from(&buffer))
-        };
+        });
         Ok(DecoderState {
-            stream: allocate("stream", [tokens, hidden])?,
-            normed: allocate("normed", [tokens, hidden])?,
-            delta: allocate("delta", [tokens, hidden])?,
-            gate: allocate("gate", [tokens, inner])?,
-            up: allocate("up", [tokens, inner])?,
-            inner: allocate("inner", [tokens, inner])?,
-            logits: allocate("logits", [logit_rows, self.config.vocab_size])?,
+            stream: stream?,
+            normed: normed?,
+            delta: delta?,
+            gate: gate?,
+            up: up?,
+            inner: inner?,
+            logits: logits?,
             logit_rows,
             bytes,
             workspace,
@@ -279,6 +300,7 @@ impl Decoder {
         path: DecodePath,
         logits: Logits,
     ) -> Result<Region> {
+        recording.kernels().same_device(&self.kernels, "the decoder", "recording")?;
         if step.vocab_size != self.config.vocab_size {
             let (expected, found) = (self.config.vocab_size.into(), step.vocab_size.into());
             return Err(Error::Count { what: "vocabulary that the step was checked against", expected, found });

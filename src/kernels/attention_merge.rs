@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, nonzero, product, words};
+use super::{Problem as _, nonzero, product, trips, words};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
 use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
@@ -56,6 +56,7 @@ impl super::Problem for Problem {
         nonzero(SPEC.name, &[("n_head", self.n_head), ("width", self.width)])?;
         let workgroup_size =
             ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        trips(SPEC.name, "width", self.width, workgroup_size)?;
         Plan {
             overrides: vec![("WORKGROUP", workgroup_size.into())],
             grid: fold_grid(SPEC.name, product(&[self.tokens, self.n_head]), &context.limits)?,

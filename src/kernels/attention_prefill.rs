@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, attention_prefill_rows, narrow, nonzero, product, words};
+use super::{Problem as _, attention_prefill_rows, narrow, nonzero, product, trips, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
@@ -39,6 +39,9 @@ const LANES: u32 = 8;
 
 /// Keys of a block.
 const TILE_KV: u32 = 32;
+
+/// Keys of a trip of `attention_prefill_rows`; the other kernels take as many or more.
+const LEAST_KEYS: u32 = 16;
 
 /// Value columns of a workgroup: 8 lanes of 4 times 4.
 pub(super) const SLICE: u32 = 128;
@@ -141,6 +144,8 @@ impl Problem {
     pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
         narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
         nonzero(kernel, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        // The fewest keys that one of the kernels takes in a trip.
+        trips(kernel, "kv_rows", self.kv_rows, LEAST_KEYS)?;
         if self.d_nope == 0 && self.d_rope == 0 {
             return Err(Error::problem(kernel, "d_nope and d_rope are both 0"));
         }

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, flag, gate_vec4, nonzero, product, words};
+use super::{Problem as _, flag, gate_vec4, nonzero, product, trips, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -112,6 +112,7 @@ impl super::Problem for Problem {
         nonzero(SPEC.name, &[("width", self.width)])?;
         let workgroup_size =
             ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
+        trips(SPEC.name, "width", self.width, workgroup_size)?;
         let mut overrides = self.switches();
         overrides.push(("WORKGROUP", workgroup_size.into()));
         Plan {

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, nonzero, product, words};
+use super::{Problem as _, flag, nonzero, product, trips, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
@@ -70,6 +70,7 @@ impl super::Problem for Problem {
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         nonzero(SPEC.name, &[("width", self.width), ("d_gate", self.d_gate)])?;
+        trips(SPEC.name, "d_gate", self.d_gate, 4)?;
         if !self.ids && u64::from(self.first_id) + u64::from(self.rows) > u64::from(self.vocab_size) {
             let (first, rows, vocab) = (self.first_id, self.rows, self.vocab_size);
             return Err(Error::problem(SPEC.name, format!("{rows} ids from {first} on, in a vocabulary of {vocab}")));

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::norm_vec4::{ROW_LANES, row_lanes};
-use super::{Problem as _, attention_grouped, nonzero, product, words};
+use super::{Problem as _, attention_grouped, nonzero, product, trips, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -79,6 +79,7 @@ impl super::Problem for Problem {
         }
         let auto = context.auto(SPEC.name, row_lanes(context, self.width));
         let (workgroup, lanes) = ROW_LANES[tuning.choose(SPEC.name, ROW_LANES.len(), auto)?];
+        trips(SPEC.name, "width", self.width, lanes)?;
         Plan {
             overrides: vec![
                 ("STORAGE_F16", self.storage.constant()),

@@ -1,7 +1,7 @@
 //! [`super::gate`] in 16-byte loads and stores.
 
 use super::norm_vec4::row_lanes;
-use super::{Problem as _, flag, gate, nonzero};
+use super::{Problem as _, flag, gate, nonzero, trips};
 use crate::error::{Error, Result};
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning, fold_grid};
@@ -42,6 +42,7 @@ impl super::Problem for Problem {
         let auto = if software && self.0.rows >= MANY_ROWS { 4 } else { row_lanes(context, self.0.width) };
         let (workgroup, lanes, rows) =
             TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        trips(SPEC.name, "width", self.0.width, 4 * lanes)?;
         let mut overrides = self.0.switches();
         overrides.extend([
             ("WORKGROUP", workgroup.into()),

@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, product, words};
+use super::{Problem as _, flag, product, trips, words};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
@@ -186,6 +186,7 @@ impl super::Problem for Problem {
             AdapterClass::Integrated | AdapterClass::Apple => 2,
         };
         let (wg_x, wg_y, tile_k) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        trips(SPEC.name, "inner", self.inner, tile_k)?;
         let mut overrides = self.switches();
         overrides.extend([("WG_X", wg_x.into()), ("WG_Y", wg_y.into()), ("TILE_K", tile_k.into())]);
         let (tile_m, tile_n) = (wg_y * 4, wg_x * 4);

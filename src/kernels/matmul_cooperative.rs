@@ -3,7 +3,7 @@
 //! `x` is rounded to f16 before it is multiplied: for f16 weights only, whose rounding is as coarse. Values of `x` beyond
 //! ±65 504 become infinite, as in any f16.
 
-use super::{COOPERATIVE_FEATURES, Problem as _, flag, matmul};
+use super::{COOPERATIVE_FEATURES, Problem as _, flag, matmul, trips};
 use crate::error::{Error, Result};
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning};
@@ -56,6 +56,7 @@ pub(super) fn plan(
     let workgroup_size = workgroup_size(context);
     let tile = 2 * fragments * side;
     let tile_k = QUADS * 4 / tile;
+    trips(spec.name, "inner", problem.inner, tile_k)?;
     Plan {
         overrides: vec![
             ("HAS_BIAS", flag(problem.bias)),

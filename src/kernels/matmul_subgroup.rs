@@ -1,6 +1,6 @@
 //! Matrix product in registers alone, rows of `x` shared by subgroup shuffles: for adapters without fast workgroup memory.
 
-use super::{Problem as _, matmul};
+use super::{Problem as _, matmul, trips};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{Cooperative, Plan, PlanContext, Tuning};
@@ -32,6 +32,7 @@ impl super::Problem for Problem {
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         self.0.validate_vec4(SPEC.name)?;
         let cols = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, 0))?];
+        trips(SPEC.name, "inner", self.0.inner, 4)?;
         let mut overrides = self.0.switches();
         overrides.push(("SPREAD", if context.subgroup_min_size >= 8 { 8.0 } else { 4.0 }));
         Plan {

@@ -1,6 +1,6 @@
 //! Matrix product with a large tile of the result per workgroup and 16-byte loads, for many rows.
 
-use super::{Problem as _, matmul, product};
+use super::{Problem as _, matmul, product, trips};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
@@ -49,6 +49,7 @@ impl super::Problem for Problem {
             AdapterClass::Discrete => 0,
         };
         let (wg_x, wg_y) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        trips(SPEC.name, "inner", self.0.inner, 16)?;
         let mut overrides = self.0.switches();
         overrides.extend([("WG_X", wg_x.into()), ("WG_Y", wg_y.into())]);
         Plan {

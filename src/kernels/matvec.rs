@@ -1,6 +1,6 @@
 //! Matrix product for few rows: every weight is read once for up to four rows. Any strides.
 
-use super::{Problem as _, matmul};
+use super::{Problem as _, matmul, trips};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
@@ -50,6 +50,7 @@ impl super::Problem for Problem {
         };
         let auto = Some(context.auto(SPEC.name, auto)).filter(|&auto| fits(auto)).unwrap_or(1);
         let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        trips(SPEC.name, "inner", self.0.inner, lanes)?;
         let mut overrides = self.0.switches();
         overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into())]);
         Plan {

@@ -1,6 +1,6 @@
 //! Matrix product for few rows in 16-byte loads, summed by subgroup operations.
 
-use super::{Problem as _, matmul};
+use super::{Problem as _, matmul, trips};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
@@ -44,6 +44,7 @@ impl super::Problem for Problem {
             }
         };
         let workgroup = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        trips(SPEC.name, "inner", self.0.inner, 4 * workgroup)?;
         let mut overrides = self.0.switches();
         overrides.push(("WORKGROUP", workgroup.into()));
         Plan {

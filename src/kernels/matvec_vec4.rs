@@ -1,6 +1,6 @@
 //! Matrix product for few rows in 16-byte loads: every weight is read once for up to four rows.
 
-use super::{Problem as _, matmul};
+use super::{Problem as _, matmul, trips};
 use crate::error::Result;
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning};
@@ -37,6 +37,7 @@ impl super::Problem for Problem {
             AdapterClass::Discrete => 2,
         };
         let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
+        trips(SPEC.name, "inner", self.0.inner, 4 * lanes)?;
         let mut overrides = self.0.switches();
         let single = f64::from(u8::from(self.0.rows == 1));
         overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into()), ("SINGLE", single)]);

@@ -139,12 +139,25 @@ pub(crate) fn nonzero(kernel: &'static str, extents: &[(&'static str, u32)]) -> 
     }
 }
 
-/// Refuses widths whose sums and pitches would not fit 32 bits.
+/// The most trips of a loop whose end is not known when a shader is compiled: an older software driver ends it there, without a
+/// word.
+pub(crate) const MOST_TRIPS: u32 = 65_534;
+
+/// Refuses widths that a shader may walk one by one; their sums and pitches fit 32 bits.
 pub(crate) fn narrow(kernel: &'static str, widths: &[(&'static str, u32)]) -> Result<()> {
-    match widths.iter().find(|(_, width)| *width >= 1 << 30) {
-        Some((name, width)) => Err(Error::problem(kernel, format!("{name} is {width}, must be below 2^30"))),
-        None => Ok(()),
+    widths.iter().try_for_each(|&(name, width)| trips(kernel, name, width, 1))
+}
+
+/// Refuses an extent that a shader's loop would walk, `each` at a time, in more trips than any driver is sure to make.
+pub(crate) fn trips(kernel: &'static str, name: &str, extent: u32, each: u32) -> Result<()> {
+    if extent.div_ceil(each.max(1)) > MOST_TRIPS {
+        let most = u64::from(MOST_TRIPS) * u64::from(each);
+        return Err(Error::problem(
+            kernel,
+            format!("{name} is {extent}, must be at most {most}: a loop over it is too long"),
+        ));
     }
+    Ok(())
 }
 
 /// 1.0 for an override that switches something on.

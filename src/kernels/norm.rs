@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, flag, narrow, nonzero, norm_vec4, product, words};
+use super::{Problem as _, flag, nonzero, norm_vec4, product, trips, words};
 use crate::error::Result;
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
 use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
@@ -80,7 +80,10 @@ impl Problem {
     }
 
     pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        narrow(kernel, &[("width", self.width), ("second", self.second)])?;
+        // The smaller of the two workgroups walks a row.
+        [("width", self.width), ("second", self.second)]
+            .into_iter()
+            .try_for_each(|(name, width)| trips(kernel, name, width, 64))?;
         nonzero(kernel, &[("width", self.width)])
     }
 

@@ -1,6 +1,6 @@
 //! [`super::norm`] in 16-byte loads and stores.
 
-use super::{Problem as _, norm};
+use super::{Problem as _, norm, trips};
 use crate::error::{Error, Result};
 use crate::kernel::{KernelSpec, Recording};
 use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tuning, fold_grid};
@@ -48,6 +48,9 @@ impl super::Problem for Problem {
         }
         let auto = row_lanes(context, self.0.width.max(self.0.second));
         let (workgroup, lanes) = ROW_LANES[tuning.choose(SPEC.name, ROW_LANES.len(), context.auto(SPEC.name, auto))?];
+        [("width", self.0.width), ("second", self.0.second)]
+            .into_iter()
+            .try_for_each(|(name, width)| trips(SPEC.name, name, width, 4 * lanes))?;
         let mut overrides = self.0.switches();
         overrides.extend([("WORKGROUP", workgroup.into()), ("LANES", lanes.into())]);
         let each = u64::from(workgroup / lanes);

@@ -2,8 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{COOPERATIVE_FEATURES, Problem as _, product, words};
-use crate::error::{Error, Result};
+use super::{COOPERATIVE_FEATURES, Problem as _, product, trips, words};
+use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
 use crate::plan::{Cooperative, Plan, PlanContext, Tuning};
 
@@ -54,9 +54,7 @@ pub(super) fn plan(
     tuning: Tuning,
 ) -> Result<Plan> {
     tuning.choose(spec.name, spec.tunings, 0)?;
-    if problem.trips >= 65_535 {
-        return Err(Error::problem(spec.name, format!("{} trips, must be below 65535", problem.trips)));
-    }
+    trips(spec.name, "trips", problem.trips, 1)?;
     let workgroup_size = context.widest_subgroup();
     Plan {
         overrides: vec![("WORKGROUP", workgroup_size.into())],

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, words};
+use super::{Problem as _, trips, words};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
 use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
@@ -49,6 +49,7 @@ impl super::Problem for Problem {
     const SPEC: &'static KernelSpec = &SPEC;
 
     fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        trips(SPEC.name, "trips", self.trips, 1)?;
         linear_plan(SPEC.name, self.elements.into(), Vec::new(), context, tuning)
     }
 }

@@ -4,48 +4,87 @@
 #[path = "../../src/bin/egmla/unchecked.rs"]
 pub mod unchecked;
 
-use std::sync::{Arc, Mutex};
-
+use egmla::fault::Faults;
 use egmla::kernel::Kernels;
 use egmla::wgpu;
 
 pub struct Gpu {
     pub kernels: Kernels,
     pub queue: wgpu::Queue,
-    errors: Arc<Mutex<Vec<String>>>,
+    pub faults: Faults,
 }
 
-/// Opens the first adapter with WebGPU's default limits, so that nothing passes here that fails in a browser, and with the
-/// features that variants of the kernels use, where it has them. No adapter is a failure: a test that compared nothing must
-/// not pass.
+/// What the environment variable `EGMLA_LIMITS` opens devices with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Offer {
+    /// `default`: WebGPU's default limits and no feature at all, as in a browser on the least that it may run on.
+    Default,
+    /// Unset: the same limits, and the features that variants of the kernels use, where the adapter has them.
+    Features,
+    /// `adapter`: those features, and every limit that the adapter offers.
+    Adapter,
+}
+
+impl Offer {
+    fn from_env() -> Self {
+        match std::env::var("EGMLA_LIMITS").as_deref() {
+            Err(_) | Ok("") => Offer::Features,
+            Ok("default") => Offer::Default,
+            Ok("adapter") => Offer::Adapter,
+            Ok(other) => panic!("EGMLA_LIMITS is `{other}`, must be `default` or `adapter`"),
+        }
+    }
+}
+
+/// The first adapter, GL last. No adapter is a failure: a test that compared nothing must not pass.
+pub fn adapter(mut descriptor: wgpu::InstanceDescriptor) -> wgpu::Adapter {
+    descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
+    let backends = descriptor.backends;
+    let instance = wgpu::Instance::new(descriptor);
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
+    adapters.sort_by_key(|adapter| adapter.get_info().backend == wgpu::Backend::Gl);
+    let none = "no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)";
+    assert!(!adapters.is_empty(), "{none}");
+    adapters.remove(0)
+}
+
+/// Opens the first adapter: with WebGPU's default limits, so that nothing passes here that fails in a browser, unless
+/// `EGMLA_LIMITS` says otherwise.
 pub fn gpu() -> Gpu {
-    gpu_with(wgpu::Limits::default())
+    match Offer::from_env() {
+        Offer::Default | Offer::Features => gpu_with(wgpu::Limits::default()),
+        Offer::Adapter => {
+            let adapter = adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+            open(&adapter, adapter.limits())
+        }
+    }
 }
 
 /// The same with other limits.
 pub fn gpu_with(required_limits: wgpu::Limits) -> Gpu {
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
-    let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
-    let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
-    adapters.sort_by_key(|adapter| adapter.get_info().backend == wgpu::Backend::Gl);
-    let adapter = adapters
-        .first()
-        .expect("no GPU adapter: run `sh scripts/setup.sh`, which installs a software Vulkan driver (Mesa lavapipe)");
-    let (cooperative, experimental_features, matrices) = unchecked::cooperative(adapter);
-    let required_features = adapter.features() & egmla::kernels::optional_features() | cooperative;
+    open(&adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env()), required_limits)
+}
+
+/// Opens a device of an adapter.
+fn open(adapter: &wgpu::Adapter, required_limits: wgpu::Limits) -> Gpu {
+    let (cooperative, experimental_features, matrices) = match Offer::from_env() {
+        Offer::Default => unchecked::none(),
+        Offer::Features | Offer::Adapter => unchecked::cooperative(adapter),
+    };
+    let required_features = match Offer::from_env() {
+        Offer::Default => wgpu::Features::empty(),
+        Offer::Features | Offer::Adapter => adapter.features() & egmla::kernels::optional_features() | cooperative,
+    };
     let descriptor =
         wgpu::DeviceDescriptor { required_features, required_limits, experimental_features, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
-    let errors = Arc::new(Mutex::new(Vec::new()));
-    let log = errors.clone();
-    device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| log.lock().unwrap().push(error.to_string())));
-    println!("adapter: {:?}", adapter.get_info());
-    Gpu { kernels: Kernels::new(&device).expect("kernels").with_cooperative(matrices), queue, errors }
+    let faults = Faults::watch(&device);
+    println!("adapter: {:?}, {:?}, EGMLA_LIMITS: {:?}", adapter.get_info(), device.features(), Offer::from_env());
+    Gpu { kernels: Kernels::new(&device).expect("kernels").with_cooperative(matrices), queue, faults }
 }
 
 impl Gpu {
     pub fn assert_no_errors(&self) {
-        let errors = self.errors.lock().unwrap();
-        assert!(errors.is_empty(), "wgpu reported: {}", errors.join("; "));
+        self.faults.check().unwrap();
     }
 }

@@ -1,8 +1,7 @@
 //! Chooses an adapter and opens the program's device: the only place that does.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use clap::Args;
+use clap::{Args, ValueEnum};
+use egmla::fault::Faults;
 use egmla::files::read;
 use egmla::kernel::Kernels;
 use egmla::kernels::optional_features;
@@ -20,6 +19,16 @@ pub struct AdapterOption {
     /// `auto` (a GPU before software, the CPU reference when there is none), `cpu`, or part of an adapter's name or backend
     #[arg(long, value_name = "A", default_value = "auto")]
     pub adapter: String,
+}
+
+/// `--limits`
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LimitsOption {
+    /// WebGPU's default limits, no feature
+    Default,
+    /// Buffers as large as the adapter has them, and the features that kernels use
+    #[default]
+    Adapter,
 }
 
 /// What computes.
@@ -43,8 +52,8 @@ pub struct Gpu {
     pub kernels: Kernels,
     /// The driver's cache of compiled pipelines, and what it began with.
     pipelines: Option<(wgpu::PipelineCache, Option<Pipelines>)>,
-    /// Errors that no scope caught; the program must not go on after one.
-    errors: Arc<Mutex<Vec<String>>>,
+    /// What the device reports between calls; the program must not go on after an error.
+    faults: Faults,
 }
 
 impl Backend {
@@ -67,13 +76,9 @@ impl Gpu {
         }
     }
 
-    /// Fails when the device reported an error since the last call.
+    /// Fails when the device was lost, or reported an error since the last call.
     pub fn check(&self) -> Result<(), Failure> {
-        let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
-        match errors.drain(..).next() {
-            None => Ok(()),
-            Some(error) => Err(Failure::run(error)),
-        }
+        Ok(self.faults.check()?)
     }
 }
 
@@ -152,6 +157,11 @@ fn rank(info: &wgpu::AdapterInfo) -> (u8, u8) {
 
 /// Opens what `--adapter` asks for.
 pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
+    open_with(option, LimitsOption::Adapter)
+}
+
+/// The same, with the limits and features of `--limits`.
+pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend, Failure> {
     let wanted = option.adapter.trim().to_lowercase();
     if wanted.is_empty() {
         return Err(Failure::usage("--adapter is empty; give auto, cpu, or part of an adapter's name or backend"));
@@ -162,7 +172,7 @@ pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
     let found = adapters();
     if wanted == "auto" {
         for adapter in &found {
-            match open_device(adapter) {
+            match open_device(adapter, limits) {
                 Ok(gpu) => return Ok(Backend::Gpu(Box::new(gpu))),
                 Err(problem) => tracing::warn!("{}: {}", adapter.get_info().name, problem.message()),
             }
@@ -174,7 +184,7 @@ pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
         info.name.to_lowercase().contains(&wanted) || format!("{:?}", info.backend).to_lowercase().contains(&wanted)
     };
     match found.iter().find(matches) {
-        Some(adapter) => open_device(adapter).map(|gpu| Backend::Gpu(Box::new(gpu))),
+        Some(adapter) => open_device(adapter, limits).map(|gpu| Backend::Gpu(Box::new(gpu))),
         None => {
             let names: Vec<_> = found.iter().map(|adapter| describe(&adapter.get_info())).collect();
             let there = if names.is_empty() { "none".to_owned() } else { names.join("; ") };
@@ -199,11 +209,13 @@ pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
     adapter.features() & optional_features()
 }
 
-fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
-    let required_limits = limits(adapter);
+fn open_device(adapter: &wgpu::Adapter, offer: LimitsOption) -> Result<Gpu, Failure> {
     // Neither changes what a kernel computes: one measures, the other makes a second start quicker.
     let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
-    let (cooperative, experimental_features, matrices) = unchecked::cooperative(adapter);
+    let (required_limits, wanted, (cooperative, experimental_features, matrices)) = match offer {
+        LimitsOption::Adapter => (limits(adapter), wanted, unchecked::cooperative(adapter)),
+        LimitsOption::Default => (wgpu::Limits::default(), wgpu::Features::empty(), unchecked::none()),
+    };
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("egmla"),
         required_features: adapter.features() & wanted | cooperative,
@@ -212,19 +224,7 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
         ..Default::default()
     });
     let (device, queue) = pollster::block_on(request).map_err(|error| Failure::run(one_line(&error.to_string())))?;
-    let errors = Arc::new(Mutex::new(Vec::new()));
-    let log = |errors: &Arc<Mutex<Vec<String>>>| {
-        let errors = errors.clone();
-        move |message: String| errors.lock().unwrap_or_else(PoisonError::into_inner).push(one_line(&message))
-    };
-    let uncaptured = log(&errors);
-    device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| uncaptured(error.to_string())));
-    let lost = log(&errors);
-    device.set_device_lost_callback(move |reason, message| {
-        if reason != wgpu::DeviceLostReason::Destroyed {
-            lost(format!("the device was lost: {message}"));
-        }
-    });
+    let faults = Faults::watch(&device);
     let info = adapter.get_info();
     let pipelines = pipeline_cache(&device, &info);
     let mut kernels = Kernels::new(&device)?.with_cooperative(matrices);
@@ -236,5 +236,5 @@ fn open_device(adapter: &wgpu::Adapter) -> Result<Gpu, Failure> {
         Ok(tuned) => kernels = tuned,
         Err(error) => tracing::warn!("measured tile settings are not used: {error}; run `egmla tune` again"),
     }
-    Ok(Gpu { info, queue, kernels, pipelines, errors })
+    Ok(Gpu { info, queue, kernels, pipelines, faults })
 }

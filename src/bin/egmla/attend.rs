@@ -15,6 +15,7 @@ use egmla::weights::{AttentionWeights, Checkpoint};
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::options::PathOptions;
 use files::Output;
 use schedule::{Prefill, Schedule};
@@ -83,6 +84,7 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
     let bytes = read_safetensors(&args.input)?;
     let input = Sequences::from_safetensors(&bytes, &config).map_err(|error| error.in_file(&args.input))?;
     drop(bytes);
+    interrupt::watch();
     let output = Output::check(&args.output)?;
     for (option, path) in [("config", &args.config), ("weights", &args.weights), ("input", &args.input)] {
         output.refuse_input(option, path)?;

@@ -10,7 +10,7 @@ use clap::Args;
 use comfy_table::Table;
 use serde::Serialize;
 
-use crate::adapter::{self, AdapterOption, Backend, Gpu};
+use crate::adapter::{self, AdapterOption, Backend, Gpu, LimitsOption};
 use crate::console;
 use crate::failure::Failure;
 
@@ -19,6 +19,10 @@ use crate::failure::Failure;
 pub struct CheckArgs {
     #[command(flatten)]
     adapter: AdapterOption,
+    /// What the device is opened with: `default`, WebGPU's default limits and no feature, as on the least that a browser runs on;
+    /// `adapter`, what the adapter has, as other commands do
+    #[arg(long, value_name = "L", value_enum, default_value_t)]
+    limits: LimitsOption,
     /// Only the cases whose id contains S
     #[arg(long, value_name = "S")]
     filter: Option<String>,
@@ -84,7 +88,7 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     if args.random == Some(0) {
         return Err(Failure::usage("--random 0: there is nothing to compare"));
     }
-    let backend = adapter::open(&args.adapter)?;
+    let backend = adapter::open_with(&args.adapter, args.limits)?;
     let gpu = match &backend {
         Backend::Gpu(gpu) => gpu,
         // Never green without comparing.
@@ -186,7 +190,7 @@ fn run_case(gpu: &Gpu, case: &egmla::check::Case) -> Result<Vec<Row>, Failure> {
                 row(outcome.tuning, outcome.error, outcome.tolerance, outcome.skipped, outcome.verdict.err())
             })
             .collect(),
-        Err(error @ egmla::Error::Device { .. }) => return Err(Failure::run(format!("{}: {error}", case.id()))),
+        Err(error) if error.is_of_device() => return Err(Failure::run(format!("{}: {error}", case.id()))),
         Err(error) => vec![row("-".to_owned(), f64::NAN, f64::NAN, false, Some(error.to_string()))],
     };
     if rows.is_empty() {

@@ -9,6 +9,7 @@ use egmla::plan::Storage;
 
 use crate::adapter::{Backend, Gpu};
 use crate::failure::Failure;
+use crate::interrupt;
 
 /// Most tokens of one prefill step: longer texts go in chunks.
 const CHUNK: u32 = 512;
@@ -177,6 +178,7 @@ impl<'a> Engine<'a> {
     }
 
     fn feed(&mut self, ids: &[u32], mode: Mode, logits: Logits) -> Result<Vec<f32>, Failure> {
+        interrupt::check()?;
         match self {
             Engine::Cpu { decoder, state, capacity } => {
                 if state.len() + ids.len() > *capacity as usize {
@@ -193,8 +195,8 @@ impl<'a> Engine<'a> {
                     *used = decoder.decode_path(*path, cache, step.step())?;
                 }
                 let region = decoder.forward(&mut recording, cache, &step, state, *path, logits)?;
-                cache.commit(step.step())?;
                 readback::submit(&recording, &gpu.queue)?;
+                cache.commit(step.step())?;
                 let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region]));
                 gpu.check()?;
                 Ok(read?.into_iter().next().unwrap_or_default())

@@ -14,6 +14,7 @@ use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::engine::{Engine, EngineOptions};
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::options::{ModelOption, StorageOption};
 
 /// Measures bits per character of a text under a language model.
@@ -48,6 +49,7 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: EvalArgs) -> Result<(), Failure> {
+    interrupt::watch();
     let text = read(&args.text)?;
     let folder = ModelFolder::open(&args.model.folder()?)?;
     let ids = folder.encode(&text)?;
@@ -85,9 +87,12 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
     )?;
     console::note(format_args!("adapter: {}", backend.describe()));
     let bar = progress(ids.len() as u64 - 1);
+    let shown = bar.clone();
+    interrupt::undo(move || shown.finish_and_clear());
     let started = Instant::now();
     let mut score = Score::default();
-    for window in Windows::new(ids.len(), folder.config().max_position_embeddings as usize) {
+    let mut windows = Windows::new(ids.len(), folder.config().max_position_embeddings as usize);
+    let scored: Result<(), Failure> = windows.try_for_each(|window| {
         engine.reset();
         let inputs = window.inputs.clone();
         engine.score(&ids[inputs.clone()], window.scored_rows().start, |row, logits| {
@@ -98,8 +103,11 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
             added.map_err(|error| Failure::run(format!("tokens from {target} on: {error}")))
         })?;
         bar.set_position(score.tokens());
-    }
+        Ok(())
+    });
+    // A run that ends early leaves no half bar behind.
     bar.finish_and_clear();
+    scored?;
     let report = Report {
         bits_per_character: score.bits_per_character(characters),
         loss: score.loss(),

@@ -1,4 +1,4 @@
-//! How the program ends: exit 2 for bad usage or input, exit 1 for what fails while it runs.
+//! How the program ends: exit 2 for bad usage or input, exit 1 for what fails while it runs, exit 130 where it is interrupted.
 
 use std::fmt::Display;
 
@@ -9,6 +9,8 @@ pub enum Failure {
     Usage(String),
     /// It failed while running: the device was lost, a check did not hold. Exit 1.
     Run(String),
+    /// Ctrl-C. Exit 130, as shells have it.
+    Interrupted,
 }
 
 impl Failure {
@@ -26,6 +28,7 @@ impl Failure {
     pub fn message(&self) -> &str {
         match self {
             Failure::Usage(message) | Failure::Run(message) => message,
+            Failure::Interrupted => "interrupted",
         }
     }
 
@@ -34,6 +37,7 @@ impl Failure {
         match self {
             Failure::Run(_) => 1,
             Failure::Usage(_) => 2,
+            Failure::Interrupted => 130,
         }
     }
 }
@@ -46,7 +50,8 @@ impl From<egmla::Error> for Failure {
             cause = source;
         }
         match cause {
-            egmla::Error::Device { .. } | egmla::Error::NonFinite { .. } => Failure::run(error),
+            egmla::Error::NonFinite { .. } => Failure::run(error),
+            _ if error.is_of_device() => Failure::run(error),
             _ => Failure::usage(error),
         }
     }

@@ -13,6 +13,7 @@ use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::engine::{Engine, EngineOptions};
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::options::{ModelOption, PathOptions};
 
 /// Continues a prompt with a language model and streams the text.
@@ -92,6 +93,7 @@ impl CacheBytes {
 /// Runs the command.
 pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     check(&args)?;
+    interrupt::watch();
     let sampling =
         SamplingOptions { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut sampler = Sampler::new(sampling)?;
@@ -141,6 +143,11 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         text.push_str(&new);
         if token_ids.len() as u64 >= u64::from(new_tokens) {
             break;
+        }
+        if interrupt::asked() {
+            // The text so far stays, on a line of its own.
+            out.write(&(stream.finish()? + "\n"))?;
+            return Err(Failure::Interrupted);
         }
         let started = Instant::now();
         logits = engine.step(id)?;

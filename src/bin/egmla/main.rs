@@ -1,7 +1,7 @@
 //! The command-line program `egmla`: the only owner of a device in this crate.
 //!
-//! Exit 0 is done, 2 is bad usage or input, 1 failed while running. Every error is one line on stderr that begins
-//! `error:`.
+//! Exit 0 is done, 2 is bad usage or input, 1 failed while running, 130 was interrupted. Every error is one line on stderr that
+//! begins `error:`.
 
 mod adapter;
 mod attend;
@@ -15,6 +15,7 @@ mod export;
 mod failure;
 mod generate;
 mod info;
+mod interrupt;
 mod options;
 mod tune;
 mod unchecked;

@@ -14,7 +14,7 @@ pub fn cooperative(adapter: &wgpu::Adapter) -> (wgpu::Features, wgpu::Experiment
     // which wgpu takes for a defect and panics; with 16 it crashes in compiling.
     let unfit = info.device_type == wgpu::DeviceType::Cpu && (info.subgroup_min_size, info.subgroup_max_size) != (8, 8);
     if matrices == Cooperative::NONE || unfit || !adapter.features().contains(COOPERATIVE_FEATURES) {
-        return (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled(), Cooperative::NONE);
+        return none();
     }
     // SAFETY: what wgpu leaves unchecked of this feature is checked here. Only shaders of this crate are compiled; they load
     // and store whole matrices inside of their workgroup arrays alone, at offsets that their plans bound, in control flow that
@@ -22,6 +22,11 @@ pub fn cooperative(adapter: &wgpu::Adapter) -> (wgpu::Features, wgpu::Experiment
     #[expect(unsafe_code, reason = "wgpu hands out its experiments to those only who vouch for their use")]
     let accepted = unsafe { wgpu::ExperimentalFeatures::enabled() };
     (COOPERATIVE_FEATURES, accepted, matrices)
+}
+
+/// What opens a device without them.
+pub fn none() -> (wgpu::Features, wgpu::ExperimentalFeatures, Cooperative) {
+    (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled(), Cooperative::NONE)
 }
 
 /// Bytes of a driver's cache of pipelines that some driver did write: they come from [`Pipelines::of`] in this run or, sealed,

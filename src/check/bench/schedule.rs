@@ -87,7 +87,7 @@ pub fn measure(
         // Nothing compiled: a row's first use is its own.
         match start(row, &kernels.uncompiled(), timer, &mut stock) {
             Ok(started) => running.push(started),
-            Err(error @ (Error::Device { .. } | Error::NonFinite { .. })) => return Err(error),
+            Err(error) if error.is_of_device() || matches!(error, Error::NonFinite { .. }) => return Err(error),
             Err(error) => skipped.push(Skipped { id: row.id().to_owned(), why: error.to_string() }),
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::report::median;
 use super::timer::Timer;
 use super::{Row, Stock};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernel::{Kernels, Recording};
 use crate::kernels::REGISTRY;
 use crate::plan::Tunings;
@@ -71,7 +71,7 @@ pub fn tune(
         }
         let prepared = match row.prepare(&of_class, &mut stock) {
             Ok(prepared) => prepared,
-            Err(error @ Error::Device { .. }) => return Err(error),
+            Err(error) if error.is_of_device() => return Err(error),
             Err(_) => continue,
         };
         let names: BTreeSet<_> = prepared.recording.kernel_names().collect();
@@ -121,7 +121,7 @@ fn alone(row: &Row, kernel: &str, kernels: &Kernels, stock: &mut Stock) -> Resul
             prepared.recording.retain(kernel);
             Ok(Some(prepared.recording))
         }
-        Err(error @ Error::Device { .. }) => Err(error),
+        Err(error) if error.is_of_device() => Err(error),
         Err(_) => Ok(None),
     }
 }

@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
 use crate::failure::Failure;
+use crate::interrupt;
 
 fn problem(path: &Path, text: impl Display) -> Failure {
     Failure::usage(format!("{}: {text}", path.display()))
@@ -41,6 +42,8 @@ impl Output {
         // A killed run may have left one behind: take the first name that is free.
         let name = |n: u32| path.with_file_name(format!(".egmla.{}.{n}.partial", std::process::id()));
         let partial = (0..100).map(name).find(|name| !name.exists()).unwrap_or_else(|| name(0));
+        let unfinished = partial.clone();
+        interrupt::undo(move || drop(fs::remove_file(unfinished)));
         let output = Output { path, partial };
         output.create().map(drop).map_err(|error| output.not_writable(&error))?;
         output.remove();
@@ -69,10 +72,16 @@ impl Output {
             file.write_all(&bytes)?;
             file.sync_all()
         });
-        written.and_then(|()| fs::rename(&self.partial, &self.path)).map_err(|error| {
+        // Up to here the old file stands, and whoever interrupts the run keeps it.
+        let replaced = match written {
+            Ok(()) if interrupt::asked() => Err(Failure::Interrupted),
+            Ok(()) => fs::rename(&self.partial, &self.path).map_err(|error| self.not_written(&error)),
+            Err(error) => Err(self.not_written(&error)),
+        };
+        if replaced.is_err() {
             self.remove();
-            Failure::run(format!("{}: {error}", self.path.display()))
-        })
+        }
+        replaced
     }
 
     fn create(&self) -> io::Result<File> {
@@ -82,6 +91,10 @@ impl Output {
     /// What cannot be removed was not written.
     fn remove(&self) {
         let _ = fs::remove_file(&self.partial);
+    }
+
+    fn not_written(&self, error: &io::Error) -> Failure {
+        Failure::run(format!("{}: {error}", self.path.display()))
     }
 
     fn not_writable(&self, error: &io::Error) -> Failure {

@@ -17,6 +17,7 @@ use super::schedule::{Planned, Schedule};
 use super::{Phase, Summary};
 use crate::adapter::Gpu;
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::options::PathOptions;
 
 /// Steps whose outputs wait on the device before they are read back together.
@@ -60,6 +61,7 @@ pub fn on_gpu(
             if steps.is_empty() {
                 break;
             }
+            interrupt::check()?;
             let outputs = {
                 let mut layer =
                     DeviceLayer { kernels, attention: &attention, cache: &mut cache, workspace: &workspace };
@@ -119,6 +121,7 @@ pub fn on_cpu(
     let mut hidden = vec![0f32; input.hidden.len()];
     let (mut prefill, mut decode) = (Phase::default(), Phase::default());
     for step in schedule {
+        interrupt::check()?;
         let start = Instant::now();
         let mut rest = step.rows.as_slice();
         for (history, &count) in histories.iter_mut().zip(&step.counts) {

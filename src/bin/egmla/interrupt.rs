@@ -1,0 +1,55 @@
+//! Ctrl-C: the step at hand is finished, the terminal and the files are left as they were found, and the exit status is 130.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::failure::Failure;
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// What must be undone where the step at hand does not end in time.
+static UNDO: Mutex<Vec<Box<dyn FnOnce() + Send>>> = Mutex::new(Vec::new());
+
+/// How long the step at hand has to end by itself.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// From here on Ctrl-C asks the run to end. A run that does not within two seconds (a kernel that is being compiled, a long step)
+/// is ended from outside, as it is by a second Ctrl-C.
+pub fn watch() {
+    let watched = ctrlc::set_handler(|| {
+        if ASKED.swap(true, Ordering::SeqCst) {
+            leave();
+        }
+        // The handler must return, or nobody hears the second.
+        std::thread::spawn(|| {
+            std::thread::sleep(PATIENCE);
+            leave();
+        });
+    });
+    if let Err(error) = watched {
+        tracing::warn!("Ctrl-C will end the program at once: {error}");
+    }
+}
+
+/// Whether the run was asked to end.
+pub fn asked() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}
+
+/// Fails once the run was asked to end: called before every step.
+pub fn check() -> Result<(), Failure> {
+    if asked() { Err(Failure::Interrupted) } else { Ok(()) }
+}
+
+/// Runs `undo` where the program is ended from outside; whoever ends by itself cleans up by itself.
+pub fn undo(undo: impl FnOnce() + Send + 'static) {
+    UNDO.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(undo));
+}
+
+fn leave() -> ! {
+    let undo = std::mem::take(&mut *UNDO.lock().unwrap_or_else(PoisonError::into_inner));
+    undo.into_iter().for_each(|undo| undo());
+    crate::console::error(Failure::Interrupted.message());
+    std::process::exit(Failure::Interrupted.exit_code().into())
+}

@@ -1,0 +1,78 @@
+//! What a device reports outside of any call, kept for its owner.
+//!
+//! Who meets which fault:
+//!
+//! | fault | who meets it | as |
+//! |---|---|---|
+//! | out of memory | whatever allocates, at once (error scopes) | [`Error::OutOfMemory`] |
+//! | refused by validation, or by the driver | whatever creates, at once (error scopes) | [`Error::Validation`], [`Error::Device`] |
+//! | lost device | whatever allocates, compiles or records; reading back | [`Error::DeviceLost`] |
+//! | lost device, between calls | the owner alone: [`Faults`] | [`Error::DeviceLost`] |
+//! | an error in the owner's own encoder or pass | the owner alone: [`Faults`] | [`Error::Validation`], [`Error::OutOfMemory`] |
+//! | a device that hangs | who waits: [`crate::check::readback::finish_within`] | [`Error::Timeout`] |
+//!
+//! After a loss wgpu creates, submits and polls as if all were well: a library that does none of the last two learns of it
+//! when it maps a buffer, and the owner by the callback. In a browser error scopes answer later and mapping at creation
+//! succeeds: there the owner's [`Faults`] and what is read back tell.
+//!
+//! A failed call leaves the host's state as it was: a recording what it held, a cache its lengths. The memory of a lost device
+//! is gone: open a new device, make the same objects on it, and feed the tokens again.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+
+#[derive(Debug, Default)]
+struct State {
+    /// Why the device was lost.
+    lost: Option<String>,
+    /// Errors that no scope caught, in their order.
+    uncaptured: Vec<Error>,
+}
+
+/// The loss of a device, and the errors that no error scope caught. Cloning shares them.
+#[derive(Debug, Clone, Default)]
+pub struct Faults(Arc<Mutex<State>>);
+
+impl Faults {
+    /// Watches a device from now on. Its owner alone may: this takes the place of the handlers that the device has, and without
+    /// any, wgpu panics on an error outside of all scopes.
+    pub fn watch(device: &wgpu::Device) -> Self {
+        let faults = Faults::default();
+        let uncaptured = faults.clone();
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            uncaptured.state().uncaptured.push(Error::wgpu("outside of any scope", &error));
+        }));
+        let lost = faults.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            let reason = match reason {
+                wgpu::DeviceLostReason::Destroyed => "destroyed",
+                wgpu::DeviceLostReason::Unknown => "no reason given",
+            };
+            lost.state().lost = Some(if message.is_empty() { reason.to_owned() } else { message });
+        });
+        faults
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the device is known to be lost.
+    pub fn is_lost(&self) -> bool {
+        self.state().lost.is_some()
+    }
+
+    /// Fails once the device is lost, and for each error that no scope caught. Ask after every submission and before numbers are
+    /// believed: it costs a lock.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`], now and ever after; else the oldest error that was not told yet.
+    pub fn check(&self) -> Result<()> {
+        let mut state = self.state();
+        if let Some(message) = &state.lost {
+            return Err(Error::lost("device", message));
+        }
+        if state.uncaptured.is_empty() { Ok(()) } else { Err(state.uncaptured.remove(0)) }
+    }
+}

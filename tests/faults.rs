@@ -1,0 +1,517 @@
+//! Lost devices, no memory left, what wgpu refuses, hangs, objects of two devices, threads: each is an error value, and what the
+//! host knows stays true.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{adapter, gpu};
+use egmla::Error;
+use egmla::attention::{
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
+};
+use egmla::check::random::{Random, attention_weights};
+use egmla::check::readback;
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::fault::Faults;
+use egmla::kernel::{Kernels, Recording, Region};
+use egmla::kernels::roofline_fma;
+use egmla::plan::{Storage, Tuning};
+use egmla::wgpu;
+
+const HIDDEN: usize = 24;
+const VOCAB: u32 = 17;
+
+fn config(site: Option<GateSite>) -> AttentionConfig {
+    let gate = |site| GateConfig {
+        vocab_size: VOCAB,
+        d_gate: 5,
+        site,
+        activation: Activation::OnePlus,
+        norm: GateNorm::LayerNorm,
+        norm_eps: 1e-5,
+    };
+    AttentionConfig {
+        hidden_size: HIDDEN as u32,
+        n_head: 3,
+        d_latent: 12,
+        d_q_latent: None,
+        d_nope: 8,
+        d_rope: 4,
+        d_value: 10,
+        attention_bias: false,
+        gate: site.map(gate),
+        rope: RopeConfig::default(),
+    }
+}
+
+/// A layer, its cache and room for steps, on one device.
+struct Rig {
+    attention: Attention,
+    cache: LatentCache,
+    workspace: Workspace,
+}
+
+fn options(gate_rows: GateRows) -> CacheOptions {
+    CacheOptions { n_layer: 1, batch: 2, capacity: 32, storage: Storage::F32, gate_rows }
+}
+
+impl Rig {
+    fn new(kernels: &Kernels, config: &AttentionConfig, options: CacheOptions) -> egmla::Result<Self> {
+        let attention = Attention::new(kernels, config, &attention_weights(config, true, 1).unwrap(), options.storage)?;
+        let cache = LatentCache::new(kernels, config, options)?;
+        let workspace = Workspace::new(&cache, WorkspaceOptions { decode_tokens: 4, ..WorkspaceOptions::new(64) })?;
+        Ok(Rig { attention, cache, workspace })
+    }
+
+    /// One step, recorded, submitted, committed and read back; committed only where it was submitted.
+    fn step(&mut self, queue: &wgpu::Queue, input: StepInput<'_>, hidden: &[f32]) -> egmla::Result<Vec<f32>> {
+        let kernels = self.cache.kernels().clone();
+        let x = Region::from(&kernels.upload("hidden", bytemuck::cast_slice(hidden))?);
+        let y = Region::from(&kernels.allocate("out", 4 * hidden.len() as u64)?);
+        let step = self.cache.plan_step(input)?;
+        let recording = self.record(&step, &x, &y)?;
+        readback::submit(&recording, queue)?;
+        self.cache.commit(&step)?;
+        Ok(readback::wait(readback::read_f32(&kernels, queue, &[&y]))?.remove(0)[..hidden.len()].to_vec())
+    }
+
+    fn record(&self, step: &Step, x: &Region, y: &Region) -> egmla::Result<Recording> {
+        let mut recording = Recording::new(self.cache.kernels());
+        let path = DecodePath::Absorbed;
+        self.attention.forward(&mut recording, &self.cache, 0, step, &self.workspace, path, x, y)?;
+        Ok(recording)
+    }
+}
+
+/// Two sequences' prompts, then two tokens of each from the cache; everything that a run puts out.
+fn run(kernels: &Kernels, queue: &wgpu::Queue, config: &AttentionConfig, seed: u64) -> egmla::Result<Vec<f32>> {
+    let mut rig = Rig::new(kernels, config, options(GateRows::Pool { rows: 6 }))?;
+    let mut random = Random::new(seed);
+    let mut all = Vec::new();
+    for (mode, counts) in
+        [(Mode::Prefill, [7, 5]), (Mode::Decode, [1, 2]), (Mode::Decode, [1, 0]), (Mode::Decode, [2, 1])]
+    {
+        let tokens = counts.iter().sum::<u32>() as usize;
+        let (hidden, ids) = (random.values(tokens * HIDDEN, 1.0), random.ids(tokens, VOCAB));
+        let token_ids = config.gate.is_some().then_some(&ids[..]);
+        all.extend(rig.step(queue, StepInput { mode, counts: &counts, token_ids }, &hidden)?);
+    }
+    Ok(all)
+}
+
+fn lost(result: egmla::Result<impl Sized>, what: &str) {
+    match result.err().unwrap_or_else(|| panic!("{what}: succeeded on a lost device")) {
+        error @ Error::DeviceLost { .. } => assert!(error.to_string().contains("open a new one"), "{what}: {error}"),
+        other => panic!("{what}: {other:?}"),
+    }
+}
+
+/// A device without any handler: an error outside of all scopes panics.
+fn bare() -> (wgpu::Device, wgpu::Queue) {
+    let adapter = adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap()
+}
+
+/// What allocates, compiles, records, plans and reads on a lost device says so, and the host's state is as it was.
+#[test]
+fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
+    for site in [None, Some(GateSite::UpProjected), Some(GateSite::Latent)] {
+        let (device, queue) = bare();
+        let kernels = Kernels::new(&device).unwrap();
+        let config = config(site);
+        let mut rig = Rig::new(&kernels, &config, options(GateRows::Pool { rows: 6 })).unwrap();
+        let mut random = Random::new(3);
+        let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
+        let token_ids = site.map(|_| &ids[..]);
+        let prompt = StepInput { mode: Mode::Prefill, counts: &[5, 4], token_ids };
+        rig.step(&queue, prompt, &hidden).unwrap();
+        let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
+        let next = StepInput { mode: Mode::Decode, counts: &[1, 1], token_ids: token_ids.map(|ids| &ids[..2]) };
+        let x = Region::from(&kernels.upload("x", bytemuck::cast_slice(&hidden)).unwrap());
+        let y = Region::from(&kernels.allocate("y", 4 * hidden.len() as u64).unwrap());
+        let step = rig.cache.plan_step(next).unwrap();
+        let planned = rig.record(&step, &x, &y).unwrap();
+
+        device.destroy();
+        lost(kernels.allocate("a", 64), "allocate");
+        lost(kernels.upload("a", &[1; 64]), "upload");
+        lost(Kernels::new(&device), "Kernels::new");
+        lost(Attention::new(&kernels, &config, &attention_weights(&config, true, 1).unwrap(), Storage::F32), "weights");
+        lost(LatentCache::new(&kernels, &config, options(GateRows::Recompute)), "cache");
+        lost(Workspace::new(&rig.cache, WorkspaceOptions::new(8)), "workspace");
+        lost(rig.cache.plan_step(next), "plan_step");
+        lost(planned.compile(), "compile");
+        lost(readback::submit(&planned, &queue), "submit");
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        lost(planned.encode(&mut encoder), "encode");
+        drop(encoder);
+        lost(readback::wait(readback::read(&kernels, &queue, &[&x])), "read");
+        lost(readback::finish_within(&kernels, &queue, Duration::from_secs(1)), "finish_within");
+        assert_eq!((rig.cache.lengths(), rig.cache.distinct_ids()), (&lengths[..], distinct));
+
+        // All that the host kept is fed to a new device.
+        let (device, queue) = bare();
+        let mut again =
+            Rig::new(&Kernels::new(&device).unwrap(), &config, options(GateRows::Pool { rows: 6 })).unwrap();
+        again.step(&queue, prompt, &hidden).unwrap();
+        assert_eq!(again.cache.lengths(), lengths);
+        let got = again.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap();
+        assert!(got.iter().all(|value| value.is_finite()));
+        assert_eq!(again.cache.lengths(), [6, 5]);
+    }
+}
+
+#[test]
+fn a_device_that_is_lost_while_it_computes_returns_no_numbers() {
+    let (device, queue) = bare();
+    let faults = Faults::watch(&device);
+    let kernels = Kernels::new(&device).unwrap();
+    let work = Work::new(&kernels, 2);
+    assert!(faults.check().is_ok() && !faults.is_lost());
+    readback::submit(&work.recording, &queue).unwrap();
+    device.destroy();
+    lost(readback::wait(readback::read(&kernels, &queue, &[&work.out])), "read");
+    // The callback comes with a poll, and the answer stays.
+    device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
+    assert!(faults.is_lost());
+    lost(faults.check(), "the first time");
+    lost(faults.check(), "ever after");
+}
+
+/// Devices of an instance with this memory budget, in per cent of what the driver reports (`VK_EXT_memory_budget`); `None` where
+/// the adapter reports none, and wgpu would not know.
+fn with_budget(set: impl FnOnce(&mut wgpu::MemoryBudgetThresholds)) -> Option<(wgpu::Device, wgpu::Queue)> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    set(&mut descriptor.memory_budget_thresholds);
+    let adapter = adapter(descriptor);
+    let info = adapter.get_info();
+    // SwiftShader lacks the extension; on GL wgpu asks for nothing.
+    if info.backend != wgpu::Backend::Vulkan || info.name.contains("SwiftShader") {
+        println!("not run: {} on {:?} has no memory budget", info.name, info.backend);
+        return None;
+    }
+    Some(pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap())
+}
+
+/// wgpu takes the device away at the next poll, as it does after a driver's fault: the reason is kept.
+#[test]
+fn a_device_that_wgpu_gives_up_is_lost_with_its_reason() {
+    let Some((device, queue)) = with_budget(|budget| budget.for_device_loss = Some(0)) else { return };
+    let faults = Faults::watch(&device);
+    let kernels = Kernels::new(&device).unwrap();
+    let buffer = Region::from(&kernels.upload("a", &[1; 64]).unwrap());
+    lost(readback::wait(readback::read(&kernels, &queue, &[&buffer])), "read");
+    lost(kernels.allocate("b", 64), "allocate");
+    match faults.check() {
+        Err(Error::DeviceLost { message, .. }) => assert_eq!(message, "Out of memory"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Dispatches that take a while, and where they write.
+struct Work {
+    recording: Recording,
+    x: Vec<f32>,
+    out: Region,
+}
+
+impl Work {
+    const PROBLEM: roofline_fma::Problem = roofline_fma::Problem { elements: 1 << 14, trips: 4096, a: 0.5, b: 0.25 };
+
+    fn new(kernels: &Kernels, dispatches: usize) -> Self {
+        let x = vec![0.5f32; Self::PROBLEM.elements as usize];
+        let input = Region::from(&kernels.upload("x", bytemuck::cast_slice(&x)).unwrap());
+        let out = Region::from(&kernels.allocate("out", 4 * u64::from(Self::PROBLEM.elements)).unwrap());
+        let mut recording = Recording::new(kernels);
+        for _ in 0..dispatches {
+            let args = roofline_fma::Args { x: &input, y: &out };
+            roofline_fma::encode(&mut recording, &Self::PROBLEM, args, Tuning::Auto).unwrap();
+        }
+        Work { recording, x, out }
+    }
+}
+
+#[test]
+fn what_is_not_done_in_time_is_an_error_and_can_be_read_later() {
+    let gpu = gpu();
+    if gpu.kernels.device().adapter_info().backend == wgpu::Backend::Gl {
+        println!("not run: Mesa's GL is done when it has submitted");
+        return;
+    }
+    let work = Work::new(&gpu.kernels, 1);
+    work.recording.compile().unwrap();
+    readback::submit(&work.recording, &gpu.queue).unwrap();
+    match readback::finish_within(&gpu.kernels, &gpu.queue, Duration::from_millis(1)) {
+        Err(error @ Error::Timeout { seconds: 0.001, .. }) => {
+            assert_eq!(
+                error.to_string(),
+                "GPU: waiting for the device: not done within 0.001 s; wait longer, submit less at once, or open a new device"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    readback::finish_within(&gpu.kernels, &gpu.queue, Duration::from_secs(300)).unwrap();
+    let bytes = readback::wait(readback::read(&gpu.kernels, &gpu.queue, &[&work.out])).unwrap();
+    // Each of the twelve chains has long come to b / (1 − a).
+    let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes[0]);
+    assert_eq!(values.len(), work.x.len());
+    assert!(values.iter().all(|&value| value == 6.0), "{:?}", &values[..4]);
+    gpu.assert_no_errors();
+}
+
+fn out_of_memory(result: egmla::Result<impl Sized>, what: &str) {
+    match result.err().unwrap_or_else(|| panic!("{what}: succeeded without memory")) {
+        error @ Error::OutOfMemory { .. } => {
+            assert!(error.to_string().contains("ask for less") && error.is_of_device(), "{what}: {error}");
+        }
+        other => panic!("{what}: {other:?}"),
+    }
+}
+
+/// A buffer that there is no memory for: by the driver's own word on SwiftShader, by wgpu's reading of the driver's budget
+/// elsewhere. The device goes on, and so do the layer and the cache.
+#[test]
+fn no_memory_left_is_an_error_that_the_device_the_layer_and_the_cache_survive() {
+    let open = |percent: Option<u8>| {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+        descriptor.memory_budget_thresholds.for_resource_creation = percent;
+        let adapter = adapter(descriptor);
+        let required_limits = wgpu::Limits { max_buffer_size: adapter.limits().max_buffer_size, ..Default::default() };
+        let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
+        (adapter.get_info(), pollster::block_on(adapter.request_device(&descriptor)))
+    };
+    let (info, plain) = open(None);
+    let (device, queue) = if info.name.contains("SwiftShader") {
+        plain.unwrap()
+    } else if info.backend == wgpu::Backend::Vulkan {
+        // The least share of the budget that holds a device, and a little more: nothing of it is touched.
+        let least = (1..=95).find(|&percent| open(Some(percent)).1.is_ok()).expect("a budget that holds a device");
+        open(Some(least + 2)).1.unwrap()
+    } else {
+        println!("not run: {:?} gives what it is asked for, and the machine pays", info.backend);
+        return;
+    };
+    let kernels = Kernels::new(&device).unwrap();
+    let config = config(Some(GateSite::UpProjected));
+    let mut rig = Rig::new(&kernels, &config, options(GateRows::Pool { rows: 6 })).unwrap();
+    let mut random = Random::new(5);
+    let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
+    let prompt = StepInput { mode: Mode::Prefill, counts: &[5, 4], token_ids: Some(&ids) };
+    let next = StepInput { mode: Mode::Decode, counts: &[1, 1], token_ids: Some(&ids[..2]) };
+    rig.step(&queue, prompt, &hidden).unwrap();
+
+    let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
+    let size = kernels.context().limits.max_buffer_size & !15;
+    for _ in 0..2 {
+        out_of_memory(kernels.allocate("all of it", size), "allocate");
+    }
+    assert_eq!((rig.cache.lengths(), rig.cache.distinct_ids()), (&lengths[..], distinct));
+
+    let got = rig.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap();
+    assert_eq!(rig.cache.lengths(), [6, 5]);
+    let (device, queue) = open(None).1.unwrap();
+    let kernels = Kernels::new(&device).unwrap();
+    let mut good = Rig::new(&kernels, &config, options(GateRows::Pool { rows: 6 })).unwrap();
+    good.step(&queue, prompt, &hidden).unwrap();
+    assert_eq!(got, good.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap(), "as on a device that never was full");
+}
+
+/// A step that does not come to be leaves lengths, groups and pool as they were, and the next one is right.
+#[test]
+fn a_step_that_fails_is_as_if_it_had_not_been() {
+    let limits =
+        wgpu::Limits { max_buffer_size: 64 << 10, max_storage_buffer_binding_size: 64 << 10, ..Default::default() };
+    let gpu = common::gpu_with(limits);
+    for gate_rows in [GateRows::Recompute, GateRows::Pool { rows: 6 }] {
+        // Rotations are 8 bytes for two of the rotary key's elements: a long prompt's do not fit a buffer, its cache does.
+        let config = AttentionConfig { d_rope: 64, ..config(Some(GateSite::UpProjected)) };
+        let options = CacheOptions { n_layer: 1, batch: 1, capacity: 300, storage: Storage::F16, gate_rows };
+        let workspace_options = WorkspaceOptions { tile_rows: 256, decode_tokens: 4, ..WorkspaceOptions::new(24) };
+        let rig = || {
+            let weights = attention_weights(&config, true, 1).unwrap();
+            let attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F16).unwrap();
+            let cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
+            let workspace = Workspace::new(&cache, workspace_options).unwrap();
+            Rig { attention, cache, workspace }
+        };
+        let mut random = Random::new(6);
+        let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
+        let many = random.ids(280, VOCAB);
+        let run = |rig: &mut Rig, fail: bool| {
+            let mut all = Vec::new();
+            for (mode, first, tokens) in [(Mode::Prefill, 0, 6), (Mode::Decode, 6, 1), (Mode::Decode, 7, 2)] {
+                if fail {
+                    let before = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
+                    let long = StepInput { mode: Mode::Prefill, counts: &[280], token_ids: Some(&many) };
+                    let refused = rig.cache.plan_step(long);
+                    assert!(matches!(refused, Err(Error::Limit { limit: "max_buffer_size", .. })), "{refused:?}");
+                    assert_eq!((rig.cache.lengths().to_vec(), rig.cache.distinct_ids()), before);
+                    // Planned, and then given up.
+                    let other = StepInput { mode: Mode::Decode, counts: &[3], token_ids: Some(&many[..3]) };
+                    rig.cache.plan_step(other).unwrap();
+                    assert_eq!((rig.cache.lengths().to_vec(), rig.cache.distinct_ids()), before);
+                }
+                let input = StepInput { mode, counts: &[tokens as u32], token_ids: Some(&ids[first..first + tokens]) };
+                all.extend(rig.step(&gpu.queue, input, &hidden[first * HIDDEN..(first + tokens) * HIDDEN]).unwrap());
+            }
+            all
+        };
+        assert_eq!(run(&mut rig(), true), run(&mut rig(), false), "{gate_rows:?}");
+    }
+    gpu.assert_no_errors();
+}
+
+fn other_device(result: egmla::Result<impl Sized>, what: &'static str) {
+    match result.err().unwrap_or_else(|| panic!("{what} of another device was taken")) {
+        error @ Error::OtherDevice { what: found, .. } => {
+            assert_eq!(found, what, "{error}");
+            assert!(error.to_string().ends_with("make both with the kernels of one device"), "{error}");
+        }
+        other => panic!("{what}: {other:?}"),
+    }
+}
+
+/// Devices without handlers: whatever came to wgpu would panic.
+#[test]
+fn objects_of_another_device_are_refused_and_nothing_is_recorded() {
+    // wgpu counts devices in each instance anew, and by that number it compares them.
+    let (of_one, of_another) = (bare(), bare());
+    assert!(of_one.0 == of_another.0, "wgpu tells devices of two instances apart: `one_device` is not needed any more");
+    refuses_objects_of(of_one, of_another, false);
+    let adapter = adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    let open = || pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
+    refuses_objects_of(open(), open(), true);
+}
+
+/// Of two instances wgpu confuses the buffers, too, and nobody can tell: `regions` only of one.
+fn refuses_objects_of(
+    (device, queue): (wgpu::Device, wgpu::Queue),
+    (other, _): (wgpu::Device, wgpu::Queue),
+    regions: bool,
+) {
+    let (kernels, others) = (Kernels::new(&device).unwrap(), Kernels::new(&other).unwrap());
+    let config = config(Some(GateSite::UpProjected));
+    let mut here = Rig::new(&kernels, &config, options(GateRows::Table)).unwrap();
+    let mut there = Rig::new(&others, &config, options(GateRows::Table)).unwrap();
+    let mut random = Random::new(7);
+    let (hidden, ids) = (random.values(2 * HIDDEN, 1.0), random.ids(2, VOCAB));
+    let x = Region::from(&kernels.upload("x", bytemuck::cast_slice(&hidden)).unwrap());
+    let y = Region::from(&kernels.allocate("y", 4 * hidden.len() as u64).unwrap());
+    let input = StepInput { mode: Mode::Prefill, counts: &[1, 1], token_ids: Some(&ids) };
+    let (step, other_step) = (here.cache.plan_step(input).unwrap(), there.cache.plan_step(input).unwrap());
+    let mut recording = Recording::new(&kernels);
+
+    let path = DecodePath::Auto;
+    let layer = there.attention.forward(&mut recording, &here.cache, 0, &step, &here.workspace, path, &x, &y);
+    other_device(layer, "the layer");
+    let cache = here.attention.forward(&mut recording, &there.cache, 0, &other_step, &here.workspace, path, &x, &y);
+    other_device(cache, "the cache");
+    let workspace = here.attention.forward(&mut recording, &here.cache, 0, &step, &there.workspace, path, &x, &y);
+    other_device(workspace, "the workspace");
+    other_device(there.cache.copy_sequence(&mut recording, 0, 1), "the cache");
+    other_device(there.attention.load_gate_table(&mut recording), "the layer");
+    assert_eq!(there.attention.gate_table_bytes(), 0);
+    assert_eq!(recording.dispatches(), 0);
+    // Kernels of one device are the same to it, however they were made.
+    let again = Kernels::new(&device).unwrap().uncompiled();
+    let mut recording = Recording::new(&again);
+    here.attention.forward(&mut recording, &here.cache, 0, &step, &here.workspace, path, &x, &y).unwrap();
+
+    if !regions {
+        return;
+    }
+    // A buffer does not tell its device: wgpu refuses a region of another one where it is bound, and the pass stays as it was.
+    let foreign = Region::from(&others.allocate("foreign", 4 * hidden.len() as u64).unwrap());
+    let mut recording = Recording::new(&kernels);
+    here.attention.forward(&mut recording, &here.cache, 0, &step, &here.workspace, path, &x, &foreign).unwrap();
+    let refused = |result: egmla::Result<()>| match result {
+        Err(error @ Error::Validation { .. }) => assert!(error.to_string().contains("device"), "{error}"),
+        other => panic!("{other:?}"),
+    };
+    refused(readback::submit(&recording, &queue));
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    refused(recording.encode(&mut encoder));
+    queue.submit([encoder.finish()]);
+    refused(readback::wait(readback::read(&kernels, &queue, &[&foreign])).map(drop));
+    // The step is still good.
+    let recording = here.record(&step, &x, &y).unwrap();
+    readback::submit(&recording, &queue).unwrap();
+    here.cache.commit(&step).unwrap();
+    assert_eq!(here.cache.lengths(), [1, 1]);
+    let out = readback::wait(readback::read_f32(&kernels, &queue, &[&y])).unwrap();
+    assert!(out[0].iter().all(|value| value.is_finite()) && out[0].iter().any(|&value| value != 0.0));
+}
+
+/// What is not caught by a scope comes to [`Faults`], once, and does not panic.
+#[test]
+fn errors_outside_of_any_scope_come_to_the_owner() {
+    let adapter = adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    let open = || pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
+    let (device, queue) = open();
+    let faults = Faults::watch(&device);
+    let kernels = Kernels::new(&device).unwrap();
+    let buffer = kernels.allocate("a", 64).unwrap();
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    encoder.copy_buffer_to_buffer(&buffer, 0, &buffer, 64, 64);
+    queue.submit([encoder.finish()]);
+    match faults.check() {
+        Err(error @ Error::Validation { .. }) => assert!(!error.to_string().contains('\n'), "{error}"),
+        other => panic!("{other:?}"),
+    }
+    while faults.check().is_err() {}
+    assert!(!faults.is_lost());
+    // Errors that scopes catch do not come here.
+    let foreign = Region::from(&Kernels::new(&open().0).unwrap().allocate("b", 64).unwrap());
+    readback::wait(readback::read(&kernels, &queue, &[&foreign])).unwrap_err();
+    faults.check().unwrap();
+}
+
+#[test]
+fn what_is_shared_between_threads_may_be() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Kernels>();
+    shared::<Recording>();
+    shared::<Region>();
+    shared::<Attention>();
+    shared::<LatentCache>();
+    shared::<Workspace>();
+    shared::<Step>();
+    shared::<Faults>();
+    shared::<Error>();
+    shared::<egmla::check::Case>();
+    shared::<egmla::decoder::Decoder>();
+    shared::<egmla::decoder::DecoderState>();
+}
+
+/// Eight threads, each with a layer, a cache and a workspace of its own, on one device, its pipelines and its queue.
+#[test]
+fn eight_threads_on_one_device_give_the_bits_of_one() {
+    let gpu = gpu();
+    let sites = [None, Some(GateSite::UpProjected), Some(GateSite::Latent)];
+    let one = |kernels: &Kernels, thread: usize| {
+        run(kernels, &gpu.queue, &config(sites[thread % sites.len()]), 10 + thread as u64).unwrap()
+    };
+    let alone: Vec<_> = (0..8).map(|thread| one(&gpu.kernels, thread)).collect();
+    assert!(alone.iter().flatten().all(|value| value.is_finite()) && alone[0] != alone[3]);
+    // Nothing is compiled yet: the threads do that at once, too.
+    let kernels = gpu.kernels.uncompiled();
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|thread| {
+                scope.spawn({
+                    let kernels = &kernels;
+                    move || one(kernels, thread)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let bits = |all: &[Vec<f32>]| -> Vec<Vec<u32>> {
+        all.iter().map(|values| values.iter().map(|value| value.to_bits()).collect()).collect()
+    };
+    assert_eq!(bits(&together), bits(&alone));
+    gpu.assert_no_errors();
+}

@@ -1,0 +1,194 @@
+//! Ctrl-C in the program: the text so far stays, the terminal and the files are as they were, and the exit status is 130.
+
+#![cfg(all(feature = "program", target_os = "linux"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+/// On the CPU: there nothing is compiled, and a step's time is known.
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_egmla"));
+    command.args(arguments).args(["--adapter", "cpu"]).env_remove("RUST_LOG");
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Waits until the process has its handler: before, a signal ends it as it ends any other.
+fn wait_for_handler(child: &mut Child) {
+    let start = Instant::now();
+    loop {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        if caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 2 != 0) {
+            return;
+        }
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
+        assert!(start.elapsed() < Duration::from_secs(60), "no handler for SIGINT");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn interrupt(child: &Child) {
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+}
+
+#[track_caller]
+fn interrupted(output: &Output) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{:?} {stderr}", output.status);
+    assert_eq!(stderr.lines().last(), Some("error: interrupted"), "{stderr}");
+}
+
+#[test]
+fn an_interrupted_generate_keeps_the_text_so_far() {
+    let arguments = ["generate", "--prompt", "ROMEO:", "--max-new-tokens", "250", "--temperature", "0"];
+    let mut child = command(&arguments).spawn().unwrap();
+    let mut text = vec![0; 24];
+    child.stdout.as_mut().unwrap().read_exact(&mut text).unwrap();
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    interrupted(&output);
+    text.extend(&output.stdout);
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.starts_with("ROMEO:") && text.ends_with('\n'), "{text:?}");
+    let whole = command(&arguments).output().unwrap().stdout;
+    let whole = String::from_utf8(whole).unwrap();
+    let part = text.strip_suffix('\n').unwrap();
+    assert!(whole.starts_with(part) && part.len() + 1 < whole.len(), "{text:?} of {whole:?}");
+}
+
+/// Under a terminal of its own, `script`'s, where Ctrl-C is a key.
+#[test]
+fn an_interrupted_eval_leaves_the_terminal_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text");
+    fs::write(&text, "But soft, what light through yonder window breaks?\n".repeat(4000)).unwrap();
+    let line = format!("'{}' eval --adapter cpu --text '{}'", env!("CARGO_BIN_EXE_egmla"), text.display());
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--return", "--flush", "--command", &line, "/dev/null"]).env("TERM", "xterm");
+    script.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env_remove("RUST_LOG");
+    script.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = script.spawn().expect("`script` (package bsdutils)");
+    let mut keyboard = child.stdin.take().unwrap();
+    let mut screen = child.stdout.take().unwrap();
+    let mut shown = Vec::new();
+    let mut part = [0; 256];
+    let bar = b" tokens, ";
+    while !shown.windows(bar.len()).any(|window| window == bar) {
+        let count = screen.read(&mut part).unwrap();
+        assert!(count > 0, "no bar: {}", String::from_utf8_lossy(&shown));
+        shown.extend(&part[..count]);
+    }
+    keyboard.write_all(b"\x03").unwrap();
+    screen.read_to_end(&mut shown).unwrap();
+    let status = child.wait().unwrap();
+    let shown = String::from_utf8_lossy(&shown);
+    assert_eq!(status.code(), Some(130), "{shown}");
+    // The bar's line is wiped (ESC [2K) after it was last drawn, and what follows is the one line of the error.
+    let (_, after) = shown.rsplit_once(" tokens, ").unwrap();
+    let (_, rest) = after.rsplit_once("\x1b[2K").unwrap_or_else(|| panic!("the bar is still there: {shown:?}"));
+    // A bar of two lines leaves the cursor on the first.
+    assert_eq!(rest.replace("\x1b[1A", "").trim(), "error: interrupted", "{shown:?}");
+    // Whoever hides the cursor shows it again.
+    assert!(shown.rfind("\x1b[?25l") <= shown.rfind("\x1b[?25h"), "{shown:?}");
+}
+
+/// A layer over many tokens, in a folder with an older output.
+struct Job {
+    folder: tempfile::TempDir,
+}
+
+impl Job {
+    fn new(tokens: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = r#"{"hidden_size": 8, "num_attention_heads": 2, "kv_lora_rank": 4, "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2, "v_head_dim": 4}"#;
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        let shapes: [(&str, [usize; 2]); 4] = [
+            ("q_proj.weight", [12, 8]),
+            ("kv_a_proj_with_mqa.weight", [6, 8]),
+            ("kv_b_proj.weight", [16, 4]),
+            ("o_proj.weight", [8, 8]),
+        ];
+        let write = |name: &str, tensors: &[(&str, [usize; 2])]| {
+            let data: Vec<_> = tensors.iter().map(|(_, [rows, width])| vec![0u8; 4 * rows * width]).collect();
+            let views = tensors
+                .iter()
+                .zip(&data)
+                .map(|((name, shape), data)| (*name, TensorView::new(Dtype::F32, shape.to_vec(), data).unwrap()));
+            fs::write(folder.path().join(name), safetensors::serialize(views, None).unwrap()).unwrap();
+        };
+        write("weights.safetensors", &shapes);
+        write("input.safetensors", &[("hidden_states", [tokens, 8])]);
+        fs::write(folder.path().join("out.safetensors"), "older").unwrap();
+        Job { folder }
+    }
+
+    fn command(&self, prefill: &str) -> Command {
+        let path = |name: &str| self.folder.path().join(name).to_str().unwrap().to_owned();
+        let (config, weights) = (path("config.json"), path("weights.safetensors"));
+        let (input, output) = (path("input.safetensors"), path("out.safetensors"));
+        let files = ["--config", &config, "--weights", &weights, "--input", &input, "--output", &output];
+        command(&[&["attend"][..], &files, &["--prefill", prefill]].concat())
+    }
+
+    /// Interrupts a run in its middle; how long it went on.
+    fn interrupted(&self, prefill: &str) -> Duration {
+        let mut child = self.command(prefill).spawn().unwrap();
+        wait_for_handler(&mut child);
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(child.try_wait().unwrap().is_none(), "it was done before it could be interrupted");
+        interrupt(&child);
+        let start = Instant::now();
+        let output = child.wait_with_output().unwrap();
+        let took = start.elapsed();
+        interrupted(&output);
+        took
+    }
+
+    /// The older output stands, and nothing new is beside it.
+    fn assert_untouched(&self) {
+        let path: &Path = self.folder.path();
+        assert_eq!(fs::read_to_string(path.join("out.safetensors")).unwrap(), "older");
+        let mut names: Vec<_> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["config.json", "input.safetensors", "out.safetensors", "weights.safetensors"]);
+    }
+}
+
+#[test]
+fn an_interrupted_attend_keeps_the_older_output_and_leaves_nothing_beside_it() {
+    let job = Job::new(40_000);
+    job.interrupted("0");
+    job.assert_untouched();
+}
+
+/// One step that takes minutes is not waited for.
+#[test]
+fn a_step_that_does_not_end_is_ended() {
+    let job = Job::new(60_000);
+    let took = job.interrupted("all");
+    assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(60), "{took:?}");
+    job.assert_untouched();
+}
+
+#[test]
+fn a_second_ctrl_c_ends_it_at_once() {
+    let job = Job::new(60_000);
+    let mut child = job.command("all").spawn().unwrap();
+    wait_for_handler(&mut child);
+    std::thread::sleep(Duration::from_millis(300));
+    interrupt(&child);
+    std::thread::sleep(Duration::from_millis(300));
+    interrupt(&child);
+    interrupted(&child.wait_with_output().unwrap());
+    job.assert_untouched();
+}

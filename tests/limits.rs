@@ -1,0 +1,282 @@
+//! WebGPU's limits: what does not fit is refused before anything is allocated, grids fold, loops end where every driver ends them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Gpu, gpu, gpu_with};
+use egmla::Error;
+use egmla::attention::{Attention, CacheOptions, GateRows, LatentCache, Workspace, WorkspaceOptions};
+use egmla::check::random::attention_weights;
+use egmla::check::readback;
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::decoder::{Decoder, DecoderStateOptions, ModelFolder};
+use egmla::kernel::{Recording, Region};
+use egmla::kernels::{Problem, attention_decode, attention_merge, matmul, residual_add};
+use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
+use egmla::wgpu;
+
+/// The table of limits in the WebGPU standard, where a compute shader meets one.
+#[test]
+fn wgpus_defaults_are_webgpus() {
+    let limits = wgpu::Limits::default();
+    let standard = [
+        (u64::from(limits.max_storage_buffers_per_shader_stage), 8),
+        (limits.max_storage_buffer_binding_size, 134_217_728),
+        (limits.max_buffer_size, 268_435_456),
+        (limits.max_uniform_buffer_binding_size, 65_536),
+        (limits.max_uniform_buffers_per_shader_stage.into(), 12),
+        (limits.max_compute_workgroup_storage_size.into(), 16_384),
+        (limits.max_compute_invocations_per_workgroup.into(), 256),
+        (limits.max_compute_workgroup_size_x.into(), 256),
+        (limits.max_compute_workgroup_size_y.into(), 256),
+        (limits.max_compute_workgroup_size_z.into(), 64),
+        (limits.max_compute_workgroups_per_dimension.into(), 65_535),
+        (limits.min_uniform_buffer_offset_alignment.into(), 256),
+        (limits.min_storage_buffer_offset_alignment.into(), 256),
+        (limits.max_bind_groups.into(), 4),
+        (limits.max_bindings_per_bind_group.into(), 1000),
+    ];
+    for (index, (found, expected)) in standard.into_iter().enumerate() {
+        assert_eq!(found, expected, "limit {index}");
+    }
+}
+
+/// Without `EGMLA_LIMITS` the tests' devices have these limits; with `default` no feature either.
+#[test]
+fn the_tests_devices_are_opened_with_what_was_asked_for() {
+    let gpu = gpu();
+    let (limits, features) = (gpu.kernels.device().limits(), gpu.kernels.device().features());
+    match std::env::var("EGMLA_LIMITS").as_deref() {
+        Ok("adapter") => assert_ne!(limits, wgpu::Limits::default()),
+        offer => {
+            assert_eq!(limits, wgpu::Limits::default());
+            assert!(offer != Ok("default") || features.is_empty(), "{features:?}");
+        }
+    }
+}
+
+const BINDING: u64 = 32 << 10;
+
+/// A device on which little fits.
+fn small() -> Gpu {
+    gpu_with(wgpu::Limits {
+        max_storage_buffer_binding_size: BINDING,
+        max_buffer_size: BINDING,
+        ..wgpu::Limits::default()
+    })
+}
+
+/// Allocations on the device; `None` where the backend does not count them.
+fn allocations(gpu: &Gpu) -> Option<usize> {
+    // What was dropped goes with the next poll.
+    gpu.kernels.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+    let report = gpu.kernels.device().generate_allocator_report();
+    if report.is_none() {
+        println!("{:?} does not count allocations", gpu.kernels.device().adapter_info().backend);
+    }
+    report.map(|report| report.allocations.len())
+}
+
+/// `make` is refused with both numbers, the one larger than the other, and allocates nothing on the way.
+#[track_caller]
+fn refused<T>(gpu: &Gpu, what: &str, make: impl FnOnce() -> egmla::Result<T>) -> (u64, u64) {
+    let before = allocations(gpu);
+    let Err(error) = make() else { panic!("{what}: not refused") };
+    let after = allocations(gpu);
+    let Error::Limit { needed, allowed, .. } = error else { panic!("{what}: {error}") };
+    assert!(needed > allowed, "{what}: {error}");
+    let text = error.to_string();
+    assert!(text.contains(&needed.to_string()) && text.contains(&allowed.to_string()), "{text}");
+    assert_eq!(before, after, "{what}: {text}");
+    (needed, allowed)
+}
+
+fn config(vocab_size: u32, d_gate: u32) -> AttentionConfig {
+    AttentionConfig {
+        hidden_size: 24,
+        n_head: 3,
+        d_latent: 12,
+        d_q_latent: None,
+        d_nope: 8,
+        d_rope: 4,
+        d_value: 10,
+        attention_bias: false,
+        gate: Some(GateConfig {
+            vocab_size,
+            d_gate,
+            site: GateSite::UpProjected,
+            activation: Activation::OnePlus,
+            norm: GateNorm::LayerNorm,
+            norm_eps: 1e-5,
+        }),
+        rope: RopeConfig::default(),
+    }
+}
+
+#[test]
+fn an_allocation_is_counted() {
+    let gpu = small();
+    let before = allocations(&gpu);
+    let kept = gpu.kernels.allocate("one", 4096).unwrap();
+    assert_eq!(allocations(&gpu), before.map(|count| count + 1));
+    drop(kept);
+}
+
+#[test]
+fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
+    let gpu = small();
+    // The gate's embedding comes last: 5 floats a row, padded to 8.
+    let wide = config(1025, 5);
+    let weights = attention_weights(&wide, true, 1).unwrap();
+    let found = refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &weights, Storage::F32));
+    assert_eq!(found, (1025 * 32, BINDING));
+    Attention::new(&gpu.kernels, &wide, &weights, Storage::F16).unwrap();
+    // And the output's projection after the others: 24 rows of 30 floats, 40 of them too wide.
+    let tall = AttentionConfig { hidden_size: 300, d_value: 10, ..config(4, 1) };
+    let weights = attention_weights(&tall, true, 1).unwrap();
+    refused(&gpu, "o_proj", || Attention::new(&gpu.kernels, &tall, &weights, Storage::F32));
+}
+
+#[test]
+fn caches_pools_and_lists_over_a_binding_are_refused_before_anything_is_allocated() {
+    let gpu = small();
+    let config = config(50, 5);
+    let cache = |n_layer, capacity, gate_rows| {
+        let options = CacheOptions { n_layer, batch: 1, capacity, storage: Storage::F32, gate_rows };
+        LatentCache::new(&gpu.kernels, &config, options)
+    };
+    refused(&gpu, "latents", || cache(3, 1000, GateRows::Recompute));
+    // Latents alone would fit; with rotary keys and statistics they do not.
+    refused(&gpu, "layer", || cache(3, 500, GateRows::Recompute));
+    refused(&gpu, "pool", || cache(3, 64, GateRows::Pool { rows: 200 }));
+    cache(3, 64, GateRows::Pool { rows: 100 }).unwrap();
+    // Of two sequences' lists the cache is the smaller part.
+    let narrow = AttentionConfig { d_latent: 4, d_rope: 0, ..config.clone() };
+    let options =
+        CacheOptions { n_layer: 1, batch: 2, capacity: 600, storage: Storage::F16, gate_rows: GateRows::Table };
+    refused(&gpu, "lists", || LatentCache::new(&gpu.kernels, &narrow, options));
+}
+
+#[test]
+fn workspaces_over_a_binding_are_refused_before_anything_is_allocated() {
+    let gpu = small();
+    let options =
+        CacheOptions { n_layer: 1, batch: 1, capacity: 300, storage: Storage::F16, gate_rows: GateRows::Recompute };
+    let cache = LatentCache::new(&gpu.kernels, &config(50, 5), options).unwrap();
+    // 512 rows of 54 floats.
+    refused(&gpu, "tile", || Workspace::new(&cache, WorkspaceOptions::new(4)));
+}
+
+#[test]
+fn a_gate_table_is_refused_where_two_bindings_do_not_hold_its_rows() {
+    let gpu = small();
+    // Rows of 54 floats, padded to 56: 146 to a binding, with 64 bytes to spare.
+    for (vocab, fits) in [(146, true), (147, true), (292, true), (293, false), (2000, false)] {
+        let config = config(vocab, 1);
+        let weights = attention_weights(&config, true, 1).unwrap();
+        let mut attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
+        let mut recording = Recording::new(&gpu.kernels);
+        if fits {
+            attention.load_gate_table(&mut recording).unwrap();
+            assert_eq!(attention.gate_table_bytes(), u64::from(vocab) * 224);
+        } else {
+            let found = refused(&gpu, "gate table", || attention.load_gate_table(&mut recording));
+            assert_eq!(found, (u64::from(vocab) * 224, 2 * 146 * 224));
+            assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
+        }
+    }
+    // A row that no binding holds: both numbers are still told, and nothing divides by it.
+    let wide = AttentionConfig { n_head: 600, hidden_size: 1, d_nope: 8, d_value: 6, d_latent: 1, ..config(3, 1) };
+    assert!(u64::from(wide.n_head * 14 * 4) > BINDING);
+    let weights = attention_weights(&wide, true, 1).unwrap();
+    let attention = Attention::new(&gpu.kernels, &wide, &weights, Storage::F16);
+    if let Ok(mut attention) = attention {
+        let mut recording = Recording::new(&gpu.kernels);
+        refused(&gpu, "wide row", || attention.load_gate_table(&mut recording));
+    }
+}
+
+#[test]
+fn a_language_models_tensors_and_buffers_are_refused_before_anything_is_allocated() {
+    let folder =
+        ModelFolder::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/shakespeare")).unwrap();
+    let (config, weights) = (folder.config(), folder.weights().unwrap());
+    let with = |binding: u64| {
+        gpu_with(wgpu::Limits {
+            max_storage_buffer_binding_size: binding,
+            max_buffer_size: binding,
+            ..wgpu::Limits::default()
+        })
+    };
+    let gpu = with(64 << 10);
+    let (largest, _) = refused(&gpu, "weights", || Decoder::new(&gpu.kernels, config, &weights, Storage::F32));
+    assert!(largest > 64 << 10);
+    // What holds the weights does not hold every token's logits.
+    let gpu = with(4 << 20);
+    let decoder = Decoder::new(&gpu.kernels, config, &weights, Storage::F32).unwrap();
+    let cache = decoder.cache(64, 64, GateRows::Recompute).unwrap();
+    let options = DecoderStateOptions { max_tokens: 4096, all_logits: true };
+    refused(&gpu, "state", || decoder.state(&cache, options));
+}
+
+/// More workgroups than one dimension holds, on the device: every element once, none past the end.
+#[test]
+fn grids_that_fold_cover_every_element() {
+    let gpu = gpu();
+    // Workgroups of 64: one more than two full rows of the grid would need.
+    let elements = 65_535 * 64 + 63;
+    let problem = residual_add::Problem { elements };
+    let plan = problem.plan(gpu.kernels.context(), Tuning::Forced(1)).unwrap();
+    assert!(plan.grid[1] == 2 && plan.grid[0] < 65_536 && plan.workgroup_size == 64, "{plan:?}");
+    let delta: Vec<f32> = (0..elements).map(|index| (index % 1021) as f32).collect();
+    let mut stream: Vec<f32> = (0..elements).map(|index| (index % 8191) as f32).collect();
+    // Words behind the end, in the same buffer: not the kernel's.
+    stream.extend([-1.0; 256]);
+    let delta_region = Region::from(&gpu.kernels.upload("delta", bytemuck::cast_slice(&delta)).unwrap());
+    let stream_region = Region::from(&gpu.kernels.upload("stream", bytemuck::cast_slice(&stream)).unwrap());
+    let mut recording = Recording::new(&gpu.kernels);
+    let args = residual_add::Args { delta: &delta_region, stream: &stream_region };
+    residual_add::encode(&mut recording, &problem, args, Tuning::Forced(1)).unwrap();
+    readback::submit(&recording, &gpu.queue).unwrap();
+    let got = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&stream_region])).unwrap().remove(0);
+    let wrong = (0..stream.len()).find(|&index| got[index] != stream[index] + delta.get(index).copied().unwrap_or(0.0));
+    assert_eq!(wrong, None, "of {}", got.len());
+    gpu.assert_no_errors();
+}
+
+/// A grid that would not fit even folded, or does not fold, is refused with the number.
+#[test]
+fn grids_over_the_limit_are_refused() {
+    let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+    let over = |plan: egmla::Result<egmla::plan::Plan>| match plan {
+        Err(Error::Limit { needed, allowed, limit: "max_compute_workgroups_per_dimension", .. }) => {
+            assert!(needed > allowed);
+        }
+        other => panic!("{other:?}"),
+    };
+    over(matmul::Problem::linear(1 << 24, 8, 8, false, Storage::F32).plan(&context, Tuning::Auto));
+    let merge = attention_merge::Problem { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
+    over(merge.plan(&context, Tuning::Auto));
+    let decode = attention_decode::Problem { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };
+    over(decode.plan(&context, Tuning::Auto));
+}
+
+fn decode_problem() -> attention_decode::Problem {
+    attention_decode::Problem {
+        tokens: 1,
+        most_tokens: 1,
+        partials: 1,
+        n_sequence: 1,
+        n_head: 1,
+        d_nope: 8,
+        d_rope: 8,
+        d_value: 8,
+        kv_first: 0,
+        kv_rows: attention_decode::SPLIT,
+        cache_rows: attention_decode::SPLIT,
+        kv_storage: Storage::F32,
+        scale: 1.0,
+        storage: Storage::F32,
+    }
+}
