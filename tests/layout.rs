@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod translation;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,7 +12,7 @@ use egmla::Error;
 use egmla::config::{Activation, GateNorm};
 use egmla::kernel::{Access, KernelSpec};
 use egmla::kernels::attention_decode::SPLIT;
-use egmla::kernels::attention_grouped::Widths;
+use egmla::kernels::attention_grouped::{Tiling, Widths};
 use egmla::kernels::matmul::Layout;
 use egmla::kernels::{
     COOPERATIVE_FEATURES, Problem, REGISTRY, attention_absorbed, attention_absorbed_stream,
@@ -203,6 +205,7 @@ enum Cover {
 struct Case {
     spec: &'static KernelSpec,
     what: String,
+    context: PlanContext,
     plan: Plan,
     cover: Cover,
 }
@@ -216,18 +219,32 @@ fn tunings(spec: &KernelSpec) -> impl Iterator<Item = Tuning> + use<> {
     std::iter::once(Tuning::Auto).chain((0..spec.tunings).map(Tuning::Forced))
 }
 
+/// Smallest and largest subgroups of the devices that a kernel tells apart.
+fn subgroups(spec: &KernelSpec) -> &'static [(u32, u32)] {
+    match spec {
+        // Whole subgroups, whatever the smallest.
+        _ if spec.cooperative != Cooperative::NONE => &[(4, 4), (4, 8), (4, 16), (4, 32), (4, 64)],
+        _ if spec.features.contains(Features::SUBGROUP) => {
+            &[(4, 64), (8, 64), (16, 64), (32, 64), (64, 64), (128, 128)]
+        }
+        _ => &[(4, 64)],
+    }
+}
+
 /// Every plan of a problem: each class of adapter, each size of its subgroups where they matter, each tuning, WebGPU's default
-/// limits.
+/// limits. Where a device offers more, plans are the same: see `larger_limits_change_no_plan`.
 fn add<P: Problem + std::fmt::Debug>(cases: &mut Vec<Case>, problem: P, cover: impl Fn(&Plan) -> Cover) {
-    let sizes: &[u32] = if P::SPEC.features.contains(Features::SUBGROUP) { &[4, 8, 16, 32, 64, 128] } else { &[4] };
-    for (class, &subgroup_min_size) in CLASSES.into_iter().flat_map(|class| sizes.iter().map(move |size| (class, size)))
+    let subgroups = subgroups(P::SPEC);
+    for (class, &(subgroup_min_size, subgroup_max_size)) in
+        CLASSES.into_iter().flat_map(|class| subgroups.iter().map(move |sizes| (class, sizes)))
     {
-        let context = PlanContext { subgroup_min_size, ..PlanContext::webgpu_defaults(class) };
+        let context = PlanContext { subgroup_min_size, subgroup_max_size, ..PlanContext::webgpu_defaults(class) };
         for tuning in tunings(P::SPEC) {
-            let what = format!("{} {class:?} {subgroup_min_size} {tuning:?} {problem:?}", P::SPEC.name);
+            let subgroups = [subgroup_min_size, subgroup_max_size];
+            let what = format!("{} {class:?} {subgroups:?} {tuning:?} {problem:?}", P::SPEC.name);
             let plan = problem.plan(&context, tuning).unwrap_or_else(|error| panic!("{what}: {error}"));
             let cover = cover(&plan);
-            cases.push(Case { spec: P::SPEC, what, plan, cover });
+            cases.push(Case { spec: P::SPEC, what, context: context.clone(), plan, cover });
         }
     }
 }
@@ -626,7 +643,7 @@ fn cases() -> Vec<Case> {
             for splits in [0, 1, 3] {
                 let tile = |plan: &Plan| [value(plan, "SPLIT"), 1, 1];
                 add(all, decode_problem(splits * SPLIT, n_head, storage), tiles([splits * SPLIT, n_head, 1], tile));
-                for (d_nope, d_rope, d_value) in [(8, 0, 8), (64, 64, 72), (0, 128, 256)] {
+                for (d_nope, d_rope, d_value) in [(8, 0, 8), (16, 8, 32), (64, 64, 72), (0, 128, 256)] {
                     let problem = decode_problem(splits * SPLIT, n_head, storage);
                     let problem = attention_decode::Problem { d_nope, d_rope, d_value, ..problem };
                     add(all, attention_decode_vec4::Problem(problem), tiles([splits * SPLIT, n_head, 1], tile));
@@ -640,7 +657,7 @@ fn cases() -> Vec<Case> {
                     let tile = |plan: &Plan| [value(plan, "SPLIT"), 8, 1];
                     add(all, attention_absorbed_subgroup::Problem(problem), tiles(size, tile));
                 }
-                for (d_latent, d_rope) in [(4, 0), (36, 4), (64, 64)] {
+                for (d_latent, d_rope) in [(4, 0), (32, 32), (36, 4), (64, 64)] {
                     let problem = absorbed_problem(splits, n_head, storage);
                     let problem = attention_absorbed::Problem { d_latent, d_nope: 8, d_rope, ..problem };
                     let size = [splits * SPLIT, n_head, 1];
@@ -676,7 +693,43 @@ fn cases() -> Vec<Case> {
             }
         }
     }
+    add_grouped(all);
     cases
+}
+
+/// Grouped decode with every switch: activations under every norm, then each pairing of storages. Both items that a class of
+/// adapter may cut.
+fn add_grouped(all: &mut Vec<Case>) {
+    let widths = Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 };
+    let (f32, f16) = (Storage::F32, Storage::F16);
+    let activations = Activation::ALL.into_iter().flat_map(|activation| GateNorm::ALL.map(|norm| (activation, norm)));
+    let switched = activations.map(|(activation, norm)| (activation, norm, [f16; 4]));
+    let stored = (0..16).map(|bits| {
+        let storages = [0, 1, 2, 3].map(|bit| if bits >> bit & 1 == 1 { f16 } else { f32 });
+        (Activation::Sigmoid, GateNorm::RmsNorm, storages)
+    });
+    for (activation, norm, [storage, cache_storage, gates_storage, more_storage]) in switched.chain(stored) {
+        let given = |problem: attention_grouped::Problem, run| attention_grouped::Problem {
+            activation,
+            storage,
+            cache_storage,
+            gates_storage,
+            more_storage,
+            tiling: Tiling { run, ..problem.tiling },
+            ..problem
+        };
+        let cover = |plan: &Plan| {
+            let blocks = 3u64.div_ceil(value(plan, "HEADS"));
+            Cover::Tiled { size: [3 * blocks, 5, 1], tile: [1; 3] }
+        };
+        for run in [2, 4] {
+            add(all, given(grouped_problem(5, 3, widths, norm), run), cover);
+        }
+        for run in [1, 2] {
+            let problem = given(grouped_in_registers(5, 3, widths, norm).0, run);
+            add(all, attention_grouped_subgroup::Problem(problem), cover);
+        }
+    }
 }
 
 /// What naga makes of a shader with these overrides: invocations of a workgroup, bytes of workgroup memory as they are,
@@ -769,7 +822,7 @@ fn every_grid_covers_its_problem_and_no_more() {
 #[test]
 fn plans_keep_what_their_shaders_assume() {
     let mut seen = BTreeSet::new();
-    for Case { spec, what, plan, .. } in cases() {
+    for Case { spec, what, context, plan, .. } in cases() {
         seen.insert(spec.name);
         match spec.name {
             // Halving reductions.
@@ -834,7 +887,7 @@ fn plans_keep_what_their_shaders_assume() {
         }
         // Four subgroups at least, and whole ones.
         if spec.cooperative != Cooperative::NONE && !spec.name.starts_with("roofline") {
-            let four = 4 * PlanContext::webgpu_defaults(AdapterClass::Discrete).subgroup_max_size;
+            let four = 4 * context.subgroup_max_size;
             assert!(plan.workgroup_size >= four && plan.workgroup_size.is_multiple_of(four), "{what}");
         }
         if spec.name == "attention_decode" {
@@ -995,6 +1048,32 @@ fn refused(shrink: impl Fn(&mut Limits) -> u32, limit: &str, needed: impl Fn(&Pl
         }
     }
     refusals
+}
+
+/// Limits of an adapter well above WebGPU's.
+fn large_limits() -> Limits {
+    Limits {
+        max_compute_workgroup_storage_size: 1 << 16,
+        max_compute_invocations_per_workgroup: 1024,
+        max_compute_workgroup_size_x: 1024,
+        max_compute_workgroup_size_y: 1024,
+        max_storage_buffers_per_shader_stage: 64,
+        max_storage_buffer_binding_size: 1 << 32,
+        max_buffer_size: 1 << 32,
+        ..Limits::default()
+    }
+}
+
+#[test]
+fn larger_limits_change_no_plan() {
+    for (spec, plan) in planners() {
+        for class in CLASSES {
+            for tuning in tunings(spec) {
+                let small = plan(&PlanContext::webgpu_defaults(class), tuning).unwrap();
+                assert_eq!(plan(&PlanContext::new(large_limits(), class), tuning).unwrap(), small, "{}", spec.name);
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,0 +1,307 @@
+//! Every shader, at every override setting that a plan can choose, in the languages that drivers read: SPIR-V, HLSL and MSL as
+//! wgpu 30 would write them for the kernel's pipeline.
+//!
+//! naga's own verdict is the test's. With `EGMLA_TRANSLATIONS=FOLDER` the translations stay there, beside `settings.json`, for
+//! the compilers of those languages: see `scripts/verify`.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use naga::back::{hlsl, msl, spv};
+use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
+use naga::{ResourceBinding, ShaderStage};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// SPIR-V for a device without and with `VK_EXT_robustness2`, in the version that goes with its Vulkan.
+const SPIRV: [(&str, (u8, u8), BoundsCheckPolicy); 2] =
+    [("vulkan1.1", (1, 3), BoundsCheckPolicy::Restrict), ("vulkan1.3", (1, 6), BoundsCheckPolicy::Unchecked)];
+
+/// The oldest Metal with simdgroup matrices, and the newest that wgpu knows.
+const METAL: [(&str, (u8, u8)); 2] = [("metal2.3", (2, 3)), ("metal4.0", (4, 0))];
+
+/// The least shader model that wgpu opens with DXC. naga writes the same text for later ones.
+const SHADER_MODEL: (&str, hlsl::ShaderModel) = ("cs_6_0", hlsl::ShaderModel::V6_0);
+
+/// Every override setting of every kernel, in the order of the registry: what it may be planned as, and nothing twice.
+fn settings() -> BTreeMap<&'static str, Vec<Vec<(&'static str, f64)>>> {
+    let mut seen = BTreeSet::new();
+    let mut settings: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    let plans = cases().into_iter().map(|Case { spec, plan, .. }| (spec, plan));
+    for (spec, plan) in plans.chain(wide_tilings()) {
+        if seen.insert(format!("{} {:?}", spec.name, plan.overrides)) {
+            settings.entry(spec.name).or_default().push(plan.overrides);
+        }
+    }
+    settings
+}
+
+/// The one plan that larger limits change: wide heads, whose groups share a tile where its memory allows.
+fn wide_tilings() -> impl Iterator<Item = (&'static KernelSpec, Plan)> {
+    let widths = Widths { d_latent: 512, d_nope: 128, d_rope: 64, d_value: 128 };
+    CLASSES.into_iter().flat_map(move |class| {
+        let context = PlanContext::new(large_limits(), class);
+        let tiling = attention_grouped::tiling(&context, widths).unwrap();
+        let problem = attention_grouped::Problem { tiling, ..grouped_problem(5, 9, widths, GateNorm::LayerNorm) };
+        let plan = move |tuning| (&attention_grouped::SPEC, problem.plan(&context, tuning).unwrap());
+        tunings(&attention_grouped::SPEC).map(plan)
+    })
+}
+
+/// Whether each setting of a kernel is among the few that together hold every value of every override.
+fn covering(settings: &[Vec<(&'static str, f64)>]) -> Vec<bool> {
+    let mut met = BTreeSet::new();
+    let new = |setting: &Vec<(&'static str, f64)>| {
+        // Every value is looked at, new or not.
+        let new: Vec<_> = setting.iter().map(|&(name, value)| met.insert((name, value.to_bits()))).collect();
+        new.is_empty() || new.contains(&true)
+    };
+    settings.iter().map(new).collect()
+}
+
+/// A translation on its way to a file: the folder of its language, the ending of its name.
+struct Written {
+    folder: &'static str,
+    ending: String,
+    bytes: Vec<u8>,
+}
+
+/// wgpu's settings where a device has every check on and the pipeline leaves workgroup memory as it is.
+fn policies(buffer: BoundsCheckPolicy) -> BoundsCheckPolicies {
+    BoundsCheckPolicies {
+        index: BoundsCheckPolicy::Restrict,
+        buffer,
+        image_load: buffer,
+        binding_array: BoundsCheckPolicy::Unchecked,
+    }
+}
+
+fn resource(binding: usize) -> ResourceBinding {
+    ResourceBinding { group: 0, binding: binding as u32 }
+}
+
+fn to_spirv(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written> {
+    let mut capabilities = vec![spv::Capability::Shader, spv::Capability::Matrix];
+    if spec.features.contains(Features::SUBGROUP) {
+        capabilities.extend([
+            spv::Capability::GroupNonUniform,
+            spv::Capability::GroupNonUniformVote,
+            spv::Capability::GroupNonUniformArithmetic,
+            spv::Capability::GroupNonUniformBallot,
+            spv::Capability::GroupNonUniformShuffle,
+            spv::Capability::GroupNonUniformShuffleRelative,
+            spv::Capability::GroupNonUniformQuad,
+        ]);
+    }
+    if spec.features.contains(Features::SHADER_F16) {
+        capabilities.push(spv::Capability::Float16);
+    }
+    if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        capabilities.extend([spv::Capability::CooperativeMatrixKHR, spv::Capability::VulkanMemoryModel]);
+    }
+    let pipeline = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: "main".to_owned() };
+    let write = |(target, lang_version, buffer): (&str, (u8, u8), BoundsCheckPolicy)| {
+        let options = spv::Options {
+            lang_version,
+            flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,
+            fake_missing_bindings: false,
+            binding_map: (0..spec.bindings.len())
+                .map(|number| {
+                    let binding = number as u32;
+                    (resource(number), spv::BindingInfo { descriptor_set: 0, binding, binding_array_size: None })
+                })
+                .collect(),
+            capabilities: Some(capabilities.iter().copied().collect()),
+            bounds_check_policies: policies(buffer),
+            zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
+            force_loop_bounding: true,
+            use_storage_input_output_16: false,
+            ..Default::default()
+        };
+        let words = spv::write_vec(module, info, &options, Some(&pipeline))
+            .unwrap_or_else(|error| panic!("{} as SPIR-V for {target}: {error}", spec.name));
+        let bytes = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Written { folder: "spirv", ending: format!("{target}.spv"), bytes }
+    };
+    SPIRV.into_iter().map(write).collect()
+}
+
+/// The text and its entry point; None for cooperative matrices, which naga does not write as HLSL.
+fn to_hlsl(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Option<(Written, String)> {
+    if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        return None;
+    }
+    // Registers are counted by kind, as wgpu counts them; the last constant buffer is the one for num_workgroups.
+    let (mut constants, mut read, mut written) = (0, 0, 0);
+    let target = |register: &mut u32, restrict_indexing| {
+        *register += 1;
+        hlsl::BindTarget { space: 0, register: *register - 1, restrict_indexing, ..Default::default() }
+    };
+    let binding_map = (0..)
+        .zip(spec.bindings)
+        .map(|(number, binding)| {
+            let target = match binding.access {
+                Access::Params => target(&mut constants, true),
+                Access::Read => target(&mut read, true),
+                Access::ReadWrite => target(&mut written, true),
+            };
+            (resource(number), target)
+        })
+        .collect();
+    let options = hlsl::Options {
+        shader_model: SHADER_MODEL.1,
+        binding_map,
+        fake_missing_bindings: false,
+        special_constants_binding: Some(target(&mut constants, false)),
+        zero_initialize_workgroup_memory: false,
+        restrict_indexing: true,
+        force_loop_bounding: true,
+        ..Default::default()
+    };
+    let pipeline = hlsl::PipelineOptions { entry_point: Some((ShaderStage::Compute, "main".to_owned())) };
+    let mut text = String::new();
+    let mut reflection = hlsl::Writer::new(&mut text, &options, &pipeline)
+        .write(module, info, None)
+        .unwrap_or_else(|error| panic!("{} as HLSL: {error}", spec.name));
+    let entry = reflection.entry_point_names.remove(0).unwrap_or_else(|error| panic!("{}: {error}", spec.name));
+    Some((Written { folder: "hlsl", ending: "hlsl".to_owned(), bytes: text.into_bytes() }, entry))
+}
+
+/// Nothing for matrices of 16 × 16: Metal's are 8 × 8, and its adapters list no other.
+fn to_msl(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written> {
+    let resources = (0..)
+        .zip(spec.bindings)
+        .map(|(number, binding)| {
+            let (buffer, mutable) = (Some(number as u8), binding.access == Access::ReadWrite);
+            (resource(number), msl::BindTarget { buffer, mutable, ..Default::default() })
+        })
+        .collect();
+    let sizes_buffer = Some(spec.bindings.len() as u8);
+    let resources = msl::EntryPointResources { resources, immediates_buffer: None, sizes_buffer };
+    let pipeline = msl::PipelineOptions {
+        entry_point: Some((ShaderStage::Compute, "main".to_owned())),
+        vertex_pulling_transform: true,
+        ..Default::default()
+    };
+    let write = |(target, lang_version): (&str, (u8, u8))| {
+        let options = msl::Options {
+            lang_version,
+            per_entry_point_map: [("main".to_owned(), resources.clone())].into(),
+            fake_missing_bindings: false,
+            bounds_check_policies: policies(BoundsCheckPolicy::Restrict),
+            zero_initialize_workgroup_memory: false,
+            force_loop_bounding: true,
+            ..Default::default()
+        };
+        let (text, _) = msl::write_string(module, info, &options, &pipeline)
+            .unwrap_or_else(|error| panic!("{} as MSL for {target}: {error}", spec.name));
+        // The first line names the version: texts that differ in nothing else are one.
+        let text = text.strip_prefix(&format!("// language: {target}\n")).expect("naga names the language");
+        Written { folder: "msl", ending: format!("{target}.metal"), bytes: text.as_bytes().to_vec() }
+    };
+    if spec.cooperative.by_16 { Vec::new() } else { METAL.into_iter().map(write).collect() }
+}
+
+/// Keeps each translation once and names the file that holds it.
+struct Files {
+    folder: Option<PathBuf>,
+    known: BTreeMap<(&'static str, u64), String>,
+}
+
+impl Files {
+    fn keep(&mut self, shader: &str, index: usize, written: Written) -> String {
+        let Written { folder, ending, bytes } = written;
+        let mut hasher = DefaultHasher::new();
+        (shader, &bytes).hash(&mut hasher);
+        let name = format!("{folder}/{shader}.{index}.{ending}");
+        let known = self.known.entry((folder, hasher.finish())).or_insert_with(|| {
+            if let Some(root) = &self.folder {
+                std::fs::create_dir_all(root.join(folder)).unwrap();
+                std::fs::write(root.join(&name), &bytes).unwrap();
+            }
+            name
+        });
+        known.clone()
+    }
+}
+
+/// What tint reads: naga has no word for subgroups, tint wants one.
+fn for_tint(spec: &KernelSpec) -> Option<Written> {
+    if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        return None;
+    }
+    let enable = if spec.features.contains(Features::SUBGROUP) { "enable subgroups;\n" } else { "" };
+    let bytes = format!("{enable}{}", spec.source).into_bytes();
+    Some(Written { folder: "wgsl", ending: "wgsl".to_owned(), bytes })
+}
+
+#[test]
+fn every_setting_of_every_shader_is_translated() {
+    let folder = std::env::var_os("EGMLA_TRANSLATIONS").map(PathBuf::from);
+    let mut files = Files { folder, known: BTreeMap::new() };
+    let settings = settings();
+    let mut listed: Vec<Value> = Vec::new();
+    for spec in REGISTRY {
+        let parsed = parse(spec);
+        let of_kernel = &settings[spec.name];
+        let covering = covering(of_kernel);
+        let wgsl = for_tint(spec).map(|written| files.keep(spec.name, 0, written));
+        for (index, overrides) in of_kernel.iter().enumerate() {
+            let constants = overrides.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
+            let entry = Some((ShaderStage::Compute, "main"));
+            let (module, info) =
+                naga::back::pipeline_constants::process_overrides(&parsed.0, &parsed.1, entry, &constants)
+                    .unwrap_or_else(|error| panic!("{} with {overrides:?}: {error}", spec.name));
+            validate(spec.name, &module);
+            let spirv: Vec<_> =
+                to_spirv(spec, &module, &info).into_iter().map(|out| files.keep(spec.name, index, out)).collect();
+            let msl: Vec<_> =
+                to_msl(spec, &module, &info).into_iter().map(|out| files.keep(spec.name, index, out)).collect();
+            let hlsl = to_hlsl(spec, &module, &info)
+                .map(|(out, entry)| json!({ "file": files.keep(spec.name, index, out), "entry": entry }));
+            listed.push(json!({
+                "shader": spec.name,
+                "overrides": overrides.iter().copied().collect::<BTreeMap<_, _>>(),
+                "covering": covering[index],
+                "wgsl": wgsl,
+                "spirv": spirv,
+                "hlsl": hlsl,
+                "msl": msl,
+            }));
+        }
+    }
+    // As many as the plans make, and no language that lost all of its files.
+    assert!(listed.len() > REGISTRY.len(), "{} settings", listed.len());
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (language, _) in files.known.keys() {
+        *counts.entry(language).or_default() += 1;
+    }
+    assert_eq!(counts.keys().copied().collect::<Vec<_>>(), ["hlsl", "msl", "spirv", "wgsl"]);
+    println!("{} settings of {} shaders: {counts:?}", listed.len(), REGISTRY.len());
+    if let Some(root) = &files.folder {
+        let naga = lock_version("naga");
+        let manifest = json!({ "naga": naga, "shader_model": SHADER_MODEL.0, "settings": listed });
+        std::fs::write(root.join("settings.json"), serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
+    }
+}
+
+/// The version of a package that this build is locked to.
+fn lock_version(package: &str) -> String {
+    let lock = read("Cargo.lock");
+    let (_, after) = lock.split_once(&format!("name = \"{package}\"\nversion = \"")).unwrap();
+    after.split('"').next().unwrap().to_owned()
+}
+
+#[test]
+fn a_covering_choice_holds_every_value_of_every_override() {
+    for (kernel, settings) in settings() {
+        let covering = covering(&settings);
+        let values = |settings: &mut dyn Iterator<Item = &Vec<(&'static str, f64)>>| -> BTreeSet<(&str, u64)> {
+            settings.flatten().map(|&(name, value)| (name, value.to_bits())).collect()
+        };
+        let all = values(&mut settings.iter());
+        let chosen = values(&mut settings.iter().zip(&covering).filter(|(_, chosen)| **chosen).map(|(one, _)| one));
+        assert_eq!(chosen, all, "{kernel}");
+        assert!(covering.contains(&true), "{kernel}");
+    }
+}
