@@ -202,7 +202,7 @@ fn broken_files_are_refused() {
         assert_says(&refusal(dir.path(), "model.safetensors"), &["not a valid safetensors file"]);
     }
     std::fs::write(&weights, []).unwrap();
-    assert_says(&refusal(dir.path(), "model.safetensors"), &["empty"]);
+    assert_says(&refusal(dir.path(), "model.safetensors"), &["0 bytes"]);
     std::fs::remove_file(&weights).unwrap();
     assert!(matches!(ModelFolder::open(dir.path()), Err(Error::Io { .. })));
     std::fs::create_dir(&weights).unwrap();

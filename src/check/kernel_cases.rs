@@ -1918,8 +1918,8 @@ struct GroupedBatch {
 }
 
 impl GroupedBatch {
-    /// `sequences` are lengths, the last `queries` tokens of each are new; rows of odd ids are `resident` at id.
-    fn new(sequences: &[(u32, Ids)], (queries, passes): (u32, u32), tiling: Tiling, resident: bool) -> Option<Self> {
+    /// `sequences` are lengths, the last `queries` tokens of each are new; resident rows stand at their id.
+    fn new(sequences: &[(u32, Ids)], (queries, passes): (u32, u32), tiling: Tiling, sources: Sources) -> Option<Self> {
         let capacity = sequences.iter().map(|(length, _)| *length).max()? + 1;
         let layout = ListLayout::new(capacity)?;
         let table = 5;
@@ -1944,7 +1944,7 @@ impl GroupedBatch {
             let mut lists: Vec<(u32, Vec<usize>)> = Vec::new();
             for position in 0..length {
                 let id = ids.id(position);
-                let row = || if resident && id % 2 == 1 { id } else { NO_ROW };
+                let row = || if sources.resident(id) { id } else { NO_ROW };
                 let group = groups.append(id, row, base, &mut patches);
                 patches.extend(groups.count_patch(group, base));
                 if group as usize == lists.len() {
@@ -2040,6 +2040,26 @@ struct GroupedSizes {
     extreme: Extreme,
     /// Passes over the gate rows, each with the rows of its own groups.
     passes: u32,
+    sources: Sources,
+}
+
+/// Where gate rows are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sources {
+    /// Those of odd ids are resident.
+    Both,
+    Resident,
+    Further,
+}
+
+impl Sources {
+    fn resident(self, id: u32) -> bool {
+        match self {
+            Sources::Both => id % 2 == 1,
+            Sources::Resident => true,
+            Sources::Further => false,
+        }
+    }
 }
 
 impl GroupedSizes {
@@ -2071,6 +2091,7 @@ fn grouped(cases: &mut Vec<Case>) {
         cache_storage: Storage::F32,
         extreme: Extreme::Plain,
         passes: 1,
+        sources: Sources::Both,
     };
     let mixed = |storage, cache_storage| GroupedSizes { storage, cache_storage, ..plain };
     // Groups of several passes, chunks that belong to both, a sequence that the second pass alone has.
@@ -2094,6 +2115,8 @@ fn grouped(cases: &mut Vec<Case>) {
         ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..mixed(Storage::F32, Storage::F16) }),
         ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
         ("wide", GroupedSizes { n_head: 2, widths: widths(512, 128, 64, 128), ..mixed(Storage::F16, Storage::F16) }),
+        ("resident", GroupedSizes { sources: Sources::Resident, ..mixed(Storage::F16, Storage::F16) }),
+        ("projected", GroupedSizes { sources: Sources::Further, sequences: twice, passes: 2, ..plain }),
         ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
         ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
@@ -2132,6 +2155,8 @@ fn grouped(cases: &mut Vec<Case>) {
         ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
         ("r57", GroupedSizes { n_head: 2, widths: widths(57, 72, 62, 80), ..mixed(Storage::F16, Storage::F16) }),
         ("heads_of_128", GroupedSizes { widths: widths(64, 128, 64, 128), ..mixed(Storage::F32, Storage::F32) }),
+        ("resident", GroupedSizes { sources: Sources::Resident, ..mixed(Storage::F16, Storage::F16) }),
+        ("projected", GroupedSizes { sources: Sources::Further, sequences: twice, passes: 2, ..plain }),
         ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
         ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
@@ -2174,10 +2199,15 @@ fn attend_groups(
     let tolerance = if extreme.spread() > 1.0 { of_scores } else { plain };
     every_tuning(tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
-        // Rows of odd ids come from `gates`, at their id, and the others from `gates_more`, at their group.
-        let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, true) else { return Ok(Vec::new()) };
+        // Resident rows come from `gates`, at their id, and the others from `gates_more`, at their group.
+        let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, sizes.sources) else {
+            return Ok(Vec::new());
+        };
         let rows = batch.cache_rows as usize;
-        let resident = batch.ids.iter().flatten().max().map_or(1, |id| id + 1);
+        let resident = match sizes.sources {
+            Sources::Further => 0,
+            Sources::Both | Sources::Resident => batch.ids.iter().flatten().max().map_or(1, |id| id + 1),
+        };
         let mut q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
         let w_values = random.values((d_kv * d_latent) as usize, 1.0);
         let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
@@ -2260,18 +2290,20 @@ fn attend_groups(
             cache_storage,
             storage,
         };
+        let absent = lab.kernels.absent();
         lab.launch(|recording| {
             for (pass_index, more) in (0..).zip(&more) {
                 let first_row = pass_index * pass_rows;
                 // Of more passes than there are items the last have nothing to do.
                 let rows = pass_rows.min(batch.rows.saturating_sub(first_row));
-                let problem = attention_grouped::Problem { first_row, rows, more: rows, pass_index, ..problem };
+                let further = if sizes.sources == Sources::Resident { 0 } else { rows };
+                let problem = attention_grouped::Problem { first_row, rows, more: further, pass_index, ..problem };
                 let args = attention_grouped::Args {
                     q: &q.region,
                     kv_b_proj: &w.region,
                     affine: &affine.region,
-                    gates: &gates.region,
-                    gates_more: &more.region,
+                    gates: if resident == 0 { &absent } else { &gates.region },
+                    gates_more: if further == 0 { &absent } else { &more.region },
                     cache: &cache.region,
                     lists: &lists.region,
                     partial: &partial.region,
@@ -2283,7 +2315,7 @@ fn attend_groups(
 
         let (gates_kept, more_kept) = (kept(&gate_values, cache_storage), widen(&more_values));
         let gate_row = |(row, id): (usize, &Option<u32>)| match id {
-            Some(id) if id % 2 == 1 => gates_kept[(id * d_kv) as usize..][..d_kv as usize].to_vec(),
+            Some(id) if sizes.sources.resident(*id) => gates_kept[(id * d_kv) as usize..][..d_kv as usize].to_vec(),
             _ => more_kept[row * d_kv as usize..][..d_kv as usize].to_vec(),
         };
         let before: Vec<f64> = batch.ids.iter().enumerate().flat_map(gate_row).collect();
@@ -2515,7 +2547,9 @@ fn lists(cases: &mut Vec<Case>) {
             every_tuning(group_ids::SPEC.tunings, Tolerance::EXACT, |tuning| {
                 let tiling = Tiling { groups: 4, run: 2 };
                 let sequences = [(30, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
-                let Some(batch) = GroupedBatch::new(&sequences, (1, 1), tiling, true) else { return Ok(Vec::new()) };
+                let Some(batch) = GroupedBatch::new(&sequences, (1, 1), tiling, Sources::Both) else {
+                    return Ok(Vec::new());
+                };
                 let rows = batch.rows - first_row;
                 let (token_ids, token_rows) = ([7, 8, 9], [7, NO_ROW, 9]);
                 let lists = lab.words(&batch.words)?;
