@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::norm_vec4::{ROW_LANES, row_lanes};
-use super::{Problem as _, attention_grouped, nonzero, product, trips, words};
+use super::{MOST_TRIPS, Problem as _, attention_grouped, nonzero, product, trips, words};
 use crate::config::{Activation, GateNorm};
 use crate::error::{Error, Result};
 use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
@@ -28,6 +28,9 @@ pub const SPEC: KernelSpec = KernelSpec {
     subgroup: 0,
     cooperative: Cooperative::NONE,
 };
+
+/// Index into [`ROW_LANES`]: 64 invocations a row.
+const WIDE: usize = 2;
 
 /// Uniform parameters, as in the shader.
 #[repr(C)]
@@ -77,7 +80,12 @@ impl super::Problem for Problem {
         if self.norm == GateNorm::None {
             return Err(Error::problem(SPEC.name, "there are no statistics without a norm"));
         }
-        let auto = context.auto(SPEC.name, row_lanes(context, self.width));
+        // One invocation walks a row alone where that is fast, unless its loop would be too long.
+        let auto = match row_lanes(context, self.width) {
+            0 if self.width > MOST_TRIPS => WIDE,
+            other => other,
+        };
+        let auto = context.auto(SPEC.name, auto);
         let (workgroup, lanes) = ROW_LANES[tuning.choose(SPEC.name, ROW_LANES.len(), auto)?];
         trips(SPEC.name, "width", self.width, lanes)?;
         Plan {
