@@ -321,7 +321,10 @@ def main():
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
         return 0
-    version = subprocess.run([options.chromium, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        version = subprocess.run([options.chromium, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StartError(f"Chromium does not start: {error}") from None
     version = (re.findall(r"\d+(?:\.\d+)+", version) or ["of unknown version"])[0]
     start = time.monotonic()
     with browser(options.chromium, FLAGS) as devtools:

@@ -89,6 +89,7 @@ function drive(demo) {
     outcome.demo = null;
     if (!ids.length) {
       $("results").replaceChildren();
+      $("results").removeAttribute("aria-busy");
       $("status").textContent = "Type something.";
       return;
     }
@@ -110,6 +111,8 @@ function drive(demo) {
       });
       outcome.demo = { text: $("text").value, tokens: ids.length, results: plain };
     } catch (error) {
+      $("results").replaceChildren();
+      $("results").removeAttribute("aria-busy");
       $("status").textContent = `It failed: ${error.message}`;
       outcome.demo = { text: $("text").value, tokens: ids.length, results: [], problem: error.message };
     }
