@@ -11,7 +11,7 @@ override SOURCES: u32 = 0u;       // of gate rows: 0 gates and gates_more, 1 gat
 override ACTIVATION: u32 = 0u;    // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;          // 0 layer_norm, 1 rms_norm
 override WORKGROUP: u32 = 64u;
-override LANES: u32 = 64u;       // invocations that share a token; a power of two
+override LANES: u32 = 64u;        // invocations that share a token; a power of two
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 
 const NO_ROW: u32 = 0xffffffffu;
