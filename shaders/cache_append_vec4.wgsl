@@ -43,14 +43,21 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, latent_words] / 4, [cache rows, rope_words] / 4
 @group(0) @binding(6) var<storage, read_write> q: array<vec4<f32>>;       // (q_offset + t·q_row + h·q_head + i) / 4
 
-// Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since compilers take
-// `v != v` for false.
-fn bounded_four(v: vec4<f32>) -> vec4<f32> {
-    let finite = (bitcast<vec4<u32>>(v) & vec4<u32>(0x7f800000u)) != vec4<u32>(0x7f800000u);
-    return select(v, clamp(v, vec4<f32>(-65504.0), vec4<f32>(65504.0)), finite);
+// Two halves in a word. Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since
+// compilers take `v != v` for false, and written as bits, since WGSL leaves open what pack2x16float makes of them: one driver
+// takes infinities for NaN and lets a NaN reach the other half.
+fn pack(a: f32, b: f32) -> u32 {
+    let v = vec2<f32>(a, b);
+    let bits = bitcast<vec2<u32>>(v);
+    let size = bits & vec2<u32>(0x7fffffffu);
+    let finite = size < vec2<u32>(0x7f800000u);
+    let packed = pack2x16float(select(vec2<f32>(0.0), clamp(v, vec2<f32>(-65504.0), vec2<f32>(65504.0)), finite));
+    let sign = (bits >> vec2<u32>(16u)) & vec2<u32>(0x8000u);
+    let odd = select(sign | vec2<u32>(0x7c00u) | min(size - vec2<u32>(0x7f800000u), vec2<u32>(0x200u)), vec2<u32>(0u), finite);
+    return packed | odd.x | (odd.y << 16u);
 }
 
-// Four halves in the low bits of words: what pack2x16float and the bound before it do where the driver rounds as IEEE 754
+// Four halves in the low bits of words: what `pack` does where the driver rounds as IEEE 754
 // says, to the nearest and ties to even, in integers, which is faster where it has no instruction for it.
 fn halves_of(v: vec4<f32>) -> vec4<u32> {
     let bits = bitcast<vec4<u32>>(v);
@@ -74,9 +81,7 @@ fn stored(v: vec4<f32>, more: vec4<f32>) -> vec4<u32> {
             let high = halves_of(more);
             return vec4<u32>(low.xz | (low.yw << vec2<u32>(16u)), high.xz | (high.yw << vec2<u32>(16u)));
         }
-        let a = bounded_four(v);
-        let b = bounded_four(more);
-        return vec4<u32>(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
+        return vec4<u32>(pack(v.x, v.y), pack(v.z, v.w), pack(more.x, more.y), pack(more.z, more.w));
     }
     return bitcast<vec4<u32>>(v);
 }

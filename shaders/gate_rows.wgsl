@@ -54,15 +54,18 @@ fn products(w: vec4<u32>, e0: vec4<u32>, e1: vec4<u32>, e2: vec4<u32>, e3: vec4<
     );
 }
 
-// Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since compilers take
-// `v != v` for false.
-fn bounded(v: f32) -> f32 {
-    let finite = (bitcast<u32>(v) & 0x7f800000u) != 0x7f800000u;
-    return select(v, clamp(v, -65504.0, 65504.0), finite);
-}
-
+// Two halves in a word. Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since
+// compilers take `v != v` for false, and written as bits, since WGSL leaves open what pack2x16float makes of them: one driver
+// takes infinities for NaN and lets a NaN reach the other half.
 fn pack(a: f32, b: f32) -> u32 {
-    return pack2x16float(vec2<f32>(bounded(a), bounded(b)));
+    let v = vec2<f32>(a, b);
+    let bits = bitcast<vec2<u32>>(v);
+    let size = bits & vec2<u32>(0x7fffffffu);
+    let finite = size < vec2<u32>(0x7f800000u);
+    let packed = pack2x16float(select(vec2<f32>(0.0), clamp(v, vec2<f32>(-65504.0), vec2<f32>(65504.0)), finite));
+    let sign = (bits >> vec2<u32>(16u)) & vec2<u32>(0x8000u);
+    let odd = select(sign | vec2<u32>(0x7c00u) | min(size - vec2<u32>(0x7f800000u), vec2<u32>(0x200u)), vec2<u32>(0u), finite);
+    return packed | odd.x | (odd.y << 16u);
 }
 
 // Id of a row; u32 max for one that is left out.

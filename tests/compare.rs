@@ -153,3 +153,15 @@ fn derived_tolerances_grow_with_the_sums_and_stay_under_the_limit() {
     assert!(short < long && long <= F32_LIMIT);
     assert_eq!(Tolerance::sums(&[1 << 40]).relative, F32_LIMIT);
 }
+
+#[test]
+fn numbers_below_the_smallest_normal_one_may_be_flushed_but_not_wrong() {
+    let tiny = f64::from(f32::MIN_POSITIVE / 4.0);
+    let expected = [tiny, -tiny, 2.0 * tiny];
+    assert_eq!(compare(&[0.0, 0.0, 0.0], &expected, TOLERANCE).verdict, Ok(()));
+    assert_eq!(compare(&expected.map(|e| e as f32), &expected, TOLERANCE).verdict, Ok(()));
+    must_fail("the sign", &[0.0, tiny as f32, 0.0], &expected, TOLERANCE);
+    must_fail("twice as much", &[(2.0 * tiny) as f32, 0.0, 0.0], &expected, TOLERANCE);
+    let normal = f64::from(f32::MIN_POSITIVE);
+    must_fail("the smallest normal number", &[0.0], &[normal], TOLERANCE);
+}

@@ -51,7 +51,8 @@ pub struct Comparison {
 }
 
 /// Compares a result with the reference: lengths, then positions of non-finite values, then every element by absolute or
-/// relative error, then the whole tensor's relative norm.
+/// relative error, then the whole tensor's relative norm. 0 is as right as a number below the smallest normal one: WGSL lets
+/// an implementation flush those ("Differences from IEEE-754").
 pub fn compare(got: &[f32], expected: &[f64], tolerance: Tolerance) -> Comparison {
     let fail = |relative_error: f64, problem: String| Comparison { relative_error, verdict: Err(problem) };
     if got.len() != expected.len() {
@@ -64,7 +65,9 @@ pub fn compare(got: &[f32], expected: &[f64], tolerance: Tolerance) -> Compariso
         let (g, e) = (got[index], expected[index]);
         return fail(f64::INFINITY, format!("element {index} is {g}, expected {e} ({count} such)"));
     }
-    let finite = || got.iter().zip(expected).filter(|(_, e)| e.is_finite()).map(|(&g, &e)| (f64::from(g), e));
+    let flushed = |g: f32, e: f64| if g == 0.0 && e.abs() < f64::from(f32::MIN_POSITIVE) { 0.0 } else { e };
+    let finite =
+        || got.iter().zip(expected).filter(|(_, e)| e.is_finite()).map(|(&g, &e)| (f64::from(g), flushed(g, e)));
     let norm = finite().map(|(_, e)| e * e).sum::<f64>().sqrt();
     let error = finite().map(|(g, e)| (g - e) * (g - e)).sum::<f64>().sqrt();
     let relative_error = if error == 0.0 { 0.0 } else { error / norm };
@@ -72,8 +75,9 @@ pub fn compare(got: &[f32], expected: &[f64], tolerance: Tolerance) -> Compariso
     let rms = norm / (expected.len().max(1) as f64).sqrt();
 
     // By how much each element exceeds what it may be off; the worst one is named.
-    let excess =
-        |&(_, &g, &e): &(usize, &f32, &f64)| (f64::from(g) - e).abs() / e.abs().max(rms).max(f64::MIN_POSITIVE);
+    let excess = |&(_, &g, &e): &(usize, &f32, &f64)| {
+        (f64::from(g) - flushed(g, e)).abs() / e.abs().max(rms).max(f64::MIN_POSITIVE)
+    };
     let elements =
         || (0..).zip(got).zip(expected).map(|((index, g), e)| (index, g, e)).filter(|(_, _, e)| e.is_finite());
     let worst = elements().max_by(|a, b| excess(a).total_cmp(&excess(b)));

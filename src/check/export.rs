@@ -166,6 +166,10 @@ pub fn verdicts() -> (Verdicts, Blobs) {
     add("all NaN", &vec![f32::NAN; truth.len()], &expected, tolerance);
     add("all zero", &vec![0.0; truth.len()], &expected, tolerance);
     add("zeros for zeros", &[0.0; 4], &[0.0; 4], tolerance);
+    let tiny = f32::MIN_POSITIVE / 4.0;
+    add("subnormal numbers flushed", &[0.0; 2], &[tiny.into(), (-tiny).into()], tolerance);
+    add("a subnormal number of the other sign", &[0.0, tiny], &[tiny.into(), (-tiny).into()], tolerance);
+    add("the smallest normal number flushed", &[0.0], &[f32::MIN_POSITIVE.into()], tolerance);
     add("noise on zeros", &[1e-6, 0.0], &[0.0; 2], tolerance);
     add("a result of another input", &shifted, &expected, tolerance);
     add("two rows swapped", &swapped, &expected, tolerance);
