@@ -197,20 +197,19 @@ def quickest(env):
 def layer_tests(env, result):
     """The integration tests of the layer and of faults on the same driver, added to a result: how many passed, what was left
     out. A test that finds nothing to do on a driver prints `not run: why`, and is no test that passed."""
-    result["layer_tests"] = 0
-    for tests in ("attention", "faults"):
+    for tests, name in (("attention", "layer_tests"), ("faults", "fault_tests")):
         process = run(["cargo", "test", "--quiet", "--no-fail-fast", "--test", tests, "--", "--nocapture"], env)
         counts = re.search(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", process.stdout)
         if not counts:
             raise Failed(f"tests/{tests}.rs: {last_line(process)}")
         passed, failed, ignored = map(int, counts.groups())
         left_out = re.findall(r"not run: (.*)", process.stdout) + ["ignored tests"] * ignored
-        result["layer_tests"] += passed - len(left_out) + ignored
+        result[name] = passed - len(left_out) + ignored
         for why in left_out:
             result["not_run"][why] = result["not_run"].get(why, 0) + 1
         if failed or process.returncode != 0:
-            names = dict.fromkeys(re.findall(r"^    (\w+)$", process.stdout, re.M))
-            result["failures"] += [f"tests/{tests}.rs: {name}" for name in names] or [f"tests/{tests}.rs: {last_line(process)}"]
+            failed_names = dict.fromkeys(re.findall(r"^    (\w+)$", process.stdout, re.M))
+            result["failures"] += [f"tests/{tests}.rs: {one}" for one in failed_names] or [f"tests/{tests}.rs: {last_line(process)}"]
 
 
 def on_driver(env, quick):
@@ -663,7 +662,9 @@ def table(results):
         if "checks" in result:
             cases += f" ({result['checks']} comparisons)"
         if "layer_tests" in result:
-            cases += f", {result['layer_tests']} tests of the layer and of faults"
+            cases += f", {result['layer_tests']} layer tests"
+        if "fault_tests" in result:
+            cases += f", {result['fault_tests']} fault tests"
         not_run = "; ".join(f"{number}: {why}" for why, number in result["not_run"].items())
         if result["status"] == "not run":
             not_run = result["why"]
