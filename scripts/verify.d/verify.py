@@ -625,7 +625,8 @@ PARTS = {
     "msl": ("MSL against a stand-in library", part_msl),
     "browser": ("WebGPU in Chromium", part_browser),
 }
-# CI's own tests run every case on the driver's default width. These take five minutes of two idle processors, installing apart.
+# CI's own tests run every case on the driver's default width. Installing apart, these
+# take about ten minutes of two processors, most of them the browser's.
 QUICK = ["lavapipe-4", "lavapipe-16", "validation", "naga", "tint", "spirv", "hlsl", "msl", "browser"]
 
 
