@@ -26,6 +26,9 @@ struct Params {
     latent_loads: u32,  // 16-byte loads of a latent cache row
     rope_loads: u32,    // 16-byte loads of a rope cache row
     scale: f32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -99,14 +102,32 @@ fn against(query: vec4<f32>, k0: vec4<f32>, k1: vec4<f32>, k2: vec4<f32>, k3: ve
     return vec4<f32>(dot(query, k0), dot(query, k1), dot(query, k2), dot(query, k3));
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let row0 = group.x * SPLIT;
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = work.x * SPLIT;
     let line = line_of(row0, params.n_sequence);
     let sequence = sequences[line];
     let queries = sequences[line + 1u];
-    let query = group.z;
-    let head0 = group.y * HEADS;
+    let query = work.z;
+    let head0 = work.y * HEADS;
     let position0 = row0 - sequence.x;
     // The padding behind the last sequence is no split of it.
     if (query >= queries.x || position0 / SPLIT >= queries.z) {

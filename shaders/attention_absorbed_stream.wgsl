@@ -39,6 +39,9 @@ struct Params {
     latent_loads: u32,  // 16-byte loads of a latent cache row
     rope_loads: u32,    // 16-byte loads of a rope cache row
     scale: f32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -83,17 +86,32 @@ fn of_heads(weights: vec4<f32>, four: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(weights.x * four, weights.y * four, weights.z * four, weights.w * four);
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
     @builtin(subgroup_invocation_id) member: u32,
 ) {
-    let row0 = group.x * SPLIT;
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = work.x * SPLIT;
     let line = line_of(row0, params.n_sequence);
     let sequence = sequences[line];
     let queries = sequences[line + 1u];
-    let token = group.z;
+    let token = work.z;
     let position0 = row0 - sequence.x;
     // The padding behind the last sequence is no split of it.
     if (token >= queries.x || position0 / SPLIT >= queries.z) {
@@ -112,7 +130,7 @@ fn main(
     let own = 2u * (lane & 1u) + ((lane >> 1u) & 1u);
 
     // Heads past the end repeat the last one and are not stored; loads past the end repeat the last one, against zeros.
-    let head0 = (group.y * TEAMS + local / LANES) * 4u;
+    let head0 = (work.y * TEAMS + local / LANES) * 4u;
     let heads = min(max(params.n_head, head0) - head0, 4u);
     let head = (sequence.w + token) * params.n_head + min(head0 + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.n_head - 1u));
     var query: array<mat4x4<f32>, 8>;

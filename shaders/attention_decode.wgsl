@@ -23,6 +23,9 @@ struct Params {
     n_sequence: u32,
     rope_pitch: u32,    // elements of a rope cache row
     scale: f32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -74,14 +77,32 @@ fn line_of(row: u32, n_sequence: u32) -> u32 {
     return 2u * low;
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let row0 = params.kv_first + group.x * SPLIT;
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = params.kv_first + work.x * SPLIT;
     let line = line_of(row0, params.n_sequence);
     let sequence = sequences[line];
     let queries = sequences[line + 1u];
-    let head = group.y;
-    let query = group.z;
+    let head = work.y;
+    let query = work.z;
     let d_query = params.d_nope + params.d_rope;
     let d_head = params.d_nope + params.d_value;
     let kv_row = params.n_head * d_head;
@@ -93,7 +114,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let length = sequence.z + 1u + query - queries.x;
     let count = min(max(length, position0) - position0, SPLIT);
     let q_base = ((sequence.w + query) * params.n_head + head) * d_query;
-    let kv_base = group.x * SPLIT * kv_row + head * d_head;
+    let kv_base = work.x * SPLIT * kv_row + head * d_head;
     let slot0 = sequence.y + position0;
 
     var best = LOWEST;

@@ -33,6 +33,9 @@ struct Params {
     n_sequence: u32,
     rope_pitch: u32,    // elements of a rope cache row
     scale: f32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -94,14 +97,32 @@ fn rows_of(quad: u32, count: u32) -> vec4<u32> {
     return min(vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(count - 1u));
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let row0 = params.kv_first + group.x * SPLIT;
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = params.kv_first + work.x * SPLIT;
     let line = line_of(row0, params.n_sequence);
     let sequence = sequences[line];
     let queries = sequences[line + 1u];
-    let head = group.y;
-    let query = group.z;
+    let head = work.y;
+    let query = work.z;
     let position0 = row0 - sequence.x;
     // The padding behind the last sequence is no split of it.
     if (query >= queries.x || position0 / SPLIT >= queries.z) {
@@ -119,7 +140,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let rope_loads = params.d_rope / rope_width;
     let rope_row = params.rope_pitch / rope_width;
     let kv_row = params.n_head * (nope_loads + value_loads);
-    let key = group.x * SPLIT * kv_row + head * (nope_loads + value_loads);
+    let key = work.x * SPLIT * kv_row + head * (nope_loads + value_loads);
     let q_nope = ((sequence.w + query) * params.n_head + head) * ((params.d_nope + params.d_rope) / 4u);
     let q_rope = q_nope + params.d_nope / 4u;
 

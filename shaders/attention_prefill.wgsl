@@ -41,6 +41,9 @@ struct Params {
     scale: f32,
     first: u32,        // 1: start from the empty state
     last: u32,         // 1: normalise
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -67,22 +70,36 @@ fn rope_four(i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(rope_cache[i >> 2u]);
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let tile = queries[group.x];
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let tile = queries[work.x];
     let sequence = sequences[tile.w];
-    let head = group.y;
+    let head = work.y;
     // Widths and pitches in fours.
     let nope = params.d_nope / 4u;
     let width = (params.d_nope + params.d_rope) / 4u;
     let value_width = params.d_value / 4u;
     let kv_row = params.n_head * (nope + value_width);
     let columns = COLUMNS * LANES;
-    let column0 = group.z * columns;
+    let column0 = work.z * columns;
 
     let lane = local % LANES;
     let row = local / LANES;               // queries 4·row to 4·row + 3 of the tile
@@ -90,7 +107,7 @@ fn main(
     let position = vec4<u32>(tile.z + own) + vec4<u32>(0u, 1u, 2u, 3u);
     let last = tile.y - 1u;
     let token = vec4<u32>(tile.x) + min(vec4<u32>(own, own + 1u, own + 2u, own + 3u), vec4<u32>(last));
-    let state = (token * params.n_head + head) * groups.z + group.z;
+    let state = (token * params.n_head + head) * params.tiles_z + work.z;
     let out = (token * params.n_head + head) * value_width + column0 + lane;
 
     // Keys of this tile that belong to the sequence and that the last query of the tile may see.

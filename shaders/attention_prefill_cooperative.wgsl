@@ -49,6 +49,9 @@ struct Params {
     scale: f32,
     first: u32,        // 1: start from the empty state
     last: u32,         // 1: normalise
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -128,18 +131,27 @@ fn main(
     @builtin(local_invocation_index) local: u32,
     @builtin(subgroup_id) subgroup: u32,
 ) {
-    let tile = queries[group.x / PARTS];
+    // The tile of this workgroup: a grid over 65 535 comes folded into x and y. Values, not variables or a function: naga
+    // must see that every invocation goes on, since matrices are of whole subgroups.
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    let i = group.y * groups.x + group.x;
+    let unfolded = vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+    let work = select(unfolded, group, all(groups == tiles));
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let tile = queries[work.x / PARTS];
     let sequence = sequences[tile.w];
-    let head = group.y;
+    let head = work.y;
     // Widths and pitches in fours.
     let nope = params.d_nope / 4u;
     let width = (params.d_nope + params.d_rope) / 4u;
     let value_width = params.d_value / 4u;
     let kv_row = params.n_head * (nope + value_width);
-    let column0 = group.z * 128u;
+    let column0 = work.z * 128u;
 
     // This workgroup's queries, of the tile's.
-    let skipped = group.x % PARTS * TILE_Q;
+    let skipped = work.x % PARTS * TILE_Q;
     let count = min(max(tile.y, skipped) - skipped, TILE_Q);
     let token0 = tile.x + skipped;
     let position0 = tile.z + skipped;
@@ -149,7 +161,7 @@ fn main(
     // A row of scores.
     let row = local / LANES;
     let lane = local % LANES;
-    let state = ((token0 + row) * params.n_head + head) * groups.z + group.z;
+    let state = ((token0 + row) * params.n_head + head) * params.tiles_z + work.z;
 
     // Keys of this tile that belong to the sequence and that the last query may see.
     let tile_end = params.kv_first + params.kv_rows;

@@ -29,6 +29,9 @@ struct Params {
     scale: f32,
     first: u32,        // 1: start from the empty state
     last: u32,         // 1: normalise
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -64,23 +67,37 @@ fn value_four(i: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(values[i.x], values[i.y], values[i.z], values[i.w]);
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let tile = queries[group.x];
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let tile = queries[work.x];
     let own = lane * 8u;                   // queries own to own + 7 of the tile: a and b, four each
     if (own >= tile.y) {
         return;
     }
     let sequence = sequences[tile.w];
-    let head = group.y;
+    let head = work.y;
     let d_query = params.d_nope + params.d_rope;
     let d_head = params.d_nope + params.d_value;
     let kv_row = params.n_head * d_head;
-    let column0 = group.z * SLICE;
+    let column0 = work.z * SLICE;
     let columns = min(column0 + SLICE, params.d_value);
 
     // Past the tile an invocation repeats the last query, and stores nothing.
@@ -90,8 +107,8 @@ fn main(
     let mine_b = min(own + 4u + fours, last);
     let row_a = (tile.x + mine_a) * params.n_head + head;
     let row_b = (tile.x + mine_b) * params.n_head + head;
-    let state_a = row_a * groups.z + group.z;
-    let state_b = row_b * groups.z + group.z;
+    let state_a = row_a * params.tiles_z + work.z;
+    let state_b = row_b * params.tiles_z + work.z;
     let out_a = row_a * params.d_value;
     let out_b = row_b * params.d_value;
 

@@ -52,6 +52,9 @@ struct Params {
     scale: f32,
     first: u32,        // 1: start from the empty state
     last: u32,         // 1: normalise
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -113,6 +116,16 @@ fn turn(sums: ptr<function, array<array<vec4<f32>, 8>, 8>>, back: array<vec4<f32
     (*sums)[COLUMNS - 1u] = back;
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -120,11 +133,15 @@ fn main(
     @builtin(local_invocation_index) local: u32,
     @builtin(subgroup_invocation_id) member: u32,
 ) {
-    let tile = queries[group.x / PARTS];
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let tile = queries[work.x / PARTS];
     let sequence = sequences[tile.w];
-    let head = group.y;
+    let head = work.y;
     // Queries of this workgroup: from own0 on, those of the tile that are left.
-    let own0 = group.x % PARTS * TEAMS * 8u;
+    let own0 = work.x % PARTS * TEAMS * 8u;
     if (own0 >= tile.y) {
         return;
     }
@@ -134,7 +151,7 @@ fn main(
     let width = (params.d_nope + params.d_rope) / 4u;
     let value_width = params.d_value / 4u;
     let kv_row = params.n_head * (nope + value_width);
-    let column0 = group.z * SLICE;
+    let column0 = work.z * SLICE;
     let columns = (min(value_width, SLICE) + LANES - 1u) / LANES;   // COLUMNS, unknown to the compiler
 
     // Neighbours in a workgroup of one dimension are neighbours in a subgroup: a team is LANES of both.
@@ -147,8 +164,8 @@ fn main(
     let position1 = position0 + 4u;
     let q_row = tile.x + min(vec2<u32>(own, own + 4u) + lane % SPREAD, vec2<u32>(last));
     let q_at = (q_row * params.n_head + head) * width;
-    let state0 = ((tile.x + own) * params.n_head + head) * groups.z + group.z;
-    let state_pitch = params.n_head * groups.z;
+    let state0 = ((tile.x + own) * params.n_head + head) * params.tiles_z + work.z;
+    let state_pitch = params.n_head * params.tiles_z;
     let out0 = ((tile.x + own) * params.n_head + head) * value_width + column0;
     let out_pitch = params.n_head * value_width;
 

@@ -30,6 +30,9 @@ struct Params {
     y_offset: u32,
     y_row: u32,
     y_batch: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -55,14 +58,32 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WG_X, WG_Y, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_id) local: vec3<u32>,
+) {
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
     let lane = local.y * WG_X + local.x;
     let lanes = WG_X * WG_Y;
-    let row0 = group.y * TILE_M;
-    let col0 = group.x * TILE_N;
-    let x_base = params.x_offset + group.z * params.x_batch;
-    let w_base = params.w_offset + group.z * params.w_batch;
+    let row0 = work.y * TILE_M;
+    let col0 = work.x * TILE_N;
+    let x_base = params.x_offset + work.z * params.x_batch;
+    let w_base = params.w_offset + work.z * params.w_batch;
 
     // acc[i][j] is row row0 + local.y + i·WG_Y, column col0 + local.x + j·WG_X.
     var acc: array<vec4<f32>, 4>;
@@ -108,7 +129,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
                 if (HAS_BIAS == 1u) {
                     value += decode(bias[word_of(col)], col);
                 }
-                y[params.y_offset + group.z * params.y_batch + row * params.y_row + col] = value;
+                y[params.y_offset + work.z * params.y_batch + row * params.y_row + col] = value;
             }
         }
     }

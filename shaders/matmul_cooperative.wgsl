@@ -45,6 +45,9 @@ struct Params {
     y_offset: u32,
     y_row: u32,
     y_batch: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -115,14 +118,24 @@ fn put_16(sums: coop_mat16x16<f32, C>, i: u32, j: u32, row0: u32, col0: u32, bas
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
     @builtin(subgroup_id) subgroup: u32,
 ) {
-    let row0 = group.y * TILE;
-    let col0 = group.x * TILE;
-    let x_base = params.x_offset + group.z * params.x_batch;
-    let w_base = params.w_offset + group.z * params.w_batch;
-    let y_base = params.y_offset + group.z * params.y_batch;
+    // The tile of this workgroup: a grid over 65 535 comes folded into x and y. Values, not variables or a function: naga
+    // must see that every invocation goes on, since matrices are of whole subgroups.
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    let i = group.y * groups.x + group.x;
+    let unfolded = vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+    let work = select(unfolded, group, all(groups == tiles));
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = work.y * TILE;
+    let col0 = work.x * TILE;
+    let x_base = params.x_offset + work.z * params.x_batch;
+    let w_base = params.w_offset + work.z * params.w_batch;
+    let y_base = params.y_offset + work.z * params.y_batch;
     // Where the rows and the columns of a subgroup's quarter are staged.
     let own = subgroup % 4u;
     let own_x = own / 2u * FRAGMENTS * SIDE * PITCH;

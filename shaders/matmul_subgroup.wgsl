@@ -38,6 +38,9 @@ struct Params {
     y_offset: u32,
     y_row: u32,
     y_batch: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -88,22 +91,37 @@ fn store_row(row: u32, col0: u32, base: u32, sums: vec4<f32>) {
     }
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(8, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
     @builtin(subgroup_invocation_id) member: u32,
 ) {
-    let row0 = group.x * 8u;
-    let col0 = group.y * 32u + lane;
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = work.x * 8u;
+    let col0 = work.y * 32u + lane;
     let loads = params.inner / (4u * X_LOADS);
 
     // Rows and columns past the end repeat the last one; their sums are not stored.
     let col = min(vec4<u32>(col0, col0 + 8u, col0 + 16u, col0 + 24u), vec4<u32>(params.cols - 1u));
-    let w_at = (vec4<u32>(params.w_offset + group.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
+    let w_at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
     let own = row0 + member % SPREAD;
     let row = min(vec2<u32>(own, own + 4u), vec2<u32>(params.rows - 1u));
-    let x_at = (vec2<u32>(params.x_offset + group.z * params.x_batch) + row * params.x_row) / 4u;
+    let x_at = (vec2<u32>(params.x_offset + work.z * params.x_batch) + row * params.x_row) / 4u;
 
     // accM[j] is row row0 + M, column col0 + 8·j.
     var acc0 = vec4<f32>(0.0);
@@ -141,7 +159,7 @@ fn main(
         }
     }
 
-    let base = params.y_offset + group.z * params.y_batch;
+    let base = params.y_offset + work.z * params.y_batch;
     store_row(row0, col0, base, acc0);
     store_row(row0 + 1u, col0, base, acc1);
     store_row(row0 + 2u, col0, base, acc2);

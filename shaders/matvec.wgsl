@@ -25,6 +25,9 @@ struct Params {
     y_offset: u32,
     y_row: u32,
     y_batch: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -49,16 +52,34 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
     let part = lane % LANES;
-    let col = group.x * COLS + lane / LANES;
-    let row0 = group.y * 4u;
+    let col = work.x * COLS + lane / LANES;
+    let row0 = work.y * 4u;
     let rows = min(params.rows - row0, 4u);
     var acc = vec4<f32>(0.0);
     if (col < params.cols) {
-        let w_base = params.w_offset + group.z * params.w_batch + col * params.w_col;
-        let x_base = params.x_offset + group.z * params.x_batch + row0 * params.x_row;
+        let w_base = params.w_offset + work.z * params.w_batch + col * params.w_col;
+        let x_base = params.x_offset + work.z * params.x_batch + row0 * params.x_row;
         if (rows == 1u) {
             for (var k = part; k < params.inner; k += LANES) {
                 let i = w_base + k * params.w_inner;
@@ -84,7 +105,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if (HAS_BIAS == 1u) {
             acc += vec4<f32>(decode(bias[word_of(col)], col));
         }
-        let y_base = params.y_offset + group.z * params.y_batch + row0 * params.y_row + col;
+        let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + col;
         for (var m = 0u; m < rows; m++) {
             y[y_base + m * params.y_row] = acc[m];
         }

@@ -27,6 +27,9 @@ struct Params {
     y_offset: u32,
     y_row: u32,
     y_batch: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -65,23 +68,38 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
     @builtin(subgroup_invocation_id) member: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(num_subgroups) subgroups: u32,
 ) {
-    let row0 = group.y * 4u;
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
+    let row0 = work.y * 4u;
     let rows = min(params.rows - row0, 4u);
-    let col0 = group.x * 4u;
+    let col0 = work.x * 4u;
     let loads = params.inner / (4u * X_LOADS);
 
     // Columns past the end repeat the last one; their sums are not stored.
     let col = min(vec4<u32>(col0) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.cols - 1u));
-    let at = (vec4<u32>(params.w_offset + group.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
-    let x0 = (params.x_offset + group.z * params.x_batch + row0 * params.x_row) / 4u;
+    let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
+    let x0 = (params.x_offset + work.z * params.x_batch + row0 * params.x_row) / 4u;
 
     // accJ[m] is row row0 + m, column col0 + J.
     var acc0 = vec4<f32>(0.0);
@@ -166,7 +184,7 @@ fn main(
         if (HAS_BIAS == 1u) {
             sums += vec4<f32>(decode(bias[word_of(n)], n));
         }
-        let y_base = params.y_offset + group.z * params.y_batch + row0 * params.y_row + n;
+        let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + n;
         for (var m = 0u; m < rows; m++) {
             y[y_base + m * params.y_row] = sums[m];
         }

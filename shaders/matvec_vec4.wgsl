@@ -36,6 +36,9 @@ struct Params {
     y_offset: u32,
     y_row: u32,
     y_batch: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -73,20 +76,38 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
+// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
+    let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
+    if (all(groups == tiles)) {
+        return group;
+    }
+    let i = group.y * groups.x + group.x;
+    return vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let work = unfold(group, groups);
+    if (work.z >= params.tiles_z) {
+        return;
+    }
     let part = lane % LANES;
     let own = lane / LANES;
-    let row0 = group.y * 4u;
+    let row0 = work.y * 4u;
     let rows = select(min(params.rows - row0, 4u), 1u, SINGLE == 1u);
-    let col0 = group.x * COLS + own;
+    let col0 = work.x * COLS + own;
     let loads = params.inner / (4u * X_LOADS);
 
     // Columns past the end repeat the last one; their sums are not stored.
     let last = params.cols - 1u;
     let col = min(vec4<u32>(col0, col0 + GROUPS, col0 + 2u * GROUPS, col0 + 3u * GROUPS), vec4<u32>(last));
-    let at = (vec4<u32>(params.w_offset + group.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
-    let x0 = (params.x_offset + group.z * params.x_batch + row0 * params.x_row) / 4u;
+    let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
+    let x0 = (params.x_offset + work.z * params.x_batch + row0 * params.x_row) / 4u;
 
     // acc[j][m] is row row0 + m, column col0 + j·GROUPS.
     var acc0 = vec4<f32>(0.0);
@@ -142,7 +163,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 
-    let y_base = params.y_offset + group.z * params.y_batch + row0 * params.y_row;
+    let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row;
     if (LANES == 1u) {
         for (var j = 0u; j < 4u; j++) {
             let n = col0 + j * GROUPS;
@@ -165,7 +186,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         for (var e = lane; e < COLS * rows; e += WORKGROUP) {
             let m = e / COLS;
-            let n = group.x * COLS + e % COLS;
+            let n = work.x * COLS + e % COLS;
             if (n < params.cols) {
                 var sum = 0.0;
                 for (var p = 0u; p < LANES; p++) {

@@ -3,7 +3,7 @@
 //   y[g, 4·i + j] = trips · f16(x[i]) · f16(x[2 + j]),  i = 0, 1, j = 0 … 3:  added up in trips steps
 //
 // Eight sums that do not wait for each other.
-// grid: one workgroup, of one subgroup, for every g. Further subgroups repeat it, and store the same.
+// grid: one workgroup, of one subgroup, for every g, folded into x and y. Further subgroups repeat it, and store the same.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -26,7 +26,15 @@ var<workgroup> sh_x: array<f16, 6u * MATRIX>;
 var<workgroup> sh_y: array<f32, 8u * MATRIX>;
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let g = group.y * groups.x + group.x;
+    if (g >= params.groups) {
+        return;
+    }
     for (var e = local; e < 6u * MATRIX; e += WORKGROUP) {
         sh_x[e] = f16(x[e]);
     }
@@ -69,8 +77,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     coopStoreT(sum13, &sh_y[7u * MATRIX], SIDE);
     workgroupBarrier();
     for (var e = local; e < 8u * MATRIX; e += WORKGROUP) {
-        if (group.x < params.groups) {
-            y[group.x * 8u * MATRIX + e] = sh_y[e];
-        }
+        y[g * 8u * MATRIX + e] = sh_y[e];
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::kernels::product;
 
 /// How weights and caches are stored on the device. Activations, accumulators, maxima and sums are always f32; kernels by
 /// cooperative matrices round the factors of a product to f16.
@@ -256,6 +257,8 @@ pub struct Plan {
     pub overrides: Vec<(&'static str, f64)>,
     /// Workgroups in x, y and z; a zero anywhere means that there is nothing to do.
     pub grid: [u32; 3],
+    /// The same before it was folded, for a kernel of tiles; its parameters carry it. Zeros for the other kernels.
+    pub tiles: [u32; 3],
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
     /// Workgroup memory in bytes: wgpu 30 does not check this limit, so we do.
@@ -263,6 +266,21 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Checks the plan of a kernel of tiles, whose grid is folded where a dimension does not hold it: the shader finds the tile of
+    /// workgroup `i = y · num_workgroups.x + x` at `(i mod tiles.x, i / tiles.x mod tiles.y, i / (tiles.x · tiles.y))`.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] with the number needed and the number allowed.
+    pub(crate) fn tiled(mut self, kernel: &'static str, limits: &wgpu::Limits) -> Result<Self> {
+        self.tiles = self.grid;
+        if self.grid.iter().any(|&groups| groups > limits.max_compute_workgroups_per_dimension) {
+            let groups = product(&self.tiles);
+            check_index(kernel, groups, "workgroups")?;
+            self.grid = fold_grid(kernel, groups, limits)?;
+        }
+        self.checked(kernel, limits)
+    }
+
     /// Checks a plan against the limits.
     ///
     /// # Errors
@@ -318,6 +336,15 @@ pub(crate) fn fold_grid(kernel: &'static str, groups: u64, limits: &wgpu::Limits
     Ok([groups.div_ceil(y) as u32, y as u32, 1])
 }
 
+/// Refuses more than a shader can number: indices have 32 bits, and a folded grid overshoots. Below 2^31 it cannot wrap around to
+/// the first elements.
+fn check_index(kernel: &'static str, count: u64, what: &str) -> Result<()> {
+    if count >= 1 << 31 {
+        return Err(Error::problem(kernel, format!("{count} {what}, must be below 2^31")));
+    }
+    Ok(())
+}
+
 /// The size of the one-dimensional kernels' workgroups, per tuning.
 pub(crate) const LINEAR_WORKGROUPS: &[u32] = &[256, 64];
 
@@ -329,14 +356,11 @@ pub(crate) fn linear_plan(
     context: &PlanContext,
     tuning: Tuning,
 ) -> Result<Plan> {
-    // Indices have 32 bits, and a folded grid overshoots: below 2^31 it cannot wrap around to the first elements.
-    if elements >= 1 << 31 {
-        return Err(Error::problem(kernel, format!("{elements} elements, must be below 2^31")));
-    }
+    check_index(kernel, elements, "elements")?;
     let workgroup_size = LINEAR_WORKGROUPS[tuning.choose(kernel, LINEAR_WORKGROUPS.len(), context.auto(kernel, 0))?];
     overrides.push(("WORKGROUP", workgroup_size.into()));
     let grid = fold_grid(kernel, elements.div_ceil(workgroup_size.into()), &context.limits)?;
-    Plan { overrides, grid, workgroup_size, workgroup_bytes: 0 }.checked(kernel, &context.limits)
+    Plan { overrides, grid, tiles: [0; 3], workgroup_size, workgroup_bytes: 0 }.checked(kernel, &context.limits)
 }
 
 #[cfg(test)]

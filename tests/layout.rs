@@ -814,6 +814,8 @@ fn every_grid_covers_its_problem_and_no_more() {
                 for axis in 0..3 {
                     assert_eq!(grid[axis], size[axis].div_ceil(tile[axis]), "{what}: axis {axis}");
                 }
+                // Kernels with a dimension of their own beside folded items have no tiles.
+                assert!(plan.tiles == plan.grid || plan.tiles == [0; 3], "{what}: {plan:?}");
             }
         }
     }
@@ -1099,17 +1101,16 @@ fn plan_refuses_limits_that_are_too_small() {
 
     let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
     context.limits.max_compute_workgroups_per_dimension = 4;
-    // Sixteen workgroups fit when folded, seventeen do not; a tiled grid does not fold.
+    // Sixteen workgroups fit when folded, seventeen do not.
     let rows = |rows| norm_problem(rows, norm::Kind::Rms, false, Storage::F32).plan(&context, Tuning::Auto);
     assert_eq!(rows(16).unwrap().grid, [4, 4, 1]);
     assert!(matches!(rows(17), Err(Error::Limit { needed: 17, allowed: 16, .. })));
     let heads = |n_head| decode_problem(SPLIT, n_head, Storage::F32).plan(&context, Tuning::Auto);
-    assert_eq!(heads(4).unwrap().grid, [1, 4, 1]);
-    let error = heads(5).unwrap_err();
-    assert!(
-        matches!(error, Error::Limit { needed: 5, allowed: 4, limit: "max_compute_workgroups_per_dimension", .. }),
-        "{error}"
-    );
+    let tiles = |plan: Plan| (plan.grid, plan.tiles);
+    assert_eq!(tiles(heads(4).unwrap()), ([1, 4, 1], [1, 4, 1]));
+    assert_eq!(tiles(heads(5).unwrap()), ([3, 2, 1], [1, 5, 1]));
+    assert_eq!(tiles(heads(16).unwrap()), ([4, 4, 1], [1, 16, 1]));
+    assert!(matches!(heads(17), Err(Error::Limit { needed: 17, allowed: 16, .. })));
 }
 
 #[test]

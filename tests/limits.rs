@@ -5,14 +5,17 @@
 mod common;
 
 use common::{Gpu, gpu, gpu_with};
+use std::collections::BTreeMap;
+
 use egmla::Error;
 use egmla::attention::{Attention, CacheOptions, GateRows, LatentCache, Workspace, WorkspaceOptions};
+use egmla::check::capture::{Action, Blob, Blobs};
 use egmla::check::random::attention_weights;
-use egmla::check::readback;
+use egmla::check::{cases, readback};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::decoder::{Decoder, DecoderStateOptions, ModelFolder};
-use egmla::kernel::{Recording, Region};
-use egmla::kernels::{Problem, attention_decode, attention_merge, matmul, residual_add};
+use egmla::kernel::{KernelSpec, Recording, Region};
+use egmla::kernels::{Problem, REGISTRY, attention_decode, attention_merge, residual_add};
 use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
 use egmla::wgpu;
 
@@ -245,7 +248,68 @@ fn grids_that_fold_cover_every_element() {
     gpu.assert_no_errors();
 }
 
-/// A grid that would not fit even folded, or does not fold, is refused with the number.
+/// Every kernel, on devices whose grids hold so few workgroups a dimension that they fold: the same results.
+#[test]
+fn every_kernel_is_right_where_its_grid_folds() {
+    const EACH: usize = 3;
+    let whole = gpu();
+    let mut folded: BTreeMap<&str, usize> = BTreeMap::new();
+    let offered = |spec: &&&KernelSpec| spec.missing(whole.kernels.context()).is_none();
+    for case in cases().iter().filter(|case| REGISTRY.iter().filter(offered).any(|spec| spec.name == case.kernel())) {
+        if folded.get(case.kernel()).is_some_and(|&cases| cases >= EACH) {
+            continue;
+        }
+        // What would be launched where all fits.
+        let (data, _) = case.export(&whole.kernels, &whole.queue, whole.kernels.context().clone()).unwrap();
+        let grids = || data.actions.iter().filter_map(of_kernel(case.kernel()));
+        // From the least side of a square that holds every grid on; a dimension of a kernel's own may want more.
+        let side = |grid: [u32; 3]| f64::from(grid.iter().product::<u32>()).sqrt().ceil() as u32;
+        let least = grids().map(side).max().unwrap_or(0);
+        let longest = grids().flatten().max().unwrap_or(0);
+        let Some(gpu) = (least..longest).find_map(|most| {
+            let gpu = gpu_with(wgpu::Limits { max_compute_workgroups_per_dimension: most, ..Default::default() });
+            match case.export(&gpu.kernels, &gpu.queue, gpu.kernels.context().clone()) {
+                Err(Error::Limit { limit: "max_compute_workgroups_per_dimension", .. }) => None,
+                planned => {
+                    let (data, blobs) = planned.unwrap();
+                    data.actions.iter().any(|action| is_folded(action, &blobs)).then_some(gpu)
+                }
+            }
+        }) else {
+            continue;
+        };
+        for outcome in case.run(&gpu.kernels, &gpu.queue).unwrap() {
+            assert!(outcome.verdict.is_ok(), "{} [{}]: {outcome:?}", case.id(), outcome.tuning);
+        }
+        gpu.assert_no_errors();
+        *folded.entry(case.kernel()).or_default() += 1;
+    }
+    println!("cases with a folded grid: {folded:?}");
+    for spec in REGISTRY.iter().filter(offered) {
+        assert!(folded.contains_key(spec.name), "no grid of {} folded", spec.name);
+    }
+}
+
+/// The grid of a kernel's dispatch.
+fn of_kernel(name: &str) -> impl Fn(&Action) -> Option<[u32; 3]> {
+    move |action| match action {
+        Action::Dispatch { kernel, grid, .. } if *kernel == name => Some(*grid),
+        _ => None,
+    }
+}
+
+/// Whether a dispatch's grid is folded: the last words of a kernel of tiles' parameters are its tiles.
+fn is_folded(action: &Action, blobs: &Blobs) -> bool {
+    let Action::Dispatch { kernel, grid, params: Blob::At { at, bytes }, .. } = action else { return false };
+    let spec = REGISTRY.iter().find(|spec| spec.name == *kernel).unwrap();
+    let words: Vec<u32> = bytemuck::pod_collect_to_vec(&blobs.bytes()[*at..at + bytes]);
+    match spec.source.contains("tiles_x: u32,") {
+        true => words[words.len() - 3..] != *grid,
+        false => grid[1..].iter().any(|&groups| groups > 1),
+    }
+}
+
+/// A grid that would not fit even folded is refused with the number.
 #[test]
 fn grids_over_the_limit_are_refused() {
     let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
@@ -255,11 +319,17 @@ fn grids_over_the_limit_are_refused() {
         }
         other => panic!("{other:?}"),
     };
-    over(matmul::Problem::linear(1 << 24, 8, 8, false, Storage::F32).plan(&context, Tuning::Auto));
     let merge = attention_merge::Problem { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
     over(merge.plan(&context, Tuning::Auto));
     let decode = attention_decode::Problem { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };
-    over(decode.plan(&context, Tuning::Auto));
+    let plan = decode.plan(&context, Tuning::Auto).unwrap();
+    assert_eq!((plan.grid, plan.tiles), ([32_768, 2, 1], [65_536, 1, 1]));
+    let heads = attention_decode::Problem { n_head: 65_535, ..decode };
+    let error = heads.plan(&context, Tuning::Auto).unwrap_err().to_string();
+    assert_eq!(error, "attention_decode: 4294901760 workgroups, must be below 2^31");
+    let mut small = context;
+    small.limits.max_compute_workgroups_per_dimension = 255;
+    over(decode.plan(&small, Tuning::Auto));
 }
 
 fn decode_problem() -> attention_decode::Problem {

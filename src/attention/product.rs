@@ -52,8 +52,6 @@ impl Kernel {
             return if few { Kernel::Matvec } else { Kernel::Matmul };
         }
         let offered = |spec: &KernelSpec| spec.missing(context).is_none();
-        // Its workgroups are as many as a quarter of the columns.
-        let narrow = problem.cols.div_ceil(4) <= context.limits.max_compute_workgroups_per_dimension;
         // They round x: only where the weights are rounded, too. A software adapter gains nothing by them.
         if problem.storage == Storage::F16
             && problem.rows >= COOPERATIVE_ROWS
@@ -70,7 +68,7 @@ impl Kernel {
             // On lavapipe the shuffles pay from the second row on.
             AdapterClass::Software if problem.rows > 1 && offered(&matmul_subgroup::SPEC) => Kernel::MatmulSubgroup,
             AdapterClass::Software if few => Kernel::MatvecVec4,
-            _ if few && narrow && offered(&matvec_subgroup::SPEC) => Kernel::MatvecSubgroup,
+            _ if few && offered(&matvec_subgroup::SPEC) => Kernel::MatvecSubgroup,
             _ if few => Kernel::MatvecVec4,
             _ => Kernel::MatmulVec4,
         }

@@ -2362,6 +2362,7 @@ fn gate_row_cases(cases: &mut Vec<Case>) {
             (4, 64, 8, false, false),
             (9, 130, 33, true, true),
             (6, 33, 64, false, true),
+            (38, 5, 6, true, false),
         ] {
             let lists = if ids { "ids" } else { "all" };
             let id = format!("{rows}x{width}x{d_gate}_{lists}/{}", storage.name());
@@ -2543,11 +2544,11 @@ fn lists(cases: &mut Vec<Case>) {
             })
         }));
     }
-    for (name, first_row) in [("whole", 0), ("second_pass", 16)] {
+    for (name, first_row, longest) in [("whole", 0, 30), ("second_pass", 16, 30), ("long", 0, 300)] {
         cases.push(Case::new("group_ids", name, move |lab| {
             every_tuning(group_ids::SPEC.tunings, Tolerance::EXACT, |tuning| {
                 let tiling = Tiling { groups: 4, run: 2 };
-                let sequences = [(30, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
+                let sequences = [(longest, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
                 let Some(batch) = GroupedBatch::new(&sequences, (1, 1), tiling, Sources::Both) else {
                     return Ok(Vec::new());
                 };

@@ -47,6 +47,9 @@ pub struct Params {
     latent_loads: u32,
     rope_loads: u32,
     scale: f32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 /// Attention over the whole cache of every sequence of a step.
@@ -104,7 +107,8 @@ impl Problem {
         self.storage.row_loads(width)
     }
 
-    pub(super) fn params(&self) -> Params {
+    pub(super) fn params(&self, plan: &Plan) -> Params {
+        let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             n_head: self.n_head,
             d_latent: self.d_latent,
@@ -114,6 +118,9 @@ impl Problem {
             latent_loads: self.loads(self.d_latent),
             rope_loads: self.loads(self.d_rope),
             scale: self.scale,
+            tiles_x,
+            tiles_y,
+            tiles_z,
         }
     }
 
@@ -151,10 +158,11 @@ impl super::Problem for Problem {
                 ("SPLIT", SPLIT.into()),
             ],
             grid: [self.splits, self.n_head.div_ceil(heads), self.most_tokens],
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 4 * heads * (8 * CHUNK + SPLIT + workgroup_size),
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -183,5 +191,5 @@ pub struct Args<'a> {
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
+    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args))
 }

@@ -44,10 +44,11 @@ impl super::Problem for Problem {
                 ("SPLIT", SPLIT.into()),
             ],
             grid: [self.0.splits, self.0.n_head.div_ceil(HEADS), self.0.most_tokens],
+            tiles: [0; 3],
             workgroup_size: lanes,
             workgroup_bytes: 4 * HEADS * SPLIT,
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -57,5 +58,5 @@ impl super::Problem for Problem {
 /// What the plan refuses, a region that is too small, an input that is also an output, or a device without subgroups.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

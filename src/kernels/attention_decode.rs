@@ -66,6 +66,9 @@ pub struct Params {
     n_sequence: u32,
     rope_pitch: u32,
     scale: f32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 /// Attention over one tile of keys.
@@ -120,7 +123,8 @@ impl Problem {
         Ok(())
     }
 
-    pub(super) fn params(&self) -> Params {
+    pub(super) fn params(&self, plan: &Plan) -> Params {
+        let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             n_head: self.n_head,
             d_nope: self.d_nope,
@@ -130,6 +134,9 @@ impl Problem {
             n_sequence: self.n_sequence,
             rope_pitch: self.storage.row_pitch(self.d_rope),
             scale: self.scale,
+            tiles_x,
+            tiles_y,
+            tiles_z,
         }
     }
 
@@ -162,10 +169,11 @@ impl super::Problem for Problem {
                 ("SPLIT", SPLIT.into()),
             ],
             grid: [self.kv_rows / SPLIT, self.n_head, self.most_tokens],
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 4 * (SPLIT + workgroup_size),
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -192,5 +200,5 @@ pub struct Args<'a> {
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args, 0))
+    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args, 0))
 }

@@ -60,10 +60,11 @@ impl super::Problem for Problem {
                 ("SPLIT", SPLIT.into()),
             ],
             grid: [self.0.kv_rows / SPLIT, self.0.n_head, self.0.most_tokens],
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 16 * (shared + quads) + 8 * (workgroup_size / columns),
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -74,5 +75,5 @@ impl super::Problem for Problem {
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
     // A binding of 16-byte elements holds one at least, be it unused.
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args, 16))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args, 16))
 }

@@ -387,6 +387,7 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: self.grid(SPEC.name, heads, context)?,
+            tiles: [0; 3],
             workgroup_size: heads * lanes,
             workgroup_bytes: u32::try_from(bytes).unwrap_or(u32::MAX),
         }

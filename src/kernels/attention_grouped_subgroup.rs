@@ -115,6 +115,7 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: self.0.grid(SPEC.name, heads, context)?,
+            tiles: [0; 3],
             workgroup_size: heads * GROUPS,
             workgroup_bytes: 0,
         }

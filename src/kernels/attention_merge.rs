@@ -60,6 +60,7 @@ impl super::Problem for Problem {
         Plan {
             overrides: vec![("WORKGROUP", workgroup_size.into())],
             grid: fold_grid(SPEC.name, product(&[self.tokens, self.n_head]), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 0,
         }

@@ -60,6 +60,9 @@ pub struct Params {
     scale: f32,
     first: u32,
     last: u32,
+    tiles_x: u32,
+    tiles_y: u32,
+    tiles_z: u32,
 }
 
 /// A run of consecutive queries of one sequence, at most [`tile_q`] long.
@@ -162,7 +165,8 @@ impl Problem {
         Err(Error::problem(kernel, widths))
     }
 
-    pub(super) fn params(&self) -> Params {
+    pub(super) fn params(&self, plan: &Plan) -> Params {
+        let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             n_head: self.n_head,
             d_nope: self.d_nope,
@@ -174,6 +178,9 @@ impl Problem {
             scale: self.scale,
             first: self.first.into(),
             last: self.last.into(),
+            tiles_x,
+            tiles_y,
+            tiles_z,
         }
     }
 
@@ -213,10 +220,11 @@ impl super::Problem for Problem {
                 ("COLUMNS", columns.into()),
             ],
             grid: [self.query_tiles, self.n_head, self.d_value.div_ceil(SLICE)],
+            tiles: [0; 3],
             workgroup_size: rows * LANES,
             workgroup_bytes: 16 * staged,
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -248,5 +256,5 @@ pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuni
         return attention_prefill_rows::encode(recording, &attention_prefill_rows::Problem(*problem), args, tuning);
     }
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
+    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args))
 }

@@ -49,11 +49,12 @@ pub(super) fn plan(
     Plan {
         overrides: vec![("WORKGROUP", workgroup_size.into()), ("PARTS", parts.into()), ("COLUMNS", columns.into())],
         grid: [problem.query_tiles.saturating_mul(parts), problem.n_head, problem.d_value.div_ceil(SLICE)],
+        tiles: [0; 3],
         workgroup_size,
         // Staged halves of 64 columns, scores, maxima, factors and marks, one word more.
         workgroup_bytes: 2 * 2 * TILE * (64 + 8) + 4 * TILE * (TILE + 4) + 4 * (workgroup_size + 2 * TILE + 1),
     }
-    .checked(spec.name, &context.limits)
+    .tiled(spec.name, &context.limits)
 }
 
 impl super::Problem for Problem {
@@ -70,5 +71,5 @@ impl super::Problem for Problem {
 /// What the plan refuses, a region that is too small, an input that is also an output, or a device without the matrices.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

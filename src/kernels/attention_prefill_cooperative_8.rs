@@ -36,5 +36,5 @@ impl super::Problem for Problem {
 /// As [`attention_prefill_cooperative::encode`].
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

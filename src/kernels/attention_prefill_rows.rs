@@ -49,10 +49,11 @@ impl super::Problem for Problem {
                 ("SLICE", SLICE.into()),
             ],
             grid: [self.0.query_tiles, self.0.n_head, self.0.d_value.div_ceil(SLICE)],
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 0,
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -62,5 +63,5 @@ impl super::Problem for Problem {
 /// What the plan refuses, a region that is too small, or an input that is also an output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

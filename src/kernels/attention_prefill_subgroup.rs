@@ -61,10 +61,11 @@ impl super::Problem for Problem {
                 ("CHUNK", CHUNK.into()),
             ],
             grid: [self.0.query_tiles.saturating_mul(parts), self.0.n_head, self.0.d_value.div_ceil(SLICE)],
+            tiles: [0; 3],
             workgroup_size: lanes * teams,
             workgroup_bytes: 16 * stage,
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -74,5 +75,5 @@ impl super::Problem for Problem {
 /// What the plan refuses, a region that is too small, an input that is also an output, or a device without subgroups.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

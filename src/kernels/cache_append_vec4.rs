@@ -47,6 +47,7 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: fold_grid(SPEC.name, rows.div_ceil((workgroup / lanes).into()), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size: workgroup,
             workgroup_bytes: 0,
         }

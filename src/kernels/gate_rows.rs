@@ -93,6 +93,7 @@ impl super::Problem for Problem {
                 ("WORKGROUP", workgroup_size.into()),
             ],
             grid: [self.y_storage.row_pitch(self.width).div_ceil(4 * workgroup_size), x, y],
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 0,
         }

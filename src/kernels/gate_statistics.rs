@@ -99,6 +99,7 @@ impl super::Problem for Problem {
                 ("LANES", lanes.into()),
             ],
             grid: fold_grid(SPEC.name, self.tokens.div_ceil(workgroup / lanes).into(), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size: workgroup,
             workgroup_bytes: 16 * if lanes == 1 { 1 } else { workgroup },
         }

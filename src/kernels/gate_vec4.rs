@@ -55,6 +55,7 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: fold_grid(SPEC.name, self.0.rows.div_ceil(each).into(), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size: workgroup,
             workgroup_bytes: 16 * if lanes == 1 { 1 } else { workgroup },
         }

@@ -42,6 +42,9 @@ pub struct Params {
     pub(super) y_offset: u32,
     pub(super) y_row: u32,
     pub(super) y_batch: u32,
+    pub(super) tiles_x: u32,
+    pub(super) tiles_y: u32,
+    pub(super) tiles_z: u32,
 }
 
 /// Where the elements of an operand stand, in elements.
@@ -136,7 +139,8 @@ impl Problem {
         Ok(())
     }
 
-    pub(super) fn params(&self) -> Params {
+    pub(super) fn params(&self, plan: &Plan) -> Params {
+        let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             rows: self.rows,
             inner: self.inner,
@@ -151,6 +155,9 @@ impl Problem {
             y_offset: self.y.offset,
             y_row: self.y.row,
             y_batch: self.y.batch,
+            tiles_x,
+            tiles_y,
+            tiles_z,
         }
     }
 
@@ -193,10 +200,11 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: [self.cols.div_ceil(tile_n), self.rows.div_ceil(tile_m), self.batch],
+            tiles: [0; 3],
             workgroup_size: wg_x * wg_y,
             workgroup_bytes: 4 * tile_k * (tile_m + 1 + tile_n + 1),
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -219,5 +227,5 @@ pub struct Args<'a> {
 /// What the plan refuses, a region that is too small, or an input that is also the output.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
+    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args))
 }

@@ -64,11 +64,12 @@ pub(super) fn plan(
             ("FRAGMENTS", fragments.into()),
         ],
         grid: grid(fragments),
+        tiles: [0; 3],
         workgroup_size,
         // Staged halves, and a matrix of sums for each subgroup.
         workgroup_bytes: 2 * 2 * tile * (tile_k + 8) + 4 * 4 * side * side,
     }
-    .checked(spec.name, &context.limits)
+    .tiled(spec.name, &context.limits)
 }
 
 /// Invocations of four subgroups at least: whole ones, whatever their size.
@@ -90,5 +91,5 @@ impl super::Problem for Problem {
 /// As [`matmul::encode`], operands that do not suit 16-byte loads, f32 storage, or a device without the matrices.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

@@ -39,10 +39,11 @@ impl super::Problem for Problem {
             overrides,
             // Rows along x: workgroups that start one after another read the same weights.
             grid: [self.0.rows.div_ceil(8), self.0.cols.div_ceil(cols), self.0.batch],
+            tiles: [0; 3],
             workgroup_size: 8,
             workgroup_bytes: 0,
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -52,5 +53,5 @@ impl super::Problem for Problem {
 /// As [`matmul::encode`], and operands that do not suit 16-byte loads or a device without subgroups.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

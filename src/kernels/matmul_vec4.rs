@@ -55,10 +55,11 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: [self.0.cols.div_ceil(8 * wg_x), self.0.rows.div_ceil(8 * wg_y), self.0.batch],
+            tiles: [0; 3],
             workgroup_size: wg_x * wg_y,
             workgroup_bytes: 4 * 16 * (8 * wg_x + 8 * wg_y),
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -68,5 +69,5 @@ impl super::Problem for Problem {
 /// As [`matmul::encode`], and operands that do not suit 16-byte loads.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

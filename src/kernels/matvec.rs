@@ -41,14 +41,6 @@ impl super::Problem for Problem {
             AdapterClass::Integrated | AdapterClass::Apple => 0,
             AdapterClass::Discrete => 2,
         };
-        // One dimension holds 65 535 workgroups: a wide result takes the setting with the most columns a workgroup.
-        let fits = |index: usize| {
-            let columns = TUNINGS.get(index).map(|(workgroup, lanes)| workgroup / lanes);
-            columns.is_some_and(|columns| {
-                self.0.cols.div_ceil(columns) <= context.limits.max_compute_workgroups_per_dimension
-            })
-        };
-        let auto = Some(context.auto(SPEC.name, auto)).filter(|&auto| fits(auto)).unwrap_or(1);
         let (workgroup, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
         trips(SPEC.name, "inner", self.0.inner, lanes)?;
         let mut overrides = self.0.switches();
@@ -56,10 +48,11 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: [self.0.cols.div_ceil(workgroup / lanes), self.0.rows.div_ceil(4), self.0.batch],
+            tiles: [0; 3],
             workgroup_size: workgroup,
             workgroup_bytes: 16 * workgroup,
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -69,5 +62,5 @@ impl super::Problem for Problem {
 /// As [`matmul::encode`].
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

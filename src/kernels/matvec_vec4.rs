@@ -44,10 +44,11 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: [self.0.cols.div_ceil(4 * workgroup / lanes), self.0.rows.div_ceil(4), self.0.batch],
+            tiles: [0; 3],
             workgroup_size: workgroup,
             workgroup_bytes: 16 * if lanes == 1 { 1 } else { 4 * workgroup },
         }
-        .checked(SPEC.name, &context.limits)
+        .tiled(SPEC.name, &context.limits)
     }
 }
 
@@ -57,5 +58,5 @@ impl super::Problem for Problem {
 /// As [`matmul::encode`], and operands that do not suit 16-byte loads.
 pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
     let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.0.params(), &problem.0.bound(&args))
+    recording.push(&SPEC, &plan, &problem.0.params(&plan), &problem.0.bound(&args))
 }

@@ -132,6 +132,7 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: fold_grid(SPEC.name, self.segments(), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 4 * workgroup_size,
         }

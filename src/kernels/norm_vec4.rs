@@ -57,6 +57,7 @@ impl super::Problem for Problem {
         Plan {
             overrides,
             grid: fold_grid(SPEC.name, self.0.segments().div_ceil(each), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size: workgroup,
             workgroup_bytes: 16 * if lanes == 1 { 1 } else { workgroup },
         }

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{COOPERATIVE_FEATURES, Problem as _, product, trips, words};
 use crate::error::Result;
 use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Tuning};
+use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
 
 /// Registry line.
 pub const SPEC: KernelSpec = KernelSpec {
@@ -58,7 +58,8 @@ pub(super) fn plan(
     let workgroup_size = context.widest_subgroup();
     Plan {
         overrides: vec![("WORKGROUP", workgroup_size.into())],
-        grid: [problem.groups, 1, 1],
+        grid: fold_grid(spec.name, problem.groups.into(), &context.limits)?,
+        tiles: [0; 3],
         workgroup_size,
         workgroup_bytes: (2 * FACTORS + 4 * PRODUCTS) * side * side,
     }

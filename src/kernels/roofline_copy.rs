@@ -48,6 +48,7 @@ impl super::Problem for Problem {
         Plan {
             overrides: vec![("WORKGROUP", workgroup_size.into()), ("EACH", each.into())],
             grid: fold_grid(SPEC.name, groups.into(), &context.limits)?,
+            tiles: [0; 3],
             workgroup_size,
             workgroup_bytes: 0,
         }
