@@ -61,13 +61,22 @@ fn the_tests_devices_are_opened_with_what_was_asked_for() {
 
 const BINDING: u64 = 32 << 10;
 
-/// A device on which little fits.
-fn small() -> Gpu {
-    gpu_with(wgpu::Limits {
-        max_storage_buffer_binding_size: BINDING,
-        max_buffer_size: BINDING,
-        ..wgpu::Limits::default()
+/// Devices on which little fits: into a binding, of which a buffer holds several, and into a buffer.
+fn small() -> [Gpu; 2] {
+    [(BINDING, 4 * BINDING), (4 * BINDING, BINDING)].map(|(binding, buffer)| {
+        gpu_with(wgpu::Limits {
+            max_storage_buffer_binding_size: binding,
+            max_buffer_size: buffer,
+            ..wgpu::Limits::default()
+        })
     })
+}
+
+/// Loses the device: what allocates before it refuses fails for that, and not with [`Error::Limit`].
+fn lose(gpu: &Gpu) {
+    gpu.kernels.device().destroy();
+    let error = gpu.kernels.allocate("anything", 16).unwrap_err();
+    assert!(matches!(error, Error::DeviceLost { .. }), "{error}");
 }
 
 /// Allocations on the device; `None` where the backend does not count them.
@@ -81,7 +90,7 @@ fn allocations(gpu: &Gpu) -> Option<usize> {
     report.map(|report| report.allocations.len())
 }
 
-/// `make` is refused with both numbers, the one larger than the other, and allocates nothing on the way.
+/// `make` is refused for `what` with both numbers, the one larger than the other, and allocates nothing on the way.
 #[track_caller]
 fn refused<T>(gpu: &Gpu, what: &str, make: impl FnOnce() -> egmla::Result<T>) -> (u64, u64) {
     let before = allocations(gpu);
@@ -90,6 +99,7 @@ fn refused<T>(gpu: &Gpu, what: &str, make: impl FnOnce() -> egmla::Result<T>) ->
     let Error::Limit { needed, allowed, .. } = error else { panic!("{what}: {error}") };
     assert!(needed > allowed, "{what}: {error}");
     let text = error.to_string();
+    assert!(text.contains(what), "{what}: {text}");
     assert!(text.contains(&needed.to_string()) && text.contains(&allowed.to_string()), "{text}");
     assert_eq!(before, after, "{what}: {text}");
     (needed, allowed)
@@ -119,84 +129,102 @@ fn config(vocab_size: u32, d_gate: u32) -> AttentionConfig {
 
 #[test]
 fn an_allocation_is_counted() {
-    let gpu = small();
-    let before = allocations(&gpu);
-    let kept = gpu.kernels.allocate("one", 4096).unwrap();
-    assert_eq!(allocations(&gpu), before.map(|count| count + 1));
-    drop(kept);
+    for gpu in small() {
+        let before = allocations(&gpu);
+        let kept = gpu.kernels.allocate("one", 4096).unwrap();
+        assert_eq!(allocations(&gpu), before.map(|count| count + 1));
+        drop(kept);
+    }
 }
 
 #[test]
 fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
-    let gpu = small();
     // The gate's embedding comes last: 5 floats a row, padded to 8.
     let wide = config(1025, 5);
-    let weights = attention_weights(&wide, true, 1).unwrap();
-    let found = refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &weights, Storage::F32));
-    assert_eq!(found, (1025 * 32, BINDING));
-    Attention::new(&gpu.kernels, &wide, &weights, Storage::F16).unwrap();
-    // And the output's projection after the others: 24 rows of 30 floats, 40 of them too wide.
-    let tall = AttentionConfig { hidden_size: 300, d_value: 10, ..config(4, 1) };
-    let weights = attention_weights(&tall, true, 1).unwrap();
-    refused(&gpu, "o_proj", || Attention::new(&gpu.kernels, &tall, &weights, Storage::F32));
+    let wide_weights = attention_weights(&wide, true, 1).unwrap();
+    // And the output's projection after the others: 24 rows of 450 floats.
+    let tall = AttentionConfig { d_value: 150, ..config(4, 1) };
+    let tall_weights = attention_weights(&tall, true, 1).unwrap();
+    for gpu in small() {
+        let refusals = || {
+            let found = refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &wide_weights, Storage::F32));
+            assert_eq!(found, (1025 * 32, BINDING));
+            refused(&gpu, "o_proj", || Attention::new(&gpu.kernels, &tall, &tall_weights, Storage::F32));
+        };
+        refusals();
+        Attention::new(&gpu.kernels, &wide, &wide_weights, Storage::F16).unwrap();
+        lose(&gpu);
+        refusals();
+    }
 }
 
 #[test]
 fn caches_pools_and_lists_over_a_binding_are_refused_before_anything_is_allocated() {
-    let gpu = small();
     let config = config(50, 5);
-    let cache = |n_layer, capacity, gate_rows| {
-        let options = CacheOptions { n_layer, batch: 1, capacity, storage: Storage::F32, gate_rows };
-        LatentCache::new(&gpu.kernels, &config, options)
-    };
-    refused(&gpu, "latents", || cache(3, 1000, GateRows::Recompute));
-    // Latents alone would fit; with rotary keys and statistics they do not.
-    refused(&gpu, "layer", || cache(3, 500, GateRows::Recompute));
-    refused(&gpu, "pool", || cache(3, 64, GateRows::Pool { rows: 200 }));
-    cache(3, 64, GateRows::Pool { rows: 100 }).unwrap();
+    // Without a gate there are no lists, which would be refused first.
+    let plain = AttentionConfig { gate: None, ..config.clone() };
+    let of_plain =
+        CacheOptions { n_layer: 3, batch: 1, capacity: 1000, storage: Storage::F32, gate_rows: GateRows::Recompute };
     // Of two sequences' lists the cache is the smaller part.
     let narrow = AttentionConfig { d_latent: 4, d_rope: 0, ..config.clone() };
-    let options =
+    let of_narrow =
         CacheOptions { n_layer: 1, batch: 2, capacity: 600, storage: Storage::F16, gate_rows: GateRows::Table };
-    refused(&gpu, "lists", || LatentCache::new(&gpu.kernels, &narrow, options));
+    for gpu in small() {
+        let cache = |n_layer, capacity, gate_rows| {
+            let options = CacheOptions { n_layer, batch: 1, capacity, storage: Storage::F32, gate_rows };
+            LatentCache::new(&gpu.kernels, &config, options)
+        };
+        let refusals = || {
+            refused(&gpu, "latent cache of", || LatentCache::new(&gpu.kernels, &plain, of_plain));
+            // Latents alone would fit; with rotary keys and statistics they do not.
+            refused(&gpu, "latent cache with rotary keys and statistics", || cache(3, 500, GateRows::Recompute));
+            refused(&gpu, "a pool of 200 gate rows", || cache(3, 64, GateRows::Pool { rows: 200 }));
+            refused(&gpu, "group lists", || LatentCache::new(&gpu.kernels, &narrow, of_narrow));
+        };
+        refusals();
+        cache(3, 64, GateRows::Pool { rows: 100 }).unwrap();
+        lose(&gpu);
+        refusals();
+    }
 }
 
 #[test]
 fn workspaces_over_a_binding_are_refused_before_anything_is_allocated() {
-    let gpu = small();
     let options =
         CacheOptions { n_layer: 1, batch: 1, capacity: 300, storage: Storage::F16, gate_rows: GateRows::Recompute };
-    let cache = LatentCache::new(&gpu.kernels, &config(50, 5), options).unwrap();
-    // 512 rows of 54 floats.
-    refused(&gpu, "tile", || Workspace::new(&cache, WorkspaceOptions::new(4)));
+    for gpu in small() {
+        let cache = LatentCache::new(&gpu.kernels, &config(50, 5), options).unwrap();
+        // 512 rows of 54 floats.
+        let refusal = || refused(&gpu, "workspace", || Workspace::new(&cache, WorkspaceOptions::new(4)));
+        refusal();
+        lose(&gpu);
+        refusal();
+    }
 }
 
 #[test]
 fn a_gate_table_is_refused_where_two_bindings_do_not_hold_its_rows() {
-    let gpu = small();
     // Rows of 54 floats, padded to 56: 146 to a binding, with 64 bytes to spare.
     for (vocab, fits) in [(146, true), (147, true), (292, true), (293, false), (2000, false)] {
         let config = config(vocab, 1);
         let weights = attention_weights(&config, true, 1).unwrap();
-        let mut attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
-        let mut recording = Recording::new(&gpu.kernels);
-        if fits {
-            attention.load_gate_table(&mut recording).unwrap();
-            assert_eq!(attention.gate_table_bytes(), u64::from(vocab) * 224);
-        } else {
-            let found = refused(&gpu, "gate table", || attention.load_gate_table(&mut recording));
-            assert_eq!(found, (u64::from(vocab) * 224, 2 * 146 * 224));
-            assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
+        for gpu in small() {
+            let mut attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
+            let mut recording = Recording::new(&gpu.kernels);
+            if fits {
+                attention.load_gate_table(&mut recording).unwrap();
+                assert_eq!(attention.gate_table_bytes(), u64::from(vocab) * 224);
+                continue;
+            }
+            let mut refusal = || {
+                let found = refused(&gpu, "gate table", || attention.load_gate_table(&mut recording));
+                assert_eq!(found, (u64::from(vocab) * 224, 2 * 146 * 224));
+                assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
+            };
+            refusal();
+            lose(&gpu);
+            refusal();
         }
-    }
-    // A row that no binding holds: both numbers are still told, and nothing divides by it.
-    let wide = AttentionConfig { n_head: 600, hidden_size: 1, d_nope: 8, d_value: 6, d_latent: 1, ..config(3, 1) };
-    assert!(u64::from(wide.n_head * 14 * 4) > BINDING);
-    let weights = attention_weights(&wide, true, 1).unwrap();
-    let attention = Attention::new(&gpu.kernels, &wide, &weights, Storage::F16);
-    if let Ok(mut attention) = attention {
-        let mut recording = Recording::new(&gpu.kernels);
-        refused(&gpu, "wide row", || attention.load_gate_table(&mut recording));
     }
 }
 
@@ -205,22 +233,35 @@ fn a_language_models_tensors_and_buffers_are_refused_before_anything_is_allocate
     let folder =
         ModelFolder::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/shakespeare")).unwrap();
     let (config, weights) = (folder.config(), folder.weights().unwrap());
-    let with = |binding: u64| {
+    let with = |binding: u64, buffer: u64| {
         gpu_with(wgpu::Limits {
             max_storage_buffer_binding_size: binding,
-            max_buffer_size: binding,
+            max_buffer_size: buffer,
             ..wgpu::Limits::default()
         })
     };
-    let gpu = with(64 << 10);
-    let (largest, _) = refused(&gpu, "weights", || Decoder::new(&gpu.kernels, config, &weights, Storage::F32));
-    assert!(largest > 64 << 10);
+    for (binding, buffer) in [(64 << 10, 4 << 20), (4 << 20, 64 << 10)] {
+        let gpu = with(binding, buffer);
+        let refusal = || {
+            let decoder = || Decoder::new(&gpu.kernels, config, &weights, Storage::F32);
+            let (largest, allowed) = refused(&gpu, "in f32", decoder);
+            assert!(largest > 64 << 10 && allowed == 64 << 10, "{largest} of {allowed}");
+        };
+        refusal();
+        lose(&gpu);
+        refusal();
+    }
     // What holds the weights does not hold every token's logits.
-    let gpu = with(4 << 20);
-    let decoder = Decoder::new(&gpu.kernels, config, &weights, Storage::F32).unwrap();
-    let cache = decoder.cache(64, 64, GateRows::Recompute).unwrap();
-    let options = DecoderStateOptions { max_tokens: 4096, all_logits: true };
-    refused(&gpu, "state", || decoder.state(&cache, options));
+    for (binding, buffer) in [(8 << 20, 64 << 20), (64 << 20, 8 << 20)] {
+        let gpu = with(binding, buffer);
+        let decoder = Decoder::new(&gpu.kernels, config, &weights, Storage::F32).unwrap();
+        let cache = decoder.cache(64, 64, GateRows::Recompute).unwrap();
+        let options = DecoderStateOptions { max_tokens: 4096, all_logits: true };
+        let refusal = || refused(&gpu, "decoder's", || decoder.state(&cache, options));
+        refusal();
+        lose(&gpu);
+        refusal();
+    }
 }
 
 /// More workgroups than one dimension holds, on the device: every element once, none past the end.
