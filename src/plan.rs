@@ -270,7 +270,7 @@ impl Plan {
     /// workgroup `i = y · num_workgroups.x + x` at `(i mod tiles.x, i / tiles.x mod tiles.y, i / (tiles.x · tiles.y))`.
     ///
     /// # Errors
-    /// [`Error::Limit`] with the number needed and the number allowed.
+    /// [`Error::Limit`] with the number needed and the number allowed; a grid that folds and has 2^31 workgroups or more.
     pub(crate) fn tiled(mut self, kernel: &'static str, limits: &wgpu::Limits) -> Result<Self> {
         self.tiles = self.grid;
         if self.grid.iter().any(|&groups| groups > limits.max_compute_workgroups_per_dimension) {
