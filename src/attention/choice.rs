@@ -111,7 +111,7 @@ impl Prefill {
                 return Prefill::Cooperative8;
             }
         }
-        // It cuts a tile into several workgroups, of which one dimension may not hold as many.
+        // Its workgroups may be larger than a device allows.
         let subgroup = attention_prefill_subgroup::Problem(*problem);
         if problem.aligned() && offered(&attention_prefill_subgroup::SPEC, context) && runs(&subgroup, context) {
             return Prefill::Subgroup;
@@ -265,12 +265,18 @@ mod tests {
                 let narrow = class == AdapterClass::Software && size < 8;
                 let expected = if narrow { Prefill::Plain } else { Prefill::Subgroup };
                 assert_eq!(prefill(&with, 1, 4), expected, "{class:?} {size}");
-                // No whole number of 16-byte loads, too many workgroups.
+                // No whole number of 16-byte loads.
                 assert_eq!((prefill(&with, 1, 2), absorbed(&with, 30)), (Prefill::Plain, Absorbed::Plain));
             }
         }
         let software = context(AdapterClass::Software, SUBGROUP, 8);
-        assert_eq!([prefill(&software, 16_383, 4), prefill(&software, 16_384, 4)], [Prefill::Subgroup, Prefill::Plain]);
+        // It cuts a tile into four workgroups there: more of them than one dimension holds fold.
+        assert_eq!(prefill(&software, 16_384, 4), Prefill::Subgroup);
+        // More than a workgroup index holds.
+        assert_eq!(prefill(&software, 1 << 30, 4), Prefill::Plain);
+        let mut small = context(AdapterClass::Discrete, SUBGROUP, 32);
+        small.limits.max_compute_invocations_per_workgroup = 64;
+        assert_eq!(prefill(&small, 1, 4), Prefill::Plain);
         assert_eq!(absorbed(&software, 64), Absorbed::Subgroup);
         assert_eq!(absorbed(&context(AdapterClass::Software, SUBGROUP, 4), 64), Absorbed::Plain);
         let discrete = |size, d_latent| absorbed(&context(AdapterClass::Discrete, SUBGROUP, size), d_latent);
