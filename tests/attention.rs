@@ -463,9 +463,9 @@ fn a_layer_takes_twelve_dispatches_a_decode_step_at_most() {
     }
     let mut most = 0;
     for (config, gate_rows) in configs {
-        for d_q_latent in [None, Some(6)] {
+        for (d_q_latent, storage) in [(None, Storage::F32), (Some(6), Storage::F32), (Some(6), Storage::F16)] {
             let config = AttentionConfig { d_q_latent, attention_bias: true, ..config.clone() };
-            let rig = &mut Rig::with(&config, 1, 40, Storage::F32, gate_rows);
+            let rig = &mut Rig::with(&config, 1, 40, storage, gate_rows);
             let ids: Vec<u32> = (0..30).map(|position| position % 16).collect();
             rig.prefill(&[30], &vec![0.1; 30 * HIDDEN], &ids);
             // An id that never came up: a pool takes its row in.
@@ -481,7 +481,7 @@ fn a_layer_takes_twelve_dispatches_a_decode_step_at_most() {
                 let own: Vec<_> =
                     recording.kernel_names().filter(|name| !["word_scatter", "group_ids"].contains(name)).collect();
                 let gate = config.gate.as_ref().map(|gate| (gate.site, gate.norm));
-                let what = format!("{gate:?} {gate_rows:?} rank {d_q_latent:?} {path:?}");
+                let what = format!("{gate:?} {gate_rows:?} rank {d_q_latent:?} {storage:?} {path:?}");
                 assert!(own.len() <= MOST_DISPATCHES, "{what}: {} {own:?}", own.len());
                 println!("{what}: {}", own.len());
                 most = most.max(own.len());
@@ -614,6 +614,33 @@ fn absorption_without_the_gate_is_wrong() {
     let got = plain.decode(&[1], rows(&hidden, 39..40), &[], DecodePath::Absorbed);
     let error = compare(&got, last, Tolerance { relative: 1e-2 });
     assert!(error.verdict.is_err() && error.relative_error > 1e-2, "{}", error.relative_error);
+}
+
+/// An f16 cache rounds the latents. The statistics of the gate's norm are those of the rounded ones, whichever path wrote them,
+/// so that the paths agree as closely as with an f32 cache, in the step that writes them and in those that follow.
+#[test]
+fn what_a_step_leaves_in_an_f16_cache_does_not_depend_on_its_path() {
+    for norm in [GateNorm::LayerNorm, GateNorm::RmsNorm] {
+        for d_value in [8, 10] {
+            let mut config = AttentionConfig { d_value, ..gated(GateSite::UpProjected) };
+            config.gate.as_mut().unwrap().norm = norm;
+            let mut random = Random::new(14);
+            let (hidden, ids) = (random.values(12 * HIDDEN, 1.0), random.ids(12, 17));
+            let mut rig = Rig::new(&config, 1, 16, Storage::F16);
+            rig.prefill(&[4], rows(&hidden, 0..4), &ids[..4]);
+            // As many tokens at once as are decoded at once, so that their latents are the same bits.
+            let mut of_path = |path| {
+                rig.cache.truncate(0, 4).unwrap();
+                let mut got = rig.decode(&[4], rows(&hidden, 4..8), &ids[4..8], path);
+                got.extend(rig.decode(&[4], rows(&hidden, 8..12), &ids[8..12], DecodePath::Absorbed));
+                got
+            };
+            let (absorbed, expanded) = (of_path(DecodePath::Absorbed), of_path(DecodePath::Expanded));
+            let expanded: Vec<f64> = expanded.into_iter().map(f64::from).collect();
+            assert_close(&absorbed[..4 * HIDDEN], &expanded[..4 * HIDDEN], F32_LIMIT);
+            assert_close(&absorbed[4 * HIDDEN..], &expanded[4 * HIDDEN..], F32_LIMIT);
+        }
+    }
 }
 
 /// Ids as in text: a few are most of the tokens, most appear once.

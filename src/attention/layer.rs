@@ -1155,6 +1155,34 @@ impl Attention {
         Ok(source)
     }
 
+    /// The latents of the new tokens with the values that the cache holds, which an f16 cache has rounded: the statistics of a
+    /// norm must be those of the keys and values that the latents stand for, as a prefill leaves them.
+    fn as_cached<'w>(
+        &self,
+        recording: &mut Recording,
+        cache: &LatentCache,
+        layer: usize,
+        step: &Step,
+        workspace: &'w Workspace,
+        latents: Latents<'w>,
+    ) -> Result<Latents<'w>> {
+        let (width, storage) = (self.config.d_latent, cache.options().storage);
+        if storage == Storage::F32 {
+            return Ok(latents);
+        }
+        let y = &workspace.tile_latent;
+        let problem = gather::Problem {
+            rows: step.tokens,
+            width,
+            table_row: storage.row_pitch(width),
+            vocab_size: cache.rows(),
+            storage,
+        };
+        let args = gather::Args { table: &cache.layer(layer)?.latent, ids: &step.slots, y };
+        gather::encode(recording, &problem, args, Tuning::Auto)?;
+        Ok(Latents { region: y, offset: 0, row: width })
+    }
+
     /// Attention over the latents with one absorbed query per distinct token id.
     #[expect(clippy::too_many_arguments, reason = "as forward, and what append and the step's plan found")]
     fn attend_grouped(
@@ -1204,6 +1232,7 @@ impl Attention {
                 self.project_rows(recording, gate, rows + step.tokens, &source, workspace)?;
             }
             if pass_index == 0 && gate.norm != GateNorm::None {
+                let latents = self.as_cached(recording, cache, layer, step, workspace, latents)?;
                 let problem = matmul::Problem {
                     x: Layout { offset: latents.offset, row: latents.row, ..Layout::dense(c.d_latent) },
                     ..self.padded(step.tokens, c.d_latent, c.d_kv())

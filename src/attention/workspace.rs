@@ -162,7 +162,7 @@ impl Workspace {
             latent_gated: allocate("latent_gated", &[on(latent_gate, tokens), config.d_latent])?,
             gate_rows: allocate("gate_rows", &[gate_rows, d_gate])?,
             gate: allocate("gate", &[gate_rows, gate_width])?,
-            tile_latent: allocate("tile_latent", &[tile_rows, config.d_latent])?,
+            tile_latent: allocate("tile_latent", &[tile_rows.max(on(!absorbable, decoding)), config.d_latent])?,
             tile_slots: allocate("tile_slots", &[tile_rows])?,
             kv: allocate("kv", &[tile_rows.max(on(!absorbable, decoding)), config.d_kv()])?,
             kv_gated: allocate("kv_gated", &[on(!absorbable, tile_rows), config.d_kv()])?,

@@ -157,7 +157,7 @@ impl Layer {
     }
 
     /// The same with latents and rotary keys rounded as a cache in `storage` rounds them; f32 rounds nothing here. The norm's
-    /// statistics are those of the latents before.
+    /// statistics are those of the rounded latents, so that every decode path computes the same.
     pub fn with_cache(self, storage: Storage) -> Layer {
         Layer { cache: storage, ..self }
     }
@@ -329,14 +329,12 @@ impl Layer {
         if let Some(gate) = self.gate.as_ref().filter(|_| self.config.latent_gate().is_some()) {
             latent = gate.apply(&latent, token_ids).values;
         }
-        let (kv, statistics) = self.up_project(&latent, token_ids);
-        if self.cache == Storage::F32 {
-            return (Latents { latent, k_rope, statistics }, kv);
+        if self.cache == Storage::F16 {
+            let round = |value: &mut f64| *value = f16::from_f64(*value).to_f64();
+            latent.iter_mut().for_each(round);
+            k_rope.iter_mut().for_each(round);
         }
-        let round = |value: &mut f64| *value = f16::from_f64(*value).to_f64();
-        latent.iter_mut().for_each(round);
-        k_rope.iter_mut().for_each(round);
-        let (kv, _) = self.up_project(&latent, token_ids);
+        let (kv, statistics) = self.up_project(&latent, token_ids);
         (Latents { latent, k_rope, statistics }, kv)
     }
 
