@@ -77,11 +77,17 @@ fn span(values: impl Iterator<Item = f64>, base: f64) -> std::ops::Range<f64> {
     low..base.powf(high.log(base).ceil()).max(low * base)
 }
 
-/// A mark of a legend: a line of some width, or a point that is full or hollow.
+/// Dashes and gaps of a line, in pixels.
+pub const DASH: (i32, i32) = (6, 5);
+
+/// A mark of a legend, as it is in the plot: a line of some width, or a point of some radius that is full or hollow.
 #[derive(Clone, Copy)]
 pub enum Mark {
     Line(u32),
-    Point(ShapeStyle),
+    Dashed(u32),
+    Point(i32, ShapeStyle),
+    /// A line of text that goes on with what stands above it.
+    Nothing,
 }
 
 /// Names of what is drawn, one below the other.
@@ -90,7 +96,15 @@ pub fn legend(area: &Area<'_>, entries: &[(String, RGBColor, Mark)]) -> Result<(
         let y = 70 + 24 * place;
         match mark {
             Mark::Line(width) => area.draw(&PathElement::new([(4, y), (24, y)], colour.stroke_width(*width))),
-            Mark::Point(style) => area.draw(&Circle::new((14, y), 5, *style)),
+            Mark::Dashed(width) => {
+                let (dash, gap) = DASH;
+                (4..24).step_by((dash + gap) as usize).try_for_each(|x| {
+                    let end = (x + dash).min(24);
+                    area.draw(&PathElement::new([(x, y), (end, y)], colour.stroke_width(*width)))
+                })
+            }
+            Mark::Point(radius, style) => area.draw(&Circle::new((14, y), *radius, *style)),
+            Mark::Nothing => Ok(()),
         }
         .and_then(|()| area.draw(&Text::new(name.clone(), (32, y - 8), font(15))))
         .map_err(Failure::run)?;
@@ -230,7 +244,7 @@ fn roofline(area: &Area<'_>, report: &Report) -> Result<(), Failure> {
         let style = if number < COLOURS.len() { colour.filled() } else { colour.stroke_width(2) };
         let rows = computing.iter().filter(|row| family(&row.id) == *name);
         chart.draw_series(rows.map(|row| Circle::new(point(row), 5, style))).map_err(Failure::run)?;
-        entries.push(((*name).to_owned(), colour, Mark::Point(style)));
+        entries.push(((*name).to_owned(), colour, Mark::Point(5, style)));
     }
     legend(&names, &entries)
 }

@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use serde::Serialize;
 
 use crate::adapter::Gpu;
-use crate::bench::plots::{Area, COLOURS, INK, Mark, drawn, font, legend};
+use crate::bench::plots::{Area, COLOURS, DASH, INK, Mark, drawn, font, legend};
 use crate::console;
 use crate::failure::Failure;
 
@@ -72,6 +72,7 @@ fn table(curves: &[Curve]) -> Table {
 /// One panel a spread, a colour a way; the three configurations are marks of their own.
 fn plot(area: &Area<'_>, adapter: &str, curves: &[Curve]) -> Result<(), Failure> {
     const NAMES: u32 = 250;
+    const LEAST: f64 = 1e-8;
     let (width, _) = area.dim_in_pixel();
     let title = format!("Relative error against f64, f16 cache: {adapter}");
     let (head, body) = area.split_vertically(34);
@@ -83,7 +84,7 @@ fn plot(area: &Area<'_>, adapter: &str, curves: &[Curve]) -> Result<(), Failure>
             .margin(10)
             .x_label_area_size(46)
             .y_label_area_size(if spread == SPREADS[0] { 76 } else { 52 })
-            .build_cartesian_2d((900f64..75_000f64).log_scale().base(2.0), (1e-8..1f64).log_scale())
+            .build_cartesian_2d((900f64..75_000f64).log_scale().base(2.0), (LEAST..10f64).log_scale())
             .map_err(Failure::run)?;
         chart
             .configure_mesh()
@@ -99,10 +100,10 @@ fn plot(area: &Area<'_>, adapter: &str, curves: &[Curve]) -> Result<(), Failure>
             .draw()
             .map_err(Failure::run)?;
         let limit = [(900.0, LIMIT), (75_000.0, LIMIT)];
-        chart.draw_series(DashedLineSeries::new(limit, 6, 5, INK.stroke_width(2))).map_err(Failure::run)?;
+        chart.draw_series(DashedLineSeries::new(limit, DASH.0, DASH.1, INK.stroke_width(2))).map_err(Failure::run)?;
         for curve in curves.iter().filter(|curve| curve.spread == spread) {
             let (colour, size) = (colour(curve.way), mark(curve.configuration));
-            let points = || curve.errors.iter().map(|&(tokens, error)| (f64::from(tokens), error.max(1e-8)));
+            let points = || curve.errors.iter().map(|&(tokens, error)| (f64::from(tokens), error.max(LEAST)));
             chart.draw_series(LineSeries::new(points(), colour.stroke_width(2))).map_err(Failure::run)?;
             chart
                 .draw_series(points().map(|point| Circle::new(point, size, colour.stroke_width(2))))
@@ -111,19 +112,13 @@ fn plot(area: &Area<'_>, adapter: &str, curves: &[Curve]) -> Result<(), Failure>
     }
     let ways = [Way::Absorbed, Way::Expanded, Way::Prefill, Way::Rounding, Way::HalfSums];
     let mut entries: Vec<_> = ways.map(|way| (way.name().to_owned(), colour(way), Mark::Line(3))).into();
-    entries.push((format!("dashed: {LIMIT:.0e}, the most that is right"), INK, Mark::Line(1)));
     for name in ["MLA", "gate at latent", "gate at up_projected"] {
-        entries.push((
-            format!("{} mark: {name}", SIZES[mark(name) as usize / 2 - 1]),
-            INK,
-            Mark::Point(INK.stroke_width(2)),
-        ));
+        entries.push((name.to_owned(), INK, Mark::Point(mark(name), INK.stroke_width(2))));
     }
-    entries.push((format!("drift allowed past {DRIFT_FROM}: {DRIFT}×"), INK, Mark::Line(1)));
+    entries.push((format!("{LIMIT:.0e}, the most that is right;"), INK, Mark::Dashed(2)));
+    entries.push((format!("past {DRIFT_FROM} at most {DRIFT}× that there"), INK, Mark::Nothing));
     legend(&names, &entries)
 }
-
-const SIZES: [&str; 3] = ["small", "middle", "large"];
 
 /// Radius of a configuration's marks.
 fn mark(configuration: &str) -> i32 {
