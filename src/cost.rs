@@ -763,7 +763,16 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         cache_storage: work.cache_storage,
         storage,
     };
-    let measured = when_normed(gate, linear(work.tokens, config.d_latent, d_kv, false, storage) + statistics.cost());
+    // What an f16 cache has made of the latents is read back.
+    let cached = gather::Problem {
+        rows: if work.cache_storage == Storage::F16 { work.tokens } else { 0 },
+        width: config.d_latent,
+        table_row: config.d_latent,
+        vocab_size: work.rows,
+        storage: work.cache_storage,
+    };
+    let own = linear(work.tokens, config.d_latent, d_kv, false, storage);
+    let measured = when_normed(gate, cached.cost() + own + statistics.cost());
     let projection = if projected > 0 { linear(projected, gate.d_gate, d_kv, false, storage) } else { Cost::default() };
     rows.cost() + projection + measured + attention.cost() + merged(work.tokens, n_head, d_value, partials)
 }
@@ -1360,6 +1369,9 @@ mod tests {
             ..grouped()
         });
         assert!(attention.flops <= 2 * (98_304 * groups + 2_304 * cached));
+        // An f32 cache has 256 bytes more a row, and the new token's latent need not be read back from it.
+        let wide = attend_absorbed(&paper(), &DecodeWork::one(cached as u32, 1600, 0, Storage::F32), Storage::F16);
+        assert_eq!(wide.bytes - few.bytes, cached * 256 - (64 * 2 + 4 + 64 * 4));
         // Projecting the gate rows first costs 1536 · 256 multiply-adds each, the new token's among them.
         let projected = DecodeWork::one(8192, 1600, 1600, Storage::F16);
         let projected = attend_absorbed(&paper(), &projected, Storage::F16).flops - few.flops;
