@@ -411,6 +411,65 @@ fn info_counts_the_cache_of_any_config() {
     for part in ["8070450530368880640", "18446744073709551615"] {
         assert!(finished.stdout.contains(part), "{part} is not in {finished:?}");
     }
+    // Sums that fit no number: as many as a number holds.
+    for (key, value) in [
+        ("num_attention_heads", 1),
+        ("qk_nope_head_dim", 0),
+        ("v_head_dim", 1),
+        ("kv_lora_rank", (1 << 30) - 1),
+        ("qk_rope_head_dim", (1 << 30) - 2),
+    ] {
+        config[key] = json!(value);
+    }
+    config["num_hidden_layers"] = json!(u32::MAX);
+    job.write("config.json", config.to_string());
+    let finished = job.run("info");
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    assert!(finished.stdout.contains(&(u64::from(u32::MAX) * ((2 << 30) - 3)).to_string()), "{finished:?}");
+}
+
+/// Five megabytes of files that ask for eighty gigabytes of keys and values.
+#[test]
+fn computing_that_takes_too_much_memory_is_refused() {
+    const TOKENS: usize = 20_000;
+    const WIDTH: usize = 500_000;
+    let config = json!({
+        "hidden_size": 1, "num_attention_heads": 1, "kv_lora_rank": 1, "q_lora_rank": null,
+        "qk_nope_head_dim": 1, "qk_rope_head_dim": 0, "v_head_dim": WIDTH,
+    });
+    let file = |shapes: &[(&str, [usize; 2])]| {
+        let mut end = 0;
+        let entries: Vec<_> = shapes
+            .iter()
+            .map(|&(name, shape)| {
+                let begin = end;
+                end += 4 * shape[0] * shape[1];
+                tensor(name, "F32", &format!("{shape:?}"), &format!("[{begin},{end}]"))
+            })
+            .collect();
+        tensors(&format!("{{{}}}", entries.join(",")), end)
+    };
+    let job = Job::new();
+    job.write("c.json", config.to_string());
+    job.write(
+        "w.safetensors",
+        file(&[
+            ("q_proj.weight", [1, 1]),
+            ("kv_a_proj_with_mqa.weight", [1, 1]),
+            ("kv_b_proj.weight", [WIDTH + 1, 1]),
+            ("o_proj.weight", [1, WIDTH]),
+        ]),
+    );
+    job.write("x.safetensors", file(&[("hidden_states", [TOKENS, 1])]));
+    job.run("attend").refused("an input of 20000 tokens", &["bytes in f64 on the CPU, at most 8589934592"]);
+    assert!(!job.path("y").exists());
+    // As much as may be taken, where it cannot be had: this run's address space has two gibibytes.
+    job.write("x.safetensors", file(&[("hidden_states", [200, 1])]));
+    job.run("attend").refused("an input of 200 tokens", &["bytes in f64 on the CPU, which cannot be had"]);
+    // And a few tokens are computed.
+    job.write("x.safetensors", file(&[("hidden_states", [3, 1])]));
+    assert_eq!(job.run("attend").code, Some(0));
+    assert!(job.path("y").exists());
 }
 
 #[test]

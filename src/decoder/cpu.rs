@@ -77,6 +77,18 @@ impl CpuDecoder {
         })
     }
 
+    /// At most so many bytes are taken, beside the weights, by a state of `cached` tokens, and by computing `new` ones at once
+    /// and the logits of `rows` of them.
+    pub fn bytes(config: &DecoderConfig, cached: u64, new: u64, rows: u64) -> u64 {
+        let wide = |value: u32| u64::from(value);
+        let state = Layer::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
+        let stream = 3 * wide(config.attention.hidden_size) + 4 * wide(config.intermediate_size);
+        let step = Layer::bytes(&config.attention, 0, new).saturating_add(new.saturating_mul(8 * stream));
+        // In f64, and in f32 for whoever asked.
+        let logits = rows.saturating_mul(12 * wide(config.vocab_size));
+        state.saturating_add(step).saturating_add(logits)
+    }
+
     /// The configuration that it was built with.
     pub fn config(&self) -> &DecoderConfig {
         &self.config

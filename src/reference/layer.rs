@@ -162,6 +162,19 @@ impl Layer {
         Layer { cache: storage, ..self }
     }
 
+    /// At most so many bytes are taken by the keys and values of `cached` tokens, and by computing `new` ones at once.
+    pub fn bytes(config: &AttentionConfig, cached: u64, new: u64) -> u64 {
+        let wide = |value: u32| u64::from(value);
+        let AttentionConfig { hidden_size, n_head, d_latent, d_q_latent, d_rope, d_value, .. } = *config;
+        let (d_kv, d_query) = (wide(config.d_kv()), wide(n_head) * wide(config.d_query()));
+        // A list that grows may have twice the room that it needs, and is moved.
+        let kept = 3 * (d_kv + wide(d_rope));
+        let low = 3 * (wide(d_latent) + wide(d_rope) + wide(d_q_latent.unwrap_or(0)));
+        let gates = config.gate.as_ref().map_or(0, |gate| wide(gate.d_gate) + 3 * d_kv.max(wide(d_latent)));
+        let computed = 3 * wide(hidden_size) + 2 * d_query + 2 * wide(n_head) * wide(d_value) + low + d_kv + gates;
+        cached.saturating_mul(kept).saturating_add(new.saturating_mul(computed)).saturating_mul(8)
+    }
+
     /// The configuration that it was built with.
     pub fn config(&self) -> &AttentionConfig {
         &self.config

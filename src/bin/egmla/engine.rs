@@ -14,6 +14,28 @@ use crate::interrupt;
 /// Most tokens of one prefill step: longer texts go in chunks.
 const CHUNK: u32 = 512;
 
+/// Most bytes that computing on the CPU may take beside the weights: a small file can ask for any number.
+const MOST_MEMORY: u64 = 8 << 30;
+
+/// Fails where the CPU would need more memory than it may take, or than can be had.
+pub fn check_memory(what: &str, needed: u64) -> Result<(), Failure> {
+    let mut room: Vec<u8> = Vec::new();
+    let had = usize::try_from(needed).is_ok_and(|bytes| room.try_reserve_exact(bytes).is_ok());
+    // Nobody may leave out a reservation that is not used.
+    std::hint::black_box(&room);
+    if needed <= MOST_MEMORY && had {
+        return Ok(());
+    }
+    let most = if needed > MOST_MEMORY {
+        format!("at most {MOST_MEMORY} are taken")
+    } else {
+        "which cannot be had".to_owned()
+    };
+    Err(Failure::usage(format!(
+        "{what} needs {needed} bytes in f64 on the CPU, {most}: take a GPU adapter or fewer tokens"
+    )))
+}
+
 /// One sequence of a language model.
 pub enum Engine<'a> {
     /// In f64.
@@ -68,6 +90,11 @@ impl<'a> Engine<'a> {
     ) -> Result<Self, Failure> {
         match backend {
             Backend::Cpu { .. } => {
+                let new = options.max_tokens.min(CHUNK).into();
+                let rows = if options.all_logits { new } else { 1 };
+                let capacity = options.capacity;
+                let needed = CpuDecoder::bytes(config, capacity.into(), new, rows);
+                check_memory(&format!("a text of {capacity} tokens, {new} at once,"), needed)?;
                 let decoder = CpuDecoder::new(config, weights)?;
                 Ok(Engine::Cpu { state: decoder.state(), decoder: Box::new(decoder), capacity: options.capacity })
             }

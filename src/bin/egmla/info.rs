@@ -305,13 +305,15 @@ impl Shape {
     /// MHA, then MLA of latent width `mla`, then EG-MLA of the others, each compared with the first two.
     fn rows(&self, mla: u32, gated: &[u32]) -> Vec<CacheRow> {
         let layers = u64::from(self.n_layer);
-        let mha = layers * u64::from(self.n_head) * (u64::from(self.d_nope) + u64::from(self.d_value));
-        let latent = |width: u32| layers * (u64::from(width) + u64::from(self.d_rope));
+        // A configuration may tell of more layers than elements can be counted of.
+        let of_layers = |elements: u64| layers.saturating_mul(elements);
+        let of_head = u64::from(self.d_nope) + u64::from(self.d_value);
+        let mha = of_layers(u64::from(self.n_head).saturating_mul(of_head));
+        let latent = |width: u32| of_layers(u64::from(width) + u64::from(self.d_rope));
         let below = |elements: u64, base: u64| Some(100.0 * (1.0 - elements as f64 / base as f64));
         let row = |attention: String, elements: u64, below_mha, below_mla| CacheRow {
             attention,
             elements,
-            // A configuration may tell of more layers than bytes can be counted of.
             bytes_f32: elements.saturating_mul(Storage::F32.bytes()),
             bytes_f16: elements.saturating_mul(Storage::F16.bytes()),
             below_mha,

@@ -16,6 +16,7 @@ use egmla::weights::AttentionWeights;
 use super::schedule::{Planned, Schedule};
 use super::{Phase, Summary};
 use crate::adapter::Gpu;
+use crate::engine::check_memory;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::options::PathOptions;
@@ -116,6 +117,8 @@ pub fn on_cpu(
     options: &PathOptions,
 ) -> Result<(Vec<f32>, Summary), Failure> {
     options.storage.tell_on_cpu();
+    let (tokens, most) = (input.tokens() as u64, u64::from(schedule.most_tokens()));
+    check_memory(&format!("an input of {tokens} tokens, {most} at once,"), Layer::bytes(&config, tokens, most))?;
     let layer = Layer::new(config, weights);
     let mut histories = vec![History::default(); input.lengths.len()];
     let mut hidden = vec![0f32; input.hidden.len()];
