@@ -102,9 +102,29 @@ fn a_readme_without_the_block_is_left_alone() {
     assert_eq!(std::fs::read_to_string(folder.path().join("README.md")).unwrap(), "text");
 }
 
+/// A file of results may hold any number.
+#[test]
+fn results_of_any_size_are_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(root().join("README.md"), folder.path().join("README.md")).unwrap();
+    let mut report: Value = serde_json::from_slice(&std::fs::read(root().join(&results()[0])).unwrap()).unwrap();
+    for (key, value) in [("gflop_s", 1.5e308), ("median_us", 1e-320)] {
+        report["rows"].as_array_mut().unwrap().iter_mut().for_each(|row| row[key] = value.into());
+        std::fs::write(folder.path().join("results.json"), report.to_string()).unwrap();
+        done(egmla(folder.path(), &["bench", "--readme", "results.json"]));
+    }
+}
+
 #[test]
 fn bench_measures_and_writes_what_it_promises() {
     let folder = tempfile::tempdir().unwrap();
+    // What cannot be written is refused before anything is measured.
+    std::fs::write(folder.path().join("file"), "").unwrap();
+    for arguments in [["--json", "."], ["--json", "file/results.json"], ["--svg", "file"]] {
+        let refused = egmla(folder.path(), &[&["bench"], &arguments[..]].concat());
+        let errors = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!((refused.status.code(), errors.lines().count()), (Some(2), 1), "{arguments:?}: {errors}");
+    }
     let arguments = ["bench", "--filter", "norm/", "--json", "out/results.json", "--svg", "out/plots"];
     let table = done(egmla(folder.path(), &arguments));
     assert!(table.contains("roofline: copy") && table.contains("norm/rms_8192x1024"), "{table}");

@@ -576,6 +576,16 @@ fn check_draws_layers_and_runs_one_again() {
     let found = egmla(&["check", "--replay", &case(2)]).done();
     assert!(found.stdout.contains("right, with a relative error of"), "{found:?}");
     egmla(&["check", "--replay", &case(0)]).refused(2, &["num_attention_heads", "is 0"]);
+    // Cases that would take gigabytes, or whose tokens fit no number.
+    for (from, to, part) in [
+        ("\"batch\":1,", "\"batch\":4294967295,", "batch × capacity"),
+        ("\"n_head\":2,", "\"n_head\":2000000,", "largest weight"),
+        ("\"counts\":[4]", "\"counts\":[4294967295,1]", "events"),
+    ] {
+        let spoilt = case(2).replace(from, to);
+        assert_ne!(spoilt, case(2));
+        egmla(&["check", "--replay", &spoilt]).refused(2, &["--replay", part]);
+    }
     egmla(&["check", "--svg", "plots"]).refused(2, &["--long"]);
 }
 
@@ -628,6 +638,15 @@ fn export_writes_cases_and_a_layer_that_a_page_can_read() {
             assert_eq!(actions.iter().filter(|action| action["do"] == "read").count(), tokens.min(2), "{variant}");
         }
     }
+    // A model that is none is refused before anything is written.
+    let arguments = ["export", "--out", out.to_str().unwrap(), "--filter", "residual_add", "--model", "no such folder"];
+    egmla(&arguments).refused(2, &["no such folder"]);
+    assert_eq!(json("index.json"), index);
+    // Where a list stands, the rest is whole: one that breaks off leaves none.
+    fs::remove_file(out.join("cases/0001.json")).unwrap();
+    fs::create_dir(out.join("cases/0001.json")).unwrap();
+    egmla(&arguments[..5]).refused(1, &["0001.json"]);
+    assert!(!out.join("index.json").exists());
     // A folder that cannot be made.
     let taken = work.path().join("file");
     fs::write(&taken, "").unwrap();

@@ -132,6 +132,9 @@ pub enum Ids {
     Reversed,
 }
 
+/// Most elements of a tensor of a case that is read; what is drawn stays far below.
+const MOST_ELEMENTS: u64 = 1 << 24;
+
 /// A layer and what happens to its cache.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -180,6 +183,26 @@ impl Shape {
             gate: self.gate.clone(),
             rope: RopeConfig { theta: 10000.0, interleave: self.rope != Rope::Halves, scaling },
         }
+    }
+
+    /// Refuses what would take more memory than a case is worth.
+    fn check_size(&self, batch: u32, capacity: u32) -> Result<()> {
+        let Shape { hidden_size, n_head, d_latent, d_q_latent, d_nope, d_rope, d_value, .. } = *self;
+        let product = |extents: &[u32]| extents.iter().fold(1, |all: u64, &extent| all.saturating_mul(extent.into()));
+        let heads = n_head.saturating_mul(d_nope.saturating_add(d_rope.max(d_value)));
+        let low = d_latent.saturating_add(d_rope).saturating_add(d_q_latent.unwrap_or(0));
+        let (vocab, d_gate) = self.gate.as_ref().map_or((0, 1), |gate| (gate.vocab_size, gate.d_gate));
+        let row = hidden_size.max(heads).max(low);
+        for (what, found) in [
+            ("shape: elements of its largest weight", product(&[row, hidden_size.max(low).max(d_gate)])),
+            ("shape: elements of its gate table", product(&[vocab, d_gate.max(heads)])),
+            ("batch × capacity × the widest row", product(&[batch, capacity, row])),
+        ] {
+            if found > MOST_ELEMENTS {
+                return Err(Error::OutOfRange { what, found, limit: MOST_ELEMENTS });
+            }
+        }
+        Ok(())
     }
 
     /// Relative error that its results may show.
@@ -354,10 +377,12 @@ impl LayerCase {
     /// Reads a case.
     ///
     /// # Errors
-    /// [`Error::Json`] for another text, [`Error::Config`] for a case that cannot be.
+    /// [`Error::Json`] for another text, [`Error::Config`] for a case that cannot be, [`Error::OutOfRange`] for one that is too
+    /// large.
     pub fn from_json(text: &str) -> Result<LayerCase> {
         let case: LayerCase = serde_json::from_str(text)?;
         case.shape.config().validate()?;
+        case.shape.check_size(case.batch, case.capacity)?;
         if !case.possible() {
             return Err(Error::config("events", "do not fit the cache, or hold no new token"));
         }
@@ -621,7 +646,7 @@ impl Event {
     }
 
     fn tokens(&self) -> u32 {
-        self.counts().map_or(0, |(_, counts)| counts.iter().sum())
+        self.counts().map_or(0, |(_, counts)| counts.iter().fold(0, |all, &count| all.saturating_add(count)))
     }
 
     /// Lengths after it, `None` where it cannot happen or says nothing.
@@ -733,7 +758,9 @@ pub struct Failure {
 pub fn search(kernels: &Kernels, queue: &wgpu::Queue, search: Search) -> Result<SearchReport> {
     let mut report = SearchReport::default();
     let configurations = search.configurations.max(1);
-    for (index, shape) in family(search.seed, configurations).into_iter().enumerate() {
+    let mut shapes = Random::new(search.seed);
+    for index in 0..configurations {
+        let shape = Shape::draw(&mut shapes, index);
         let layer = Prepared::new(kernels, queue, &shape)?;
         let mut random = Random::new(search.seed.wrapping_mul(1_000_003).wrapping_add(index as u64));
         // The first configurations take what does not divide.

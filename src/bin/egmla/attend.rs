@@ -1,6 +1,5 @@
 //! `egmla attend`: one attention layer on a file.
 
-mod files;
 mod layer;
 mod schedule;
 
@@ -11,13 +10,15 @@ use egmla::config::AttentionConfig;
 use egmla::files::{MOST_CONFIG, read_safetensors, read_text};
 use egmla::sequences::Sequences;
 use egmla::weights::{AttentionWeights, Checkpoint};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::options::PathOptions;
-use files::Output;
+use crate::output::Output;
 use schedule::{Prefill, Schedule};
 
 /// Options of `egmla attend`.
@@ -96,7 +97,7 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
         Backend::Cpu { .. } => layer::on_cpu(config, &weights, &input, schedule, &args.path)?,
         Backend::Gpu(gpu) => layer::on_gpu(gpu, &config, &weights, &input, schedule, &args.path)?,
     };
-    output.write(&hidden, input.width)?;
+    output.write(&tensor(&hidden, input.width)?)?;
 
     console::note(format_args!("adapter: {}", backend.describe()));
     let sequences = input.lengths.len();
@@ -109,6 +110,13 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// A safetensors file of `hidden_states` `[tokens, width]`.
+fn tensor(hidden: &[f32], width: usize) -> Result<Vec<u8>, Failure> {
+    let bytes: Vec<u8> = hidden.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F32, vec![hidden.len() / width, width], &bytes).map_err(Failure::run)?;
+    safetensors::serialize([("hidden_states", view)], None).map_err(Failure::run)
 }
 
 fn plural(count: usize) -> &'static str {

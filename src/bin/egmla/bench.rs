@@ -17,6 +17,7 @@ use egmla::wgpu;
 use crate::adapter::{self, AdapterOption, Backend, Gpu};
 use crate::console;
 use crate::failure::Failure;
+use crate::output::Output;
 
 /// Options of `egmla bench`.
 #[derive(Args, Debug)]
@@ -70,6 +71,11 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     if rows.is_empty() {
         return Err(Failure::usage(format!("no row of this suite contains `{filter}` (--filter)")));
     }
+    // What cannot be written is known before anything is measured for it.
+    let json = args.json.as_deref().map(Output::check_with_folders).transpose()?;
+    if let Some(folder) = &args.svg {
+        plots::check(folder)?;
+    }
     let backend = adapter::open(&args.adapter)?;
     let gpu = gpu(&backend)?;
     console::note(format_args!("adapter: {}", backend.describe()));
@@ -99,16 +105,18 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         rows: measured,
         skipped,
     };
-    if let Some(file) = &args.json {
+    // A reader who has gone away leaves the files to be written, and a file that cannot be leaves the table to be read.
+    let printed = console::print(&text(&report));
+    if let Some(file) = json {
         let text = serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n";
-        write(file, &text)?;
+        file.write(text.as_bytes())?;
     }
     if let Some(folder) = &args.svg {
         for (name, svg) in plots::all(&report)? {
             write(&folder.join(name), &svg)?;
         }
     }
-    console::print(&text(&report))
+    printed
 }
 
 /// The device; benches and tuning have nothing to do without one.
@@ -122,13 +130,9 @@ pub fn gpu(backend: &Backend) -> Result<&Gpu, Failure> {
     }
 }
 
-/// Writes a file and the folders that it stands in.
+/// Writes a file, whole or not at all, and the folders that it stands in.
 pub fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    folder
-        .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(path, text))
-        .map_err(|error| Failure::run(format!("{}: {error}", path.display())))
+    Output::check_with_folders(path)?.write(text.as_bytes())
 }
 
 /// Microseconds for a reader, to three digits.

@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 
 /// Options of `egmla export`.
 #[derive(Args, Debug)]
@@ -74,6 +75,9 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
         let filter = args.filter.unwrap_or_default();
         return Err(Failure::usage(format!("no case contains `{filter}` (--filter); there are {of} cases")));
     }
+    // Before the cases, which take a while.
+    let model = args.model.as_deref().map(layer::Source::open).transpose()?;
+    interrupt::watch();
     let Backend::Gpu(gpu) = adapter::open(&args.adapter)? else {
         return Err(Failure::run(
             "an adapter is needed to hold the buffers, though nothing runs on it; install a driver, for instance Mesa's \
@@ -82,9 +86,18 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
     };
     let folder = args.out.join("cases");
     std::fs::create_dir_all(&folder).map_err(|error| Failure::usage(format!("{}: {error}", folder.display())))?;
+    // Where the list stands, the rest is whole: that of an earlier export goes first, the new one comes last.
+    let list = args.out.join("index.json");
+    match std::fs::remove_file(&list) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Failure::usage(format!("{}: {error}", list.display())));
+        }
+        _ => {}
+    }
     let mut total = 0;
     let mut listed = Vec::new();
     for (number, case) in cases.iter().enumerate() {
+        interrupt::check()?;
         let (data, blobs) = case.export(&gpu.kernels, &gpu.queue, webgpu(args.subgroups))?;
         gpu.check()?;
         let file = format!("{number:04}");
@@ -93,7 +106,9 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
     }
     let (verdicts, blobs) = verdicts();
     total += write(&args.out, "verdicts", &verdicts, &blobs)?;
-    if let Some(model) = &args.model {
+    let has_layer = model.is_some();
+    if let Some(model) = model {
+        interrupt::check()?;
         total += layer::write(&gpu, model, &args.out)?;
         gpu.check()?;
     }
@@ -102,9 +117,8 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
         subgroups: args.subgroups,
         poison: POISON,
         cases: listed,
-        layer: args.model.is_some(),
+        layer: has_layer,
     };
-    // Last: where it stands, the rest is whole.
     let (count, layer) = (index.cases.len(), if index.layer { " and a layer" } else { "" });
     total += write_json(&args.out, "index", &index)?;
     console::print(&format!("{count} cases{layer}, {total} bytes, in {}\n", args.out.display()))

@@ -17,6 +17,7 @@ mod generate;
 mod info;
 mod interrupt;
 mod options;
+mod output;
 mod tune;
 mod unchecked;
 

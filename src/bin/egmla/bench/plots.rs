@@ -1,12 +1,15 @@
 //! Plots of a report as SVG. The background is left out and every colour is of middling lightness, so that they read on a
 //! light page and on a dark one.
 
+use std::path::Path;
+
 use egmla::check::bench::paper_120m;
 use egmla::check::bench::report::{Measured, Report};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::failure::Failure;
+use crate::output::Output;
 
 const SIZE: (u32, u32) = (1080, 480);
 /// Pixels of the plot itself; the rest is its legend, where it hides no point.
@@ -48,6 +51,11 @@ pub fn all(report: &Report) -> Result<Vec<(String, String)>, Failure> {
     ])
 }
 
+/// Fails where a plot cannot be written to a folder, which is made.
+pub fn check(folder: &Path) -> Result<(), Failure> {
+    Output::check_with_folders(&folder.join("plot.svg")).map(drop)
+}
+
 pub fn drawn(draw: impl FnOnce(&Area<'_>) -> Result<(), Failure>) -> Result<String, Failure> {
     let mut svg = String::new();
     {
@@ -68,7 +76,9 @@ pub fn font(size: i32) -> TextStyle<'static> {
 /// Powers of ten (or of two) around the values.
 fn span(values: impl Iterator<Item = f64>, base: f64) -> std::ops::Range<f64> {
     let (low, high) = values
-        .filter(|value| *value > 0.0 && value.is_finite())
+        .filter(|value| *value > 0.0)
+        // No axis reaches further: a file of results may hold any number.
+        .map(|value| value.clamp(1e-12, 1e15))
         .fold((f64::INFINITY, 0.0), |(low, high): (f64, f64), value| (low.min(value), high.max(value)));
     if low > high {
         return 1.0..base;

@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use serde::Serialize;
 
 use crate::adapter::Gpu;
-use crate::bench::plots::{Area, COLOURS, DASH, INK, Mark, drawn, font, legend};
+use crate::bench::plots::{self, Area, COLOURS, DASH, INK, Mark, drawn, font, legend};
 use crate::console;
 use crate::failure::Failure;
 
@@ -23,6 +23,9 @@ struct Report<'a> {
 
 /// Measures, prints and draws; a curve of the device that is too high or that drifts fails, and so does a control that does not.
 pub fn run(gpu: &Gpu, json: bool, svg: Option<&Path>) -> Result<(), Failure> {
+    if let Some(folder) = svg {
+        plots::check(folder)?;
+    }
     let bar = console::progress(3 * SPREADS.len() as u64, "configurations");
     let curves = measure(&gpu.kernels, &gpu.queue, &LENGTHS, |what| {
         bar.set_message(what.to_owned());
@@ -32,17 +35,18 @@ pub fn run(gpu: &Gpu, json: bool, svg: Option<&Path>) -> Result<(), Failure> {
     bar.finish_and_clear();
     gpu.check()?;
     let adapter = &gpu.info.name;
-    if let Some(folder) = svg {
-        let name = format!("{}-long-context.svg", slug(&format!("{adapter} {:?}", gpu.info.backend)));
-        crate::bench::write(&folder.join(name), &drawn(|area| plot(area, adapter, &curves))?)?;
-    }
     let text = if json {
         let report = Report { adapter, driver: &gpu.info.driver_info, limit: LIMIT, curves: &curves };
         serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n"
     } else {
         format!("{}\n", table(&curves))
     };
-    console::print(&text)?;
+    let printed = console::print(&text);
+    if let Some(folder) = svg {
+        let name = format!("{}-long-context.svg", slug(&format!("{adapter} {:?}", gpu.info.backend)));
+        crate::bench::write(&folder.join(name), &drawn(|area| plot(area, adapter, &curves))?)?;
+    }
+    printed?;
     for curve in &curves {
         match (curve.way, curve.problem()) {
             (Way::HalfSums, Some(_)) | (Way::Absorbed | Way::Expanded | Way::Prefill | Way::Rounding, None) => {}

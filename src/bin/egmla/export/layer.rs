@@ -13,7 +13,7 @@ use egmla::check::capture::{Action, Blob, BufferData, Capture, Captured, Toleran
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use egmla::check::export::webgpu;
 use egmla::config::DecoderConfig;
-use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderStateOptions, Logits, ModelFolder};
+use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits, ModelFolder};
 use egmla::kernel::Recording;
 use egmla::plan::Storage;
 use serde::Serialize;
@@ -142,15 +142,30 @@ impl Model<'_> {
     }
 }
 
-/// Writes `layer.json`, `layer.bin` and the recordings; returns their bytes.
-pub fn write(gpu: &Gpu, folder: &Path, out: &Path) -> Result<u64, Failure> {
-    let model = ModelFolder::open(folder)?;
-    let mut weights = model.weights()?;
-    weights.layers.truncate(1);
-    let config = DecoderConfig { n_layer: 1, ..model.config().clone() };
-    if config.attention.gate.is_none() || (config.vocab_size as usize) < 1024 {
-        return Err(Failure::usage(format!("{}: a gate and a vocabulary of 1024 are needed", folder.display())));
+/// A model whose first layer can be exported.
+pub struct Source {
+    model: ModelFolder,
+    /// Of one layer.
+    config: DecoderConfig,
+    weights: DecoderWeights,
+}
+
+impl Source {
+    pub fn open(folder: &Path) -> Result<Self, Failure> {
+        let model = ModelFolder::open(folder)?;
+        let mut weights = model.weights()?;
+        weights.layers.truncate(1);
+        let config = DecoderConfig { n_layer: 1, ..model.config().clone() };
+        if config.attention.gate.is_none() || (config.vocab_size as usize) < 1024 {
+            return Err(Failure::usage(format!("{}: a gate and a vocabulary of 1024 are needed", folder.display())));
+        }
+        Ok(Source { model, config, weights })
     }
+}
+
+/// Writes `layer.json`, `layer.bin` and the recordings; returns their bytes.
+pub fn write(gpu: &Gpu, source: Source, out: &Path) -> Result<u64, Failure> {
+    let Source { model, config, weights } = source;
     let capture = Capture::new(&gpu.kernels, &gpu.queue, webgpu(None));
     let decoder = Decoder::new(capture.kernels(), &config, &weights, Storage::F16)?;
     // Takes the recordings that only tell where the ids stand.

@@ -1,12 +1,9 @@
-//! The output of `egmla attend`, which appears whole or not at all.
+//! Files that the program writes: each appears whole or not at all.
 
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 
 use crate::failure::Failure;
 use crate::interrupt;
@@ -58,18 +55,22 @@ impl Output {
         Ok(())
     }
 
-    /// Writes `hidden_states` `[tokens, width]`.
-    pub fn write(&self, hidden: &[f32], width: usize) -> Result<(), Failure> {
-        let bytes: Vec<u8> = hidden.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let shape = vec![hidden.len() / width, width];
-        let view = TensorView::new(Dtype::F32, shape, &bytes).map_err(Failure::run)?;
-        let bytes = safetensors::serialize([("hidden_states", view)], None).map_err(Failure::run)?;
+    /// The same for a file whose folders may not be there yet: they are made.
+    pub fn check_with_folders(path: &Path) -> Result<Self, Failure> {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            fs::create_dir_all(folder).map_err(|error| problem(folder, error))?;
+        }
+        Output::check(path)
+    }
+
+    /// Puts the file there.
+    pub fn write(&self, bytes: &[u8]) -> Result<(), Failure> {
         let written = self.create().and_then(|mut file| {
             // Who could read the file before can read it after, and nobody else.
             if let Ok(old) = fs::metadata(&self.path) {
                 file.set_permissions(old.permissions())?;
             }
-            file.write_all(&bytes)?;
+            file.write_all(bytes)?;
             file.sync_all()
         });
         // Up to here the old file stands, and whoever interrupts the run keeps it.
@@ -129,11 +130,17 @@ mod tests {
         let entries = || std::fs::read_dir(folder.path()).unwrap().count();
         let output = Output::check(&folder.path().join("y")).unwrap();
         assert_eq!(entries(), 0, "checking leaves nothing");
-        output.write(&[1.0, 2.0], 2).unwrap();
+        output.write(b"whole").unwrap();
         assert_eq!(entries(), 1, "no partial file is left");
+        assert_eq!(std::fs::read(folder.path().join("y")).unwrap(), b"whole");
         let refused = |path| Output::check(path).unwrap_err();
         assert!(matches!(refused(folder.path()), Failure::Usage(text) if text.contains("is a directory")));
         let nowhere = folder.path().join("none/y");
         assert!(matches!(refused(&nowhere), Failure::Usage(text) if text.contains("cannot be written")));
+        Output::check_with_folders(&nowhere).unwrap().write(b"").unwrap();
+        assert!(nowhere.is_file());
+        let below_a_file = nowhere.join("z");
+        let refused = Output::check_with_folders(&below_a_file).unwrap_err();
+        assert!(matches!(refused, Failure::Usage(text) if text.contains("none/y: ")));
     }
 }
