@@ -1,6 +1,5 @@
 //! `egmla tune`: measures the tile settings of each kernel on this adapter and keeps the choice.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
@@ -57,14 +56,25 @@ pub fn run(args: TuneArgs) -> Result<(), Failure> {
     })?;
     bar.finish_and_clear();
     gpu.check()?;
-    let chosen: BTreeMap<_, _> =
-        tuned.iter().filter_map(|tuned| Some((tuned.kernel.to_owned(), tuned.choice?))).collect();
-    let text = serde_json::to_string_pretty(&Tunings(chosen)).map_err(Failure::run)? + "\n";
+    let kept = kept_with(&gpu.kernels.context().tunings, &tuned);
+    let text = serde_json::to_string_pretty(&kept).map_err(Failure::run)? + "\n";
     cache_folder::write(&file, text.as_bytes())
         .map_err(|error| Failure::run(format!("{}: {error}", file.display())))?;
     console::note(format_args!("kept in {}", file.display()));
-    console::note("kernels that are not listed need a longer --time-limit");
+    console::note("kernels that are not listed need a longer --time-limit; theirs is as it was");
     console::print(&format!("{}\n", table(&tuned)))
+}
+
+/// The settings that were kept before, those of the kernels that were measured now replaced.
+fn kept_with(before: &Tunings, tuned: &[Tuned]) -> Tunings {
+    let mut kept = before.clone();
+    for Tuned { kernel, choice, .. } in tuned {
+        match choice {
+            Some(choice) => kept.0.insert((*kernel).to_owned(), *choice),
+            None => kept.0.remove(*kernel),
+        };
+    }
+    kept
 }
 
 fn table(tuned: &[Tuned]) -> Table {
@@ -80,4 +90,22 @@ fn table(tuned: &[Tuned]) -> Table {
         ]);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use egmla::check::bench::tuning::Tuned;
+    use egmla::plan::Tunings;
+
+    use super::kept_with;
+
+    #[test]
+    fn kernels_that_were_not_measured_keep_their_setting() {
+        let tunings =
+            |of: &[(&str, usize)]| Tunings(of.iter().map(|&(kernel, choice)| (kernel.to_owned(), choice)).collect());
+        let tuned = |kernel, choice| Tuned { kernel, of_class_us: 2.0, best_us: 1.0, choice };
+        let before = tunings(&[("gate", 1), ("matmul", 1), ("norm", 2)]);
+        let after = kept_with(&before, &[tuned("matmul", Some(0)), tuned("norm", None), tuned("rope", Some(1))]);
+        assert_eq!(after, tunings(&[("gate", 1), ("matmul", 0), ("rope", 1)]));
+    }
 }

@@ -14,7 +14,7 @@ use crate::plan::Tunings;
 /// Runs of each candidate, in turns.
 const RUNS: usize = 5;
 
-/// With fewer nothing is chosen.
+/// With fewer a kernel counts as not measured.
 const LEAST_RUNS: usize = 3;
 
 /// Rows that a kernel is measured in: those where it takes longest.
@@ -104,7 +104,7 @@ pub fn tune(
         }
         progress(Progress { kernel, done, of });
         let rows: Vec<_> = shares.iter().map(|&(_, index)| &rows[index]).collect();
-        tuned.push(kernel_of(kernel, &rows, &of_class, timer, &mut stock, start + limit)?);
+        tuned.extend(kernel_of(kernel, &rows, &of_class, timer, &mut stock, (start, limit))?);
     }
     Ok(tuned)
 }
@@ -126,14 +126,15 @@ fn alone(row: &Row, kernel: &str, kernels: &Kernels, stock: &mut Stock) -> Resul
     }
 }
 
+/// Measures the settings of one kernel; `None` where the time was up too early.
 fn kernel_of(
     kernel: &'static str,
     rows: &[&Row],
     of_class: &Kernels,
     timer: &Timer,
     stock: &mut Stock,
-    end: Instant,
-) -> Result<Tuned> {
+    (start, limit): (Instant, Duration),
+) -> Result<Option<Tuned>> {
     let mut candidates: Vec<(Option<usize>, Vec<Recording>, Vec<f64>)> = Vec::new();
     // The setting for the class, then each by its number.
     for setting in std::iter::once(None).chain((0..settings(kernel)).map(Some)) {
@@ -148,7 +149,7 @@ fn kernel_of(
     }
     for round in 0..RUNS {
         // Whole rounds only, so that no candidate has runs that another has not.
-        if round > 0 && Instant::now() > end {
+        if round > 0 && start.elapsed() > limit {
             break;
         }
         for (_, recordings, times) in &mut candidates {
@@ -156,7 +157,9 @@ fn kernel_of(
             times.push(recordings.iter().map(run).sum::<Result<f64>>()?);
         }
     }
-    let rounds = candidates.first().map_or(0, |(.., times)| times.len());
+    if candidates.first().is_none_or(|(.., times)| times.len() < LEAST_RUNS) {
+        return Ok(None);
+    }
     let mut medians = candidates.into_iter().map(|(setting, _, mut times)| {
         times.sort_by(f64::total_cmp);
         (setting, median(&times))
@@ -164,10 +167,6 @@ fn kernel_of(
     let of_class_us = medians.next().map_or(0.0, |(_, time)| time);
     let best = medians.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|(_, time)| *time < of_class_us);
     let (choice, best_us) = best.unwrap_or((None, of_class_us));
-    Ok(Tuned {
-        kernel,
-        of_class_us,
-        best_us,
-        choice: choice.filter(|_| rounds >= LEAST_RUNS && best_us < GAIN * of_class_us),
-    })
+    let choice = choice.filter(|_| best_us < GAIN * of_class_us);
+    Ok(Some(Tuned { kernel, of_class_us, best_us, choice }))
 }
