@@ -616,8 +616,9 @@ fn absorption_without_the_gate_is_wrong() {
     assert!(error.verdict.is_err() && error.relative_error > 1e-2, "{}", error.relative_error);
 }
 
-/// An f16 cache rounds the latents. The statistics of the gate's norm are those of the rounded ones, whichever path wrote them,
-/// so that the paths agree as closely as with an f32 cache, in the step that writes them and in those that follow.
+/// An f16 cache rounds the latents. The statistics of the gate's norm are those of the rounded ones, whichever path wrote them, so
+/// that the paths agree as closely as with an f32 cache, in the step that writes them and in those that follow. Here all of them
+/// project the gate rows; those that a pool or a table keeps in f16 are rounded themselves.
 #[test]
 fn what_a_step_leaves_in_an_f16_cache_does_not_depend_on_its_path() {
     for norm in [GateNorm::LayerNorm, GateNorm::RmsNorm] {

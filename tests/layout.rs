@@ -64,19 +64,23 @@ fn parse(spec: &KernelSpec) -> (naga::Module, ModuleInfo) {
 /// of the features that the kernel asks for. `kernel` begins with its name.
 fn validate(kernel: &str, module: &naga::Module) -> ModuleInfo {
     let spec = REGISTRY.iter().find(|spec| kernel.split(' ').next() == Some(spec.name)).unwrap();
+    validator(spec.features).validate(module).unwrap_or_else(|error| panic!("{kernel}: {error:?}"))
+}
+
+fn validator(features: Features) -> Validator {
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     for (feature, capability) in [
         (Features::SUBGROUP, Capabilities::SUBGROUP),
         (Features::SHADER_F16, Capabilities::SHADER_FLOAT16),
         (Features::EXPERIMENTAL_COOPERATIVE_MATRIX, Capabilities::COOPERATIVE_MATRIX),
     ] {
-        capabilities.set(capability, spec.features.contains(feature));
+        capabilities.set(capability, features.contains(feature));
     }
-    Validator::new(ValidationFlags::all(), capabilities)
+    let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+    validator
         .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
-        .subgroup_operations(naga::valid::SubgroupOperationSet::all())
-        .validate(module)
-        .unwrap_or_else(|error| panic!("{kernel}: {error:?}"))
+        .subgroup_operations(naga::valid::SubgroupOperationSet::all());
+    validator
 }
 
 #[test]

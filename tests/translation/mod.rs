@@ -235,6 +235,28 @@ fn for_tint(spec: &KernelSpec) -> Option<Written> {
     Some(Written { folder: "wgsl", ending: "wgsl".to_owned(), bytes })
 }
 
+/// Before its silence counts: naga finds a wrong type, a write to what is read only, and a feature that was not asked for.
+/// Barriers that some invocations miss are tint's to find.
+#[test]
+fn planted_faults_are_refused_in_translation() {
+    let accepted = |body: &str, features: Features| {
+        let source = format!(
+            "@group(0) @binding(0) var<storage, read> given: array<u32>;
+             @group(0) @binding(1) var<storage, read_write> made: array<u32>;
+             @compute @workgroup_size(8) fn main(@builtin(local_invocation_index) lane: u32) {{ {body} }}"
+        );
+        naga::front::wgsl::parse_str(&source).is_ok_and(|module| validator(features).validate(&module).is_ok())
+    };
+    for (right, wrong) in
+        [("let x: u32 = lane;", "let x: f32 = lane;"), ("made[lane] = given[lane];", "given[lane] = made[lane];")]
+    {
+        assert!(accepted(right, Features::empty()), "{right}");
+        assert!(!accepted(wrong, Features::empty()), "{wrong}");
+    }
+    let shared = "let x = subgroupAdd(lane);";
+    assert!(accepted(shared, Features::SUBGROUP) && !accepted(shared, Features::empty()));
+}
+
 #[test]
 fn every_setting_of_every_shader_is_translated() {
     let folder = std::env::var_os("EGMLA_TRANSLATIONS").map(PathBuf::from);
