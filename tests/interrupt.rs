@@ -65,6 +65,30 @@ fn an_interrupted_generate_keeps_the_text_so_far() {
     assert!(whole.starts_with(part) && part.len() + 1 < whole.len(), "{text:?} of {whole:?}");
 }
 
+/// A list of cases stands only where all of them are whole: that of the export before is gone, too.
+#[test]
+fn an_interrupted_export_leaves_no_list() {
+    let folder = tempfile::tempdir().unwrap();
+    let list = folder.path().join("index.json");
+    fs::write(&list, "older").unwrap();
+    let mut export = Command::new(env!("CARGO_BIN_EXE_egmla"));
+    export.args(["export", "--out", folder.path().to_str().unwrap()]).env_remove("RUST_LOG");
+    export.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).stdin(Stdio::null());
+    let mut child = export.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_handler(&mut child);
+    let start = Instant::now();
+    while !folder.path().join("cases/0000.json").exists() {
+        assert!(
+            child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(120),
+            "no case is written"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    interrupt(&child);
+    interrupted(&child.wait_with_output().unwrap());
+    assert!(!list.exists());
+}
+
 /// Under a terminal of its own, `script`'s, where Ctrl-C is a key.
 #[test]
 fn an_interrupted_eval_leaves_the_terminal_as_it_was() {
