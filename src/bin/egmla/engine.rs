@@ -32,7 +32,7 @@ pub fn check_memory(what: &str, needed: u64) -> Result<(), Failure> {
         "which cannot be had".to_owned()
     };
     Err(Failure::usage(format!(
-        "{what} needs {needed} bytes in f64 on the CPU, {most}: take a GPU adapter or fewer tokens"
+        "{what} needs {needed} bytes in f64 on the CPU, {most}: take a GPU adapter, or fewer tokens at once"
     )))
 }
 
