@@ -776,7 +776,7 @@ impl Attention {
     }
 
     /// Latents, gated where the configuration says so, and rotary keys of the new tokens into the cache; the queries are rotated
-    /// on the way. Returns the latents as they are cached.
+    /// on the way. Returns those latents, before an f16 cache rounds them: [`Attention::as_cached`] has them after.
     fn append<'w>(
         &self,
         recording: &mut Recording,
@@ -1155,8 +1155,8 @@ impl Attention {
         Ok(source)
     }
 
-    /// The latents of the new tokens with the values that the cache holds, which an f16 cache has rounded: the statistics of a
-    /// norm must be those of the keys and values that the latents stand for, as a prefill leaves them.
+    /// The latents `[tokens, d_latent]` of a step's new tokens with the values that the cache holds, which an f16 cache has rounded:
+    /// the statistics of a norm must be those of the keys and values that the latents stand for, as a prefill leaves them.
     fn as_cached<'w>(
         &self,
         recording: &mut Recording,

@@ -264,10 +264,10 @@ impl Shape {
     }
 }
 
-/// Configurations of a seed.
-pub fn family(seed: u64, configurations: usize) -> Vec<Shape> {
+/// Configurations of a seed, each drawn when it is asked for.
+pub fn family(seed: u64, configurations: usize) -> impl Iterator<Item = Shape> {
     let mut random = Random::new(seed);
-    (0..configurations).map(|index| Shape::draw(&mut random, index)).collect()
+    (0..configurations).map(move |index| Shape::draw(&mut random, index))
 }
 
 /// A layer on the device and in f64.
@@ -758,9 +758,7 @@ pub struct Failure {
 pub fn search(kernels: &Kernels, queue: &wgpu::Queue, search: Search) -> Result<SearchReport> {
     let mut report = SearchReport::default();
     let configurations = search.configurations.max(1);
-    let mut shapes = Random::new(search.seed);
-    for index in 0..configurations {
-        let shape = Shape::draw(&mut shapes, index);
+    for (index, shape) in family(search.seed, configurations).enumerate() {
         let layer = Prepared::new(kernels, queue, &shape)?;
         let mut random = Random::new(search.seed.wrapping_mul(1_000_003).wrapping_add(index as u64));
         // The first configurations take what does not divide.

@@ -21,7 +21,7 @@ const MOST_MEMORY: u64 = 8 << 30;
 pub fn check_memory(what: &str, needed: u64) -> Result<(), Failure> {
     let mut room: Vec<u8> = Vec::new();
     let had = usize::try_from(needed).is_ok_and(|bytes| room.try_reserve_exact(bytes).is_ok());
-    // Nobody may leave out a reservation that is not used.
+    // A compiler may leave out a reservation that nobody uses.
     std::hint::black_box(&room);
     if needed <= MOST_MEMORY && had {
         return Ok(());
