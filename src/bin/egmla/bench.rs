@@ -11,7 +11,7 @@ use egmla::check::bench::report::Report;
 use egmla::check::bench::roofline::Roofline;
 use egmla::check::bench::schedule::{Budget, measure};
 use egmla::check::bench::timer::Timer;
-use egmla::check::bench::{self, Suite};
+use egmla::check::bench::{self, Suite, host};
 use egmla::wgpu;
 
 use crate::adapter::{self, AdapterOption, Backend, Gpu};
@@ -68,7 +68,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     let suite = Suite::from(args.suite);
     let filter = args.filter.as_deref().unwrap_or_default();
     let rows: Vec<_> = bench::rows().into_iter().filter(|row| row.is_in(suite) && row.id().contains(filter)).collect();
-    if rows.is_empty() {
+    if rows.is_empty() && !host::IDS.iter().any(|id| id.contains(filter)) {
         return Err(Failure::usage(format!("no row of this suite contains `{filter}` (--filter)")));
     }
     // What cannot be written is known before anything is measured for it.
@@ -90,6 +90,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         bar.set_message(progress.id.to_owned());
     })?;
     bar.finish_and_clear();
+    let host = host::measure(&gpu.kernels, filter)?;
     gpu.check()?;
     let info = &gpu.info;
     let report = Report {
@@ -103,6 +104,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         tunings: gpu.kernels.context().tunings.clone(),
         roofline,
         rows: measured,
+        host,
         skipped,
     };
     // A reader who has gone away leaves the files to be written, and a file that cannot be leaves the table to be read.
@@ -217,7 +219,16 @@ fn text(report: &Report) -> String {
         }
     }
     let skipped: String = report.skipped.iter().map(|row| format!("not measured: {}: {}\n", row.id, row.why)).collect();
-    format!("roofline: {}\n{table}\n{skipped}", ceilings(&report.roofline))
+    let host: String = report
+        .host
+        .iter()
+        .map(|row| {
+            let each = row.host_us / row.dispatches.max(1) as f64;
+            let (all, least) = (time(row.host_us), time(row.min_us));
+            format!("{}: {all} on the host (min {least}), {} dispatches, {} each\n", row.id, row.dispatches, time(each))
+        })
+        .collect();
+    format!("roofline: {}\n{table}\n{skipped}{host}", ceilings(&report.roofline))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! [`schedule::measure`] times the recordings in turns, so that a machine that drifts drifts under every row alike.
 //! FLOPs and bytes are those of [`crate::cost`].
 
+pub mod host;
 pub mod report;
 pub mod roofline;
 mod rows;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::host::HostRow;
 use super::roofline::{Roofline, giga_per_second};
 use super::timer::Clock;
 use super::{Row, Suite};
@@ -31,6 +32,9 @@ pub struct Report {
     pub roofline: Roofline,
     /// The rows.
     pub rows: Vec<Measured>,
+    /// Host time of decode steps.
+    #[serde(default)]
+    pub host: Vec<HostRow>,
     /// Rows of the suite that are not among them, and why.
     pub skipped: Vec<Skipped>,
 }
