@@ -8,7 +8,7 @@ use std::time::Duration;
 use criterion::Criterion;
 use egmla::check::bench::timer::Timer;
 use egmla::check::bench::{Stock, Suite, rows};
-use egmla::kernel::Kernels;
+use egmla::device::Kernels;
 use egmla::kernels::optional_features;
 use egmla::wgpu;
 

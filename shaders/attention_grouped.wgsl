@@ -7,13 +7,13 @@
 //   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
 //
 // A tile is up to GROUPS groups with their first 64 positions, or a chunk of 256 further positions of one group; absorbed
-// queries and sums of a tile stay in workgroup memory. An item is RUN tiles or RUN chunks, joined on the way; attention_merge
-// joins items. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected some at a time.
+// queries and sums of a tile stay in workgroup memory. An entry is SPAN tiles or SPAN chunks, joined on the way; attention_merge
+// joins entries. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected some at a time.
 // Each invocation owns eight latent columns (then four value columns) of one head, so a weight is read once for GROUPS groups.
 // On lavapipe eight columns an invocation against four: 16-byte loads of halves are then used whole.
 // Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it; behind that of
 // a row of kv_b_proj stands 0, which it meets.
-// grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
+// grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
 
 override CACHE_F16: u32 = 0u;
 override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
@@ -25,7 +25,7 @@ override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
 override HEADS: u32 = 2u;        // heads of a workgroup
 override LANES: u32 = 8u;        // invocations of a head
 override GROUPS: u32 = 4u;       // groups of a tile, at most 4
-override RUN: u32 = 4u;          // tiles of an item
+override SPAN: u32 = 4u;          // tiles of an entry
 override D_NOPE: u32 = 64u;
 override D_VALUE: u32 = 64u;
 override LATENT4: u32 = 16u;     // latent columns / 4, rounded up to an even number
@@ -44,9 +44,12 @@ const NO_ROW: u32 = 0xffffffffu;
 
 struct Params {
     n_head: u32,
+    d_latent: u32,
+    d_nope: u32,
     d_rope: u32,
+    d_value: u32,
     n_sequence: u32,
-    items: u32,
+    entries: u32,
     table: u32,            // first word of the sequence table in `lists`
     latent: u32,           // first vec4 of the latents in `cache`; rope and statistics likewise
     latent_pitch: u32,     // vec4s of a row
@@ -57,8 +60,8 @@ struct Params {
     gate_pitch: u32,       // elements of a row of `gates`
     more_pitch: u32,       // elements of a row of `gates_more`
     resident: u32,         // rows of `gates`; rows from here on are those of `gates_more`
-    first_row: u32,        // of the pass: groups first_row … first_row + rows, in the step's numbering
-    rows: u32,
+    first_group: u32,      // of the pass: groups first_group … first_group + groups, in the step's numbering
+    groups: u32,
     pass_index: u32,
     passes: u32,
     beta: u32,             // first element of β in `affine`
@@ -201,7 +204,7 @@ fn gate_at(row: u32, i: u32) -> f32 {
 // Gate row of a group of the sequence whose lists begin at `base`.
 fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
     let row = lists[base + group * HEADER + 2u];
-    return select(row, params.resident + group_row - params.first_row, row == NO_ROW);
+    return select(row, params.resident + group_row - params.first_group, row == NO_ROW);
 }
 
 // Position i of a group, one of its first 64.
@@ -216,13 +219,13 @@ fn position_of(base: u32, group: u32, i: u32) -> u32 {
     return lists[base + lists[header + 4u] + i - 16u];
 }
 
-// First word of the line of the last sequence that begins at or before `item`.
-fn first_word_of(item: u32) -> u32 {
+// First word of the line of the last sequence that begins at or before `entry`.
+fn first_word_of(entry: u32) -> u32 {
     var low = 0u;
     var high = params.n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (lists[params.table + middle * SEQUENCE] <= item) {
+        if (lists[params.table + middle * SEQUENCE] <= entry) {
             low = middle;
         } else {
             high = middle;
@@ -254,13 +257,13 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let item = workgroup.z * workgroups.y + workgroup.y;
+    let entry = workgroup.z * workgroups.y + workgroup.y;
     let blocks = (params.n_head + HEADS - 1u) / HEADS;
     let query = workgroup.x / blocks;
-    if (item >= params.items) {
+    if (entry >= params.entries) {
         return;
     }
-    let line = first_word_of(item);
+    let line = first_word_of(entry);
     let tiles = lists[line + 1u];
     let groups = lists[line + 2u];
     let base = lists[line + 3u];
@@ -271,25 +274,25 @@ fn main(
     if (query >= lists[line + 7u]) {
         return;
     }
-    let tile_items = lists[line + 9u];
+    let tile_entries = lists[line + 9u];
     let first_group = lists[line + 10u];
     let chunks = lists[line + 11u];
     let first_chunk = base + lists[line + 12u];
-    let chunk_items = lists[line + 13u];
-    let own_item = item - lists[line];
-    // Tiles belong to one pass, which alone writes their partial result; the chunks of an item may belong to several, and
+    let chunk_entries = lists[line + 13u];
+    let own_entry = entry - lists[line];
+    // Tiles belong to one pass, which alone writes their partial result; the chunks of an entry may belong to several, and
     // each pass writes one.
-    let of_chunks = own_item >= tile_items;
-    var index = lists[line + 8u] + query * (tile_items + params.passes * chunk_items) + own_item;
-    var tile0 = own_item * RUN;
-    var tile1 = min(tile0 + RUN, tiles);
+    let of_chunks = own_entry >= tile_entries;
+    var index = lists[line + 8u] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
+    var tile0 = own_entry * SPAN;
+    var tile1 = min(tile0 + SPAN, tiles);
     if (of_chunks) {
-        index += params.pass_index * chunk_items;
-        tile0 = (own_item - tile_items) * RUN;
-        tile1 = min(tile0 + RUN, chunks);
+        index += params.pass_index * chunk_entries;
+        tile0 = (own_entry - tile_entries) * SPAN;
+        tile1 = min(tile0 + SPAN, chunks);
     } else {
         let row = first_group + tile0 * GROUPS;
-        if (row < params.first_row || row - params.first_row >= params.rows) {
+        if (row < params.first_group || row - params.first_group >= params.groups) {
             return;
         }
     }
@@ -354,7 +357,7 @@ fn main(
             end = vec4<u32>(min(lists[base + group * HEADER + 1u] - skipped, CHUNK));
         }
         let row = first_group + group;
-        if (row < params.first_row || row - params.first_row >= params.rows) {
+        if (row < params.first_group || row - params.first_group >= params.groups) {
             continue;
         }
         let count = end.w;

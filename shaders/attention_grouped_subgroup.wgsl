@@ -6,7 +6,7 @@
 //   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
 //
 // Items, tiles, chunks, passes and results are those of attention_grouped, with 8 slots: the groups of a tile, or all chunks of
-// an item. Eight invocations are a head. Each owns 8 columns of everything that is as wide as a latent, so that they read a row
+// an entry. Eight invocations are a head. Each owns 8 columns of everything that is as wide as a latent, so that they read a row
 // of weights or of the cache side by side, once for the 8 slots; and each owns the gate of one slot, which the others take by
 // shuffles. Positions are met one after another with a running maximum. No invocation waits for another.
 // Floor, in 16-byte loads an invocation: a tile of 8 groups of d_nope = d_value = 64 reads 128 rows of weights and 16 of gates,
@@ -20,7 +20,7 @@
 // Not run on a GPU yet.
 // Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it; behind that of
 // a row of kv_b_proj stands 0, which it meets.
-// grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, items folded into y and z)
+// grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
 
 override CACHE_F16: u32 = 0u;
 override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
@@ -30,7 +30,7 @@ override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gate
 override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
 override HEADS: u32 = 2u;        // heads of a workgroup
-override RUN: u32 = 2u;          // tiles of an item; chunks of an item, at most 8
+override SPAN: u32 = 2u;          // tiles of an entry; chunks of an entry, at most 8
 override AHEAD: u32 = 2u;        // positions whose rows are asked for at once, at most 4
 override WORKGROUP: u32 = HEADS * 8u;
 
@@ -45,12 +45,12 @@ const NO_ROW: u32 = 0xffffffffu;
 
 struct Params {
     n_head: u32,
-    d_latent: u32,         // at most 64
-    d_nope: u32,           // a multiple of 8
-    d_rope: u32,           // at most 64
-    d_value: u32,          // a multiple of 8, at most 128
+    d_latent: u32,
+    d_nope: u32,
+    d_rope: u32,
+    d_value: u32,
     n_sequence: u32,
-    items: u32,
+    entries: u32,
     table: u32,            // first word of the sequence table in `lists`
     latent: u32,           // first vec4 of the latents in `cache`; rope and statistics likewise
     latent_pitch: u32,     // vec4s of a row
@@ -58,11 +58,11 @@ struct Params {
     rope_pitch: u32,
     statistics: u32,
     weight_pitch: u32,     // vec4s of a row of kv_b_proj
-    gate_pitch: u32,       // vec4s of a row of `gates`
-    more_pitch: u32,       // vec4s of a row of `gates_more`
+    gate_pitch: u32,       // elements of a row of `gates`
+    more_pitch: u32,       // elements of a row of `gates_more`
     resident: u32,         // rows of `gates`; rows from here on are those of `gates_more`
-    first_row: u32,        // of the pass: groups first_row … first_row + rows, in the step's numbering
-    rows: u32,
+    first_group: u32,      // of the pass: groups first_group … first_group + groups, in the step's numbering
+    groups: u32,
     pass_index: u32,
     passes: u32,
     beta: u32,             // first element of β in `affine`
@@ -188,7 +188,7 @@ fn gate8(row: u32, i: u32) -> Eight {
         return gate;
     }
     if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
-        let first = row * params.gate_pitch;
+        let first = row * params.gate_pitch / select(4u, 8u, GATES_F16 == 1u);
         if (GATES_F16 == 1u) {
             let words = gates[first + i];
             gate = Eight(halves(words.x, words.y), halves(words.z, words.w));
@@ -197,7 +197,7 @@ fn gate8(row: u32, i: u32) -> Eight {
             gate = Eight(bitcast<vec4<f32>>(gates[at]), bitcast<vec4<f32>>(gates[at + 1u]));
         }
     } else {
-        let first = (row - params.resident) * params.more_pitch;
+        let first = (row - params.resident) * params.more_pitch / select(4u, 8u, MORE_F16 == 1u);
         if (MORE_F16 == 1u) {
             let words = gates_more[first + i];
             gate = Eight(halves(words.x, words.y), halves(words.z, words.w));
@@ -239,7 +239,7 @@ fn plus(sums: Eight, x: f32, w: Eight) -> Eight {
 // Gate row of a group of the sequence whose lists begin at `base`.
 fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
     let row = lists[base + group * HEADER + 2u];
-    return select(row, params.resident + group_row - params.first_row, row == NO_ROW);
+    return select(row, params.resident + group_row - params.first_group, row == NO_ROW);
 }
 
 // Position i of a group, one of its first 64.
@@ -254,13 +254,13 @@ fn position_of(base: u32, group: u32, i: u32) -> u32 {
     return lists[base + lists[header + 4u] + i - 16u];
 }
 
-// First word of the line of the last sequence that begins at or before `item`.
-fn first_word_of(item: u32) -> u32 {
+// First word of the line of the last sequence that begins at or before `entry`.
+fn first_word_of(entry: u32) -> u32 {
     var low = 0u;
     var high = params.n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (lists[params.table + middle * SEQUENCE] <= item) {
+        if (lists[params.table + middle * SEQUENCE] <= entry) {
             low = middle;
         } else {
             high = middle;
@@ -294,7 +294,7 @@ fn slot_of(line: u32, of_chunks: bool, index: u32, end: u32) -> Slot {
         slot.count = min(lists[slot.word + 1u], TILE);
     }
     let row = lists[line + 10u] + slot.group;
-    if (row < params.first_row || row - params.first_row >= params.rows) {
+    if (row < params.first_group || row - params.first_group >= params.groups) {
         slot.count = 0u;
     }
     return slot;
@@ -315,13 +315,13 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
     @builtin(subgroup_invocation_id) member: u32,
 ) {
-    let item = workgroup.z * workgroups.y + workgroup.y;
+    let entry = workgroup.z * workgroups.y + workgroup.y;
     let blocks = (params.n_head + HEADS - 1u) / HEADS;
     let query = workgroup.x / blocks;
-    if (item >= params.items) {
+    if (entry >= params.entries) {
         return;
     }
-    let line = first_word_of(item);
+    let line = first_word_of(entry);
     let groups = lists[line + 2u];
     let base = lists[line + 3u];
     let first_slot = lists[line + 4u];
@@ -331,24 +331,24 @@ fn main(
     if (query >= lists[line + 7u]) {
         return;
     }
-    let tile_items = lists[line + 9u];
+    let tile_entries = lists[line + 9u];
     let first_group = lists[line + 10u];
     let chunks = lists[line + 11u];
-    let chunk_items = lists[line + 13u];
-    let own_item = item - lists[line];
-    // Tiles belong to one pass, which alone writes their partial result; the chunks of an item may belong to several, and
+    let chunk_entries = lists[line + 13u];
+    let own_entry = entry - lists[line];
+    // Tiles belong to one pass, which alone writes their partial result; the chunks of an entry may belong to several, and
     // each pass writes one.
-    let of_chunks = own_item >= tile_items;
-    var index = lists[line + 8u] + query * (tile_items + params.passes * chunk_items) + own_item;
-    var begin = own_item * RUN * GROUPS;
-    var end = min(begin + RUN * GROUPS, groups);
+    let of_chunks = own_entry >= tile_entries;
+    var index = lists[line + 8u] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
+    var begin = own_entry * SPAN * GROUPS;
+    var end = min(begin + SPAN * GROUPS, groups);
     if (of_chunks) {
-        index += params.pass_index * chunk_items;
-        begin = (own_item - tile_items) * RUN;
-        end = min(begin + RUN, chunks);
+        index += params.pass_index * chunk_entries;
+        begin = (own_entry - tile_entries) * SPAN;
+        end = min(begin + SPAN, chunks);
     } else {
         let row = first_group + begin;
-        if (row < params.first_row || row - params.first_row >= params.rows) {
+        if (row < params.first_group || row - params.first_group >= params.groups) {
             return;
         }
     }

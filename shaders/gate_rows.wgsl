@@ -17,7 +17,7 @@ const NO_ROW: u32 = 0xffffffffu;
 struct Params {
     rows: u32,
     width: u32,
-    pitch: u32,      // vec4s of a row of gate_embedding and of gate_b_proj
+    gate_pitch: u32,      // vec4s of a row of gate_embedding and of gate_b_proj
     y_words: u32,    // words of a row of y
     first_id: u32,
 }
@@ -81,7 +81,7 @@ fn id_of(row: u32) -> u32 {
 
 // Table row of an id; any will do for one that is left out.
 fn table_row(id: u32) -> u32 {
-    return select(id * params.pitch, 0u, id == NO_ROW);
+    return select(id * params.gate_pitch, 0u, id == NO_ROW);
 }
 
 fn store(row: u32, id: u32, column: u32, value: vec4<f32>) {
@@ -126,10 +126,10 @@ fn main(
     }
     // Columns past the last one repeat it.
     let last = params.width - 1u;
-    let w0 = min(column, last) * params.pitch;
-    let w1 = min(column + 1u, last) * params.pitch;
-    let w2 = min(column + 2u, last) * params.pitch;
-    let w3 = min(column + 3u, last) * params.pitch;
+    let w0 = min(column, last) * params.gate_pitch;
+    let w1 = min(column + 1u, last) * params.gate_pitch;
+    let w2 = min(column + 2u, last) * params.gate_pitch;
+    let w3 = min(column + 3u, last) * params.gate_pitch;
     let t0 = table_row(id0);
     let t1 = table_row(id1);
     let t2 = table_row(id2);
@@ -139,7 +139,7 @@ fn main(
     var a1 = vec4<f32>(0.0);
     var a2 = vec4<f32>(0.0);
     var a3 = vec4<f32>(0.0);
-    for (var k = 0u; k < params.pitch; k++) {
+    for (var k = 0u; k < params.gate_pitch; k++) {
         let e0 = gate_embedding[t0 + k];
         let e1 = gate_embedding[t1 + k];
         let e2 = gate_embedding[t2 + k];

@@ -1,7 +1,7 @@
 // Token ids whose gate rows a pass has to project: those of its groups, in the step's numbering, then those of new tokens.
 //
-//   ids[r] = id of group first_row + r     where its header names no resident row
-//   ids[rows + t] = token_ids[t]           where token_rows[t] is no resident row
+//   ids[r] = id of group first_group + r   where its header names no resident row
+//   ids[groups + t] = token_ids[t]           where token_rows[t] is no resident row
 //   and u32 max everywhere else: padding, groups that are resident
 //
 // grid: one invocation an entry, folded into x and y.
@@ -14,8 +14,8 @@ const NO_ROW: u32 = 0xffffffffu;
 
 struct Params {
     tokens: u32,
-    first_row: u32,    // first group, in the step's numbering
-    rows: u32,         // groups
+    first_group: u32,    // first group, in the step's numbering
+    groups: u32,         // groups
     n_sequence: u32,
     table: u32,        // first word of the sequence table in `lists`
 }
@@ -24,7 +24,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> token_ids: array<u32>;    // [tokens]
 @group(0) @binding(2) var<storage, read> token_rows: array<u32>;   // [tokens]
 @group(0) @binding(3) var<storage, read> lists: array<u32>;        // group lists and sequence table
-@group(0) @binding(4) var<storage, read_write> ids: array<u32>;    // [rows + tokens]
+@group(0) @binding(4) var<storage, read_write> ids: array<u32>;    // [groups + tokens]
 
 // Id of a group without a resident row.
 fn id_of_group(row: u32) -> u32 {
@@ -54,10 +54,10 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let i = (group.y * groups.x + group.x) * WORKGROUP + lane;
-    if (i < params.rows) {
-        ids[i] = id_of_group(params.first_row + i);
-    } else if (i < params.rows + params.tokens) {
-        let token = i - params.rows;
+    if (i < params.groups) {
+        ids[i] = id_of_group(params.first_group + i);
+    } else if (i < params.groups + params.tokens) {
+        let token = i - params.groups;
         ids[i] = select(NO_ROW, token_ids[token], token_rows[token] == NO_ROW);
     }
 }

@@ -1,6 +1,6 @@
 // Products of cooperative matrices of 8 × 8 in registers: the rate of f16 factors and f32 sums that the adapter reaches.
 //
-//   y[g, 4·i + j] = trips · f16(x[i]) · f16(x[2 + j]),  i = 0, 1, j = 0 … 3:  added up in trips steps
+//   y[g, 4·i + j] = iterations · f16(x[i]) · f16(x[2 + j]),  i = 0, 1, j = 0 … 3:  added up in iterations steps
 //
 // Eight sums that do not wait for each other.
 // grid: one workgroup, of one subgroup, for every g, folded into x and y. Further subgroups repeat it, and store the same.
@@ -15,7 +15,7 @@ const MATRIX: u32 = SIDE * SIDE;
 
 struct Params {
     groups: u32,
-    trips: u32,
+    iterations: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -56,7 +56,7 @@ fn main(
     var sum11 = coopLoadT<coop_mat8x8<f32, C>>(&sh_y[0], SIDE);
     var sum12 = coopLoadT<coop_mat8x8<f32, C>>(&sh_y[0], SIDE);
     var sum13 = coopLoadT<coop_mat8x8<f32, C>>(&sh_y[0], SIDE);
-    for (var trip = 0u; trip < params.trips; trip += 1u) {
+    for (var iteration = 0u; iteration < params.iterations; iteration += 1u) {
         sum00 = coopMultiplyAdd(a0, b0, sum00);
         sum01 = coopMultiplyAdd(a0, b1, sum01);
         sum02 = coopMultiplyAdd(a0, b2, sum02);

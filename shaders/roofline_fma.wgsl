@@ -1,6 +1,6 @@
 // Multiply-adds in registers: the f32 rate that the adapter reaches, against which benches set every other kernel.
 //
-//   y[i] = Σ_k z_k,  k = 0 … 11:  z_k begins as x[i] + k, then 4 · trips times z_k ← a · z_k + b
+//   y[i] = Σ_k z_k,  k = 0 … 11:  z_k begins as x[i] + k, then 4 · iterations times z_k ← a · z_k + b
 //
 // Twelve chains that do not wait for each other, in three vectors: more would not stay in the registers of a software
 // adapter, fewer would leave a GPU waiting.
@@ -10,7 +10,7 @@ override WORKGROUP: u32 = 64u;
 
 struct Params {
     elements: u32,
-    trips: u32,
+    iterations: u32,
     a: f32,
     b: f32,
 }
@@ -34,7 +34,7 @@ fn main(
     var z0 = vec4<f32>(x[i]) + vec4<f32>(0.0, 1.0, 2.0, 3.0);
     var z1 = z0 + vec4<f32>(4.0);
     var z2 = z0 + vec4<f32>(8.0);
-    for (var trip = 0u; trip < params.trips; trip += 1u) {
+    for (var iteration = 0u; iteration < params.iterations; iteration += 1u) {
         z0 = fma(a, z0, b);
         z1 = fma(a, z1, b);
         z2 = fma(a, z2, b);

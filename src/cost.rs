@@ -9,7 +9,7 @@
 //! - Bytes are compulsory traffic: each input element that takes part is read once, each output element is written once,
 //!   and what changes in place is both. Weights and caches count at their storage size, everything else at 4 bytes.
 //! - A cached latent counts once: MLA's values are a part of its keys.
-//! - Where a [`Problem`] does not know how much of its input takes part, the count is the bound that follows from its sizes:
+//! - Where an [`Op`] does not know how much of its input takes part, the count is the bound that follows from its sizes:
 //!   `attention_prefill` knows neither positions nor lengths, so it counts every query with every row of the key tile
 //!   (one sequence without a past computes about half of that, a ragged batch less); `cache_read`, `attention_decode` and
 //!   `attention_absorbed` count the padded rows of a step, but never more than the cache has; `gather` counts a table row
@@ -21,20 +21,18 @@ use std::ops::Add;
 
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
 use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_grouped::{Tiling, Widths};
+use crate::kernels::attention_prefill::QUERY_TILES;
+use crate::kernels::cache_append::Queries;
+use crate::kernels::cache_read::Table;
 use crate::kernels::matmul::Layout;
+use crate::kernels::norm::Kind;
 use crate::kernels::{
-    attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
-    attention_decode_vec4, attention_grouped, attention_grouped_subgroup, attention_merge, attention_prefill,
-    attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup,
-    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
-    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
-    matvec_vec4, norm, norm_vec4, product, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
-    roofline_fma, rope, swiglu, word_scatter,
+    AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheRead,
+    Gate, GateStatistics, Gather, Matmul, Norm,
 };
-use crate::plan::Storage;
-
-#[cfg(doc)]
-use crate::kernels::Problem;
+use crate::op::Op as _;
+use crate::storage::{Storage, product};
 
 /// Work of a dispatch, or of several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,6 +41,14 @@ pub struct Cost {
     pub flops: u64,
     /// Bytes of compulsory memory traffic.
     pub bytes: u64,
+}
+
+impl Cost {
+    /// The sums of both.
+    pub fn of(flops: &[u64], bytes: &[u64]) -> Cost {
+        let sum = |terms: &[u64]| terms.iter().fold(0, |total: u64, &term| total.saturating_add(term));
+        Cost { flops: sum(flops), bytes: sum(bytes) }
+    }
 }
 
 impl Add for Cost {
@@ -59,492 +65,24 @@ impl Sum for Cost {
     }
 }
 
-/// What a kernel's `Problem` costs.
-pub trait Costed {
-    /// FLOPs and bytes, by the rules of this module.
-    fn cost(&self) -> Cost;
-}
-
 /// `factor` for every element of these extents.
-fn times(factor: u64, extents: &[u32]) -> u64 {
+pub fn times(factor: u64, extents: &[u32]) -> u64 {
     product(extents).saturating_mul(factor)
 }
 
-fn cost(flops: &[u64], bytes: &[u64]) -> Cost {
-    let sum = |terms: &[u64]| terms.iter().fold(0, |total: u64, &term| total.saturating_add(term));
-    Cost { flops: sum(flops), bytes: sum(bytes) }
-}
-
 /// Zero where something is switched off.
-fn when(on: bool, count: u64) -> u64 {
+pub fn when(on: bool, count: u64) -> u64 {
     if on { count } else { 0 }
 }
 
-impl Costed for matmul::Problem {
-    fn cost(&self) -> Cost {
-        let matmul::Problem { rows, inner, cols, batch, bias, storage, .. } = *self;
-        // A stride of 0 means that every product of the batch reads the same operand.
-        let matrices = |layout: Layout| if layout.batch == 0 { batch.min(1) } else { batch };
-        cost(
-            &[times(2, &[rows, inner, cols, batch]), when(bias, times(1, &[rows, cols, batch]))],
-            &[
-                times(4, &[rows, inner, matrices(self.x)]),
-                times(storage.bytes(), &[cols, inner, matrices(self.w)]),
-                when(bias, times(storage.bytes(), &[cols])),
-                times(4, &[rows, cols, batch]),
-            ],
-        )
-    }
-}
-
-impl Costed for matmul_cooperative::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for matmul_cooperative_8::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for matmul_subgroup::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for matmul_vec4::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for matvec::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for matvec_subgroup::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for matvec_vec4::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for norm::Problem {
-    fn cost(&self) -> Cost {
-        let norm::Problem { rows, width, second, kind, bias, storage, .. } = *self;
-        let (whole, segments) = (width.saturating_add(second), if second > 0 { 2 } else { 1 });
-        // Square and sum, scale, weight; LayerNorm also sums and centres.
-        let (element, row) = match kind {
-            norm::Kind::Rms => (4, 3),
-            norm::Kind::Layer => (6, 4),
-        };
-        cost(
-            &[times(element + u64::from(bias), &[rows, whole]), times(row, &[rows, segments])],
-            &[times(8, &[rows, whole]), times(storage.bytes() * (1 + u64::from(bias)), &[whole])],
-        )
-    }
-}
-
-impl Costed for norm_vec4::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for rope::Problem {
-    fn cost(&self) -> Cost {
-        let rope::Problem { tokens, n_head, d_rope, .. } = *self;
-        // Four products and two sums a pair. cos and sin are read once a token, whatever the heads.
-        cost(
-            &[times(3, &[tokens, n_head, d_rope])],
-            &[times(4, &[tokens, d_rope]), times(8, &[tokens, n_head, d_rope])],
-        )
-    }
-}
-
-impl Costed for gather::Problem {
-    fn cost(&self) -> Cost {
-        let gather::Problem { rows, width, vocab_size, storage, .. } = *self;
-        let table = times(storage.bytes(), &[rows.min(vocab_size), width]);
-        cost(&[], &[table, times(4, &[rows]), times(4, &[rows, width])])
-    }
-}
-
-impl Costed for gate::Problem {
-    fn cost(&self) -> Cost {
-        let gate::Problem { rows, width, activation, norm, statistics_rows, storage, .. } = *self;
-        let activation = activated(activation);
-        // As in `norm`; the affine part of layer_norm has a bias.
-        let (element, row, affine) = match norm {
-            GateNorm::LayerNorm => (7, 4, 2),
-            GateNorm::RmsNorm => (4, 3, 1),
-            GateNorm::None => (0, 0, 0),
-        };
-        cost(
-            &[times(activation + 1 + element, &[rows, width]), times(row, &[rows])],
-            &[
-                times(12, &[rows, width]),
-                times(affine * storage.bytes(), &[width]),
-                // A slot read and (μ, ρ) written.
-                when(statistics_rows > 0, times(12, &[rows])),
-            ],
-        )
-    }
-}
-
-impl Costed for gate_vec4::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for cache_append::Problem {
-    fn cost(&self) -> Cost {
-        let cache_append::Problem { tokens, d_latent, d_rope, interleave, queries, storage, .. } = *self;
-        let rotated = if interleave.is_some() { d_rope } else { 0 };
-        // The padding of a cache row is written too.
-        let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
-        cost(
-            &[times(3, &[tokens, rotated]), times(3, &[tokens, queries.n_head, rotated])],
-            &[
-                times(4, &[tokens, rotated]),
-                times(8, &[tokens, queries.n_head, rotated]),
-                times(4, &[tokens, d_latent]),
-                times(4, &[tokens, d_rope]),
-                times(4, &[tokens]),
-                written[0],
-                written[1],
-            ],
-        )
-    }
-}
-
-impl Costed for cache_append_vec4::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for cache_copy::Problem {
-    fn cost(&self) -> Cost {
-        cost(&[], &[times(8, &[self.words])])
-    }
-}
-
-impl Costed for cache_read::Problem {
-    fn cost(&self) -> Cost {
-        let cache_read::Problem { rows, cache_rows, d_latent, n_sequence, table, storage, .. } = *self;
-        let cached = rows.min(cache_rows);
-        cost(
-            &[],
-            &[
-                times(storage.bytes(), &[cached, d_latent]),
-                times(16, &[n_sequence]),
-                times(4, &[rows, d_latent]),
-                times(4, &[rows]),
-                // An id a row, each embedding once at most.
-                table.map_or(0, |table| {
-                    let ids = times(4, &[cached]);
-                    let read = times(table.storage.bytes(), &[cached.min(table.vocab_size), table.d_gate]);
-                    ids.saturating_add(read).saturating_add(times(4, &[rows, table.d_gate]))
-                }),
-            ],
-        )
-    }
-}
-
-impl Costed for attention_prefill::Problem {
-    fn cost(&self) -> Cost {
-        let attention_prefill::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
-        // The state is written by every tile and read by all but the first. One (m, l) a query and head: a schedule that
-        // splits the value width keeps more.
-        let state = if self.first { 1 } else { 2 };
-        cost(
-            &[
-                times(2, &[tokens, kv_rows, n_head, d_nope]),
-                times(2, &[tokens, kv_rows, n_head, d_rope]),
-                times(2, &[tokens, kv_rows, n_head, d_value]),
-            ],
-            &[
-                times(4, &[tokens, n_head, d_nope]),
-                times(4, &[tokens, n_head, d_rope]),
-                times(4, &[kv_rows, n_head, d_nope]),
-                times(4, &[kv_rows, n_head, d_value]),
-                times(storage.bytes(), &[kv_rows.min(self.cache_rows), d_rope]),
-                times(16, &[self.query_tiles]),
-                times(16, &[self.n_sequence]),
-                times(4 * state, &[tokens, n_head, d_value]),
-                times(8 * state, &[tokens, n_head]),
-            ],
-        )
-    }
-}
-
-impl Costed for attention_prefill_cooperative::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_prefill_cooperative_8::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_prefill_rows::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_prefill_subgroup::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_decode::Problem {
-    fn cost(&self) -> Cost {
-        let attention_decode::Problem { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, kv_storage, .. } =
-            *self;
-        // A row belongs to one sequence, and so meets that one's queries.
-        let rows = kv_rows.min(self.cache_rows);
-        let met = rows.saturating_mul(self.most_tokens);
-        let splits = kv_rows.div_ceil(SPLIT).saturating_mul(self.most_tokens);
-        cost(
-            &[times(2, &[met, n_head, d_nope]), times(2, &[met, n_head, d_rope]), times(2, &[met, n_head, d_value])],
-            &[
-                times(4, &[tokens, n_head, d_nope]),
-                times(4, &[tokens, n_head, d_rope]),
-                times(kv_storage.bytes(), &[rows, n_head, d_nope]),
-                times(kv_storage.bytes(), &[rows, n_head, d_value]),
-                times(storage.bytes(), &[rows, d_rope]),
-                times(32, &[self.n_sequence]),
-                times(4, &[splits, n_head, d_value]),
-                times(8, &[splits, n_head]),
-            ],
-        )
-    }
-}
-
-impl Costed for attention_decode_vec4::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_absorbed::Problem {
-    fn cost(&self) -> Cost {
-        let attention_absorbed::Problem { tokens, splits, n_head, d_latent, d_rope, storage, .. } = *self;
-        let rows = splits.saturating_mul(SPLIT).min(self.cache_rows);
-        let met = rows.saturating_mul(self.most_tokens);
-        cost(
-            &[times(4, &[met, n_head, d_latent]), times(2, &[met, n_head, d_rope])],
-            &[
-                times(4, &[tokens, n_head, d_latent]),
-                times(4, &[tokens, n_head, d_rope]),
-                times(storage.bytes(), &[rows, d_latent]),
-                times(storage.bytes(), &[rows, d_rope]),
-                times(32, &[self.n_sequence]),
-                times(4, &[self.partials, n_head, d_latent]),
-                times(8, &[self.partials, n_head]),
-            ],
-        )
-    }
-}
-
-impl Costed for attention_absorbed_stream::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_absorbed_subgroup::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for attention_merge::Problem {
-    fn cost(&self) -> Cost {
-        let attention_merge::Problem { tokens, n_head, width, splits } = *self;
-        cost(
-            &[
-                // A split: the maximum, its weight e^(m_s − m), its part of l, its part of the values.
-                times(2, &[splits, n_head, width]),
-                times(5, &[splits, n_head]),
-                // A query: times 1 / l; lse.
-                times(1, &[tokens, n_head, width]),
-                times(3, &[tokens, n_head]),
-            ],
-            &[
-                times(4, &[splits, n_head, width]),
-                times(8, &[splits, n_head]),
-                times(8, &[tokens]),
-                times(4, &[tokens, n_head, width]),
-                times(4, &[tokens, n_head]),
-            ],
-        )
-    }
-}
-
-impl Costed for attention_grouped::Problem {
-    fn cost(&self) -> Cost {
-        let attention_grouped::Problem { tokens, n_head, widths, met_groups, met_positions, .. } = *self;
-        let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
-        let of_head = |width: u32, other: u32| u64::from(width) + u64::from(other);
-        let kv = |factor: u64| times(factor, &[n_head]).saturating_mul(of_head(d_nope, d_value));
-        let d_kv = kv(1);
-        // The caller's count of groups and positions, per query token; the bytes are those of one token's.
-        let once = |met: u64| met / u64::from(tokens.max(1));
-        let row = u64::from(d_latent) + u64::from(d_rope);
-        let statistics = if self.norm == GateNorm::None { 0 } else { 8 };
-        let gate_bytes = if self.resident > 0 { self.gates_storage } else { self.more_storage }.bytes();
-        let affine = match self.norm {
-            GateNorm::None => 0,
-            GateNorm::RmsNorm => d_kv,
-            GateNorm::LayerNorm => kv(2),
-        };
-        let each = |count: u64, size: u64| count.saturating_mul(size);
-        cost(
-            &[
-                // Absorb and fold of every group, score and sum of every position.
-                each(met_groups, kv(2).saturating_mul(d_latent.into())),
-                each(met_positions, times(4, &[n_head, d_latent]).saturating_add(times(2, &[n_head, d_rope]))),
-            ],
-            &[
-                times(4, &[tokens, n_head]).saturating_mul(of_head(d_nope, d_rope)),
-                kv(self.storage.bytes()).saturating_mul(d_latent.into()),
-                each(affine, self.storage.bytes()),
-                each(once(met_groups), d_kv.saturating_mul(gate_bytes)),
-                // A header of every group, a position of every row, the row itself and its statistics.
-                each(once(met_groups), 32),
-                each(once(met_positions), 4 + statistics + row * self.cache_storage.bytes()),
-                times(4, &[self.partials, n_head, d_value]),
-                times(8, &[self.partials, n_head]),
-            ],
-        )
-    }
-}
-
-impl Costed for attention_grouped_subgroup::Problem {
-    fn cost(&self) -> Cost {
-        self.0.cost()
-    }
-}
-
-impl Costed for gate_rows::Problem {
-    fn cost(&self) -> Cost {
-        let gate_rows::Problem { rows, width, d_gate, vocab_size, ids, targets, storage, y_storage, .. } = *self;
-        cost(
-            &[times(2, &[rows, width, d_gate])],
-            &[
-                times(storage.bytes(), &[rows.min(vocab_size), d_gate]),
-                times(storage.bytes(), &[width, d_gate]),
-                when(ids, times(4, &[rows])),
-                when(targets, times(4, &[rows])),
-                times(y_storage.bytes(), &[rows, y_storage.row_pitch(width)]),
-            ],
-        )
-    }
-}
-
-impl Costed for gate_statistics::Problem {
-    fn cost(&self) -> Cost {
-        let gate_statistics::Problem { tokens, width, activation, norm, storage, .. } = *self;
-        // Product, then mean and variance, or the mean square alone.
-        let (element, row) = match norm {
-            GateNorm::LayerNorm => (5, 4),
-            _ => (3, 3),
-        };
-        cost(
-            &[times(activated(activation) + element, &[tokens, width]), times(row, &[tokens])],
-            &[times(4 + storage.bytes(), &[tokens, width]), times(16, &[tokens])],
-        )
-    }
-}
-
-impl Costed for group_ids::Problem {
-    fn cost(&self) -> Cost {
-        let group_ids::Problem { tokens, rows, n_sequence, .. } = *self;
-        // Two words of a header and the id written; id and row of a token and the id written.
-        cost(&[], &[times(12, &[rows]), times(12, &[tokens]), times(64, &[n_sequence])])
-    }
-}
-
-impl Costed for word_scatter::Problem {
-    fn cost(&self) -> Cost {
-        cost(&[], &[times(12, &[self.count])])
-    }
-}
-
-/// FLOPs of an activation.
-fn activated(activation: Activation) -> u64 {
-    match activation {
-        Activation::Identity => 0,
-        Activation::Tanh | Activation::OnePlus => 1,
-        Activation::Sigmoid | Activation::Silu => 3,
-    }
-}
-
-impl Costed for roofline_cooperative::Problem {
-    fn cost(&self) -> Cost {
-        matrices(self, roofline_cooperative::SIDE)
-    }
-}
-
-impl Costed for roofline_cooperative_8::Problem {
-    fn cost(&self) -> Cost {
-        matrices(&self.0, roofline_cooperative_8::SIDE)
-    }
-}
-
-/// Products of square matrices in registers.
-fn matrices(problem: &roofline_cooperative::Problem, side: u32) -> Cost {
-    let roofline_cooperative::Problem { groups, trips } = *problem;
-    cost(
-        &[times(2, &[groups, trips, roofline_cooperative::PRODUCTS, side, side, side])],
-        &[
-            times(4, &[roofline_cooperative::FACTORS, side, side]),
-            times(4, &[groups, roofline_cooperative::PRODUCTS, side, side]),
-        ],
-    )
-}
-
-impl Costed for roofline_copy::Problem {
-    fn cost(&self) -> Cost {
-        cost(&[], &[times(8, &[self.words])])
-    }
-}
-
-impl Costed for roofline_fma::Problem {
-    fn cost(&self) -> Cost {
-        // The chains' beginnings (12 additions) and their sum (11) are counted too.
-        let steps = times(2 * u64::from(roofline_fma::FMA_PER_TRIP), &[self.elements, self.trips]);
-        cost(&[steps, times(23, &[self.elements])], &[times(8, &[self.elements])])
-    }
-}
-
-impl Costed for swiglu::Problem {
-    fn cost(&self) -> Cost {
-        cost(&[times(4, &[self.elements])], &[times(12, &[self.elements])])
-    }
-}
-
-impl Costed for residual_add::Problem {
-    fn cost(&self) -> Cost {
-        cost(&[times(1, &[self.elements])], &[times(12, &[self.elements])])
+impl Activation {
+    /// FLOPs of one.
+    pub(crate) fn flops(self) -> u64 {
+        match self {
+            Activation::Identity => 0,
+            Activation::Tanh | Activation::OnePlus => 1,
+            Activation::Sigmoid | Activation::Silu => 3,
+        }
     }
 }
 
@@ -602,7 +140,7 @@ pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Sto
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
     let rows = work.rows;
     let splits = rows.div_ceil(SPLIT).saturating_mul(work.tokens);
-    let attention = attention_decode::Problem {
+    let attention = AttentionDecode {
         tokens: work.tokens,
         most_tokens: 1,
         partials: splits,
@@ -641,13 +179,13 @@ pub fn attend_absorbed(config: &AttentionConfig, work: &DecodeWork, storage: Sto
 /// Keys and values of `cached` tokens, from their latents.
 fn rebuilding(config: &AttentionConfig, cached: u32, cache_storage: Storage, storage: Storage) -> Cost {
     let (d_latent, d_kv) = (config.d_latent, config.d_kv());
-    let read = cache_read::Problem {
+    let read = CacheRead {
         first_row: 0,
         rows: cached,
         cache_rows: cached,
         d_latent,
         n_sequence: 1,
-        table: config.up_projected_gate().map(|gate| cache_read::Table {
+        table: config.up_projected_gate().map(|gate| Table {
             d_gate: gate.d_gate,
             vocab_size: gate.vocab_size,
             storage,
@@ -670,16 +208,11 @@ fn attend_one_group(config: &AttentionConfig, work: &DecodeWork, storage: Storag
     let AttentionConfig { n_head, d_latent, d_nope, d_rope, d_value, .. } = *config;
     let one_a_head = |inner: u32, cols: u32| {
         let layout = Layout { batch: 1, ..Layout::dense(inner) };
-        matmul::Problem {
-            batch: n_head,
-            x: layout,
-            w: layout,
-            ..matmul::Problem::linear(work.tokens, inner, cols, false, storage)
-        }
+        Matmul { batch: n_head, x: layout, w: layout, ..Matmul::linear(work.tokens, inner, cols, false, storage) }
     };
     let splits = work.rows.div_ceil(SPLIT);
     let partials = splits.saturating_mul(work.tokens);
-    let attention = attention_absorbed::Problem {
+    let attention = AttentionAbsorbed {
         tokens: work.tokens,
         most_tokens: 1,
         n_sequence: 1,
@@ -706,14 +239,9 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
     let projected = if work.projected > 0 { work.projected.saturating_add(work.tokens) } else { 0 };
     let resident = if projected > 0 { 0 } else { gate.vocab_size };
     let more_storage = if projected > 0 { Storage::F32 } else { storage };
-    let rows = gather::Problem {
-        rows: projected,
-        width: gate.d_gate,
-        table_row: gate.d_gate,
-        vocab_size: gate.vocab_size,
-        storage,
-    };
-    let statistics = gate_statistics::Problem {
+    let rows =
+        Gather { rows: projected, width: gate.d_gate, table_row: gate.d_gate, vocab_size: gate.vocab_size, storage };
+    let statistics = GateStatistics {
         tokens: work.tokens,
         width: d_kv,
         resident,
@@ -728,20 +256,15 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
     };
     // One partial result for sixteen groups: what an item has in software; on a GPU it has fewer.
     let partials = u32::try_from(work.groups.div_ceil(16)).unwrap_or(u32::MAX);
-    let attention = attention_grouped::Problem {
+    let attention = AttentionGrouped {
         tokens: work.tokens,
         most_tokens: 1,
         n_sequence: 1,
-        items: partials,
+        entries: partials,
         partials,
         n_head,
-        widths: attention_grouped::Widths {
-            d_latent: config.d_latent,
-            d_nope: config.d_nope,
-            d_rope: config.d_rope,
-            d_value,
-        },
-        tiling: attention_grouped::Tiling { groups: 4, run: 4 },
+        widths: Widths { d_latent: config.d_latent, d_nope: config.d_nope, d_rope: config.d_rope, d_value },
+        tiling: Tiling { groups: 4, span: 4 },
         table: 0,
         list_words: 0,
         cache_rows: work.rows,
@@ -751,20 +274,20 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         gates_storage: storage,
         more: projected,
         more_storage,
-        first_row: 0,
-        rows: 0,
+        first_group: 0,
+        groups: 0,
         pass_index: 0,
         passes: 1,
         activation: gate.activation,
         norm: gate.norm,
         scale: config.scale() as f32,
-        met_groups: work.groups,
-        met_positions: work.positions,
+        expected_groups: work.groups,
+        expected_positions: work.positions,
         cache_storage: work.cache_storage,
         storage,
     };
     // What an f16 cache has made of the latents is read back.
-    let cached = gather::Problem {
+    let cached = Gather {
         rows: if work.cache_storage == Storage::F16 { work.tokens } else { 0 },
         width: config.d_latent,
         table_row: config.d_latent,
@@ -782,11 +305,11 @@ fn when_normed(gate: &GateConfig, cost: Cost) -> Cost {
 }
 
 fn linear(rows: u32, inner: u32, cols: u32, bias: bool, storage: Storage) -> Cost {
-    matmul::Problem::linear(rows, inner, cols, bias, storage).cost()
+    Matmul::linear(rows, inner, cols, bias, storage).cost()
 }
 
 fn merged(tokens: u32, n_head: u32, width: u32, splits: u32) -> Cost {
-    attention_merge::Problem { tokens, n_head, width, splits }.cost()
+    AttentionCombine { tokens, n_head, width, splits }.cost()
 }
 
 /// `tokens` new tokens of one sequence without a past through one whole layer.
@@ -794,9 +317,10 @@ fn merged(tokens: u32, n_head: u32, width: u32, splits: u32) -> Cost {
 /// A query meets itself and the tokens before it, `tokens · (tokens + 1) / 2` pairs; otherwise as [`decode_expanded`].
 pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
-    let attention = attention_prefill::Problem {
+    let attention = AttentionPrefill {
         tokens,
         query_tiles: 1,
+        tile_q: QUERY_TILES[0],
         n_sequence: 1,
         n_head,
         d_nope,
@@ -808,13 +332,14 @@ pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         first: true,
         last: true,
         scale: config.scale() as f32,
+        weights: storage,
         storage,
     };
     projections(config, tokens, storage) + rebuilding(config, tokens, storage, storage) + causal(&attention)
 }
 
 /// What a prefill attention costs when no query meets a key behind it: one sequence without a past, in one tile.
-pub fn causal(problem: &attention_prefill::Problem) -> Cost {
+pub fn causal(problem: &AttentionPrefill) -> Cost {
     let Cost { flops, bytes } = problem.cost();
     // Of tokens² pairs, (tokens² + tokens) / 2; a token alone has one.
     let one = flops / u64::from(problem.tokens.max(1));
@@ -823,7 +348,7 @@ pub fn causal(problem: &attention_prefill::Problem) -> Cost {
 
 /// The projection of embeddings, and the gate itself.
 fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, storage: Storage) -> Cost {
-    let gate = gate::Problem {
+    let gate = Gate {
         rows,
         width,
         x_offset: 0,
@@ -843,8 +368,8 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
     let d_q = n_head * config.d_query();
     let rms = |width: u32| {
         let (x_offset, x_row, eps) = (0, width, 0.0);
-        let (kind, second, bias) = (norm::Kind::Rms, 0, false);
-        norm::Problem { rows: tokens, width, second, x_offset, x_row, eps, kind, bias, storage }.cost()
+        let (kind, second, bias) = (Kind::Rms, 0, false);
+        Norm { rows: tokens, width, second, x_offset, x_row, eps, kind, bias, storage }.cost()
     };
     let d_kv_a = d_latent + d_rope;
     let down = match config.d_q_latent {
@@ -858,10 +383,10 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
     };
     let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| {
         let (width, vocab_size) = (gate.d_gate, gate.vocab_size);
-        let table = gather::Problem { rows: tokens, width, table_row: width, vocab_size, storage };
+        let table = Gather { rows: tokens, width, table_row: width, vocab_size, storage };
         table.cost() + gated(gate, tokens, d_latent, 0, storage)
     });
-    let append = cache_append::Problem {
+    let append = CacheAppend {
         tokens,
         cache_rows: tokens,
         d_latent,
@@ -871,7 +396,7 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         rope_offset: 0,
         rope_row: d_rope,
         interleave: Some(config.rope.interleave),
-        queries: cache_append::Queries { n_head, offset: 0, row: d_q, head: config.d_query() },
+        queries: Queries { n_head, offset: 0, row: d_q, head: config.d_query() },
         rope_byte: 0,
         storage,
     };
@@ -914,361 +439,38 @@ mod tests {
 
     use super::*;
     use crate::config::{GateSite, RopeConfig};
-    use crate::kernels::{Problem, REGISTRY};
-
-    fn grouped() -> attention_grouped::Problem {
-        attention_grouped::Problem {
-            tokens: 2,
-            most_tokens: 2,
-            n_sequence: 1,
-            items: 2,
-            partials: 4,
-            n_head: 3,
-            widths: attention_grouped::Widths { d_latent: 8, d_nope: 6, d_rope: 4, d_value: 7 },
-            tiling: attention_grouped::Tiling { groups: 4, run: 1 },
-            table: 0,
-            list_words: 99,
-            cache_rows: 20,
-            rope_byte: 320,
-            statistics_byte: 640,
-            resident: 0,
-            gates_storage: Storage::F16,
-            more: 5,
-            more_storage: Storage::F32,
-            first_row: 0,
-            rows: 5,
-            pass_index: 0,
-            passes: 1,
-            activation: Activation::Identity,
-            norm: GateNorm::LayerNorm,
-            scale: 1.0,
-            met_groups: 10,
-            met_positions: 40,
-            cache_storage: Storage::F16,
-            storage: Storage::F16,
-        }
-    }
-
-    /// One problem of every kernel with its FLOPs and bytes, counted by hand.
-    fn by_hand() -> Vec<(&'static str, Cost, (u64, u64))> {
-        fn entry<P: Problem + Costed>(problem: P, flops: u64, bytes: u64) -> (&'static str, Cost, (u64, u64)) {
-            (P::SPEC.name, problem.cost(), (flops, bytes))
-        }
-        let f16 = Storage::F16;
-        let product = matmul::Problem::linear(2, 3, 5, true, f16);
-        let by_matrices = roofline_cooperative::Problem { groups: 3, trips: 5 };
-        let prefill = attention_prefill::Problem {
-            tokens: 4,
-            query_tiles: 1,
-            n_sequence: 1,
-            n_head: 2,
-            d_nope: 3,
-            d_rope: 2,
-            d_value: 5,
-            kv_first: 7,
-            kv_rows: 7,
-            cache_rows: 20,
-            first: false,
-            last: true,
-            scale: 1.0,
-            storage: f16,
-        };
-        let absorbed = attention_absorbed::Problem {
-            tokens: 1,
-            most_tokens: 1,
-            n_sequence: 1,
-            splits: 2,
-            partials: 2,
-            n_head: 3,
-            d_latent: 8,
-            d_nope: 6,
-            d_rope: 4,
-            cache_rows: 300,
-            scale: 1.0,
-            storage: f16,
-        };
-        let decode = attention_decode::Problem {
-            tokens: 1,
-            most_tokens: 1,
-            partials: 1,
-            n_sequence: 1,
-            n_head: 2,
-            d_nope: 3,
-            d_rope: 2,
-            d_value: 5,
-            kv_first: 256,
-            kv_rows: 256,
-            cache_rows: 1000,
-            scale: 1.0,
-            storage: f16,
-            kv_storage: Storage::F32,
-        };
-        vec![
-            // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
-            // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 32. Out: 2·3·(8·4 + 8).
-            entry(absorbed, 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
-            entry(attention_absorbed_stream::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
-            entry(attention_absorbed_subgroup::Problem(absorbed), 2 * 300 * 3 * 20, 96 + 48 + 4800 + 2400 + 32 + 240),
-            // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
-            // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 32. Out: 1·2·(5·4 + 8).
-            entry(decode, 2 * 256 * 2 * 10, 40 + 16384 + 1024 + 32 + 56),
-            // Keys and values in f16 are half of that.
-            entry(
-                attention_decode_vec4::Problem(attention_decode::Problem { kv_storage: f16, ..decode }),
-                2 * 256 * 2 * 10,
-                40 + 8192 + 1024 + 32 + 56,
-            ),
-            // 2 query tokens that meet 5 groups and 20 positions each: 10 · 3 · (6 + 7) · 8 and 40 · 3 · (2·8 + 4).
-            // In: q 2·3·10·4, W 39·8·2, γ and β 2·39·2, 5 gate rows 39·4, 5 headers 32, 20 rows of 12·2 + 8 + 4.
-            // Out: 4·3·(7·4 + 8).
-            entry(grouped(), 2 * (10 * 3 * 13 * 8 + 40 * 3 * 20), 240 + 624 + 156 + 5 * 156 + 160 + 20 * 36 + 432),
-            entry(
-                attention_grouped_subgroup::Problem(grouped()),
-                2 * (10 * 3 * 13 * 8 + 40 * 3 * 20),
-                240 + 624 + 156 + 5 * 156 + 160 + 20 * 36 + 432,
-            ),
-            // 4 splits · 3 heads · (2·10 + 5) + 2 queries · 3 heads · (10 + 3).
-            // In: 12·(40 + 8) + 2·8. Out: 6·(40 + 4).
-            entry(attention_merge::Problem { tokens: 2, n_head: 3, width: 10, splits: 4 }, 300 + 78, 576 + 16 + 264),
-            // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
-            // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
-            entry(prefill, 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
-            entry(attention_prefill_cooperative::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
-            entry(
-                attention_prefill_cooperative_8::Problem(prefill),
-                2 * 4 * 7 * 2 * 10,
-                160 + 448 + 28 + 32 + 224 + 224,
-            ),
-            entry(attention_prefill_rows::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
-            entry(attention_prefill_subgroup::Problem(prefill), 2 * 4 * 7 * 2 * 10, 160 + 448 + 28 + 32 + 224 + 224),
-            // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
-            entry(
-                cache_append::Problem {
-                    tokens: 3,
-                    cache_rows: 9,
-                    d_latent: 5,
-                    latent_offset: 0,
-                    latent_row: 5,
-                    d_rope: 2,
-                    rope_offset: 0,
-                    rope_row: 2,
-                    interleave: Some(true),
-                    queries: cache_append::Queries::default(),
-                    rope_byte: 144,
-                    storage: f16,
-                },
-                18,
-                24 + 84 + 12 + 3 * 32,
-            ),
-            // A pair of 2 heads a token more than of keys: 6 FLOPs a pair, read and written.
-            entry(
-                cache_append_vec4::Problem(cache_append::Problem {
-                    tokens: 3,
-                    cache_rows: 9,
-                    d_latent: 8,
-                    latent_offset: 0,
-                    latent_row: 8,
-                    d_rope: 8,
-                    rope_offset: 0,
-                    rope_row: 8,
-                    interleave: Some(true),
-                    queries: cache_append::Queries { n_head: 2, offset: 0, row: 16, head: 8 },
-                    rope_byte: 144,
-                    storage: f16,
-                }),
-                3 * 4 * 6 + 6 * 4 * 6,
-                3 * (32 + 32 + 32 + 4 + 32) + 6 * 64,
-            ),
-            entry(cache_copy::Problem { words: 10, from_word: 0, to_word: 10 }, 0, 80),
-            // In: 6 rows of cache (10 are asked for) · (5·2 + 4), table 2·16, 6 embeddings of 3·4. Out: 10 · (5·4 + 3·4 + 4).
-            entry(
-                cache_read::Problem {
-                    first_row: 0,
-                    rows: 10,
-                    cache_rows: 6,
-                    d_latent: 5,
-                    n_sequence: 2,
-                    table: Some(cache_read::Table { d_gate: 3, vocab_size: 50, storage: Storage::F32 }),
-                    storage: f16,
-                },
-                0,
-                84 + 32 + 72 + 360,
-            ),
-            // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).
-            entry(
-                gate::Problem {
-                    rows: 3,
-                    width: 7,
-                    x_offset: 0,
-                    x_row: 7,
-                    eps: 1e-5,
-                    activation: Activation::Sigmoid,
-                    norm: GateNorm::LayerNorm,
-                    statistics_rows: 9,
-                    storage: f16,
-                },
-                231 + 12,
-                252 + 28 + 36,
-            ),
-            // 4·7·5 multiply-adds. Table rows 4·5·2, projection 7·5·2, ids and targets 4·4 each; out 4 rows of 8 floats.
-            entry(
-                gate_rows::Problem {
-                    rows: 4,
-                    width: 7,
-                    d_gate: 5,
-                    vocab_size: 50,
-                    first_id: 0,
-                    ids: true,
-                    targets: true,
-                    y_rows: 9,
-                    storage: f16,
-                    y_storage: Storage::F32,
-                },
-                280,
-                40 + 70 + 32 + 128,
-            ),
-            // 3·7 · (sigmoid 3 + product, sums and squares 5) + 3·4. In: 3·7·(4 + 2), rows and slots 3·8. Out: 3·8.
-            entry(
-                gate_statistics::Problem {
-                    tokens: 3,
-                    width: 7,
-                    resident: 4,
-                    more: 0,
-                    more_first: 0,
-                    cache_rows: 9,
-                    eps: 1e-5,
-                    activation: Activation::Sigmoid,
-                    norm: GateNorm::LayerNorm,
-                    storage: f16,
-                    more_storage: f16,
-                },
-                168 + 12,
-                126 + 48,
-            ),
-            // A product an element; x, g and y.
-            entry(
-                gate_vec4::Problem(gate::Problem {
-                    rows: 3,
-                    width: 8,
-                    x_offset: 0,
-                    x_row: 8,
-                    eps: 1e-5,
-                    activation: Activation::Identity,
-                    norm: GateNorm::None,
-                    statistics_rows: 0,
-                    storage: f16,
-                }),
-                24,
-                288,
-            ),
-            // Table rows 4·6·2, ids 4·4, out 4·6·4.
-            entry(gather::Problem { rows: 4, width: 6, table_row: 8, vocab_size: 50, storage: f16 }, 0, 48 + 16 + 96),
-            // 3 rows and 3 tokens of 12 bytes, a line of the table.
-            entry(
-                group_ids::Problem { tokens: 3, first_row: 0, rows: 3, n_sequence: 1, table: 0, list_words: 99 },
-                0,
-                36 + 36 + 64,
-            ),
-            // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
-            entry(product, 60 + 10, 24 + 30 + 10 + 40),
-            entry(matmul_cooperative::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            entry(matmul_cooperative_8::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            entry(matmul_subgroup::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            entry(matmul_vec4::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            entry(matvec::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            entry(matvec_subgroup::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            entry(matvec_vec4::Problem(product), 60 + 10, 24 + 30 + 10 + 40),
-            // LayerNorm with bias: 2·5·7 + 2·4. In and out 2·5·8, weight and bias 5·4.
-            entry(
-                norm::Problem {
-                    rows: 2,
-                    width: 5,
-                    second: 0,
-                    x_offset: 0,
-                    x_row: 5,
-                    eps: 1e-5,
-                    kind: norm::Kind::Layer,
-                    bias: true,
-                    storage: f16,
-                },
-                70 + 8,
-                80 + 20,
-            ),
-            // RMSNorm of two segments: 2·(8 + 16)·4 + 2·2·3. In and out 2·24·8, weights 24·2.
-            entry(
-                norm_vec4::Problem(norm::Problem {
-                    rows: 2,
-                    width: 8,
-                    second: 16,
-                    x_offset: 0,
-                    x_row: 24,
-                    eps: 1e-5,
-                    kind: norm::Kind::Rms,
-                    bias: false,
-                    storage: f16,
-                }),
-                192 + 12,
-                384 + 48,
-            ),
-            entry(residual_add::Problem { elements: 11 }, 11, 132),
-            // 3 groups · 5 trips · 8 products of 16 · 16 · 16 multiply-adds. x 6·16·16·4, y 3·8·16·16·4; then with 8 for 16.
-            entry(by_matrices, 2 * 3 * 5 * 8 * 4096, 6144 + 24576),
-            entry(roofline_cooperative_8::Problem(by_matrices), 2 * 3 * 5 * 8 * 512, 1536 + 6144),
-            entry(roofline_copy::Problem { words: 12 }, 0, 96),
-            // 3 elements · (5 trips · 48 multiply-adds, 12 chains begun and 11 additions).
-            entry(roofline_fma::Problem { elements: 3, trips: 5, a: 0.5, b: 0.5 }, 3 * (2 * 5 * 48 + 23), 24),
-            // 2·3·2 pairs of 6. Rotations 2·4·4, values 2·3·4 read and written.
-            entry(
-                rope::Problem {
-                    tokens: 2,
-                    n_head: 3,
-                    d_rope: 4,
-                    offset: 0,
-                    token_stride: 12,
-                    head_stride: 4,
-                    interleave: true,
-                },
-                72,
-                32 + 192,
-            ),
-            entry(swiglu::Problem { elements: 11 }, 44, 132),
-            // A patch of 8 bytes, a word written.
-            entry(word_scatter::Problem { count: 11, words: 99 }, 0, 132),
-        ]
-    }
+    use crate::kernels::{ProjectGateRows, REGISTRY};
+    use crate::op::Op;
+    use crate::sample::Sampled as _;
 
     #[test]
-    fn every_kernel_costs_what_is_counted_by_hand() {
-        for (kernel, cost, (flops, bytes)) in by_hand() {
-            assert_eq!(cost, Cost { flops, bytes }, "{kernel}");
+    fn every_operation_costs_what_is_counted_by_hand() {
+        for operation in REGISTRY {
+            let counted = operation.counted();
+            assert!(!counted.is_empty(), "{}", operation.name());
+            for (problem, cost) in counted {
+                assert_eq!(problem.cost(), cost, "{problem:?}");
+            }
         }
-    }
-
-    #[test]
-    fn every_kernel_of_the_registry_has_a_cost() {
-        let costed: Vec<_> = by_hand().iter().map(|(kernel, ..)| *kernel).collect();
-        let registered: Vec<_> = REGISTRY.iter().map(|spec| spec.name).collect();
-        assert_eq!(costed, registered);
     }
 
     #[test]
     fn switches_change_the_count() {
         let gate = |activation, norm, statistics_rows| {
             let (x_offset, x_row, storage) = (0, 10, Storage::F32);
-            gate::Problem { rows: 1, width: 10, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }
-                .cost()
+            Gate { rows: 1, width: 10, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }.cost()
         };
         assert_eq!(gate(Activation::Identity, GateNorm::None, 0), Cost { flops: 10, bytes: 120 });
         assert_eq!(gate(Activation::OnePlus, GateNorm::None, 0).flops, 20);
         assert_eq!(gate(Activation::Silu, GateNorm::RmsNorm, 0), Cost { flops: 10 * 8 + 3, bytes: 160 });
         assert_eq!(gate(Activation::Identity, GateNorm::RmsNorm, 1).bytes, 172);
-        let dense = matmul::Problem::linear(4, 8, 16, false, Storage::F32);
-        let f16 = matmul::Problem { storage: Storage::F16, ..dense };
+        let dense = Matmul::linear(4, 8, 16, false, Storage::F32);
+        let f16 = Matmul { storage: Storage::F16, ..dense };
         assert_eq!(dense.cost().bytes - f16.cost().bytes, 8 * 16 * 2);
         // A batch that shares its weights reads them once.
-        let shared = matmul::Problem { batch: 3, x: Layout { batch: 32, ..dense.x }, ..dense };
+        let shared = Matmul { batch: 3, x: Layout { batch: 32, ..dense.x }, ..dense };
         assert_eq!(shared.cost(), Cost { flops: 3 * 1024, bytes: 3 * 128 + 512 + 3 * 256 });
-        let empty = matmul::Problem::linear(0, 8, 16, true, Storage::F32);
+        let empty = Matmul::linear(0, 8, 16, true, Storage::F32);
         assert_eq!(empty.cost().flops, 0);
     }
 
@@ -1278,7 +480,7 @@ mod tests {
         assert_eq!([one, one, one].into_iter().sum::<Cost>(), Cost { flops: 3, bytes: 6 });
         let most = Cost { flops: u64::MAX, bytes: u64::MAX };
         assert_eq!(most + one, most);
-        let huge = matmul::Problem::linear(u32::MAX, u32::MAX, u32::MAX, true, Storage::F32);
+        let huge = Matmul::linear(u32::MAX, u32::MAX, u32::MAX, true, Storage::F32);
         assert_eq!(huge.cost().flops, u64::MAX);
     }
 
@@ -1361,12 +563,13 @@ mod tests {
         // A row of 128 halves, its statistics and its place in a list.
         assert_eq!(longer.bytes - few.bytes, 256 * (256 + 8 + 4));
         let (groups, cached) = (1640, 8192);
-        let attention = Costed::cost(&attention_grouped::Problem {
+        let (grouped, _) = AttentionGrouped::counted()[0];
+        let attention = Op::cost(&AttentionGrouped {
             n_head: 12,
-            widths: attention_grouped::Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 },
-            met_groups: groups,
-            met_positions: cached,
-            ..grouped()
+            widths: Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 },
+            expected_groups: groups,
+            expected_positions: cached,
+            ..grouped
         });
         assert!(attention.flops <= 2 * (98_304 * groups + 2_304 * cached));
         // An f32 cache has 256 bytes more a row, and the new token's latent need not be read back from it.
@@ -1457,8 +660,8 @@ mod tests {
     #[test]
     fn counts_of_sizes_that_no_device_holds_saturate() {
         let most = u32::MAX;
-        let table = cache_read::Table { d_gate: most, vocab_size: most, storage: Storage::F32 };
-        let read = cache_read::Problem {
+        let table = Table { d_gate: most, vocab_size: most, storage: Storage::F32 };
+        let read = CacheRead {
             first_row: 0,
             rows: most,
             cache_rows: most,
@@ -1468,16 +671,16 @@ mod tests {
             storage: Storage::F32,
         };
         assert_eq!(read.cost().bytes, u64::MAX);
-        let widths = attention_grouped::Widths { d_latent: most, d_nope: most, d_rope: most, d_value: most };
-        let grouped = attention_grouped::Problem {
+        let widths = Widths { d_latent: most, d_nope: most, d_rope: most, d_value: most };
+        let grouped = AttentionGrouped {
             tokens: most,
             most_tokens: most,
             n_sequence: most,
-            items: most,
+            entries: most,
             partials: most,
             n_head: most,
             widths,
-            tiling: attention_grouped::Tiling { groups: most, run: most },
+            tiling: Tiling { groups: most, span: most },
             table: most,
             list_words: most,
             cache_rows: most,
@@ -1487,21 +690,21 @@ mod tests {
             gates_storage: Storage::F32,
             more: most,
             more_storage: Storage::F32,
-            first_row: most,
-            rows: most,
+            first_group: most,
+            groups: most,
             pass_index: most,
             passes: most,
             activation: Activation::Identity,
             norm: GateNorm::LayerNorm,
             scale: 1.0,
-            met_groups: u64::MAX,
-            met_positions: u64::MAX,
+            expected_groups: u64::MAX,
+            expected_positions: u64::MAX,
             cache_storage: Storage::F32,
             storage: Storage::F32,
         };
         assert_eq!(grouped.cost(), Cost { flops: u64::MAX, bytes: u64::MAX });
-        assert_eq!(grouped.tiling.item_groups(), u32::MAX);
-        let gate = gate_rows::Problem {
+        assert_eq!(grouped.tiling.entry_groups(), u32::MAX);
+        let gate = ProjectGateRows {
             rows: most,
             width: most,
             d_gate: most,

@@ -15,7 +15,9 @@ use std::task::{Context, Poll, Waker};
 
 use crate::error::{Error, Result};
 use crate::kernels::{COOPERATIVE_FEATURES, REGISTRY};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Tunings, padded};
+use crate::adapter::{AdapterClass, Cooperative, PlanContext, Tunings};
+use crate::plan::Plan;
+use crate::storage::padded;
 
 /// How a shader sees a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +30,7 @@ pub enum Access {
     ReadWrite,
 }
 
-/// One binding of a kernel; its number is its place in [`KernelSpec::bindings`].
+/// One binding of a kernel; its number is its place in [`Spec::bindings`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Binding {
     /// Name of the variable in the shader.
@@ -51,7 +53,7 @@ impl Binding {
 
 /// What is constant of a kernel: its registry line.
 #[derive(Debug)]
-pub struct KernelSpec {
+pub struct Spec {
     /// The one stem: `shaders/<name>.wgsl`, `src/kernels/<name>.rs`, `src/reference/<name>.rs`, label `egmla.<name>`.
     pub name: &'static str,
     /// The file that runs.
@@ -71,7 +73,7 @@ pub struct KernelSpec {
     pub cooperative: Cooperative,
 }
 
-impl KernelSpec {
+impl Spec {
     /// What it needs that a device lacks, by name; `None` when it can run.
     pub fn missing(&self, device: &PlanContext) -> Option<String> {
         let features = self.features - device.features;
@@ -411,7 +413,7 @@ impl Kernels {
 
     fn compile(
         &self,
-        spec: &'static KernelSpec,
+        spec: &'static Spec,
         overrides: &[(&'static str, f64)],
         cache: Option<&wgpu::PipelineCache>,
     ) -> Result<Pipeline> {
@@ -548,7 +550,7 @@ impl Bound<'_> {
 
 #[derive(Debug)]
 struct Dispatch {
-    spec: &'static KernelSpec,
+    spec: &'static Spec,
     overrides: Vec<(&'static str, f64)>,
     key: PipelineKey,
     /// Buffer, offset, bytes; by binding number, params left out.
@@ -560,7 +562,7 @@ struct Dispatch {
 
 /// A dispatch as it was recorded, for those who write it down instead of running it.
 pub(crate) struct Dispatched<'a> {
-    pub spec: &'static KernelSpec,
+    pub spec: &'static Spec,
     pub overrides: &'a [(&'static str, f64)],
     pub params: &'a [u8],
     /// Buffer, offset, bytes; by binding number, params left out.
@@ -648,7 +650,7 @@ impl Recording {
     /// Adds a dispatch. `bound` are the storage bindings in the order of their numbers.
     pub(crate) fn push<P: bytemuck::Pod>(
         &mut self,
-        spec: &'static KernelSpec,
+        spec: &'static Spec,
         plan: &Plan,
         params: &P,
         bound: &[Bound<'_>],

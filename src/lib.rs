@@ -18,21 +18,29 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod attention;
+#[cfg(feature = "check")]
 pub mod check;
 pub mod config;
 pub mod cost;
 #[cfg(feature = "decoder")]
 pub mod decoder;
+pub mod device;
 pub mod error;
 pub mod fault;
 pub mod files;
 mod json;
-pub mod kernel;
 pub mod kernels;
+pub mod op;
 pub mod plan;
+pub mod recording;
 pub mod reference;
+pub mod registry;
+#[cfg(feature = "check")]
+pub mod sample;
 pub mod sequences;
+pub mod storage;
 pub mod weights;
 
 pub use error::{Error, Result};

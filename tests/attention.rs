@@ -6,6 +6,7 @@ mod common;
 
 use common::{Gpu, gpu, gpu_with};
 use egmla::Error;
+use egmla::adapter::{AdapterClass, PlanContext, Tuning};
 use egmla::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
@@ -13,10 +14,12 @@ use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use egmla::check::random::{Random, attention_weights};
 use egmla::check::readback;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use egmla::kernel::{Kernels, Recording, Region};
-use egmla::kernels::{Problem, attention_decode, cache_append, matmul, matvec};
-use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
+use egmla::device::{Kernels, Region};
+use egmla::kernels::{Matmul, attention_decode, cache_append, matmul};
+use egmla::op::{Op, choose};
+use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
+use egmla::storage::Storage;
 use egmla::weights::{AttentionWeights, Checkpoint};
 use egmla::wgpu;
 
@@ -937,13 +940,14 @@ fn no_rows_are_no_dispatch_and_a_wide_result_fits_every_class() {
     let absent = gpu.kernels.absent();
     let mut recording = Recording::new(&gpu.kernels);
     let args = matmul::Args { x: &buffer, w: &buffer, bias: &absent, y: &out };
-    let none = matmul::Problem::linear(0, 8, 8, false, Storage::F32);
-    matmul::encode(&mut recording, &none, args, Tuning::Auto).unwrap();
-    matvec::encode(&mut recording, &matvec::Problem(none), args, Tuning::Auto).unwrap();
+    let none = matmul::Matmul::linear(0, 8, 8, false, Storage::F32);
+    recording.add(&none, args).unwrap();
+    let few = Matmul::VARIANTS.iter().find(|variant| variant.spec.name == "matvec").unwrap();
+    recording.add_variant(few, &none, args, Tuning::Auto).unwrap();
     assert_eq!(recording.dispatches(), 0);
     for class in AdapterClass::ALL {
-        let wide = matvec::Problem(matmul::Problem::linear(1, 64, 262_144, false, Storage::F32));
-        wide.plan(&PlanContext::webgpu_defaults(class), Tuning::Auto).unwrap();
+        let wide = Matmul::linear(1, 64, 262_144, false, Storage::F32);
+        few.plan(&wide, &PlanContext::webgpu_defaults(class), Tuning::Auto).unwrap();
     }
 }
 
@@ -968,7 +972,7 @@ fn a_tensor_over_one_binding_is_refused_when_the_layer_is_made() {
 fn widths_that_overflow_are_errors_and_not_panics() {
     let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
     for width in [u32::MAX, 1 << 30] {
-        let append = cache_append::Problem {
+        let append = cache_append::CacheAppend {
             tokens: 1,
             cache_rows: 1,
             d_latent: width,
@@ -982,7 +986,7 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             rope_byte: 0,
             storage: Storage::F16,
         };
-        let attend = attention_decode::Problem {
+        let attend = attention_decode::AttentionDecode {
             tokens: 1,
             most_tokens: 1,
             partials: 1,
@@ -998,8 +1002,8 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             storage: Storage::F32,
             kv_storage: Storage::F32,
         };
-        for plan in [append.plan(&context, Tuning::Auto), attend.plan(&context, Tuning::Auto)] {
-            let error = plan.unwrap_err().to_string();
+        for refused in [choose(&append, &context).err(), choose(&attend, &context).err()] {
+            let error = refused.unwrap().to_string();
             assert!(error.contains(&format!("{width}, must be at most 65534")), "{error}");
         }
     }

@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use egmla::Error;
+use egmla::adapter::{Tuning, Tunings};
 use egmla::check::bench::report::Report;
 use egmla::check::bench::{Row, Stock, rows};
 use egmla::check::{cases, readback};
-use egmla::kernel::Kernels;
-use egmla::kernels::{Problem, matmul};
-use egmla::plan::{Storage, Tuning, Tunings};
+use egmla::device::Kernels;
+use egmla::kernels::Matmul;
+use egmla::op::Op;
+use egmla::storage::Storage;
 use egmla::wgpu;
 use serde_json::Value;
 
@@ -191,13 +193,14 @@ fn tune_keeps_its_choice_and_info_shows_it() {
 fn measured_settings_replace_those_of_the_class() {
     let gpu = common::gpu();
     let tunings = |kernel: &str, choice| Tunings(BTreeMap::from([(kernel.to_owned(), choice)]));
-    let problem = matmul::Problem::linear(64, 64, 64, false, Storage::F32);
-    for choice in 0..matmul::SPEC.tunings {
+    let problem = Matmul::linear(64, 64, 64, false, Storage::F32);
+    let variant = Matmul::VARIANTS.iter().find(|variant| variant.spec.name == "matmul").unwrap();
+    for choice in 0..variant.spec.tunings {
         let tuned = gpu.kernels.with_tunings(tunings("matmul", choice)).unwrap();
-        let plan = |tuning| problem.plan(tuned.context(), tuning).unwrap();
+        let plan = |tuning| variant.plan(&problem, tuned.context(), tuning).unwrap();
         assert_eq!(plan(Tuning::Auto), plan(Tuning::Forced(choice)));
     }
-    for (kernel, choice) in [("matmul", matmul::SPEC.tunings), ("no_such_kernel", 0)] {
+    for (kernel, choice) in [("matmul", variant.spec.tunings), ("no_such_kernel", 0)] {
         let refused = gpu.kernels.with_tunings(tunings(kernel, choice));
         assert!(matches!(refused, Err(Error::Config { key, .. }) if key == kernel));
     }

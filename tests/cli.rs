@@ -549,7 +549,9 @@ fn info_knows_the_papers_cache_sizes_and_an_adapter() {
         for kernel in ["matmul", "matvec", "attention_prefill", "attention_decode", "attention_absorbed"] {
             assert!(kernels.contains(&kernel), "{kernels:?}");
         }
-        assert!(adapter["variants"][0]["overrides"]["TILE_K"].as_f64().unwrap() > 0.0);
+        let tiles =
+            adapter["variants"].as_array().unwrap().iter().find(|variant| variant["kernel"] == "matmul").unwrap();
+        assert!(tiles["overrides"]["TILE_K"].as_f64().unwrap() > 0.0);
     }
 
     let table = egmla(&["info"]).done().stdout;

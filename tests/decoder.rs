@@ -14,8 +14,8 @@ use egmla::decoder::{
     CpuDecoder, Decoder, DecoderStateOptions, DecoderWeights, Logits, ModelFolder, TextStream, TextTokenizer, Windows,
     argmax, scored_characters,
 };
-use egmla::kernel::Recording;
-use egmla::plan::Storage;
+use egmla::recording::Recording;
+use egmla::storage::Storage;
 use egmla::weights::Checkpoint;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;

@@ -10,9 +10,10 @@ use egmla::attention::{
 use egmla::check::random::{Random, attention_weights};
 use egmla::check::readback::{read, read_f32, wait};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use egmla::kernel::{Kernels, Recording, Region};
-use egmla::plan::Storage;
+use egmla::device::{Kernels, Region};
+use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
+use egmla::storage::Storage;
 use egmla::{Error, wgpu};
 
 /// Width and height of the picture: 64 pixels of 4 bytes are one row of a copy, 256 bytes.

@@ -7,13 +7,16 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::gpu;
+use egmla::adapter::{AdapterClass, PlanContext};
 use egmla::check::capture::{Action, Blob, Blobs, Capture};
 use egmla::check::compare::{Tolerance, compare};
 use egmla::check::export::{CaseData, verdicts, webgpu};
 use egmla::check::guarded::{GUARD_WORDS, Guarded, POISON};
-use egmla::kernel::{Access, Kernels, Recording, Region};
-use egmla::kernels::{REGISTRY, residual_add, swiglu};
-use egmla::plan::{AdapterClass, PlanContext, Tuning};
+use egmla::device::{Kernels, Region};
+use egmla::kernels::{REGISTRY, residual_add, shaders, swiglu};
+use egmla::op::Access;
+use egmla::recording::Recording;
+use egmla::registry::AnyOp;
 
 fn words(blobs: &Blobs, blob: Blob, count: usize) -> Vec<u32> {
     match blob {
@@ -31,16 +34,18 @@ fn assert_whole(data: &CaseData, blobs: &Blobs) {
     for action in &data.actions {
         match action {
             Action::Dispatch { kernel, subgroups, overrides, grid, params, bindings } => {
-                let spec = REGISTRY.iter().find(|spec| spec.name == *kernel).expect(id);
+                let of = |operation: &&&dyn AnyOp| operation.shaders().iter().any(|spec| spec.name == *kernel);
+                let operation = REGISTRY.iter().find(of).expect(id);
+                let spec = shaders().find(|spec| spec.name == *kernel).expect(id);
                 assert_eq!(*subgroups, spec.features.contains(egmla::wgpu::Features::SUBGROUP), "{id}");
                 for (name, _) in overrides {
                     assert!(spec.source.contains(&format!("override {name}:")), "{id}: {kernel} has no {name}");
                 }
                 assert!(grid.iter().all(|&groups| (1..=65_535).contains(&groups)), "{id}: {grid:?}");
-                assert!(matches!(params, Blob::At { bytes, .. } if *bytes == spec.params_size), "{id}");
-                assert_eq!(bindings.len() + 1, spec.bindings.len(), "{id}");
-                for (bound, (number, declared)) in bindings.iter().zip((0..).zip(spec.bindings).skip(1)) {
-                    assert_eq!((bound.binding, bound.write), (number, declared.access == Access::ReadWrite), "{id}");
+                assert!(matches!(params, Blob::At { bytes, .. } if *bytes == 4 * operation.params().len()), "{id}");
+                assert_eq!(bindings.len(), operation.bindings().len(), "{id}");
+                for (bound, (number, declared)) in bindings.iter().zip((1..).zip(operation.bindings())) {
+                    assert_eq!((bound.binding, bound.write), (number, declared.access == Access::Write), "{id}");
                     assert!(bound.offset % 256 == 0 && bound.size % 4 == 0 && bound.size > 0, "{id}: {bound:?}");
                     assert!(bound.offset + bound.size <= data.buffers[bound.buffer].bytes, "{id}: {bound:?}");
                     if bound.write {
@@ -87,9 +92,9 @@ fn the_smallest_case_of_every_kernel_is_whole() {
             }
         }
     }
-    assert_eq!(seen.len(), REGISTRY.len());
+    assert_eq!(seen.len(), shaders().count());
     // What a page cannot have, whatever this device has.
-    let cooperative = REGISTRY.iter().filter(|spec| spec.name.contains("cooperative")).map(|spec| spec.name);
+    let cooperative = shaders().filter(|spec| spec.name.contains("cooperative")).map(|spec| spec.name);
     assert_eq!(skipped, cooperative.collect());
     gpu.assert_no_errors();
 }
@@ -124,7 +129,7 @@ fn an_export_is_the_same_bytes_every_time() {
 fn swiglu(kernels: &Kernels, recording: &mut Recording, elements: u32, y: &Region) -> egmla::Result<()> {
     let x = Region::from(&kernels.upload("x", bytemuck::cast_slice(&vec![1f32; elements as usize]))?);
     let args = swiglu::Args { gate: &x, up: &x, y };
-    swiglu::encode(recording, &swiglu::Problem { elements }, args, Tuning::Auto)
+    recording.add(&swiglu::Swiglu { elements }, args)
 }
 
 #[test]
@@ -154,7 +159,7 @@ fn only_words_may_differ_between_recordings_of_one_shape() {
         let stream = Guarded::filled(&gpu.kernels, "stream", &[0; 8]).unwrap();
         let mut recording = Recording::new(capture.kernels());
         let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
-        residual_add::encode(&mut recording, &residual_add::Problem { elements }, args, Tuning::Auto).unwrap();
+        recording.add(&residual_add::ResidualAdd { elements }, args).unwrap();
         capture.submit(&recording).unwrap();
         capture.read(&stream).unwrap();
         let actions = capture.take_actions();

@@ -15,10 +15,11 @@ use egmla::attention::{
 use egmla::check::random::{Random, attention_weights};
 use egmla::check::readback;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::device::{Kernels, Region};
 use egmla::fault::Faults;
-use egmla::kernel::{Kernels, Recording, Region};
 use egmla::kernels::roofline_fma;
-use egmla::plan::{Storage, Tuning};
+use egmla::recording::Recording;
+use egmla::storage::Storage;
 use egmla::wgpu;
 
 const HIDDEN: usize = 24;
@@ -219,7 +220,8 @@ struct Work {
 }
 
 impl Work {
-    const PROBLEM: roofline_fma::Problem = roofline_fma::Problem { elements: 1 << 14, trips: 4096, a: 0.5, b: 0.25 };
+    const PROBLEM: roofline_fma::RooflineFma =
+        roofline_fma::RooflineFma { elements: 1 << 14, iterations: 4096, a: 0.5, b: 0.25 };
 
     fn new(kernels: &Kernels, dispatches: usize) -> Self {
         let x = vec![0.5f32; Self::PROBLEM.elements as usize];
@@ -228,7 +230,7 @@ impl Work {
         let mut recording = Recording::new(kernels);
         for _ in 0..dispatches {
             let args = roofline_fma::Args { x: &input, y: &out };
-            roofline_fma::encode(&mut recording, &Self::PROBLEM, args, Tuning::Auto).unwrap();
+            recording.add(&Self::PROBLEM, args).unwrap();
         }
         Work { recording, x, out }
     }

@@ -5,8 +5,8 @@
 mod common;
 
 use egmla::check::cases;
-use egmla::kernel::KernelSpec;
-use egmla::kernels::REGISTRY;
+use egmla::kernels::shaders;
+use egmla::op::Spec;
 
 /// Runs the cases of one kernel (or of the layer) and fails with a line for each that is wrong.
 fn run(kernel: &str) {
@@ -51,66 +51,26 @@ fn run(kernel: &str) {
     );
     assert!(wrong.is_empty(), "{} of {compared} are wrong:\n{}", wrong.len(), wrong.join("\n"));
     // Only a variant whose feature this adapter lacks compares nothing, and says so above.
-    let lacks = |spec: &KernelSpec| spec.missing(gpu.kernels.context()).is_some();
-    let absent = REGISTRY.iter().any(|spec| spec.name == kernel && lacks(spec));
+    let lacks = |spec: &Spec| spec.missing(gpu.kernels.context()).is_some();
+    let absent = shaders().any(|spec| spec.name == kernel && lacks(spec));
     assert!(if absent { compared == 0 && skipped > 0 } else { compared > 0 && skipped == 0 }, "no case of {kernel}");
 }
 
-macro_rules! kernels {
-    ($($name:ident),* $(,)?) => {
-        $(#[test] fn $name() { run(stringify!($name)); })*
-
-        #[test]
-        fn every_kernel_of_the_registry_is_run_here() {
-            let here = [$(stringify!($name)),*];
-            for spec in REGISTRY {
-                assert!(here.contains(&spec.name), "{} has no test", spec.name);
+macro_rules! tests {
+    ($($stem:ident: $op:ident),* $(,)?) => {
+        $(
+            #[test]
+            fn $stem() {
+                for variant in <egmla::kernels::$op as egmla::op::Op>::VARIANTS {
+                    run(variant.spec.name);
+                }
             }
-        }
+        )*
     };
 }
+egmla::for_each_operation!(tests);
 
-kernels!(
-    attention_absorbed,
-    attention_absorbed_stream,
-    attention_absorbed_subgroup,
-    attention_decode,
-    attention_decode_vec4,
-    attention_grouped,
-    attention_grouped_subgroup,
-    attention_merge,
-    attention_prefill,
-    attention_prefill_cooperative,
-    attention_prefill_cooperative_8,
-    attention_prefill_rows,
-    attention_prefill_subgroup,
-    cache_append,
-    cache_append_vec4,
-    cache_copy,
-    cache_read,
-    gate,
-    gate_rows,
-    gate_statistics,
-    gate_vec4,
-    gather,
-    group_ids,
-    layer,
-    matmul,
-    matmul_cooperative,
-    matmul_cooperative_8,
-    matmul_subgroup,
-    matmul_vec4,
-    matvec,
-    matvec_subgroup,
-    matvec_vec4,
-    norm,
-    norm_vec4,
-    residual_add,
-    roofline_cooperative,
-    roofline_cooperative_8,
-    roofline_copy,
-    roofline_fma,
-    rope,
-    swiglu,
-    word_scatter,
-);
+#[test]
+fn layer() {
+    run("layer");
+}

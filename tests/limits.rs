@@ -8,15 +8,20 @@ use common::{Gpu, gpu, gpu_with};
 use std::collections::BTreeMap;
 
 use egmla::Error;
+use egmla::adapter::{AdapterClass, PlanContext, Tuning};
 use egmla::attention::{Attention, CacheOptions, GateRows, LatentCache, Workspace, WorkspaceOptions};
 use egmla::check::capture::{Action, Blob, Blobs};
 use egmla::check::random::attention_weights;
 use egmla::check::{cases, readback};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::decoder::{Decoder, DecoderStateOptions, ModelFolder};
-use egmla::kernel::{KernelSpec, Recording, Region};
-use egmla::kernels::{Problem, REGISTRY, attention_decode, attention_merge, residual_add};
-use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning};
+use egmla::device::Region;
+use egmla::kernels::{attention_decode, attention_merge, residual_add, shaders};
+use egmla::op::Spec;
+use egmla::op::{Op, choose};
+use egmla::plan::Plan;
+use egmla::recording::Recording;
+use egmla::storage::Storage;
 use egmla::wgpu;
 
 /// The table of limits in the WebGPU standard, where a compute shader meets one.
@@ -270,8 +275,9 @@ fn grids_that_fold_cover_every_element() {
     let gpu = gpu();
     // Workgroups of 64: one more than two full rows of the grid would need.
     let elements = 65_535 * 64 + 63;
-    let problem = residual_add::Problem { elements };
-    let plan = problem.plan(gpu.kernels.context(), Tuning::Forced(1)).unwrap();
+    let problem = residual_add::ResidualAdd { elements };
+    let variant = &residual_add::ResidualAdd::VARIANTS[0];
+    let plan = variant.plan(&problem, gpu.kernels.context(), Tuning::Forced(1)).unwrap();
     assert!(plan.grid[1] == 2 && plan.grid[0] < 65_536 && plan.workgroup_size == 64, "{plan:?}");
     let delta: Vec<f32> = (0..elements).map(|index| (index % 1021) as f32).collect();
     let mut stream: Vec<f32> = (0..elements).map(|index| (index % 8191) as f32).collect();
@@ -281,7 +287,7 @@ fn grids_that_fold_cover_every_element() {
     let stream_region = Region::from(&gpu.kernels.upload("stream", bytemuck::cast_slice(&stream)).unwrap());
     let mut recording = Recording::new(&gpu.kernels);
     let args = residual_add::Args { delta: &delta_region, stream: &stream_region };
-    residual_add::encode(&mut recording, &problem, args, Tuning::Forced(1)).unwrap();
+    recording.add_variant(variant, &problem, args, Tuning::Forced(1)).unwrap();
     readback::submit(&recording, &gpu.queue).unwrap();
     let got = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&stream_region])).unwrap().remove(0);
     let wrong = (0..stream.len()).find(|&index| got[index] != stream[index] + delta.get(index).copied().unwrap_or(0.0));
@@ -295,8 +301,8 @@ fn every_kernel_is_right_where_its_grid_folds() {
     const EACH: usize = 3;
     let whole = gpu();
     let mut folded: BTreeMap<&str, usize> = BTreeMap::new();
-    let offered = |spec: &&&KernelSpec| spec.missing(whole.kernels.context()).is_none();
-    for case in cases().iter().filter(|case| REGISTRY.iter().filter(offered).any(|spec| spec.name == case.kernel())) {
+    let offered = |spec: &&'static Spec| spec.missing(whole.kernels.context()).is_none();
+    for case in cases().iter().filter(|case| shaders().filter(offered).any(|spec| spec.name == case.kernel())) {
         if folded.get(case.kernel()).is_some_and(|&cases| cases >= EACH) {
             continue;
         }
@@ -326,7 +332,7 @@ fn every_kernel_is_right_where_its_grid_folds() {
         *folded.entry(case.kernel()).or_default() += 1;
     }
     println!("cases with a folded grid: {folded:?}");
-    for spec in REGISTRY.iter().filter(offered) {
+    for spec in shaders().filter(offered) {
         assert!(folded.contains_key(spec.name), "no grid of {} folded", spec.name);
     }
 }
@@ -342,7 +348,7 @@ fn of_kernel(name: &str) -> impl Fn(&Action) -> Option<[u32; 3]> {
 /// Whether a dispatch's grid is folded: the last words of a kernel of tiles' parameters are its tiles.
 fn is_folded(action: &Action, blobs: &Blobs) -> bool {
     let Action::Dispatch { kernel, grid, params: Blob::At { at, bytes }, .. } = action else { return false };
-    let spec = REGISTRY.iter().find(|spec| spec.name == *kernel).unwrap();
+    let spec = shaders().find(|spec| spec.name == *kernel).unwrap();
     let words: Vec<u32> = bytemuck::pod_collect_to_vec(&blobs.bytes()[*at..at + bytes]);
     match spec.source.contains("tiles_x: u32,") {
         true => words[words.len() - 3..] != *grid,
@@ -354,27 +360,32 @@ fn is_folded(action: &Action, blobs: &Blobs) -> bool {
 #[test]
 fn grids_over_the_limit_are_refused() {
     let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
-    let over = |plan: egmla::Result<egmla::plan::Plan>| match plan {
+    fn plan<O: Op>(op: &O, context: &PlanContext) -> egmla::Result<Plan> {
+        choose(op, context).map(|(_, plan)| plan)
+    }
+    let over = |plan: egmla::Result<Plan>| match plan {
         Err(Error::Limit { needed, allowed, limit: "max_compute_workgroups_per_dimension", .. }) => {
             assert!(needed > allowed);
         }
         other => panic!("{other:?}"),
     };
-    let merge = attention_merge::Problem { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
-    over(merge.plan(&context, Tuning::Auto));
-    let decode = attention_decode::Problem { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };
-    let plan = decode.plan(&context, Tuning::Auto).unwrap();
-    assert_eq!((plan.grid, plan.tiles), ([32_768, 2, 1], [65_536, 1, 1]));
-    let heads = attention_decode::Problem { n_head: 65_535, ..decode };
-    let error = heads.plan(&context, Tuning::Auto).unwrap_err().to_string();
+    let combine = attention_merge::AttentionCombine { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
+    let error = plan(&combine, &context).unwrap_err().to_string();
+    assert_eq!(error, "attention_merge: 8589934590 elements, must be below 2^31");
+    let decode = attention_decode::AttentionDecode { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };
+    let folded = plan(&decode, &context).unwrap();
+    assert_eq!((folded.grid, folded.tiles), ([32_768, 2, 1], [65_536, 1, 1]));
+    let heads = attention_decode::AttentionDecode { n_head: 65_535, ..decode };
+    let error = plan(&heads, &context).unwrap_err().to_string();
     assert_eq!(error, "attention_decode: 4294901760 workgroups, must be below 2^31");
     let mut small = context;
     small.limits.max_compute_workgroups_per_dimension = 255;
-    over(decode.plan(&small, Tuning::Auto));
+    over(plan(&attention_merge::AttentionCombine { tokens: 65_026, n_head: 1, ..combine }, &small));
+    over(plan(&decode, &small));
 }
 
-fn decode_problem() -> attention_decode::Problem {
-    attention_decode::Problem {
+fn decode_problem() -> attention_decode::AttentionDecode {
+    attention_decode::AttentionDecode {
         tokens: 1,
         most_tokens: 1,
         partials: 1,

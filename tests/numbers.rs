@@ -10,7 +10,7 @@ use egmla::check::compare::{Tolerance, compare};
 use egmla::check::long::{LENGTHS, LIMIT, SPREADS, Way, measure};
 use egmla::check::property::{Event, Ids, LayerCase, Prepared, Rope, Shape};
 use egmla::config::{Activation, GateConfig, GateNorm, GateSite};
-use egmla::plan::Storage;
+use egmla::storage::Storage;
 
 /// Every configuration and way over an f16 cache, up to 65 536 tokens.
 #[test]

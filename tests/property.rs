@@ -14,7 +14,7 @@ use egmla::check::compare::{F32_LIMIT, Tolerance, compare};
 use egmla::check::property::{Event, Failure, Ids, LayerCase, Prepared, Rope, Search, Shape, family, search, shrink};
 use egmla::check::random::{Random, attention_weights};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
-use egmla::plan::Storage;
+use egmla::storage::Storage;
 use egmla::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 /// Cases of a run, over all parts; `EGMLA_PROPERTY_CASES` asks for another number.

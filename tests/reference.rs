@@ -14,8 +14,8 @@ use egmla::config::{
 };
 use egmla::reference::{
     Attended, Heads, History, Layer, Partial, activate, attention_absorbed, attention_decode, attention_merge,
-    attention_prefill, cache_append, cache_copy, cache_read, gate, gather, layer_norm, matmul, matvec, residual_add,
-    rms_norm, rope, rotations, swiglu,
+    attention_prefill, cache_append, cache_copy, cache_read, gate, gather, layer_norm, matmul, residual_add, rms_norm,
+    rope, rotations, swiglu,
 };
 use egmla::weights::{AttentionWeights, Checkpoint, HostTensor, QueryWeights};
 use safetensors::SafeTensors;
@@ -129,7 +129,7 @@ fn matmul_by_hand_and_every_tail() {
     assert_eq!(y, [1.0, -0.5, 16.0, 3.0, -1.5, 24.0]);
     for inner in [0, 1, 7, 8, 9, 16, 63] {
         let (x, w) = (normal(1, 3 * inner), normal(2, 5 * inner));
-        let y = matvec(&x, &w, None, 3, inner, 5);
+        let y = matmul(&x, &w, None, 3, inner, 5);
         for (i, y) in y.iter().enumerate() {
             let expected: f64 = (0..inner).map(|k| x[i / 5 * inner + k] * w[i % 5 * inner + k]).sum();
             assert_abs_diff_eq!(*y, expected, epsilon = 1e-12);

@@ -8,9 +8,10 @@ mod common;
 use egmla::Error;
 use egmla::attention::{CacheOptions, GateRows, LatentCache};
 use egmla::config::AttentionConfig;
-use egmla::kernel::{Recording, Region};
+use egmla::device::Region;
 use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_rows};
-use egmla::plan::{Storage, Tuning};
+use egmla::recording::Recording;
+use egmla::storage::Storage;
 
 #[test]
 fn buffers_that_no_number_counts_are_refused() {
@@ -59,7 +60,7 @@ fn bindings_that_no_number_counts_are_refused() {
     };
     let most = u32::MAX;
     // Without a query only keys and values are large.
-    let decode = attention_decode::Problem {
+    let decode = attention_decode::AttentionDecode {
         tokens: 0,
         most_tokens: 1,
         partials: 1,
@@ -84,12 +85,12 @@ fn bindings_that_no_number_counts_are_refused() {
         partial_softmax: small,
     };
     // Loops of a shader bound widths before their bytes can be too many to count.
-    let error = attention_decode::encode(&mut recording, &decode, args, Tuning::Auto).unwrap_err();
+    let error = recording.add(&decode, args).unwrap_err();
     assert!(matches!(error, Error::Problem { kernel: "attention_decode", .. }), "{error}");
-    let decode = attention_decode::Problem { d_nope: 65_534, ..decode };
-    let error = attention_decode::encode(&mut recording, &decode, args, Tuning::Auto).unwrap_err();
+    let decode = attention_decode::AttentionDecode { d_nope: 65_534, ..decode };
+    let error = recording.add(&decode, args).unwrap_err();
     assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 56), "{error}");
-    let append = cache_append::Problem {
+    let append = cache_append::CacheAppend {
         tokens: 1,
         cache_rows: most,
         d_latent: 1,
@@ -105,8 +106,8 @@ fn bindings_that_no_number_counts_are_refused() {
     };
     let args =
         cache_append::Args { latent: small, rope_key: small, rotations: small, slots: small, cache: small, q: small };
-    refused(cache_append::encode(&mut recording, &append, args, Tuning::Forced(0)));
-    let rows = gate_rows::Problem {
+    refused(recording.add(&append, args));
+    let rows = gate_rows::ProjectGateRows {
         rows: 1,
         width: 1,
         d_gate: 262_136,
@@ -119,7 +120,7 @@ fn bindings_that_no_number_counts_are_refused() {
         y_storage: Storage::F32,
     };
     let args = gate_rows::Args { gate_embedding: small, gate_b_proj: small, ids: small, targets: small, y: small };
-    let error = gate_rows::encode(&mut recording, &rows, args, Tuning::Auto).unwrap_err();
+    let error = recording.add(&rows, args).unwrap_err();
     assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 51), "{error}");
     assert_eq!(attention_grouped::softmax_word(most, most, most), u64::MAX);
     assert_eq!(recording.dispatches(), 0);

@@ -8,7 +8,8 @@ use egmla::attention::{
 };
 use egmla::check::random;
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
-use egmla::kernel::{Kernels, Recording, Region};
+use egmla::device::{Kernels, Region};
+use egmla::recording::Recording;
 use egmla_fuzz::{DEVICES, activation, bounded_beside, norm, number, storage};
 use libfuzzer_sys::fuzz_target;
 

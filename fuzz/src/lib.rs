@@ -5,8 +5,9 @@ use std::sync::LazyLock;
 
 use arbitrary::{Result, Unstructured};
 use egmla::config::{Activation, AttentionConfig, GateNorm};
-use egmla::kernel::Kernels;
-use egmla::plan::{AdapterClass, Storage};
+use egmla::device::Kernels;
+use egmla::adapter::AdapterClass;
+use egmla::storage::Storage;
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]

@@ -8,10 +8,11 @@ use super::Workspace;
 use super::lists::{GateRows, Lists};
 use super::step::{Step, StepInput};
 use crate::config::{AttentionConfig, GateNorm};
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording, Region};
-use crate::kernels::{cache_copy, product};
-use crate::plan::{Storage, Tuning, padded};
+use crate::kernels::cache_copy;
+use crate::recording::Recording;
+use crate::storage::{Storage, padded, product};
 
 /// Extents of a [`LatentCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -371,12 +372,12 @@ impl LatentCache {
         let mut copy = |region: &Region, row_words: u32| {
             let first = |sequence: usize| product(&[sequence as u32, self.options.capacity, row_words]);
             // Every cache buffer is within a binding, so word indices fit 32 bits.
-            let problem = cache_copy::Problem {
+            let problem = cache_copy::CacheCopy {
                 words: length * row_words,
                 from_word: first(from) as u32,
                 to_word: first(to) as u32,
             };
-            cache_copy::encode(recording, &problem, region, Tuning::Auto)
+            recording.add(&problem, cache_copy::Args { cache: region })
         };
         for layer in &self.layers {
             copy(&layer.latent, stored(self.config.d_latent))?;
@@ -387,8 +388,8 @@ impl LatentCache {
         }
         let Some(lists) = &self.lists else { return Ok(()) };
         for (from_word, to_word, words) in lists.copies(from as u32, to as u32, length) {
-            let problem = cache_copy::Problem { words, from_word, to_word };
-            cache_copy::encode(recording, &problem, &Region::from(&lists.buffer), Tuning::Auto)?;
+            let problem = cache_copy::CacheCopy { words, from_word, to_word };
+            recording.add(&problem, cache_copy::Args { cache: &Region::from(&lists.buffer) })?;
         }
         Ok(())
     }

@@ -4,21 +4,20 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::cache::LatentCache;
-use super::choice::{absorbed_of, decode_of, prefill_of};
 use super::lists::{GateRows, Grouped, Lists, widths};
-use super::product::product_of;
 use super::step::{Mode, Step, StepInput};
 use super::workspace::Workspace;
 use crate::config::{AttentionConfig, GateConfig, GateNorm, LOW_RANK_NORM_EPS};
 use crate::cost;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording, Region};
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill, cache_append,
     cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm, word_scatter,
 };
-use crate::plan::{Storage, Tuning};
+use crate::recording::Recording;
+use crate::storage::Storage;
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 /// How a decode step attends to the cache.
@@ -444,7 +443,7 @@ impl Attention {
             };
             let rows = TABLE_TILE.min(end - first);
             let y = Region::new(&to.buffer, row_bytes * u64::from(first - from), row_bytes * u64::from(rows));
-            let problem = gate_rows::Problem {
+            let problem = gate_rows::ProjectGateRows {
                 rows,
                 width,
                 d_gate: config.d_gate,
@@ -458,7 +457,7 @@ impl Attention {
             };
             let (gate_embedding, gate_b_proj) = (&weights.embedding, &weights.b_proj);
             let args = gate_rows::Args { gate_embedding, gate_b_proj, ids: &absent, targets: &absent, y: &y };
-            if let Err(error) = gate_rows::encode(recording, &problem, args, Tuning::Auto) {
+            if let Err(error) = recording.add(&problem, args) {
                 recording.rewind(mark);
                 return Err(error);
             }
@@ -509,10 +508,10 @@ impl Attention {
         cost::DecodeWork {
             tokens: step.tokens,
             rows: step.used_rows,
-            positions: step.met_positions,
-            groups: grouped.map_or(0, |grouped| grouped.met_groups),
+            positions: step.expected_positions,
+            groups: grouped.map_or(0, |grouped| grouped.expected_groups),
             projected: match grouped {
-                Some(grouped) if grouped.projected => grouped.rows,
+                Some(grouped) if grouped.projected => grouped.groups,
                 _ => 0,
             },
             cache_storage: cache.options().storage,
@@ -667,9 +666,9 @@ impl Attention {
     fn begin(&self, recording: &mut Recording, cache: &LatentCache, layer: usize, step: &Step) -> Result<()> {
         let Some(lists) = cache.lists() else { return Ok(()) };
         if recording.once((step.identity(), 0)) {
-            let problem = word_scatter::Problem { count: step.lists.patches.len() as u32, words: lists.words };
+            let problem = word_scatter::WordScatter { count: step.lists.patches.len() as u32, words: lists.words };
             let args = word_scatter::Args { patches: &step.patches, words: &Region::from(&lists.buffer) };
-            word_scatter::encode(recording, &problem, args, Tuning::Auto)?;
+            recording.add(&problem, args)?;
         }
         let rows = step.lists.fills.0.len() as u32;
         let (Some(pool), Some(config)) = (&cache.layer(layer)?.pool, self.config.up_projected_gate()) else {
@@ -678,7 +677,7 @@ impl Attention {
         let weights = self.gate_weights()?;
         let y_storage = cache.options().storage;
         let pitch = u64::from(y_storage.row_pitch(self.config.d_kv())) * y_storage.bytes();
-        let problem = gate_rows::Problem {
+        let problem = gate_rows::ProjectGateRows {
             rows,
             width: self.config.d_kv(),
             d_gate: config.d_gate,
@@ -697,7 +696,7 @@ impl Attention {
             targets: &step.fill_rows,
             y: pool,
         };
-        gate_rows::encode(recording, &problem, args, Tuning::Auto)
+        recording.add(&problem, args)
     }
 
     /// Dense `y [rows, cols] = x [rows, inner] · wᵀ + bias`.
@@ -712,9 +711,9 @@ impl Attention {
         bias: Option<&Region>,
         y: &Region,
     ) -> Result<()> {
-        let problem = matmul::Problem::linear(rows, inner, cols, bias.is_some(), self.storage);
+        let problem = matmul::Matmul::linear(rows, inner, cols, bias.is_some(), self.storage);
         let absent = self.kernels.absent();
-        product_of(recording, problem, matmul::Args { x, w, bias: bias.unwrap_or(&absent), y })
+        recording.add(&problem, matmul::Args { x, w, bias: bias.unwrap_or(&absent), y })
     }
 
     /// `q [tokens, n_head, d_nope + d_rope]`, not rotated yet, and the latents and rotary keys of the new tokens, normed. Returns
@@ -731,17 +730,17 @@ impl Attention {
         let down_row = rank + c.d_latent + c.d_rope;
         for DownProjection { first, columns, proj, bias } in &self.weights.down {
             let y = Layout { offset: *first, row: down_row, ..Layout::dense(*columns) };
-            let dense = matmul::Problem::linear(tokens, c.hidden_size, *columns, bias.is_some(), self.storage);
+            let dense = matmul::Matmul::linear(tokens, c.hidden_size, *columns, bias.is_some(), self.storage);
             let absent = self.kernels.absent();
             let bias = bias.as_ref().unwrap_or(&absent);
             let args = matmul::Args { x: hidden, w: proj, bias, y: &workspace.down };
-            product_of(recording, matmul::Problem { y, ..dense }, args)?;
+            recording.add(&matmul::Matmul { y, ..dense }, args)?;
         }
         // Segments that are normed, from the row's begin.
         let normed_latent = if self.weights.has_kv_a_norm { c.d_latent } else { 0 };
         if let Some(weight) = &self.weights.down_norm {
             let (width, second) = if rank == 0 { (normed_latent, 0) } else { (rank, normed_latent) };
-            let problem = norm::Problem {
+            let problem = norm::Norm {
                 rows: tokens,
                 width,
                 second,
@@ -754,7 +753,7 @@ impl Attention {
             };
             let bias = self.kernels.absent();
             let args = norm::Args { x: &workspace.down, weight, bias: &bias, y: &workspace.normed };
-            norm::encode(recording, &problem, args, Tuning::Auto)?;
+            recording.add(&problem, args)?;
         }
         let normed_row = rank + normed_latent;
         match &self.weights.query {
@@ -763,10 +762,10 @@ impl Attention {
             }
             DeviceQuery::LowRank { b_proj } => {
                 let x = Layout { row: normed_row, ..Layout::dense(rank) };
-                let dense = matmul::Problem::linear(tokens, rank, width, false, self.storage);
+                let dense = matmul::Matmul::linear(tokens, rank, width, false, self.storage);
                 let bias = self.kernels.absent();
                 let args = matmul::Args { x: &workspace.normed, w: b_proj, bias: &bias, y: &workspace.q };
-                product_of(recording, matmul::Problem { x, ..dense }, args)?;
+                recording.add(&matmul::Matmul { x, ..dense }, args)?;
             }
         }
         Ok(match normed_latent {
@@ -794,15 +793,15 @@ impl Attention {
                 ids: self.ids_of(step)?,
                 y: &workspace.gate_rows,
             };
-            gather::encode(recording, &self.embeddings(gate, step.tokens), args, Tuning::Auto)?;
+            recording.add(&self.embeddings(gate, step.tokens), args)?;
             self.gate_projection(recording, gate, step.tokens, c.d_latent, workspace)?;
-            let none = (&self.kernels.absent(), &self.kernels.sink(), 0);
+            let none = (&self.kernels.absent(), &self.kernels.absent(), 0);
             let y = &workspace.latent_gated;
             self.apply_gate(recording, gate, (step.tokens, c.d_latent), latents, workspace, none, y)?;
             latents = Latents { region: y, offset: 0, row: c.d_latent };
         }
         let cached = cache.layer(layer)?;
-        let problem = cache_append::Problem {
+        let problem = cache_append::CacheAppend {
             tokens: step.tokens,
             cache_rows: cache.rows(),
             d_latent: c.d_latent,
@@ -829,7 +828,7 @@ impl Attention {
             cache: &cached.whole,
             q: &workspace.q,
         };
-        cache_append::encode(recording, &problem, args, Tuning::Auto)?;
+        recording.add(&problem, args)?;
         Ok(latents)
     }
 
@@ -855,12 +854,12 @@ impl Attention {
         let absent = self.kernels.absent();
         let problem = self.padded(rows, config.d_gate, width);
         let args = matmul::Args { x: &workspace.gate_rows, w: &weights.b_proj, bias: &absent, y: &workspace.gate };
-        product_of(recording, problem, args)
+        recording.add(&problem, args)
     }
 
     /// Rows of the gate table.
-    fn embeddings(&self, config: &GateConfig, rows: u32) -> gather::Problem {
-        gather::Problem {
+    fn embeddings(&self, config: &GateConfig, rows: u32) -> gather::Gather {
+        gather::Gather {
             rows,
             width: config.d_gate,
             table_row: self.storage.row_pitch(config.d_gate),
@@ -870,9 +869,9 @@ impl Attention {
     }
 
     /// A product with weights whose rows are padded to 16 bytes.
-    fn padded(&self, rows: u32, inner: u32, cols: u32) -> matmul::Problem {
+    fn padded(&self, rows: u32, inner: u32, cols: u32) -> matmul::Matmul {
         let w = Layout { row: self.storage.row_pitch(inner), ..Layout::dense(inner) };
-        matmul::Problem { w, ..matmul::Problem::linear(rows, inner, cols, false, self.storage) }
+        matmul::Matmul { w, ..matmul::Matmul::linear(rows, inner, cols, false, self.storage) }
     }
 
     /// `y = Norm(x ⊙ act(gate))`, statistics into `(slots, statistics, rows of it)`.
@@ -888,7 +887,7 @@ impl Attention {
         y: &Region,
     ) -> Result<()> {
         let weights = self.gate_weights()?;
-        let problem = gate::Problem {
+        let problem = gate::Gate {
             rows,
             width,
             x_offset: x.offset,
@@ -901,7 +900,7 @@ impl Attention {
         };
         let (weight, bias) = (&weights.norm_weight, &weights.norm_bias);
         let args = gate::Args { x: x.region, g: &workspace.gate, weight, bias, slots, y, statistics };
-        gate::encode(recording, &problem, args, Tuning::Auto)
+        recording.add(&problem, args)
     }
 
     /// Attention over keys and values that are rebuilt from the cache, a tile of rows at a time.
@@ -924,9 +923,10 @@ impl Attention {
             let kv = self.rebuild(recording, cache, layer, step, workspace, (first, used))?;
             match step.mode {
                 Mode::Prefill => {
-                    let problem = attention_prefill::Problem {
+                    let problem = attention_prefill::AttentionPrefill {
                         tokens: step.tokens,
                         query_tiles: step.query_tiles,
+                        tile_q: step.tile_q,
                         n_sequence: step.n_sequence,
                         n_head: c.n_head,
                         d_nope: c.d_nope,
@@ -938,6 +938,7 @@ impl Attention {
                         first: first == 0,
                         last: first + rows == step.rows,
                         scale: c.scale() as f32,
+                        weights: self.storage,
                         storage,
                     };
                     let args = attention_prefill::Args {
@@ -949,10 +950,10 @@ impl Attention {
                         values: &workspace.values,
                         softmax: &workspace.softmax,
                     };
-                    prefill_of(recording, problem, self.storage, args)?;
+                    recording.add(&problem, args)?;
                 }
                 Mode::Decode => {
-                    let problem = attention_decode::Problem {
+                    let problem = attention_decode::AttentionDecode {
                         tokens: step.tokens,
                         most_tokens: step.most_tokens,
                         partials: step.partials,
@@ -976,7 +977,7 @@ impl Attention {
                         partial_values: &workspace.partial_values,
                         partial_softmax: &workspace.partial_softmax,
                     };
-                    decode_of(recording, problem, args)?;
+                    recording.add(&problem, args)?;
                 }
             }
             first += rows;
@@ -1005,7 +1006,7 @@ impl Attention {
             Some(_) => &self.gate_weights()?.embedding,
             None => &absent,
         };
-        let problem = cache_read::Problem {
+        let problem = cache_read::CacheRead {
             first_row,
             rows,
             cache_rows: cache.rows(),
@@ -1018,8 +1019,7 @@ impl Attention {
             }),
             storage: cache.options().storage,
         };
-        cache_read::encode(
-            recording,
+        recording.add(
             &problem,
             cache_read::Args {
                 latent_cache: &cached.latent,
@@ -1030,15 +1030,14 @@ impl Attention {
                 embedding: &workspace.gate_rows,
                 slots: &workspace.tile_slots,
             },
-            Tuning::Auto,
         )?;
         let (x, w, y) = (&workspace.tile_latent, &self.weights.kv_b_proj, &workspace.kv);
-        product_of(recording, self.padded(rows, c.d_latent, c.d_kv()), matmul::Args { x, w, bias: &absent, y })?;
+        recording.add(&self.padded(rows, c.d_latent, c.d_kv()), matmul::Args { x, w, bias: &absent, y })?;
         let Some(gate) = gate else { return Ok(&workspace.kv) };
         self.gate_projection(recording, gate, rows, c.d_kv(), workspace)?;
         let (statistics, statistics_rows) = match &cached.statistics {
             Some(statistics) => (statistics.clone(), cache.rows()),
-            None => (self.kernels.sink(), 0),
+            None => (self.kernels.absent(), 0),
         };
         let to = (&workspace.tile_slots, &statistics, statistics_rows);
         self.apply_gate(
@@ -1071,7 +1070,7 @@ impl Attention {
         let latents = Layout { offset: 0, row: c.n_head * c.d_latent, inner: 1, batch: c.d_latent };
 
         // a[h] = W_K[h]ᵀ q_C[h]
-        let absorb = matmul::Problem {
+        let absorb = matmul::Matmul {
             rows: step.tokens,
             inner: c.d_nope,
             cols: c.d_latent,
@@ -1083,9 +1082,9 @@ impl Attention {
             storage: self.storage,
         };
         let (w, bias) = (&self.weights.kv_b_proj, &absent);
-        product_of(recording, absorb, matmul::Args { x: &workspace.q, w, bias, y: &workspace.absorbed })?;
+        recording.add(&absorb, matmul::Args { x: &workspace.q, w, bias, y: &workspace.absorbed })?;
 
-        let problem = attention_absorbed::Problem {
+        let problem = attention_absorbed::AttentionAbsorbed {
             tokens: step.tokens,
             most_tokens: step.most_tokens,
             partials: step.partials,
@@ -1108,11 +1107,11 @@ impl Attention {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
-        absorbed_of(recording, problem, args)?;
+        recording.add(&problem, args)?;
         self.merge(recording, step, workspace, c.d_latent, &workspace.merged)?;
 
         // o[h] = W_V[h] S[h]
-        let fold = matmul::Problem {
+        let fold = matmul::Matmul {
             rows: step.tokens,
             inner: c.d_latent,
             cols: c.d_value,
@@ -1123,7 +1122,7 @@ impl Attention {
             bias: false,
             storage: self.storage,
         };
-        product_of(recording, fold, matmul::Args { x: &workspace.merged, w, bias, y: &workspace.values })
+        recording.add(&fold, matmul::Args { x: &workspace.merged, w, bias, y: &workspace.values })
     }
 
     /// Where the grouped kernels find gate rows, those of the first pass where they are projected.
@@ -1171,7 +1170,7 @@ impl Attention {
             return Ok(latents);
         }
         let y = &workspace.tile_latent;
-        let problem = gather::Problem {
+        let problem = gather::Gather {
             rows: step.tokens,
             width,
             table_row: storage.row_pitch(width),
@@ -1179,7 +1178,7 @@ impl Attention {
             storage,
         };
         let args = gather::Args { table: &cache.layer(layer)?.latent, ids: &step.slots, y };
-        gather::encode(recording, &problem, args, Tuning::Auto)?;
+        recording.add(&problem, args)?;
         Ok(Latents { region: y, offset: 0, row: width })
     }
 
@@ -1200,7 +1199,7 @@ impl Attention {
         let (cached, table) = (cache.layer(layer)?, Region::from(&lists.buffer));
         let absent = self.kernels.absent();
         let source = self.gate_source(cache, layer, lists, workspace)?;
-        let pass_rows = if grouped.projected { lists.pass_rows.min(grouped.rows) } else { grouped.rows };
+        let pass_groups = if grouped.projected { lists.pass_groups.min(grouped.groups) } else { grouped.groups };
         let more_rows = |rows: u32| match (lists.mode, grouped.projected) {
             (GateRows::Table, _) => gate.vocab_size - source.resident,
             (_, true) => rows + step.tokens,
@@ -1208,13 +1207,13 @@ impl Attention {
             (_, false) => 1,
         };
         for pass_index in 0..grouped.passes {
-            let first_row = pass_index * pass_rows;
-            let rows = pass_rows.min(grouped.rows - first_row);
+            let first_group = pass_index * pass_groups;
+            let groups = pass_groups.min(grouped.groups - first_group);
             if grouped.projected {
-                let listed = group_ids::Problem {
+                let listed = group_ids::GroupIds {
                     tokens: step.tokens,
-                    first_row,
-                    rows,
+                    first_group,
+                    groups,
                     n_sequence: step.n_sequence,
                     table: lists.table,
                     list_words: lists.words,
@@ -1227,25 +1226,25 @@ impl Attention {
                 };
                 // With one pass the list is the same for every layer.
                 if grouped.passes > 1 || recording.once((step.identity(), workspace.identity())) {
-                    group_ids::encode(recording, &listed, args, Tuning::Auto)?;
+                    recording.add(&listed, args)?;
                 }
-                self.project_rows(recording, gate, rows + step.tokens, &source, workspace)?;
+                self.project_rows(recording, gate, groups + step.tokens, &source, workspace)?;
             }
             if pass_index == 0 && gate.norm != GateNorm::None {
                 let latents = self.as_cached(recording, cache, layer, step, workspace, latents)?;
-                let problem = matmul::Problem {
+                let problem = matmul::Matmul {
                     x: Layout { offset: latents.offset, row: latents.row, ..Layout::dense(c.d_latent) },
                     ..self.padded(step.tokens, c.d_latent, c.d_kv())
                 };
                 let args =
                     matmul::Args { x: latents.region, w: &self.weights.kv_b_proj, bias: &absent, y: &workspace.kv };
-                product_of(recording, problem, args)?;
-                let problem = gate_statistics::Problem {
+                recording.add(&problem, args)?;
+                let problem = gate_statistics::GateStatistics {
                     tokens: step.tokens,
                     width: c.d_kv(),
                     resident: source.resident,
-                    more: more_rows(rows),
-                    more_first: rows,
+                    more: more_rows(groups),
+                    more_first: groups,
                     cache_rows: cache.rows(),
                     eps: gate.norm_eps as f32,
                     activation: gate.activation,
@@ -1261,13 +1260,13 @@ impl Attention {
                     slots: &step.slots,
                     statistics: cached.statistics.as_ref().unwrap_or(&absent),
                 };
-                gate_statistics::encode(recording, &problem, args, Tuning::Auto)?;
+                recording.add(&problem, args)?;
             }
-            let problem = attention_grouped::Problem {
+            let problem = attention_grouped::AttentionGrouped {
                 tokens: step.tokens,
                 most_tokens: step.most_tokens,
                 n_sequence: step.n_sequence,
-                items: grouped.items,
+                entries: grouped.entries,
                 partials: grouped.partials,
                 n_head: c.n_head,
                 widths: widths(c),
@@ -1279,17 +1278,17 @@ impl Attention {
                 statistics_byte: cached.statistics.as_ref().map_or(0, |statistics| statistics.offset),
                 resident: source.resident,
                 gates_storage: source.storage,
-                more: more_rows(rows),
+                more: more_rows(groups),
                 more_storage: source.more_storage,
-                first_row,
-                rows,
+                first_group,
+                groups,
                 pass_index,
                 passes: grouped.passes,
                 activation: gate.activation,
                 norm: gate.norm,
                 scale: c.scale() as f32,
-                met_groups: grouped.met_groups,
-                met_positions: step.met_positions,
+                expected_groups: grouped.expected_groups,
+                expected_positions: step.expected_positions,
                 cache_storage: cache.options().storage,
                 storage: self.storage,
             };
@@ -1303,11 +1302,11 @@ impl Attention {
                 lists: &table,
                 partial: &workspace.grouped,
             };
-            attention_grouped::encode(recording, &problem, args, Tuning::Auto)?;
+            recording.add(&problem, args)?;
         }
         let softmax = 4 * attention_grouped::softmax_word(grouped.partials, c.n_head, c.d_value);
         let partial = &workspace.grouped;
-        let problem = attention_merge::Problem {
+        let problem = attention_merge::AttentionCombine {
             tokens: step.tokens,
             n_head: c.n_head,
             width: c.d_value,
@@ -1320,7 +1319,7 @@ impl Attention {
             values: &workspace.values,
             lse: &workspace.lse,
         };
-        attention_merge::encode(recording, &problem, args, Tuning::Auto)
+        recording.add(&problem, args)
     }
 
     /// Gate rows of the ids that a pass has listed, into the workspace.
@@ -1339,18 +1338,18 @@ impl Attention {
             // All of them: the matrix product is the faster one.
             let args =
                 gather::Args { table: &weights.embedding, ids: &workspace.group_ids, y: &workspace.group_embeddings };
-            gather::encode(recording, &self.embeddings(gate, rows), args, Tuning::Auto)?;
+            recording.add(&self.embeddings(gate, rows), args)?;
             let y = Layout { row: source.more_storage.row_pitch(d_kv), ..Layout::dense(d_kv) };
-            let problem = matmul::Problem { y, ..self.padded(rows, gate.d_gate, d_kv) };
+            let problem = matmul::Matmul { y, ..self.padded(rows, gate.d_gate, d_kv) };
             let args = matmul::Args {
                 x: &workspace.group_embeddings,
                 w: &weights.b_proj,
                 bias: &absent,
                 y: &workspace.group_gates,
             };
-            return product_of(recording, problem, args);
+            return recording.add(&problem, args);
         }
-        let problem = gate_rows::Problem {
+        let problem = gate_rows::ProjectGateRows {
             rows,
             width: d_kv,
             d_gate: gate.d_gate,
@@ -1369,7 +1368,7 @@ impl Attention {
             targets: &absent,
             y: &workspace.group_gates,
         };
-        gate_rows::encode(recording, &problem, args, Tuning::Auto)
+        recording.add(&problem, args)
     }
 
     fn merge(
@@ -1381,7 +1380,7 @@ impl Attention {
         values: &Region,
     ) -> Result<()> {
         let (tokens, n_head) = (step.tokens, self.config.n_head);
-        let problem = attention_merge::Problem { tokens, n_head, width, splits: step.partials };
+        let problem = attention_merge::AttentionCombine { tokens, n_head, width, splits: step.partials };
         let args = attention_merge::Args {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
@@ -1389,6 +1388,6 @@ impl Attention {
             values,
             lse: &workspace.lse,
         };
-        attention_merge::encode(recording, &problem, args, Tuning::Auto)
+        recording.add(&problem, args)
     }
 }

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::groups::{Groups, Layout, NO_ROW, Patch};
 use crate::config::AttentionConfig;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Region};
 use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling, Widths, tiling};
-use crate::kernels::product;
+use crate::storage::product;
 
 /// Where the absorbed decode of the gate at `up_projected` takes gate rows from: memory for time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -139,7 +139,7 @@ pub(super) struct Lists {
     pub table: u32,
     pub words: u32,
     /// Most groups whose rows are projected at once.
-    pub pass_rows: u32,
+    pub pass_groups: u32,
     tiling: Option<Tiling>,
     layout: Layout,
     batch: u32,
@@ -164,15 +164,15 @@ pub(super) struct ListStep {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Grouped {
     pub tiling: Tiling,
-    pub items: u32,
+    pub entries: u32,
     pub partials: u32,
     /// Groups in the step's numbering, padding included.
-    pub rows: u32,
+    pub groups: u32,
     /// Some group has no resident gate row.
     pub projected: bool,
     pub passes: u32,
-    pub met_groups: u64,
-    pub met_positions: u64,
+    pub expected_groups: u64,
+    pub expected_positions: u64,
     /// (first partial result, partial results) of every query token.
     pub ranges: Vec<[u32; 2]>,
 }
@@ -202,9 +202,9 @@ impl Lists {
         if matches!(mode, GateRows::Pool { rows: 0 }) {
             return Err(Error::Empty { what: "the pool of gate rows" });
         }
-        let item_groups = tiling.map_or(1, |tiling| tiling.item_groups());
-        // Distinct ids are bounded by the vocabulary; a sequence's groups fill whole items.
-        let most = product(&[batch, capacity.min(vocab_size).next_multiple_of(item_groups)]);
+        let entry_groups = tiling.map_or(1, |tiling| tiling.entry_groups());
+        // Distinct ids are bounded by the vocabulary; a sequence's groups fill whole entries.
+        let most = product(&[batch, capacity.min(vocab_size).next_multiple_of(entry_groups)]);
         let row_bytes = product(&[config.d_kv().next_multiple_of(8), 4]);
         let room = (allowed / row_bytes.max(1)).min(4096).min(most);
         let state = State {
@@ -222,7 +222,7 @@ impl Lists {
             mode,
             table: ids as u32,
             words: words as u32,
-            pass_rows: (room as u32 / item_groups * item_groups).max(item_groups),
+            pass_groups: (room as u32 / entry_groups * entry_groups).max(entry_groups),
             tiling,
             layout,
             batch,
@@ -240,12 +240,12 @@ impl Lists {
     pub fn most_partials(&self, vocab_size: u32, tokens: u32) -> u64 {
         let Some(tiling) = self.tiling else { return 0 };
         let groups = self.capacity.min(vocab_size);
-        let tiles = groups.div_ceil(tiling.item_groups());
+        let tiles = groups.div_ceil(tiling.entry_groups());
         let chunks = (self.layout.words - self.layout.chunks) / (4 + 256);
-        let rows = product(&[self.batch, groups.next_multiple_of(tiling.item_groups())]);
-        let passes = if self.mode == GateRows::Table { 1 } else { rows.div_ceil(self.pass_rows.into()).max(1) };
-        let items = u64::from(tiles) + passes * u64::from(chunks.div_ceil(tiling.run));
-        product(&[self.batch, tokens]).saturating_mul(items)
+        let rows = product(&[self.batch, groups.next_multiple_of(tiling.entry_groups())]);
+        let passes = if self.mode == GateRows::Table { 1 } else { rows.div_ceil(self.pass_groups.into()).max(1) };
+        let entries = u64::from(tiles) + passes * u64::from(chunks.div_ceil(tiling.span));
+        product(&[self.batch, tokens]).saturating_mul(entries)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -304,30 +304,30 @@ impl Lists {
         let tiling = self.tiling?;
         let active = || (0..).zip(counts).filter(|(_, count)| **count > 0);
         let groups_of = |sequence: u32| &state.sequences[sequence as usize];
-        let padded = |sequence| groups_of(sequence).groups().next_multiple_of(tiling.item_groups());
+        let padded = |sequence| groups_of(sequence).groups().next_multiple_of(tiling.entry_groups());
         let rows = active().map(|(sequence, _)| padded(sequence)).sum::<u32>();
         let projected = state.projected > 0;
-        let passes = if projected { rows.div_ceil(self.pass_rows) } else { 1 };
+        let passes = if projected { rows.div_ceil(self.pass_groups) } else { 1 };
         let mut step = Grouped {
             tiling,
-            items: 0,
+            entries: 0,
             partials: 0,
-            rows,
+            groups: rows,
             projected,
             passes,
-            met_groups: 0,
-            met_positions: 0,
+            expected_groups: 0,
+            expected_positions: 0,
             ranges: Vec::new(),
         };
         let (mut first_group, mut token) = (0, 0);
         for (line, (sequence, &count)) in active().enumerate() {
             let groups = groups_of(sequence);
             let tiles = groups.groups().div_ceil(tiling.groups);
-            let (tile_items, chunk_items) = (tiles.div_ceil(tiling.run), groups.chunks().div_ceil(tiling.run));
+            let (tile_entries, chunk_entries) = (tiles.div_ceil(tiling.span), groups.chunks().div_ceil(tiling.span));
             let position = groups.len() - count;
-            let of_token = tile_items + passes * chunk_items;
+            let of_token = tile_entries + passes * chunk_entries;
             let entry = GroupedSequence {
-                first_item: step.items,
+                first_entry: step.entries,
                 tiles,
                 groups: groups.groups(),
                 base: self.base(sequence),
@@ -336,11 +336,11 @@ impl Lists {
                 token,
                 tokens: count,
                 partial: step.partials,
-                tile_items,
+                tile_entries,
                 first_group,
                 chunks: groups.chunks(),
                 chunk_word: self.layout.chunks,
-                chunk_items,
+                chunk_entries,
                 unused: [0; 2],
             };
             let words: [u32; SEQUENCE_WORDS as usize] = cast(entry);
@@ -348,10 +348,10 @@ impl Lists {
             patches.extend((first_word..).zip(words).map(|(word, value)| [word, value]));
             for query in 0..count {
                 step.ranges.push([step.partials + query * of_token, of_token]);
-                step.met_positions += u64::from(position + query + 1);
+                step.expected_positions += u64::from(position + query + 1);
             }
-            step.met_groups += u64::from(count) * u64::from(groups.groups());
-            step.items += tile_items + chunk_items;
+            step.expected_groups += u64::from(count) * u64::from(groups.groups());
+            step.entries += tile_entries + chunk_entries;
             step.partials += count * of_token;
             first_group += padded(sequence);
             token += count;

@@ -14,16 +14,13 @@
 //! three for a cache of one layer.
 
 mod cache;
-mod choice;
 pub(crate) mod groups;
 mod layer;
 mod lists;
-mod product;
 mod step;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache, MemoryReport};
-pub use choice::{absorbed_of, decode_of, prefill_of};
 pub use layer::{Attention, DecodePath};
 pub use lists::GateRows;
 pub use step::{MOST_DECODED, Mode, Step, StepInput};
@@ -31,4 +28,3 @@ pub use workspace::{Workspace, WorkspaceOptions};
 
 #[cfg(feature = "decoder")]
 pub(crate) use layer::{check_tensor, check_weights, upload_tensor};
-pub(crate) use product::product_of;

@@ -6,13 +6,12 @@ use bytemuck::cast_slice;
 
 use super::cache::LatentCache;
 use super::lists::{Grouped, ListStep, Lists};
+use crate::device::Region;
 use crate::error::{Error, Result};
-use crate::kernel::Region;
-use crate::kernels::MOST_TRIPS;
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
-use crate::plan::Tuning;
+use crate::plan::MAX_ITERATIONS;
 
 /// Which attention kernels a step runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,12 +48,14 @@ pub struct Step {
     pub(super) used_rows: u32,
     pub(super) n_sequence: u32,
     pub(super) query_tiles: u32,
+    /// Most queries of a tile.
+    pub(super) tile_q: u32,
     /// Most new tokens of a sequence.
     pub(super) most_tokens: u32,
     /// Partial results of the kernels that split the cache by rows.
     pub(super) partials: u32,
     /// Query-position pairs, for the choice of a path.
-    pub(super) met_positions: u64,
+    pub(super) expected_positions: u64,
     pub(super) slots: Region,
     ids: Option<Region>,
     pub(super) rotations: Region,
@@ -112,7 +113,7 @@ impl Step {
         check_ids(cache, token_ids, tokens)?;
 
         let context = cache.kernels().context();
-        let tile_q = tile_q(context, Tuning::Auto)?;
+        let tile_q = tile_q(context);
         let frequencies = cache.config().rope.frequencies(cache.config().d_rope);
         let amplitude = cache.config().rope.amplitude();
         let mut slots = Vec::with_capacity(tokens as usize);
@@ -121,7 +122,7 @@ impl Step {
         let mut decoding = Vec::new();
         let mut queries = Vec::new();
         let mut ranges = Vec::new();
-        let (mut rows, mut used_rows, mut partials, mut met_positions) = (0u64, 0u64, 0u32, 0u64);
+        let (mut rows, mut used_rows, mut partials, mut expected_positions) = (0u64, 0u64, 0u32, 0u64);
         for (sequence, &count) in counts.iter().enumerate() {
             if count == 0 {
                 continue;
@@ -158,7 +159,7 @@ impl Step {
             }));
             if mode == Mode::Decode {
                 ranges.extend((0..count).map(|query| [partials + query * splits, splits]));
-                met_positions += (before + 1..=length).map(u64::from).sum::<u64>();
+                expected_positions += (before + 1..=length).map(u64::from).sum::<u64>();
                 partials = partials.checked_add(count * splits).ok_or(Error::OutOfRange {
                     what: "partial results of a step",
                     found: u64::from(partials) + u64::from(count * splits),
@@ -218,9 +219,10 @@ impl Step {
             used_rows: used_rows as u32,
             n_sequence: sequences.len() as u32,
             query_tiles: queries.len() as u32,
+            tile_q,
             most_tokens: counts.iter().copied().max().unwrap_or(0),
             partials,
-            met_positions,
+            expected_positions,
             slots,
             ids: token_ids.map(|_| ids),
             rotations,
@@ -290,10 +292,10 @@ impl Step {
 /// The partial results of a query token, (first, count), are merged one after another.
 fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
     match ranges.iter().map(|[_, count]| *count).max() {
-        Some(most) if most > MOST_TRIPS => Err(Error::OutOfRange {
+        Some(most) if most > MAX_ITERATIONS => Err(Error::OutOfRange {
             what: "partial results of a query token (256 cached tokens or so each)",
             found: most.into(),
-            limit: MOST_TRIPS.into(),
+            limit: MAX_ITERATIONS.into(),
         }),
         _ => Ok(()),
     }

@@ -6,12 +6,12 @@ use super::cache::LatentCache;
 use super::lists::GateRows;
 use super::step::MOST_DECODED;
 use crate::config::GateSite;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Region};
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_grouped::softmax_word;
-use crate::kernels::{attention_prefill, product};
-use crate::plan::Tuning;
+use crate::kernels::attention_prefill;
+use crate::storage::product;
 
 /// Extents of a [`Workspace`].
 ///
@@ -109,7 +109,7 @@ impl Workspace {
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[cache.options().batch, decode_tokens]).min(tokens.into()) as u32;
         let partials = splits.saturating_mul(decode_tokens);
-        let slices = attention_prefill::slices(kernels.context(), Tuning::Auto, config.d_value)?;
+        let slices = attention_prefill::slices(config.d_value);
         let absorbable = config.up_projected_gate().is_none();
         let (gate_rows, gate_width, d_gate) = match &config.gate {
             None => (0, 0, 0),
@@ -119,7 +119,7 @@ impl Workspace {
         // Groups of a pass, then the new tokens: gate rows that are not resident.
         let lists = cache.lists();
         let projected = match lists {
-            Some(lists) if lists.mode != GateRows::Table => lists.pass_rows + decoding,
+            Some(lists) if lists.mode != GateRows::Table => lists.pass_groups + decoding,
             _ => 0,
         };
         let recompute = lists.is_some_and(|lists| lists.mode == GateRows::Recompute);

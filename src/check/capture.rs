@@ -14,9 +14,11 @@ use super::compare::Tolerance;
 use super::guarded::{GUARD_WORDS, Guarded};
 use super::readback;
 use super::view::View;
+use crate::adapter::PlanContext;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Access, Kernels, Recording, Region};
-use crate::plan::PlanContext;
+use crate::op::Access;
+use crate::recording::Recording;
 
 /// Bytes that are written down once, however often they are needed.
 #[derive(Debug, Default)]
@@ -228,7 +230,7 @@ impl Capture {
         let mut indices: Vec<(&wgpu::Buffer, usize)> = Vec::new();
         for dispatch in recording.dispatched() {
             let mut bindings = Vec::new();
-            let declared = (1..).zip(&dispatch.spec.bindings[1..]);
+            let declared = (1..).zip(dispatch.bindings);
             for ((binding, declared), (buffer, offset, size)) in declared.zip(dispatch.regions) {
                 let index = match indices.iter().find(|(known, _)| *known == buffer) {
                     Some((_, index)) => *index,
@@ -238,7 +240,7 @@ impl Capture {
                         index
                     }
                 };
-                let write = declared.access == Access::ReadWrite;
+                let write = declared.access == Access::Write;
                 bindings.push(BindingData { binding, write, buffer: index, offset: *offset, size: *size });
             }
             let state = &mut *self.state.borrow_mut();

@@ -8,9 +8,9 @@ use super::guarded::POISON;
 use super::random::Random;
 use super::view::{Reading, View};
 use super::{Case, Lab};
+use crate::adapter::{AdapterClass, PlanContext};
+use crate::device::Kernels;
 use crate::error::{Error, Result};
-use crate::kernel::Kernels;
-use crate::plan::{AdapterClass, PlanContext};
 
 /// A case: buffers, what to do with them, and for every variant what to compare.
 #[derive(Debug, Serialize)]

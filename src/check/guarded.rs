@@ -1,9 +1,9 @@
 //! Hostile memory: outputs that begin as NaN, between guard words that must survive.
 
 use crate::check::readback;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Region};
-use crate::plan::Storage;
+use crate::storage::Storage;
 
 /// A quiet NaN with a payload: what outputs hold before a launch, and what stands beside every buffer.
 pub const POISON: u32 = 0x7fc0_dead;

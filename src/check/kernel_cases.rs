@@ -7,26 +7,25 @@ use super::guarded::Guarded;
 use super::random::Random;
 use super::view::{Reading, View};
 use super::{Case, Lab, Words, every_tuning, not_run, skipped};
+use crate::adapter::{AdapterClass, Cooperative, Tuning};
 use crate::attention::groups::{Groups, Layout as ListLayout, NO_ROW, Patch};
 use crate::config::{Activation, GateNorm, RopeConfig, RopeScaling};
 use crate::error::Result;
-use crate::kernel::{KernelSpec, Recording};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling};
 use crate::kernels::attention_prefill::QueryTile;
+use crate::kernels::attention_prefill::{QUERY_TILES, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    Problem as _, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
-    attention_decode_vec4, attention_grouped, attention_grouped_subgroup, attention_merge, attention_prefill,
-    attention_prefill_cooperative, attention_prefill_cooperative_8, attention_prefill_rows, attention_prefill_subgroup,
-    cache_append, cache_append_vec4, cache_copy, cache_read, gate, gate_rows, gate_statistics, gate_vec4, gather,
-    group_ids, matmul, matmul_cooperative, matmul_cooperative_8, matmul_subgroup, matmul_vec4, matvec, matvec_subgroup,
-    matvec_vec4, norm, norm_vec4, residual_add, roofline_cooperative, roofline_cooperative_8, roofline_copy,
-    roofline_fma, rope, swiglu, word_scatter,
+    AttentionAbsorbed, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, Gate, Matmul, Norm,
+    RooflineCooperative, attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
+    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm,
+    residual_add, roofline_cooperative, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
-use crate::plan::{AdapterClass, Storage, Tuning};
+use crate::op::{Op as _, Variant};
 use crate::reference;
+use crate::storage::Storage;
 
 /// Seed of every case's inputs: cases differ by their sizes.
 const SEED: u64 = 20;
@@ -90,14 +89,14 @@ fn matrix_products(cases: &mut Vec<Case>) {
     ];
     for storage in Storage::ALL {
         for (index, &(rows, inner, cols)) in many.iter().enumerate() {
-            let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &MATMUL));
+            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::TILES));
         }
         for (index, &(rows, inner, cols)) in few.iter().enumerate() {
-            let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &MATVEC));
+            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::FEW));
         }
-        for (rows, product) in [(3, &MATVEC), (34, &MATMUL)] {
+        for (rows, product) in [(3, &matmul::FEW), (34, &matmul::TILES)] {
             for n_head in [1, 3] {
                 cases.push(product_case(format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage), product));
                 cases.push(product_case(format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage), product));
@@ -105,18 +104,20 @@ fn matrix_products(cases: &mut Vec<Case>) {
         }
         // The same neighbourhoods with rows of whole 16-byte loads, around the 16 k of a staged tile.
         for (index, &(rows, inner, cols)) in many_in_vec4.iter().enumerate() {
-            for product in [&MATMUL_VEC4, &MATMUL_SUBGROUP] {
-                let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
+            for product in [&matmul::VEC4, &matmul::SUBGROUP] {
+                let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
                 cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
             }
         }
         for (index, &(rows, inner, cols)) in few_in_vec4.iter().enumerate() {
-            for product in [&MATVEC_VEC4, &MATVEC_SUBGROUP] {
-                let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, storage);
+            for product in [&matmul::FEW_VEC4, &matmul::FEW_SUBGROUP] {
+                let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
                 cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
             }
         }
-        for (rows, products) in [(3, [&MATVEC_VEC4, &MATVEC_SUBGROUP]), (34, [&MATMUL_VEC4, &MATMUL_SUBGROUP])] {
+        for (rows, products) in
+            [(3, [&matmul::FEW_VEC4, &matmul::FEW_SUBGROUP]), (34, [&matmul::VEC4, &matmul::SUBGROUP])]
+        {
             for product in products {
                 cases.push(product_case(format!("apart_{rows}"), apart(rows, storage), product));
             }
@@ -135,9 +136,9 @@ fn matrix_products(cases: &mut Vec<Case>) {
         (257, 8, 17),
         (5, 1024, 130),
     ];
-    for product in [&MATMUL_COOPERATIVE, &MATMUL_COOPERATIVE_8] {
+    for product in [&matmul::COOPERATIVE, &matmul::COOPERATIVE_8] {
         for (index, &(rows, inner, cols)) in by_matrices.iter().enumerate() {
-            let problem = matmul::Problem::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
+            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
             cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
         }
         for rows in [3, 34] {
@@ -147,8 +148,8 @@ fn matrix_products(cases: &mut Vec<Case>) {
 }
 
 /// The products of the absorbed path: heads side by side in a row, a block of kv_b_proj each, here 10 + 6 rows of 12.
-fn absorb(rows: u32, n_head: u32, storage: Storage) -> matmul::Problem {
-    matmul::Problem {
+fn absorb(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
+    matmul::Matmul {
         rows,
         inner: 10,
         cols: 12,
@@ -161,8 +162,8 @@ fn absorb(rows: u32, n_head: u32, storage: Storage) -> matmul::Problem {
     }
 }
 
-fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Problem {
-    matmul::Problem {
+fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
+    matmul::Matmul {
         rows,
         inner: 12,
         cols: 6,
@@ -176,8 +177,8 @@ fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Problem {
 }
 
 /// Aligned operands that stand apart, three matrices of them.
-fn apart(rows: u32, storage: Storage) -> matmul::Problem {
-    matmul::Problem {
+fn apart(rows: u32, storage: Storage) -> matmul::Matmul {
+    matmul::Matmul {
         rows,
         inner: 24,
         cols: 37,
@@ -190,81 +191,18 @@ fn apart(rows: u32, storage: Storage) -> matmul::Problem {
     }
 }
 
-/// One of the kernels of the matrix product.
-struct Product {
-    spec: &'static KernelSpec,
-    encode: fn(&mut Recording, matmul::Problem, matmul::Args<'_>, Tuning) -> Result<()>,
-    reference: Definition,
-}
-
 /// `(x, w, bias, rows, inner, cols)` to `y`.
 type Definition = fn(&[f64], &[f64], Option<&[f64]>, usize, usize, usize) -> Vec<f64>;
 
-const MATMUL: Product = Product {
-    spec: &matmul::SPEC,
-    encode: |recording, problem, args, tuning| matmul::encode(recording, &problem, args, tuning),
-    reference: reference::matmul,
-};
-
-const MATMUL_COOPERATIVE: Product = Product {
-    spec: &matmul_cooperative::SPEC,
-    encode: |recording, problem, args, tuning| {
-        matmul_cooperative::encode(recording, &matmul_cooperative::Problem(problem), args, tuning)
-    },
-    reference: reference::matmul_cooperative,
-};
-
-const MATMUL_COOPERATIVE_8: Product = Product {
-    spec: &matmul_cooperative_8::SPEC,
-    encode: |recording, problem, args, tuning| {
-        matmul_cooperative_8::encode(recording, &matmul_cooperative_8::Problem(problem), args, tuning)
-    },
-    reference: reference::matmul_cooperative_8,
-};
-
-const MATMUL_SUBGROUP: Product = Product {
-    spec: &matmul_subgroup::SPEC,
-    encode: |recording, problem, args, tuning| {
-        matmul_subgroup::encode(recording, &matmul_subgroup::Problem(problem), args, tuning)
-    },
-    reference: reference::matmul_subgroup,
-};
-
-const MATMUL_VEC4: Product = Product {
-    spec: &matmul_vec4::SPEC,
-    encode: |recording, problem, args, tuning| {
-        matmul_vec4::encode(recording, &matmul_vec4::Problem(problem), args, tuning)
-    },
-    reference: reference::matmul_vec4,
-};
-
-const MATVEC: Product = Product {
-    spec: &matvec::SPEC,
-    encode: |recording, problem, args, tuning| matvec::encode(recording, &matvec::Problem(problem), args, tuning),
-    reference: reference::matvec,
-};
-
-const MATVEC_SUBGROUP: Product = Product {
-    spec: &matvec_subgroup::SPEC,
-    encode: |recording, problem, args, tuning| {
-        matvec_subgroup::encode(recording, &matvec_subgroup::Problem(problem), args, tuning)
-    },
-    reference: reference::matvec_subgroup,
-};
-
-const MATVEC_VEC4: Product = Product {
-    spec: &matvec_vec4::SPEC,
-    encode: |recording, problem, args, tuning| {
-        matvec_vec4::encode(recording, &matvec_vec4::Problem(problem), args, tuning)
-    },
-    reference: reference::matvec_vec4,
-};
-
-fn product_case(sizes: String, problem: matmul::Problem, product: &'static Product) -> Case {
+fn product_case(sizes: String, problem: matmul::Matmul, variant: &'static Variant<Matmul>) -> Case {
+    let reference: Definition = match variant.spec.cooperative {
+        Cooperative::NONE => reference::matmul,
+        _ => reference::matmul_of_halves,
+    };
     let bias = if problem.bias { "/bias" } else { "" };
     let id = format!("{sizes}/{}{bias}", problem.storage.name());
-    Case::new(product.spec.name, id, move |lab| {
-        if let Some(outcomes) = skipped(product.spec, lab.kernels) {
+    Case::new(variant.spec.name, id, move |lab| {
+        if let Some(outcomes) = skipped(&variant.spec, lab.kernels) {
             return Ok(outcomes);
         }
         let p = problem;
@@ -273,7 +211,7 @@ fn product_case(sizes: String, problem: matmul::Problem, product: &'static Produ
             layout.offset + (rows - 1) * layout.row + (inner - 1) * layout.inner + (p.batch - 1) * layout.batch + 1
         };
         let tolerance = Tolerance::sums(&[inner]);
-        every_tuning(product.spec.tunings, tolerance, |tuning| {
+        every_tuning(variant.spec.tunings, tolerance, |tuning| {
             let mut random = Random::new(SEED);
             let x_values = random.values(end(p.x, p.rows, p.inner) as usize, 1.0);
             let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
@@ -282,7 +220,7 @@ fn product_case(sizes: String, problem: matmul::Problem, product: &'static Produ
             let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
             let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
             let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
-            lab.launch(|recording| (product.encode)(recording, p, args, tuning))?;
+            lab.launch(|recording| recording.add_variant(variant, &p, args, tuning))?;
             let got = lab.read(&y)?;
             // Nothing else was written: neither before the offset nor between the rows.
             let elements = [f64::from(p.batch) * (rows * cols) as f64];
@@ -297,7 +235,7 @@ fn product_case(sizes: String, problem: matmul::Problem, product: &'static Produ
                     let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
                     let w = pick(&w_kept, p.w, p.cols, p.inner);
                     let bias = p.bias.then_some(&bias_kept[..]);
-                    let expected = (product.reference)(&x, &w, bias, rows, inner, cols);
+                    let expected = reference(&x, &w, bias, rows, inner, cols);
                     let y = View {
                         reading: Reading::F32,
                         first: (p.y.offset + b * p.y.batch) as usize,
@@ -315,12 +253,7 @@ fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| value.into()).collect()
 }
 
-/// A kernel that norms rows, on the problem that they share.
-type EncodeNorm = fn(&mut Recording, &norm::Problem, norm::Args<'_>, Tuning) -> Result<()>;
-
 fn norms(cases: &mut Vec<Case>) {
-    let in_vec4: EncodeNorm =
-        |recording, &problem, args, tuning| norm_vec4::encode(recording, &norm_vec4::Problem(problem), args, tuning);
     let any = [(1, 1, 0), (3, 31, 7), (2, 63, 0), (5, 64, 8), (1, 65, 0), (7, 257, 3), (300, 24, 0)];
     let whole = [(1, 8, 0), (9, 32, 8), (2, 64, 0), (5, 1000, 264), (17, 264, 1032), (300, 24, 0), (3, 4096, 0)];
     for storage in Storage::ALL {
@@ -328,19 +261,18 @@ fn norms(cases: &mut Vec<Case>) {
             for (index, sizes) in any.into_iter().enumerate() {
                 // Odd cases read columns out of wider rows.
                 let (offset, pitch) = if index % 2 == 1 { (3, 5) } else { (0, 0) };
-                cases.push(norm_case(&norm::SPEC, norm::encode, sizes, (offset, pitch), kind, storage));
+                cases.push(norm_case(&norm::ROWS, sizes, (offset, pitch), kind, storage));
             }
             for (index, sizes) in whole.into_iter().enumerate() {
                 let (offset, pitch) = if index % 2 == 1 { (8, 12) } else { (0, 0) };
-                cases.push(norm_case(&norm_vec4::SPEC, in_vec4, sizes, (offset, pitch), kind, storage));
+                cases.push(norm_case(&norm::VEC4, sizes, (offset, pitch), kind, storage));
             }
         }
     }
 }
 
 fn norm_case(
-    spec: &'static KernelSpec,
-    encode: EncodeNorm,
+    variant: &'static Variant<Norm>,
     (rows, width, second): (u32, u32, u32),
     (offset, more): (u32, u32),
     kind: norm::Kind,
@@ -348,7 +280,7 @@ fn norm_case(
 ) -> Case {
     let whole = width + second;
     let pitch = whole + more;
-    let problem = norm::Problem {
+    let problem = norm::Norm {
         rows,
         width,
         second,
@@ -361,9 +293,9 @@ fn norm_case(
     };
     let behind = if second > 0 { format!("+{second}") } else { String::new() };
     let id = format!("{kind:?}_{rows}x{width}{behind}/{}", storage.name());
-    Case::new(spec.name, id, move |lab| {
+    Case::new(variant.spec.name, id, move |lab| {
         let tolerance = Tolerance::sums(&[width.max(second) as usize]);
-        every_tuning(spec.tunings, tolerance, |tuning| {
+        every_tuning(variant.spec.tunings, tolerance, |tuning| {
             let mut random = Random::new(SEED);
             let mut values = random.values((offset + rows * pitch) as usize, 1.0);
             // A mean far from 0: E[x²] − mean² would lose digits here.
@@ -373,7 +305,7 @@ fn norm_case(
             let (bias, b) = lab.stored(&random.values(whole as usize, 1.0), storage)?;
             let y = lab.output((rows * whole) as usize)?;
             let args = norm::Args { x: &x.region, weight: &weight.region, bias: &bias.region, y: &y.region };
-            lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+            lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
             let mut expected = Vec::new();
             for row in 0..rows {
                 for (first, width) in [(0, width as usize), (width as usize, second as usize)] {
@@ -393,12 +325,7 @@ fn norm_case(
     })
 }
 
-/// A kernel that gates rows, on the problem that they share.
-type EncodeGate = fn(&mut Recording, &gate::Problem, gate::Args<'_>, Tuning) -> Result<()>;
-
 fn gates(cases: &mut Vec<Case>) {
-    let in_vec4: EncodeGate =
-        |recording, &problem, args, tuning| gate_vec4::encode(recording, &gate_vec4::Problem(problem), args, tuning);
     let every = |rows, width| {
         let norms = move |activation| GateNorm::ALL.map(|norm| (activation, norm, rows, width));
         Activation::ALL.into_iter().flat_map(norms)
@@ -409,25 +336,24 @@ fn gates(cases: &mut Vec<Case>) {
     let whole = [(1, 8), (3, 64), (33, 1000), (4, 2056), (130, 24), (541, 16)].map(normed);
     for storage in Storage::ALL {
         for sizes in every(5, 33).chain(any) {
-            cases.push(gate_case(&gate::SPEC, gate::encode, sizes, (2, 3), storage));
+            cases.push(gate_case(&gate::ROWS, sizes, (2, 3), storage));
         }
         for sizes in every(35, 40).chain(whole) {
-            cases.push(gate_case(&gate_vec4::SPEC, in_vec4, sizes, (4, 12), storage));
+            cases.push(gate_case(&gate::VEC4, sizes, (4, 12), storage));
         }
     }
 }
 
 fn gate_case(
-    spec: &'static KernelSpec,
-    encode: EncodeGate,
+    variant: &'static Variant<Gate>,
     (activation, norm, rows, width): (Activation, GateNorm, u32, u32),
     (offset, more): (u32, u32),
     storage: Storage,
 ) -> Case {
     let id = format!("{activation:?}_{norm:?}_{rows}x{width}/{}", storage.name());
-    Case::new(spec.name, id, move |lab| {
+    Case::new(variant.spec.name, id, move |lab| {
         let tolerance = Tolerance::sums(&[width as usize, width as usize]);
-        every_tuning(spec.tunings, tolerance, |tuning| {
+        every_tuning(variant.spec.tunings, tolerance, |tuning| {
             let mut random = Random::new(SEED);
             let pitch = width + more;
             let x_values = random.values((offset + rows * pitch) as usize, 1.0);
@@ -444,7 +370,7 @@ fn gate_case(
             let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
             let y = lab.output((rows * width) as usize)?;
             let statistics = lab.output(2 * statistics_rows as usize)?;
-            let problem = gate::Problem {
+            let problem = gate::Gate {
                 rows,
                 width,
                 x_offset: offset,
@@ -464,7 +390,7 @@ fn gate_case(
                 y: &y.region,
                 statistics: &statistics.region,
             };
-            lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+            lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
             let row_of = |row: u32| &x_values[(offset + row * pitch) as usize..][..width as usize];
             let dense = widen(&(0..rows).flat_map(row_of).copied().collect::<Vec<_>>());
             let (weight, bias) = match norm {
@@ -502,7 +428,7 @@ fn ropes(cases: &mut Vec<Case>) {
                 cases.push(Case::new("rope", id, move |lab| {
                     // cos and sin are given; the kernel's own error is that of two products and a sum.
                     let tolerance = Tolerance::sums(&[2]);
-                    every_tuning(rope::SPEC.tunings, tolerance, |tuning| {
+                    every_tuning(rope::PAIRS.spec.tunings, tolerance, |tuning| {
                         let mut random = Random::new(SEED);
                         // Position 0 hides a wrong pair layout; 70 and on are past the original length.
                         let positions = [0, 1, 7, 63, 64, 70, 4095];
@@ -514,7 +440,7 @@ fn ropes(cases: &mut Vec<Case>) {
                         let single: Vec<f32> = turns.iter().flatten().map(|&value| value as f32).collect();
                         let rotations = lab.floats(&single)?;
                         let out = lab.floats(&values)?;
-                        let problem = rope::Problem {
+                        let problem = rope::Rope {
                             tokens: tokens as u32,
                             n_head: n_head as u32,
                             d_rope: d_rope as u32,
@@ -524,7 +450,7 @@ fn ropes(cases: &mut Vec<Case>) {
                             interleave,
                         };
                         let args = rope::Args { rotations: &rotations.region, values: &out.region };
-                        lab.launch(|recording| rope::encode(recording, &problem, args, tuning))?;
+                        lab.launch(|recording| recording.add_variant(&rope::PAIRS, &problem, args, tuning))?;
                         let mut expected = widen(&values);
                         reference::rope(&mut expected, &turns, n_head, d_head, d_rope, interleave);
                         Ok(vec![lab.compare(&out, &expected, tolerance)?])
@@ -539,25 +465,25 @@ fn elementwise(cases: &mut Vec<Case>) {
     for elements in [1, 63, 64, 65, 255, 257, 5000] {
         cases.push(Case::new("swiglu", elements, move |lab| {
             let tolerance = Tolerance::sums(&[1]);
-            every_tuning(swiglu::SPEC.tunings, tolerance, |tuning| {
+            every_tuning(swiglu::ELEMENTS.spec.tunings, tolerance, |tuning| {
                 let mut random = Random::new(SEED);
                 let (a, b) = (random.values(elements, 3.0), random.values(elements, 1.0));
                 let (gate, up, y) = (lab.floats(&a)?, lab.floats(&b)?, lab.output(elements)?);
                 let args = swiglu::Args { gate: &gate.region, up: &up.region, y: &y.region };
-                let problem = swiglu::Problem { elements: elements as u32 };
-                lab.launch(|recording| swiglu::encode(recording, &problem, args, tuning))?;
+                let problem = swiglu::Swiglu { elements: elements as u32 };
+                lab.launch(|recording| recording.add_variant(&swiglu::ELEMENTS, &problem, args, tuning))?;
                 Ok(vec![lab.compare(&y, &reference::swiglu(&widen(&a), &widen(&b)), tolerance)?])
             })
         }));
         cases.push(Case::new("residual_add", elements, move |lab| {
             let tolerance = Tolerance::sums(&[1]);
-            every_tuning(residual_add::SPEC.tunings, tolerance, |tuning| {
+            every_tuning(residual_add::ELEMENTS.spec.tunings, tolerance, |tuning| {
                 let mut random = Random::new(SEED);
                 let (a, b) = (random.values(elements, 1.0), random.values(elements, 1.0));
                 let (stream, delta) = (lab.floats(&a)?, lab.floats(&b)?);
                 let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
-                let problem = residual_add::Problem { elements: elements as u32 };
-                lab.launch(|recording| residual_add::encode(recording, &problem, args, tuning))?;
+                let problem = residual_add::ResidualAdd { elements: elements as u32 };
+                lab.launch(|recording| recording.add_variant(&residual_add::ELEMENTS, &problem, args, tuning))?;
                 Ok(vec![lab.compare(&stream, &reference::residual_add(&widen(&a), &widen(&b)), tolerance)?])
             })
         }));
@@ -565,27 +491,26 @@ fn elementwise(cases: &mut Vec<Case>) {
 }
 
 /// Either kernel that multiplies matrices in registers.
-fn products(lab: &Lab<'_>, spec: &'static KernelSpec, groups: u32, trips: u32) -> Result<Vec<super::Outcome>> {
-    if let Some(outcomes) = skipped(spec, lab.kernels) {
+fn products(
+    lab: &Lab<'_>,
+    variant: &'static Variant<RooflineCooperative>,
+    groups: u32,
+    iterations: u32,
+) -> Result<Vec<super::Outcome>> {
+    if let Some(outcomes) = skipped(&variant.spec, lab.kernels) {
         return Ok(outcomes);
     }
-    let by_16 = spec.cooperative.by_16;
-    let side = if by_16 { roofline_cooperative::SIDE } else { roofline_cooperative_8::SIDE } as usize;
-    let tolerance = Tolerance::sums(&[trips as usize * side]);
-    every_tuning(spec.tunings, tolerance, |tuning| {
+    let side = if variant.spec.cooperative == Cooperative::BY_16 { 16 } else { 8 };
+    let problem = RooflineCooperative { groups, iterations, side };
+    let (side, iterations) = (side as usize, iterations as usize);
+    let tolerance = Tolerance::sums(&[iterations * side]);
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
         let values = Random::new(SEED).values(roofline_cooperative::FACTORS as usize * side * side, 1.0);
         let written = groups as usize * roofline_cooperative::PRODUCTS as usize * side * side;
         let (x, y) = (lab.floats(&values)?, lab.output(written)?);
         let args = roofline_cooperative::Args { x: &x.region, y: &y.region };
-        let problem = roofline_cooperative::Problem { groups, trips };
-        lab.launch(|recording| match by_16 {
-            true => roofline_cooperative::encode(recording, &problem, args, tuning),
-            false => roofline_cooperative_8::encode(recording, &roofline_cooperative_8::Problem(problem), args, tuning),
-        })?;
-        let expected = match by_16 {
-            true => reference::roofline_cooperative(&widen(&values), side, trips as usize),
-            false => reference::roofline_cooperative_8(&widen(&values), trips as usize),
-        };
+        lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
+        let expected = reference::roofline_cooperative(&widen(&values), side, iterations);
         Ok(vec![lab.compare(&y, &expected.repeat(groups as usize), tolerance)?])
     })
 }
@@ -594,34 +519,34 @@ fn rooflines(cases: &mut Vec<Case>) {
     // Vectors of four around the workgroups' 256 and 1024.
     for vectors in [1, 63, 255, 256, 257, 1023, 1025, 5000] {
         cases.push(Case::new("roofline_copy", 4 * vectors, move |lab| {
-            every_tuning(roofline_copy::SPEC.tunings, Tolerance::EXACT, |tuning| {
+            every_tuning(roofline_copy::VECTORS.spec.tunings, Tolerance::EXACT, |tuning| {
                 let values = Random::new(SEED).values(4 * vectors, 1.0);
                 let (x, y) = (lab.floats(&values)?, lab.output(4 * vectors)?);
                 let args = roofline_copy::Args { x: &x.region, y: &y.region };
-                let problem = roofline_copy::Problem { words: 4 * vectors as u32 };
-                lab.launch(|recording| roofline_copy::encode(recording, &problem, args, tuning))?;
+                let problem = roofline_copy::RooflineCopy { words: 4 * vectors as u32 };
+                lab.launch(|recording| recording.add_variant(&roofline_copy::VECTORS, &problem, args, tuning))?;
                 Ok(vec![lab.compare(&y, &reference::roofline_copy(&widen(&values)), Tolerance::EXACT)?])
             })
         }));
     }
-    for (groups, trips) in [(1, 0), (1, 1), (3, 100), (70, 7)] {
-        for spec in [&roofline_cooperative::SPEC, &roofline_cooperative_8::SPEC] {
-            cases
-                .push(Case::new(spec.name, format!("{groups}x{trips}"), move |lab| products(lab, spec, groups, trips)));
+    for (groups, iterations) in [(1, 0), (1, 1), (3, 100), (70, 7)] {
+        for variant in [&roofline_cooperative::BY_16, &roofline_cooperative::BY_8] {
+            let id = format!("{groups}x{iterations}");
+            cases.push(Case::new(variant.spec.name, id, move |lab| products(lab, variant, groups, iterations)));
         }
     }
-    for (elements, trips) in [(1, 0), (63, 1), (64, 2), (65, 3), (255, 100), (257, 7)] {
-        cases.push(Case::new("roofline_fma", format!("{elements}x{trips}"), move |lab| {
+    for (elements, iterations) in [(1, 0), (63, 1), (64, 2), (65, 3), (255, 100), (257, 7)] {
+        cases.push(Case::new("roofline_fma", format!("{elements}x{iterations}"), move |lab| {
             // Steps shrink what came before by `a`, so rounding errors do not add up beyond a dozen terms.
             let tolerance = Tolerance::sums(&[12]);
-            every_tuning(roofline_fma::SPEC.tunings, tolerance, |tuning| {
+            every_tuning(roofline_fma::ELEMENTS.spec.tunings, tolerance, |tuning| {
                 let values = Random::new(SEED).values(elements, 1.0);
                 let (x, y) = (lab.floats(&values)?, lab.output(elements)?);
                 let args = roofline_fma::Args { x: &x.region, y: &y.region };
                 let (a, b) = (0.75, 0.5);
-                let problem = roofline_fma::Problem { elements: elements as u32, trips, a, b };
-                lab.launch(|recording| roofline_fma::encode(recording, &problem, args, tuning))?;
-                let expected = reference::roofline_fma(&widen(&values), trips as usize, a.into(), b.into());
+                let problem = roofline_fma::RooflineFma { elements: elements as u32, iterations, a, b };
+                lab.launch(|recording| recording.add_variant(&roofline_fma::ELEMENTS, &problem, args, tuning))?;
+                let expected = reference::roofline_fma(&widen(&values), iterations as usize, a.into(), b.into());
                 Ok(vec![lab.compare(&y, &expected, tolerance)?])
             })
         }));
@@ -632,7 +557,7 @@ fn gathers(cases: &mut Vec<Case>) {
     for storage in Storage::ALL {
         for (rows, width) in [(1, 1), (3, 7), (5, 64), (65, 33), (2, 257)] {
             cases.push(Case::new("gather", format!("{rows}x{width}/{}", storage.name()), move |lab| {
-                every_tuning(gather::SPEC.tunings, Tolerance::EXACT, |tuning| {
+                every_tuning(gather::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
                     let mut random = Random::new(SEED);
                     let vocab_size = 19;
                     let (table, mut kept) = lab.stored(&random.values((vocab_size * width) as usize, 1.0), storage)?;
@@ -644,9 +569,9 @@ fn gathers(cases: &mut Vec<Case>) {
                     }
                     let ids = lab.words(&id_values)?;
                     let y = lab.output((rows * width) as usize)?;
-                    let problem = gather::Problem { rows, width, table_row: width, vocab_size, storage };
+                    let problem = gather::Gather { rows, width, table_row: width, vocab_size, storage };
                     let args = gather::Args { table: &table.region, ids: &ids.region, y: &y.region };
-                    lab.launch(|recording| gather::encode(recording, &problem, args, tuning))?;
+                    lab.launch(|recording| recording.add_variant(&gather::ELEMENTS, &problem, args, tuning))?;
                     kept.resize(kept.len() + width as usize, 0.0);
                     let known: Vec<u32> = id_values.iter().map(|&id| id.min(vocab_size)).collect();
                     let expected = reference::gather(&kept, width as usize, &known);
@@ -704,14 +629,11 @@ fn caches(cases: &mut Vec<Case>) {
             let interleave = if d_rope % 2 == 1 { None } else { Some(d_latent % 2 == 1) };
             let sizes = (d_latent, d_rope, 1);
             cases.push(Case::new("cache_append", id.clone(), move |lab| {
-                append(lab, &cache_append::SPEC, cache_append::encode, sizes, interleave, storage)
+                append(lab, &cache_append::ELEMENTS, sizes, interleave, storage)
             }));
             cases.push(Case::new("cache_read", id, move |lab| read(lab, d_latent, with_ids, storage)));
         }
     }
-    let in_vec4: EncodeAppend = |recording, &problem, args, tuning| {
-        cache_append_vec4::encode(recording, &cache_append_vec4::Problem(problem), args, tuning)
-    };
     for storage in Storage::ALL {
         for (d_latent, d_rope, interleave) in [
             (8, 0, Some(true)),
@@ -728,22 +650,27 @@ fn caches(cases: &mut Vec<Case>) {
             };
             let (id, sizes) = (format!("{d_latent}+{d_rope}_{pairs}/{}", storage.name()), (d_latent, d_rope, 4));
             cases.push(Case::new("cache_append_vec4", id, move |lab| {
-                append(lab, &cache_append_vec4::SPEC, in_vec4, sizes, interleave, storage)
+                append(lab, &cache_append::VEC4, sizes, interleave, storage)
             }));
         }
     }
-    for (spec, encode) in
-        [(&cache_append::SPEC, cache_append::encode as EncodeAppend), (&cache_append_vec4::SPEC, in_vec4)]
-    {
-        cases.push(Case::new(spec.name, "rounding/f16", move |lab| halves(lab, spec, encode)));
+    for variant in [&cache_append::ELEMENTS, &cache_append::VEC4] {
+        cases.push(Case::new(variant.spec.name, "rounding/f16", move |lab| halves(lab, variant)));
     }
     for (words, from_word, to_word) in [(1, 0, 1), (64, 100, 0), (257, 3, 300), (0, 5, 5)] {
         cases.push(Case::new("cache_copy", format!("{words}_{from_word}_to_{to_word}"), move |lab| {
-            every_tuning(cache_copy::SPEC.tunings, Tolerance::EXACT, |tuning| {
+            every_tuning(cache_copy::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
                 let values = Random::new(SEED).values(600, 1.0);
                 let cache = lab.floats(&values)?;
-                let problem = cache_copy::Problem { words, from_word, to_word };
-                lab.launch(|recording| cache_copy::encode(recording, &problem, &cache.region, tuning))?;
+                let problem = cache_copy::CacheCopy { words, from_word, to_word };
+                lab.launch(|recording| {
+                    recording.add_variant(
+                        &cache_copy::ELEMENTS,
+                        &problem,
+                        cache_copy::Args { cache: &cache.region },
+                        tuning,
+                    )
+                })?;
                 let mut expected = widen(&values);
                 reference::cache_copy(&mut expected, 1, from_word as usize, to_word as usize, words as usize);
                 Ok(vec![lab.compare(&cache, &expected, Tolerance::EXACT)?])
@@ -752,14 +679,10 @@ fn caches(cases: &mut Vec<Case>) {
     }
 }
 
-/// A kernel that appends to the cache, on the problem that they share.
-type EncodeAppend = fn(&mut Recording, &cache_append::Problem, cache_append::Args<'_>, Tuning) -> Result<()>;
-
 /// `step` elements stand between rows, and words before the rotary keys of the cache.
 fn append(
     lab: &Lab<'_>,
-    spec: &'static KernelSpec,
-    encode: EncodeAppend,
+    variant: &'static Variant<CacheAppend>,
     (d_latent, d_rope, step): (u32, u32, u32),
     interleave: Option<bool>,
     storage: Storage,
@@ -770,7 +693,7 @@ fn append(
         Storage::F32 => Tolerance::sums(&[2]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(spec.tunings, tolerance, |tuning| {
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let slots = [4, 0, 6, 1, 9];
         let tokens = slots.len() as u32;
@@ -801,7 +724,7 @@ fn append(
         let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
         let rope_word = latent_words + 4 - step as usize % 4;
         let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
-        let problem = cache_append::Problem {
+        let problem = cache_append::CacheAppend {
             tokens,
             cache_rows: cached,
             d_latent,
@@ -823,7 +746,7 @@ fn append(
             cache: &cache.region,
             q: &q.region,
         };
-        lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
         let mut comparisons = Vec::new();
         let words = lab.read(&cache)?;
         for (first_word, first, width) in [(0, 0, d_latent), (rope_word, d_latent, d_rope)] {
@@ -861,18 +784,22 @@ fn append(
                 }
             }
         }
-        comparisons.push(lab.compare(&q, &expected, Tolerance::sums(&[2]))?);
+        // Without anything to rotate the queries are not bound.
+        if problem.bytes().q > 0 {
+            comparisons.push(lab.compare(&q, &expected, Tolerance::sums(&[2]))?);
+        }
         Ok(comparisons)
     })
 }
 
 /// How latents become halves: where a value lies between two, one of them is right. Integers round as IEEE 754 does, to the
 /// nearest and of two to the even one; `pack2x16float` rounds as the driver does, and may take numbers below 2^-14 for 0.
-fn halves(lab: &Lab<'_>, spec: &'static KernelSpec, encode: EncodeAppend) -> Result<Vec<super::Outcome>> {
+fn halves(lab: &Lab<'_>, variant: &'static Variant<CacheAppend>) -> Result<Vec<super::Outcome>> {
     if lab.capture.is_some() {
         return Ok(vec![not_run("two answers are right, which a table of expected values does not say".to_owned())]);
     }
-    let integers = spec.name == cache_append_vec4::SPEC.name && lab.kernels.context().class == AdapterClass::Software;
+    let integers =
+        variant.spec.name == cache_append::VEC4.spec.name && lab.kernels.context().class == AdapterClass::Software;
     let mut values = Vec::new();
     // Both neighbours, the tie and what lies beside it, in every binade from the smallest half to the largest.
     for exponent in -25..16 {
@@ -886,12 +813,12 @@ fn halves(lab: &Lab<'_>, spec: &'static KernelSpec, encode: EncodeAppend) -> Res
     values.extend(ends.iter().flat_map(|&end| [end, -end]));
     values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
     values.resize(values.len().next_multiple_of(8), 0.0);
-    every_tuning(spec.tunings, Tolerance::EXACT, |tuning| {
+    every_tuning(variant.spec.tunings, Tolerance::EXACT, |tuning| {
         let width = values.len() as u32;
         let source = lab.floats(&values)?;
         let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
         let cache = Guarded::poisoned_as(lab.kernels, "cache", values.len() / 2 + 4, Storage::F16)?;
-        let problem = cache_append::Problem {
+        let problem = cache_append::CacheAppend {
             tokens: 1,
             cache_rows: 1,
             d_latent: width,
@@ -913,7 +840,7 @@ fn halves(lab: &Lab<'_>, spec: &'static KernelSpec, encode: EncodeAppend) -> Res
             cache: &cache.region,
             q: &lab.floats(&[0.0; 4])?.region,
         };
-        lab.launch(|recording| encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
         let got = unpack(0, 1, width, Storage::F16).apply(&lab.read(&cache)?.words);
         let right = |(&value, &got): (&f32, &f32)| {
             let bounded = if value.is_finite() { value.clamp(-65_504.0, 65_504.0) } else { value };
@@ -943,7 +870,7 @@ fn padding_of(first_word: usize, rows: u32, width: u32, storage: Storage) -> Vie
 }
 
 fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Result<Vec<super::Outcome>> {
-    every_tuning(cache_read::SPEC.tunings, Tolerance::EXACT, |tuning| {
+    every_tuning(cache_read::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
         let mut random = Random::new(SEED);
         let batch = Batch::new(&[(0, 3), (0, 1), (0, SPLIT + 2)], 40);
         let slots = batch.slots();
@@ -966,7 +893,7 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
         let (first_row, rows) = (2, batch.rows - 5);
         let latent = lab.output((rows * d_latent) as usize)?;
         let (embedding, slot_out) = (lab.output((rows * d_gate) as usize)?, lab.output(rows as usize)?);
-        let problem = cache_read::Problem {
+        let problem = cache_read::CacheRead {
             first_row,
             rows,
             cache_rows: batch.cache_rows,
@@ -984,7 +911,7 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
             embedding: &embedding.region,
             slots: &slot_out.region,
         };
-        lab.launch(|recording| cache_read::encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(&cache_read::ELEMENTS, &problem, args, tuning))?;
         // Every row of the tile: its place among the valid rows, if it is one.
         let place: Vec<Option<usize>> = (first_row..first_row + rows).map(|row| batch.place(row)).collect();
         let row_slots: Vec<u32> = place.iter().map(|place| place.map_or(u32::MAX, |place| slots[place])).collect();
@@ -1109,96 +1036,63 @@ fn prefills(cases: &mut Vec<Case>) {
         ("t300", &[(0, 300)]),
         ("tiles", &[(0, 7), (0, 8), (0, 15), (0, 16), (3, 32), (0, 63), (1, 64)]),
     ];
-    let mut add = |kernel: Prefill, names: &[&str], widths: Widths, storages: &[Storage]| {
-        let (n_head, d_nope, d_rope, d_value) = widths;
-        for (name, lengths) in SEQUENCES.into_iter().filter(|(name, _)| names.contains(name)) {
-            for &storage in storages {
-                let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-                cases.push(Case::new(kernel.name(), id, move |lab| {
-                    prefill(lab, kernel, lengths, widths, storage, Extreme::Plain, false)
-                }));
+    let mut add =
+        |variant: &'static Variant<AttentionPrefill>, names: &[&str], widths: Widths, storages: &[Storage]| {
+            let (n_head, d_nope, d_rope, d_value) = widths;
+            for (name, lengths) in SEQUENCES.into_iter().filter(|(name, _)| names.contains(name)) {
+                for &storage in storages {
+                    let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
+                    cases.push(Case::new(variant.spec.name, id, move |lab| {
+                        prefill(lab, variant, lengths, widths, storage, Extreme::Plain, false)
+                    }));
+                }
             }
-        }
-    };
+        };
     let every = SEQUENCES.map(|(name, _)| name);
-    for kernel in [Prefill::Tiles, Prefill::Subgroup] {
+    for variant in [&attention_prefill::TILES, &attention_prefill::SUBGROUP] {
         // Every width meets the chunk, every sequence the plain width; the rest would repeat both.
-        add(kernel, &every, (3, 16, 8, 16), &Storage::ALL);
+        add(variant, &every, (3, 16, 8, 16), &Storage::ALL);
         for widths in [(1, 8, 4, 8), (9, 4, 12, 32), (2, 0, 8, 16), (63, 4, 4, 4)] {
-            add(kernel, &["chunk"], widths, &Storage::ALL);
+            add(variant, &["chunk"], widths, &Storage::ALL);
         }
         // Two to eight fours of value columns a lane, then a second slice; rows longer than a chunk.
         for widths in [(1, 36, 0, 36), (2, 64, 32, 80), (1, 128, 64, 128), (3, 8, 4, 132)] {
-            add(kernel, &["chunk", "ragged"], widths, &[Storage::F32]);
+            add(variant, &["chunk", "ragged"], widths, &[Storage::F32]);
         }
     }
-    add(Prefill::Tiles, &["chunk"], (9, 5, 2, 7), &Storage::ALL);
-    add(Prefill::Rows, &every, (3, 5, 6, 7), &Storage::ALL);
+    add(&attention_prefill::ROWS, &["chunk"], (9, 5, 2, 7), &Storage::ALL);
+    add(&attention_prefill::ROWS, &every, (3, 5, 6, 7), &Storage::ALL);
     for widths in [(1, 8, 4, 8), (1, 16, 0, 33), (2, 0, 6, 16), (63, 3, 2, 1), (2, 3, 2, 129)] {
-        add(Prefill::Rows, &["chunk"], widths, &Storage::ALL);
+        add(&attention_prefill::ROWS, &["chunk"], widths, &Storage::ALL);
     }
-    for kernel in [Prefill::Cooperative, Prefill::Cooperative8] {
+    for variant in [&attention_prefill::COOPERATIVE, &attention_prefill::COOPERATIVE_8] {
         // Wide values and narrow ones, one and several chunks of queries and keys, a second slice.
-        add(kernel, &every, (3, 16, 8, 16), &[Storage::F16]);
+        add(variant, &every, (3, 16, 8, 16), &[Storage::F16]);
         for widths in [(9, 4, 12, 32), (2, 0, 8, 68), (1, 60, 0, 64), (1, 128, 64, 128), (3, 8, 4, 132)] {
-            add(kernel, &["chunk", "ragged"], widths, &[Storage::F16]);
+            add(variant, &["chunk", "ragged"], widths, &[Storage::F16]);
         }
     }
-    for (kernel, widths, storage) in [
-        (Prefill::Tiles, (2, 16, 8, 16), Storage::F32),
-        (Prefill::Rows, (2, 15, 6, 15), Storage::F32),
-        (Prefill::Subgroup, (2, 16, 8, 16), Storage::F32),
-        (Prefill::Cooperative, (2, 16, 8, 16), Storage::F16),
-        (Prefill::Cooperative8, (2, 16, 8, 16), Storage::F16),
+    for (variant, widths, storage) in [
+        (&attention_prefill::TILES, (2, 16, 8, 16), Storage::F32),
+        (&attention_prefill::ROWS, (2, 15, 6, 15), Storage::F32),
+        (&attention_prefill::SUBGROUP, (2, 16, 8, 16), Storage::F32),
+        (&attention_prefill::COOPERATIVE, (2, 16, 8, 16), Storage::F16),
+        (&attention_prefill::COOPERATIVE_8, (2, 16, 8, 16), Storage::F16),
     ] {
         let id = |what: &str| format!("{what}/{}", storage.name());
         for extreme in Extreme::ALL {
             // Queries are scaled before they are halves, where these are 0 or have few digits left.
-            let halves = matches!(kernel, Prefill::Cooperative | Prefill::Cooperative8);
+            let halves = variant.spec.cooperative != Cooperative::NONE;
             if halves && matches!(extreme, Extreme::Denormals | Extreme::Largest) {
                 continue;
             }
-            cases.push(Case::new(kernel.name(), id(extreme.name()), move |lab| {
-                prefill(lab, kernel, &[(0, 40), (70, 1)], widths, storage, extreme, false)
+            cases.push(Case::new(variant.spec.name, id(extreme.name()), move |lab| {
+                prefill(lab, variant, &[(0, 40), (70, 1)], widths, storage, extreme, false)
             }));
         }
-        cases.push(Case::new(kernel.name(), id("first_has_no_keys"), move |lab| {
-            prefill(lab, kernel, &[(0, 5), (0, 9)], widths, storage, Extreme::Plain, true)
+        cases.push(Case::new(variant.spec.name, id("first_has_no_keys"), move |lab| {
+            prefill(lab, variant, &[(0, 5), (0, 9)], widths, storage, Extreme::Plain, true)
         }));
-    }
-}
-
-/// The kernels of prefill.
-#[derive(Clone, Copy)]
-enum Prefill {
-    Tiles,
-    Rows,
-    Cooperative,
-    Cooperative8,
-    Subgroup,
-}
-
-impl Prefill {
-    fn spec(self) -> &'static KernelSpec {
-        match self {
-            Prefill::Tiles => &attention_prefill::SPEC,
-            Prefill::Rows => &attention_prefill_rows::SPEC,
-            Prefill::Cooperative => &attention_prefill_cooperative::SPEC,
-            Prefill::Cooperative8 => &attention_prefill_cooperative_8::SPEC,
-            Prefill::Subgroup => &attention_prefill_subgroup::SPEC,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        self.spec().name
-    }
-
-    /// The tuning that the query tiles go by.
-    fn tiling(self, tuning: Tuning) -> Tuning {
-        match self {
-            Prefill::Tiles | Prefill::Rows | Prefill::Cooperative | Prefill::Cooperative8 => tuning,
-            Prefill::Subgroup => Tuning::Auto,
-        }
     }
 }
 
@@ -1288,14 +1182,14 @@ fn attention_tolerance(d_query: usize, keys: usize, spread: f64) -> Tolerance {
 
 fn prefill(
     lab: &Lab<'_>,
-    kernel: Prefill,
+    variant: &'static Variant<AttentionPrefill>,
     lengths: &[(u32, u32)],
     (n_head, d_nope, d_rope, d_value): Widths,
     storage: Storage,
     extreme: Extreme,
     first_has_no_keys: bool,
 ) -> Result<Vec<super::Outcome>> {
-    if let Some(outcomes) = skipped(kernel.spec(), lab.kernels) {
+    if let Some(outcomes) = skipped(&variant.spec, lab.kernels) {
         return Ok(outcomes);
     }
     let batch = Batch::new(lengths, 3);
@@ -1309,12 +1203,17 @@ fn prefill(
     let of_scores = attention_tolerance(d_query, slots.len(), extreme.spread());
     // The reference rounds what the kernel rounds, but for the weights: each is off by at most 2⁻¹¹ of itself, and so are,
     // as errors of random signs, their sums. The scores alone make lse.
-    let tolerance = match kernel {
-        Prefill::Tiles | Prefill::Rows | Prefill::Subgroup => of_scores,
-        Prefill::Cooperative | Prefill::Cooperative8 => Tolerance { relative: of_scores.relative + HALF_ROUNDOFF },
-    };
-    let context = lab.kernels.context().clone();
-    every_tuning(kernel.spec().tunings, tolerance, |tuning| {
+    let halves = variant.spec.cooperative != Cooperative::NONE;
+    let tolerance = if halves { Tolerance { relative: of_scores.relative + HALF_ROUNDOFF } } else { of_scores };
+    let auto = tile_q(lab.kernels.context());
+    // Settings go by the query tile, but for the kernel that has settings of its own.
+    let by_tile = variant.spec.name != attention_prefill::SUBGROUP.spec.name;
+    let settings = if by_tile { QUERY_TILES.len() } else { variant.spec.tunings };
+    every_tuning(settings, tolerance, |setting| {
+        let (tile_q, tuning) = match setting {
+            Tuning::Forced(index) if by_tile => (QUERY_TILES[index], Tuning::Auto),
+            other => (auto, other),
+        };
         let mut random = Random::new(SEED);
         let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
         let mut kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -1328,9 +1227,9 @@ fn prefill(
         // A binding holds 16 bytes, also without a rotary part.
         let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
         let sequences = lab.words(bytemuck::cast_slice(&table))?;
-        let tiles = batch.query_tiles(attention_prefill::tile_q(&context, kernel.tiling(tuning))?);
+        let tiles = batch.query_tiles(tile_q);
         let queries = lab.words(bytemuck::cast_slice(&tiles))?;
-        let slices = attention_prefill::slices(&context, kernel.tiling(tuning), d_value as u32)? as usize;
+        let slices = attention_prefill::slices(d_value as u32) as usize;
         let values = lab.output(batch.tokens as usize * n_head * d_value)?;
         let softmax = lab.output(batch.tokens as usize * n_head * slices * 2)?;
         let scale = (d_query as f32).sqrt().recip();
@@ -1345,9 +1244,10 @@ fn prefill(
             .collect::<Result<Vec<_>>>()?;
         lab.launch(|recording| {
             for (first, rows, kv) in &kv_tiles {
-                let problem = attention_prefill::Problem {
+                let problem = attention_prefill::AttentionPrefill {
                     tokens: batch.tokens,
                     query_tiles: tiles.len() as u32,
+                    tile_q,
                     n_sequence: batch.sequences.len() as u32,
                     n_head: n_head as u32,
                     d_nope: d_nope as u32,
@@ -1359,6 +1259,7 @@ fn prefill(
                     first: *first == 0,
                     last: first + rows == batch.rows,
                     scale,
+                    weights: storage,
                     storage,
                 };
                 let args = attention_prefill::Args {
@@ -1370,36 +1271,12 @@ fn prefill(
                     values: &values.region,
                     softmax: &softmax.region,
                 };
-                match kernel {
-                    Prefill::Tiles => attention_prefill::encode(recording, &problem, args, tuning)?,
-                    Prefill::Rows => {
-                        let problem = attention_prefill_rows::Problem(problem);
-                        attention_prefill_rows::encode(recording, &problem, args, tuning)?;
-                    }
-                    Prefill::Cooperative => {
-                        let problem = attention_prefill_cooperative::Problem(problem);
-                        attention_prefill_cooperative::encode(recording, &problem, args, tuning)?;
-                    }
-                    Prefill::Cooperative8 => {
-                        let problem = attention_prefill_cooperative_8::Problem(problem);
-                        attention_prefill_cooperative_8::encode(recording, &problem, args, tuning)?;
-                    }
-                    Prefill::Subgroup => {
-                        let problem = attention_prefill_subgroup::Problem(problem);
-                        attention_prefill_subgroup::encode(recording, &problem, args, tuning)?;
-                    }
-                }
+                recording.add_variant(variant, &problem, args, tuning)?;
             }
             Ok(())
         })?;
         let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
-        let attend = match kernel {
-            Prefill::Tiles => reference::attention_prefill,
-            Prefill::Rows => reference::attention_prefill_rows,
-            Prefill::Cooperative => reference::attention_prefill_cooperative,
-            Prefill::Cooperative8 => reference::attention_prefill_cooperative_8,
-            Prefill::Subgroup => reference::attention_prefill_subgroup,
-        };
+        let attend = if halves { reference::attention_prefill_of_halves } else { reference::attention_prefill };
         let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, scale.into());
         let state = lab.read(&softmax)?;
         let counts = [batch.tokens as usize * n_head, 1];
@@ -1408,6 +1285,11 @@ fn prefill(
         Ok(vec![values, lab.compare_views(&[(&state, lse)], &expected.lse, of_scores)])
     })
 }
+
+const DECODE: [&Variant<AttentionDecode>; 2] = [&attention_decode::PLAIN, &attention_decode::VEC4];
+
+const ABSORBED: [&Variant<AttentionAbsorbed>; 3] =
+    [&attention_absorbed::PLAIN, &attention_absorbed::STREAM, &attention_absorbed::SUBGROUP];
 
 fn decodes(cases: &mut Vec<Case>) {
     let lengths: [(&str, &[u32]); 4] =
@@ -1422,21 +1304,21 @@ fn decodes(cases: &mut Vec<Case>) {
                 }
                 let (n_head, d_nope, d_rope, d_value) = widths;
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-                for kernel in Decode::ALL {
+                for variant in DECODE {
                     // Rebuilt keys and values are f32, cached ones either.
                     for kv_storage in Storage::ALL {
-                        if kernel.takes(widths, storage, kv_storage) {
+                        if decode_takes(variant, widths, storage, kv_storage) {
                             let id = format!("{id}_kv_{}", kv_storage.name());
-                            cases.push(Case::new(kernel.name(), id, move |lab| {
-                                decode(lab, kernel, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
+                            cases.push(Case::new(variant.spec.name, id, move |lab| {
+                                decode(lab, variant, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
                             }));
                         }
                     }
                 }
                 let id = format!("{name}_h{n_head}_r{d_value}+{d_rope}/{}", storage.name());
-                for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes(widths)) {
-                    let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage, Extreme::Plain);
-                    cases.push(Case::new(kernel.name(), id.clone(), run));
+                for variant in ABSORBED.into_iter().filter(|variant| absorbed_takes(variant, widths)) {
+                    let run = move |lab: &Lab<'_>| absorbed(lab, variant, lengths, 1, widths, storage, Extreme::Plain);
+                    cases.push(Case::new(variant.spec.name, id.clone(), run));
                 }
             }
         }
@@ -1444,55 +1326,55 @@ fn decodes(cases: &mut Vec<Case>) {
         let (lengths, widths) = (&[258, 1, 40, 511], (3, 16, 8, 16));
         for most in [2, 16] {
             let id = format!("q{most}/{}", storage.name());
-            for kernel in Decode::ALL {
-                cases.push(Case::new(kernel.name(), id.clone(), move |lab| {
-                    decode(lab, kernel, lengths, most, widths, (storage, storage), Extreme::Plain)
+            for variant in DECODE {
+                cases.push(Case::new(variant.spec.name, id.clone(), move |lab| {
+                    decode(lab, variant, lengths, most, widths, (storage, storage), Extreme::Plain)
                 }));
             }
-            for kernel in Absorbed::ALL {
-                let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, most, widths, storage, Extreme::Plain);
-                cases.push(Case::new(kernel.name(), id.clone(), run));
+            for variant in ABSORBED {
+                let run = move |lab: &Lab<'_>| absorbed(lab, variant, lengths, most, widths, storage, Extreme::Plain);
+                cases.push(Case::new(variant.spec.name, id.clone(), run));
             }
         }
     }
-    for kernel in Absorbed::ALL {
-        cases.push(Case::new(kernel.name(), "t32768_h3_r20+8/f16", move |lab| {
-            absorbed(lab, kernel, &[32_768], 1, (3, 12, 8, 20), Storage::F16, Extreme::Plain)
+    for variant in ABSORBED {
+        cases.push(Case::new(variant.spec.name, "t32768_h3_r20+8/f16", move |lab| {
+            absorbed(lab, variant, &[32_768], 1, (3, 12, 8, 20), Storage::F16, Extreme::Plain)
         }));
     }
     for extreme in Extreme::ALL {
         for storage in Storage::ALL {
             let (lengths, widths, id) =
                 (&[300, 1, 255], (3, 16, 8, 16), format!("{}/{}", extreme.name(), storage.name()));
-            for kernel in Decode::ALL {
-                cases.push(Case::new(kernel.name(), id.clone(), move |lab| {
-                    decode(lab, kernel, lengths, 1, widths, (storage, storage), extreme)
+            for variant in DECODE {
+                cases.push(Case::new(variant.spec.name, id.clone(), move |lab| {
+                    decode(lab, variant, lengths, 1, widths, (storage, storage), extreme)
                 }));
             }
-            for kernel in Absorbed::ALL {
-                let run = move |lab: &Lab<'_>| absorbed(lab, kernel, lengths, 1, widths, storage, extreme);
-                cases.push(Case::new(kernel.name(), id.clone(), run));
+            for variant in ABSORBED {
+                let run = move |lab: &Lab<'_>| absorbed(lab, variant, lengths, 1, widths, storage, extreme);
+                cases.push(Case::new(variant.spec.name, id.clone(), run));
             }
         }
     }
     // DeepSeek-V3's widths: the query is staged in several chunks.
-    for kernel in Absorbed::ALL.into_iter().filter(|kernel| kernel.takes((5, 128, 64, 512))) {
-        cases.push(Case::new(kernel.name(), "t300_h5_r512+64/f16", move |lab| {
-            absorbed(lab, kernel, &[300], 1, (5, 128, 64, 512), Storage::F16, Extreme::Plain)
+    for variant in ABSORBED.into_iter().filter(|variant| absorbed_takes(variant, (5, 128, 64, 512))) {
+        cases.push(Case::new(variant.spec.name, "t300_h5_r512+64/f16", move |lab| {
+            absorbed(lab, variant, &[300], 1, (5, 128, 64, 512), Storage::F16, Extreme::Plain)
         }));
     }
     // Latents of one load to several a lane, of half a load more, of none left for the last lanes; without a rotary key.
     for widths in [(1, 4, 0, 4), (9, 8, 4, 100), (17, 4, 12, 64), (5, 16, 64, 128), (2, 64, 64, 256)] {
-        for (kernel, storage) in
-            Absorbed::ALL.into_iter().flat_map(|kernel| Storage::ALL.map(|storage| (kernel, storage)))
+        for (variant, storage) in
+            ABSORBED.into_iter().flat_map(|variant| Storage::ALL.map(|storage| (variant, storage)))
         {
-            if !kernel.takes(widths) {
+            if !absorbed_takes(variant, widths) {
                 continue;
             }
             let (n_head, _, d_rope, d_latent) = widths;
             let id = format!("wide_h{n_head}_r{d_latent}+{d_rope}/{}", storage.name());
-            let run = move |lab: &Lab<'_>| absorbed(lab, kernel, &[70, 3, 257], 2, widths, storage, Extreme::Plain);
-            cases.push(Case::new(kernel.name(), id, run));
+            let run = move |lab: &Lab<'_>| absorbed(lab, variant, &[70, 3, 257], 2, widths, storage, Extreme::Plain);
+            cases.push(Case::new(variant.spec.name, id, run));
         }
     }
 }
@@ -1538,32 +1420,21 @@ fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
         .collect()
 }
 
-/// The kernels of attention over keys and values of few queries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Decode {
-    Plain,
-    Vec4,
-}
-
-impl Decode {
-    const ALL: [Decode; 2] = [Decode::Plain, Decode::Vec4];
-
-    fn name(self) -> &'static str {
-        match self {
-            Decode::Plain => attention_decode::SPEC.name,
-            Decode::Vec4 => attention_decode_vec4::SPEC.name,
-        }
-    }
-
-    fn takes(self, (_, d_nope, d_rope, d_value): Widths, storage: Storage, kv_storage: Storage) -> bool {
-        let whole = |width: usize, storage: Storage| width.is_multiple_of(16 / storage.bytes() as usize);
-        self == Decode::Plain || whole(d_nope, kv_storage) && whole(d_value, kv_storage) && whole(d_rope, storage)
-    }
+/// Whether a kernel over keys and values of few queries takes these widths.
+fn decode_takes(
+    variant: &'static Variant<AttentionDecode>,
+    (_, d_nope, d_rope, d_value): Widths,
+    storage: Storage,
+    kv_storage: Storage,
+) -> bool {
+    let whole = |width: usize, storage: Storage| width.is_multiple_of(16 / storage.bytes() as usize);
+    let any = variant.spec.name == attention_decode::PLAIN.spec.name;
+    any || whole(d_nope, kv_storage) && whole(d_value, kv_storage) && whole(d_rope, storage)
 }
 
 fn decode(
     lab: &Lab<'_>,
-    kernel: Decode,
+    variant: &'static Variant<AttentionDecode>,
     lengths: &[u32],
     most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
@@ -1574,11 +1445,7 @@ fn decode(
     let slots = batch.slots();
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
     let tolerance = attention_tolerance(d_query, SPLIT as usize, extreme.spread());
-    let tunings = match kernel {
-        Decode::Plain => attention_decode::SPEC.tunings,
-        Decode::Vec4 => attention_decode_vec4::SPEC.tunings,
-    };
-    every_tuning(tunings, tolerance, |tuning| {
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
         let mut kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -1605,7 +1472,7 @@ fn decode(
             .collect::<Result<Vec<_>>>()?;
         lab.launch(|recording| {
             for (first, rows, kv) in &kv_tiles {
-                let problem = attention_decode::Problem {
+                let problem = attention_decode::AttentionDecode {
                     tokens: batch.tokens,
                     most_tokens: most,
                     partials: splits(&batch).len() as u32,
@@ -1629,23 +1496,13 @@ fn decode(
                     partial_values: &values.region,
                     partial_softmax: &softmax.region,
                 };
-                match kernel {
-                    Decode::Plain => attention_decode::encode(recording, &problem, args, tuning)?,
-                    Decode::Vec4 => {
-                        let problem = attention_decode_vec4::Problem(problem);
-                        attention_decode_vec4::encode(recording, &problem, args, tuning)?;
-                    }
-                }
+                recording.add_variant(variant, &problem, args, tuning)?;
             }
             Ok(())
         })?;
         let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
         let (q, kv) = (widen(&q_values), super::pack(&kv_values, kv_storage).1);
-        let attend = match kernel {
-            Decode::Plain => reference::attention_decode,
-            Decode::Vec4 => reference::attention_decode_vec4,
-        };
-        let expected = attend(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
+        let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
         compare_partials(lab, &values, &softmax, &expected, tolerance)
     })
 }
@@ -1682,55 +1539,28 @@ fn compare_softmax(
     [compare(max, &expected_max), compare(sum, &expected.sum)]
 }
 
-/// The kernels of attention over the latents.
-#[derive(Clone, Copy)]
-enum Absorbed {
-    Plain,
-    Stream,
-    Subgroup,
-}
-
-impl Absorbed {
-    const ALL: [Absorbed; 3] = [Absorbed::Plain, Absorbed::Stream, Absorbed::Subgroup];
-
-    fn spec(self) -> &'static KernelSpec {
-        match self {
-            Absorbed::Plain => &attention_absorbed::SPEC,
-            Absorbed::Stream => &attention_absorbed_stream::SPEC,
-            Absorbed::Subgroup => &attention_absorbed_subgroup::SPEC,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        self.spec().name
-    }
-
-    /// The variants need rows that begin on 16-byte boundaries.
-    fn takes(self, (_, d_nope, d_rope, d_latent): Widths) -> bool {
-        let aligned = [d_nope, d_rope, d_latent].iter().all(|width| width.is_multiple_of(4));
-        match self {
-            Absorbed::Plain => true,
-            Absorbed::Stream | Absorbed::Subgroup => aligned,
-        }
-    }
+/// Whether a kernel over the latents takes these widths: all but one need rows that begin on 16-byte boundaries.
+fn absorbed_takes(variant: &'static Variant<AttentionAbsorbed>, (_, d_nope, d_rope, d_latent): Widths) -> bool {
+    let aligned = [d_nope, d_rope, d_latent].iter().all(|width| width.is_multiple_of(4));
+    aligned || variant.spec.name == attention_absorbed::PLAIN.spec.name
 }
 
 fn absorbed(
     lab: &Lab<'_>,
-    kernel: Absorbed,
+    variant: &'static Variant<AttentionAbsorbed>,
     lengths: &[u32],
     most: u32,
     (n_head, d_nope, d_rope, d_latent): Widths,
     storage: Storage,
     extreme: Extreme,
 ) -> Result<Vec<super::Outcome>> {
-    if let Some(outcomes) = skipped(kernel.spec(), lab.kernels) {
+    if let Some(outcomes) = skipped(&variant.spec, lab.kernels) {
         return Ok(outcomes);
     }
     let batch = few_new(lengths, most);
     let slots = batch.slots();
     let scale = ((d_latent + d_rope) as f32).sqrt().recip();
-    let problem = attention_absorbed::Problem {
+    let problem = attention_absorbed::AttentionAbsorbed {
         tokens: batch.tokens,
         most_tokens: most,
         n_sequence: batch.sequences.len() as u32,
@@ -1745,13 +1575,13 @@ fn absorbed(
         storage,
     };
     // The lanes of a small subgroup hold short rows only: said, and not passed over.
-    if let Absorbed::Stream = kernel
-        && let Err(error) = attention_absorbed_stream::Problem(problem).plan(lab.kernels.context(), Tuning::Auto)
+    if variant.spec.name == attention_absorbed::STREAM.spec.name
+        && let Err(error) = variant.plan(&problem, lab.kernels.context(), Tuning::Auto)
     {
         return Ok(vec![not_run(error.to_string())]);
     }
     let tolerance = attention_tolerance(d_latent + d_rope, SPLIT as usize, extreme.spread());
-    every_tuning(kernel.spec().tunings, tolerance, |tuning| {
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let tokens = batch.tokens as usize;
         let mut a_values = random.values(tokens * n_head * d_latent, 1.0);
@@ -1780,24 +1610,9 @@ fn absorbed(
             partial_values: &values.region,
             partial_softmax: &softmax.region,
         };
-        lab.launch(|recording| match kernel {
-            Absorbed::Plain => attention_absorbed::encode(recording, &problem, args, tuning),
-            Absorbed::Stream => {
-                let problem = attention_absorbed_stream::Problem(problem);
-                attention_absorbed_stream::encode(recording, &problem, args, tuning)
-            }
-            Absorbed::Subgroup => {
-                let problem = attention_absorbed_subgroup::Problem(problem);
-                attention_absorbed_subgroup::encode(recording, &problem, args, tuning)
-            }
-        })?;
+        lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
         let q_rope: Vec<f64> = q_values.chunks(d_nope + d_rope).flat_map(|head| widen(&head[d_nope..])).collect();
-        let attend = match kernel {
-            Absorbed::Plain => reference::attention_absorbed,
-            Absorbed::Stream => reference::attention_absorbed_stream,
-            Absorbed::Subgroup => reference::attention_absorbed_subgroup,
-        };
-        let expected = attend(
+        let expected = reference::attention_absorbed(
             &widen(&a_values),
             &q_rope,
             &latent_kept,
@@ -1822,7 +1637,7 @@ fn merges(cases: &mut Vec<Case>) {
         let extreme = if plain { String::new() } else { format!("_maxima_{spread:e}_values_{size:e}") };
         cases.push(Case::new("attention_merge", format!("h{n_head}_{width}{extreme}"), move |lab| {
             let tolerance = Tolerance::sums(&[8]);
-            every_tuning(attention_merge::SPEC.tunings, tolerance, |tuning| {
+            every_tuning(attention_merge::ROWS.spec.tunings, tolerance, |tuning| {
                 let mut random = Random::new(SEED);
                 // One split, several, none, and a token whose splits are all empty.
                 let ranges = [0..1, 1..6, 6..6, 6..8];
@@ -1850,7 +1665,7 @@ fn merges(cases: &mut Vec<Case>) {
                 let range_table = lab.words(&lines)?;
                 let out = lab.output(ranges.len() * n_head * width)?;
                 let lse = lab.output(ranges.len() * n_head)?;
-                let problem = attention_merge::Problem {
+                let problem = attention_merge::AttentionCombine {
                     tokens: ranges.len() as u32,
                     n_head: n_head as u32,
                     width: width as u32,
@@ -1863,7 +1678,7 @@ fn merges(cases: &mut Vec<Case>) {
                     values: &out.region,
                     lse: &lse.region,
                 };
-                lab.launch(|recording| attention_merge::encode(recording, &problem, args, tuning))?;
+                lab.launch(|recording| recording.add_variant(&attention_merge::ROWS, &problem, args, tuning))?;
                 let expected = reference::attention_merge(&partial, &ranges, n_head, width);
                 // The kernel writes the lowest f32 where the reference says −∞.
                 let got = lab.read(&lse)?;
@@ -1907,9 +1722,9 @@ impl Ids {
 struct GroupedBatch {
     words: Vec<u32>,
     table: u32,
-    items: u32,
+    entries: u32,
     partials: u32,
-    rows: u32,
+    groups: u32,
     /// Items in the order of their partial results; a group's gate row is its row in the step's numbering.
     expected: Vec<reference::GroupedItem>,
     /// Gate rows in the step's numbering, with the id, `None` where there is no group.
@@ -1929,9 +1744,9 @@ impl GroupedBatch {
         let mut batch = GroupedBatch {
             words: vec![super::guarded::POISON; total as usize],
             table,
-            items: 0,
+            entries: 0,
             partials: 0,
-            rows: 0,
+            groups: 0,
             expected: Vec::new(),
             ids: Vec::new(),
             cache_rows: capacity * sequences.len() as u32,
@@ -1955,9 +1770,9 @@ impl GroupedBatch {
             }
             let tokens = queries.min(length);
             let tiles = groups.groups().div_ceil(tiling.groups);
-            let (tile_items, chunk_items) = (tiles.div_ceil(tiling.run), groups.chunks().div_ceil(tiling.run));
+            let (tile_entries, chunk_entries) = (tiles.div_ceil(tiling.span), groups.chunks().div_ceil(tiling.span));
             let entry = GroupedSequence {
-                first_item: batch.items,
+                first_entry: batch.entries,
                 tiles,
                 groups: groups.groups(),
                 base,
@@ -1966,11 +1781,11 @@ impl GroupedBatch {
                 token: batch.tokens,
                 tokens,
                 partial: batch.partials,
-                tile_items,
-                first_group: batch.rows,
+                tile_entries,
+                first_group: batch.groups,
                 chunks: groups.chunks(),
                 chunk_word: layout.chunks,
-                chunk_items,
+                chunk_entries,
                 unused: [0; 2],
             };
             let entry: [u32; SEQUENCE_WORDS as usize] = bytemuck::cast(entry);
@@ -1994,9 +1809,9 @@ impl GroupedBatch {
             for query in 0..tokens {
                 let last = (line * capacity + length - tokens + query) as usize;
                 // Tiles belong to one pass; the chunks of an item have a partial result of every pass.
-                let items = in_items(&groups_of_tiles, tiling.groups * tiling.run);
+                let items = in_items(&groups_of_tiles, tiling.groups * tiling.span);
                 let first = batch.expected.len() + items.len();
-                let of_chunks = in_items(&chunks, tiling.run);
+                let of_chunks = in_items(&chunks, tiling.span);
                 for pass in 0..passes {
                     let items = first + pass as usize * of_chunks.len()..first + (pass as usize + 1) * of_chunks.len();
                     of_pass.push((items, pass));
@@ -2005,20 +1820,20 @@ impl GroupedBatch {
                 for item in items.into_iter().chain(every_pass) {
                     let seen = item.into_iter().map(|(group, rows)| {
                         let rows = rows.into_iter().filter(|&row| row <= last).collect();
-                        (batch.rows as usize + group, rows)
+                        (batch.groups as usize + group, rows)
                     });
                     let token = (batch.tokens + query) as usize;
                     batch.expected.push(reference::GroupedItem { token, groups: seen.collect() });
                 }
             }
-            let padded = groups.groups().next_multiple_of(tiling.groups * tiling.run);
+            let padded = groups.groups().next_multiple_of(tiling.groups * tiling.span);
             batch.ids.extend((0..padded as usize).map(|group| lists.get(group).map(|(id, _)| *id)));
-            batch.items += tile_items + chunk_items;
-            batch.partials += tokens * (tile_items + passes * chunk_items);
-            batch.rows += padded;
+            batch.entries += tile_entries + chunk_entries;
+            batch.partials += tokens * (tile_entries + passes * chunk_entries);
+            batch.groups += padded;
             batch.tokens += tokens;
         }
-        let pass_rows = batch.rows.div_ceil(passes).next_multiple_of(tiling.groups * tiling.run).max(1);
+        let pass_rows = batch.groups.div_ceil(passes).next_multiple_of(tiling.groups * tiling.span).max(1);
         for (items, pass) in of_pass {
             let own = |group: usize| group as u32 / pass_rows == pass;
             batch.expected[items].iter_mut().for_each(|item| item.groups.retain(|(group, _)| own(*group)));
@@ -2122,9 +1937,9 @@ fn grouped(cases: &mut Vec<Case>) {
         ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
     for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes()) {
-        cases.push(Case::new(attention_grouped::SPEC.name, name, move |lab| {
+        cases.push(Case::new(attention_grouped::WORKGROUP.spec.name, name, move |lab| {
             let tiling = attention_grouped::tiling_in_workgroup(lab.kernels.context(), sizes.widths)?;
-            attend_groups(lab, sizes, tiling, attention_grouped::SPEC.tunings, reference::attention_grouped)
+            attend_groups(lab, sizes, tiling, &attention_grouped::WORKGROUP)
         }));
     }
 
@@ -2163,31 +1978,23 @@ fn grouped(cases: &mut Vec<Case>) {
     ];
     for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes())
     {
-        let spec = &attention_grouped_subgroup::SPEC;
-        cases.push(Case::new(spec.name, name, move |lab| match skipped(spec, lab.kernels) {
+        let variant = &attention_grouped::SUBGROUP;
+        cases.push(Case::new(variant.spec.name, name, move |lab| match skipped(&variant.spec, lab.kernels) {
             Some(skipped) => Ok(skipped),
             None => {
                 // No tiling, no outcome: a case that another kernel would pass in its place fails.
-                let tiling = attention_grouped_subgroup::tiling(lab.kernels.context(), sizes.widths);
-                let run =
-                    |tiling| attend_groups(lab, sizes, tiling, spec.tunings, reference::attention_grouped_subgroup);
-                tiling.map_or(Ok(Vec::new()), run)
+                let tiling = attention_grouped::tiling_in_registers(lab.kernels.context(), sizes.widths);
+                tiling.map_or(Ok(Vec::new()), |tiling| attend_groups(lab, sizes, tiling, variant))
             }
         }));
     }
 }
 
-/// The meaning of a kernel of the grouped attention.
-type GroupedDefinition =
-    fn(&reference::Grouped<'_>, &[reference::GroupedItem], reference::Heads, usize, f64) -> reference::Partial;
-
-/// By the kernel that the tiling belongs to.
 fn attend_groups(
     lab: &Lab<'_>,
     sizes: GroupedSizes,
     tiling: Tiling,
-    tunings: usize,
-    definition: GroupedDefinition,
+    variant: &'static Variant<AttentionGrouped>,
 ) -> Result<Vec<super::Outcome>> {
     let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
     let (extreme, passes) = (sizes.extreme, sizes.passes);
@@ -2198,7 +2005,7 @@ fn attend_groups(
     // Scores of size s carry absolute errors of s · u · √d: those are relative errors of their exponentials.
     let of_scores = attention_tolerance((d_nope + d_rope + d_latent) as usize, longest, extreme.spread());
     let tolerance = if extreme.spread() > 1.0 { of_scores } else { plain };
-    every_tuning(tunings, tolerance, |tuning| {
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         // Resident rows come from `gates`, at their id, and the others from `gates_more`, at their group.
         let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, sizes.sources) else {
@@ -2213,7 +2020,7 @@ fn attend_groups(
         let w_values = random.values((d_kv * d_latent) as usize, 1.0);
         let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
         let gate_values = random.values((resident * d_kv) as usize, 1.0);
-        let more_values = random.values((batch.rows * d_kv) as usize, 1.0);
+        let more_values = random.values((batch.groups * d_kv) as usize, 1.0);
         let mut latent_values = random.values(rows * d_latent as usize, 1.0);
         let mut rope_values = random.values(rows * d_rope as usize, 1.0);
         extreme.of_queries(&mut q_values);
@@ -2248,12 +2055,12 @@ fn attend_groups(
         let w = lab.words(&padded(&w_values, d_latent, storage))?;
         let affine = lab.words(&super::pack(&affine, storage).0)?;
         let gates = lab.words(&padded(&gate_values, d_kv, cache_storage))?;
-        // Whole items a pass, as the plan of a step divides them.
-        let item_groups = tiling.groups * tiling.run;
-        let pass_rows = batch.rows.div_ceil(passes).next_multiple_of(item_groups);
+        // Whole entries a pass, as the plan of a step divides them.
+        let entry_groups = tiling.groups * tiling.span;
+        let pass_groups = batch.groups.div_ceil(passes).next_multiple_of(entry_groups);
         let more = (0..passes)
             .map(|pass| {
-                let rows = [pass, pass + 1].map(|pass| (pass * pass_rows).min(batch.rows) as usize * d_kv as usize);
+                let rows = [pass, pass + 1].map(|pass| (pass * pass_groups).min(batch.groups) as usize * d_kv as usize);
                 lab.words(&padded(&more_values[rows[0]..rows[1]], d_kv, Storage::F32))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -2261,11 +2068,11 @@ fn attend_groups(
         let partials = (batch.partials * n_head) as usize;
         let partial = lab.output(softmax_word + 2 * partials)?;
         let scale = ((d_nope + d_rope) as f32).sqrt().recip();
-        let problem = attention_grouped::Problem {
+        let problem = attention_grouped::AttentionGrouped {
             tokens: batch.tokens,
             most_tokens: queries,
             n_sequence: sequences.len() as u32,
-            items: batch.items,
+            entries: batch.entries,
             partials: batch.partials,
             n_head,
             widths,
@@ -2277,28 +2084,29 @@ fn attend_groups(
             statistics_byte,
             resident,
             gates_storage: cache_storage,
-            more: batch.rows,
+            more: batch.groups,
             more_storage: Storage::F32,
-            first_row: 0,
-            rows: batch.rows,
+            first_group: 0,
+            groups: batch.groups,
             pass_index: 0,
             passes,
             activation,
             norm,
             scale,
-            met_groups: 0,
-            met_positions: 0,
+            expected_groups: 0,
+            expected_positions: 0,
             cache_storage,
             storage,
         };
         let absent = lab.kernels.absent();
         lab.launch(|recording| {
             for (pass_index, more) in (0..).zip(&more) {
-                let first_row = pass_index * pass_rows;
-                // Of more passes than there are items the last have nothing to do.
-                let rows = pass_rows.min(batch.rows.saturating_sub(first_row));
-                let further = if sizes.sources == Sources::Resident { 0 } else { rows };
-                let problem = attention_grouped::Problem { first_row, rows, more: further, pass_index, ..problem };
+                let first_group = pass_index * pass_groups;
+                // Of more passes than there are entries the last have nothing to do.
+                let groups = pass_groups.min(batch.groups.saturating_sub(first_group));
+                let further = if sizes.sources == Sources::Resident { 0 } else { groups };
+                let problem =
+                    attention_grouped::AttentionGrouped { first_group, groups, more: further, pass_index, ..problem };
                 let args = attention_grouped::Args {
                     q: &q.region,
                     kv_b_proj: &w.region,
@@ -2309,7 +2117,7 @@ fn attend_groups(
                     lists: &lists.region,
                     partial: &partial.region,
                 };
-                attention_grouped::encode(recording, &problem, args, tuning)?;
+                recording.add_variant(variant, &problem, args, tuning)?;
             }
             Ok(())
         })?;
@@ -2345,7 +2153,7 @@ fn attend_groups(
             d_rope: d_rope as usize,
             d_value: d_value as usize,
         };
-        let expected = definition(&input, &batch.expected, heads, d_latent as usize, scale.into());
+        let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, scale.into());
         let got = lab.read(&partial)?;
         let values = View::all(Reading::F32, partials * d_value as usize);
         Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
@@ -2389,7 +2197,7 @@ fn gate_rows_case(
         Storage::F32 => Tolerance::sums(&[d_gate as usize]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(gate_rows::SPEC.tunings, tolerance, |tuning| {
+    every_tuning(gate_rows::ROWS.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let padded = |values: &[f32], width: u32| {
             let pitch = storage.row_pitch(width) as usize;
@@ -2413,7 +2221,7 @@ fn gate_rows_case(
         let (id_list, target_list) = (lab.words(&ids)?, lab.words(&targets)?);
         let y_words = row_words(width, y_storage);
         let y = Guarded::poisoned_as(lab.kernels, "y", y_rows as usize * y_words, y_storage)?;
-        let problem = gate_rows::Problem {
+        let problem = gate_rows::ProjectGateRows {
             rows,
             width,
             d_gate,
@@ -2432,7 +2240,7 @@ fn gate_rows_case(
             targets: &target_list.region,
             y: &y.region,
         };
-        lab.launch(|recording| gate_rows::encode(recording, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(&gate_rows::ROWS, &problem, args, tuning))?;
         let kept = |values: &[f32]| super::pack(values, storage).1;
         let mut expected = vec![f64::NAN; (y_rows * width) as usize];
         for row in 0..rows {
@@ -2450,7 +2258,7 @@ fn gate_rows_case(
 
 fn gate_statistics_case(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage) -> Result<Vec<super::Outcome>> {
     let tolerance = Tolerance::sums(&[width as usize]);
-    every_tuning(gate_statistics::SPEC.tunings, tolerance, |tuning| {
+    every_tuning(gate_statistics::ROWS.spec.tunings, tolerance, |tuning| {
         let mut comparisons = Vec::new();
         // Rows of both tables, of the further one alone, of the resident one alone.
         for (norm, activation, resident, further) in [
@@ -2485,7 +2293,7 @@ fn gate_statistics_case(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage
             let slots: Vec<u32> = (0..tokens).map(|token| tokens + 1 - token).collect();
             let (row_list, slot_list) = (lab.words(&rows)?, lab.words(&slots)?);
             let (statistics, absent) = (lab.output(2 * cached as usize)?, lab.kernels.absent());
-            let problem = gate_statistics::Problem {
+            let problem = gate_statistics::GateStatistics {
                 tokens,
                 width,
                 resident,
@@ -2506,7 +2314,7 @@ fn gate_statistics_case(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage
                 slots: &slot_list.region,
                 statistics: &statistics.region,
             };
-            lab.launch(|recording| gate_statistics::encode(recording, &problem, args, tuning))?;
+            lab.launch(|recording| recording.add_variant(&gate_statistics::ROWS, &problem, args, tuning))?;
             let more_values = widen(&more_values);
             let w = width as usize;
             let gate_of = |(token, &row): (usize, &u32)| match row {
@@ -2529,14 +2337,14 @@ fn gate_statistics_case(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage
 fn lists(cases: &mut Vec<Case>) {
     for count in [0, 1, 63, 300] {
         cases.push(Case::new("word_scatter", count.to_string(), move |lab| {
-            every_tuning(word_scatter::SPEC.tunings, Tolerance::EXACT, |tuning| {
+            every_tuning(word_scatter::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
                 let values = Random::new(SEED).values(700, 1.0);
                 let words = lab.floats(&values)?;
                 let patches: Vec<[u32; 2]> = (0..count).map(|i| [(i * 37) % 700, (i as f32).to_bits()]).collect();
                 let list = lab.words(bytemuck::cast_slice(&[&patches[..], &[[0; 2]]].concat()))?;
-                let problem = word_scatter::Problem { count, words: 700 };
+                let problem = word_scatter::WordScatter { count, words: 700 };
                 let args = word_scatter::Args { patches: &list.region, words: &words.region };
-                lab.launch(|recording| word_scatter::encode(recording, &problem, args, tuning))?;
+                lab.launch(|recording| recording.add_variant(&word_scatter::ELEMENTS, &problem, args, tuning))?;
                 let mut expected: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
                 reference::word_scatter(&mut expected, &patches);
                 let expected: Vec<f64> = expected.into_iter().map(|bits| f32::from_bits(bits).into()).collect();
@@ -2544,23 +2352,23 @@ fn lists(cases: &mut Vec<Case>) {
             })
         }));
     }
-    for (name, first_row, longest) in [("whole", 0, 30), ("second_pass", 16, 30), ("long", 0, 300)] {
+    for (name, first_group, longest) in [("whole", 0, 30), ("second_pass", 16, 30), ("long", 0, 300)] {
         cases.push(Case::new("group_ids", name, move |lab| {
-            every_tuning(group_ids::SPEC.tunings, Tolerance::EXACT, |tuning| {
-                let tiling = Tiling { groups: 4, run: 2 };
+            every_tuning(group_ids::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
+                let tiling = Tiling { groups: 4, span: 2 };
                 let sequences = [(longest, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
                 let Some(batch) = GroupedBatch::new(&sequences, (1, 1), tiling, Sources::Both) else {
                     return Ok(Vec::new());
                 };
-                let rows = batch.rows - first_row;
+                let groups = batch.groups - first_group;
                 let (token_ids, token_rows) = ([7, 8, 9], [7, NO_ROW, 9]);
                 let lists = lab.words(&batch.words)?;
                 let (id_list, row_list) = (lab.words(&token_ids)?, lab.words(&token_rows)?);
-                let ids = lab.output((rows + 3) as usize)?;
-                let problem = group_ids::Problem {
+                let ids = lab.output((groups + 3) as usize)?;
+                let problem = group_ids::GroupIds {
                     tokens: 3,
-                    first_row,
-                    rows,
+                    first_group,
+                    groups,
                     n_sequence: 3,
                     table: batch.table,
                     list_words: batch.words.len() as u32,
@@ -2571,10 +2379,10 @@ fn lists(cases: &mut Vec<Case>) {
                     lists: &lists.region,
                     ids: &ids.region,
                 };
-                lab.launch(|recording| group_ids::encode(recording, &problem, args, tuning))?;
-                let groups = batch.ids[first_row as usize..].iter().map(|id| id.map(|id| (id, id % 2 == 1)));
+                lab.launch(|recording| recording.add_variant(&group_ids::ELEMENTS, &problem, args, tuning))?;
+                let listed = batch.ids[first_group as usize..].iter().map(|id| id.map(|id| (id, id % 2 == 1)));
                 let tokens = token_ids.iter().zip(token_rows).map(|(&id, row)| Some((id, row != NO_ROW)));
-                let expected = reference::group_ids(&groups.chain(tokens).collect::<Vec<_>>());
+                let expected = reference::group_ids(&listed.chain(tokens).collect::<Vec<_>>());
                 Ok(vec![compare_numbers(lab, &ids, &expected)?])
             })
         }));
@@ -2583,8 +2391,6 @@ fn lists(cases: &mut Vec<Case>) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     /// The table would be worthless if two cases shared a name or a kernel had none.
     #[test]
     fn ids_are_unique_and_every_kernel_has_cases() {
@@ -2594,14 +2400,8 @@ mod tests {
         let before = ids.len();
         ids.dedup();
         assert_eq!(ids.len(), before);
-        for spec in crate::kernels::REGISTRY {
+        for spec in crate::kernels::shaders() {
             assert!(cases.iter().any(|case| case.kernel() == spec.name), "{} has no case", spec.name);
         }
-    }
-
-    #[test]
-    fn a_forced_tuning_that_does_not_exist_is_refused() {
-        let context = crate::plan::PlanContext::webgpu_defaults(crate::plan::AdapterClass::Discrete);
-        assert!(attention_prefill::tile_q(&context, Tuning::Forced(99)).is_err());
     }
 }

@@ -9,10 +9,11 @@ use super::view::{Reading, View};
 use super::{Case, Lab, Outcome, Words, outcome};
 use crate::attention::{Attention, CacheOptions, DecodePath, GateRows, LatentCache, Workspace, WorkspaceOptions};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
+use crate::device::Region;
 use crate::error::Result;
-use crate::kernel::{Recording, Region};
-use crate::plan::Storage;
+use crate::recording::Recording;
 use crate::reference::{History, Layer};
+use crate::storage::Storage;
 use crate::weights::{AttentionWeights, QueryWeights};
 
 /// How the tokens of a sequence reach the cache.

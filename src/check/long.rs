@@ -15,10 +15,11 @@ use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use crate::device::Kernels;
 use crate::error::Result;
-use crate::kernel::{Kernels, Recording};
-use crate::plan::Storage;
+use crate::recording::Recording;
 use crate::reference::{Latents, Layer};
+use crate::storage::Storage;
 use crate::weights::QueryWeights;
 
 /// Cached tokens that are measured at.

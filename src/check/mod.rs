@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
-//! let kernels = egmla::kernel::Kernels::new(device)?;
+//! let kernels = egmla::device::Kernels::new(device)?;
 //! for case in egmla::check::cases() {
 //!     for outcome in case.run(&kernels, queue)? {
 //!         // A variant whose feature the device lacks is `Err("skipped: …")`, never `Ok`.
@@ -30,9 +30,12 @@ pub mod random;
 pub mod readback;
 pub mod view;
 
+use crate::adapter::Tuning;
+use crate::device::Kernels;
 use crate::error::Result;
-use crate::kernel::{KernelSpec, Kernels, Recording};
-use crate::plan::{Storage, Tuning};
+use crate::op::Spec;
+use crate::recording::Recording;
+use crate::storage::Storage;
 use capture::Capture;
 use compare::{Comparison, Tolerance, compare};
 use guarded::Guarded;
@@ -193,7 +196,7 @@ fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
 }
 
 /// What stands for the outcomes of a variant that the device does not offer; `None` where it can run.
-fn skipped(spec: &KernelSpec, kernels: &Kernels) -> Option<Vec<Outcome>> {
+fn skipped(spec: &Spec, kernels: &Kernels) -> Option<Vec<Outcome>> {
     let missing = spec.missing(kernels.context())?;
     Some(vec![not_run(format!("{missing} not offered"))])
 }

@@ -7,7 +7,7 @@
 //! ```no_run
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
 //! use egmla::check::property;
-//! let kernels = egmla::kernel::Kernels::new(device)?;
+//! let kernels = egmla::device::Kernels::new(device)?;
 //! let report = property::search(&kernels, queue, property::Search { seed: 1, configurations: 8, cases: 100 })?;
 //! if let Some(failure) = report.failure {
 //!     println!("{}\n{}", failure.problem, failure.case.to_json());
@@ -26,10 +26,11 @@ use crate::attention::{
     WorkspaceOptions,
 };
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
+use crate::device::Kernels;
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording};
-use crate::plan::Storage;
+use crate::recording::Recording;
 use crate::reference::{History, Layer};
+use crate::storage::Storage;
 use crate::weights::AttentionWeights;
 
 /// How positions turn queries and keys.

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use crate::device::{Kernels, Region, alive, scoped};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Region, alive, scoped};
 
 /// A map request's answer, and who waits for it.
 #[derive(Default)]
@@ -147,9 +147,9 @@ pub fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 /// Submits a recording and waits for nothing.
 ///
 /// # Errors
-/// What [`Recording::record`](crate::kernel::Recording::record) meets: nothing is then submitted. A device that is lost after
+/// What [`Recording::record`](crate::recording::Recording::record) meets: nothing is then submitted. A device that is lost after
 /// that is told by what is read back.
-pub fn submit(recording: &crate::kernel::Recording, queue: &wgpu::Queue) -> Result<()> {
+pub fn submit(recording: &crate::recording::Recording, queue: &wgpu::Queue) -> Result<()> {
     let device = recording.kernels().device();
     scoped(device, "submitting", || {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla") });

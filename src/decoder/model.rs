@@ -4,13 +4,15 @@ use super::cpu::check_layers;
 use super::folder::DecoderWeights;
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Step, StepInput, Workspace,
-    WorkspaceOptions, check_tensor, check_weights, product_of, upload_tensor,
+    WorkspaceOptions, check_tensor, check_weights, upload_tensor,
 };
 use crate::config::DecoderConfig;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording, Region};
-use crate::kernels::{gather, matmul, norm, product, residual_add, swiglu};
-use crate::plan::{Storage, Tuning};
+use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
+use crate::op::Op as _;
+use crate::recording::Recording;
+use crate::storage::{Storage, product};
 use crate::weights::HostTensor;
 
 /// Which logits a step computes.
@@ -356,8 +358,8 @@ impl Decoder {
             self.norm(recording, tokens, stream, &layer.post_attention_norm, normed)?;
             self.linear(recording, (tokens, hidden, inner), normed, &layer.gate_proj, gate)?;
             self.linear(recording, (tokens, hidden, inner), normed, &layer.up_proj, up)?;
-            let problem = swiglu::Problem { elements: elements(swiglu::SPEC.name, tokens, inner)? };
-            swiglu::encode(recording, &problem, swiglu::Args { gate, up, y: &state.inner }, Tuning::Auto)?;
+            let problem = swiglu::Swiglu { elements: elements(swiglu::Swiglu::NAME, tokens, inner)? };
+            recording.add(&problem, swiglu::Args { gate, up, y: &state.inner })?;
             self.linear(recording, (tokens, inner, hidden), &state.inner, &layer.down_proj, delta)?;
             self.add(recording, tokens, delta, stream)?;
         }
@@ -385,13 +387,13 @@ impl Decoder {
         (table, ids, y): (&Region, &Region, &Region),
     ) -> Result<()> {
         let width = self.config.attention.hidden_size;
-        let problem = gather::Problem { rows, width, table_row: width, vocab_size: table_rows, storage };
-        gather::encode(recording, &problem, gather::Args { table, ids, y }, Tuning::Auto)
+        let problem = gather::Gather { rows, width, table_row: width, vocab_size: table_rows, storage };
+        recording.add(&problem, gather::Args { table, ids, y })
     }
 
     fn norm(&self, recording: &mut Recording, rows: u32, x: &Region, weight: &Region, y: &Region) -> Result<()> {
         let width = self.config.attention.hidden_size;
-        let problem = norm::Problem {
+        let problem = norm::Norm {
             rows,
             width,
             second: 0,
@@ -403,7 +405,7 @@ impl Decoder {
             storage: self.storage,
         };
         let bias = self.kernels.absent();
-        norm::encode(recording, &problem, norm::Args { x, weight, bias: &bias, y }, Tuning::Auto)
+        recording.add(&problem, norm::Args { x, weight, bias: &bias, y })
     }
 
     /// `y [rows, cols] = x [rows, inner] · wᵀ`.
@@ -415,16 +417,16 @@ impl Decoder {
         w: &Region,
         y: &Region,
     ) -> Result<()> {
-        let problem = matmul::Problem::linear(rows, inner, cols, false, self.storage);
+        let problem = matmul::Matmul::linear(rows, inner, cols, false, self.storage);
         let bias = self.kernels.absent();
-        product_of(recording, problem, matmul::Args { x, w, bias: &bias, y })
+        recording.add(&problem, matmul::Args { x, w, bias: &bias, y })
     }
 
     /// `stream += delta`, both `[tokens, hidden]`.
     fn add(&self, recording: &mut Recording, tokens: u32, delta: &Region, stream: &Region) -> Result<()> {
-        let elements = elements(residual_add::SPEC.name, tokens, self.config.attention.hidden_size)?;
-        let problem = residual_add::Problem { elements };
-        residual_add::encode(recording, &problem, residual_add::Args { delta, stream }, Tuning::Auto)
+        let elements = elements(residual_add::ResidualAdd::NAME, tokens, self.config.attention.hidden_size)?;
+        let problem = residual_add::ResidualAdd { elements };
+        recording.add(&problem, residual_add::Args { delta, stream })
     }
 }
 

@@ -1,61 +1,44 @@
 //! Attention of few queries per sequence straight over the cached latents, split over the cache.
 
-use bytemuck::{Pod, Zeroable};
-
 use super::attention_decode::SPLIT;
-use super::{Problem as _, narrow, nonzero, product, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning};
+use crate::adapter::{AdapterClass, PlanContext};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_nonzero};
+use crate::storage::{Storage, product, words};
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "attention_absorbed",
-    source: include_str!("../../shaders/attention_absorbed.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("absorbed"),
-        Binding::read("q"),
-        Binding::read("latent_cache"),
-        Binding::read("rope_cache"),
-        Binding::read("sequences"),
-        Binding::write("partial_values"),
-        Binding::write("partial_softmax"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: TUNINGS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params {
+        n_head: u32, d_latent: u32, d_nope: u32, d_rope: u32, n_sequence: u32, latent_loads: u32, rope_loads: u32,
+        scale: f32, tiles_x: u32, tiles_y: u32, tiles_z: u32,
+    }
+}
 
-/// HEADS: heads of a workgroup.
-const TUNINGS: &[u32] = &[4, 8];
-
-/// 16-byte loads of a key whose query elements are staged at once.
-const CHUNK: u32 = 8;
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    n_head: u32,
-    d_latent: u32,
-    d_nope: u32,
-    d_rope: u32,
-    n_sequence: u32,
-    latent_loads: u32,
-    rope_loads: u32,
-    scale: f32,
-    tiles_x: u32,
-    tiles_y: u32,
-    tiles_z: u32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[tokens, n_head, d_latent]` f32: `W_K[h]ᵀ q_C[h]`.
+        absorbed: Read,
+        /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
+        q: Read,
+        /// `[cache_rows, pitch of d_latent]` in `storage`.
+        latent_cache: Read,
+        /// `[cache_rows, pitch of d_rope]` in `storage`; not bound without a rotary key.
+        rope_cache: Read,
+        /// `[n_sequence]` [`super::attention_decode::DecodeSequence`].
+        sequences: Read,
+        /// `[partials, n_head, d_latent]` f32, written.
+        partial_values: Write,
+        /// `[partials, n_head, 2]` f32 (m, l), written.
+        partial_softmax: Write,
+    }
 }
 
 /// Attention over the whole cache of every sequence of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
-    /// Rows of `q`.
+pub struct AttentionAbsorbed {
+    /// Query tokens.
     pub tokens: u32,
     /// Lines of the sequence table.
     pub n_sequence: u32,
@@ -81,33 +64,42 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-impl Problem {
+impl AttentionAbsorbed {
     /// Whether rows of the queries, like those of the cache, begin on 16-byte boundaries.
     pub fn aligned(&self) -> bool {
         [self.d_latent, self.d_nope, self.d_rope].iter().all(|width| width.is_multiple_of(4))
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent)])?;
-        nonzero(kernel, &[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])
-    }
-
-    pub(super) fn validate_aligned(&self, kernel: &'static str) -> Result<()> {
-        self.validate(kernel)?;
+    fn check_aligned(&self) -> Result<(), String> {
         if self.aligned() {
             return Ok(());
         }
-        let Problem { d_latent, d_nope, d_rope, .. } = self;
-        let widths = format!("d_latent {d_latent}, d_nope {d_nope} and d_rope {d_rope} must be multiples of 4");
-        Err(Error::problem(kernel, widths))
+        let AttentionAbsorbed { d_latent, d_nope, d_rope, .. } = self;
+        Err(format!("d_latent {d_latent}, d_nope {d_nope} and d_rope {d_rope} must be multiples of 4"))
     }
 
-    /// 16-byte loads of a cache row of this width.
-    pub(super) fn loads(&self, width: u32) -> u32 {
-        self.storage.row_loads(width)
+    /// A draft with `heads` heads a workgroup.
+    fn draft(&self, workgroup_size: u32, heads: u32) -> Draft {
+        let grid = Grid::Tiled { size: [self.splits, self.n_head, self.most_tokens], tile: [1, heads, 1] };
+        Draft::new(workgroup_size, grid).with([("STORAGE_F16", self.storage.constant())]).with([("SPLIT", SPLIT)])
+    }
+}
+
+impl Op for AttentionAbsorbed {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "attention_absorbed";
+    const VARIANTS: &'static [Variant<Self>] = &[SUBGROUP, STREAM, PLAIN];
+
+    fn widths(&self) -> [(&'static str, u32); 4] {
+        [("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent), ("", 0)]
     }
 
-    pub(super) fn params(&self, plan: &Plan) -> Params {
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])
+    }
+
+    fn params(&self, plan: &Plan) -> Params {
         let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             n_head: self.n_head,
@@ -115,8 +107,8 @@ impl Problem {
             d_nope: self.d_nope,
             d_rope: self.d_rope,
             n_sequence: self.n_sequence,
-            latent_loads: self.loads(self.d_latent),
-            rope_loads: self.loads(self.d_rope),
+            latent_loads: self.storage.row_loads(self.d_latent),
+            rope_loads: self.storage.row_loads(self.d_rope),
             scale: self.scale,
             tiles_x,
             tiles_y,
@@ -124,72 +116,200 @@ impl Problem {
         }
     }
 
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 7] {
-        let cache = |region, width: u32| {
-            let elements = product(&[self.cache_rows, self.storage.row_pitch(width)]);
-            Bound { region, bytes: elements.saturating_mul(self.storage.bytes()) }
-        };
-        [
-            words(args.absorbed, product(&[self.tokens, self.n_head, self.d_latent])),
-            words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
-            cache(args.latent_cache, self.d_latent),
-            cache(args.rope_cache, self.d_rope),
-            words(args.sequences, product(&[self.n_sequence, 8])),
-            words(args.partial_values, product(&[self.partials, self.n_head, self.d_latent])),
-            words(args.partial_softmax, product(&[self.partials, self.n_head, 2])),
-        ]
-    }
-}
-
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
-        // Eight heads read a row half as often, where they are not heads past the end.
-        let of_sizes = if (self.n_head - 1) % 8 >= 4 { 1 } else { 0 };
-        let heads = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, of_sizes))?];
-        let workgroup_size = SPLIT / 4;
-        Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("HEADS", heads.into()),
-                ("CHUNK", CHUNK.into()),
-                ("SPLIT", SPLIT.into()),
-            ],
-            grid: [self.splits, self.n_head.div_ceil(heads), self.most_tokens],
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 4 * heads * (8 * CHUNK + SPLIT + workgroup_size),
+    fn bytes(&self) -> Args<u64> {
+        let cache = |width: u32| self.storage.sized(product(&[self.cache_rows, self.storage.row_pitch(width)]));
+        Args {
+            absorbed: words(product(&[self.tokens, self.n_head, self.d_latent])),
+            q: words(product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
+            latent_cache: cache(self.d_latent),
+            rope_cache: cache(self.d_rope),
+            sequences: words(product(&[self.n_sequence, 8])),
+            partial_values: words(product(&[self.partials, self.n_head, self.d_latent])),
+            partial_softmax: words(product(&[self.partials, self.n_head, 2])),
         }
-        .tiled(SPEC.name, &context.limits)
+    }
+
+    fn cost(&self) -> Cost {
+        let AttentionAbsorbed { tokens, splits, n_head, d_latent, d_rope, storage, .. } = *self;
+        let rows = splits.saturating_mul(SPLIT).min(self.cache_rows);
+        let met = rows.saturating_mul(self.most_tokens);
+        Cost::of(
+            &[times(4, &[met, n_head, d_latent]), times(2, &[met, n_head, d_rope])],
+            &[
+                times(4, &[tokens, n_head, d_latent]),
+                times(4, &[tokens, n_head, d_rope]),
+                times(storage.bytes(), &[rows, d_latent]),
+                times(storage.bytes(), &[rows, d_rope]),
+                times(32, &[self.n_sequence]),
+                times(4, &[self.partials, n_head, d_latent]),
+                times(8, &[self.partials, n_head]),
+            ],
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[tokens, n_head, d_latent]` f32: `W_K[h]ᵀ q_C[h]`.
-    pub absorbed: &'a Region,
-    /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
-    pub q: &'a Region,
-    /// `[cache_rows, pitch of d_latent]` in `storage`.
-    pub latent_cache: &'a Region,
-    /// `[cache_rows, pitch of d_rope]` in `storage`.
-    pub rope_cache: &'a Region,
-    /// `[n_sequence]` [`super::attention_decode::DecodeSequence`].
-    pub sequences: &'a Region,
-    /// `[partials, n_head, d_latent]` f32, written.
-    pub partial_values: &'a Region,
-    /// `[partials, n_head, 2]` f32 (m, l), written.
-    pub partial_softmax: &'a Region,
+/// Through workgroup memory, any widths. HEADS: heads of a workgroup.
+pub(crate) const PLAIN: Variant<AttentionAbsorbed> = {
+    const TUNINGS: &[u32] = &[4, 8];
+    /// 16-byte loads of a key whose query elements are staged at once.
+    const CHUNK: u32 = 8;
+    Variant::<AttentionAbsorbed>::new(
+        ("attention_absorbed", include_str!("../../shaders/attention_absorbed.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let (heads, workgroup) = (TUNINGS[setting], SPLIT / 4);
+            Ok(op
+                .draft(workgroup, heads)
+                .with([("HEADS", heads), ("CHUNK", CHUNK)])
+                .bytes(4 * heads * (8 * CHUNK + SPLIT + workgroup)))
+        },
+        |_, _, plan| hold(&[(plan.tile() == [1, plan.value("HEADS"), 1], "a workgroup has a split of HEADS heads")]),
+    )
+    // Eight heads read a row half as often, where they are not heads past the end.
+    .auto(|op, _| usize::from((op.n_head - 1) % 8 >= 4))
+};
+
+/// A workgroup is one subgroup, without barriers: for adapters without fast workgroup memory. Most lanes of a workgroup.
+pub(crate) const SUBGROUP: Variant<AttentionAbsorbed> = {
+    const TUNINGS: &[u32] = &[16, 8];
+    /// Heads of a workgroup.
+    const HEADS: u32 = 8;
+    Variant::<AttentionAbsorbed>::new(
+        ("attention_absorbed_subgroup", include_str!("../../shaders/attention_absorbed_subgroup.wgsl")),
+        TUNINGS.len(),
+        |op, context, setting| {
+            op.check_aligned()?;
+            let lanes = context.lanes(TUNINGS[setting]);
+            Ok(op.draft(lanes, HEADS).with([("LANES", lanes)]).bytes(4 * HEADS * SPLIT))
+        },
+        |_, _, plan| {
+            hold(&[
+                (plan.value("LANES").is_power_of_two(), "lanes are a power of two"),
+                (plan.tile() == [1, 8, 1], "a workgroup has a split of 8 heads"),
+            ])
+        },
+    )
+    .subgroups(4)
+    .preferred(|op, context| op.aligned() && context.class == AdapterClass::Software && wide_enough(context))
+};
+
+/// In software, subgroups of 4 leave more to loads than shuffles save.
+pub(super) fn wide_enough(context: &PlanContext) -> bool {
+    context.class != AdapterClass::Software || context.subgroup_min_size >= 8
 }
 
-/// Adds the attention over the latents to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args))
+/// In registers, each row read once: for GPUs with subgroups. Most teams of a workgroup.
+pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
+    const TUNINGS: &[u32] = &[4, 1, 8];
+    /// Heads of a team.
+    const HEADS: u32 = 4;
+    /// Most lanes of a team.
+    const MOST_LANES: u32 = 32;
+    /// What a lane can keep of a row: 16-byte loads of the latent, words of the rotary key.
+    const MOST_LOADS: u32 = 4;
+    const MOST_WORDS: u32 = 16;
+    /// Below this many workgroups of one team a workgroup of several would leave cores of a GPU without work.
+    const FEW: u32 = 512;
+    Variant::<AttentionAbsorbed>::new(
+        ("attention_absorbed_stream", include_str!("../../shaders/attention_absorbed_stream.wgsl")),
+        TUNINGS.len(),
+        |op, context, setting| {
+            op.check_aligned()?;
+            let AttentionAbsorbed { d_latent, d_rope, storage, .. } = *op;
+            let teams = TUNINGS[setting].min(op.n_head.div_ceil(HEADS));
+            // No more lanes than a row has loads.
+            let row_loads = storage.row_loads(d_latent);
+            let lanes = context.lanes(MOST_LANES).min(row_loads.next_power_of_two().max(4));
+            let loads = row_loads.div_ceil(lanes);
+            let rope_words = (d_rope / if storage == Storage::F16 { 2 } else { 1 }).div_ceil(lanes);
+            if loads > MOST_LOADS || rope_words > MOST_WORDS {
+                return Err(format!("{lanes} lanes do not hold a row of d_latent {d_latent} and d_rope {d_rope}"));
+            }
+            Ok(op.draft(lanes * teams, HEADS * teams).with([
+                ("LANES", lanes),
+                ("TEAMS", teams),
+                ("LOADS", loads),
+                ("ROPE", rope_words),
+            ]))
+        },
+        |_, _, plan| {
+            let lanes = plan.value("LANES");
+            hold(&[
+                (lanes.is_power_of_two() && lanes >= 4, "a team is a power of two of four lanes and more"),
+                ((1..=4).contains(&plan.value("LOADS")), "a lane keeps one to four loads of a latent"),
+                (plan.value("ROPE") <= 16, "a lane keeps up to 16 words of a rotary key"),
+                (plan.tile() == [1, 4 * plan.value("TEAMS"), 1], "a team has a split of 4 heads"),
+            ])
+        },
+    )
+    .subgroups(4)
+    .auto(|op, _| {
+        let groups = op.splits.saturating_mul(op.most_tokens).saturating_mul(op.n_head.div_ceil(HEADS));
+        usize::from(groups < FEW)
+    })
+    .preferred(|op, context| op.aligned() && context.class != AdapterClass::Software)
+};
+
+crate::vary!(AttentionAbsorbed {
+    tokens,
+    n_sequence,
+    most_tokens,
+    splits,
+    partials,
+    n_head,
+    d_latent,
+    d_nope,
+    d_rope,
+    cache_rows,
+    scale,
+    storage
+});
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for AttentionAbsorbed {
+    fn samples() -> Vec<Self> {
+        let mut all = Vec::new();
+        let widths = [(7, 3, 2), (4, 8, 0), (32, 8, 32), (36, 8, 4), (64, 8, 64), (512, 8, 64)];
+        for (n_head, splits) in
+            crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 3].map(|splits| (n_head, splits)))
+        {
+            for storage in Storage::ALL {
+                all.extend(widths.map(|(d_latent, d_nope, d_rope)| AttentionAbsorbed {
+                    tokens: 1,
+                    n_sequence: 1,
+                    most_tokens: 1,
+                    splits,
+                    partials: splits,
+                    n_head,
+                    d_latent,
+                    d_nope,
+                    d_rope,
+                    cache_rows: splits * SPLIT,
+                    scale: 1.0,
+                    storage,
+                }));
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let op = AttentionAbsorbed {
+            tokens: 1,
+            n_sequence: 1,
+            most_tokens: 1,
+            splits: 2,
+            partials: 2,
+            n_head: 3,
+            d_latent: 8,
+            d_nope: 6,
+            d_rope: 4,
+            cache_rows: 300,
+            scale: 1.0,
+            storage: Storage::F16,
+        };
+        // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.
+        // In: absorbed 3·8·4, q_R 3·4·4, latents 300·8·2, keys 300·4·2, table 32. Out: 2·3·(8·4 + 8).
+        vec![(op, Cost { flops: 2 * 300 * 3 * 20, bytes: 96 + 48 + 4800 + 2400 + 32 + 240 })]
+    }
 }

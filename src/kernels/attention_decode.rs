@@ -1,36 +1,15 @@
-//! Attention of one query per sequence over rebuilt or cached keys and values, split over the cache.
+//! Attention of few queries per sequence over rebuilt or cached keys and values, split over the cache.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, narrow, nonzero, product, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, padded};
-
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "attention_decode",
-    source: include_str!("../../shaders/attention_decode.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("q"),
-        Binding::read("kv"),
-        Binding::read("rope_cache"),
-        Binding::read("sequences"),
-        Binding::write("partial_values"),
-        Binding::write("partial_softmax"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+use crate::adapter::AdapterClass;
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_nonzero};
+use crate::storage::{Storage, padded, product, words};
 
 /// Rows of the cache that one workgroup attends to, here and in `attention_absorbed`.
 pub const SPLIT: u32 = 256;
-
-const WORKGROUPS: &[u32] = &[64, 128, 256];
 
 /// One line of the sequence table of a decode step: [`super::cache_read::SequenceRow`], and where results go.
 #[repr(C)]
@@ -54,27 +33,36 @@ pub struct DecodeSequence {
     pub unused: u32,
 }
 
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    n_head: u32,
-    d_nope: u32,
-    d_rope: u32,
-    d_value: u32,
-    kv_first: u32,
-    n_sequence: u32,
-    rope_pitch: u32,
-    scale: f32,
-    tiles_x: u32,
-    tiles_y: u32,
-    tiles_z: u32,
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params {
+        n_head: u32, d_nope: u32, d_rope: u32, d_value: u32, kv_first: u32, n_sequence: u32, rope_pitch: u32, scale: f32,
+        tiles_x: u32, tiles_y: u32, tiles_z: u32,
+    }
+}
+
+crate::args! {
+    /// Buffers of one dispatch. A tile writes the partial results of its own splits.
+    pub struct Args {
+        /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
+        q: Read,
+        /// `[kv_rows, n_head, d_nope + d_value]` in `kv_storage`.
+        kv: Read,
+        /// `[cache_rows, pitch of d_rope]` in `storage`; not bound without a rotary key.
+        rope_cache: Read,
+        /// `[n_sequence]` [`DecodeSequence`].
+        sequences: Read,
+        /// `[partials, n_head, d_value]` f32, written.
+        partial_values: Write,
+        /// `[partials, n_head, 2]` f32 (m, l), written.
+        partial_softmax: Write,
+    }
 }
 
 /// Attention over one tile of keys.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
-    /// Rows of `q`.
+pub struct AttentionDecode {
+    /// Query tokens.
     pub tokens: u32,
     /// Most query tokens of a sequence.
     pub most_tokens: u32,
@@ -104,7 +92,7 @@ pub struct Problem {
     pub kv_storage: Storage,
 }
 
-impl Problem {
+impl AttentionDecode {
     /// Whether every row is a whole number of 16-byte loads.
     pub fn in_vec4(&self) -> bool {
         let load = |storage: Storage| 16 / storage.bytes() as u32;
@@ -112,93 +100,210 @@ impl Problem {
         of_kv && self.d_rope.is_multiple_of(load(self.storage))
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
-        nonzero(kernel, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+    fn draft(&self, workgroup_size: u32) -> Draft {
+        let grid = Grid::Tiled { size: [self.kv_rows, self.n_head, self.most_tokens], tile: [SPLIT, 1, 1] };
+        Draft::new(workgroup_size, grid)
+            .with([("STORAGE_F16", self.storage.constant()), ("KV_F16", self.kv_storage.constant())])
+            .with([("WORKGROUP", workgroup_size), ("SPLIT", SPLIT)])
+    }
+}
+
+impl Op for AttentionDecode {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "attention_decode";
+    const VARIANTS: &'static [Variant<Self>] = &[VEC4, PLAIN];
+
+    fn widths(&self) -> [(&'static str, u32); 4] {
+        [("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value), ("", 0)]
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
         for (what, rows) in [("kv_first", self.kv_first), ("kv_rows", self.kv_rows)] {
             if !rows.is_multiple_of(SPLIT) {
-                return Err(Error::problem(kernel, format!("{what} is {rows}, not a multiple of {SPLIT}")));
+                return Err(format!("{what} is {rows}, not a multiple of {SPLIT}"));
             }
         }
         Ok(())
     }
 
-    pub(super) fn params(&self, plan: &Plan) -> Params {
+    fn params(&self, plan: &Plan) -> Params {
+        let AttentionDecode { n_head, d_nope, d_rope, d_value, kv_first, n_sequence, scale, .. } = *self;
         let [tiles_x, tiles_y, tiles_z] = plan.tiles;
-        Params {
-            n_head: self.n_head,
-            d_nope: self.d_nope,
-            d_rope: self.d_rope,
-            d_value: self.d_value,
-            kv_first: self.kv_first,
-            n_sequence: self.n_sequence,
-            rope_pitch: self.storage.row_pitch(self.d_rope),
-            scale: self.scale,
-            tiles_x,
-            tiles_y,
-            tiles_z,
-        }
+        let rope_pitch = self.storage.row_pitch(d_rope);
+        Params { n_head, d_nope, d_rope, d_value, kv_first, n_sequence, rope_pitch, scale, tiles_x, tiles_y, tiles_z }
     }
 
-    /// The bindings, in which a rope cache that is not read takes `least` bytes.
-    pub(super) fn bound<'a>(&self, args: &Args<'a>, least: u64) -> [Bound<'a>; 6] {
+    fn bytes(&self) -> Args<u64> {
         let rope = product(&[self.cache_rows, self.storage.row_pitch(self.d_rope)]);
         let kv = product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value]);
-        [
-            words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
-            Bound { region: args.kv, bytes: padded(kv.saturating_mul(self.kv_storage.bytes()), 4) },
-            Bound { region: args.rope_cache, bytes: rope.saturating_mul(self.storage.bytes()).max(least) },
-            words(args.sequences, product(&[self.n_sequence, 8])),
-            words(args.partial_values, product(&[self.partials, self.n_head, self.d_value])),
-            words(args.partial_softmax, product(&[self.partials, self.n_head, 2])),
+        Args {
+            q: words(product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
+            kv: padded(self.kv_storage.sized(kv), 4),
+            rope_cache: self.storage.sized(rope),
+            sequences: words(product(&[self.n_sequence, 8])),
+            partial_values: words(product(&[self.partials, self.n_head, self.d_value])),
+            partial_softmax: words(product(&[self.partials, self.n_head, 2])),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let AttentionDecode { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, kv_storage, .. } = *self;
+        // A row belongs to one sequence, and so meets that one's queries.
+        let rows = kv_rows.min(self.cache_rows);
+        let met = rows.saturating_mul(self.most_tokens);
+        let splits = kv_rows.div_ceil(SPLIT).saturating_mul(self.most_tokens);
+        Cost::of(
+            &[times(2, &[met, n_head, d_nope]), times(2, &[met, n_head, d_rope]), times(2, &[met, n_head, d_value])],
+            &[
+                times(4, &[tokens, n_head, d_nope]),
+                times(4, &[tokens, n_head, d_rope]),
+                times(kv_storage.bytes(), &[rows, n_head, d_nope]),
+                times(kv_storage.bytes(), &[rows, n_head, d_value]),
+                times(storage.bytes(), &[rows, d_rope]),
+                times(32, &[self.n_sequence]),
+                times(4, &[splits, n_head, d_value]),
+                times(8, &[splits, n_head]),
+            ],
+        )
+    }
+}
+
+/// Any widths.
+pub(crate) const PLAIN: Variant<AttentionDecode> = {
+    const WORKGROUPS: &[u32] = &[64, 128, 256];
+    Variant::<AttentionDecode>::new(
+        ("attention_decode", include_str!("../../shaders/attention_decode.wgsl")),
+        WORKGROUPS.len(),
+        |op, _, setting| Ok(op.draft(WORKGROUPS[setting]).bytes(4 * (SPLIT + WORKGROUPS[setting]))),
+        |_, _, plan| {
+            let workgroup = plan.workgroup_size;
+            hold(&[
+                (workgroup.is_power_of_two(), "reductions halve: a workgroup is a power of two"),
+                (SPLIT.is_multiple_of(workgroup), "a split is whole workgroups"),
+            ])
+        },
+    )
+};
+
+/// In 16-byte loads. (WORKGROUP, LANES, COLUMNS): LANES invocations share the scores of a row, COLUMNS its values. In
+/// software whole rows.
+pub(crate) const VEC4: Variant<AttentionDecode> = {
+    const TUNINGS: &[(u32, u32, u32)] = &[(64, 1, 8), (128, 8, 8), (256, 8, 8), (128, 4, 16)];
+    /// Rows that an invocation takes at a time.
+    const QUAD: u32 = 4;
+    Variant::<AttentionDecode>::new(
+        ("attention_decode_vec4", include_str!("../../shaders/attention_decode_vec4.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let AttentionDecode { d_nope, d_rope, d_value, storage, kv_storage, .. } = *op;
+            if !op.in_vec4() {
+                return Err(format!(
+                    "d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be whole 16-byte loads"
+                ));
+            }
+            let (workgroup, most_lanes, most_columns) = TUNINGS[setting];
+            // No more invocations than a row has loads; fewer than four lanes per row would find no rows.
+            let loads = |width: u32, storage: Storage| width / (16 / storage.bytes() as u32);
+            let key_loads = loads(d_nope, kv_storage).max(loads(d_rope, storage));
+            let lanes = most_lanes.min(key_loads.next_power_of_two());
+            let columns = most_columns.min(loads(d_value, kv_storage).next_power_of_two().max(4));
+            let quads = SPLIT / QUAD;
+            let vectors = if kv_storage == Storage::F16 { 2 } else { 1 };
+            let shared = (quads * lanes).max(workgroup * vectors);
+            let each = (quads * lanes).div_ceil(workgroup);
+            Ok(op
+                .draft(workgroup)
+                .with([("LANES", lanes), ("COLUMNS", columns), ("EACH", each)])
+                .bytes(16 * (shared + quads) + 8 * (workgroup / columns)))
+        },
+        |_, _, plan| {
+            let [workgroup, lanes, columns, each] =
+                ["WORKGROUP", "LANES", "COLUMNS", "EACH"].map(|name| plan.value(name));
+            let whole = |share: u64| share.is_power_of_two() && workgroup.is_multiple_of(share);
+            hold(&[
+                (whole(lanes) && whole(columns), "lanes and columns are powers of two and divide a workgroup"),
+                ((1..=4).contains(&each), "an invocation has one to four quads of scores"),
+                (4 * each * workgroup >= u64::from(SPLIT) * lanes, "every row of a split has its scores"),
+            ])
+        },
+    )
+    .auto(|_, context| usize::from(context.class != AdapterClass::Software))
+    .preferred(|op, _| op.in_vec4())
+};
+
+crate::vary!(AttentionDecode {
+    tokens,
+    most_tokens,
+    partials,
+    n_sequence,
+    n_head,
+    d_nope,
+    d_rope,
+    d_value,
+    kv_first,
+    kv_rows,
+    cache_rows,
+    scale,
+    storage,
+    kv_storage
+});
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for AttentionDecode {
+    fn samples() -> Vec<Self> {
+        let mut all = Vec::new();
+        let widths = [(3, 2, 5), (8, 0, 8), (16, 8, 32), (64, 64, 72), (0, 128, 256)];
+        for (n_head, splits) in
+            crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 3].map(|splits| (n_head, splits)))
+        {
+            for (storage, kv_storage) in Storage::ALL.into_iter().flat_map(|s| Storage::ALL.map(|kv| (s, kv))) {
+                all.extend(widths.map(|(d_nope, d_rope, d_value)| AttentionDecode {
+                    tokens: 1,
+                    most_tokens: 1,
+                    partials: splits,
+                    n_sequence: 1,
+                    n_head,
+                    d_nope,
+                    d_rope,
+                    d_value,
+                    kv_first: 0,
+                    kv_rows: splits * SPLIT,
+                    cache_rows: splits * SPLIT,
+                    scale: 1.0,
+                    storage,
+                    kv_storage,
+                }));
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let of = |kv_storage| AttentionDecode {
+            tokens: 1,
+            most_tokens: 1,
+            partials: 1,
+            n_sequence: 1,
+            n_head: 2,
+            d_nope: 3,
+            d_rope: 2,
+            d_value: 5,
+            kv_first: 256,
+            kv_rows: 256,
+            cache_rows: 1000,
+            scale: 1.0,
+            storage: Storage::F16,
+            kv_storage,
+        };
+        let flops = 2 * 256 * 2 * 10;
+        vec![
+            // 256 rows · 2 heads · (3 + 2 + 5) multiply-adds.
+            // In: q 2·5·4, kv 256·2·8·4, keys 256·2·2, table 32. Out: 1·2·(5·4 + 8).
+            (of(Storage::F32), Cost { flops, bytes: 40 + 16384 + 1024 + 32 + 56 }),
+            // Keys and values in f16 are half of that.
+            (of(Storage::F16), Cost { flops, bytes: 40 + 8192 + 1024 + 32 + 56 }),
         ]
     }
-}
-
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
-        let workgroup_size = WORKGROUPS[tuning.choose(SPEC.name, WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
-        Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("KV_F16", self.kv_storage.constant()),
-                ("WORKGROUP", workgroup_size.into()),
-                ("SPLIT", SPLIT.into()),
-            ],
-            grid: [self.kv_rows / SPLIT, self.n_head, self.most_tokens],
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 4 * (SPLIT + workgroup_size),
-        }
-        .tiled(SPEC.name, &context.limits)
-    }
-}
-
-/// Buffers of one dispatch. A tile writes the partial results of its own splits.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
-    pub q: &'a Region,
-    /// `[kv_rows, n_head, d_nope + d_value]` in `kv_storage`.
-    pub kv: &'a Region,
-    /// `[cache_rows, pitch of d_rope]` in `storage`; without a rotary key any region of 16 bytes.
-    pub rope_cache: &'a Region,
-    /// `[n_sequence]` [`DecodeSequence`].
-    pub sequences: &'a Region,
-    /// `[partials, n_head, d_value]` f32, written.
-    pub partial_values: &'a Region,
-    /// `[partials, n_head, 2]` f32 (m, l), written.
-    pub partial_softmax: &'a Region,
-}
-
-/// Adds the attention over one key tile to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args, 0))
 }

@@ -1,37 +1,16 @@
 //! Attention over the cached latents with one absorbed query per distinct token id: decode for the gate at `up_projected`.
 //!
-//! The step's tables are made for a [`Tiling`], and with it for a kernel: [`encode`] hands tilings of eight groups to
-//! [`super::attention_grouped_subgroup`], which has the same meaning, lists and partial results.
+//! The step's tables are made for a [`Tiling`], and with it for a variant: each has the same meaning, lists and partial results.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, attention_grouped_subgroup, narrow, nonzero, product, words};
+use crate::adapter::{AdapterClass, PlanContext};
 use crate::config::{Activation, GateNorm};
+use crate::cost::{Cost, times};
 use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning, padded};
-
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "attention_grouped",
-    source: include_str!("../../shaders/attention_grouped.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("q"),
-        Binding::read("kv_b_proj"),
-        Binding::read("affine"),
-        Binding::read("gates"),
-        Binding::read("gates_more"),
-        Binding::read("cache"),
-        Binding::read("lists"),
-        Binding::write("partial"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: TUNINGS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_nonzero};
+use crate::storage::{Storage, padded, product, words};
 
 /// Words of a group's header.
 pub const HEADER_WORDS: u32 = 8;
@@ -50,42 +29,44 @@ pub const CHUNK_POSITIONS: u32 = 256;
 /// Words of a line of the sequence table.
 pub const SEQUENCE_WORDS: u32 = 16;
 
-/// (HEADS, LANES): heads of a workgroup and invocations of a head.
-const TUNINGS: &[(u32, u32)] = &[(1, 8), (4, 8), (1, 16)];
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    n_head: u32,
-    d_rope: u32,
-    n_sequence: u32,
-    items: u32,
-    table: u32,
-    latent: u32,
-    latent_pitch: u32,
-    rope: u32,
-    rope_pitch: u32,
-    statistics: u32,
-    weight_pitch: u32,
-    gate_pitch: u32,
-    more_pitch: u32,
-    resident: u32,
-    first_row: u32,
-    rows: u32,
-    pass_index: u32,
-    passes: u32,
-    beta: u32,
-    softmax: u32,
-    scale: f32,
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params {
+        n_head: u32, d_latent: u32, d_nope: u32, d_rope: u32, d_value: u32, n_sequence: u32, entries: u32, table: u32,
+        latent: u32, latent_pitch: u32, rope: u32, rope_pitch: u32, statistics: u32, weight_pitch: u32,
+        gate_pitch: u32, more_pitch: u32, resident: u32, first_group: u32, groups: u32, pass_index: u32, passes: u32,
+        beta: u32, softmax: u32, scale: f32,
+    }
 }
 
-/// One line of the sequence table, at word [`Problem::table`] of `lists`.
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
+        q: Read,
+        /// `[n_head · (d_nope + d_value), pitch of d_latent]` in `storage`, padded with zeros.
+        kv_b_proj: Read,
+        /// γ `[d_kv]`, then at [`beta_element`] β `[d_kv]`, in `storage`; not bound without a norm.
+        affine: Read,
+        /// `[resident, pitch of d_kv]` in `gates_storage`: gate rows before their activation.
+        gates: Read,
+        /// `[more, pitch of d_kv]` in `more_storage`.
+        gates_more: Read,
+        /// The layer's cache: latents, rotary keys, statistics.
+        cache: Read,
+        /// Group lists and sequence table.
+        lists: Read,
+        /// `[partials, n_head, d_value]` f32, then at [`softmax_word`] `[partials, n_head, 2]` (m, l); written.
+        partial: Write,
+    }
+}
+
+/// One line of the sequence table, at word [`AttentionGrouped::table`] of `lists`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable, Default)]
 pub struct GroupedSequence {
-    /// First item of the sequence in the step's numbering.
-    pub first_item: u32,
+    /// First entry of the sequence in the step's numbering.
+    pub first_entry: u32,
     /// Tiles of groups.
     pub tiles: u32,
     /// Groups.
@@ -102,33 +83,33 @@ pub struct GroupedSequence {
     pub tokens: u32,
     /// First partial result of the sequence.
     pub partial: u32,
-    /// Items of tiles.
-    pub tile_items: u32,
+    /// Entries of tiles.
+    pub tile_entries: u32,
     /// First group in the step's numbering, which counts whole tiles.
     pub first_group: u32,
     /// Chunks.
     pub chunks: u32,
     /// Word of the first chunk, from `base`.
     pub chunk_word: u32,
-    /// Items of chunks.
-    pub chunk_items: u32,
+    /// Entries of chunks.
+    pub chunk_entries: u32,
     /// Fills the line up.
     pub unused: [u32; 2],
 }
 
-/// How many groups share a tile, and how many tiles an item: what the step's tables are made for.
+/// How many groups share a tile, and how many tiles an entry: what the step's tables are made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiling {
     /// Groups of a tile.
     pub groups: u32,
-    /// Tiles of an item.
-    pub run: u32,
+    /// Tiles of an entry.
+    pub span: u32,
 }
 
 impl Tiling {
-    /// Groups of an item: sequences begin at multiples of it in the step's numbering, and so do passes.
-    pub fn item_groups(&self) -> u32 {
-        self.groups.saturating_mul(self.run)
+    /// Groups of an entry: sequences begin at multiples of it in the step's numbering, and so do passes.
+    pub fn entry_groups(&self) -> u32 {
+        self.groups.saturating_mul(self.span)
     }
 }
 
@@ -154,56 +135,44 @@ pub(super) fn sources(resident: u32, more: u32) -> f64 {
     }
 }
 
-/// vec4s of `width` elements, an even number, so that one 16-byte load of f16 is two of them.
-fn pairs_of_four(width: u32) -> u32 {
-    width.div_ceil(8) * 2
-}
-
-/// Vectors that hold a head's gated query, and after it the gate of its values.
-fn room(d_nope: u32, d_value: u32) -> u32 {
-    d_nope.max(d_value).checked_next_multiple_of(4).unwrap_or(u32::MAX)
-}
-
-/// Workgroup memory in bytes, as the shader declares it.
-fn workgroup_bytes(widths: Widths, groups: u32, heads: u32) -> u64 {
-    let Widths { d_latent, d_nope, d_rope, d_value } = widths;
-    let vectors = [
-        product(&[heads, room(d_nope, d_value)]),
-        product(&[heads, pairs_of_four(d_rope).max(2)]),
-        product(&[groups, heads, pairs_of_four(d_latent)]),
-        product(&[heads, d_value.div_ceil(4)]),
-    ];
-    let vectors = vectors.into_iter().fold(0, u64::saturating_add).saturating_mul(16);
-    vectors.saturating_add(4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256)
-}
-
-/// The tiling for these widths on a device, and with it the kernel: that of [`attention_grouped_subgroup`] where it is offered
-/// and suits them, else as many groups as workgroup memory holds.
+/// The tiling for these widths on a device, and with it the variant: the one in registers where it is offered and suits them,
+/// else as many groups as workgroup memory holds.
 ///
 /// # Errors
 /// [`Error::Limit`] when one head of one group does not fit.
 pub fn tiling(context: &PlanContext, widths: Widths) -> Result<Tiling> {
-    match attention_grouped_subgroup::tiling(context, widths) {
+    match tiling_in_registers(context, widths) {
         Some(tiling) => Ok(tiling),
         None => tiling_in_workgroup(context, widths),
     }
 }
 
-/// The tiling of the kernel that keeps a tile in workgroup memory.
+/// The tiling of the variant that keeps a tile in registers; `None` where another is needed: without subgroups of 8 and more,
+/// for wider latents or rotary keys than 64, wider values than 128, or heads that are no whole blocks of 8.
+pub fn tiling_in_registers(context: &PlanContext, widths: Widths) -> Option<Tiling> {
+    let span = match context.class {
+        AdapterClass::Software => 2,
+        AdapterClass::Integrated | AdapterClass::Discrete | AdapterClass::Apple => 1,
+    };
+    let offered = SUBGROUP.spec.missing(context).is_none();
+    (offered && suit_registers(widths)).then_some(Tiling { groups: SUBGROUP_GROUPS, span })
+}
+
+/// The tiling of the variant that keeps a tile in workgroup memory.
 ///
 /// # Errors
 /// [`Error::Limit`] when one head of one group does not fit.
 pub fn tiling_in_workgroup(context: &PlanContext, widths: Widths) -> Result<Tiling> {
     let allowed = context.limits.max_compute_workgroup_storage_size;
     let bytes = |groups| workgroup_bytes(widths, groups, 1);
-    let run = match context.class {
+    let span = match context.class {
         AdapterClass::Software => 4,
         _ => 2,
     };
-    match [4, 2, 1].into_iter().find(|&groups| bytes(groups) <= allowed.into()) {
-        Some(groups) => Ok(Tiling { groups, run }),
+    match [WORKGROUP_GROUPS, 2, 1].into_iter().find(|&groups| bytes(groups) <= allowed.into()) {
+        Some(groups) => Ok(Tiling { groups, span }),
         None => Err(Error::Limit {
-            what: format!("{}: workgroup memory in bytes", SPEC.name),
+            what: format!("{}: workgroup memory in bytes", AttentionGrouped::NAME),
             needed: bytes(1),
             allowed: allowed.into(),
             limit: "max_compute_workgroup_storage_size",
@@ -211,17 +180,17 @@ pub fn tiling_in_workgroup(context: &PlanContext, widths: Widths) -> Result<Tili
     }
 }
 
-/// Attention of one pass: the groups `first_row … first_row + rows` of the step's numbering.
+/// Attention of one pass: the groups `first_group … first_group + groups` of the step's numbering.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
-    /// Rows of `q`.
+pub struct AttentionGrouped {
+    /// Query tokens.
     pub tokens: u32,
     /// Most query tokens of a sequence.
     pub most_tokens: u32,
     /// Lines of the sequence table.
     pub n_sequence: u32,
-    /// Items of all sequences.
-    pub items: u32,
+    /// Entries of all sequences.
+    pub entries: u32,
     /// Partial results of all passes.
     pub partials: u32,
     /// Query heads.
@@ -249,9 +218,9 @@ pub struct Problem {
     /// How `gates_more` is stored.
     pub more_storage: Storage,
     /// First group of the pass.
-    pub first_row: u32,
+    pub first_group: u32,
     /// Groups of the pass.
-    pub rows: u32,
+    pub groups: u32,
     /// Which pass.
     pub pass_index: u32,
     /// Passes of the step.
@@ -262,85 +231,36 @@ pub struct Problem {
     pub norm: GateNorm,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
-    /// Groups that the pass meets, summed over the query tokens; for the cost alone.
-    pub met_groups: u64,
-    /// Positions that it meets, likewise.
-    pub met_positions: u64,
+    /// Groups that the pass is expected to meet, summed over the query tokens; for the cost alone.
+    pub expected_groups: u64,
+    /// Positions that it is expected to meet, likewise.
+    pub expected_positions: u64,
     /// How the cache is stored.
     pub cache_storage: Storage,
     /// How weights are stored.
     pub storage: Storage,
 }
 
-impl Problem {
+impl AttentionGrouped {
     /// Width of all keys and values.
-    pub(super) fn d_kv(&self) -> u32 {
+    fn d_kv(&self) -> u32 {
         self.n_head * (self.widths.d_nope + self.widths.d_value)
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
-        narrow(kernel, &[("d_nope", d_nope), ("d_rope", d_rope), ("d_latent", d_latent), ("d_value", d_value)])?;
-        nonzero(
-            kernel,
-            &[("n_head", self.n_head), ("d_latent", d_latent), ("d_value", d_value), ("n_sequence", self.n_sequence)],
-        )?;
-        nonzero(kernel, &[("groups of a tile", self.tiling.groups), ("tiles of an item", self.tiling.run)])?;
-        if product(&[self.n_head, d_nope + d_value]) >= 1 << 31 {
-            return Err(Error::problem(kernel, format!("{} heads of {d_nope} + {d_value}", self.n_head)));
-        }
-        Ok(())
-    }
-
-    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
-        vec![
-            ("CACHE_F16", self.cache_storage.constant()),
-            ("WEIGHTS_F16", self.storage.constant()),
-            ("GATES_F16", self.gates_storage.constant()),
-            ("MORE_F16", self.more_storage.constant()),
-            ("SOURCES", sources(self.resident, self.more)),
-            ("ACTIVATION", f64::from(self.activation as u32)),
-            ("NORM", f64::from(self.norm as u32)),
-        ]
-    }
-
-    /// Workgroups of `heads` heads, items folded into y and z.
-    pub(super) fn grid(&self, kernel: &'static str, heads: u32, context: &PlanContext) -> Result<[u32; 3]> {
-        let [y, z, _] = crate::plan::fold_grid(kernel, self.items.into(), &context.limits)?;
-        Ok([self.n_head.div_ceil(heads).saturating_mul(self.most_tokens), y, z])
-    }
-
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 8] {
-        let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
-        let d_kv = self.d_kv();
-        let stored =
-            |region, extents: &[u32]| Bound { region, bytes: product(extents).saturating_mul(self.storage.bytes()) };
-        let rows = |region, rows: u32, storage: Storage| Bound {
-            region,
-            bytes: product(&[rows, storage.row_pitch(d_kv)]).saturating_mul(storage.bytes()),
-        };
-        let affine = match self.norm {
-            GateNorm::None => 0,
-            GateNorm::RmsNorm => d_kv,
-            GateNorm::LayerNorm => beta_element(d_kv) + d_kv,
-        };
-        let cache = if self.norm == GateNorm::None {
-            let rope_loads = d_rope.div_ceil(16 / self.cache_storage.bytes() as u32);
-            self.rope_byte.saturating_add(product(&[self.cache_rows, rope_loads, 16]))
-        } else {
-            self.statistics_byte.saturating_add(product(&[self.cache_rows, 8]).next_multiple_of(16))
-        };
-        let softmax = softmax_word(self.partials, self.n_head, d_value);
-        [
-            words(args.q, product(&[self.tokens, self.n_head, d_nope + d_rope])),
-            stored(args.kv_b_proj, &[d_kv, self.storage.row_pitch(d_latent)]),
-            stored(args.affine, &[affine]),
-            rows(args.gates, self.resident, self.gates_storage),
-            rows(args.gates_more, self.more, self.more_storage),
-            Bound { region: args.cache, bytes: cache },
-            words(args.lists, self.list_words.into()),
-            words(args.partial, softmax.saturating_add(product(&[self.partials, self.n_head, 2]))),
-        ]
+    /// A draft with workgroups of `heads` heads of `lanes` invocations, entries folded into y and z.
+    fn draft(&self, heads: u32, lanes: u32) -> Draft {
+        let x = self.n_head.div_ceil(heads).saturating_mul(self.most_tokens);
+        Draft::new(heads * lanes, Grid::Columns { x, rows: self.entries })
+            .with([
+                ("CACHE_F16", self.cache_storage.constant()),
+                ("WEIGHTS_F16", self.storage.constant()),
+                ("GATES_F16", self.gates_storage.constant()),
+                ("MORE_F16", self.more_storage.constant()),
+                ("SOURCES", sources(self.resident, self.more)),
+                ("ACTIVATION", f64::from(self.activation as u32)),
+                ("NORM", f64::from(self.norm as u32)),
+            ])
+            .with([("HEADS", heads), ("SPAN", self.tiling.span)])
     }
 }
 
@@ -354,111 +274,394 @@ pub fn beta_element(d_kv: u32) -> u32 {
     d_kv.next_multiple_of(128)
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for AttentionGrouped {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "attention_grouped";
+    const VARIANTS: &'static [Variant<Self>] = &[SUBGROUP, WORKGROUP];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
+    fn widths(&self) -> [(&'static str, u32); 4] {
         let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
-        let Tiling { groups, run } = self.tiling;
-        let auto = match context.class {
-            AdapterClass::Software => 0,
-            _ => 1,
+        [("d_nope", d_nope), ("d_rope", d_rope), ("d_latent", d_latent), ("d_value", d_value)]
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        let Widths { d_latent, d_nope, d_value, .. } = self.widths;
+        check_nonzero(&[
+            ("n_head", self.n_head),
+            ("d_latent", d_latent),
+            ("d_value", d_value),
+            ("n_sequence", self.n_sequence),
+            ("groups of a tile", self.tiling.groups),
+            ("tiles of an entry", self.tiling.span),
+        ])?;
+        if product(&[self.n_head, d_nope + d_value]) >= 1 << 31 {
+            return Err(format!("{} heads of {d_nope} + {d_value}", self.n_head));
+        }
+        Ok(())
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
+        Params {
+            n_head: self.n_head,
+            d_latent,
+            d_nope,
+            d_rope,
+            d_value,
+            n_sequence: self.n_sequence,
+            entries: self.entries,
+            table: self.table,
+            latent: 0,
+            latent_pitch: self.cache_storage.row_loads(d_latent),
+            // Every buffer is within a binding of less than 2^32 bytes: its words and vec4s are counted in 32 bits.
+            rope: (self.rope_byte / 16) as u32,
+            rope_pitch: self.cache_storage.row_loads(d_rope),
+            statistics: (self.statistics_byte / 16) as u32,
+            weight_pitch: self.storage.row_loads(d_latent),
+            gate_pitch: self.gates_storage.row_pitch(self.d_kv()),
+            more_pitch: self.more_storage.row_pitch(self.d_kv()),
+            resident: self.resident,
+            first_group: self.first_group,
+            groups: self.groups,
+            pass_index: self.pass_index,
+            passes: self.passes,
+            beta: beta_element(self.d_kv()),
+            softmax: softmax_word(self.partials, self.n_head, d_value) as u32,
+            scale: self.scale,
+        }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
+        let d_kv = self.d_kv();
+        let rows = |rows: u32, storage: Storage| storage.sized(product(&[rows, storage.row_pitch(d_kv)]));
+        let affine = match self.norm {
+            GateNorm::None => 0,
+            GateNorm::RmsNorm => d_kv,
+            GateNorm::LayerNorm => beta_element(d_kv) + d_kv,
         };
-        let (mut heads, lanes) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
-        // Fewer heads where the widths leave no room for more in what every device offers.
-        while heads > 1 && workgroup_bytes(self.widths, groups, heads) > 16384 {
-            heads /= 2;
+        let cache = if self.norm == GateNorm::None {
+            let rope_loads = d_rope.div_ceil(16 / self.cache_storage.bytes() as u32);
+            self.rope_byte.saturating_add(product(&[self.cache_rows, rope_loads, 16]))
+        } else {
+            self.statistics_byte.saturating_add(product(&[self.cache_rows, 8]).next_multiple_of(16))
+        };
+        let softmax = softmax_word(self.partials, self.n_head, d_value);
+        Args {
+            q: words(product(&[self.tokens, self.n_head, d_nope + d_rope])),
+            kv_b_proj: self.storage.sized(product(&[d_kv, self.storage.row_pitch(d_latent)])),
+            affine: self.storage.sized(affine.into()),
+            gates: rows(self.resident, self.gates_storage),
+            gates_more: rows(self.more, self.more_storage),
+            cache,
+            lists: words(self.list_words.into()),
+            partial: words(softmax.saturating_add(product(&[self.partials, self.n_head, 2]))),
         }
-        let bytes = workgroup_bytes(self.widths, groups, heads);
-        let mut overrides = self.switches();
-        overrides.extend([
-            ("HEADS", heads.into()),
-            ("LANES", lanes.into()),
-            ("GROUPS", groups.into()),
-            ("RUN", run.into()),
-            ("D_NOPE", d_nope.into()),
-            ("D_VALUE", d_value.into()),
-            ("LATENT4", pairs_of_four(d_latent).into()),
-            ("ROPE4", pairs_of_four(d_rope).max(2).into()),
-            ("VALUE4", d_value.div_ceil(4).into()),
-            ("ROOM", room(d_nope, d_value).into()),
-        ]);
-        Plan {
-            overrides,
-            grid: self.grid(SPEC.name, heads, context)?,
-            tiles: [0; 3],
-            workgroup_size: heads * lanes,
-            workgroup_bytes: u32::try_from(bytes).unwrap_or(u32::MAX),
-        }
-        .checked(SPEC.name, &context.limits)
+    }
+
+    fn cost(&self) -> Cost {
+        let AttentionGrouped { tokens, n_head, widths, expected_groups, expected_positions, .. } = *self;
+        let Widths { d_latent, d_nope, d_rope, d_value } = widths;
+        let of_head = |width: u32, other: u32| u64::from(width) + u64::from(other);
+        let kv = |factor: u64| times(factor, &[n_head]).saturating_mul(of_head(d_nope, d_value));
+        let d_kv = kv(1);
+        // The caller's count of groups and positions, per query token; the bytes are those of one token's.
+        let once = |met: u64| met / u64::from(tokens.max(1));
+        let row = u64::from(d_latent) + u64::from(d_rope);
+        let statistics = if self.norm == GateNorm::None { 0 } else { 8 };
+        let gate_bytes = if self.resident > 0 { self.gates_storage } else { self.more_storage }.bytes();
+        let affine = match self.norm {
+            GateNorm::None => 0,
+            GateNorm::RmsNorm => d_kv,
+            GateNorm::LayerNorm => kv(2),
+        };
+        let each = |count: u64, size: u64| count.saturating_mul(size);
+        Cost::of(
+            &[
+                // Absorption of keys and values for every group, score and sum of every position.
+                each(expected_groups, kv(2).saturating_mul(d_latent.into())),
+                each(expected_positions, times(4, &[n_head, d_latent]).saturating_add(times(2, &[n_head, d_rope]))),
+            ],
+            &[
+                times(4, &[tokens, n_head]).saturating_mul(of_head(d_nope, d_rope)),
+                kv(self.storage.bytes()).saturating_mul(d_latent.into()),
+                each(affine, self.storage.bytes()),
+                each(once(expected_groups), d_kv.saturating_mul(gate_bytes)),
+                // A header of every group, a position of every row, the row itself and its statistics.
+                each(once(expected_groups), 32),
+                each(once(expected_positions), 4 + statistics + row * self.cache_storage.bytes()),
+                times(4, &[self.partials, n_head, d_value]),
+                times(8, &[self.partials, n_head]),
+            ],
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
-    pub q: &'a Region,
-    /// `[n_head · (d_nope + d_value), pitch of d_latent]` in `storage`, padded with zeros.
-    pub kv_b_proj: &'a Region,
-    /// γ `[d_kv]`, then at [`beta_element`] β `[d_kv]`, in `storage`; `Kernels::absent` without a norm.
-    pub affine: &'a Region,
-    /// `[resident, pitch of d_kv]` in `gates_storage`: gate rows before their activation.
-    pub gates: &'a Region,
-    /// `[more, pitch of d_kv]` in `more_storage`.
-    pub gates_more: &'a Region,
-    /// The layer's cache: latents, rotary keys, statistics.
-    pub cache: &'a Region,
-    /// Group lists and sequence table.
-    pub lists: &'a Region,
-    /// `[partials, n_head, d_value]` f32, then at [`softmax_word`] `[partials, n_head, 2]` (m, l); written.
-    pub partial: &'a Region,
+/// vec4s of `width` elements, an even number, so that one 16-byte load of f16 is two of them.
+fn pairs_of_four(width: u32) -> u32 {
+    width.div_ceil(8) * 2
 }
 
-/// Adds the attention of one pass to a recording, by the kernel that the problem's tiling belongs to.
+/// Vectors that hold a head's gated query, and after it the gate of its values.
+fn room(d_nope: u32, d_value: u32) -> u32 {
+    d_nope.max(d_value).checked_next_multiple_of(4).unwrap_or(u32::MAX)
+}
+
+/// Workgroup memory in bytes, as the shader declares it.
+fn workgroup_bytes(widths: Widths, groups: u32, heads: u32) -> u64 {
+    let Widths { d_latent, d_nope, d_rope, d_value } = widths;
+    let vectors = [
+        product(&[heads, room(d_nope, d_value)]),
+        product(&[heads, pairs_of_four(d_rope).max(2)]),
+        product(&[groups, heads, pairs_of_four(d_latent)]),
+        product(&[heads, d_value.div_ceil(4)]),
+    ];
+    let vectors = vectors.into_iter().fold(0, u64::saturating_add).saturating_mul(16);
+    vectors.saturating_add(4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256)
+}
+
+/// A tile in workgroup memory, any widths. (HEADS, LANES): heads of a workgroup and invocations of a head.
+pub(crate) const WORKGROUP: Variant<AttentionGrouped> = {
+    const TUNINGS: &[(u32, u32)] = &[(1, 8), (4, 8), (1, 16)];
+    Variant::<AttentionGrouped>::new(
+        ("attention_grouped", include_str!("../../shaders/attention_grouped.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let Widths { d_latent, d_nope, d_rope, d_value } = op.widths;
+            let groups = op.tiling.groups;
+            if groups > WORKGROUP_GROUPS {
+                return Err(format!("tiles of {groups} groups, up to {WORKGROUP_GROUPS} fit"));
+            }
+            let (mut heads, lanes) = TUNINGS[setting];
+            // Fewer heads where the widths leave no room for more in what every device offers.
+            while heads > 1 && workgroup_bytes(op.widths, groups, heads) > 16384 {
+                heads /= 2;
+            }
+            Ok(op
+                .draft(heads, lanes)
+                .with([
+                    ("LANES", lanes),
+                    ("GROUPS", groups),
+                    ("D_NOPE", d_nope),
+                    ("D_VALUE", d_value),
+                    ("LATENT4", pairs_of_four(d_latent)),
+                    ("ROPE4", pairs_of_four(d_rope).max(2)),
+                    ("VALUE4", d_value.div_ceil(4)),
+                    ("ROOM", room(d_nope, d_value)),
+                ])
+                .bytes(workgroup_bytes(op.widths, groups, heads)))
+        },
+        |_, _, plan| hold(&[(plan.value("GROUPS") <= 4, "the groups of a tile are the elements of a vector")]),
+    )
+    .auto(|_, context| usize::from(context.class != AdapterClass::Software))
+    .preferred(|op, _| op.tiling.groups <= WORKGROUP_GROUPS)
+};
+
+/// Most groups of a tile of the variant in workgroup memory.
+const WORKGROUP_GROUPS: u32 = 4;
+
+/// Groups of a tile, and invocations of a head, of the variant in registers.
+const SUBGROUP_GROUPS: u32 = 8;
+
+fn suit_registers(Widths { d_latent, d_nope, d_rope, d_value }: Widths) -> bool {
+    let whole = d_nope.is_multiple_of(8) && d_value.is_multiple_of(8);
+    whole && d_latent <= 64 && d_rope <= 64 && d_value <= 128
+}
+
+/// A tile in registers and subgroup shuffles, for latents of up to 64 columns. (HEADS, AHEAD): heads of a workgroup, eight
+/// invocations each, and positions whose rows are asked for at once. AHEAD divides 8.
 ///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    if problem.tiling.groups == attention_grouped_subgroup::GROUPS {
-        let problem = attention_grouped_subgroup::Problem(*problem);
-        return attention_grouped_subgroup::encode(recording, &problem, args, tuning);
+/// A GPU waits for memory at every position that it did not ask for ahead; a software adapter does not wait, it compiles.
+pub(crate) const SUBGROUP: Variant<AttentionGrouped> = {
+    const TUNINGS: &[(u32, u32)] = &[(1, 1), (4, 4), (8, 4), (4, 2)];
+    Variant::<AttentionGrouped>::new(
+        ("attention_grouped_subgroup", include_str!("../../shaders/attention_grouped_subgroup.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let (widths, Tiling { groups, span }) = (op.widths, op.tiling);
+            if !suit_registers(widths) {
+                let Widths { d_latent, d_nope, d_rope, d_value } = widths;
+                return Err(format!(
+                    "d_latent {d_latent}, d_nope {d_nope}, d_rope {d_rope}, d_value {d_value}: latents and rotary keys go \
+                     up to 64, values to 128, heads are whole blocks of 8"
+                ));
+            }
+            if groups != SUBGROUP_GROUPS || span > SUBGROUP_GROUPS {
+                return Err(format!("tiles of {groups} groups, {span} of them an entry"));
+            }
+            let (heads, ahead) = TUNINGS[setting];
+            Ok(op.draft(heads, SUBGROUP_GROUPS).with([("AHEAD", ahead)]))
+        },
+        |_, _, plan| {
+            hold(&[
+                (plan.value("HEADS") * 8 == u64::from(plan.workgroup_size), "a head has eight invocations"),
+                ([1, 2, 4].contains(&plan.value("AHEAD")), "one, two or four rows are asked for at once"),
+            ])
+        },
+    )
+    .subgroups(SUBGROUP_GROUPS)
+    .auto(|_, context| usize::from(context.class != AdapterClass::Software))
+    .preferred(|op, _| op.tiling.groups == SUBGROUP_GROUPS)
+};
+
+crate::vary!(Widths { d_latent, d_nope, d_rope, d_value });
+crate::vary!(Tiling { groups, span });
+crate::vary!(AttentionGrouped {
+    tokens,
+    most_tokens,
+    n_sequence,
+    entries,
+    partials,
+    n_head,
+    widths,
+    tiling,
+    table,
+    list_words,
+    cache_rows,
+    rope_byte,
+    statistics_byte,
+    resident,
+    gates_storage,
+    more,
+    more_storage,
+    first_group,
+    groups,
+    pass_index,
+    passes,
+    activation,
+    norm,
+    scale,
+    expected_groups,
+    expected_positions,
+    cache_storage,
+    storage
+});
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for AttentionGrouped {
+    fn samples() -> Vec<Self> {
+        let (f32, f16) = (Storage::F32, Storage::F16);
+        let of = |n_head, (d_latent, d_nope, d_rope, d_value), (groups, span)| AttentionGrouped {
+            tokens: 6,
+            most_tokens: 3,
+            n_sequence: 2,
+            entries: 5,
+            partials: 5,
+            n_head,
+            widths: Widths { d_latent, d_nope, d_rope, d_value },
+            tiling: Tiling { groups, span },
+            table: 0,
+            list_words: 32,
+            cache_rows: 9,
+            rope_byte: 1024,
+            statistics_byte: 2048,
+            resident: 4,
+            gates_storage: f16,
+            more: 4,
+            more_storage: f32,
+            first_group: 0,
+            groups: 4,
+            pass_index: 0,
+            passes: 1,
+            activation: Activation::Silu,
+            norm: GateNorm::LayerNorm,
+            scale: 1.0,
+            expected_groups: 0,
+            expected_positions: 0,
+            cache_storage: f16,
+            storage: f16,
+        };
+        // In workgroup memory from one group a tile to four, then in registers.
+        let shapes = [
+            ((64, 64, 64, 64), (4, 2)),
+            ((13, 0, 0, 11), (4, 4)),
+            ((512, 128, 64, 128), (1, 2)),
+            ((57, 0, 62, 128), (8, 1)),
+            ((64, 64, 64, 64), (8, 2)),
+        ];
+        let mut all = Vec::new();
+        for (n_head, (widths, tiling)) in
+            crate::sample::HEADS.into_iter().flat_map(|n_head| shapes.map(|shape| (n_head, shape)))
+        {
+            for (norm, cache_storage) in
+                GateNorm::ALL.into_iter().flat_map(|norm| [f32, f16].map(|cache| (norm, cache)))
+            {
+                for (resident, more) in [(4, 4), (0, 4), (4, 0)] {
+                    let op = of(n_head, widths, tiling);
+                    all.push(AttentionGrouped { norm, cache_storage, resident, more, ..op });
+                    all.push(AttentionGrouped { norm, cache_storage, resident, more, storage: f32, entries: 1, ..op });
+                }
+            }
+        }
+        // Every switch: activations under every norm, then each pairing of storages. Both spans that a class of adapter has.
+        let activations =
+            Activation::ALL.into_iter().flat_map(|activation| GateNorm::ALL.map(|norm| (activation, norm)));
+        let switched = activations.map(|(activation, norm)| (activation, norm, [f16; 4]));
+        let stored = (0..16).map(|bits| {
+            let storages = [0, 1, 2, 3].map(|bit| if bits >> bit & 1 == 1 { f16 } else { f32 });
+            (Activation::Sigmoid, GateNorm::RmsNorm, storages)
+        });
+        for (activation, norm, [storage, cache_storage, gates_storage, more_storage]) in switched.chain(stored) {
+            all.extend([(4, 2), (4, 4), (8, 1), (8, 2)].map(|tiling| AttentionGrouped {
+                activation,
+                norm,
+                storage,
+                cache_storage,
+                gates_storage,
+                more_storage,
+                ..of(3, (64, 64, 64, 64), tiling)
+            }));
+        }
+        all
     }
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let p = *problem;
-    let Widths { d_latent, d_rope, d_value, .. } = p.widths;
-    let params = Params {
-        n_head: p.n_head,
-        d_rope,
-        n_sequence: p.n_sequence,
-        items: p.items,
-        table: p.table,
-        latent: 0,
-        latent_pitch: p.cache_storage.row_loads(d_latent),
-        // Every buffer is within a binding of less than 2^32 bytes: its words and vec4s are counted in 32 bits.
-        rope: (p.rope_byte / 16) as u32,
-        rope_pitch: p.cache_storage.row_loads(d_rope),
-        statistics: (p.statistics_byte / 16) as u32,
-        weight_pitch: p.storage.row_loads(d_latent),
-        gate_pitch: p.gates_storage.row_pitch(p.d_kv()),
-        more_pitch: p.more_storage.row_pitch(p.d_kv()),
-        resident: p.resident,
-        first_row: p.first_row,
-        rows: p.rows,
-        pass_index: p.pass_index,
-        passes: p.passes,
-        beta: beta_element(p.d_kv()),
-        softmax: softmax_word(p.partials, p.n_head, d_value) as u32,
-        scale: p.scale,
-    };
-    recording.push(&SPEC, &plan, &params, &p.bound(&args))
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let op = AttentionGrouped {
+            tokens: 2,
+            most_tokens: 2,
+            n_sequence: 1,
+            entries: 2,
+            partials: 4,
+            n_head: 3,
+            widths: Widths { d_latent: 8, d_nope: 6, d_rope: 4, d_value: 7 },
+            tiling: Tiling { groups: 4, span: 1 },
+            table: 0,
+            list_words: 99,
+            cache_rows: 20,
+            rope_byte: 320,
+            statistics_byte: 640,
+            resident: 0,
+            gates_storage: Storage::F16,
+            more: 5,
+            more_storage: Storage::F32,
+            first_group: 0,
+            groups: 5,
+            pass_index: 0,
+            passes: 1,
+            activation: Activation::Identity,
+            norm: GateNorm::LayerNorm,
+            scale: 1.0,
+            expected_groups: 10,
+            expected_positions: 40,
+            cache_storage: Storage::F16,
+            storage: Storage::F16,
+        };
+        // 2 query tokens that meet 5 groups and 20 positions each: 10 · 3 · (6 + 7) · 8 and 40 · 3 · (2·8 + 4).
+        // In: q 2·3·10·4, W 39·8·2, γ and β 2·39·2, 5 gate rows 39·4, 5 headers 32, 20 rows of 12·2 + 8 + 4.
+        // Out: 4·3·(7·4 + 8).
+        let bytes = 240 + 624 + 156 + 5 * 156 + 160 + 20 * 36 + 432;
+        vec![(op, Cost { flops: 2 * (10 * 3 * 13 * 8 + 40 * 3 * 20), bytes })]
+    }
 }
 
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
+#[cfg(all(test, feature = "check"))]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
+    use crate::adapter::Tuning;
+    use crate::sample::Sampled as _;
 
     #[test]
     fn widths_and_tilings_that_no_device_holds_are_refused() {
@@ -467,41 +670,11 @@ mod tests {
         let wide = Widths { d_latent: most, d_nope: most, d_rope: most, d_value: most };
         assert!(matches!(tiling(&context, wide), Err(Error::Limit { .. })));
         assert_eq!(softmax_word(most, most, most), u64::MAX);
-        let problem = |groups, run| Problem {
-            tokens: 1,
-            most_tokens: 1,
-            n_sequence: 1,
-            items: 1,
-            partials: 1,
-            n_head: 1,
-            widths: Widths { d_latent: 8, d_nope: 8, d_rope: 8, d_value: 8 },
-            tiling: Tiling { groups, run },
-            table: 0,
-            list_words: 16,
-            cache_rows: 1,
-            rope_byte: 0,
-            statistics_byte: 0,
-            resident: 1,
-            gates_storage: Storage::F32,
-            more: 0,
-            more_storage: Storage::F32,
-            first_row: 0,
-            rows: 1,
-            pass_index: 0,
-            passes: 1,
-            activation: Activation::Identity,
-            norm: GateNorm::None,
-            scale: 1.0,
-            met_groups: 1,
-            met_positions: 1,
-            cache_storage: Storage::F32,
-            storage: Storage::F32,
-        };
-        let plan = |groups, run| super::super::Problem::plan(&problem(groups, run), &context, Tuning::Auto);
+        let of = |groups, span| AttentionGrouped { tiling: Tiling { groups, span }, ..AttentionGrouped::samples()[0] };
+        let plan = |groups, span| WORKGROUP.plan(&of(groups, span), &context, Tuning::Auto);
         plan(4, 4).unwrap();
-        for (groups, run) in [(0, 1), (1, 0)] {
-            assert!(matches!(plan(groups, run), Err(Error::Problem { .. })), "{groups} {run}");
+        for (groups, span) in [(0, 1), (1, 0), (5, 1), (most, most)] {
+            assert!(matches!(plan(groups, span), Err(Error::Problem { .. })), "{groups} {span}");
         }
-        assert!(matches!(plan(most, most), Err(Error::Limit { .. })));
     }
 }

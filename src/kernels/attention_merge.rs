@@ -1,44 +1,35 @@
-//! Joins the splits of every query.
-
-use bytemuck::{Pod, Zeroable};
+//! Combines the splits of every query.
 
 use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, nonzero, product, trips, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, Grid, Plan, check_nonzero};
+use crate::storage::{product, words};
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "attention_merge",
-    source: include_str!("../../shaders/attention_merge.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("partial_values"),
-        Binding::read("partial_softmax"),
-        Binding::read("ranges"),
-        Binding::write("values"),
-        Binding::write("lse"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: ROW_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    tokens: u32,
-    n_head: u32,
-    width: u32,
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { tokens: u32, n_head: u32, width: u32 }
 }
 
-/// Splits to join.
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[splits, n_head, width]` f32.
+        partial_values: Read,
+        /// `[splits, n_head, 2]` f32 (m, l).
+        partial_softmax: Read,
+        /// `[tokens, 2]` u32: first split and splits of each query.
+        ranges: Read,
+        /// `[tokens, n_head, width]` f32, written; 0 for a query without any key.
+        values: Write,
+        /// `[tokens, n_head]` f32, natural log of the sum of exponentials; the lowest f32 for a query without any key.
+        lse: Write,
+    }
+}
+
+/// Splits to combine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct AttentionCombine {
     /// Queries.
     pub tokens: u32,
     /// Query heads.
@@ -49,57 +40,77 @@ pub struct Problem {
     pub splits: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for AttentionCombine {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "attention_merge";
+    const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("n_head", self.n_head), ("width", self.width)])?;
-        let workgroup_size =
-            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
-        trips(SPEC.name, "width", self.width, workgroup_size)?;
-        Plan {
-            overrides: vec![("WORKGROUP", workgroup_size.into())],
-            grid: fold_grid(SPEC.name, product(&[self.tokens, self.n_head]), &context.limits)?,
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 0,
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("n_head", self.n_head), ("width", self.width)])
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        Params { tokens: self.tokens, n_head: self.n_head, width: self.width }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let AttentionCombine { tokens, n_head, width, splits } = *self;
+        Args {
+            partial_values: words(product(&[splits, n_head, width])),
+            partial_softmax: words(product(&[splits, n_head, 2])),
+            ranges: words(product(&[tokens, 2])),
+            values: words(product(&[tokens, n_head, width])),
+            lse: words(product(&[tokens, n_head])),
         }
-        .checked(SPEC.name, &context.limits)
+    }
+
+    fn cost(&self) -> Cost {
+        let AttentionCombine { tokens, n_head, width, splits } = *self;
+        Cost::of(
+            &[
+                // A split: the maximum, its weight e^(m_s − m), its part of l, its part of the values.
+                times(2, &[splits, n_head, width]),
+                times(5, &[splits, n_head]),
+                // A query: times 1 / l; lse.
+                times(1, &[tokens, n_head, width]),
+                times(3, &[tokens, n_head]),
+            ],
+            &[
+                times(4, &[splits, n_head, width]),
+                times(8, &[splits, n_head]),
+                times(8, &[tokens]),
+                times(4, &[tokens, n_head, width]),
+                times(4, &[tokens, n_head]),
+            ],
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[splits, n_head, width]` f32.
-    pub partial_values: &'a Region,
-    /// `[splits, n_head, 2]` f32 (m, l).
-    pub partial_softmax: &'a Region,
-    /// `[tokens, 2]` u32: first split and splits of each query.
-    pub ranges: &'a Region,
-    /// `[tokens, n_head, width]` f32, written; 0 for a query without any key.
-    pub values: &'a Region,
-    /// `[tokens, n_head]` f32, natural log of the sum of exponentials; the lowest f32 for a query without any key.
-    pub lse: &'a Region,
-}
+pub(crate) const ROWS: Variant<AttentionCombine> = Variant::<AttentionCombine>::new(
+    ("attention_merge", include_str!("../../shaders/attention_merge.wgsl")),
+    ROW_WORKGROUPS.len(),
+    |op, _, setting| {
+        let workgroup = ROW_WORKGROUPS[setting];
+        Ok(Draft::new(workgroup, Grid::Folded { items: product(&[op.tokens, op.n_head]), each: 1 })
+            .with([("WORKGROUP", workgroup)])
+            .walks("width", op.width, workgroup))
+    },
+    anything,
+);
 
-/// Adds one merge to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { tokens, n_head, width, splits } = *problem;
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params { tokens, n_head, width },
-        &[
-            words(args.partial_values, product(&[splits, n_head, width])),
-            words(args.partial_softmax, product(&[splits, n_head, 2])),
-            words(args.ranges, product(&[tokens, 2])),
-            words(args.values, product(&[tokens, n_head, width])),
-            words(args.lse, product(&[tokens, n_head])),
-        ],
-    )
+crate::vary!(AttentionCombine { tokens, n_head, width, splits });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for AttentionCombine {
+    fn samples() -> Vec<Self> {
+        crate::sample::ROWS.map(|tokens| AttentionCombine { tokens, n_head: 3, width: 5, splits: tokens }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // 4 splits · 3 heads · (2·10 + 5) + 2 queries · 3 heads · (10 + 3).
+        // In: 12·(40 + 8) + 2·8. Out: 6·(40 + 4).
+        let op = AttentionCombine { tokens: 2, n_head: 3, width: 10, splits: 4 };
+        vec![(op, Cost { flops: 300 + 78, bytes: 576 + 16 + 264 })]
+    }
 }

@@ -1,71 +1,58 @@
 //! Causal attention of many queries over a tile of rebuilt keys and values, with a running softmax.
 //!
-//! The shader reads and writes 16 bytes at once. [`encode`] hands widths that are not multiples of 4 to
-//! [`super::attention_prefill_rows`], which has the same meaning, query tiles and state.
+//! Every variant has the same meaning, query tiles and state.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Problem as _, attention_prefill_rows, narrow, nonzero, product, trips, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
+use super::attention_absorbed::wide_enough;
+use super::matmul::four_subgroups;
+use crate::adapter::{AdapterClass, Cooperative, PlanContext};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
+use crate::storage::{Storage, product, words};
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "attention_prefill",
-    source: include_str!("../../shaders/attention_prefill.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("q"),
-        Binding::read("kv"),
-        Binding::read("rope_cache"),
-        Binding::read("queries"),
-        Binding::read("sequences"),
-        Binding::write("values"),
-        Binding::write("softmax"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: TUNINGS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+/// (ROWS, CHUNK, VALUE_ROWS) of the kernel that stages tiles: 8 lanes share 4 queries, ROWS times. A query tile is as long.
+const TUNINGS: &[(u32, u32, u32)] = &[(8, 8, 16), (16, 4, 8), (4, 8, 8)];
 
-/// (ROWS, CHUNK, VALUE_ROWS): 8 lanes share 4 queries, ROWS times.
-pub(super) const TUNINGS: &[(u32, u32, u32)] = &[(8, 8, 16), (16, 4, 8), (4, 8, 8)];
+/// Most queries of a [`QueryTile`], for each setting of the kernel that stages tiles.
+pub const QUERY_TILES: [u32; 3] = [32, 64, 16];
 
-/// Lanes that share a row of 4 queries.
-const LANES: u32 = 8;
-
-/// Keys of a block.
-const TILE_KV: u32 = 32;
-
-/// Keys of a trip of `attention_prefill_rows`; the other kernels take as many or more.
+/// Keys of an iteration of the kernel that takes the fewest.
 const LEAST_KEYS: u32 = 16;
 
-/// Value columns of a workgroup: 8 lanes of 4 times 4.
-pub(super) const SLICE: u32 = 128;
+/// Value columns of a workgroup.
+const SLICE: u32 = 128;
 
-/// Uniform parameters, as in the shader; `attention_prefill_rows` has the same.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    n_head: u32,
-    d_nope: u32,
-    d_rope: u32,
-    d_value: u32,
-    kv_first: u32,
-    kv_rows: u32,
-    rope_pitch: u32,
-    scale: f32,
-    first: u32,
-    last: u32,
-    tiles_x: u32,
-    tiles_y: u32,
-    tiles_z: u32,
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params {
+        n_head: u32, d_nope: u32, d_rope: u32, d_value: u32, kv_first: u32, kv_rows: u32, rope_pitch: u32, scale: f32,
+        first: u32, last: u32, tiles_x: u32, tiles_y: u32, tiles_z: u32,
+    }
 }
 
-/// A run of consecutive queries of one sequence, at most [`tile_q`] long.
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
+        q: Read,
+        /// `[kv_rows, n_head, d_nope + d_value]` f32: gated and normed where the model says so.
+        kv: Read,
+        /// `[cache_rows, pitch of d_rope]` in `storage`; not bound without a rotary key.
+        rope_cache: Read,
+        /// `[query_tiles]` [`QueryTile`].
+        queries: Read,
+        /// `[n_sequence]` [`super::cache_read::SequenceRow`].
+        sequences: Read,
+        /// `[tokens, n_head, d_value]` f32: the running sums, normalised by the last tile.
+        values: Write,
+        /// `[tokens, n_head, slices, 2]` f32, of [`slices`]: running maximum and sum. lse = m + ln l.
+        softmax: Write,
+    }
+}
+
+/// Consecutive queries of one sequence, at most [`AttentionPrefill::tile_q`] of them.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct QueryTile {
@@ -81,11 +68,13 @@ pub struct QueryTile {
 
 /// Attention of every query over one key tile.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
-    /// Rows of `q`.
+pub struct AttentionPrefill {
+    /// Query tokens.
     pub tokens: u32,
     /// Lines of the query table.
     pub query_tiles: u32,
+    /// Most queries of a line, one of [`QUERY_TILES`]: [`tile_q`] for a step.
+    pub tile_q: u32,
     /// Lines of the sequence table.
     pub n_sequence: u32,
     /// Query heads.
@@ -108,64 +97,67 @@ pub struct Problem {
     pub last: bool,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
+    /// How the layer's weights are stored: cooperative matrices round keys and values, so only where weights are rounded too.
+    pub weights: Storage,
     /// How the rope cache is stored.
     pub storage: Storage,
 }
 
-/// Index into [`TUNINGS`].
-pub(super) fn setting(context: &PlanContext, tuning: Tuning) -> Result<usize> {
-    let auto = match context.class {
-        AdapterClass::Discrete => 1,
-        AdapterClass::Software | AdapterClass::Integrated | AdapterClass::Apple => 0,
-    };
-    tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))
-}
-
-/// Most queries of a [`QueryTile`].
-///
-/// # Errors
-/// A forced tuning that does not exist.
-pub fn tile_q(context: &PlanContext, tuning: Tuning) -> Result<u32> {
-    Ok(TUNINGS[setting(context, tuning)?].0 * 4)
+/// Most queries of a [`QueryTile`] on a device.
+pub fn tile_q(context: &PlanContext) -> u32 {
+    let auto = usize::from(context.class == AdapterClass::Discrete);
+    // A measured setting that does not exist is refused when a step is planned.
+    QUERY_TILES.get(context.auto("attention_prefill", auto)).copied().unwrap_or(QUERY_TILES[auto])
 }
 
 /// Slices of the value width, each with its own (m, l) in the softmax state.
-///
-/// # Errors
-/// A forced tuning that does not exist.
-pub fn slices(context: &PlanContext, tuning: Tuning, d_value: u32) -> Result<u32> {
-    setting(context, tuning)?;
-    Ok(d_value.div_ceil(SLICE))
+pub fn slices(d_value: u32) -> u32 {
+    d_value.div_ceil(SLICE)
 }
 
-impl Problem {
+impl AttentionPrefill {
     /// Whether every row of every tensor begins on a 16-byte boundary.
     pub fn aligned(&self) -> bool {
         [self.d_nope, self.d_rope, self.d_value].iter().all(|width| width.is_multiple_of(4))
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        narrow(kernel, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
-        nonzero(kernel, &[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
-        // The fewest keys that one of the kernels takes in a trip.
-        trips(kernel, "kv_rows", self.kv_rows, LEAST_KEYS)?;
+    fn check_aligned(&self) -> Result<(), String> {
+        if self.aligned() {
+            return Ok(());
+        }
+        let AttentionPrefill { d_nope, d_rope, d_value, .. } = self;
+        Err(format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4"))
+    }
+
+    /// A draft whose query tiles are shared by `parts` workgroups.
+    fn draft(&self, workgroup_size: u32, parts: u32) -> Draft {
+        let size = [self.query_tiles.saturating_mul(parts), self.n_head, self.d_value];
+        Draft::new(workgroup_size, Grid::Tiled { size, tile: [1, 1, SLICE] }).walks("kv_rows", self.kv_rows, LEAST_KEYS)
+    }
+}
+
+impl Op for AttentionPrefill {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "attention_prefill";
+    const VARIANTS: &'static [Variant<Self>] = &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, TILES, ROWS];
+
+    fn widths(&self) -> [(&'static str, u32); 4] {
+        [("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value), ("", 0)]
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
         if self.d_nope == 0 && self.d_rope == 0 {
-            return Err(Error::problem(kernel, "d_nope and d_rope are both 0"));
+            return Err("d_nope and d_rope are both 0".to_owned());
+        }
+        if !QUERY_TILES.contains(&self.tile_q) {
+            return Err(format!("tile_q is {}, must be one of {QUERY_TILES:?}", self.tile_q));
         }
         Ok(())
     }
 
-    pub(super) fn validate_aligned(&self, kernel: &'static str) -> Result<()> {
-        self.validate(kernel)?;
-        if self.aligned() {
-            return Ok(());
-        }
-        let Problem { d_nope, d_rope, d_value, .. } = self;
-        let widths = format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4");
-        Err(Error::problem(kernel, widths))
-    }
-
-    pub(super) fn params(&self, plan: &Plan) -> Params {
+    fn params(&self, plan: &Plan) -> Params {
         let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             n_head: self.n_head,
@@ -184,77 +176,285 @@ impl Problem {
         }
     }
 
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 7] {
-        let rope_pitch = self.storage.row_pitch(self.d_rope);
-        // A binding of 16-byte elements holds one at least, be it unused.
-        let least = if self.aligned() { 16 } else { 0 };
-        [
-            words(args.q, product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
-            words(args.kv, product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value]).max(least / 4)),
-            Bound {
-                region: args.rope_cache,
-                bytes: product(&[self.cache_rows, rope_pitch]).saturating_mul(self.storage.bytes()).max(least),
-            },
-            words(args.queries, product(&[self.query_tiles, 4])),
-            words(args.sequences, product(&[self.n_sequence, 4])),
-            words(args.values, product(&[self.tokens, self.n_head, self.d_value])),
-            words(args.softmax, product(&[self.tokens, self.n_head, self.d_value.div_ceil(SLICE), 2])),
-        ]
-    }
-}
-
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate_aligned(SPEC.name)?;
-        let (rows, chunk, value_rows) = TUNINGS[setting(context, tuning)?];
-        let columns = self.d_value.min(SLICE).div_ceil(LANES * 4);
-        let staged = (rows * 4 + TILE_KV) * (chunk + 1) + TILE_KV * (rows + 1);
-        Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("ROWS", rows.into()),
-                ("CHUNK", chunk.into()),
-                ("VALUE_ROWS", value_rows.into()),
-                ("COLUMNS", columns.into()),
-            ],
-            grid: [self.query_tiles, self.n_head, self.d_value.div_ceil(SLICE)],
-            tiles: [0; 3],
-            workgroup_size: rows * LANES,
-            workgroup_bytes: 16 * staged,
+    fn bytes(&self) -> Args<u64> {
+        let rope = product(&[self.cache_rows, self.storage.row_pitch(self.d_rope)]);
+        Args {
+            q: words(product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
+            kv: words(product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value])),
+            rope_cache: self.storage.sized(rope),
+            queries: words(product(&[self.query_tiles, 4])),
+            sequences: words(product(&[self.n_sequence, 4])),
+            values: words(product(&[self.tokens, self.n_head, self.d_value])),
+            softmax: words(product(&[self.tokens, self.n_head, slices(self.d_value), 2])),
         }
-        .tiled(SPEC.name, &context.limits)
+    }
+
+    fn cost(&self) -> Cost {
+        let AttentionPrefill { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
+        // The state is written by every tile and read by all but the first. One (m, l) a query and head: a schedule that
+        // splits the value width keeps more.
+        let state = if self.first { 1 } else { 2 };
+        Cost::of(
+            &[
+                times(2, &[tokens, kv_rows, n_head, d_nope]),
+                times(2, &[tokens, kv_rows, n_head, d_rope]),
+                times(2, &[tokens, kv_rows, n_head, d_value]),
+            ],
+            &[
+                times(4, &[tokens, n_head, d_nope]),
+                times(4, &[tokens, n_head, d_rope]),
+                times(4, &[kv_rows, n_head, d_nope]),
+                times(4, &[kv_rows, n_head, d_value]),
+                times(storage.bytes(), &[kv_rows.min(self.cache_rows), d_rope]),
+                times(16, &[self.query_tiles]),
+                times(16, &[self.n_sequence]),
+                times(4 * state, &[tokens, n_head, d_value]),
+                times(8 * state, &[tokens, n_head]),
+            ],
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
-    pub q: &'a Region,
-    /// `[kv_rows, n_head, d_nope + d_value]` f32: gated and normed where the model says so.
-    pub kv: &'a Region,
-    /// `[cache_rows, pitch of d_rope]` in `storage`; without `d_rope` any region of 16 bytes.
-    pub rope_cache: &'a Region,
-    /// `[query_tiles]` [`QueryTile`].
-    pub queries: &'a Region,
-    /// `[n_sequence]` [`super::cache_read::SequenceRow`].
-    pub sequences: &'a Region,
-    /// `[tokens, n_head, d_value]` f32: the running sums, normalised by the last tile.
-    pub values: &'a Region,
-    /// `[tokens, n_head, slices, 2]` f32, of [`slices`]: running maximum and sum. lse = m + ln l.
-    pub softmax: &'a Region,
-}
+/// Tiles of queries and keys through workgroup memory, 16 bytes at a time.
+pub(crate) const TILES: Variant<AttentionPrefill> = {
+    /// Lanes that share a row of 4 queries.
+    const LANES: u32 = 8;
+    /// Keys of a block.
+    const TILE_KV: u32 = 32;
+    Variant::<AttentionPrefill>::new(
+        ("attention_prefill", include_str!("../../shaders/attention_prefill.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            op.check_aligned()?;
+            let (rows, chunk, value_rows) = TUNINGS[setting];
+            if op.tile_q != QUERY_TILES[setting] {
+                return Err(format!("this setting has query tiles of {}, not of {}", QUERY_TILES[setting], op.tile_q));
+            }
+            let columns = op.d_value.min(SLICE).div_ceil(LANES * 4);
+            let staged = (rows * 4 + TILE_KV) * (chunk + 1) + TILE_KV * (rows + 1);
+            Ok(op
+                .draft(rows * LANES, 1)
+                .with([("STORAGE_F16", op.storage.constant())])
+                .with([("ROWS", rows), ("CHUNK", chunk), ("VALUE_ROWS", value_rows), ("COLUMNS", columns)])
+                .bytes(16 * staged))
+        },
+        |op, _, plan| {
+            let [rows, chunk, value_rows, columns] =
+                ["ROWS", "CHUNK", "VALUE_ROWS", "COLUMNS"].map(|name| plan.value(name));
+            let stage = (4 * rows + 32) * (chunk + 1);
+            hold(&[
+                (4 * rows == u64::from(op.tile_q), "a workgroup has a whole query tile"),
+                ((1..=4).contains(&columns), "a lane has one to four vectors of value columns"),
+                (32u64.is_multiple_of(value_rows), "a block of keys is whole runs of values"),
+                (value_rows * 8 * columns <= stage, "values are staged where queries and keys were"),
+            ])
+        },
+    )
+    .auto(|op, _| QUERY_TILES.iter().position(|&tile| tile == op.tile_q).unwrap_or(0))
+    .preferred(|op, _| op.aligned())
+};
 
-/// Adds the attention over one key tile to a recording.
+/// Any widths.
+pub(crate) const ROWS: Variant<AttentionPrefill> = {
+    /// Queries of an invocation.
+    const QUERIES: u32 = 8;
+    Variant::<AttentionPrefill>::new(
+        ("attention_prefill_rows", include_str!("../../shaders/attention_prefill_rows.wgsl")),
+        1,
+        |op, _, _| {
+            let workgroup = op.tile_q.div_ceil(QUERIES);
+            Ok(op
+                .draft(workgroup, 1)
+                .with([("STORAGE_F16", op.storage.constant())])
+                .with([("WORKGROUP", workgroup), ("SLICE", SLICE)]))
+        },
+        |op, _, plan| hold(&[(op.tile_q == QUERIES * plan.workgroup_size, "a workgroup has a whole query tile")]),
+    )
+};
+
+/// The work shared by subgroups. (whether queries and keys go through workgroup memory, most teams of a workgroup).
+pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
+    const TUNINGS: &[(bool, u32)] = &[(false, 1), (true, 8), (true, 4)];
+    /// Queries of a team.
+    const QUERIES: u32 = 8;
+    /// Vectors of 4 elements that are staged at once.
+    const CHUNK: u32 = 4;
+    /// Most lanes of a team: with 16, 128 value columns are two vectors of 4 per lane.
+    const MOST_LANES: u32 = 16;
+    Variant::<AttentionPrefill>::new(
+        ("attention_prefill_subgroup", include_str!("../../shaders/attention_prefill_subgroup.wgsl")),
+        TUNINGS.len(),
+        |op, context, setting| {
+            op.check_aligned()?;
+            let (staged, most_teams) = TUNINGS[setting];
+            let lanes = context.lanes(MOST_LANES);
+            let tile_teams = op.tile_q.div_ceil(QUERIES);
+            let teams = most_teams.min(tile_teams);
+            let parts = tile_teams.div_ceil(teams);
+            let stage = if staged { (QUERIES * teams + 4 * lanes) * (CHUNK + 1) } else { 1 };
+            let columns = op.d_value.min(SLICE).div_ceil(4 * lanes);
+            Ok(op
+                .draft(lanes * teams, parts)
+                .with([("STORAGE_F16", op.storage.constant()), ("STAGED", flag(staged))])
+                .with([("LANES", lanes), ("TEAMS", teams), ("PARTS", parts), ("COLUMNS", columns), ("CHUNK", CHUNK)])
+                .bytes(16 * stage))
+        },
+        |op, _, plan| {
+            let [lanes, teams, parts, columns] = ["LANES", "TEAMS", "PARTS", "COLUMNS"].map(|name| plan.value(name));
+            hold(&[
+                (lanes.is_power_of_two() && (4..=32).contains(&lanes), "a team is a power of two of 4 to 32 lanes"),
+                ((1..=8).contains(&columns), "a lane has one to eight vectors of value columns"),
+                (8 * teams * parts == u64::from(op.tile_q), "the teams of a tile have its queries"),
+            ])
+        },
+    )
+    .subgroups(4)
+    .auto(|_, context| usize::from(context.class != AdapterClass::Software))
+    .preferred(|op, context| op.aligned() && wide_enough(context))
+};
+
+/// Fewest queries of a tile, on average, for cooperative matrices: they take 32 at a time.
+const COOPERATIVE_QUERIES: u32 = 16;
+
+/// By cooperative matrices of 16 × 16.
 ///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    if !problem.aligned() {
-        return attention_prefill_rows::encode(recording, &attention_prefill_rows::Problem(*problem), args, tuning);
+/// Queries, keys, values and weights are rounded to f16, sums and the softmax are f32: for caches in f16 only, whose rounding
+/// is as coarse. A score is off by about 2⁻¹¹ of its terms, a weight by 2⁻¹¹ of itself. Queries, keys and values beyond
+/// ±65 504 become infinite, as in any f16.
+pub(crate) const COOPERATIVE: Variant<AttentionPrefill> = Variant::<AttentionPrefill>::new(
+    ("attention_prefill_cooperative", include_str!("../../shaders/attention_prefill_cooperative.wgsl")),
+    1,
+    |op, context, _| by_matrices(op, context),
+    whole_subgroups,
+)
+.cooperative(Cooperative::BY_16)
+.preferred(rounds_as_weights_do);
+
+/// The same with matrices of 8 × 8: Apple's GPUs have these.
+pub(crate) const COOPERATIVE_8: Variant<AttentionPrefill> = Variant::<AttentionPrefill>::new(
+    ("attention_prefill_cooperative_8", include_str!("../../shaders/attention_prefill_cooperative_8.wgsl")),
+    1,
+    |op, context, _| by_matrices(op, context),
+    whole_subgroups,
+)
+.cooperative(Cooperative::BY_8)
+.preferred(rounds_as_weights_do);
+
+/// Queries, and keys, of a workgroup of matrices at a time.
+const MATRIX_TILE: u32 = 32;
+
+/// The draft of either kernel; their staged halves take the same room.
+fn by_matrices(op: &AttentionPrefill, context: &PlanContext) -> Result<Draft, String> {
+    op.check_aligned()?;
+    if op.storage != Storage::F16 {
+        return Err("the cache must be stored in f16".to_owned());
     }
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args))
+    let parts = op.tile_q.div_ceil(MATRIX_TILE);
+    let workgroup = four_subgroups(context).max(MATRIX_TILE);
+    // Value columns of a subgroup; half of them where that is enough.
+    let columns = if op.d_value <= SLICE / 2 { SLICE / 8 } else { SLICE / 4 };
+    Ok(op
+        .draft(workgroup, parts)
+        .with([("WORKGROUP", workgroup), ("PARTS", parts), ("COLUMNS", columns)])
+        // Staged halves of 64 columns, scores, maxima, factors and marks, one word more.
+        .bytes(
+            2 * 2 * MATRIX_TILE * (64 + 8)
+                + 4 * MATRIX_TILE * (MATRIX_TILE + 4)
+                + 4 * (workgroup + 2 * MATRIX_TILE + 1),
+        ))
+}
+
+fn whole_subgroups(op: &AttentionPrefill, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    let (workgroup, parts) = (plan.workgroup_size, plan.value("PARTS") as u32);
+    hold(&[
+        ([16, 32].contains(&plan.value("COLUMNS")), "value columns of a subgroup are 16 or 32"),
+        ([32, 64, 128, 256, 512].contains(&workgroup), "1 to 16 lanes share a row of 32 queries"),
+        (workgroup.is_multiple_of(four_subgroups(context)), "a workgroup is four whole subgroups at least"),
+        ((MATRIX_TILE * parts).abs_diff(op.tile_q) < MATRIX_TILE, "the parts of a tile have its queries"),
+    ])
+}
+
+fn rounds_as_weights_do(op: &AttentionPrefill, context: &PlanContext) -> bool {
+    // Cooperative matrices round queries, keys and values: only where weights and cache are rounded, too.
+    let halves = op.weights == Storage::F16 && op.storage == Storage::F16;
+    let many = op.tokens >= op.query_tiles.saturating_mul(COOPERATIVE_QUERIES);
+    halves && many && op.aligned() && context.class != AdapterClass::Software
+}
+
+crate::vary!(AttentionPrefill {
+    tokens,
+    query_tiles,
+    tile_q,
+    n_sequence,
+    n_head,
+    d_nope,
+    d_rope,
+    d_value,
+    kv_first,
+    kv_rows,
+    cache_rows,
+    first,
+    last,
+    scale,
+    weights,
+    storage
+});
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for AttentionPrefill {
+    fn samples() -> Vec<Self> {
+        let mut all = Vec::new();
+        // Odd widths, then every number of value columns and slices that a lane or workgroup has.
+        let odd = [1, 3, 127, 128, 129, 256, 257].map(|d_value| (3, 2, d_value));
+        let whole = [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260].map(|d_value| (4, 8, d_value));
+        for (n_head, query_tiles) in
+            crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 5].map(|tiles| (n_head, tiles)))
+        {
+            for (storage, tile_q) in Storage::ALL.into_iter().flat_map(|s| QUERY_TILES.map(|tile_q| (s, tile_q))) {
+                all.extend(odd.into_iter().chain(whole).map(|(d_nope, d_rope, d_value)| AttentionPrefill {
+                    tokens: query_tiles,
+                    query_tiles,
+                    tile_q,
+                    n_sequence: 1,
+                    n_head,
+                    d_nope,
+                    d_rope,
+                    d_value,
+                    kv_first: 0,
+                    kv_rows: 9,
+                    cache_rows: 9,
+                    first: true,
+                    last: true,
+                    scale: 1.0,
+                    weights: storage,
+                    storage,
+                }));
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let op = AttentionPrefill {
+            tokens: 4,
+            query_tiles: 1,
+            tile_q: QUERY_TILES[0],
+            n_sequence: 1,
+            n_head: 2,
+            d_nope: 3,
+            d_rope: 2,
+            d_value: 5,
+            kv_first: 7,
+            kv_rows: 7,
+            cache_rows: 20,
+            first: false,
+            last: true,
+            scale: 1.0,
+            weights: Storage::F16,
+            storage: Storage::F16,
+        };
+        // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
+        // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
+        vec![(op, Cost { flops: 2 * 4 * 7 * 2 * 10, bytes: 160 + 448 + 28 + 32 + 224 + 224 })]
+    }
 }

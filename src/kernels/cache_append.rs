@@ -1,56 +1,44 @@
 //! Writes latents and rotary keys of new tokens to their rows of the latent cache, and rotates keys and queries.
 
-use bytemuck::{Pod, Zeroable};
+use crate::adapter::AdapterClass;
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, Grid, LINEAR_WORKGROUPS, Plan, check_nonzero, flag};
+use crate::storage::{Storage, product, rows_end, words};
 
-use super::{Problem as _, cache_append_vec4, narrow, nonzero, product, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Storage, Tuning, linear_plan};
+use super::norm::whole_rows;
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "cache_append",
-    source: include_str!("../../shaders/cache_append.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("latent"),
-        Binding::read("rope_key"),
-        Binding::read("rotations"),
-        Binding::read("slots"),
-        Binding::write("cache"),
-        Binding::write("q"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params {
+        tokens: u32, d_latent: u32, latent_offset: u32, latent_row: u32, latent_words: u32,
+        d_rope: u32, rope_offset: u32, rope_row: u32, rope_words: u32, rope_cache: u32,
+        q_heads: u32, q_offset: u32, q_row: u32, q_head: u32,
+    }
+}
 
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    tokens: u32,
-    d_latent: u32,
-    latent_offset: u32,
-    latent_row: u32,
-    latent_words: u32,
-    d_rope: u32,
-    rope_offset: u32,
-    rope_row: u32,
-    rope_words: u32,
-    rope_cache: u32,
-    q_heads: u32,
-    q_offset: u32,
-    q_row: u32,
-    q_head: u32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// f32, rows as in [`CacheAppend`].
+        latent: Read,
+        /// f32, rows as in [`CacheAppend`]; not bound without a rotary key.
+        rope_key: Read,
+        /// `[tokens, d_rope / 2, 2]` f32: cos and sin of each pair; not bound where nothing is rotated.
+        rotations: Read,
+        /// `[tokens]` u32 rows of the cache, all different.
+        slots: Read,
+        /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
+        cache: Write,
+        /// f32, heads as in [`Queries`], rotated in place; not bound without.
+        q: Write,
+    }
 }
 
 /// Query heads that are rotated in place, in elements of `q`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Queries {
-    /// Heads of a row; 0 for none.
+    /// Heads of a token; 0 for none.
     pub n_head: u32,
     /// First element that is rotated.
     pub offset: u32,
@@ -62,7 +50,7 @@ pub struct Queries {
 
 /// Tokens to append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct CacheAppend {
     /// New tokens.
     pub tokens: u32,
     /// Rows of the cache; the caller has checked that every slot is below it.
@@ -71,13 +59,13 @@ pub struct Problem {
     pub d_latent: u32,
     /// First element of `latent`.
     pub latent_offset: u32,
-    /// From one row of `latent` to the next.
+    /// From one token of `latent` to the next.
     pub latent_row: u32,
     /// Width of the rotary key; may be 0.
     pub d_rope: u32,
     /// First element of `rope_key`.
     pub rope_offset: u32,
-    /// From one row of `rope_key` to the next.
+    /// From one token of `rope_key` to the next.
     pub rope_row: u32,
     /// Rotates keys and queries: pairs (2i, 2i+1) when true, (i, i + d_rope/2) when false; `None` leaves them as they are.
     pub interleave: Option<bool>,
@@ -89,7 +77,7 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-impl Problem {
+impl CacheAppend {
     fn row_words(&self, width: u32) -> u32 {
         (u64::from(self.storage.row_pitch(width)) * self.storage.bytes() / 4) as u32
     }
@@ -108,34 +96,43 @@ impl Problem {
     }
 
     /// Heads that are rotated.
-    pub(super) fn rotated_heads(&self) -> u32 {
+    fn rotated_heads(&self) -> u32 {
         if self.interleave.is_some() && self.d_rope > 0 { self.queries.n_head } else { 0 }
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        narrow(kernel, &[("d_latent", self.d_latent), ("d_rope", self.d_rope)])?;
-        nonzero(kernel, &[("d_latent", self.d_latent)])?;
-        let latents = product(&[self.cache_rows, self.row_words(self.d_latent), 4]);
-        if self.rope_byte < latents || !self.rope_byte.is_multiple_of(4) {
-            let problem = format!("rotary keys begin at byte {}, latents take {latents}", self.rope_byte);
-            return Err(Error::problem(kernel, problem));
-        }
-        if self.interleave.is_some() && !self.d_rope.is_multiple_of(2) {
-            return Err(Error::problem(kernel, format!("d_rope is {}, must be even", self.d_rope)));
-        }
-        Ok(())
-    }
-
-    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
+    fn switches(&self) -> [(&'static str, f64); 2] {
         let rotate = match self.interleave {
             None => 0.0,
             Some(true) => 1.0,
             Some(false) => 2.0,
         };
-        vec![("STORAGE_F16", self.storage.constant()), ("ROTATE", rotate)]
+        [("STORAGE_F16", self.storage.constant()), ("ROTATE", rotate)]
+    }
+}
+
+impl Op for CacheAppend {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "cache_append";
+    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ELEMENTS];
+
+    fn widths(&self) -> [(&'static str, u32); 4] {
+        [("d_latent", self.d_latent), ("d_rope", self.d_rope), ("", 0), ("", 0)]
     }
 
-    pub(super) fn params(&self) -> Params {
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("d_latent", self.d_latent)])?;
+        let latents = product(&[self.cache_rows, self.row_words(self.d_latent), 4]);
+        if self.rope_byte < latents || !self.rope_byte.is_multiple_of(4) {
+            return Err(format!("rotary keys begin at byte {}, latents take {latents}", self.rope_byte));
+        }
+        if self.interleave.is_some() && !self.d_rope.is_multiple_of(2) {
+            return Err(format!("d_rope is {}, must be even", self.d_rope));
+        }
+        Ok(())
+    }
+
+    fn params(&self, _: &Plan) -> Params {
         Params {
             tokens: self.tokens,
             d_latent: self.d_latent,
@@ -155,68 +152,144 @@ impl Problem {
         }
     }
 
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 6] {
-        let end = |offset: u32, row: u32, width: u32| {
-            u64::from(offset) + product(&[self.tokens.saturating_sub(1), row]) + u64::from(width)
-        };
+    fn bytes(&self) -> Args<u64> {
         let Queries { offset, row, head, .. } = self.queries;
         let heads = self.rotated_heads();
-        let q = end(offset, row, self.d_rope).saturating_add(product(&[heads.saturating_sub(1), head]));
+        let q =
+            rows_end(offset, self.tokens, row, self.d_rope).saturating_add(product(&[heads.saturating_sub(1), head]));
         let cache = product(&[self.cache_rows, self.row_words(self.d_rope), 4]);
         let rotated = self.interleave.is_some() && self.d_rope > 0;
-        // A binding of 16-byte elements holds one at least, be it unused.
-        let least = if self.in_vec4() { 4 } else { 0 };
-        let or_least = |used: bool, elements: u64| if used { elements } else { least };
-        [
-            words(args.latent, end(self.latent_offset, self.latent_row, self.d_latent)),
-            words(args.rope_key, or_least(self.d_rope > 0, end(self.rope_offset, self.rope_row, self.d_rope))),
-            words(args.rotations, or_least(rotated, product(&[self.tokens, self.d_rope]))),
-            words(args.slots, self.tokens.into()),
-            Bound { region: args.cache, bytes: self.rope_byte.saturating_add(cache) },
-            words(args.q, or_least(heads > 0, q)),
+        let used = |used: bool, elements: u64| words(if used { elements } else { 0 });
+        Args {
+            latent: words(rows_end(self.latent_offset, self.tokens, self.latent_row, self.d_latent)),
+            rope_key: used(self.d_rope > 0, rows_end(self.rope_offset, self.tokens, self.rope_row, self.d_rope)),
+            rotations: used(rotated, product(&[self.tokens, self.d_rope])),
+            slots: words(self.tokens.into()),
+            cache: self.rope_byte.saturating_add(cache),
+            q: used(heads > 0, q),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let CacheAppend { tokens, d_latent, d_rope, interleave, queries, storage, .. } = *self;
+        let rotated = if interleave.is_some() { d_rope } else { 0 };
+        // The padding of a cache row is written too.
+        let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
+        Cost::of(
+            &[times(3, &[tokens, rotated]), times(3, &[tokens, queries.n_head, rotated])],
+            &[
+                times(4, &[tokens, rotated]),
+                times(8, &[tokens, queries.n_head, rotated]),
+                times(4, &[tokens, d_latent]),
+                times(4, &[tokens, d_rope]),
+                times(4, &[tokens]),
+                written[0],
+                written[1],
+            ],
+        )
+    }
+}
+
+/// Any widths: one invocation a word of the cache, then one a pair of the queries.
+pub(crate) const ELEMENTS: Variant<CacheAppend> = Variant::<CacheAppend>::new(
+    ("cache_append", include_str!("../../shaders/cache_append.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| {
+        let row = op.row_words(op.d_latent) + op.row_words(op.d_rope);
+        let pairs = product(&[op.tokens, op.rotated_heads(), op.d_rope / 2]);
+        let elements = product(&[op.tokens, row]).saturating_add(pairs);
+        Ok(Draft::elements(LINEAR_WORKGROUPS[setting], elements).with(op.switches()))
+    },
+    anything,
+);
+
+/// In 16-byte loads and stores. (WORKGROUP, LANES): LANES invocations share a row.
+pub(crate) const VEC4: Variant<CacheAppend> = {
+    const TUNINGS: &[(u32, u32)] = &[(8, 1), (64, 16), (256, 16)];
+    Variant::<CacheAppend>::new(
+        ("cache_append_vec4", include_str!("../../shaders/cache_append_vec4.wgsl")),
+        TUNINGS.len(),
+        |op, context, setting| {
+            if !op.in_vec4() {
+                return Err("rows must be whole 16-byte loads on 16-byte boundaries".to_owned());
+            }
+            let (workgroup, lanes) = TUNINGS[setting];
+            // Tokens, then heads of tokens.
+            let rows = u64::from(op.tokens).saturating_add(product(&[op.tokens, op.rotated_heads()]));
+            Ok(Draft::new(workgroup, Grid::Folded { items: rows, each: workgroup / lanes })
+                .with(op.switches())
+                .with([("INTEGERS", flag(context.class == AdapterClass::Software))])
+                .with([("WORKGROUP", workgroup), ("LANES", lanes)]))
+        },
+        whole_rows,
+    )
+    .auto(|_, context| usize::from(context.class != AdapterClass::Software))
+    .preferred(|op, _| op.in_vec4())
+};
+
+crate::vary!(Queries { n_head, offset, row, head });
+crate::vary!(CacheAppend {
+    tokens,
+    cache_rows,
+    d_latent,
+    latent_offset,
+    latent_row,
+    d_rope,
+    rope_offset,
+    rope_row,
+    interleave,
+    queries,
+    rope_byte,
+    storage
+});
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for CacheAppend {
+    fn samples() -> Vec<Self> {
+        // Odd rows, then rows that suit 16-byte loads, with heads of queries and without.
+        let of = |tokens: u32, (d_latent, d_rope, row): (u32, u32, u32), n_head, storage: Storage| CacheAppend {
+            tokens,
+            cache_rows: tokens,
+            d_latent,
+            latent_offset: 0,
+            latent_row: row,
+            d_rope,
+            rope_offset: if row > d_latent { d_latent } else { 0 },
+            rope_row: row,
+            interleave: [None, Some(true), Some(false)][tokens as usize % 3],
+            queries: Queries { n_head, offset: 8, row: 24 * n_head, head: 24 },
+            rope_byte: u64::from(tokens) * u64::from(storage.row_pitch(d_latent)) * storage.bytes(),
+            storage,
+        };
+        let sizes = [((5, 0, 5), 0), ((5, 2, 7), 0), ((5, 2, 7), 3), ((24, 16, 40), 0), ((24, 16, 40), 3)];
+        let stored =
+            |tokens| Storage::ALL.into_iter().flat_map(move |s| sizes.map(|(w, n_head)| of(tokens, w, n_head, s)));
+        crate::sample::ELEMENTS.into_iter().filter(|&tokens| tokens < 1 << 20).flat_map(stored).collect()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let of = |(d_latent, d_rope), queries| CacheAppend {
+            tokens: 3,
+            cache_rows: 9,
+            d_latent,
+            latent_offset: 0,
+            latent_row: d_latent,
+            d_rope,
+            rope_offset: 0,
+            rope_row: d_rope,
+            interleave: Some(true),
+            queries,
+            rope_byte: 144,
+            storage: Storage::F16,
+        };
+        vec![
+            // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
+            (of((5, 2), Queries::default()), Cost { flops: 18, bytes: 24 + 84 + 12 + 3 * 32 }),
+            // A pair of 2 heads per token more than of keys: 6 FLOPs a pair, read and written.
+            (
+                of((8, 8), Queries { n_head: 2, offset: 0, row: 16, head: 8 }),
+                Cost { flops: 3 * 4 * 6 + 6 * 4 * 6, bytes: 3 * (32 + 32 + 32 + 4 + 32) + 6 * 64 },
+            ),
         ]
     }
-}
-
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
-        let words = self.row_words(self.d_latent) + self.row_words(self.d_rope);
-        let pairs = product(&[self.tokens, self.rotated_heads(), self.d_rope / 2]);
-        let elements = product(&[self.tokens, words]).saturating_add(pairs);
-        linear_plan(SPEC.name, elements, self.switches(), context, tuning)
-    }
-}
-
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// f32, rows as in [`Problem`].
-    pub latent: &'a Region,
-    /// f32, rows as in [`Problem`].
-    pub rope_key: &'a Region,
-    /// `[tokens, d_rope / 2, 2]` f32: cos and sin of each pair; `Kernels::absent`, or any region of 16 bytes, where nothing is
-    /// rotated.
-    pub rotations: &'a Region,
-    /// `[tokens]` u32 rows of the cache, all different.
-    pub slots: &'a Region,
-    /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
-    pub cache: &'a Region,
-    /// f32, heads as in [`Queries`], rotated in place; `Kernels::sink` without.
-    pub q: &'a Region,
-}
-
-/// Adds one append to a recording: with [`cache_append_vec4`] where the operands are [`Problem::in_vec4`] and no setting of this
-/// kernel is forced.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    if tuning == Tuning::Auto && problem.in_vec4() {
-        return cache_append_vec4::encode(recording, &cache_append_vec4::Problem(*problem), args, tuning);
-    }
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

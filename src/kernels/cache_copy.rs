@@ -1,36 +1,26 @@
 //! Copies the rows of one sequence of a cache to another's, within one buffer.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
+use crate::storage::words;
 
-use super::{Problem as _, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { words: u32, from_word: u32, to_word: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "cache_copy",
-    source: include_str!("../../shaders/cache_copy.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::write("cache")],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    words: u32,
-    from_word: u32,
-    to_word: u32,
+crate::args! {
+    /// The one buffer.
+    pub struct Args {
+        /// Read and written.
+        cache: Write,
+    }
 }
 
 /// Words to copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct CacheCopy {
     /// 32-bit words.
     pub words: u32,
     /// First word that is read.
@@ -39,25 +29,50 @@ pub struct Problem {
     pub to_word: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for CacheCopy {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "cache_copy";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        if self.words > self.from_word.abs_diff(self.to_word) {
-            let problem = format!("{} words from {} to {} overlap", self.words, self.from_word, self.to_word);
-            return Err(Error::problem(SPEC.name, problem));
+    fn validate(&self) -> Result<(), String> {
+        let CacheCopy { words, from_word, to_word } = *self;
+        if words > from_word.abs_diff(to_word) {
+            return Err(format!("{words} words from {from_word} to {to_word} overlap"));
         }
-        linear_plan(SPEC.name, self.words.into(), Vec::new(), context, tuning)
+        Ok(())
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        let CacheCopy { words, from_word, to_word } = *self;
+        Params { words, from_word, to_word }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        Args { cache: words(u64::from(self.from_word.max(self.to_word)) + u64::from(self.words)) }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::of(&[], &[times(8, &[self.words])])
     }
 }
 
-/// Adds one copy within `cache` to a recording.
-///
-/// # Errors
-/// Ranges that overlap, or a region that is too small.
-pub fn encode(recording: &mut Recording, problem: &Problem, cache: &Region, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { words: count, from_word, to_word } = *problem;
-    let end = u64::from(from_word.max(to_word)) + u64::from(count);
-    recording.push(&SPEC, &plan, &Params { words: count, from_word, to_word }, &[words(cache, end)])
+pub(crate) const ELEMENTS: Variant<CacheCopy> = Variant::<CacheCopy>::new(
+    ("cache_copy", include_str!("../../shaders/cache_copy.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| Ok(Draft::elements(LINEAR_WORKGROUPS[setting], op.words.into())),
+    anything,
+);
+
+crate::vary!(CacheCopy { words, from_word, to_word });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for CacheCopy {
+    fn samples() -> Vec<Self> {
+        crate::sample::ELEMENTS.map(|words| CacheCopy { words, from_word: 0, to_word: words }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        vec![(CacheCopy { words: 10, from_word: 0, to_word: 10 }, Cost { flops: 0, bytes: 80 })]
+    }
 }

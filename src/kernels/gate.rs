@@ -1,49 +1,41 @@
 //! The embedding gate of EG-MLA: activation, modulation, norm, and the norm's statistics.
 
-use bytemuck::{Pod, Zeroable};
-
-use super::norm::ROW_WORKGROUPS;
-use super::{Problem as _, flag, gate_vec4, nonzero, product, trips, words};
+use super::norm::{ROW_WORKGROUPS, halving, row_lanes, whole_rows};
+use crate::adapter::AdapterClass;
 use crate::config::{Activation, GateNorm};
-use crate::error::Result;
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::cost::{Cost, times, when};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
+use crate::storage::{Storage, product, rows_end, words};
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "gate",
-    source: include_str!("../../shaders/gate.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("x"),
-        Binding::read("g"),
-        Binding::read("weight"),
-        Binding::read("bias"),
-        Binding::read("slots"),
-        Binding::write("y"),
-        Binding::write("statistics"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: ROW_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { rows: u32, width: u32, x_offset: u32, x_row: u32, eps: f32 }
+}
 
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    rows: u32,
-    width: u32,
-    x_offset: u32,
-    x_row: u32,
-    eps: f32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// f32, rows as in [`Gate`]: keys and values, or latents.
+        x: Read,
+        /// `[rows, width]` f32: the projected gate before its activation.
+        g: Read,
+        /// `[width]` in `storage`; not bound without a norm.
+        weight: Read,
+        /// `[width]` in `storage`; bound for `layer_norm` alone.
+        bias: Read,
+        /// `[rows]` u32: the statistics row of each row, `u32::MAX` for none; not bound without statistics.
+        slots: Read,
+        /// `[rows, width]` f32, written.
+        y: Write,
+        /// `[statistics_rows, 2]` f32 (μ, ρ), written at the slots; not bound without statistics.
+        statistics: Write,
+    }
 }
 
 /// Rows to gate.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
+pub struct Gate {
     /// Rows.
     pub rows: u32,
     /// Elements that the gate and its norm span.
@@ -64,96 +56,149 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-impl Problem {
+impl Gate {
     /// Whether every row of every tensor is a whole number of 16-byte loads that begin on 16-byte boundaries.
     pub fn in_vec4(&self) -> bool {
         [self.x_offset, self.x_row].iter().all(|step| step.is_multiple_of(4))
             && self.width.is_multiple_of(16 / self.storage.bytes() as u32)
     }
 
-    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
-        vec![
-            ("STORAGE_F16", self.storage.constant()),
-            ("ACTIVATION", f64::from(self.activation as u32)),
-            ("NORM", f64::from(self.norm as u32)),
-            ("WRITE_STATISTICS", flag(self.statistics_rows > 0)),
-        ]
+    fn draft(&self, workgroup_size: u32, each: u32, step: u32) -> Draft {
+        Draft::new(workgroup_size, Grid::Folded { items: self.rows.into(), each })
+            .with([
+                ("STORAGE_F16", self.storage.constant()),
+                ("ACTIVATION", f64::from(self.activation as u32)),
+                ("NORM", f64::from(self.norm as u32)),
+                ("WRITE_STATISTICS", flag(self.statistics_rows > 0)),
+            ])
+            .with([("WORKGROUP", workgroup_size)])
+            .walks("width", self.width, step)
+    }
+}
+
+impl Op for Gate {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "gate";
+    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ROWS];
+
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("width", self.width)])
     }
 
-    pub(super) fn params(&self) -> Params {
-        let Problem { rows, width, x_offset, x_row, eps, .. } = *self;
+    fn params(&self, _: &Plan) -> Params {
+        let Gate { rows, width, x_offset, x_row, eps, .. } = *self;
         Params { rows, width, x_offset, x_row, eps }
     }
 
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 7] {
-        let Problem { rows, width, norm, statistics_rows, storage, .. } = *self;
-        let x_end = u64::from(self.x_offset) + product(&[rows.saturating_sub(1), self.x_row]) + u64::from(width);
-        // A binding of 16-byte elements holds one at least, be it unused.
-        let least = if self.in_vec4() { 16 } else { 0 };
-        let stored =
-            |region, on: bool| Bound { region, bytes: if on { u64::from(width) * storage.bytes() } else { least } };
-        let all = product(&[rows, width]);
-        [
-            words(args.x, x_end),
-            words(args.g, all),
-            stored(args.weight, norm != GateNorm::None),
-            stored(args.bias, norm == GateNorm::LayerNorm),
-            words(args.slots, if statistics_rows > 0 { rows.into() } else { 0 }),
-            words(args.y, all),
-            words(args.statistics, 2 * u64::from(statistics_rows)),
+    fn bytes(&self) -> Args<u64> {
+        let Gate { rows, width, norm, statistics_rows, storage, .. } = *self;
+        let stored = |on: bool| storage.sized(if on { width.into() } else { 0 });
+        let all = words(product(&[rows, width]));
+        Args {
+            x: words(rows_end(self.x_offset, rows, self.x_row, width)),
+            g: all,
+            weight: stored(norm != GateNorm::None),
+            bias: stored(norm == GateNorm::LayerNorm),
+            slots: words(if statistics_rows > 0 { rows.into() } else { 0 }),
+            y: all,
+            statistics: words(2 * u64::from(statistics_rows)),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let Gate { rows, width, activation, norm, statistics_rows, storage, .. } = *self;
+        // As in `norm`; the affine part of layer_norm has a bias.
+        let (element, row, affine) = match norm {
+            GateNorm::LayerNorm => (7, 4, 2),
+            GateNorm::RmsNorm => (4, 3, 1),
+            GateNorm::None => (0, 0, 0),
+        };
+        Cost::of(
+            &[times(activation.flops() + 1 + element, &[rows, width]), times(row, &[rows])],
+            &[
+                times(12, &[rows, width]),
+                times(affine * storage.bytes(), &[width]),
+                // A slot read and (μ, ρ) written.
+                when(statistics_rows > 0, times(12, &[rows])),
+            ],
+        )
+    }
+}
+
+/// Any widths: a workgroup a row.
+pub(crate) const ROWS: Variant<Gate> = Variant::<Gate>::new(
+    ("gate", include_str!("../../shaders/gate.wgsl")),
+    ROW_WORKGROUPS.len(),
+    |op, _, setting| {
+        let workgroup = ROW_WORKGROUPS[setting];
+        Ok(op.draft(workgroup, 1, workgroup).bytes(4 * workgroup))
+    },
+    halving,
+);
+
+/// From this many rows on an invocation takes several: enough workgroups are left for every core.
+const MANY_ROWS: u32 = 512;
+
+/// In 16-byte loads and stores. (WORKGROUP, LANES, ROWS): those of `norm_vec4`, then several rows an invocation.
+pub(crate) const VEC4: Variant<Gate> = {
+    const TUNINGS: &[(u32, u32, u32)] = &[(8, 1, 1), (64, 16, 1), (64, 64, 1), (256, 256, 1), (8, 1, 4)];
+    Variant::<Gate>::new(
+        ("gate_vec4", include_str!("../../shaders/gate_vec4.wgsl")),
+        TUNINGS.len(),
+        |op, context, setting| {
+            if !op.in_vec4() {
+                return Err("rows must be whole 16-byte loads on 16-byte boundaries".to_owned());
+            }
+            let (workgroup, lanes, rows) = TUNINGS[setting];
+            // A GPU has the row in its cache and arithmetic to spare.
+            let stash = u32::from(context.class == AdapterClass::Software);
+            Ok(op
+                .draft(workgroup, workgroup / lanes * rows, 4 * lanes)
+                .with([("LANES", lanes), ("ROWS", rows), ("STASH", stash)])
+                .bytes(16 * if lanes == 1 { 1 } else { workgroup }))
+        },
+        |op, context, plan| {
+            whole_rows(op, context, plan)?;
+            hold(&[([1, 4].contains(&plan.value("ROWS")), "rows of an invocation are unrolled by 1 or 4")])
+        },
+    )
+    .auto(|op, context| {
+        let software = context.class == AdapterClass::Software;
+        if software && op.rows >= MANY_ROWS { 4 } else { row_lanes(context, op.width) }
+    })
+    .preferred(|op, _| op.in_vec4())
+};
+
+crate::vary!(Gate { rows, width, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for Gate {
+    fn samples() -> Vec<Self> {
+        let mut all = Vec::new();
+        for (rows, storage) in
+            crate::sample::ROWS.into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage)))
+        {
+            for (activation, norm) in Activation::ALL.into_iter().flat_map(|a| GateNorm::ALL.map(|norm| (a, norm))) {
+                for (width, statistics_rows) in [3, 8, 1024, 4096].into_iter().flat_map(|w| [0, 1].map(|s| (w, s))) {
+                    let (x_offset, x_row, eps) = (0, width, 1e-5);
+                    all.push(Gate { rows, width, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
+                }
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let of = |width, activation, norm, statistics_rows| {
+            let (rows, x_offset, x_row, eps, storage) = (3, 0, width, 1e-5, Storage::F16);
+            Gate { rows, width, x_offset, x_row, eps, activation, norm, statistics_rows, storage }
+        };
+        vec![
+            // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).
+            (of(7, Activation::Sigmoid, GateNorm::LayerNorm, 9), Cost { flops: 231 + 12, bytes: 252 + 28 + 36 }),
+            // A product an element; x, g and y.
+            (of(8, Activation::Identity, GateNorm::None, 0), Cost { flops: 24, bytes: 288 }),
         ]
     }
-}
-
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("width", self.width)])?;
-        let workgroup_size =
-            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
-        trips(SPEC.name, "width", self.width, workgroup_size)?;
-        let mut overrides = self.switches();
-        overrides.push(("WORKGROUP", workgroup_size.into()));
-        Plan {
-            overrides,
-            grid: fold_grid(SPEC.name, self.rows.into(), &context.limits)?,
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 4 * workgroup_size,
-        }
-        .checked(SPEC.name, &context.limits)
-    }
-}
-
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// f32, rows as in [`Problem`]: keys and values, or latents.
-    pub x: &'a Region,
-    /// `[rows, width]` f32: the projected gate before its activation.
-    pub g: &'a Region,
-    /// `[width]` in `storage`; `Kernels::absent` without a norm.
-    pub weight: &'a Region,
-    /// `[width]` in `storage`; `Kernels::absent` unless the norm is `layer_norm`.
-    pub bias: &'a Region,
-    /// `[rows]` u32: the statistics row of each row, `u32::MAX` for none; `Kernels::absent` without statistics.
-    pub slots: &'a Region,
-    /// `[rows, width]` f32, written.
-    pub y: &'a Region,
-    /// `[statistics_rows, 2]` f32 (μ, ρ), written at the slots; `Kernels::sink` without statistics.
-    pub statistics: &'a Region,
-}
-
-/// Adds one gate to a recording: with [`gate_vec4`] where the operands are [`Problem::in_vec4`] and no setting of this kernel
-/// is forced.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also an output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    if tuning == Tuning::Auto && problem.in_vec4() {
-        return gate_vec4::encode(recording, &gate_vec4::Problem(*problem), args, tuning);
-    }
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

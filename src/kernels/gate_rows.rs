@@ -1,48 +1,35 @@
 //! Gate rows by token id, to be kept: a pool of recent ids, or a table of the whole vocabulary.
 
-use bytemuck::{Pod, Zeroable};
+use crate::adapter::AdapterClass;
+use crate::cost::{Cost, times, when};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
+use crate::storage::{Storage, product, words};
 
-use super::{Problem as _, flag, nonzero, product, trips, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { rows: u32, width: u32, gate_pitch: u32, y_words: u32, first_id: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "gate_rows",
-    source: include_str!("../../shaders/gate_rows.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("gate_embedding"),
-        Binding::read("gate_b_proj"),
-        Binding::read("ids"),
-        Binding::read("targets"),
-        Binding::write("y"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: TUNINGS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// WORKGROUP.
-const TUNINGS: &[u32] = &[64, 32, 8];
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    rows: u32,
-    width: u32,
-    pitch: u32,
-    y_words: u32,
-    first_id: u32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[vocab_size, pitch of d_gate]` in `storage`, padded with zeros.
+        gate_embedding: Read,
+        /// `[width, pitch of d_gate]` in `storage`, padded with zeros.
+        gate_b_proj: Read,
+        /// `[rows]` u32, `u32::MAX` to leave a row out; not bound without.
+        ids: Read,
+        /// `[rows]` u32; not bound without.
+        targets: Read,
+        /// `[y_rows, pitch of width]` in `y_storage`, written.
+        y: Write,
+    }
 }
 
 /// Rows to project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct ProjectGateRows {
     /// Rows.
     pub rows: u32,
     /// Elements of a gate row.
@@ -65,83 +52,132 @@ pub struct Problem {
     pub y_storage: Storage,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for ProjectGateRows {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "gate_rows";
+    const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("width", self.width), ("d_gate", self.d_gate)])?;
-        trips(SPEC.name, "d_gate", self.d_gate, 4)?;
-        if !self.ids && u64::from(self.first_id) + u64::from(self.rows) > u64::from(self.vocab_size) {
-            let (first, rows, vocab) = (self.first_id, self.rows, self.vocab_size);
-            return Err(Error::problem(SPEC.name, format!("{rows} ids from {first} on, in a vocabulary of {vocab}")));
+    fn validate(&self) -> Result<(), String> {
+        let ProjectGateRows { rows, first_id, vocab_size, y_rows, .. } = *self;
+        check_nonzero(&[("width", self.width), ("d_gate", self.d_gate)])?;
+        if !self.ids && u64::from(first_id) + u64::from(rows) > u64::from(vocab_size) {
+            return Err(format!("{rows} ids from {first_id} on, in a vocabulary of {vocab_size}"));
         }
-        if !self.targets && self.rows > self.y_rows {
-            return Err(Error::problem(SPEC.name, format!("{} rows into {}", self.rows, self.y_rows)));
+        if !self.targets && rows > y_rows {
+            return Err(format!("{rows} rows into {y_rows}"));
         }
-        let auto = match context.class {
-            AdapterClass::Software => 2,
-            _ => 0,
-        };
-        let workgroup_size = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
-        let [x, y, _] = fold_grid(SPEC.name, self.rows.div_ceil(4).into(), &context.limits)?;
-        Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("Y_F16", self.y_storage.constant()),
-                ("HAS_IDS", flag(self.ids)),
-                ("HAS_TARGETS", flag(self.targets)),
-                ("WORKGROUP", workgroup_size.into()),
+        Ok(())
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        let y_pitch = self.y_storage.row_pitch(self.width);
+        Params {
+            rows: self.rows,
+            width: self.width,
+            gate_pitch: self.storage.row_loads(self.d_gate),
+            y_words: y_pitch / (4 / self.y_storage.bytes() as u32),
+            first_id: self.first_id,
+        }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let pitch = self.storage.row_pitch(self.d_gate);
+        let stored = |rows: u32| self.storage.sized(product(&[rows, pitch]));
+        let list = |on: bool| words(if on { self.rows.into() } else { 0 });
+        Args {
+            gate_embedding: stored(self.vocab_size),
+            gate_b_proj: stored(self.width),
+            ids: list(self.ids),
+            targets: list(self.targets),
+            y: self.y_storage.sized(product(&[self.y_rows, self.y_storage.row_pitch(self.width)])),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let ProjectGateRows { rows, width, d_gate, vocab_size, ids, targets, storage, y_storage, .. } = *self;
+        Cost::of(
+            &[times(2, &[rows, width, d_gate])],
+            &[
+                times(storage.bytes(), &[rows.min(vocab_size), d_gate]),
+                times(storage.bytes(), &[width, d_gate]),
+                when(ids, times(4, &[rows])),
+                when(targets, times(4, &[rows])),
+                times(y_storage.bytes(), &[rows, y_storage.row_pitch(width)]),
             ],
-            grid: [self.y_storage.row_pitch(self.width).div_ceil(4 * workgroup_size), x, y],
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 0,
-        }
-        .checked(SPEC.name, &context.limits)
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[vocab_size, pitch of d_gate]` in `storage`, padded with zeros.
-    pub gate_embedding: &'a Region,
-    /// `[width, pitch of d_gate]` in `storage`, padded with zeros.
-    pub gate_b_proj: &'a Region,
-    /// `[rows]` u32, `u32::MAX` to leave a row out; `Kernels::absent` without.
-    pub ids: &'a Region,
-    /// `[rows]` u32; `Kernels::absent` without.
-    pub targets: &'a Region,
-    /// `[y_rows, pitch of width]` in `y_storage`, written.
-    pub y: &'a Region,
-}
-
-/// Adds one projection to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let p = *problem;
-    let (pitch, y_pitch) = (p.storage.row_pitch(p.d_gate), p.y_storage.row_pitch(p.width));
-    let stored = |region, extents: &[u32]| Bound { region, bytes: product(extents).saturating_mul(p.storage.bytes()) };
-    let list = |region, on: bool| words(region, if on { p.rows.into() } else { 0 });
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params {
-            rows: p.rows,
-            width: p.width,
-            pitch: p.storage.row_loads(p.d_gate),
-            y_words: y_pitch / (4 / p.y_storage.bytes() as u32),
-            first_id: p.first_id,
+/// WORKGROUP: an invocation has four columns of four rows.
+pub(crate) const ROWS: Variant<ProjectGateRows> = {
+    const TUNINGS: &[u32] = &[64, 32, 8];
+    Variant::<ProjectGateRows>::new(
+        ("gate_rows", include_str!("../../shaders/gate_rows.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let workgroup = TUNINGS[setting];
+            let columns = op.y_storage.row_pitch(op.width).div_ceil(4 * workgroup);
+            Ok(Draft::new(workgroup, Grid::Columns { x: columns, rows: op.rows.div_ceil(4) })
+                .with([
+                    ("STORAGE_F16", op.storage.constant()),
+                    ("Y_F16", op.y_storage.constant()),
+                    ("HAS_IDS", flag(op.ids)),
+                    ("HAS_TARGETS", flag(op.targets)),
+                ])
+                .with([("WORKGROUP", workgroup)])
+                .walks("d_gate", op.d_gate, 4))
         },
-        &[
-            stored(args.gate_embedding, &[p.vocab_size, pitch]),
-            stored(args.gate_b_proj, &[p.width, pitch]),
-            list(args.ids, p.ids),
-            list(args.targets, p.targets),
-            Bound { region: args.y, bytes: product(&[p.y_rows, y_pitch]).saturating_mul(p.y_storage.bytes()) },
-        ],
+        anything,
     )
+    .auto(|_, context| match context.class {
+        AdapterClass::Software => 2,
+        _ => 0,
+    })
+};
+
+crate::vary!(ProjectGateRows { rows, width, d_gate, vocab_size, first_id, ids, targets, y_rows, storage, y_storage });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for ProjectGateRows {
+    fn samples() -> Vec<Self> {
+        let mut all = Vec::new();
+        for (rows, width) in [0, 1, 3, 4, 5, 9].iter().flat_map(|&m| [1, 31, 32, 33, 256, 257].map(|n| (m, n))) {
+            for (storage, y_storage) in Storage::ALL.into_iter().flat_map(|s| Storage::ALL.map(|y| (s, y))) {
+                for (ids, targets) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let (d_gate, vocab_size, first_id, y_rows) = (5, 100, 0, rows);
+                    all.push(ProjectGateRows {
+                        rows,
+                        width,
+                        d_gate,
+                        vocab_size,
+                        first_id,
+                        ids,
+                        targets,
+                        y_rows,
+                        storage,
+                        y_storage,
+                    });
+                }
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let op = ProjectGateRows {
+            rows: 4,
+            width: 7,
+            d_gate: 5,
+            vocab_size: 50,
+            first_id: 0,
+            ids: true,
+            targets: true,
+            y_rows: 9,
+            storage: Storage::F16,
+            y_storage: Storage::F32,
+        };
+        // 4·7·5 multiply-adds. Table rows 4·5·2, projection 7·5·2, ids and targets 4·4 each; out 4 rows of 8 floats.
+        vec![(op, Cost { flops: 280, bytes: 40 + 70 + 32 + 128 })]
+    }
 }

@@ -1,53 +1,41 @@
 //! Statistics of the gate's norm for new tokens: what the grouped decode needs of their keys and values.
 
-use bytemuck::{Pod, Zeroable};
-
-use super::norm_vec4::{ROW_LANES, row_lanes};
-use super::{MOST_TRIPS, Problem as _, attention_grouped, nonzero, product, trips, words};
+use super::attention_grouped::sources;
+use super::norm::{ROW_LANES, row_lanes, whole_rows};
 use crate::config::{Activation, GateNorm};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant};
+use crate::plan::{Draft, Grid, MAX_ITERATIONS, Plan, check_nonzero};
+use crate::storage::{Storage, product, words};
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "gate_statistics",
-    source: include_str!("../../shaders/gate_statistics.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("kv"),
-        Binding::read("gates"),
-        Binding::read("gates_more"),
-        Binding::read("rows"),
-        Binding::read("slots"),
-        Binding::write("statistics"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: ROW_LANES.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params {
+        tokens: u32, width: u32, gate_pitch: u32, more_pitch: u32, resident: u32, more_first: u32, eps: f32,
+    }
+}
 
-/// Index into [`ROW_LANES`]: 64 invocations a row.
-const WIDE: usize = 2;
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    tokens: u32,
-    width: u32,
-    gate_pitch: u32,
-    more_pitch: u32,
-    resident: u32,
-    more_first: u32,
-    eps: f32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[tokens, width]` f32: keys and values before the gate.
+        kv: Read,
+        /// `[resident, pitch of width]` in `storage`: gate rows before their activation.
+        gates: Read,
+        /// `[more, pitch of width]` in `more_storage`.
+        gates_more: Read,
+        /// `[tokens]` u32 gate rows; `u32::MAX` for row `more_first + t` of `gates_more`.
+        rows: Read,
+        /// `[tokens]` u32 rows of the cache.
+        slots: Read,
+        /// `[cache_rows, 2]` f32 (μ, ρ), written at the slots.
+        statistics: Write,
+    }
 }
 
 /// Tokens to measure.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
+pub struct GateStatistics {
     /// New tokens.
     pub tokens: u32,
     /// Elements that the norm spans.
@@ -72,89 +60,139 @@ pub struct Problem {
     pub more_storage: Storage,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for GateStatistics {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "gate_statistics";
+    const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("width", self.width)])?;
+    fn validate(&self) -> Result<(), String> {
         if self.norm == GateNorm::None {
-            return Err(Error::problem(SPEC.name, "there are no statistics without a norm"));
+            return Err("there are no statistics without a norm".to_owned());
         }
-        // One invocation walks a row alone where that is fast, unless its loop would be too long.
-        let auto = match row_lanes(context, self.width) {
-            0 if self.width > MOST_TRIPS => WIDE,
-            other => other,
+        check_nonzero(&[("width", self.width)])
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        let GateStatistics { tokens, width, resident, more_first, eps, storage, more_storage, .. } = *self;
+        let (gate_pitch, more_pitch) = (storage.row_pitch(width), more_storage.row_pitch(width));
+        Params { tokens, width, gate_pitch, more_pitch, resident, more_first, eps }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let rows = |rows: u32, storage: Storage| storage.sized(product(&[rows, storage.row_pitch(self.width)]));
+        Args {
+            kv: words(product(&[self.tokens, self.width])),
+            gates: rows(self.resident, self.storage),
+            gates_more: rows(self.more, self.more_storage),
+            rows: words(self.tokens.into()),
+            slots: words(self.tokens.into()),
+            statistics: words(product(&[self.cache_rows, 2])),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let GateStatistics { tokens, width, activation, norm, storage, .. } = *self;
+        // Product, then mean and variance, or the mean square alone.
+        let (element, row) = match norm {
+            GateNorm::LayerNorm => (5, 4),
+            _ => (3, 3),
         };
-        let auto = context.auto(SPEC.name, auto);
-        let (workgroup, lanes) = ROW_LANES[tuning.choose(SPEC.name, ROW_LANES.len(), auto)?];
-        trips(SPEC.name, "width", self.width, lanes)?;
-        Plan {
-            overrides: vec![
-                ("STORAGE_F16", self.storage.constant()),
-                ("MORE_F16", self.more_storage.constant()),
-                ("SOURCES", attention_grouped::sources(self.resident, self.more)),
-                ("ACTIVATION", f64::from(self.activation as u32)),
-                ("NORM", f64::from(self.norm as u32)),
-                ("WORKGROUP", workgroup.into()),
-                ("LANES", lanes.into()),
-            ],
-            grid: fold_grid(SPEC.name, self.tokens.div_ceil(workgroup / lanes).into(), &context.limits)?,
-            tiles: [0; 3],
-            workgroup_size: workgroup,
-            workgroup_bytes: 16 * if lanes == 1 { 1 } else { workgroup },
-        }
-        .checked(SPEC.name, &context.limits)
+        Cost::of(
+            &[times(activation.flops() + element, &[tokens, width]), times(row, &[tokens])],
+            &[times(4 + storage.bytes(), &[tokens, width]), times(16, &[tokens])],
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[tokens, width]` f32: keys and values before the gate.
-    pub kv: &'a Region,
-    /// `[resident, pitch of width]` in `storage`: gate rows before their activation.
-    pub gates: &'a Region,
-    /// `[more, pitch of width]` in `more_storage`.
-    pub gates_more: &'a Region,
-    /// `[tokens]` u32 gate rows; `u32::MAX` for row `more_first + t` of `gates_more`.
-    pub rows: &'a Region,
-    /// `[tokens]` u32 rows of the cache.
-    pub slots: &'a Region,
-    /// `[cache_rows, 2]` f32 (μ, ρ), written at the slots.
-    pub statistics: &'a Region,
-}
+/// Index into [`ROW_LANES`]: 64 invocations a row.
+const WIDE: usize = 2;
 
-/// Adds the statistics of new tokens to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let p = *problem;
-    let (gate_pitch, more_pitch) = (p.storage.row_pitch(p.width), p.more_storage.row_pitch(p.width));
-    let stored = |region, rows: u32, pitch: u32, storage: Storage| Bound {
-        region,
-        bytes: product(&[rows, pitch]).saturating_mul(storage.bytes()),
-    };
-    recording.push(
-        &SPEC,
-        &plan,
-        &Params {
-            tokens: p.tokens,
-            width: p.width,
-            gate_pitch,
-            more_pitch,
-            resident: p.resident,
-            more_first: p.more_first,
-            eps: p.eps,
-        },
-        &[
-            words(args.kv, product(&[p.tokens, p.width])),
-            stored(args.gates, p.resident, gate_pitch, p.storage),
-            stored(args.gates_more, p.more, more_pitch, p.more_storage),
-            words(args.rows, p.tokens.into()),
-            words(args.slots, p.tokens.into()),
-            words(args.statistics, product(&[p.cache_rows, 2])),
-        ],
-    )
+pub(crate) const ROWS: Variant<GateStatistics> = Variant::<GateStatistics>::new(
+    ("gate_statistics", include_str!("../../shaders/gate_statistics.wgsl")),
+    ROW_LANES.len(),
+    |op, _, setting| {
+        let (workgroup, lanes) = ROW_LANES[setting];
+        Ok(Draft::new(workgroup, Grid::Folded { items: op.tokens.into(), each: workgroup / lanes })
+            .with([
+                ("STORAGE_F16", op.storage.constant()),
+                ("MORE_F16", op.more_storage.constant()),
+                ("SOURCES", sources(op.resident, op.more)),
+                ("ACTIVATION", f64::from(op.activation as u32)),
+                ("NORM", f64::from(op.norm as u32)),
+            ])
+            .with([("WORKGROUP", workgroup), ("LANES", lanes)])
+            .bytes(16 * if lanes == 1 { 1 } else { workgroup })
+            .walks("width", op.width, lanes))
+    },
+    whole_rows,
+)
+// One invocation walks a row alone where that is fast, unless its loop would be too long.
+.auto(|op, context| match row_lanes(context, op.width) {
+    0 if op.width > MAX_ITERATIONS => WIDE,
+    other => other,
+});
+
+crate::vary!(GateStatistics {
+    tokens,
+    width,
+    resident,
+    more,
+    more_first,
+    cache_rows,
+    eps,
+    activation,
+    norm,
+    storage,
+    more_storage
+});
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for GateStatistics {
+    fn samples() -> Vec<Self> {
+        let mut all = Vec::new();
+        for tokens in crate::sample::ROWS {
+            for (storage, more_storage) in Storage::ALL.into_iter().flat_map(|s| Storage::ALL.map(|more| (s, more))) {
+                for activation in Activation::ALL {
+                    for norm in [GateNorm::LayerNorm, GateNorm::RmsNorm] {
+                        for (resident, more) in [(2, tokens), (0, tokens), (2, 0)] {
+                            let (width, more_first, cache_rows, eps) = (3, 0, tokens, 1e-5);
+                            all.push(GateStatistics {
+                                tokens,
+                                width,
+                                resident,
+                                more,
+                                more_first,
+                                cache_rows,
+                                eps,
+                                activation,
+                                norm,
+                                storage,
+                                more_storage,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let op = GateStatistics {
+            tokens: 3,
+            width: 7,
+            resident: 4,
+            more: 0,
+            more_first: 0,
+            cache_rows: 9,
+            eps: 1e-5,
+            activation: Activation::Sigmoid,
+            norm: GateNorm::LayerNorm,
+            storage: Storage::F16,
+            more_storage: Storage::F16,
+        };
+        // 3·7 · (sigmoid 3 + product, sums and squares 5) + 3·4. In: 3·7·(4 + 2), rows and slots 3·8. Out: 3·8.
+        vec![(op, Cost { flops: 168 + 12, bytes: 126 + 48 })]
+    }
 }

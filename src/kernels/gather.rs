@@ -1,36 +1,30 @@
 //! Rows of an embedding table by token id.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan, check_nonzero};
+use crate::storage::{Storage, product, words};
 
-use super::{Problem as _, nonzero, product, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Storage, Tuning, linear_plan};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { rows: u32, width: u32, table_row: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "gather",
-    source: include_str!("../../shaders/gather.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("table"), Binding::read("ids"), Binding::write("y")],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    rows: u32,
-    width: u32,
-    table_row: u32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[vocab_size, table_row]` in `storage`.
+        table: Read,
+        /// `[rows]` u32; `u32::MAX` for a row of zeros.
+        ids: Read,
+        /// `[rows, width]` f32, written.
+        y: Write,
+    }
 }
 
 /// Rows to look up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct Gather {
     /// Ids.
     pub rows: u32,
     /// Width of a table row.
@@ -43,39 +37,61 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for Gather {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "gather";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("width", self.width), ("vocab_size", self.vocab_size)])?;
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("width", self.width), ("vocab_size", self.vocab_size)])?;
         if self.table_row < self.width {
-            let (row, width) = (self.table_row, self.width);
-            return Err(Error::problem(SPEC.name, format!("rows of {width} elements begin every {row}")));
+            return Err(format!("rows of {} elements begin every {}", self.width, self.table_row));
         }
-        let overrides = vec![("STORAGE_F16", self.storage.constant())];
-        linear_plan(SPEC.name, product(&[self.rows, self.width]), overrides, context, tuning)
+        Ok(())
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        Params { rows: self.rows, width: self.width, table_row: self.table_row }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        Args {
+            table: self.storage.sized(product(&[self.vocab_size, self.table_row])),
+            ids: words(self.rows.into()),
+            y: words(product(&[self.rows, self.width])),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let Gather { rows, width, vocab_size, storage, .. } = *self;
+        let table = times(storage.bytes(), &[rows.min(vocab_size), width]);
+        Cost::of(&[], &[table, times(4, &[rows]), times(4, &[rows, width])])
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[vocab_size, table_row]` in `storage`.
-    pub table: &'a Region,
-    /// `[rows]` u32; `u32::MAX` for a row of zeros.
-    pub ids: &'a Region,
-    /// `[rows, width]` f32, written.
-    pub y: &'a Region,
-}
+pub(crate) const ELEMENTS: Variant<Gather> = Variant::<Gather>::new(
+    ("gather", include_str!("../../shaders/gather.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| {
+        let draft = Draft::elements(LINEAR_WORKGROUPS[setting], product(&[op.rows, op.width]));
+        Ok(draft.with([("STORAGE_F16", op.storage.constant())]))
+    },
+    anything,
+);
 
-/// Adds one look-up to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or a table over the device's binding limit.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { rows, width, table_row, vocab_size, storage } = *problem;
-    let table = Bound { region: args.table, bytes: product(&[vocab_size, table_row]).saturating_mul(storage.bytes()) };
-    let y = words(args.y, product(&[rows, width]));
-    recording.push(&SPEC, &plan, &Params { rows, width, table_row }, &[table, words(args.ids, rows.into()), y])
+crate::vary!(Gather { rows, width, table_row, vocab_size, storage });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for Gather {
+    fn samples() -> Vec<Self> {
+        let of = |rows| Storage::ALL.map(|storage| Gather { rows, width: 3, table_row: 3, vocab_size: 7, storage });
+        crate::sample::ELEMENTS.into_iter().flat_map(of).collect()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // Table rows 4·6·2, ids 4·4, out 4·6·4.
+        let op = Gather { rows: 4, width: 6, table_row: 8, vocab_size: 50, storage: Storage::F16 };
+        vec![(op, Cost { flops: 0, bytes: 48 + 16 + 96 })]
+    }
 }

@@ -1,50 +1,38 @@
 //! Token ids whose gate rows a pass has to project: groups, then new tokens, where no resident row holds them.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan, check_nonzero};
+use crate::storage::words;
 
-use super::{Problem as _, nonzero, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { tokens: u32, first_group: u32, groups: u32, n_sequence: u32, table: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "group_ids",
-    source: include_str!("../../shaders/group_ids.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("token_ids"),
-        Binding::read("token_rows"),
-        Binding::read("lists"),
-        Binding::write("ids"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    tokens: u32,
-    first_row: u32,
-    rows: u32,
-    n_sequence: u32,
-    table: u32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[tokens]` u32.
+        token_ids: Read,
+        /// `[tokens]` u32 resident gate rows, `u32::MAX` for none.
+        token_rows: Read,
+        /// Group lists and sequence table.
+        lists: Read,
+        /// `[groups + tokens]` u32, written.
+        ids: Write,
+    }
 }
 
 /// Ids to list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct GroupIds {
     /// New tokens.
     pub tokens: u32,
     /// First group, in the step's numbering.
-    pub first_row: u32,
+    pub first_group: u32,
     /// Groups.
-    pub rows: u32,
+    pub groups: u32,
     /// Lines of the sequence table.
     pub n_sequence: u32,
     /// Word of the sequence table in `lists`.
@@ -53,40 +41,58 @@ pub struct Problem {
     pub list_words: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        nonzero(SPEC.name, &[("n_sequence", self.n_sequence)])?;
-        linear_plan(SPEC.name, u64::from(self.tokens) + u64::from(self.rows), Vec::new(), context, tuning)
+impl GroupIds {
+    fn ids(&self) -> u64 {
+        u64::from(self.groups) + u64::from(self.tokens)
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[tokens]` u32.
-    pub token_ids: &'a Region,
-    /// `[tokens]` u32 resident gate rows, `u32::MAX` for none.
-    pub token_rows: &'a Region,
-    /// Group lists and sequence table.
-    pub lists: &'a Region,
-    /// `[rows + tokens]` u32, written.
-    pub ids: &'a Region,
+impl Op for GroupIds {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "group_ids";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
+
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("n_sequence", self.n_sequence)])
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        let GroupIds { tokens, first_group, groups, n_sequence, table, .. } = *self;
+        Params { tokens, first_group, groups, n_sequence, table }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let tokens = words(self.tokens.into());
+        Args { token_ids: tokens, token_rows: tokens, lists: words(self.list_words.into()), ids: words(self.ids()) }
+    }
+
+    fn cost(&self) -> Cost {
+        let GroupIds { tokens, groups, n_sequence, .. } = *self;
+        // Two words of a header and the id written; id and row of a token and the id written.
+        Cost::of(&[], &[times(12, &[groups]), times(12, &[tokens]), times(64, &[n_sequence])])
+    }
 }
 
-/// Adds one list to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { tokens, first_row, rows, n_sequence, table, list_words } = *problem;
-    let bound = [
-        words(args.token_ids, tokens.into()),
-        words(args.token_rows, tokens.into()),
-        words(args.lists, list_words.into()),
-        words(args.ids, u64::from(rows) + u64::from(tokens)),
-    ];
-    recording.push(&SPEC, &plan, &Params { tokens, first_row, rows, n_sequence, table }, &bound)
+pub(crate) const ELEMENTS: Variant<GroupIds> = Variant::<GroupIds>::new(
+    ("group_ids", include_str!("../../shaders/group_ids.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| Ok(Draft::elements(LINEAR_WORKGROUPS[setting], op.ids())),
+    anything,
+);
+
+crate::vary!(GroupIds { tokens, first_group, groups, n_sequence, table, list_words });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for GroupIds {
+    fn samples() -> Vec<Self> {
+        let of = |groups| GroupIds { tokens: 2, first_group: 5, groups, n_sequence: 1, table: 0, list_words: 16 };
+        crate::sample::ELEMENTS.map(of).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // 3 groups and 3 tokens of 12 bytes, a line of the table.
+        let op = GroupIds { tokens: 3, first_group: 0, groups: 3, n_sequence: 1, table: 0, list_words: 99 };
+        vec![(op, Cost { flops: 0, bytes: 36 + 36 + 64 })]
+    }
 }

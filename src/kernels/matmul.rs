@@ -1,50 +1,34 @@
-//! Matrix product with a tile of the result per workgroup, for many rows: any strides.
-//!
-//! The other products share its `Problem`, `Params` and `Args`. Those that read 16 bytes at a time want
-//! [`Problem::in_vec4`].
+//! Matrix product: of many rows in tiles, of few rows a column at a time.
 
-use bytemuck::{Pod, Zeroable};
+use crate::adapter::{AdapterClass, Cooperative, PlanContext};
+use crate::cost::{Cost, times, when};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, flag};
+use crate::storage::{Storage, product, words};
 
-use super::{Problem as _, flag, product, trips, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{AdapterClass, Cooperative, Plan, PlanContext, Storage, Tuning};
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params {
+        rows: u32, inner: u32, cols: u32,
+        x_offset: u32, x_row: u32, x_batch: u32,
+        w_offset: u32, w_col: u32, w_inner: u32, w_batch: u32,
+        y_offset: u32, y_row: u32, y_batch: u32,
+        tiles_x: u32, tiles_y: u32, tiles_z: u32,
+    }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "matmul",
-    source: include_str!("../../shaders/matmul.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("x"), Binding::read("w"), Binding::read("bias"), Binding::write("y")],
-    params_size: size_of::<Params>(),
-    tunings: TUNINGS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// (WG_X, WG_Y, TILE_K): an invocation owns 4 × 4 results.
-const TUNINGS: &[(u32, u32, u32)] = &[(16, 16, 16), (16, 8, 16), (8, 8, 32), (32, 4, 8)];
-
-/// Uniform parameters, as in the shader; every matrix product has the same.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    pub(super) rows: u32,
-    pub(super) inner: u32,
-    pub(super) cols: u32,
-    pub(super) x_offset: u32,
-    pub(super) x_row: u32,
-    pub(super) x_batch: u32,
-    pub(super) w_offset: u32,
-    pub(super) w_col: u32,
-    pub(super) w_inner: u32,
-    pub(super) w_batch: u32,
-    pub(super) y_offset: u32,
-    pub(super) y_row: u32,
-    pub(super) y_batch: u32,
-    pub(super) tiles_x: u32,
-    pub(super) tiles_y: u32,
-    pub(super) tiles_z: u32,
+crate::args! {
+    /// Buffers of one dispatch; shapes and strides as in [`Matmul`].
+    pub struct Args {
+        /// f32.
+        x: Read,
+        /// Weights in `storage`.
+        w: Read,
+        /// `[cols]` in `storage`; not bound without a bias.
+        bias: Read,
+        /// f32, written.
+        y: Write,
+    }
 }
 
 /// Where the elements of an operand stand, in elements.
@@ -82,7 +66,7 @@ impl Layout {
 
 /// `y[b,m,n] = Σ_k x[b,m,k] · w[b,n,k] + bias[n]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct Matmul {
     /// Rows of `x` and `y`.
     pub rows: u32,
     /// Length of the sums.
@@ -103,10 +87,19 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-impl Problem {
+/// Most rows that the kernels for few rows are preferred for.
+const FEW_ROWS: u32 = 8;
+
+/// Fewest rows for cooperative matrices: half the rows of their smallest tile on most adapters.
+const COOPERATIVE_ROWS: u32 = 32;
+
+/// Workgroups of the larger tiles that keep a GPU busy; with fewer, smaller tiles spread the work further.
+const FULL: u64 = 128;
+
+impl Matmul {
     /// `y [rows, cols] = x [rows, inner] · wᵀ`, everything dense, `w` `[cols, inner]` as in checkpoints.
     pub fn linear(rows: u32, inner: u32, cols: u32, bias: bool, storage: Storage) -> Self {
-        Problem {
+        Matmul {
             rows,
             inner,
             cols,
@@ -131,15 +124,38 @@ impl Problem {
         self.inner > 0 && whole(self.x, 4) && whole(self.w, 16 / self.storage.bytes() as u32)
     }
 
-    pub(super) fn validate_vec4(&self, kernel: &'static str) -> Result<()> {
-        self.validate(kernel)?;
+    fn check_vec4(&self) -> Result<(), String> {
         if !self.in_vec4() {
-            return Err(Error::problem(kernel, "rows of x and w must be whole 16-byte loads on 16-byte boundaries"));
+            return Err("rows of x and w must be whole 16-byte loads on 16-byte boundaries".to_owned());
         }
         Ok(())
     }
 
-    pub(super) fn params(&self, plan: &Plan) -> Params {
+    fn few(&self) -> bool {
+        self.rows <= FEW_ROWS
+    }
+
+    fn tiled(&self, workgroup_size: u32, [cols, rows]: [u32; 2]) -> Draft {
+        let grid = Grid::Tiled { size: [self.cols, self.rows, self.batch], tile: [cols, rows, 1] };
+        Draft::new(workgroup_size, grid).with([("STORAGE_F16", self.storage.constant()), ("HAS_BIAS", flag(self.bias))])
+    }
+}
+
+impl Op for Matmul {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "matmul";
+    const VARIANTS: &'static [Variant<Self>] =
+        &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, FEW_SUBGROUP, FEW_VEC4, VEC4, FEW, TILES];
+
+    fn validate(&self) -> Result<(), String> {
+        if self.x.inner != 1 || self.y.inner != 1 {
+            return Err("rows of x and y must be contiguous (inner stride 1)".to_owned());
+        }
+        Ok(())
+    }
+
+    fn params(&self, plan: &Plan) -> Params {
         let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             rows: self.rows,
@@ -161,71 +177,304 @@ impl Problem {
         }
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        if self.x.inner != 1 || self.y.inner != 1 {
-            return Err(Error::problem(kernel, "rows of x and y must be contiguous (inner stride 1)"));
+    fn bytes(&self) -> Args<u64> {
+        Args {
+            x: words(self.x.end(self.rows, self.inner, self.batch)),
+            w: self.storage.sized(self.w.end(self.cols, self.inner, self.batch)),
+            bias: self.storage.sized(if self.bias { self.cols.into() } else { 0 }),
+            y: words(self.y.end(self.rows, self.cols, self.batch)),
         }
-        Ok(())
     }
 
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 4] {
-        let stored = |region, elements: u64| Bound { region, bytes: elements.saturating_mul(self.storage.bytes()) };
-        [
-            words(args.x, self.x.end(self.rows, self.inner, self.batch)),
-            stored(args.w, self.w.end(self.cols, self.inner, self.batch)),
-            stored(args.bias, if self.bias { self.cols.into() } else { 0 }),
-            words(args.y, self.y.end(self.rows, self.cols, self.batch)),
-        ]
-    }
-
-    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
-        vec![("STORAGE_F16", self.storage.constant()), ("HAS_BIAS", flag(self.bias))]
+    fn cost(&self) -> Cost {
+        let Matmul { rows, inner, cols, batch, bias, storage, .. } = *self;
+        // A stride of 0 means that every product of the batch reads the same operand.
+        let matrices = |layout: Layout| if layout.batch == 0 { batch.min(1) } else { batch };
+        Cost::of(
+            &[times(2, &[rows, inner, cols, batch]), when(bias, times(1, &[rows, cols, batch]))],
+            &[
+                times(4, &[rows, inner, matrices(self.x)]),
+                times(storage.bytes(), &[cols, inner, matrices(self.w)]),
+                when(bias, times(storage.bytes(), &[cols])),
+                times(4, &[rows, cols, batch]),
+            ],
+        )
     }
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+/// Many rows, any strides: a tile of the result per workgroup. (WG_X, WG_Y, TILE_K): an invocation owns 4 × 4 results.
+pub(crate) const TILES: Variant<Matmul> = {
+    const TUNINGS: &[(u32, u32, u32)] = &[(16, 16, 16), (16, 8, 16), (8, 8, 32), (32, 4, 8)];
+    Variant::<Matmul>::new(
+        ("matmul", include_str!("../../shaders/matmul.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let (wg_x, wg_y, tile_k) = TUNINGS[setting];
+            Ok(op
+                .tiled(wg_x * wg_y, [wg_x * 4, wg_y * 4])
+                .with([("WG_X", wg_x), ("WG_Y", wg_y), ("TILE_K", tile_k)])
+                .bytes(4 * tile_k * (4 * wg_y + 1 + 4 * wg_x + 1))
+                .walks("inner", op.inner, tile_k))
+        },
+        |_, _, plan| {
+            let tile = [4 * plan.value("WG_X"), 4 * plan.value("WG_Y"), 1];
+            hold(&[(plan.tile() == tile, "an invocation owns 4 × 4 results")])
+        },
+    )
+    .auto(|_, context| match context.class {
+        AdapterClass::Software | AdapterClass::Discrete => 0,
+        AdapterClass::Integrated | AdapterClass::Apple => 2,
+    })
+};
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
-        let auto = match context.class {
-            AdapterClass::Software | AdapterClass::Discrete => 0,
-            AdapterClass::Integrated | AdapterClass::Apple => 2,
-        };
-        let (wg_x, wg_y, tile_k) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, auto))?];
-        trips(SPEC.name, "inner", self.inner, tile_k)?;
-        let mut overrides = self.switches();
-        overrides.extend([("WG_X", wg_x.into()), ("WG_Y", wg_y.into()), ("TILE_K", tile_k.into())]);
-        let (tile_m, tile_n) = (wg_y * 4, wg_x * 4);
-        Plan {
-            overrides,
-            grid: [self.cols.div_ceil(tile_n), self.rows.div_ceil(tile_m), self.batch],
-            tiles: [0; 3],
-            workgroup_size: wg_x * wg_y,
-            workgroup_bytes: 4 * tile_k * (tile_m + 1 + tile_n + 1),
+/// Many rows in 16-byte loads. (WG_X, WG_Y): an invocation owns 8 × 8 results.
+pub(crate) const VEC4: Variant<Matmul> = {
+    const TUNINGS: &[(u32, u32)] = &[(8, 8), (16, 16)];
+    Variant::<Matmul>::new(
+        ("matmul_vec4", include_str!("../../shaders/matmul_vec4.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            op.check_vec4()?;
+            let (wg_x, wg_y) = TUNINGS[setting];
+            Ok(op
+                .tiled(wg_x * wg_y, [8 * wg_x, 8 * wg_y])
+                .with([("WG_X", wg_x), ("WG_Y", wg_y)])
+                .bytes(4 * 16 * (8 * wg_x + 8 * wg_y))
+                .walks("inner", op.inner, 16))
+        },
+        |_, _, plan| {
+            let sides = [plan.value("WG_X"), plan.value("WG_Y")];
+            let whole = sides.iter().all(|side| side.is_multiple_of(4));
+            hold(&[
+                (whole, "quads move about within groups of 8: sides are multiples of 4"),
+                (plan.tile() == [8 * sides[0], 8 * sides[1], 1], "an invocation owns 8 × 8 results"),
+            ])
+        },
+    )
+    .auto(|op, context| match context.class {
+        AdapterClass::Software => 1,
+        AdapterClass::Integrated | AdapterClass::Apple => 0,
+        AdapterClass::Discrete => {
+            let (wg_x, wg_y) = TUNINGS[1];
+            let tiles = product(&[op.cols.div_ceil(8 * wg_x), op.rows.div_ceil(8 * wg_y), op.batch]);
+            usize::from(tiles >= FULL)
         }
-        .tiled(SPEC.name, &context.limits)
-    }
-}
+    })
+    .preferred(|op, _| op.in_vec4())
+};
 
-/// Buffers of one dispatch; shapes and strides as in [`Problem`].
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// f32.
-    pub x: &'a Region,
-    /// Weights in `storage`.
-    pub w: &'a Region,
-    /// `[cols]` in `storage`; `Kernels::absent` without a bias.
-    pub bias: &'a Region,
-    /// f32, written.
-    pub y: &'a Region,
-}
+/// Many rows in registers alone, rows of `x` shared by subgroup shuffles: for adapters without fast workgroup memory.
+pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
+    ("matmul_subgroup", include_str!("../../shaders/matmul_subgroup.wgsl")),
+    1,
+    |op, context, _| {
+        op.check_vec4()?;
+        // Rows along x: workgroups that start one after another read the same weights. Eight rows and 32 columns each.
+        let grid = Grid::Tiled { size: [op.rows, op.cols, op.batch], tile: [8, 32, 1] };
+        Ok(Draft { grid, ..op.tiled(8, [8, 32]) }
+            .with([("SPREAD", if context.subgroup_min_size >= 8 { 8 } else { 4 })])
+            .walks("inner", op.inner, 4))
+    },
+    |_, _, plan| {
+        hold(&[
+            ([4, 8].contains(&plan.value("SPREAD")), "rows are spread over 4 or 8 lanes"),
+            (plan.tile() == [8, 32, 1], "a workgroup has 8 rows and 32 columns"),
+        ])
+    },
+)
+.subgroups(4)
+// On lavapipe the shuffles pay from the second row on.
+.preferred(|op, context| op.in_vec4() && context.class == AdapterClass::Software && op.rows > 1);
 
-/// Adds one product to a recording.
+/// Many rows by cooperative matrices of 16 × 16, f16 weights and f32 sums.
 ///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(&plan), &problem.bound(&args))
+/// `x` is rounded to f16 before it is multiplied: for f16 weights only, whose rounding is as coarse. Values of `x` beyond
+/// ±65 504 become infinite, as in any f16.
+pub(crate) const COOPERATIVE: Variant<Matmul> = Variant::<Matmul>::new(
+    ("matmul_cooperative", include_str!("../../shaders/matmul_cooperative.wgsl")),
+    FRAGMENTS.len(),
+    |op, context, setting| by_matrices(op, 16, context, setting),
+    |_, context, plan| whole_subgroups(16, context, plan),
+)
+.cooperative(Cooperative::BY_16)
+.auto(|op, _| usize::from(product(&matrix_grid(op, 16, FRAGMENTS[0])) < FULL))
+.preferred(rounds_as_weights_do);
+
+/// The same with matrices of 8 × 8: Apple's GPUs have these.
+pub(crate) const COOPERATIVE_8: Variant<Matmul> = Variant::<Matmul>::new(
+    ("matmul_cooperative_8", include_str!("../../shaders/matmul_cooperative_8.wgsl")),
+    FRAGMENTS.len(),
+    |op, context, setting| by_matrices(op, 8, context, setting),
+    |_, context, plan| whole_subgroups(8, context, plan),
+)
+.cooperative(Cooperative::BY_8)
+.auto(|op, _| usize::from(product(&matrix_grid(op, 8, FRAGMENTS[0])) < FULL))
+.preferred(rounds_as_weights_do);
+
+/// Matrices along each side of a subgroup's tile, of which a workgroup has 2 × 2.
+const FRAGMENTS: &[u32] = &[4, 2];
+
+/// Fours of `x`, and of `w`, that a step stages, whatever the tile.
+const QUADS: u32 = 512;
+
+fn matrix_grid(op: &Matmul, side: u32, fragments: u32) -> [u32; 3] {
+    let tile = 2 * fragments * side;
+    [op.cols.div_ceil(tile), op.rows.div_ceil(tile), op.batch]
+}
+
+fn by_matrices(op: &Matmul, side: u32, context: &PlanContext, setting: usize) -> Result<Draft, String> {
+    op.check_vec4()?;
+    if op.storage != Storage::F16 {
+        return Err("weights must be stored in f16".to_owned());
+    }
+    let fragments = FRAGMENTS[setting];
+    let tile = 2 * fragments * side;
+    let tile_k = QUADS * 4 / tile;
+    let grid = Grid::Tiled { size: [op.cols, op.rows, op.batch], tile: [tile, tile, 1] };
+    let workgroup_size = four_subgroups(context);
+    Ok(Draft::new(workgroup_size, grid)
+        .with([("HAS_BIAS", flag(op.bias))])
+        .with([("WORKGROUP", workgroup_size), ("FRAGMENTS", fragments)])
+        // Staged halves, and a matrix of sums for each subgroup.
+        .bytes(2 * 2 * tile * (tile_k + 8) + 4 * 4 * side * side)
+        .walks("inner", op.inner, tile_k))
+}
+
+/// Invocations of four subgroups at least: whole ones, whatever their size.
+pub(super) fn four_subgroups(context: &PlanContext) -> u32 {
+    4 * context.widest_subgroup()
+}
+
+fn whole_subgroups(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    let fragments = plan.value("FRAGMENTS");
+    let tile = 2 * fragments * side;
+    hold(&[
+        ([2, 4].contains(&fragments), "fragments are unrolled by 2 or 4"),
+        (plan.tile() == [tile, tile, 1], "2 × 2 subgroups have FRAGMENTS × FRAGMENTS matrices each"),
+        (plan.workgroup_size.is_multiple_of(four_subgroups(context)), "a workgroup is four whole subgroups at least"),
+    ])
+}
+
+/// A software adapter gains nothing by cooperative matrices.
+fn rounds_as_weights_do(op: &Matmul, context: &PlanContext) -> bool {
+    op.storage == Storage::F16 && op.rows >= COOPERATIVE_ROWS && context.class != AdapterClass::Software
+}
+
+/// Few rows, any strides: every weight is read once for up to four rows. (WORKGROUP, LANES): LANES invocations share a column.
+pub(crate) const FEW: Variant<Matmul> = {
+    const TUNINGS: &[(u32, u32)] = &[(64, 8), (64, 1), (128, 32), (256, 16)];
+    Variant::<Matmul>::new(
+        ("matvec", include_str!("../../shaders/matvec.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let (workgroup, lanes) = TUNINGS[setting];
+            Ok(op
+                .tiled(workgroup, [workgroup / lanes, 4])
+                .with([("WORKGROUP", workgroup), ("LANES", lanes)])
+                .bytes(16 * workgroup)
+                .walks("inner", op.inner, lanes))
+        },
+        |_, _, plan| whole_columns(1, plan),
+    )
+    .auto(|op, context| match context.class {
+        AdapterClass::Software => 1,
+        // Neighbouring columns stand side by side: neighbouring lanes read them.
+        _ if op.w.row == 1 => 1,
+        AdapterClass::Integrated | AdapterClass::Apple => 0,
+        AdapterClass::Discrete => 2,
+    })
+    .preferred(|op, _| op.few())
+};
+
+/// Few rows in 16-byte loads. (WORKGROUP, LANES): LANES invocations share four columns.
+pub(crate) const FEW_VEC4: Variant<Matmul> = {
+    const TUNINGS: &[(u32, u32)] = &[(8, 1), (64, 16), (128, 32)];
+    Variant::<Matmul>::new(
+        ("matvec_vec4", include_str!("../../shaders/matvec_vec4.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            op.check_vec4()?;
+            let (workgroup, lanes) = TUNINGS[setting];
+            Ok(op
+                .tiled(workgroup, [4 * workgroup / lanes, 4])
+                .with([("WORKGROUP", workgroup), ("LANES", lanes), ("SINGLE", u32::from(op.rows == 1))])
+                .bytes(16 * if lanes == 1 { 1 } else { 4 * workgroup })
+                .walks("inner", op.inner, 4 * lanes))
+        },
+        |_, _, plan| whole_columns(4, plan),
+    )
+    .auto(|_, context| match context.class {
+        AdapterClass::Software => 0,
+        AdapterClass::Integrated | AdapterClass::Apple => 1,
+        AdapterClass::Discrete => 2,
+    })
+    .preferred(|op, _| op.in_vec4() && op.few())
+};
+
+/// `each` columns for LANES invocations.
+fn whole_columns(each: u64, plan: &Plan) -> Result<(), &'static str> {
+    let (workgroup, lanes) = (plan.value("WORKGROUP"), plan.value("LANES"));
+    hold(&[
+        (workgroup.is_multiple_of(lanes), "a workgroup has whole columns"),
+        (plan.tile() == [each * workgroup / lanes, 4, 1], "a workgroup has four rows of its columns"),
+    ])
+}
+
+/// Few rows in 16-byte loads, summed by subgroup operations. WORKGROUP invocations share four columns.
+pub(crate) const FEW_SUBGROUP: Variant<Matmul> = {
+    const TUNINGS: &[u32] = &[64, 32, 128];
+    Variant::<Matmul>::new(
+        ("matvec_subgroup", include_str!("../../shaders/matvec_subgroup.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            op.check_vec4()?;
+            let workgroup = TUNINGS[setting];
+            Ok(op.tiled(workgroup, [4, 4]).with([("WORKGROUP", workgroup)]).bytes(16 * workgroup).walks(
+                "inner",
+                op.inner,
+                4 * workgroup,
+            ))
+        },
+        |_, _, plan| hold(&[(plan.tile() == [4, 4, 1], "a workgroup has four rows of four columns")]),
+    )
+    .subgroups(4)
+    .auto(|op, context| match context.class {
+        AdapterClass::Software | AdapterClass::Apple => 1,
+        AdapterClass::Integrated => 0,
+        // A row that gives every invocation several loads.
+        AdapterClass::Discrete => {
+            if op.inner >= 4096 {
+                2
+            } else {
+                0
+            }
+        }
+    })
+    .preferred(|op, context| op.in_vec4() && op.few() && context.class != AdapterClass::Software)
+};
+
+crate::vary!(Layout { offset, row, inner, batch });
+crate::vary!(Matmul { rows, inner, cols, batch, x, w, y, bias, storage });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for Matmul {
+    fn samples() -> Vec<Self> {
+        let rows = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65];
+        let cols = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129];
+        let mut all = Vec::new();
+        for (m, n) in rows.iter().flat_map(|&m| cols.map(|n| (m, n))) {
+            for (storage, bias) in Storage::ALL.into_iter().flat_map(|s| [false, true].map(|bias| (s, bias))) {
+                // Odd rows, rows of whole loads, and weights that are read across.
+                let of = |inner| Matmul { batch: 3, ..Matmul::linear(m, inner, n, bias, storage) };
+                let across = Layout { offset: 0, row: 1, inner: n, batch: 5 * n };
+                all.extend([of(5), of(24), Matmul { w: across, ..of(5) }]);
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
+        vec![(Matmul::linear(2, 3, 5, true, Storage::F16), Cost { flops: 60 + 10, bytes: 24 + 30 + 10 + 40 })]
+    }
 }

@@ -1,43 +1,28 @@
 //! RMSNorm and LayerNorm of rows.
 
-use bytemuck::{Pod, Zeroable};
+use crate::adapter::{AdapterClass, PlanContext};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
+use crate::storage::{Storage, product, rows_end, words};
 
-use super::{Problem as _, flag, nonzero, norm_vec4, product, trips, words};
-use crate::error::Result;
-use crate::kernel::{Binding, Bound, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Storage, Tuning, fold_grid};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { rows: u32, width: u32, second: u32, x_offset: u32, x_row: u32, eps: f32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "norm",
-    source: include_str!("../../shaders/norm.wgsl"),
-    bindings: &[
-        Binding::PARAMS,
-        Binding::read("x"),
-        Binding::read("weight"),
-        Binding::read("bias"),
-        Binding::write("y"),
-    ],
-    params_size: size_of::<Params>(),
-    tunings: ROW_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.
-pub(super) const ROW_WORKGROUPS: &[u32] = &[64, 256, 32];
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    rows: u32,
-    width: u32,
-    second: u32,
-    x_offset: u32,
-    x_row: u32,
-    eps: f32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// f32, rows as in [`Norm`].
+        x: Read,
+        /// `[width + second]` in `storage`.
+        weight: Read,
+        /// `[width + second]` in `storage`; not bound without a bias.
+        bias: Read,
+        /// `[rows, width + second]` f32, written.
+        y: Write,
+    }
 }
 
 /// Which norm.
@@ -51,7 +36,7 @@ pub enum Kind {
 
 /// Rows to normalise.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
+pub struct Norm {
     /// Rows.
     pub rows: u32,
     /// Elements that a norm spans.
@@ -72,96 +57,165 @@ pub struct Problem {
     pub storage: Storage,
 }
 
-impl Problem {
+impl Norm {
     /// Whether every segment of every tensor is a whole number of 16-byte loads that begin on 16-byte boundaries.
     pub fn in_vec4(&self) -> bool {
         [self.x_offset, self.x_row].iter().all(|step| step.is_multiple_of(4))
             && [self.width, self.second].iter().all(|width| width.is_multiple_of(16 / self.storage.bytes() as u32))
     }
 
-    pub(super) fn validate(&self, kernel: &'static str) -> Result<()> {
-        // The smaller of the two workgroups walks a row.
-        [("width", self.width), ("second", self.second)]
-            .into_iter()
-            .try_for_each(|(name, width)| trips(kernel, name, width, 64))?;
-        nonzero(kernel, &[("width", self.width)])
-    }
-
     /// Segments of all rows.
-    pub(super) fn segments(&self) -> u64 {
+    fn segments(&self) -> u64 {
         product(&[self.rows, if self.second > 0 { 2 } else { 1 }])
     }
 
-    pub(super) fn switches(&self) -> Vec<(&'static str, f64)> {
-        vec![
-            ("STORAGE_F16", self.storage.constant()),
-            ("CENTER", flag(self.kind == Kind::Layer)),
-            ("HAS_BIAS", flag(self.bias)),
-        ]
+    /// A draft with `each` segments a workgroup, whose widths are walked `step` elements at a time.
+    fn draft(&self, workgroup_size: u32, each: u32, step: u32) -> Draft {
+        Draft::new(workgroup_size, Grid::Folded { items: self.segments(), each })
+            .with([
+                ("STORAGE_F16", self.storage.constant()),
+                ("CENTER", flag(self.kind == Kind::Layer)),
+                ("HAS_BIAS", flag(self.bias)),
+            ])
+            .with([("WORKGROUP", workgroup_size)])
+            .walks("width", self.width, step)
+            .walks("second", self.second, step)
+    }
+}
+
+impl Op for Norm {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "norm";
+    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ROWS];
+
+    fn validate(&self) -> Result<(), String> {
+        check_nonzero(&[("width", self.width)])
     }
 
-    pub(super) fn params(&self) -> Params {
-        let Problem { rows, width, second, x_offset, x_row, eps, .. } = *self;
+    fn params(&self, _: &Plan) -> Params {
+        let Norm { rows, width, second, x_offset, x_row, eps, .. } = *self;
         Params { rows, width, second, x_offset, x_row, eps }
     }
 
-    pub(super) fn bound<'a>(&self, args: &Args<'a>) -> [Bound<'a>; 4] {
-        let whole = self.width + self.second;
-        let x_end = u64::from(self.x_offset) + product(&[self.rows.saturating_sub(1), self.x_row]) + u64::from(whole);
-        let stored = |region, elements: u32| Bound { region, bytes: u64::from(elements) * self.storage.bytes() };
-        // A binding of 16-byte elements holds one at least, be it unused.
-        let least = if self.in_vec4() { 16 / self.storage.bytes() as u32 } else { 0 };
-        [
-            words(args.x, x_end),
-            stored(args.weight, whole),
-            stored(args.bias, if self.bias { whole } else { least }),
-            words(args.y, product(&[self.rows, whole])),
+    fn bytes(&self) -> Args<u64> {
+        let whole = self.width.saturating_add(self.second);
+        let stored = |elements: u32| self.storage.sized(elements.into());
+        Args {
+            x: words(rows_end(self.x_offset, self.rows, self.x_row, whole)),
+            weight: stored(whole),
+            bias: stored(if self.bias { whole } else { 0 }),
+            y: words(product(&[self.rows, whole])),
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let Norm { rows, width, second, kind, bias, storage, .. } = *self;
+        let (whole, segments) = (width.saturating_add(second), if second > 0 { 2 } else { 1 });
+        // Square and sum, scale, weight; LayerNorm also sums and centres.
+        let (element, row) = match kind {
+            Kind::Rms => (4, 3),
+            Kind::Layer => (6, 4),
+        };
+        Cost::of(
+            &[times(element + u64::from(bias), &[rows, whole]), times(row, &[rows, segments])],
+            &[times(8, &[rows, whole]), times(storage.bytes() * (1 + u64::from(bias)), &[whole])],
+        )
+    }
+}
+
+/// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.
+pub(super) const ROW_WORKGROUPS: &[u32] = &[64, 256, 32];
+
+/// (WORKGROUP, LANES) of the kernels whose invocations share a row in 16-byte loads; powers of two, as putting the parts of a
+/// row together needs.
+pub(super) const ROW_LANES: &[(u32, u32)] = &[(8, 1), (64, 16), (64, 64), (256, 256)];
+
+/// Index into [`ROW_LANES`]: on a CPU every lane of a vector has a row of its own and nothing is put together; on a GPU
+/// an invocation has a few loads.
+pub(super) fn row_lanes(context: &PlanContext, width: u32) -> usize {
+    match (context.class, width) {
+        (AdapterClass::Software, _) => 0,
+        (_, 0..256) => 1,
+        (_, 256..2048) => 2,
+        (_, 2048..) => 3,
+    }
+}
+
+/// What the kernels of [`ROW_LANES`] take for granted.
+pub(super) fn whole_rows<O>(_: &O, _: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    let lanes = plan.value("LANES");
+    hold(&[
+        (lanes.is_power_of_two(), "the lanes of a row are a power of two"),
+        (plan.value("WORKGROUP").is_multiple_of(lanes.max(1)), "a workgroup has whole rows"),
+    ])
+}
+
+/// A power of two, for reductions that halve.
+pub(super) fn halving<O>(_: &O, _: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    hold(&[(plan.workgroup_size.is_power_of_two(), "reductions halve: a workgroup is a power of two")])
+}
+
+/// Any widths: a workgroup a row.
+pub(crate) const ROWS: Variant<Norm> = Variant::<Norm>::new(
+    ("norm", include_str!("../../shaders/norm.wgsl")),
+    ROW_WORKGROUPS.len(),
+    |op, _, setting| {
+        let workgroup = ROW_WORKGROUPS[setting];
+        Ok(op.draft(workgroup, 1, workgroup.min(64)).bytes(4 * workgroup))
+    },
+    halving,
+);
+
+/// In 16-byte loads and stores.
+pub(crate) const VEC4: Variant<Norm> = Variant::<Norm>::new(
+    ("norm_vec4", include_str!("../../shaders/norm_vec4.wgsl")),
+    ROW_LANES.len(),
+    |op, _, setting| {
+        if !op.in_vec4() {
+            return Err("segments must be whole 16-byte loads on 16-byte boundaries".to_owned());
+        }
+        let (workgroup, lanes) = ROW_LANES[setting];
+        Ok(op
+            .draft(workgroup, workgroup / lanes, (4 * lanes).min(64))
+            .with([("LANES", lanes)])
+            .bytes(16 * if lanes == 1 { 1 } else { workgroup }))
+    },
+    whole_rows,
+)
+.auto(|op, context| row_lanes(context, op.width.max(op.second)))
+.preferred(|op, _| op.in_vec4());
+
+crate::vary!(Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for Norm {
+    fn samples() -> Vec<Self> {
+        // Odd widths, then widths for one to many lanes; with a second segment.
+        let widths = [(3, 0), (3, 5), (8, 0), (1024, 0), (24, 4096)];
+        let switches = [(Kind::Rms, false), (Kind::Rms, true), (Kind::Layer, false), (Kind::Layer, true)];
+        let mut all = Vec::new();
+        for (rows, storage) in
+            crate::sample::ROWS.into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage)))
+        {
+            for ((kind, bias), (width, second)) in switches.into_iter().flat_map(|s| widths.map(|width| (s, width))) {
+                let (x_offset, x_row, eps) = (0, width + second, 1e-6);
+                all.push(Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage });
+            }
+        }
+        all
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        let of = |(width, second), kind, bias| {
+            let (rows, x_offset, x_row, eps, storage) = (2, 0, width + second, 1e-5, Storage::F16);
+            Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage }
+        };
+        vec![
+            // LayerNorm with bias: 2·5·7 + 2·4. In and out 2·5·8, weight and bias 5·4.
+            (of((5, 0), Kind::Layer, true), Cost { flops: 70 + 8, bytes: 80 + 20 }),
+            // RMSNorm of two segments: 2·(8 + 16)·4 + 2·2·3. In and out 2·24·8, weights 24·2.
+            (of((8, 16), Kind::Rms, false), Cost { flops: 192 + 12, bytes: 384 + 48 }),
         ]
     }
-}
-
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
-
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        self.validate(SPEC.name)?;
-        let workgroup_size =
-            ROW_WORKGROUPS[tuning.choose(SPEC.name, ROW_WORKGROUPS.len(), context.auto(SPEC.name, 0))?];
-        let mut overrides = self.switches();
-        overrides.push(("WORKGROUP", workgroup_size.into()));
-        Plan {
-            overrides,
-            grid: fold_grid(SPEC.name, self.segments(), &context.limits)?,
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 4 * workgroup_size,
-        }
-        .checked(SPEC.name, &context.limits)
-    }
-}
-
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// f32, rows as in [`Problem`].
-    pub x: &'a Region,
-    /// `[width + second]` in `storage`.
-    pub weight: &'a Region,
-    /// `[width + second]` in `storage`; `Kernels::absent` without a bias.
-    pub bias: &'a Region,
-    /// `[rows, width + second]` f32, written.
-    pub y: &'a Region,
-}
-
-/// Adds one norm to a recording: with [`norm_vec4`] where the operands are [`Problem::in_vec4`] and no setting of this kernel is
-/// forced.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    if tuning == Tuning::Auto && problem.in_vec4() {
-        return norm_vec4::encode(recording, &norm_vec4::Problem(*problem), args, tuning);
-    }
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    recording.push(&SPEC, &plan, &problem.params(), &problem.bound(&args))
 }

@@ -1,62 +1,68 @@
 //! Residual connection, in place.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
+use crate::storage::words;
 
-use super::{Problem as _, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { elements: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "residual_add",
-    source: include_str!("../../shaders/residual_add.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("delta"), Binding::write("stream")],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    elements: u32,
+crate::args! {
+    /// Buffers of one dispatch, each `[elements]` f32.
+    pub struct Args {
+        /// Added.
+        delta: Read,
+        /// Read and written.
+        stream: Write,
+    }
 }
 
 /// `stream += delta` over this many elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct ResidualAdd {
     /// Elements.
     pub elements: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for ResidualAdd {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "residual_add";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        linear_plan(SPEC.name, self.elements.into(), Vec::new(), context, tuning)
+    fn params(&self, _: &Plan) -> Params {
+        Params { elements: self.elements }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let all = words(self.elements.into());
+        Args { delta: all, stream: all }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::of(&[times(1, &[self.elements])], &[times(12, &[self.elements])])
     }
 }
 
-/// Buffers of one dispatch, each `[elements]` f32.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// Added.
-    pub delta: &'a Region,
-    /// Read and written.
-    pub stream: &'a Region,
-}
+pub(crate) const ELEMENTS: Variant<ResidualAdd> = Variant::<ResidualAdd>::new(
+    ("residual_add", include_str!("../../shaders/residual_add.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| Ok(Draft::elements(LINEAR_WORKGROUPS[setting], op.elements.into())),
+    anything,
+);
 
-/// Adds one residual connection to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or `delta` in the buffer of `stream`.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let elements = u64::from(problem.elements);
-    let bound = [words(args.delta, elements), words(args.stream, elements)];
-    recording.push(&SPEC, &plan, &Params { elements: problem.elements }, &bound)
+crate::vary!(ResidualAdd { elements });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for ResidualAdd {
+    fn samples() -> Vec<Self> {
+        crate::sample::ELEMENTS.map(|elements| ResidualAdd { elements }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        vec![(ResidualAdd { elements: 11 }, Cost { flops: 11, bytes: 132 })]
+    }
 }

@@ -1,96 +1,117 @@
-//! Products of cooperative matrices of 16 × 16 in registers, for the rate of an adapter.
+//! Products of cooperative matrices in registers, for the rate of an adapter.
 
-use bytemuck::{Pod, Zeroable};
-
-use super::{COOPERATIVE_FEATURES, Problem as _, product, trips, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
-
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "roofline_cooperative",
-    source: include_str!("../../shaders/roofline_cooperative.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("x"), Binding::write("y")],
-    params_size: size_of::<Params>(),
-    tunings: 1,
-    features: COOPERATIVE_FEATURES,
-    cooperative: Cooperative::BY_16,
-    subgroup: 0,
-};
-
-/// Rows and columns of a matrix.
-pub const SIDE: u32 = 16;
+use crate::adapter::{Cooperative, PlanContext};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan};
+use crate::storage::{product, words};
 
 /// Matrices of `x`: two left factors, four right ones.
 pub const FACTORS: u32 = 6;
 
-/// Matrices of `y` that a group writes: as many products a trip.
+/// Matrices of `y` that a group writes: as many products an iteration.
 pub const PRODUCTS: u32 = 8;
 
-/// Uniform parameters, as in the shader; `roofline_cooperative_8` has the same.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    pub(super) groups: u32,
-    pub(super) trips: u32,
+crate::params! {
+    /// Uniform parameters, as in the shaders.
+    pub struct Params { groups: u32, iterations: u32 }
 }
 
-/// Eight sums of `trips` equal products, `groups` times.
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[6, side, side]` f32, rounded to f16.
+        x: Read,
+        /// `[groups, 8, side, side]` f32, written.
+        y: Write,
+    }
+}
+
+/// Eight sums of `iterations` equal products, `groups` times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct RooflineCooperative {
     /// Workgroups, each of a subgroup.
     pub groups: u32,
-    /// Trips of the loop; below 65 535.
-    pub trips: u32,
+    /// Iterations of the loop.
+    pub iterations: u32,
+    /// Rows and columns of a matrix: 16 or 8.
+    pub side: u32,
 }
 
-/// The plan of the kernel with matrices of `side`.
-pub(super) fn plan(
-    problem: &Problem,
-    spec: &'static KernelSpec,
-    side: u32,
-    context: &PlanContext,
-    tuning: Tuning,
-) -> Result<Plan> {
-    tuning.choose(spec.name, spec.tunings, 0)?;
-    trips(spec.name, "trips", problem.trips, 1)?;
-    let workgroup_size = context.widest_subgroup();
-    Plan {
-        overrides: vec![("WORKGROUP", workgroup_size.into())],
-        grid: fold_grid(spec.name, problem.groups.into(), &context.limits)?,
-        tiles: [0; 3],
-        workgroup_size,
-        workgroup_bytes: (2 * FACTORS + 4 * PRODUCTS) * side * side,
+impl Op for RooflineCooperative {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "roofline_cooperative";
+    const VARIANTS: &'static [Variant<Self>] = &[BY_16, BY_8];
+
+    fn params(&self, _: &Plan) -> Params {
+        Params { groups: self.groups, iterations: self.iterations }
     }
-    .checked(spec.name, &context.limits)
-}
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+    fn bytes(&self) -> Args<u64> {
+        let matrices = |count: u32| words(product(&[count, self.side, self.side]));
+        Args { x: matrices(FACTORS), y: matrices(self.groups.saturating_mul(PRODUCTS)) }
+    }
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        plan(self, &SPEC, SIDE, context, tuning)
+    fn cost(&self) -> Cost {
+        let RooflineCooperative { groups, iterations, side } = *self;
+        Cost::of(
+            &[times(2, &[groups, iterations, PRODUCTS, side, side, side])],
+            &[times(4, &[FACTORS, side, side]), times(4, &[groups, PRODUCTS, side, side])],
+        )
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[6, SIDE, SIDE]` f32, rounded to f16.
-    pub x: &'a Region,
-    /// `[groups, 8, SIDE, SIDE]` f32, written.
-    pub y: &'a Region,
+pub(crate) const BY_16: Variant<RooflineCooperative> = Variant::<RooflineCooperative>::new(
+    ("roofline_cooperative", include_str!("../../shaders/roofline_cooperative.wgsl")),
+    1,
+    |op, context, _| by_matrices(op, 16, context),
+    whole_subgroup,
+)
+.cooperative(Cooperative::BY_16)
+.preferred(|op, _| op.side == 16);
+
+pub(crate) const BY_8: Variant<RooflineCooperative> = Variant::<RooflineCooperative>::new(
+    ("roofline_cooperative_8", include_str!("../../shaders/roofline_cooperative_8.wgsl")),
+    1,
+    |op, context, _| by_matrices(op, 8, context),
+    whole_subgroup,
+)
+.cooperative(Cooperative::BY_8)
+.preferred(|op, _| op.side == 8);
+
+fn by_matrices(op: &RooflineCooperative, side: u32, context: &PlanContext) -> Result<Draft, String> {
+    if op.side != side {
+        return Err(format!("matrices of {0} × {0}, not of {1} × {1}", side, op.side));
+    }
+    let workgroup = context.widest_subgroup();
+    Ok(Draft::new(workgroup, Grid::Folded { items: op.groups.into(), each: 1 })
+        .with([("WORKGROUP", workgroup)])
+        .bytes((2 * FACTORS + 4 * PRODUCTS) * side * side)
+        .walks("iterations", op.iterations, 1))
 }
 
-/// Adds one dispatch to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, `x` in the buffer of `y`, or a device without the matrices.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { groups, trips } = *problem;
-    let matrices = |count| product(&[count, SIDE, SIDE]);
-    let bound = [words(args.x, matrices(FACTORS)), words(args.y, matrices(groups.saturating_mul(PRODUCTS)))];
-    recording.push(&SPEC, &plan, &Params { groups, trips }, &bound)
+fn whole_subgroup(_: &RooflineCooperative, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    hold(&[(plan.workgroup_size == context.widest_subgroup(), "a workgroup is a whole subgroup")])
+}
+
+crate::vary!(RooflineCooperative { groups, iterations, side });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for RooflineCooperative {
+    fn samples() -> Vec<Self> {
+        let sides = |groups| [16, 8].map(|side| RooflineCooperative { groups, iterations: 3, side });
+        crate::sample::ROWS.into_iter().flat_map(sides).collect()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // 3 groups · 5 iterations · 8 products of 16 · 16 · 16 multiply-adds. x 6·16·16·4, y 3·8·16·16·4; then with 8 for 16.
+        let of = |side, multiply_adds: u64, bytes| {
+            (
+                RooflineCooperative { groups: 3, iterations: 5, side },
+                Cost { flops: 2 * 3 * 5 * 8 * multiply_adds, bytes },
+            )
+        };
+        vec![of(16, 4096, 6144 + 24576), of(8, 512, 1536 + 6144)]
+    }
 }

@@ -1,76 +1,83 @@
 //! Copy of a buffer, for the memory rate of an adapter.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, Grid, Plan};
+use crate::storage::words;
 
-use super::{Problem as _, words};
-use crate::error::{Error, Result};
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, Plan, PlanContext, Tuning, fold_grid};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { vectors: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "roofline_copy",
-    source: include_str!("../../shaders/roofline_copy.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("x"), Binding::write("y")],
-    params_size: size_of::<Params>(),
-    tunings: TUNINGS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// (WORKGROUP, EACH)
-const TUNINGS: &[(u32, u32)] = &[(256, 1), (256, 4), (64, 16)];
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    vectors: u32,
+crate::args! {
+    /// Buffers of one dispatch, each `[words]` u32.
+    pub struct Args {
+        /// Read.
+        x: Read,
+        /// Written.
+        y: Write,
+    }
 }
 
 /// `y = x` over this many words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct RooflineCopy {
     /// 32-bit words; a multiple of 4.
     pub words: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for RooflineCopy {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "roofline_copy";
+    const VARIANTS: &'static [Variant<Self>] = &[VECTORS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+    fn validate(&self) -> Result<(), String> {
         if !self.words.is_multiple_of(4) {
-            return Err(Error::problem(SPEC.name, format!("{} words, not a multiple of 4", self.words)));
+            return Err(format!("{} words, not a multiple of 4", self.words));
         }
-        let (workgroup_size, each) = TUNINGS[tuning.choose(SPEC.name, TUNINGS.len(), context.auto(SPEC.name, 0))?];
-        let groups = (self.words / 4).div_ceil(workgroup_size * each);
-        Plan {
-            overrides: vec![("WORKGROUP", workgroup_size.into()), ("EACH", each.into())],
-            grid: fold_grid(SPEC.name, groups.into(), &context.limits)?,
-            tiles: [0; 3],
-            workgroup_size,
-            workgroup_bytes: 0,
-        }
-        .checked(SPEC.name, &context.limits)
+        Ok(())
+    }
+
+    fn params(&self, _: &Plan) -> Params {
+        Params { vectors: self.words / 4 }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let all = words(self.words.into());
+        Args { x: all, y: all }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::of(&[], &[times(8, &[self.words])])
     }
 }
 
-/// Buffers of one dispatch, each `[words]` u32.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// Read.
-    pub x: &'a Region,
-    /// Written.
-    pub y: &'a Region,
-}
+/// (WORKGROUP, EACH): vectors of an invocation.
+pub(crate) const VECTORS: Variant<RooflineCopy> = {
+    const TUNINGS: &[(u32, u32)] = &[(256, 1), (256, 4), (64, 16)];
+    Variant::<RooflineCopy>::new(
+        ("roofline_copy", include_str!("../../shaders/roofline_copy.wgsl")),
+        TUNINGS.len(),
+        |op, _, setting| {
+            let (workgroup, each) = TUNINGS[setting];
+            let grid = Grid::Folded { items: u64::from(op.words / 4), each: workgroup * each };
+            Ok(Draft::new(workgroup, grid).with([("WORKGROUP", workgroup), ("EACH", each)]))
+        },
+        anything,
+    )
+};
 
-/// Adds one copy to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or `x` in the buffer of `y`.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let bound = [words(args.x, problem.words.into()), words(args.y, problem.words.into())];
-    recording.push(&SPEC, &plan, &Params { vectors: problem.words / 4 }, &bound)
+crate::vary!(RooflineCopy { words });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for RooflineCopy {
+    fn samples() -> Vec<Self> {
+        crate::sample::ELEMENTS.map(|words| RooflineCopy { words: words.next_multiple_of(4) }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        vec![(RooflineCopy { words: 12 }, Cost { flops: 0, bytes: 96 })]
+    }
 }

@@ -1,75 +1,84 @@
 //! Multiply-adds in registers, for the f32 rate of an adapter.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
+use crate::storage::words;
 
-use super::{Problem as _, trips, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+/// Multiply-adds of an iteration: four on each of twelve chains.
+pub const FMA_PER_ITERATION: u32 = 48;
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "roofline_fma",
-    source: include_str!("../../shaders/roofline_fma.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("x"), Binding::write("y")],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Multiply-adds of a trip: four on each of twelve chains.
-pub const FMA_PER_TRIP: u32 = 48;
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    elements: u32,
-    trips: u32,
-    a: f32,
-    b: f32,
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { elements: u32, iterations: u32, a: f32, b: f32 }
 }
 
-/// Twelve chains of `4 · trips` steps `z ← a · z + b` for every element.
+crate::args! {
+    /// Buffers of one dispatch, each `[elements]` f32.
+    pub struct Args {
+        /// Where the chains begin.
+        x: Read,
+        /// Their sums, written.
+        y: Write,
+    }
+}
+
+/// Twelve chains of `4 · iterations` steps `z ← a · z + b` for every element.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Problem {
+pub struct RooflineFma {
     /// Elements.
     pub elements: u32,
-    /// Trips of the loop.
-    pub trips: u32,
+    /// Iterations of the loop.
+    pub iterations: u32,
     /// Factor of a step; below 1 in size, or the chains grow without bound.
     pub a: f32,
     /// Summand of a step.
     pub b: f32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for RooflineFma {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "roofline_fma";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        trips(SPEC.name, "trips", self.trips, 1)?;
-        linear_plan(SPEC.name, self.elements.into(), Vec::new(), context, tuning)
+    fn params(&self, _: &Plan) -> Params {
+        let RooflineFma { elements, iterations, a, b } = *self;
+        Params { elements, iterations, a, b }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let all = words(self.elements.into());
+        Args { x: all, y: all }
+    }
+
+    fn cost(&self) -> Cost {
+        // The chains' beginnings (12 additions) and their sum (11) are counted too.
+        let steps = times(2 * u64::from(FMA_PER_ITERATION), &[self.elements, self.iterations]);
+        Cost::of(&[steps, times(23, &[self.elements])], &[times(8, &[self.elements])])
     }
 }
 
-/// Buffers of one dispatch, each `[elements]` f32.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// Where the chains begin.
-    pub x: &'a Region,
-    /// Their sums, written.
-    pub y: &'a Region,
-}
+pub(crate) const ELEMENTS: Variant<RooflineFma> = Variant::<RooflineFma>::new(
+    ("roofline_fma", include_str!("../../shaders/roofline_fma.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| {
+        Ok(Draft::elements(LINEAR_WORKGROUPS[setting], op.elements.into()).walks("iterations", op.iterations, 1))
+    },
+    anything,
+);
 
-/// Adds one dispatch to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or `x` in the buffer of `y`.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { elements, trips, a, b } = *problem;
-    let bound = [words(args.x, elements.into()), words(args.y, elements.into())];
-    recording.push(&SPEC, &plan, &Params { elements, trips, a, b }, &bound)
+crate::vary!(RooflineFma { elements, iterations, a, b });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for RooflineFma {
+    fn samples() -> Vec<Self> {
+        crate::sample::ELEMENTS.map(|elements| RooflineFma { elements, iterations: 2, a: 0.5, b: 0.5 }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // 3 elements · (5 iterations · 48 multiply-adds, 12 chains begun and 11 additions).
+        let op = RooflineFma { elements: 3, iterations: 5, a: 0.5, b: 0.5 };
+        vec![(op, Cost { flops: 3 * (2 * 5 * 48 + 23), bytes: 24 })]
+    }
 }

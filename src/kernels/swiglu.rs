@@ -1,64 +1,70 @@
 //! The inner product of a SwiGLU.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
+use crate::storage::words;
 
-use super::{Problem as _, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { elements: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "swiglu",
-    source: include_str!("../../shaders/swiglu.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("gate"), Binding::read("up"), Binding::write("y")],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    elements: u32,
+crate::args! {
+    /// Buffers of one dispatch, each `[elements]` f32.
+    pub struct Args {
+        /// Goes through silu.
+        gate: Read,
+        /// Its factor.
+        up: Read,
+        /// Written.
+        y: Write,
+    }
 }
 
 /// `y = silu(gate) ⊙ up` over this many elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct Swiglu {
     /// Elements.
     pub elements: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for Swiglu {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "swiglu";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        linear_plan(SPEC.name, self.elements.into(), Vec::new(), context, tuning)
+    fn params(&self, _: &Plan) -> Params {
+        Params { elements: self.elements }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        let all = words(self.elements.into());
+        Args { gate: all, up: all, y: all }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::of(&[times(4, &[self.elements])], &[times(12, &[self.elements])])
     }
 }
 
-/// Buffers of one dispatch, each `[elements]` f32.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// Goes through silu.
-    pub gate: &'a Region,
-    /// Its factor.
-    pub up: &'a Region,
-    /// Written.
-    pub y: &'a Region,
-}
+pub(crate) const ELEMENTS: Variant<Swiglu> = Variant::<Swiglu>::new(
+    ("swiglu", include_str!("../../shaders/swiglu.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| Ok(Draft::elements(LINEAR_WORKGROUPS[setting], op.elements.into())),
+    anything,
+);
 
-/// Adds one SwiGLU product to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let elements = u64::from(problem.elements);
-    let bound = [words(args.gate, elements), words(args.up, elements), words(args.y, elements)];
-    recording.push(&SPEC, &plan, &Params { elements: problem.elements }, &bound)
+crate::vary!(Swiglu { elements });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for Swiglu {
+    fn samples() -> Vec<Self> {
+        crate::sample::ELEMENTS.map(|elements| Swiglu { elements }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        vec![(Swiglu { elements: 11 }, Cost { flops: 44, bytes: 132 })]
+    }
 }

@@ -1,64 +1,70 @@
 //! Writes single words: what one step changes in the group lists of a cache.
 
-use bytemuck::{Pod, Zeroable};
+use crate::cost::{Cost, times};
+use crate::op::{Op, Variant, anything};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
+use crate::storage::words;
 
-use super::{Problem as _, words};
-use crate::error::Result;
-use crate::kernel::{Binding, KernelSpec, Recording, Region};
-use crate::plan::{Cooperative, LINEAR_WORKGROUPS, Plan, PlanContext, Tuning, linear_plan};
+crate::params! {
+    /// Uniform parameters, as in the shader.
+    pub struct Params { count: u32 }
+}
 
-/// Registry line.
-pub const SPEC: KernelSpec = KernelSpec {
-    name: "word_scatter",
-    source: include_str!("../../shaders/word_scatter.wgsl"),
-    bindings: &[Binding::PARAMS, Binding::read("patches"), Binding::write("words")],
-    params_size: size_of::<Params>(),
-    tunings: LINEAR_WORKGROUPS.len(),
-    features: wgpu::Features::empty(),
-    subgroup: 0,
-    cooperative: Cooperative::NONE,
-};
-
-/// Uniform parameters, as in the shader.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct Params {
-    count: u32,
+crate::args! {
+    /// Buffers of one dispatch.
+    pub struct Args {
+        /// `[count, 2]` u32: word and value.
+        patches: Read,
+        /// `[words]` u32, written at the patches.
+        words: Write,
+    }
 }
 
 /// Words to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Problem {
+pub struct WordScatter {
     /// Patches.
     pub count: u32,
     /// Words of the buffer; the caller has checked that every patch is below it.
     pub words: u32,
 }
 
-impl super::Problem for Problem {
-    const SPEC: &'static KernelSpec = &SPEC;
+impl Op for WordScatter {
+    type Args<T: Copy> = Args<T>;
+    type Params = Params;
+    const NAME: &'static str = "word_scatter";
+    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
 
-    fn plan(&self, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
-        linear_plan(SPEC.name, self.count.into(), Vec::new(), context, tuning)
+    fn params(&self, _: &Plan) -> Params {
+        Params { count: self.count }
+    }
+
+    fn bytes(&self) -> Args<u64> {
+        Args { patches: words(2 * u64::from(self.count)), words: words(self.words.into()) }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::of(&[], &[times(12, &[self.count])])
     }
 }
 
-/// Buffers of one dispatch.
-#[derive(Debug, Clone, Copy)]
-pub struct Args<'a> {
-    /// `[count, 2]` u32: word and value.
-    pub patches: &'a Region,
-    /// `[words]` u32, written at the patches.
-    pub words: &'a Region,
-}
+pub(crate) const ELEMENTS: Variant<WordScatter> = Variant::<WordScatter>::new(
+    ("word_scatter", include_str!("../../shaders/word_scatter.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| Ok(Draft::elements(LINEAR_WORKGROUPS[setting], op.count.into())),
+    anything,
+);
 
-/// Adds one scatter to a recording.
-///
-/// # Errors
-/// What the plan refuses, a region that is too small, or an input that is also the output.
-pub fn encode(recording: &mut Recording, problem: &Problem, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    let plan = problem.plan(recording.kernels().context(), tuning)?;
-    let Problem { count, words: of_buffer } = *problem;
-    let bound = [words(args.patches, 2 * u64::from(count)), words(args.words, of_buffer.into())];
-    recording.push(&SPEC, &plan, &Params { count }, &bound)
+crate::vary!(WordScatter { count, words });
+
+#[cfg(feature = "check")]
+impl crate::sample::Sampled for WordScatter {
+    fn samples() -> Vec<Self> {
+        crate::sample::ELEMENTS.map(|count| WordScatter { count, words: count }).to_vec()
+    }
+
+    fn counted() -> Vec<(Self, Cost)> {
+        // A patch of 8 bytes, a word written.
+        vec![(WordScatter { count: 11, words: 99 }, Cost { flops: 0, bytes: 132 })]
+    }
 }

@@ -5,7 +5,7 @@
 use half::f16;
 
 use crate::config::{AttentionConfig, GateConfig, LOW_RANK_NORM_EPS};
-use crate::plan::Storage;
+use crate::storage::Storage;
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 use super::attention_prefill::{exponentials, weighted_sum};

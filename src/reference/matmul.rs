@@ -25,3 +25,16 @@ pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     }
     sums.iter().sum::<f64>() + tail
 }
+
+/// [`matmul`](matmul()) of `x` rounded to f16: `y[m, n] = Σ_k f16(x[m, k]) · w[n, k] + bias[n]`.
+pub fn matmul_of_halves(
+    x: &[f64],
+    w: &[f64],
+    bias: Option<&[f64]>,
+    rows: usize,
+    inner: usize,
+    cols: usize,
+) -> Vec<f64> {
+    let halves: Vec<f64> = x.iter().map(|&value| half::f16::from_f64(value).to_f64()).collect();
+    matmul(&halves, w, bias, rows, inner, cols)
+}

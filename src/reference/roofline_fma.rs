@@ -1,7 +1,7 @@
 //! The multiply-adds that benches measure arithmetic by.
 
-/// For every x the sum of twelve chains: the k-th begins as `x + k` and takes `4 · trips` steps `z ← a · z + b`.
-pub fn roofline_fma(x: &[f64], trips: usize, a: f64, b: f64) -> Vec<f64> {
-    let chain = |start: f64| (0..4 * trips).fold(start, |z, _| a * z + b);
+/// For every x the sum of twelve chains: the k-th begins as `x + k` and takes `4 · iterations` steps `z ← a · z + b`.
+pub fn roofline_fma(x: &[f64], iterations: usize, a: f64, b: f64) -> Vec<f64> {
+    let chain = |start: f64| (0..4 * iterations).fold(start, |z, _| a * z + b);
     x.iter().map(|x| (0..12).map(|k| chain(x + f64::from(k))).sum()).collect()
 }

@@ -4,8 +4,8 @@
 #[path = "../../src/bin/egmla/unchecked.rs"]
 pub mod unchecked;
 
+use egmla::device::Kernels;
 use egmla::fault::Faults;
-use egmla::kernel::Kernels;
 use egmla::wgpu;
 
 pub struct Gpu {

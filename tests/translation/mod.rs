@@ -12,6 +12,7 @@ use naga::{ResourceBinding, ShaderStage};
 use serde_json::{Value, json};
 
 use super::*;
+use egmla::registry::AnyOp;
 
 /// SPIR-V for a device without and with `VK_EXT_robustness2`, in the version that goes with its Vulkan.
 const SPIRV: [(&str, (u8, u8), BoundsCheckPolicy); 2] =
@@ -23,28 +24,30 @@ const METAL: [(&str, (u8, u8)); 2] = [("metal2.3", (2, 3)), ("metal4.0", (4, 0))
 /// The least shader model that wgpu opens with DXC. naga writes the same text for later ones.
 const SHADER_MODEL: (&str, hlsl::ShaderModel) = ("cs_6_0", hlsl::ShaderModel::V6_0);
 
-/// Every override setting of every kernel, in the order of the registry: what it may be planned as, and nothing twice.
+/// Every override setting of every kernel: what it may be planned as, and nothing twice.
 fn settings() -> BTreeMap<&'static str, Vec<Vec<(&'static str, f64)>>> {
-    let mut seen = BTreeSet::new();
+    let mut seen: BTreeMap<_, BTreeSet<Vec<u64>>> = BTreeMap::new();
     let mut settings: BTreeMap<_, Vec<_>> = BTreeMap::new();
-    let plans = cases().into_iter().map(|Case { spec, plan, .. }| (spec, plan));
-    for (spec, plan) in plans.chain(wide_tilings()) {
-        if seen.insert(format!("{} {:?}", spec.name, plan.overrides)) {
-            settings.entry(spec.name).or_default().push(plan.overrides);
+    let mut add = |name: &'static str, plan: Plan| {
+        let key = plan.overrides.iter().map(|(_, value)| value.to_bits()).collect();
+        if seen.entry(name).or_default().insert(key) {
+            settings.entry(name).or_default().push(plan.overrides);
         }
-    }
+    };
+    each_case(|case| add(case.spec.name, case.plan));
+    wide_tilings().for_each(|(spec, plan)| add(spec.name, plan));
     settings
 }
 
 /// The one plan that larger limits change: wide heads, whose groups share a tile where its memory allows.
-fn wide_tilings() -> impl Iterator<Item = (&'static KernelSpec, Plan)> {
+fn wide_tilings() -> impl Iterator<Item = (&'static Spec, Plan)> {
     let widths = Widths { d_latent: 512, d_nope: 128, d_rope: 64, d_value: 128 };
+    let variant = shader::<AttentionGrouped>("attention_grouped");
     CLASSES.into_iter().flat_map(move |class| {
         let context = PlanContext::new(large_limits(), class);
         let tiling = attention_grouped::tiling(&context, widths).unwrap();
-        let problem = attention_grouped::Problem { tiling, ..grouped_problem(5, 9, widths, GateNorm::LayerNorm) };
-        let plan = move |tuning| (&attention_grouped::SPEC, problem.plan(&context, tuning).unwrap());
-        tunings(&attention_grouped::SPEC).map(plan)
+        let op = AttentionGrouped { tiling, widths, ..sample(|op: &AttentionGrouped| op.n_head == 9) };
+        tunings(&variant.spec).map(move |tuning| (&variant.spec, variant.plan(&op, &context, tuning).unwrap()))
     })
 }
 
@@ -76,11 +79,18 @@ fn policies(buffer: BoundsCheckPolicy) -> BoundsCheckPolicies {
     }
 }
 
+/// How every binding of a shader is bound, params first.
+fn accesses(spec: &Spec) -> Vec<Option<Access>> {
+    let has = |operation: &&&dyn AnyOp| operation.shaders().iter().any(|other| other.name == spec.name);
+    let operation = REGISTRY.iter().find(has).unwrap();
+    std::iter::once(None).chain(operation.bindings().iter().map(|binding| Some(binding.access))).collect()
+}
+
 fn resource(binding: usize) -> ResourceBinding {
     ResourceBinding { group: 0, binding: binding as u32 }
 }
 
-fn to_spirv(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written> {
+fn to_spirv(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written> {
     let mut capabilities = vec![spv::Capability::Shader, spv::Capability::Matrix];
     if spec.features.contains(Features::SUBGROUP) {
         capabilities.extend([
@@ -105,7 +115,7 @@ fn to_spirv(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Vec<
             lang_version,
             flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,
             fake_missing_bindings: false,
-            binding_map: (0..spec.bindings.len())
+            binding_map: (0..accesses(spec).len())
                 .map(|number| {
                     let binding = number as u32;
                     (resource(number), spv::BindingInfo { descriptor_set: 0, binding, binding_array_size: None })
@@ -127,7 +137,7 @@ fn to_spirv(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Vec<
 }
 
 /// The text and its entry point; None for cooperative matrices, which naga does not write as HLSL.
-fn to_hlsl(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Option<(Written, String)> {
+fn to_hlsl(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Option<(Written, String)> {
     if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
         return None;
     }
@@ -138,12 +148,12 @@ fn to_hlsl(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Optio
         hlsl::BindTarget { space: 0, register: *register - 1, restrict_indexing, ..Default::default() }
     };
     let binding_map = (0..)
-        .zip(spec.bindings)
-        .map(|(number, binding)| {
-            let target = match binding.access {
-                Access::Params => target(&mut constants, true),
-                Access::Read => target(&mut read, true),
-                Access::ReadWrite => target(&mut written, true),
+        .zip(accesses(spec))
+        .map(|(number, access)| {
+            let target = match access {
+                None => target(&mut constants, true),
+                Some(Access::Read) => target(&mut read, true),
+                Some(Access::Write) => target(&mut written, true),
             };
             (resource(number), target)
         })
@@ -168,15 +178,15 @@ fn to_hlsl(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Optio
 }
 
 /// Nothing for matrices of 16 × 16: Metal's are 8 × 8, and its adapters list no other.
-fn to_msl(spec: &KernelSpec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written> {
+fn to_msl(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written> {
     let resources = (0..)
-        .zip(spec.bindings)
-        .map(|(number, binding)| {
-            let (buffer, mutable) = (Some(number as u8), binding.access == Access::ReadWrite);
+        .zip(accesses(spec))
+        .map(|(number, access)| {
+            let (buffer, mutable) = (Some(number as u8), access == Some(Access::Write));
             (resource(number), msl::BindTarget { buffer, mutable, ..Default::default() })
         })
         .collect();
-    let sizes_buffer = Some(spec.bindings.len() as u8);
+    let sizes_buffer = Some(accesses(spec).len() as u8);
     let resources = msl::EntryPointResources { resources, immediates_buffer: None, sizes_buffer };
     let pipeline = msl::PipelineOptions {
         entry_point: Some((ShaderStage::Compute, "main".to_owned())),
@@ -226,7 +236,7 @@ impl Files {
 }
 
 /// What tint reads: naga has no word for subgroups, tint wants one.
-fn for_tint(spec: &KernelSpec) -> Option<Written> {
+fn for_tint(spec: &Spec) -> Option<Written> {
     if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
         return None;
     }
@@ -263,7 +273,7 @@ fn every_setting_of_every_shader_is_translated() {
     let mut files = Files { folder, known: BTreeMap::new() };
     let settings = settings();
     let mut listed: Vec<Value> = Vec::new();
-    for spec in REGISTRY {
+    for spec in shaders() {
         let parsed = parse(spec);
         let of_kernel = &settings[spec.name];
         let covering = covering(of_kernel);
@@ -293,13 +303,13 @@ fn every_setting_of_every_shader_is_translated() {
         }
     }
     // As many as the plans make, and no language that lost all of its files.
-    assert!(listed.len() > REGISTRY.len(), "{} settings", listed.len());
+    assert!(listed.len() > settings.len(), "{} settings", listed.len());
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for (language, _) in files.known.keys() {
         *counts.entry(language).or_default() += 1;
     }
     assert_eq!(counts.keys().copied().collect::<Vec<_>>(), ["hlsl", "msl", "spirv", "wgsl"]);
-    println!("{} settings of {} shaders: {counts:?}", listed.len(), REGISTRY.len());
+    println!("{} settings of {} shaders: {counts:?}", listed.len(), settings.len());
     if let Some(root) = &files.folder {
         let naga = lock_version("naga");
         let manifest = json!({ "naga": naga, "shader_model": SHADER_MODEL.0, "settings": listed });

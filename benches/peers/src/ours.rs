@@ -3,12 +3,14 @@
 use bytemuck::cast_slice;
 use egmla::attention::{absorbed_of, prefill_of};
 use egmla::check::readback;
-use egmla::kernel::{Kernels, Recording, Region};
+use egmla::device::{Kernels, Region};
+use egmla::recording::Recording;
 use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
 use egmla::kernels::attention_prefill::QueryTile;
 use egmla::kernels::cache_read::SequenceRow;
 use egmla::kernels::{attention_absorbed, attention_merge, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
-use egmla::plan::{AdapterClass, Storage, Tuning};
+use egmla::adapter::{AdapterClass, Tuning};
+use egmla::storage::Storage;
 use egmla::wgpu;
 
 use crate::problem::{Matmul, MlaDecode, Prefill, side_by_side, swap_axes};
@@ -90,7 +92,7 @@ pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Re
     let y = bench.output(inputs.rows * inputs.cols)?;
     let bias = bench.kernels.absent();
     let (rows, inner, cols) = (inputs.rows as u32, inputs.inner as u32, inputs.cols as u32);
-    let problem = matmul::Problem::linear(rows, inner, cols, false, Storage::F32);
+    let problem = matmul::Matmul::linear(rows, inner, cols, false, Storage::F32);
     // As the attention layer chooses.
     let context = bench.kernels.context();
     let shuffles = context.class == AdapterClass::Software && matmul_subgroup::SPEC.missing(context).is_none();
@@ -126,7 +128,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
     let sequences = bench.words(cast_slice(&[sequence]))?;
     let values = bench.output(tokens * heads * width)?;
     let softmax = bench.output(tokens * heads * slices as usize * 2)?;
-    let problem = attention_prefill::Problem {
+    let problem = attention_prefill::AttentionPrefill {
         tokens: count,
         query_tiles: tiles.len() as u32,
         n_sequence: 1,
@@ -171,7 +173,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
     let partials = splits as usize * heads;
     let (partial_values, partial_softmax) = (bench.output(partials * latent)?, bench.output(partials * 2)?);
     let (values, lse) = (bench.output(heads * latent)?, bench.output(heads)?);
-    let attend = attention_absorbed::Problem {
+    let attend = attention_absorbed::AttentionAbsorbed {
         tokens: 1,
         n_sequence: 1,
         most_tokens: 1,
@@ -185,7 +187,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
         scale: inputs.scale(),
         storage: Storage::F32,
     };
-    let merge = attention_merge::Problem { tokens: 1, n_head: heads as u32, width: latent as u32, splits };
+    let merge = attention_merge::AttentionCombine { tokens: 1, n_head: heads as u32, width: latent as u32, splits };
     let output = values.clone();
     let encode = move |recording: &mut Recording| {
         let args = attention_absorbed::Args {
@@ -205,7 +207,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
             values: &values,
             lse: &lse,
         };
-        attention_merge::encode(recording, &merge, args, Tuning::Auto)
+        recording.add(&merge, args)
     };
     bench.ready(&output, encode, |values| values)
 }

@@ -1,11 +1,11 @@
 //! Chooses an adapter and opens the program's device: the only place that does.
 
 use clap::{Args, ValueEnum};
+use egmla::adapter::Tunings;
+use egmla::device::Kernels;
 use egmla::fault::Faults;
 use egmla::files::read;
-use egmla::kernel::Kernels;
 use egmla::kernels::optional_features;
-use egmla::plan::Tunings;
 use egmla::wgpu;
 
 use crate::cache_folder;

@@ -4,8 +4,8 @@ use egmla::attention::{DecodePath, GateRows, LatentCache, MemoryReport, Mode, St
 use egmla::check::readback;
 use egmla::config::DecoderConfig;
 use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits};
-use egmla::kernel::Recording;
-use egmla::plan::Storage;
+use egmla::recording::Recording;
+use egmla::storage::Storage;
 
 use crate::adapter::{Backend, Gpu};
 use crate::failure::Failure;

@@ -7,7 +7,7 @@ use clap::Args;
 use egmla::attention::MemoryReport;
 use egmla::config::AttentionConfig;
 use egmla::decoder::{ModelFolder, Sampler, SamplingOptions, TextStream};
-use egmla::plan::Storage;
+use egmla::storage::Storage;
 
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;

@@ -5,13 +5,11 @@ use std::path::Path;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
+use egmla::adapter::{AdapterClass, PlanContext, Tuning, Tunings};
 use egmla::config::{DecoderConfig, GateNorm};
 use egmla::files::{MOST_CONFIG, read_text};
-use egmla::kernels::{
-    Problem, attention_absorbed, attention_absorbed_stream, attention_absorbed_subgroup, attention_decode,
-    attention_merge, attention_prefill, attention_prefill_subgroup, matmul, matvec,
-};
-use egmla::plan::{AdapterClass, PlanContext, Storage, Tuning, Tunings};
+use egmla::kernels::REGISTRY;
+use egmla::storage::Storage;
 use egmla::wgpu;
 use serde::Serialize;
 
@@ -71,7 +69,6 @@ struct Adapter {
 #[derive(Debug, Serialize)]
 struct Variant {
     kernel: &'static str,
-    sample: &'static str,
     /// Values of the shader's `override` constants.
     overrides: BTreeMap<&'static str, f64>,
     workgroup_size: u32,
@@ -200,96 +197,35 @@ impl Adapter {
     }
 }
 
-/// Tile settings of the larger kernels, on the paper's 120M layer: 256 tokens prefilled, 4096 cached.
+/// The setting of every shader that has several, for the largest sample that it takes.
 fn variants(context: &PlanContext) -> Vec<Variant> {
-    let (n_head, width, d_latent, storage, scale) = (12, 64, 64, Storage::F32, 0.0884);
-    let (hidden, cached) = (n_head * width, 4096);
-    let splits = cached / attention_decode::SPLIT;
-    let product = |rows| matmul::Problem::linear(rows, hidden, hidden, false, storage);
-    let query_tiles = attention_prefill::tile_q(context, Tuning::Auto).map_or(1, |tile| 256u32.div_ceil(tile));
-    let prefill = attention_prefill::Problem {
-        tokens: 256,
-        query_tiles,
-        n_sequence: 1,
-        n_head,
-        d_nope: width,
-        d_rope: width,
-        d_value: width,
-        kv_first: 0,
-        kv_rows: 256,
-        cache_rows: cached,
-        first: true,
-        last: true,
-        scale,
-        storage,
-    };
-    let absorbed = attention_absorbed::Problem {
-        tokens: 1,
-        most_tokens: 1,
-        partials: splits,
-        n_sequence: 1,
-        splits,
-        n_head,
-        d_latent,
-        d_nope: width,
-        d_rope: width,
-        cache_rows: cached,
-        scale,
-        storage,
-    };
-    vec![
-        variant(context, "256 × 768 × 768", &product(256)),
-        variant(context, "1 × 768 × 768", &matvec::Problem(product(1))),
-        variant(context, "256 queries, 256 keys", &prefill),
-        variant(context, "256 queries, 256 keys", &attention_prefill_subgroup::Problem(prefill)),
-        variant(
-            context,
-            "1 query, 4096 keys",
-            &attention_decode::Problem {
-                tokens: 1,
-                most_tokens: 1,
-                partials: splits,
-                n_sequence: 1,
-                n_head,
-                d_nope: width,
-                d_rope: width,
-                d_value: width,
-                kv_first: 0,
-                kv_rows: cached,
-                cache_rows: cached,
-                scale,
-                storage,
-                kv_storage: storage,
-            },
-        ),
-        variant(context, "1 query, 4096 latents", &absorbed),
-        variant(context, "1 query, 4096 latents", &attention_absorbed_stream::Problem(absorbed)),
-        variant(context, "1 query, 4096 latents", &attention_absorbed_subgroup::Problem(absorbed)),
-        variant(context, "1 query, 16 splits", &attention_merge::Problem { tokens: 1, n_head, width, splits }),
-    ]
-}
-
-fn variant<P: Problem>(context: &PlanContext, sample: &'static str, problem: &P) -> Variant {
-    let planned = problem.plan(context, Tuning::Auto);
-    let kernel = P::SPEC.name;
-    match planned {
-        Ok(plan) => Variant {
-            kernel,
-            sample,
-            overrides: plan.overrides.into_iter().collect(),
-            workgroup_size: plan.workgroup_size,
-            workgroup_bytes: plan.workgroup_bytes,
-            problem: None,
-        },
-        Err(error) => Variant {
-            kernel,
-            sample,
-            overrides: BTreeMap::new(),
-            workgroup_size: 0,
-            workgroup_bytes: 0,
-            problem: Some(error.to_string()),
-        },
+    let mut variants = Vec::new();
+    for operation in REGISTRY {
+        let samples = operation.samples();
+        for (index, spec) in operation.shaders().into_iter().enumerate().filter(|(_, spec)| spec.tunings > 1) {
+            let planned = samples.iter().rev().map(|sample| sample.plan(index, context, Tuning::Auto));
+            // The last that was refused says why.
+            let planned = planned.reduce(|first, other| if first.is_ok() { first } else { other });
+            let problem = spec.missing(context).map(|missing| format!("{missing} not offered"));
+            variants.push(match (planned, problem) {
+                (Some(Ok(plan)), None) => Variant {
+                    kernel: spec.name,
+                    overrides: plan.overrides.into_iter().collect(),
+                    workgroup_size: plan.workgroup_size,
+                    workgroup_bytes: plan.workgroup_bytes,
+                    problem: None,
+                },
+                (planned, problem) => Variant {
+                    kernel: spec.name,
+                    overrides: BTreeMap::new(),
+                    workgroup_size: 0,
+                    workgroup_bytes: 0,
+                    problem: problem.or_else(|| planned.and_then(Result::err).map(|error| error.to_string())),
+                },
+            });
+        }
     }
+    variants
 }
 
 /// Widths that decide what is cached.
@@ -439,12 +375,11 @@ impl Report {
 }
 
 fn variant_table(adapter: &Adapter) -> Table {
-    let mut table = new_table(["kernel", "sample", "workgroup", "workgroup bytes", "overrides"]);
+    let mut table = new_table(["kernel", "workgroup", "workgroup bytes", "overrides"]);
     for variant in &adapter.variants {
         let overrides: Vec<_> = variant.overrides.iter().map(|(name, value)| format!("{name}={value}")).collect();
         table.add_row([
             variant.kernel.to_owned(),
-            variant.sample.to_owned(),
             variant.workgroup_size.to_string(),
             variant.workgroup_bytes.to_string(),
             variant.problem.clone().unwrap_or_else(|| overrides.join(" ")),
@@ -471,8 +406,11 @@ fn right_align(table: &mut Table, columns: std::ops::Range<usize>) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::{CacheTable, bookkeeping, variants};
-    use egmla::plan::{AdapterClass, PlanContext};
+    use egmla::adapter::{AdapterClass, PlanContext};
+    use egmla::kernels::shaders;
 
     #[test]
     fn the_papers_cache_sizes() {
@@ -502,11 +440,14 @@ mod tests {
     }
 
     #[test]
-    fn every_class_of_adapter_has_a_variant_of_every_kernel() {
+    fn every_kernel_has_its_settings_on_every_class_of_adapter_that_offers_it() {
         for class in AdapterClass::ALL {
-            for variant in variants(&PlanContext::webgpu_defaults(class)) {
-                assert_eq!(variant.problem, None, "{} on {class:?}", variant.kernel);
-                assert!(variant.workgroup_size > 0, "{} on {class:?}", variant.kernel);
+            let context = PlanContext::webgpu_defaults(class);
+            for variant in variants(&context) {
+                let spec = shaders().find(|spec| spec.name == variant.kernel).unwrap();
+                let here = format!("{} on {class:?}: {:?}", variant.kernel, variant.problem);
+                assert_eq!(variant.problem.is_some(), spec.missing(&context).is_some(), "{here}");
+                assert_eq!(variant.workgroup_size > 0, variant.problem.is_none(), "{here}");
             }
         }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use egmla::attention::{DecodePath, GateRows};
-use egmla::plan::Storage;
+use egmla::storage::Storage;
 
 use crate::failure::Failure;
 

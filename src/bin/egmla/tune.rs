@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use clap::Args;
 use comfy_table::Table;
+use egmla::adapter::Tunings;
 use egmla::check::bench::timer::Timer;
 use egmla::check::bench::tuning::{Tuned, tune};
 use egmla::check::bench::{self, Suite};
-use egmla::plan::Tunings;
 
 use crate::adapter::{self, AdapterOption};
 use crate::bench::gpu;
@@ -94,8 +94,8 @@ fn table(tuned: &[Tuned]) -> Table {
 
 #[cfg(test)]
 mod tests {
+    use egmla::adapter::Tunings;
     use egmla::check::bench::tuning::Tuned;
-    use egmla::plan::Tunings;
 
     use super::kept_with;
 

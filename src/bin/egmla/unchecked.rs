@@ -1,8 +1,8 @@
 //! All `unsafe` of this crate: what wgpu hands out to those only who vouch for it, each behind a safe function that can. The
 //! library forbids `unsafe`, and a test looks for it everywhere else. `tests/common` and `tests/bench` take this file too.
 
-use egmla::kernels::COOPERATIVE_FEATURES;
-use egmla::plan::Cooperative;
+use egmla::adapter::COOPERATIVE_FEATURES;
+use egmla::adapter::Cooperative;
 use egmla::wgpu;
 
 /// What to open an adapter's device with for the kernels that multiply cooperative matrices, and which it has: nothing where

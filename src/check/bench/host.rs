@@ -14,9 +14,10 @@ use crate::attention::{
 };
 use crate::check::random::{Random, attention_weights};
 use crate::config::AttentionConfig;
+use crate::device::{Kernels, Region};
 use crate::error::Result;
-use crate::kernel::{Kernels, Recording, Region};
-use crate::plan::Storage;
+use crate::recording::Recording;
+use crate::storage::Storage;
 
 /// Layers of a step.
 const LAYERS: u32 = 12;

@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use super::readback;
 use crate::cost::Cost;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording, Region};
+use crate::recording::Recording;
 
 pub use rows::{Stock, paper_120m, rows};
 

@@ -6,8 +6,8 @@ use super::host::HostRow;
 use super::roofline::{Roofline, giga_per_second};
 use super::timer::Clock;
 use super::{Row, Suite};
+use crate::adapter::Tunings;
 use crate::cost::Cost;
-use crate::plan::Tunings;
 
 /// One run of the table on one adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,11 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::timer::Timer;
-use crate::cost::Costed;
+use crate::adapter::{AdapterClass, Tuning};
+use crate::device::{Kernels, Region};
 use crate::error::Result;
-use crate::kernel::{Kernels, Recording, Region};
-use crate::kernels::{roofline_cooperative, roofline_cooperative_8, roofline_copy, roofline_fma};
-use crate::plan::{AdapterClass, Tuning};
+use crate::kernels::{roofline_cooperative, roofline_copy, roofline_fma};
+use crate::op::Op as _;
+use crate::recording::Recording;
 
 /// Ceilings of an adapter, and what a dispatch and a submission cost before they do anything.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -79,23 +80,23 @@ fn copy(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
     let bytes = wanted.min(kernels.context().limits.max_storage_buffer_binding_size) & !15;
     let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![1; bytes as usize])?);
     let y = Region::from(&kernels.allocate("egmla.roofline.y", bytes)?);
-    let problem = roofline_copy::Problem { words: (bytes / 4) as u32 };
-    let best = fastest(roofline_copy::SPEC.tunings, |tuning| {
+    let problem = roofline_copy::RooflineCopy { words: (bytes / 4) as u32 };
+    let best = fastest(roofline_copy::VECTORS.spec.tunings, |tuning| {
         let mut recording = Recording::new(kernels);
-        roofline_copy::encode(&mut recording, &problem, roofline_copy::Args { x: &x, y: &y }, tuning)?;
+        recording.add_variant(&roofline_copy::VECTORS, &problem, roofline_copy::Args { x: &x, y: &y }, tuning)?;
         Ok(best(timer, &recording)?.0)
     })?;
     Ok(giga_per_second(problem.cost().bytes, best))
 }
 
 fn fma(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
-    let (elements, trips) = if software { (1 << 14, 512) } else { (1 << 20, 1024) };
+    let (elements, iterations) = if software { (1 << 14, 512) } else { (1 << 20, 1024) };
     let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![0; 4 * elements as usize])?);
     let y = Region::from(&kernels.allocate("egmla.roofline.y", 4 * u64::from(elements))?);
-    let problem = roofline_fma::Problem { elements, trips, a: 0.75, b: 0.5 };
-    let best = fastest(roofline_fma::SPEC.tunings, |tuning| {
+    let problem = roofline_fma::RooflineFma { elements, iterations, a: 0.75, b: 0.5 };
+    let best = fastest(roofline_fma::ELEMENTS.spec.tunings, |tuning| {
         let mut recording = Recording::new(kernels);
-        roofline_fma::encode(&mut recording, &problem, roofline_fma::Args { x: &x, y: &y }, tuning)?;
+        recording.add_variant(&roofline_fma::ELEMENTS, &problem, roofline_fma::Args { x: &x, y: &y }, tuning)?;
         Ok(best(timer, &recording)?.0)
     })?;
     Ok(giga_per_second(problem.cost().flops, best))
@@ -103,27 +104,20 @@ fn fma(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
 
 /// By the largest matrices that are offered; `None` where none are.
 fn cooperative(kernels: &Kernels, timer: &Timer, software: bool) -> Result<Option<f64>> {
-    let by_16 = roofline_cooperative::SPEC.missing(kernels.context()).is_none();
-    if !by_16 && roofline_cooperative_8::SPEC.missing(kernels.context()).is_some() {
-        return Ok(None);
-    }
-    let (groups, trips) = if software { (64, 64) } else { (4096, 4096) };
-    let elements = |matrices: u32| u64::from(matrices * roofline_cooperative::SIDE * roofline_cooperative::SIDE);
-    let x = vec![0; 4 * elements(roofline_cooperative::FACTORS) as usize];
-    let x = Region::from(&kernels.upload("egmla.roofline.x", &x)?);
-    let y = kernels.allocate("egmla.roofline.y", 4 * elements(groups * roofline_cooperative::PRODUCTS))?;
-    let args = roofline_cooperative::Args { x: &x, y: &Region::from(&y) };
-    let problem = roofline_cooperative::Problem { groups, trips };
-    let by_8 = roofline_cooperative_8::Problem(problem);
-    let mut recording = Recording::new(kernels);
-    let flops = if by_16 {
-        roofline_cooperative::encode(&mut recording, &problem, args, Tuning::Auto)?;
-        problem.cost().flops
-    } else {
-        roofline_cooperative_8::encode(&mut recording, &by_8, args, Tuning::Auto)?;
-        by_8.cost().flops
+    let offered = kernels.context().cooperative;
+    let side = match (offered.by_16, offered.by_8) {
+        (true, _) => 16,
+        (false, true) => 8,
+        (false, false) => return Ok(None),
     };
-    Ok(Some(giga_per_second(flops, best(timer, &recording)?.0)))
+    let (groups, iterations) = if software { (64, 64) } else { (4096, 4096) };
+    let problem = roofline_cooperative::RooflineCooperative { groups, iterations, side };
+    let bytes = problem.bytes();
+    let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![0; bytes.x as usize])?);
+    let y = Region::from(&kernels.allocate("egmla.roofline.y", bytes.y)?);
+    let mut recording = Recording::new(kernels);
+    recording.add(&problem, roofline_cooperative::Args { x: &x, y: &y })?;
+    Ok(Some(giga_per_second(problem.cost().flops, best(timer, &recording)?.0)))
 }
 
 /// Dispatches of one vector each: microseconds by the timer's clock, and as the host sees it.
@@ -132,8 +126,8 @@ fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<(f64, f64)>
     let y = Region::from(&kernels.allocate("egmla.roofline.y", 16)?);
     let mut recording = Recording::new(kernels);
     for _ in 0..dispatches {
-        let problem = roofline_copy::Problem { words: 4 };
-        roofline_copy::encode(&mut recording, &problem, roofline_copy::Args { x: &x, y: &y }, Tuning::Auto)?;
+        let problem = roofline_copy::RooflineCopy { words: 4 };
+        recording.add(&problem, roofline_copy::Args { x: &x, y: &y })?;
     }
     best(timer, &recording)
 }

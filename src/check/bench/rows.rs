@@ -6,21 +6,22 @@ use std::rc::Rc;
 use super::{Prepared, Row, Suite, tokens};
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
-    absorbed_of, decode_of, prefill_of, product_of,
 };
 use crate::check::random::{Random, attention_weights};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use crate::cost::{self, Cost, Costed};
+use crate::cost::{self, Cost};
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording, Region};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, slices, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::{
     attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, gate, matmul, norm, rope,
 };
-use crate::plan::{Storage, Tuning};
+use crate::op::Op as _;
+use crate::recording::Recording;
 use crate::reference::{self, Heads};
+use crate::storage::Storage;
 
 /// Seed of every row's inputs.
 const SEED: u64 = 20;
@@ -270,10 +271,10 @@ fn product(kernels: &Kernels, (rows, inner, cols): (u32, u32, u32), storage: Sto
     let inputs = Inputs::new(kernels);
     let (m, k, n) = (rows as usize, inner as usize, cols as usize);
     let (x, w, y) = (inputs.floats(m * k)?, inputs.stored(n * k, 1.0, storage)?, inputs.output(m * n)?);
-    let problem = matmul::Problem::linear(rows, inner, cols, false, storage);
+    let problem = matmul::Matmul::linear(rows, inner, cols, false, storage);
     let mut recording = Recording::new(kernels);
     let args = matmul::Args { x: &x, w: &w, bias: &kernels.absent(), y: &y };
-    product_of(&mut recording, problem, args)?;
+    recording.add(&problem, args)?;
     let reference = (m * k * n <= REFERENCE_MULTIPLY_ADDS).then(|| {
         let (x, w) = (widen(&inputs.of(m * k, 1.0)), widen(&inputs.of(n * k, 1.0)));
         Box::new(move || {
@@ -289,10 +290,10 @@ fn norm_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let (x, weight, y) = (inputs.floats(elements)?, inputs.floats(width as usize)?, inputs.output(elements)?);
     let (kind, bias, second) = (norm::Kind::Rms, false, 0);
     let (x_offset, x_row, eps, storage) = (0, width, 1e-6, Storage::F32);
-    let problem = norm::Problem { rows, width, second, x_offset, x_row, eps, kind, bias, storage };
+    let problem = norm::Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage };
     let mut recording = Recording::new(kernels);
     let args = norm::Args { x: &x, weight: &weight, bias: &kernels.absent(), y: &y };
-    norm::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    recording.add(&problem, args)?;
     let (x, weight) = (widen(&inputs.of(elements, 1.0)), widen(&inputs.of(width as usize, 1.0)));
     let reference = Box::new(move || {
         std::hint::black_box(reference::rms_norm(&x, Some(&weight), width as usize, 1e-6));
@@ -306,7 +307,7 @@ fn gate_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let (x, g, y) = (inputs.floats(elements)?, inputs.floats(elements)?, inputs.output(elements)?);
     let affine = inputs.floats(width as usize)?;
     let (activation, norm) = (Activation::Sigmoid, GateNorm::LayerNorm);
-    let problem = gate::Problem {
+    let problem = gate::Gate {
         rows,
         width,
         x_offset: 0,
@@ -318,9 +319,9 @@ fn gate_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
         storage: Storage::F32,
     };
     let mut recording = Recording::new(kernels);
-    let (absent, sink) = (kernels.absent(), kernels.sink());
-    let args = gate::Args { x: &x, g: &g, weight: &affine, bias: &affine, slots: &absent, y: &y, statistics: &sink };
-    gate::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    let absent = kernels.absent();
+    let args = gate::Args { x: &x, g: &g, weight: &affine, bias: &affine, slots: &absent, y: &y, statistics: &absent };
+    recording.add(&problem, args)?;
     let (x, affine) = (widen(&inputs.of(elements, 1.0)), widen(&inputs.of(width as usize, 1.0)));
     let reference = Box::new(move || {
         let (weight, bias) = (Some(&affine[..]), Some(&affine[..]));
@@ -337,7 +338,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
     let storage = Storage::F16;
     let words = |width: u32| (u64::from(storage.row_pitch(width)) * storage.bytes() / 4) as usize * tokens as usize;
     let cache = inputs.output(words(d_latent) + words(d_rope))?;
-    let problem = cache_append::Problem {
+    let problem = cache_append::CacheAppend {
         tokens,
         cache_rows: tokens,
         d_latent,
@@ -357,10 +358,10 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         rotations: &kernels.absent(),
         slots: &slots,
         cache: &cache,
-        q: &kernels.sink(),
+        q: &kernels.absent(),
     };
     let mut recording = Recording::new(kernels);
-    cache_append::encode(&mut recording, &problem, args, Tuning::Auto)?;
+    recording.add(&problem, args)?;
     let (n, d, r) = (tokens as usize, d_latent as usize, d_rope as usize);
     let (latents, keys) = (widen(&inputs.of(n * d, 1.0)), widen(&inputs.of(n * r, 1.0)));
     let of_token: Vec<u32> = (0..tokens).collect();
@@ -378,9 +379,8 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
     let inputs = Inputs::new(kernels);
     let width = (tokens * n_head * d_head) as usize;
     let (q, kv, values) = (inputs.floats(width)?, inputs.floats(2 * width)?, inputs.output(width)?);
-    let context = kernels.context();
-    let tile = tile_q(context, Tuning::Auto)?;
-    let slices = slices(context, Tuning::Auto, d_head)?;
+    let tile = tile_q(kernels.context());
+    let slices = slices(d_head);
     let softmax = inputs.output((tokens * n_head * slices * 2) as usize)?;
     let tiles: Vec<_> = (0..tokens)
         .step_by(tile as usize)
@@ -389,9 +389,10 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
     let queries = inputs.table(&tiles)?;
     let sequences = inputs.table(&[SequenceRow { first_row: 0, first_slot: 0, length: tokens, token: 0 }])?;
     let scale = f64::from(d_head).sqrt().recip();
-    let problem = attention_prefill::Problem {
+    let problem = attention_prefill::AttentionPrefill {
         tokens,
         query_tiles: tiles.len() as u32,
+        tile_q: tile,
         n_sequence: 1,
         n_head,
         d_nope: d_head,
@@ -403,6 +404,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
         first: true,
         last: true,
         scale: scale as f32,
+        weights: Storage::F32,
         storage: Storage::F32,
     };
     let args = attention_prefill::Args {
@@ -415,7 +417,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
         softmax: &softmax,
     };
     let mut recording = Recording::new(kernels);
-    prefill_of(&mut recording, problem, Storage::F32, args)?;
+    recording.add(&problem, args)?;
     let (q, kv) = (widen(&inputs.of(width, 1.0)), widen(&inputs.of(2 * width, 1.0)));
     let reference = Box::new(move || {
         let d = d_head as usize;
@@ -436,7 +438,7 @@ fn absorbed_attention(
     let inputs = Inputs::new(kernels);
     let (each, d_nope) = (cached.div_ceil(SPLIT), 128);
     let (splits, cache_rows) = (batch * each, batch * cached);
-    let problem = attention_absorbed::Problem {
+    let problem = attention_absorbed::AttentionAbsorbed {
         tokens: batch,
         most_tokens: 1,
         partials: splits,
@@ -478,7 +480,7 @@ fn absorbed_attention(
         partial_values: &partial_values,
         partial_softmax: &partial_softmax,
     };
-    absorbed_of(&mut recording, problem, args)?;
+    recording.add(&problem, args)?;
     let output = inputs.output((batch * n_head * d_latent) as usize)?;
     let partial = (&partial_values, &partial_softmax);
     let merged = merge(&mut recording, &inputs, (batch, n_head), d_latent, each, partial, &output)?;
@@ -505,11 +507,11 @@ fn merge(
     (partial_values, partial_softmax): (&Region, &Region),
     values: &Region,
 ) -> Result<Cost> {
-    let problem = attention_merge::Problem { tokens, n_head, width, splits: tokens * each };
+    let problem = attention_merge::AttentionCombine { tokens, n_head, width, splits: tokens * each };
     let ranges = inputs.table(&(0..tokens).map(|token| [token * each, each]).collect::<Vec<_>>())?;
     let lse = inputs.output((tokens * n_head) as usize)?;
     let args = attention_merge::Args { partial_values, partial_softmax, ranges: &ranges, values, lse: &lse };
-    attention_merge::encode(recording, &problem, args, Tuning::Auto)?;
+    recording.add(&problem, args)?;
     Ok(problem.cost())
 }
 
@@ -643,15 +645,15 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
     let mut recording = Recording::new(kernels);
     let mut cost = Cost::default();
     let linear = |recording: &mut Recording, cols: u32, x: &Region, w: &Region, y: &Region| {
-        let problem = matmul::Problem::linear(1, width, cols, false, Storage::F16);
-        product_of(recording, problem, matmul::Args { x, w, bias: &absent, y })?;
+        let problem = matmul::Matmul::linear(1, width, cols, false, Storage::F16);
+        recording.add(&problem, matmul::Args { x, w, bias: &absent, y })?;
         Ok::<_, Error>(problem.cost())
     };
     let rotate = |recording: &mut Recording, head_stride: u32, values: &Region| {
         let offset = 0;
         let (tokens, d_rope, token_stride) = (1, d_head, n_head * head_stride);
-        let problem = rope::Problem { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave: true };
-        rope::encode(recording, &problem, rope::Args { rotations: &rotations, values }, Tuning::Auto)?;
+        let problem = rope::Rope { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave: true };
+        recording.add(&problem, rope::Args { rotations: &rotations, values })?;
         Ok::<_, Error>(problem.cost())
     };
     cost = cost + linear(&mut recording, width, &hidden, &q_proj, &q)?;
@@ -662,7 +664,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
     // The new token's row is the last of the last tile.
     if let Some((first, tile)) = tiles.last() {
         let row = 2 * width;
-        let problem = cache_append::Problem {
+        let problem = cache_append::CacheAppend {
             tokens: 1,
             cache_rows: cached - first,
             d_latent: row,
@@ -677,13 +679,13 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             storage: Storage::F16,
         };
         let slots = inputs.table(&[cached - 1 - first])?;
-        let (latent, rope_key, rotations, q) = (&kv, &absent, &absent, &kernels.sink());
+        let (latent, rope_key, rotations, q) = (&kv, &absent, &absent, &absent);
         let args = cache_append::Args { latent, rope_key, rotations, slots: &slots, cache: tile, q };
-        cache_append::encode(&mut recording, &problem, args, Tuning::Auto)?;
+        recording.add(&problem, args)?;
         cost = cost + problem.cost();
     }
     for (first, tile) in &tiles {
-        let problem = attention_decode::Problem {
+        let problem = attention_decode::AttentionDecode {
             tokens: 1,
             most_tokens: 1,
             partials: splits,
@@ -707,7 +709,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
         };
-        decode_of(&mut recording, problem, args)?;
+        recording.add(&problem, args)?;
         cost = cost + problem.cost();
     }
     let partial = (&partial_values, &partial_softmax);

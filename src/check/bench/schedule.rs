@@ -6,8 +6,8 @@ use super::report::{Measured, Skipped, Times};
 use super::roofline::Roofline;
 use super::timer::Timer;
 use super::{Prepared, Row, Stock, Suite};
+use crate::device::Kernels;
 use crate::error::{Error, Result};
-use crate::kernel::Kernels;
 
 /// How long a row is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

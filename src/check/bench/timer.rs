@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use crate::check::readback;
+use crate::device::{Kernels, Region, scoped};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernels, Recording, Region, scoped};
+use crate::recording::Recording;
 
 /// What the times are of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

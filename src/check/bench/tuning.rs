@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use super::report::median;
 use super::timer::Timer;
 use super::{Row, Stock};
+use crate::adapter::Tunings;
+use crate::device::Kernels;
 use crate::error::Result;
-use crate::kernel::{Kernels, Recording};
-use crate::kernels::REGISTRY;
-use crate::plan::Tunings;
+use crate::kernels::shaders;
+use crate::recording::Recording;
 
 /// Runs of each candidate, in turns.
 const RUNS: usize = 5;
@@ -111,7 +112,7 @@ pub fn tune(
 
 /// How many settings a kernel has.
 fn settings(kernel: &str) -> usize {
-    REGISTRY.iter().find(|spec| spec.name == kernel).map_or(0, |spec| spec.tunings)
+    shaders().find(|spec| spec.name == kernel).map_or(0, |spec| spec.tunings)
 }
 
 /// The dispatches of one kernel in a row; `None` where the device does not allow what they need.

@@ -7,10 +7,11 @@ use egmla::attention::{
 };
 use egmla::check::readback;
 use egmla::config::AttentionConfig;
-use egmla::kernel::{Kernels, Recording, Region};
-use egmla::plan::Storage;
+use egmla::device::{Kernels, Region};
+use egmla::recording::Recording;
 use egmla::reference::layer::{History, Layer};
 use egmla::sequences::Sequences;
+use egmla::storage::Storage;
 use egmla::weights::AttentionWeights;
 
 use super::schedule::{Planned, Schedule};

@@ -14,8 +14,8 @@ use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use egmla::check::export::webgpu;
 use egmla::config::DecoderConfig;
 use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits, ModelFolder};
-use egmla::kernel::Recording;
-use egmla::plan::Storage;
+use egmla::recording::Recording;
+use egmla::storage::Storage;
 use serde::Serialize;
 
 use super::{write as write_files, write_json};

@@ -1,0 +1,190 @@
+//! What a plan may know of a device: its limits, its class, its features, and what was measured on it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// What kind of machine the tile sizes are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterClass {
+    /// Shaders run on the CPU: barriers and workgroup memory cost, few wide workgroups win.
+    Software,
+    /// Shares memory with the CPU.
+    Integrated,
+    /// Has its own memory.
+    Discrete,
+    /// Shares memory with the CPU, has simdgroups of 32 and more room a workgroup than others that share it.
+    Apple,
+}
+
+/// Apple's PCI vendor id.
+const APPLE_VENDOR: u32 = 0x106b;
+
+impl AdapterClass {
+    /// Every class.
+    pub const ALL: [AdapterClass; 4] =
+        [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple];
+
+    /// Reads the class off what wgpu tells of an adapter.
+    pub fn of(info: &wgpu::AdapterInfo) -> Self {
+        // Metal also drives the AMD and Intel GPUs of older machines; Apple's own are reached through Vulkan, too.
+        if info.vendor == APPLE_VENDOR || info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
+            return AdapterClass::Apple;
+        }
+        match info.device_type {
+            wgpu::DeviceType::Cpu => AdapterClass::Software,
+            wgpu::DeviceType::IntegratedGpu => AdapterClass::Integrated,
+            // A browser or a virtual machine does not say: plan for the common case of a real GPU behind it.
+            wgpu::DeviceType::DiscreteGpu | wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => {
+                AdapterClass::Discrete
+            }
+        }
+    }
+}
+
+/// Of WebGPU: no subgroup has fewer invocations.
+const SMALLEST_SUBGROUP: u32 = 4;
+
+/// Of the GPUs with cooperative matrices.
+const LARGEST_SUBGROUP: u32 = 64;
+
+/// Square cooperative matrices, by their size: f16 factors, f32 sums.
+///
+/// A device does not tell which it has. Its adapter does: [`Cooperative::of`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cooperative {
+    /// 16 × 16 × 16.
+    pub by_16: bool,
+    /// 8 × 8 × 8.
+    pub by_8: bool,
+}
+
+/// What the kernels that multiply cooperative matrices need of a device. wgpu hands the first out to those only who accept its
+/// experiments (`wgpu::ExperimentalFeatures`); [`Kernels::with_cooperative`](crate::device::Kernels::with_cooperative) takes
+/// the sizes.
+pub const COOPERATIVE_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
+
+impl Cooperative {
+    /// None.
+    pub const NONE: Cooperative = Cooperative { by_16: false, by_8: false };
+
+    /// 16 × 16 × 16 alone.
+    pub const BY_16: Cooperative = Cooperative { by_16: true, by_8: false };
+
+    /// 8 × 8 × 8 alone.
+    pub const BY_8: Cooperative = Cooperative { by_16: false, by_8: true };
+
+    /// Those among an adapter's `cooperative_matrix_properties`.
+    pub fn of(properties: &[wgpu::CooperativeMatrixProperties]) -> Self {
+        let has = |size| {
+            properties.iter().any(|shape| {
+                [shape.m_size, shape.n_size, shape.k_size] == [size; 3]
+                    && shape.ab_type == wgpu::CooperativeScalarType::F16
+                    && shape.cr_type == wgpu::CooperativeScalarType::F32
+                    && !shape.saturating_accumulation
+            })
+        };
+        Cooperative { by_16: has(16), by_8: has(8) }
+    }
+
+    /// Their names.
+    pub fn names(self) -> Vec<&'static str> {
+        let named = [(self.by_16, "16×16×16 f16"), (self.by_8, "8×8×8 f16")];
+        named.into_iter().filter_map(|(has, name)| has.then_some(name)).collect()
+    }
+
+    /// What is here and not in `offered`.
+    pub(crate) fn without(self, offered: Self) -> Self {
+        Cooperative { by_16: self.by_16 && !offered.by_16, by_8: self.by_8 && !offered.by_8 }
+    }
+}
+
+/// What a plan may know of the device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlanContext {
+    /// The device's limits.
+    pub limits: wgpu::Limits,
+    /// The class that `Tuning::Auto` chooses for.
+    pub class: AdapterClass,
+    /// What the device was opened with.
+    pub features: wgpu::Features,
+    /// The smallest subgroup that a shader may run in.
+    pub subgroup_min_size: u32,
+    /// The largest.
+    pub subgroup_max_size: u32,
+    /// Cooperative matrices that the caller knows the adapter to have.
+    pub cooperative: Cooperative,
+    /// What `Tuning::Auto` takes instead, where it was measured.
+    pub tunings: Tunings,
+}
+
+/// Measured choices: by kernel, the number of the tile settings that `Tuning::Auto` takes instead of those for the
+/// adapter's class. Nothing here measures: `egmla tune` does when it is asked, and applications may.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Tunings(pub BTreeMap<String, usize>);
+
+impl PlanContext {
+    /// WebGPU's default limits, on a class of adapter: what every device offers.
+    pub fn webgpu_defaults(class: AdapterClass) -> Self {
+        PlanContext::new(wgpu::Limits::default(), class)
+    }
+
+    /// Limits and a class of adapter, no features, nothing measured.
+    pub fn new(limits: wgpu::Limits, class: AdapterClass) -> Self {
+        PlanContext {
+            limits,
+            class,
+            features: wgpu::Features::empty(),
+            subgroup_min_size: SMALLEST_SUBGROUP,
+            subgroup_max_size: LARGEST_SUBGROUP,
+            cooperative: Cooperative::NONE,
+            tunings: Tunings::default(),
+        }
+    }
+
+    /// The largest subgroup, within what wgpu promises: a context may be of a caller's own making.
+    pub(crate) fn widest_subgroup(&self) -> u32 {
+        self.subgroup_max_size.clamp(SMALLEST_SUBGROUP, wgpu::MAXIMUM_SUBGROUP_MAX_SIZE)
+    }
+
+    /// The most lanes, a power of two up to `most`, that are sure to lie in one subgroup.
+    pub(crate) fn lanes(&self, most: u32) -> u32 {
+        1 << self.subgroup_min_size.clamp(SMALLEST_SUBGROUP, most).ilog2()
+    }
+
+    /// The setting of a kernel that was measured, else the one for the class.
+    pub(crate) fn auto(&self, kernel: &str, of_class: usize) -> usize {
+        self.tunings.0.get(kernel).copied().unwrap_or(of_class)
+    }
+}
+
+/// Which of a kernel's tile settings to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tuning {
+    /// The one that was measured ([`Tunings`]), else the one for the adapter's class.
+    #[default]
+    Auto,
+    /// The i-th of the kernel's `TUNINGS`; an error when the device does not offer what it needs.
+    Forced(usize),
+}
+
+impl Tuning {
+    /// The index into a kernel's list of `count` settings.
+    pub(crate) fn choose(self, kernel: &'static str, count: usize, auto: usize) -> Result<usize> {
+        match self {
+            // A measured choice may be of another version, or of a caller's own making.
+            Tuning::Auto if auto < count => Ok(auto),
+            Tuning::Forced(index) if index < count => Ok(index),
+            Tuning::Auto => Err(no_tuning(kernel, auto, count)),
+            Tuning::Forced(index) => Err(no_tuning(kernel, index, count)),
+        }
+    }
+}
+
+fn no_tuning(kernel: &'static str, index: usize, count: usize) -> Error {
+    Error::problem(kernel, format!("tuning {index} does not exist, there are {count}"))
+}

@@ -1,0 +1,482 @@
+//! The kernels of a device: pipelines, buffers, and what goes wrong with either.
+//!
+//! Nothing here submits, polls or maps for reading.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::pin;
+#[cfg(not(target_arch = "wasm32"))]
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use crate::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tunings};
+use crate::error::{Error, Result};
+use crate::op::{Access, Binding, MAX_BINDINGS, Spec};
+use crate::storage::padded;
+
+/// A range of a buffer. Cloning it clones a handle, not the memory.
+#[derive(Debug, Clone)]
+pub struct Region {
+    /// The buffer.
+    pub buffer: wgpu::Buffer,
+    /// First byte; a multiple of the device's `min_storage_buffer_offset_alignment`.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Region {
+    /// A range of a buffer.
+    pub fn new(buffer: &wgpu::Buffer, offset: u64, size: u64) -> Self {
+        Region { buffer: buffer.clone(), offset, size }
+    }
+}
+
+impl From<&wgpu::Buffer> for Region {
+    fn from(buffer: &wgpu::Buffer) -> Self {
+        Region::new(buffer, 0, buffer.size())
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+}
+
+type PipelineKey = (&'static str, Vec<(&'static str, u64)>);
+
+/// What a pipeline is made of.
+#[derive(Debug, Clone)]
+pub(crate) struct Shader {
+    pub spec: &'static Spec,
+    pub bindings: &'static [Binding],
+    pub params_size: u64,
+    pub overrides: Vec<(&'static str, f64)>,
+    pub key: PipelineKey,
+}
+
+impl Shader {
+    pub fn new(
+        spec: &'static Spec,
+        bindings: &'static [Binding],
+        params_size: u64,
+        overrides: Vec<(&'static str, f64)>,
+    ) -> Self {
+        let key = (spec.name, overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect());
+        Shader { spec, bindings, params_size, overrides, key }
+    }
+}
+
+/// From one unbound output of a dispatch to the next; a multiple of every device's storage offset alignment.
+const SINK_PITCH: u64 = 256;
+
+#[derive(Debug)]
+struct Inner {
+    device: wgpu::Device,
+    /// Shared by kernels that come from one call of [`Kernels::new`], and thus are of one device.
+    family: u64,
+    context: PlanContext,
+    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    /// The driver's own cache of what it compiled, when the caller brought one.
+    pipeline_cache: Option<wgpu::PipelineCache>,
+    /// Bound where a kernel's optional input is absent.
+    absent: wgpu::Buffer,
+    /// Bound where a kernel's optional output is absent.
+    sink: wgpu::Buffer,
+}
+
+/// The kernels of one device: pipelines are compiled at first use and kept. Cloning shares them.
+#[derive(Debug, Clone)]
+pub struct Kernels(Arc<Inner>);
+
+impl Kernels {
+    /// Takes the caller's device. Nothing is compiled yet.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] or [`Error::OutOfMemory`] of the device, [`Error::Limit`] when it offers fewer storage buffers than
+    /// WebGPU promises.
+    pub fn new(device: &wgpu::Device) -> Result<Self> {
+        Self::with_class(device, AdapterClass::of(&device.adapter_info()))
+    }
+
+    /// The same, with tile sizes for another class of adapter than the device's own: to compare them, or to check here what
+    /// will run there.
+    ///
+    /// # Errors
+    /// As [`Kernels::new`].
+    pub fn with_class(device: &wgpu::Device, class: AdapterClass) -> Result<Self> {
+        let mut limits = device.limits();
+        if limits.max_storage_buffers_per_shader_stage < 8 {
+            return Err(Error::Limit {
+                what: "a kernel's storage buffers".to_owned(),
+                needed: 8,
+                allowed: limits.max_storage_buffers_per_shader_stage.into(),
+                limit: "max_storage_buffers_per_shader_stage",
+            });
+        }
+        // Shaders index elements with 32 bits.
+        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
+        let (features, info) = (device.features(), device.adapter_info());
+        // wgpu's Metal backend tells the smallest and largest of all GPUs; Apple's have simdgroups of 32.
+        let apple = info.backend == wgpu::Backend::Metal && AdapterClass::of(&info) == AdapterClass::Apple;
+        let (subgroup_min_size, subgroup_max_size) =
+            if apple { (32, 32) } else { (info.subgroup_min_size, info.subgroup_max_size) };
+        let context = PlanContext { features, subgroup_min_size, subgroup_max_size, ..PlanContext::new(limits, class) };
+        let empty = |label: &str, size: u64| {
+            scoped(device, label, || {
+                device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some(label),
+                    size,
+                    usage: wgpu::BufferUsages::STORAGE,
+                    mapped_at_creation: false,
+                })
+            })
+        };
+        let (absent, sink) = (empty("egmla.absent", 16)?, empty("egmla.sink", SINK_PITCH * MAX_BINDINGS as u64)?);
+        alive(device, "opening kernels")?;
+        let (device, pipelines) = (device.clone(), Mutex::default());
+        static FAMILIES: AtomicU64 = AtomicU64::new(0);
+        let family = FAMILIES.fetch_add(1, Ordering::Relaxed);
+        Ok(Kernels(Arc::new(Inner { device, family, context, pipelines, pipeline_cache: None, absent, sink })))
+    }
+
+    /// The same device and choices, with nothing compiled yet and no pipeline cache: to measure a first use.
+    pub fn uncompiled(&self) -> Self {
+        self.with(self.0.context.clone(), None)
+    }
+
+    /// The same, with the cooperative matrices of the adapter: a device does not tell which it has, and the kernels that
+    /// multiply by them are used only where the caller says so, for weights and caches in f16. Take what
+    /// [`Cooperative::of`] finds in `wgpu::Adapter::cooperative_matrix_properties`, and open the device with
+    /// [`COOPERATIVE_FEATURES`]; without those features this changes nothing.
+    pub fn with_cooperative(&self, matrices: Cooperative) -> Self {
+        let opened = self.0.context.features.contains(COOPERATIVE_FEATURES);
+        let cooperative = if opened { matrices } else { Cooperative::NONE };
+        self.with(PlanContext { cooperative, ..self.0.context.clone() }, self.0.pipeline_cache.clone())
+    }
+
+    /// The same, with pipelines that come from and go to the driver's cache. The caller makes it of the bytes that an
+    /// earlier run kept (`wgpu::Device::create_pipeline_cache`, which needs `Features::PIPELINE_CACHE`; name their file by
+    /// `wgpu::util::pipeline_cache_key`) and keeps its bytes afterwards (`wgpu::PipelineCache::get_data`).
+    ///
+    /// A cache that the device refuses costs time, not results: the pipeline is then compiled without it.
+    pub fn with_pipeline_cache(&self, cache: wgpu::PipelineCache) -> Self {
+        self.with(self.0.context.clone(), Some(cache))
+    }
+
+    /// The same, with measured tile settings wherever `Tuning::Auto` chooses.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a kernel or a setting that does not exist.
+    pub fn with_tunings(&self, tunings: Tunings) -> Result<Self> {
+        tunings.check()?;
+        Ok(self.with(PlanContext { tunings, ..self.0.context.clone() }, self.0.pipeline_cache.clone()))
+    }
+
+    /// The same device and buffers with plans for another device: to record what is to run there. Here it may not run.
+    pub(crate) fn planned_for(&self, context: PlanContext) -> Self {
+        self.with(context, None)
+    }
+
+    fn with(&self, context: PlanContext, pipeline_cache: Option<wgpu::PipelineCache>) -> Self {
+        let Inner { device, family, absent, sink, .. } = &*self.0;
+        Kernels(Arc::new(Inner {
+            device: device.clone(),
+            family: *family,
+            context,
+            pipelines: Mutex::default(),
+            pipeline_cache,
+            absent: absent.clone(),
+            sink: sink.clone(),
+        }))
+    }
+
+    /// The caller's device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.0.device
+    }
+
+    /// What plans are made for.
+    pub fn context(&self) -> &PlanContext {
+        &self.0.context
+    }
+
+    /// A region to name where an operation leaves a buffer out.
+    pub fn absent(&self) -> Region {
+        Region::from(&self.0.absent)
+    }
+
+    /// A region to bind where an optional output is absent, one for each number of a binding; the kernel's override keeps it
+    /// from being written.
+    pub(crate) fn sink(&self, binding: usize) -> Region {
+        Region::new(&self.0.sink, SINK_PITCH * binding as u64, 16)
+    }
+
+    /// Allocates a storage buffer that can be copied from and to; at least 16 bytes.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] above `max_buffer_size`, [`Error::OutOfMemory`] when the device has no memory left,
+    /// [`Error::DeviceLost`] when it is lost.
+    pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
+        let size = self.allocation(label, bytes)?;
+        let device = &self.0.device;
+        let buffer = scoped(device, label, || {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage: STORAGE_USAGE,
+                mapped_at_creation: false,
+            })
+        })?;
+        alive(device, label).map(|()| buffer)
+    }
+
+    /// Fails where `of` belongs to another device: wgpu would refuse it much later, in the caller's own encoder.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`].
+    pub(crate) fn same_device(&self, of: &Kernels, what: &'static str, than: &'static str) -> Result<()> {
+        let same =
+            self.0.family == of.0.family || self.0.device == of.0.device && one_device(&self.0.device, &of.0.device);
+        if same { Ok(()) } else { Err(Error::OtherDevice { what, than }) }
+    }
+
+    /// Allocates a storage buffer that begins with `bytes`. The bytes are in place before any later submission.
+    ///
+    /// # Errors
+    /// As [`Kernels::allocate`].
+    pub fn upload(&self, label: &str, bytes: &[u8]) -> Result<wgpu::Buffer> {
+        let size = self.allocation(label, bytes.len() as u64)?;
+        self.filled(label, size, STORAGE_USAGE, bytes)
+    }
+
+    fn allocation(&self, label: &str, bytes: u64) -> Result<u64> {
+        let size = padded(bytes, 4).max(16);
+        let allowed = self.0.context.limits.max_buffer_size;
+        if size > allowed {
+            let what = format!("buffer `{label}`");
+            return Err(Error::Limit { what, needed: size, allowed, limit: "max_buffer_size" });
+        }
+        Ok(size)
+    }
+
+    pub(crate) fn filled(
+        &self,
+        label: &str,
+        size: u64,
+        usage: wgpu::BufferUsages,
+        bytes: &[u8],
+    ) -> Result<wgpu::Buffer> {
+        let device = &self.0.device;
+        scoped(device, label, || {
+            let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage,
+                mapped_at_creation: true,
+            });
+            // What no scope was told of and is not mapped either is a lost device's.
+            buffer
+                .get_mapped_range_mut(..)
+                .map_err(|error| Error::lost(label, error))?
+                .slice(..bytes.len())
+                .copy_from_slice(bytes);
+            buffer.unmap();
+            Ok(buffer)
+        })?
+    }
+
+    fn known_pipelines(&self) -> MutexGuard<'_, HashMap<PipelineKey, Arc<Pipeline>>> {
+        self.0.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pipelines of these dispatches, in their order; those that are new are compiled at once, on as many threads as
+    /// the machine has.
+    pub(crate) fn pipelines<'a>(
+        &self,
+        shaders: impl Iterator<Item = &'a Shader> + Clone,
+    ) -> Result<Vec<Arc<Pipeline>>> {
+        let mut missing: Vec<&Shader> = Vec::new();
+        {
+            let known = self.known_pipelines();
+            for shader in shaders.clone() {
+                let listed = missing.iter().any(|other| other.key == shader.key);
+                if !listed && !known.contains_key(&shader.key) {
+                    missing.push(shader);
+                }
+            }
+        }
+        let compiled = self.compile_all(&missing)?;
+        if !compiled.is_empty() {
+            alive(&self.0.device, "compiling")?;
+        }
+        for (shader, pipeline) in missing.iter().zip(compiled) {
+            // Compiled outside of the lock: two threads may both compile a kernel, neither waits for another's.
+            self.known_pipelines().entry(shader.key.clone()).or_insert(pipeline);
+        }
+        let known = self.known_pipelines();
+        let of = |shader: &Shader| {
+            known.get(&shader.key).cloned().ok_or_else(|| Error::problem(shader.spec.name, "was not compiled"))
+        };
+        shaders.map(of).collect()
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn compile_all(&self, missing: &[&Shader]) -> Result<Vec<Arc<Pipeline>>> {
+        missing.iter().map(|shader| self.pipeline(shader)).collect()
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn compile_all(&self, missing: &[&Shader]) -> Result<Vec<Arc<Pipeline>>> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(missing.len());
+        if threads < 2 {
+            return missing.iter().map(|shader| self.pipeline(shader)).collect();
+        }
+        // Kernels differ in what they cost to compile: each thread takes the next one that nobody has.
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let take = || missing.get(next.fetch_add(1, Ordering::Relaxed));
+            std::iter::from_fn(take).map(|shader| (shader.key.clone(), self.pipeline(shader))).collect::<Vec<_>>()
+        };
+        let mut compiled: HashMap<PipelineKey, Result<Arc<Pipeline>>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let own = work();
+            workers.into_iter().filter_map(|worker| worker.join().ok()).flatten().chain(own).collect()
+        });
+        let of = |shader: &&Shader| {
+            let lost = || Err(Error::problem(shader.spec.name, "the thread that compiled it ended early"));
+            compiled.remove(&shader.key).unwrap_or_else(lost)
+        };
+        missing.iter().map(of).collect()
+    }
+
+    /// Compiles with the driver's cache, and without it when that is refused: one of another device or driver poisons
+    /// every pipeline that is made with it.
+    fn pipeline(&self, shader: &Shader) -> Result<Arc<Pipeline>> {
+        let pipeline = match &self.0.pipeline_cache {
+            None => self.compile(shader, None)?,
+            Some(cache) => self.compile(shader, Some(cache)).or_else(|error| {
+                tracing::warn!(kernel = shader.spec.name, %error, "compiling without the pipeline cache");
+                self.compile(shader, None)
+            })?,
+        };
+        Ok(Arc::new(pipeline))
+    }
+
+    fn compile(&self, shader: &Shader, cache: Option<&wgpu::PipelineCache>) -> Result<Pipeline> {
+        let Shader { spec, bindings, overrides, .. } = shader;
+        let device = &self.0.device;
+        let label = format!("egmla.{}", spec.name);
+        tracing::debug!(kernel = spec.name, ?overrides, "compiling");
+        scoped(device, &label, || {
+            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: Some(&label),
+                source: wgpu::ShaderSource::Wgsl(spec.source.into()),
+            });
+            let storage = bindings
+                .iter()
+                .map(|binding| wgpu::BufferBindingType::Storage { read_only: binding.access == Access::Read });
+            let entries: Vec<_> = (0..)
+                .zip(std::iter::once(wgpu::BufferBindingType::Uniform).chain(storage))
+                .map(|(number, ty)| wgpu::BindGroupLayoutEntry {
+                    binding: number,
+                    visibility: wgpu::ShaderStages::COMPUTE,
+                    ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+                    count: None,
+                })
+                .collect();
+            let layout = device
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+            let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(&label),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+            let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(&label),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    constants: overrides,
+                    // Every kernel writes its workgroup memory before it reads it.
+                    zero_initialize_workgroup_memory: false,
+                },
+                cache,
+            });
+            Pipeline { pipeline, layout }
+        })
+    }
+}
+
+const STORAGE_USAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
+
+/// Runs `create` and turns what wgpu has to say about it into an error value.
+///
+/// On native backends the answer is there at once. In a browser it comes later, to the page's own error handler.
+pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce() -> T) -> Result<T> {
+    let scopes = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory]
+        .map(|filter| device.push_error_scope(filter));
+    let created = create();
+    // The last pushed is popped first. Without memory there is no object, and validation complains of it: the cause comes first.
+    let errors: Vec<_> = scopes.into_iter().rev().map(|scope| ready(scope.pop()).flatten()).collect();
+    match errors.into_iter().flatten().next() {
+        None => Ok(created),
+        // Of a lost device wgpu says nothing, and then refuses what was not made on it.
+        Some(error @ wgpu::Error::Validation { .. }) => {
+            Err(alive(device, what).err().unwrap_or(Error::wgpu(what, &error)))
+        }
+        Some(error) => Err(Error::wgpu(what, &error)),
+    }
+}
+
+/// Fails on a lost device, where creating, submitting and polling report success. Only what maps a buffer tells: here one that
+/// wgpu maps at its creation, as [`Kernels::upload`] does. In a browser that succeeds, too: there the page's own promise tells.
+///
+/// # Errors
+/// [`Error::DeviceLost`]; [`Error::OutOfMemory`] where there is no room for 4 bytes.
+pub(crate) fn alive(device: &wgpu::Device, what: &str) -> Result<()> {
+    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let probe = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("egmla.alive"),
+        size: 4,
+        // Mapped itself: no second buffer stands in for it.
+        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+        mapped_at_creation: true,
+    });
+    if let Some(error) = ready(memory.pop()).flatten() {
+        return Err(Error::wgpu(what, &error));
+    }
+    probe.get_mapped_range_mut(..).map(drop).map_err(|error| Error::lost(what, error))
+}
+
+fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
+    }
+}
+
+/// Whether two devices that compare as equal are one. Natively wgpu compares their numbers, which begin anew in every instance: an
+/// error on the one that the other's scope catches tells.
+fn one_device(a: &wgpu::Device, b: &wgpu::Device) -> bool {
+    if cfg!(target_arch = "wasm32") {
+        return true;
+    }
+    let outer = a.push_error_scope(wgpu::ErrorFilter::Validation);
+    let inner = b.push_error_scope(wgpu::ErrorFilter::Validation);
+    // Refused before anything is done: a buffer of no use.
+    drop(a.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("egmla.one_device"),
+        size: 4,
+        usage: wgpu::BufferUsages::empty(),
+        mapped_at_creation: false,
+    }));
+    let caught = ready(inner.pop()).flatten().is_some();
+    drop(ready(outer.pop()));
+    caught
+}

@@ -1,0 +1,322 @@
+//! An operation is a type, a variant is a value.
+//!
+//! An [`Op`] holds the sizes of one operation and says what its buffers are, what its shaders are told, and what it costs.
+//! Its [`Variant`]s are the shaders that compute it, best first, in one list. [`choose`] is the one place that decides which
+//! of them runs; [`Recording::add`](crate::recording::Recording::add) asks it. An application may add operations of its own.
+
+use std::fmt::Debug;
+
+use crate::adapter::{Cooperative, PlanContext, Tuning};
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::plan::{Draft, Plan, check_widths};
+
+/// How a shader sees a binding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// `var<storage, read>`
+    Read,
+    /// `var<storage, read_write>`
+    Write,
+}
+
+/// A storage binding. Binding 0 is the uniform `params`; storage bindings follow in the order of their list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Binding {
+    /// Name of the variable in the shader.
+    pub name: &'static str,
+    /// How it is bound.
+    pub access: Access,
+}
+
+/// Most storage buffers of an operation: what WebGPU promises.
+pub const MAX_BINDINGS: usize = 8;
+
+/// One value for each buffer of an operation: regions, or the bytes that they must hold. Declared with [`args!`](crate::args).
+pub trait Buffers<T> {
+    /// The buffers, inputs first.
+    const BINDINGS: &'static [Binding];
+
+    /// One value for all of them.
+    fn all(value: T) -> Self
+    where
+        T: Copy;
+
+    /// Visits the values in the order of their bindings.
+    fn each(self, visit: &mut dyn FnMut(usize, T));
+}
+
+/// Declares the buffers of an operation once: the struct that is filled in, the bindings of its shaders and their order.
+///
+/// ```
+/// egmla::args! {
+///     /// Buffers of one dispatch.
+///     pub struct Args {
+///         /// `[elements]` f32.
+///         x: Read,
+///         /// `[elements]` f32, written.
+///         y: Write,
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! args {
+    ($(#[$meta:meta])* $vis:vis struct $name:ident { $($(#[$of:meta])* $field:ident: $access:ident),* $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy)]
+        $vis struct $name<T> { $($(#[$of])* pub $field: T),* }
+
+        impl<T> $crate::op::Buffers<T> for $name<T> {
+            const BINDINGS: &'static [$crate::op::Binding] = &[
+                $($crate::op::Binding { name: stringify!($field), access: $crate::op::Access::$access }),*
+            ];
+
+            fn all(value: T) -> Self
+            where
+                T: Copy,
+            {
+                $name { $($field: value),* }
+            }
+
+            fn each(self, visit: &mut dyn FnMut(usize, T)) {
+                let mut index = 0;
+                $(
+                    visit(index, self.$field);
+                    index += 1;
+                )*
+                let _ = index;
+            }
+        }
+    };
+}
+
+/// The uniform parameters of an operation's shaders: words one after another. Declared with [`params!`](crate::params).
+pub trait Uniform: Copy + Debug {
+    /// Name and WGSL type of each, in order.
+    const FIELDS: &'static [(&'static str, &'static str)];
+
+    /// Appends them as bytes.
+    fn write(&self, bytes: &mut Vec<u8>);
+}
+
+/// Declares the uniform parameters of an operation's shaders: `u32` and `f32` fields in the order of the WGSL struct.
+///
+/// ```
+/// egmla::params! {
+///     /// Uniform parameters, as in the shader.
+///     pub struct Params { elements: u32, factor: f32 }
+/// }
+/// ```
+#[macro_export]
+macro_rules! params {
+    ($(#[$meta:meta])* $vis:vis struct $name:ident { $($(#[$of:meta])* $field:ident: $kind:ident),* $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy)]
+        $vis struct $name { $($(#[$of])* pub(crate) $field: $kind),* }
+
+        impl $crate::op::Uniform for $name {
+            const FIELDS: &'static [(&'static str, &'static str)] = &[$((stringify!($field), stringify!($kind))),*];
+
+            fn write(&self, bytes: &mut Vec<u8>) {
+                $(bytes.extend_from_slice(&self.$field.to_ne_bytes());)*
+            }
+        }
+    };
+}
+
+/// An operation: the sizes of one dispatch.
+pub trait Op: Copy + Debug + PartialEq + Send + Sync + 'static {
+    /// Its buffers; declared with [`args!`](crate::args).
+    type Args<T: Copy>: Buffers<T> + Copy;
+
+    /// What its shaders are told; declared with [`params!`](crate::params).
+    type Params: Uniform;
+
+    /// The stem of its files, labels and bench rows; variants carry it as a prefix.
+    const NAME: &'static str;
+
+    /// The shaders that compute it, best first.
+    const VARIANTS: &'static [Variant<Self>];
+
+    /// Widths that a shader may walk element by element: none of them is longer than a loop may be, so that their sums and
+    /// pitches fit 32 bits.
+    fn widths(&self) -> [(&'static str, u32); 4] {
+        [("", 0); 4]
+    }
+
+    /// What no variant can do, in words with the number.
+    ///
+    /// # Errors
+    /// The words.
+    fn validate(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// What the shader is told.
+    fn params(&self, plan: &Plan) -> Self::Params;
+
+    /// Bytes that each buffer must hold; 0 for one that the sizes leave out, which is then bound to nothing of the caller's.
+    fn bytes(&self) -> Self::Args<u64>;
+
+    /// FLOPs and bytes, by the rules of [`crate::cost`].
+    fn cost(&self) -> Cost;
+}
+
+/// What is constant of a shader, whatever its operation.
+#[derive(Debug, Clone, Copy)]
+pub struct Spec {
+    /// The stem: `shaders/<name>.wgsl`, label `egmla.<name>`.
+    pub name: &'static str,
+    /// The file that runs.
+    pub source: &'static str,
+    /// How many settings `Tuning::Forced` can choose from.
+    pub tunings: usize,
+    /// What the device must have beside WebGPU's core.
+    pub features: wgpu::Features,
+    /// The fewest invocations of a subgroup that it is right for; 0 where it has nothing to do with them.
+    pub subgroup: u32,
+    /// The cooperative matrices that it computes with.
+    pub cooperative: Cooperative,
+}
+
+impl Spec {
+    /// What it needs that a device lacks, by name; `None` when it can run.
+    pub fn missing(&self, device: &PlanContext) -> Option<String> {
+        let features = self.features - device.features;
+        let narrow = device.subgroup_min_size < self.subgroup;
+        // Asked before every dispatch: only what is missing is put into words.
+        let subgroup = narrow.then(|| format!("subgroups of {} invocations and more", self.subgroup));
+        let matrices = self.cooperative.without(device.cooperative);
+        if features.is_empty() && subgroup.is_none() && matrices == Cooperative::NONE {
+            return None;
+        }
+        let matrices = matrices.names().into_iter().map(|name| format!("cooperative matrices of {name}"));
+        let names = features.iter_names().map(|(name, _)| name.to_lowercase());
+        Some(names.chain(subgroup).chain(matrices).collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// A shader of an operation.
+#[derive(Debug, Clone, Copy)]
+pub struct Variant<O: 'static> {
+    /// What is constant of it.
+    pub spec: Spec,
+    /// The setting for the class of adapter, where none was measured.
+    pub auto: fn(&O, &PlanContext) -> usize,
+    /// The dispatch of one of its settings, or why the shader cannot do it.
+    pub draft: fn(&O, &PlanContext, usize) -> Result<Draft, String>,
+    /// Whether it is the right one where it can run; the list of variants is asked in order.
+    pub preferred: fn(&O, &PlanContext) -> bool,
+    /// What the shader takes for granted of every plan: the first of it that a plan does not keep.
+    pub assumes: fn(&O, &PlanContext, &Plan) -> Result<(), &'static str>,
+}
+
+impl<O: Op> Variant<O> {
+    /// A shader that needs nothing beside WebGPU's core, whose first setting is for every adapter, and that is preferred
+    /// wherever it is asked for.
+    pub const fn new(
+        (name, source): (&'static str, &'static str),
+        tunings: usize,
+        draft: fn(&O, &PlanContext, usize) -> Result<Draft, String>,
+        assumes: fn(&O, &PlanContext, &Plan) -> Result<(), &'static str>,
+    ) -> Self {
+        let spec = Spec {
+            name,
+            source,
+            tunings,
+            features: wgpu::Features::empty(),
+            subgroup: 0,
+            cooperative: Cooperative::NONE,
+        };
+        Variant { spec, auto: |_, _| 0, draft, preferred: |_, _| true, assumes }
+    }
+
+    /// The same with a setting for each class of adapter.
+    pub const fn auto(mut self, auto: fn(&O, &PlanContext) -> usize) -> Self {
+        self.auto = auto;
+        self
+    }
+
+    /// The same where it is preferred only sometimes.
+    pub const fn preferred(mut self, preferred: fn(&O, &PlanContext) -> bool) -> Self {
+        self.preferred = preferred;
+        self
+    }
+
+    /// The same for devices with subgroups of `least` invocations and more.
+    pub const fn subgroups(mut self, least: u32) -> Self {
+        self.spec.features = wgpu::Features::SUBGROUP;
+        self.spec.subgroup = least;
+        self
+    }
+
+    /// The same for devices with cooperative matrices.
+    pub const fn cooperative(mut self, matrices: Cooperative) -> Self {
+        self.spec.features = crate::adapter::COOPERATIVE_FEATURES;
+        self.spec.cooperative = matrices;
+        self
+    }
+
+    /// The plan of a problem.
+    ///
+    /// # Errors
+    /// [`Error::Problem`] for what the operation or the shader cannot do, or a setting that does not exist; [`Error::Limit`]
+    /// for what the device does not hold.
+    pub fn plan(&self, op: &O, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
+        let possible = check_widths(&op.widths()).and_then(|()| op.validate());
+        possible.map_err(|problem| Error::problem(O::NAME, problem))?;
+        let name = self.spec.name;
+        let setting = tuning.choose(name, self.spec.tunings, context.auto(name, (self.auto)(op, context)))?;
+        let draft = (self.draft)(op, context, setting).map_err(|problem| Error::problem(name, problem))?;
+        draft.checked(name, &context.limits)
+    }
+}
+
+/// Which shader runs: the first variant that the device offers, that is preferred, and whose plan the device takes.
+///
+/// # Errors
+/// What the last of these refuses.
+pub fn choose<O: Op>(op: &O, context: &PlanContext) -> Result<(&'static Variant<O>, Plan)> {
+    let mut refusal = None;
+    for variant in O::VARIANTS {
+        if variant.spec.missing(context).is_some() || !(variant.preferred)(op, context) {
+            continue;
+        }
+        match variant.plan(op, context, Tuning::Auto) {
+            Ok(plan) => return Ok((variant, plan)),
+            Err(error) => refusal = Some(error),
+        }
+    }
+    Err(refusal.unwrap_or_else(|| Error::problem(O::NAME, "no shader of it runs on this device")))
+}
+
+/// The first of several assumptions that does not hold.
+///
+/// # Errors
+/// Its words.
+pub fn hold(assumptions: &[(bool, &'static str)]) -> Result<(), &'static str> {
+    assumptions.iter().find(|(holds, _)| !holds).map_or(Ok(()), |(_, words)| Err(*words))
+}
+
+/// Of shaders that take any plan.
+///
+/// # Errors
+/// None.
+pub fn anything<O>(_: &O, _: &PlanContext, _: &Plan) -> Result<(), &'static str> {
+    Ok(())
+}
+
+/// Lets the checks draw every number of a problem anew; a field that is left out does not compile.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! vary {
+    ($of:ident { $($field:ident),* $(,)? }) => {
+        #[cfg(feature = "check")]
+        impl $crate::sample::Vary for $of {
+            fn vary(&mut self, next: &mut dyn FnMut() -> u32) {
+                let $of { $($field),* } = self;
+                $($crate::sample::Vary::vary($field, next);)*
+            }
+        }
+    };
+}

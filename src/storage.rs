@@ -1,0 +1,101 @@
+//! How numbers are stored on the device, and the arithmetic of sizes: it saturates, so that no size wraps around.
+
+use serde::{Deserialize, Serialize};
+
+/// How weights and caches are stored on the device. Activations, accumulators, maxima and sums are always f32; kernels by
+/// cooperative matrices round the factors of a product to f16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats, two in a word, decoded with `unpack2x16float`: no shader feature is needed.
+    F16,
+}
+
+impl Storage {
+    /// Both, in the order of their number in the shaders.
+    pub const ALL: [Storage; 2] = [Storage::F32, Storage::F16];
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Storage::F32 => 4,
+            Storage::F16 => 2,
+        }
+    }
+
+    /// Value of the shaders' `STORAGE_F16` override.
+    pub(crate) fn constant(self) -> f64 {
+        f64::from(u8::from(self == Storage::F16))
+    }
+
+    /// Bytes of so many elements.
+    pub(crate) fn sized(self, elements: u64) -> u64 {
+        elements.saturating_mul(self.bytes())
+    }
+
+    /// Bytes of a densely packed tensor, rounded up to whole words.
+    pub fn tensor_bytes(self, elements: u64) -> u64 {
+        padded(self.sized(elements), 4)
+    }
+
+    /// Elements from one cache row to the next: rows begin on 16-byte boundaries, so that a row is read in whole
+    /// 16-byte loads and two rows never share a word.
+    pub fn row_pitch(self, width: u32) -> u32 {
+        // A width without a pitch is beyond every device: what follows from it is refused.
+        width.checked_next_multiple_of(16 / self.bytes() as u32).unwrap_or(u32::MAX)
+    }
+
+    /// 16-byte loads from one cache row to the next.
+    pub(crate) fn row_loads(self, width: u32) -> u32 {
+        self.row_pitch(width) / (16 / self.bytes() as u32)
+    }
+
+    /// A short name: `f32` or `f16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Storage::F32 => "f32",
+            Storage::F16 => "f16",
+        }
+    }
+}
+
+/// Bytes or elements, rounded up; saturates, so that every later comparison with a limit fails: a number that wrapped around
+/// would pass them all.
+pub(crate) fn padded(count: u64, to: u64) -> u64 {
+    count.checked_next_multiple_of(to).unwrap_or(u64::MAX)
+}
+
+/// Bytes of so many words.
+pub(crate) fn words(count: u64) -> u64 {
+    count.saturating_mul(4)
+}
+
+/// Product of extents in 64 bits; saturates, so that every later comparison with a limit fails.
+pub(crate) fn product(extents: &[u32]) -> u64 {
+    extents.iter().fold(1, |total: u64, &extent| total.saturating_mul(extent.into()))
+}
+
+/// Elements behind `offset` that rows of `width`, `pitch` apart, reach.
+pub(crate) fn rows_end(offset: u32, rows: u32, pitch: u32, width: u32) -> u64 {
+    u64::from(offset) + product(&[rows.saturating_sub(1), pitch]) + u64::from(width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Storage, padded};
+
+    #[test]
+    fn what_does_not_fit_a_number_does_not_come_out_small() {
+        assert_eq!((padded(5, 4), padded(8, 4)), (8, 8));
+        assert_eq!((padded(u64::MAX, 4), padded(u64::MAX - 1, 16)), (u64::MAX, u64::MAX));
+        for storage in Storage::ALL {
+            assert_eq!(storage.tensor_bytes(u64::MAX), u64::MAX);
+            assert_eq!(storage.row_pitch(u32::MAX), u32::MAX);
+            assert_eq!((storage.row_loads(0), storage.row_loads(9)), (0, if storage == Storage::F32 { 3 } else { 2 }));
+            assert!(storage.row_loads(u32::MAX) > 1 << 28);
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! Which shader runs: the one answer site, on every class of adapter.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+
+use egmla::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
+use egmla::kernels::attention_prefill::{QUERY_TILES, tile_q};
+use egmla::kernels::matmul::Layout;
+use egmla::kernels::{AttentionAbsorbed, AttentionDecode, AttentionPrefill, Matmul, RooflineCooperative, shaders};
+use egmla::op::{Op, choose};
+use egmla::storage::Storage;
+use egmla::wgpu;
+
+const NONE: wgpu::Features = wgpu::Features::empty();
+const SUBGROUP: wgpu::Features = wgpu::Features::SUBGROUP;
+
+fn context(class: AdapterClass, features: wgpu::Features, subgroup_min_size: u32) -> PlanContext {
+    PlanContext { features, subgroup_min_size, ..PlanContext::webgpu_defaults(class) }
+}
+
+/// Name of the shader that runs.
+fn chosen<O: Op>(op: &O, context: &PlanContext) -> &'static str {
+    choose(op, context).unwrap_or_else(|error| panic!("{op:?}: {error}")).0.spec.name
+}
+
+#[test]
+fn products_go_by_rows_loads_and_device() {
+    let product = |class, features, rows, inner, storage| {
+        let context = PlanContext { features, ..PlanContext::webgpu_defaults(class) };
+        chosen(&Matmul::linear(rows, inner, 64, false, storage), &context)
+    };
+    for class in AdapterClass::ALL {
+        // 12 halves are no whole number of 16-byte loads.
+        for (inner, storage) in [(0, Storage::F32), (6, Storage::F32), (12, Storage::F16)] {
+            assert_eq!(product(class, SUBGROUP, 8, inner, storage), "matvec");
+            assert_eq!(product(class, SUBGROUP, 9, inner, storage), "matmul");
+        }
+        assert_eq!(product(class, NONE, 1, 12, Storage::F32), "matvec_vec4");
+        assert_eq!(product(class, NONE, 8, 16, Storage::F16), "matvec_vec4");
+        assert_eq!(product(class, NONE, 9, 16, Storage::F16), "matmul_vec4");
+    }
+    let software = |rows| product(AdapterClass::Software, SUBGROUP, rows, 16, Storage::F32);
+    assert_eq!([software(1), software(2)], ["matvec_vec4", "matmul_subgroup"]);
+    let discrete = |rows| product(AdapterClass::Discrete, SUBGROUP, rows, 16, Storage::F32);
+    assert_eq!([discrete(1), discrete(9)], ["matvec_subgroup", "matmul_vec4"]);
+}
+
+#[test]
+fn cooperative_matrices_multiply_halves_where_they_are_offered() {
+    let product = |class, cooperative, features, rows, storage| {
+        let context = PlanContext { features, cooperative, ..PlanContext::webgpu_defaults(class) };
+        chosen(&Matmul::linear(rows, 16, 64, false, storage), &context)
+    };
+    let both = Cooperative { by_16: true, by_8: true };
+    for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
+        for (cooperative, kernel) in [
+            (Cooperative::NONE, "matmul_vec4"),
+            (Cooperative::BY_8, "matmul_cooperative_8"),
+            (Cooperative::BY_16, "matmul_cooperative"),
+            (both, "matmul_cooperative"),
+        ] {
+            assert_eq!(product(class, cooperative, COOPERATIVE_FEATURES, 32, Storage::F16), kernel);
+            // Never for f32 weights, few rows, or a device that was opened without the features.
+            assert_eq!(product(class, cooperative, COOPERATIVE_FEATURES, 32, Storage::F32), "matmul_vec4");
+            assert_eq!(product(class, cooperative, COOPERATIVE_FEATURES, 31, Storage::F16), "matmul_vec4");
+            assert_eq!(product(class, cooperative, wgpu::Features::SHADER_F16, 32, Storage::F16), "matmul_vec4");
+        }
+    }
+    // A software adapter gains nothing by them.
+    assert_eq!(product(AdapterClass::Software, both, COOPERATIVE_FEATURES, 32, Storage::F16), "matmul_subgroup");
+    // Four subgroups of 128 do not fit WebGPU's workgroups of 256.
+    let wide = PlanContext {
+        features: COOPERATIVE_FEATURES,
+        cooperative: both,
+        subgroup_max_size: 128,
+        ..PlanContext::webgpu_defaults(AdapterClass::Discrete)
+    };
+    assert_eq!(chosen(&Matmul::linear(32, 16, 64, false, Storage::F16), &wide), "matmul_vec4");
+}
+
+#[test]
+fn operands_suit_16_byte_loads_only_where_every_step_does() {
+    let dense = Matmul::linear(2, 16, 8, false, Storage::F16);
+    assert!(dense.in_vec4());
+    let x = |x| Matmul { x, ..dense };
+    let w = |w| Matmul { w, ..dense };
+    let step = Layout::dense(16);
+    assert!(x(Layout { offset: 4, row: 20, batch: 12, ..step }).in_vec4());
+    assert!(!x(Layout { offset: 2, ..step }).in_vec4());
+    assert!(!x(Layout { row: 18, ..step }).in_vec4());
+    assert!(!x(Layout { batch: 1, ..step }).in_vec4());
+    assert!(!w(Layout { offset: 4, ..step }).in_vec4());
+    assert!(!w(Layout { row: 20, ..step }).in_vec4());
+    assert!(!w(Layout { batch: 4, ..step }).in_vec4());
+    assert!(!w(Layout { inner: 8, row: 1, ..step }).in_vec4());
+    assert!(w(Layout { offset: 8, row: 24, batch: 8, ..step }).in_vec4());
+}
+
+fn prefill_of(tokens: u32, query_tiles: u32, n_head: u32, [d_nope, d_rope, d_value]: [u32; 3]) -> AttentionPrefill {
+    AttentionPrefill {
+        tokens,
+        query_tiles,
+        tile_q: QUERY_TILES[0],
+        n_sequence: 1,
+        n_head,
+        d_nope,
+        d_rope,
+        d_value,
+        kv_first: 0,
+        kv_rows: 9,
+        cache_rows: 9,
+        first: true,
+        last: true,
+        scale: 1.0,
+        weights: Storage::F32,
+        storage: Storage::F16,
+    }
+}
+
+fn absorbed_of(d_latent: u32) -> AttentionAbsorbed {
+    AttentionAbsorbed {
+        tokens: 1,
+        most_tokens: 1,
+        n_sequence: 1,
+        splits: 1,
+        partials: 1,
+        n_head: 1,
+        d_latent,
+        d_nope: 8,
+        d_rope: 8,
+        cache_rows: 256,
+        scale: 1.0,
+        storage: Storage::F16,
+    }
+}
+
+#[test]
+fn whole_loads_decode_in_16_bytes() {
+    let of = |[d_nope, d_rope, d_value]: [u32; 3], storage, kv_storage, context: &PlanContext| {
+        let op = AttentionDecode {
+            tokens: 1,
+            most_tokens: 1,
+            partials: 1,
+            n_sequence: 1,
+            n_head: 1,
+            d_nope,
+            d_rope,
+            d_value,
+            kv_first: 0,
+            kv_rows: 256,
+            cache_rows: 256,
+            scale: 1.0,
+            storage,
+            kv_storage,
+        };
+        chosen(&op, context)
+    };
+    let (f32, f16) = (Storage::F32, Storage::F16);
+    for class in AdapterClass::ALL {
+        let context = context(class, NONE, 4);
+        assert_eq!(of([12, 4, 4], f32, f32, &context), "attention_decode_vec4");
+        assert_eq!(of([12, 8, 4], f16, f32, &context), "attention_decode_vec4");
+        assert_eq!(of([8, 0, 16], f32, f16, &context), "attention_decode_vec4");
+        for (widths, storage, kv_storage) in [
+            ([12, 4, 4], f16, f32),
+            ([12, 8, 8], f32, f16),
+            ([8, 8, 12], f32, f16),
+            ([6, 4, 4], f32, f32),
+            ([4, 4, 6], f32, f32),
+        ] {
+            assert_eq!(of(widths, storage, kv_storage, &context), "attention_decode", "{widths:?}");
+        }
+    }
+    let mut small = context(AdapterClass::Discrete, NONE, 4);
+    small.limits.max_compute_invocations_per_workgroup = 64;
+    assert_eq!(of([8, 8, 8], f16, f16, &small), "attention_decode");
+}
+
+#[test]
+fn subgroups_share_the_work_where_they_are_offered_and_wide_enough() {
+    let prefill = |context: &PlanContext, query_tiles, d_rope| {
+        let op = prefill_of(9, query_tiles, 1, [8, d_rope, 8]);
+        chosen(&AttentionPrefill { tile_q: tile_q(context), ..op }, context)
+    };
+    let absorbed = |context: &PlanContext, d_latent| chosen(&absorbed_of(d_latent), context);
+    for (class, size) in AdapterClass::ALL.into_iter().flat_map(|class| [4, 8, 32].map(|size| (class, size))) {
+        let without = context(class, NONE, size);
+        assert_eq!((prefill(&without, 1, 4), absorbed(&without, 64)), ("attention_prefill", "attention_absorbed"));
+        let with = context(class, SUBGROUP, size);
+        let narrow = class == AdapterClass::Software && size < 8;
+        let expected = if narrow { "attention_prefill" } else { "attention_prefill_subgroup" };
+        assert_eq!(prefill(&with, 1, 4), expected, "{class:?} {size}");
+        // No whole number of 16-byte loads.
+        assert_eq!((prefill(&with, 1, 2), absorbed(&with, 30)), ("attention_prefill_rows", "attention_absorbed"));
+    }
+    let software = context(AdapterClass::Software, SUBGROUP, 8);
+    // It cuts a tile into four workgroups there: more of them than one dimension holds fold.
+    assert_eq!(prefill(&software, 16_384, 4), "attention_prefill_subgroup");
+    // More than a workgroup index holds.
+    assert_eq!(prefill(&software, 1 << 30, 4), "attention_prefill");
+    let mut small = context(AdapterClass::Discrete, SUBGROUP, 32);
+    small.limits.max_compute_invocations_per_workgroup = 64;
+    // Neither workgroups of teams nor tiles fit: the kernel of any widths has smaller ones.
+    assert_eq!(prefill(&small, 1, 4), "attention_prefill_rows");
+    assert_eq!(absorbed(&software, 64), "attention_absorbed_subgroup");
+    assert_eq!(absorbed(&context(AdapterClass::Software, SUBGROUP, 4), 64), "attention_absorbed");
+    let discrete = |size, d_latent| absorbed(&context(AdapterClass::Discrete, SUBGROUP, size), d_latent);
+    assert_eq!([discrete(32, 512), discrete(8, 64), discrete(4, 128)], ["attention_absorbed_stream"; 3]);
+    assert_eq!([discrete(8, 512), discrete(4, 136)], ["attention_absorbed"; 2]);
+}
+
+#[test]
+fn cooperative_matrices_attend_to_halves_where_they_are_offered() {
+    let halves = AttentionPrefill { weights: Storage::F16, ..prefill_of(64, 4, 3, [16, 8, 16]) };
+    let context = |class, cooperative| PlanContext {
+        features: COOPERATIVE_FEATURES,
+        cooperative,
+        ..PlanContext::webgpu_defaults(class)
+    };
+    let both = Cooperative { by_16: true, by_8: true };
+    for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
+        for (cooperative, kernel) in [
+            (Cooperative::NONE, "attention_prefill_subgroup"),
+            (Cooperative::BY_8, "attention_prefill_cooperative_8"),
+            (Cooperative::BY_16, "attention_prefill_cooperative"),
+            (both, "attention_prefill_cooperative"),
+        ] {
+            let context = context(class, cooperative);
+            assert_eq!(chosen(&halves, &context), kernel);
+            // Never where weights or cache are f32, nor on a device opened without the features.
+            let f32 = Storage::F32;
+            assert_eq!(chosen(&AttentionPrefill { weights: f32, ..halves }, &context), "attention_prefill_subgroup");
+            assert_eq!(chosen(&AttentionPrefill { storage: f32, ..halves }, &context), "attention_prefill_subgroup");
+            let plain = PlanContext { features: wgpu::Features::SHADER_F16, ..context.clone() };
+            assert_eq!(chosen(&halves, &plain), "attention_prefill");
+            // Nor for odd widths, nor for tiles of few queries.
+            let odd = AttentionPrefill { d_value: 10, ..halves };
+            assert_eq!(chosen(&odd, &context), "attention_prefill_rows");
+            let few = AttentionPrefill { query_tiles: 5, ..halves };
+            assert_eq!(chosen(&few, &context), "attention_prefill_subgroup");
+        }
+    }
+    assert_eq!(chosen(&halves, &context(AdapterClass::Software, both)), "attention_prefill");
+}
+
+#[test]
+fn a_measured_setting_that_does_not_exist_is_an_error() {
+    let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+    context.tunings = Tunings(shaders().map(|spec| (spec.name.to_owned(), 9)).collect::<BTreeMap<_, _>>());
+    let op = Matmul::linear(8, 8, 8, false, Storage::F32);
+    for variant in Matmul::VARIANTS {
+        let words = format!("tuning 9 does not exist, there are {}", variant.spec.tunings);
+        for tuning in [Tuning::Auto, Tuning::Forced(9)] {
+            let error = variant.plan(&op, &context, tuning).unwrap_err().to_string();
+            assert!(error.ends_with(&words), "{error}");
+        }
+    }
+    assert!(choose(&op, &context).is_err());
+}
+
+#[test]
+fn subgroups_that_no_device_has_do_not_overflow() {
+    for size in [0, 1, u32::MAX] {
+        let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+        (context.subgroup_min_size, context.subgroup_max_size) = (size, size);
+        context.limits.max_compute_invocations_per_workgroup = 1024;
+        context.limits.max_compute_workgroup_size_x = 1024;
+        context.limits.max_compute_workgroup_storage_size = 1 << 16;
+        let op = RooflineCooperative { groups: 1, iterations: 1, side: 16 };
+        let plan = RooflineCooperative::VARIANTS[0].plan(&op, &context, Tuning::Auto).unwrap();
+        assert!((4..=128).contains(&plan.workgroup_size), "{plan:?}");
+        AttentionPrefill::VARIANTS[0].plan(&prefill_of(16, 1, 1, [8; 3]), &context, Tuning::Auto).unwrap();
+    }
+}
