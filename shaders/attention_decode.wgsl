@@ -3,7 +3,7 @@
 //   s_j = scale · (q_C · k_C_j + q_R · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values = Σ_j e^(s_j−m) v_j
 //
 // Splits of SPLIT rows follow the step's row numbering (see cache_read) and never straddle two sequences;
-// attention_merge joins them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
+// attention_combine joins them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
 // Query token i of n sees all of its sequence but the last n − 1 − i tokens.
 // grid: (splits of this key tile, n_head, most query tokens of a sequence)
 

@@ -7,7 +7,7 @@
 //   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
 //
 // A tile is up to GROUPS groups with their first 64 positions, or a chunk of 256 further positions of one group; absorbed
-// queries and sums of a tile stay in workgroup memory. An entry is SPAN tiles or SPAN chunks, joined on the way; attention_merge
+// queries and sums of a tile stay in workgroup memory. An entry is SPAN tiles or SPAN chunks, joined on the way; attention_combine
 // joins entries. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected some at a time.
 // Each invocation owns eight latent columns (then four value columns) of one head, so a weight is read once for GROUPS groups.
 // On lavapipe eight columns an invocation against four: 16-byte loads of halves are then used whole.

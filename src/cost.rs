@@ -439,7 +439,7 @@ mod tests {
 
     use super::*;
     use crate::config::{GateSite, RopeConfig};
-    use crate::kernels::{ProjectGateRows, REGISTRY};
+    use crate::kernels::{GateProject, REGISTRY};
     use crate::op::Op;
     use crate::sample::Sampled as _;
 
@@ -704,7 +704,7 @@ mod tests {
         };
         assert_eq!(grouped.cost(), Cost { flops: u64::MAX, bytes: u64::MAX });
         assert_eq!(grouped.tiling.entry_groups(), u32::MAX);
-        let gate = ProjectGateRows {
+        let gate = GateProject {
             rows: most,
             width: most,
             d_gate: most,

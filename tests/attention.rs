@@ -405,7 +405,7 @@ fn the_memory_report_is_what_is_allocated() {
             3 * 3 * 12, // absorbed
             3 * 3 * 12, // partial_values
             3 * 3 * 2,  // partial_softmax
-            3 * 3 * 12, // merged
+            3 * 3 * 12, // combined
             3 * 3,      // lse
         ];
         // The gate's: absent here, and no buffer is smaller than 16 bytes.
@@ -942,7 +942,7 @@ fn no_rows_are_no_dispatch_and_a_wide_result_fits_every_class() {
     let args = matmul::Args { x: &buffer, w: &buffer, bias: &absent, y: &out };
     let none = matmul::Matmul::linear(0, 8, 8, false, Storage::F32);
     recording.add(&none, args).unwrap();
-    let few = Matmul::VARIANTS.iter().find(|variant| variant.spec.name == "matvec").unwrap();
+    let few = Matmul::VARIANTS.iter().find(|variant| variant.spec.name == "matmul_gemv").unwrap();
     recording.add_variant(few, &none, args, Tuning::Auto).unwrap();
     assert_eq!(recording.dispatches(), 0);
     for class in AdapterClass::ALL {

@@ -33,17 +33,17 @@ fn products_go_by_rows_loads_and_device() {
     for class in AdapterClass::ALL {
         // 12 halves are no whole number of 16-byte loads.
         for (inner, storage) in [(0, Storage::F32), (6, Storage::F32), (12, Storage::F16)] {
-            assert_eq!(product(class, SUBGROUP, 8, inner, storage), "matvec");
+            assert_eq!(product(class, SUBGROUP, 8, inner, storage), "matmul_gemv");
             assert_eq!(product(class, SUBGROUP, 9, inner, storage), "matmul");
         }
-        assert_eq!(product(class, NONE, 1, 12, Storage::F32), "matvec_vec4");
-        assert_eq!(product(class, NONE, 8, 16, Storage::F16), "matvec_vec4");
+        assert_eq!(product(class, NONE, 1, 12, Storage::F32), "matmul_gemv_vec4");
+        assert_eq!(product(class, NONE, 8, 16, Storage::F16), "matmul_gemv_vec4");
         assert_eq!(product(class, NONE, 9, 16, Storage::F16), "matmul_vec4");
     }
     let software = |rows| product(AdapterClass::Software, SUBGROUP, rows, 16, Storage::F32);
-    assert_eq!([software(1), software(2)], ["matvec_vec4", "matmul_subgroup"]);
+    assert_eq!([software(1), software(2)], ["matmul_gemv_vec4", "matmul_subgroup"]);
     let discrete = |rows| product(AdapterClass::Discrete, SUBGROUP, rows, 16, Storage::F32);
-    assert_eq!([discrete(1), discrete(9)], ["matvec_subgroup", "matmul_vec4"]);
+    assert_eq!([discrete(1), discrete(9)], ["matmul_gemv_subgroup", "matmul_vec4"]);
 }
 
 #[test]

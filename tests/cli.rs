@@ -546,7 +546,7 @@ fn info_knows_the_papers_cache_sizes_and_an_adapter() {
         assert!(adapter["max_storage_buffers_per_shader_stage"].as_u64().unwrap() > 0);
         let kernels: Vec<_> =
             adapter["variants"].as_array().unwrap().iter().map(|variant| variant["kernel"].as_str().unwrap()).collect();
-        for kernel in ["matmul", "matvec", "attention_prefill", "attention_decode", "attention_absorbed"] {
+        for kernel in ["matmul", "matmul_gemv", "attention_prefill", "attention_decode", "attention_absorbed"] {
             assert!(kernels.contains(&kernel), "{kernels:?}");
         }
         let tiles =

@@ -575,8 +575,8 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         assert!(problem.contains("tiles of"), "{problem}");
     }
     let combine = AttentionCombine { tokens: 1, n_head: 1, width: 1, splits: 1 };
-    assert_eq!(refusal("attention_merge", AttentionCombine { n_head: 0, ..combine }), "n_head is 0");
-    assert_eq!(refusal("attention_merge", AttentionCombine { width: 0, ..combine }), "width is 0");
+    assert_eq!(refusal("attention_combine", AttentionCombine { n_head: 0, ..combine }), "n_head is 0");
+    assert_eq!(refusal("attention_combine", AttentionCombine { width: 0, ..combine }), "width is 0");
     let tile = sample(|op: &CacheRead| op.rows == 1);
     assert_eq!(refusal("cache_read", CacheRead { d_latent: 0, ..tile }), "d_latent is 0");
     assert_eq!(refusal("cache_read", CacheRead { n_sequence: 0, ..tile }), "n_sequence is 0");
@@ -636,7 +636,7 @@ fn plan_refuses_what_the_shaders_cannot_do() {
             y: Layout { inner: y, ..Layout::dense(8) },
             ..Matmul::linear(8, 8, 8, false, f32)
         };
-        for name in ["matmul", "matvec"] {
+        for name in ["matmul", "matmul_gemv"] {
             assert!(refusal(name, strided).contains("contiguous"));
         }
     }

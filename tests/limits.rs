@@ -16,7 +16,7 @@ use egmla::check::{cases, readback};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::decoder::{Decoder, DecoderStateOptions, ModelFolder};
 use egmla::device::Region;
-use egmla::kernels::{attention_decode, attention_merge, residual_add, shaders};
+use egmla::kernels::{attention_combine, attention_decode, residual_add, shaders};
 use egmla::op::Spec;
 use egmla::op::{Op, choose};
 use egmla::plan::Plan;
@@ -369,9 +369,9 @@ fn grids_over_the_limit_are_refused() {
         }
         other => panic!("{other:?}"),
     };
-    let combine = attention_merge::AttentionCombine { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
+    let combine = attention_combine::AttentionCombine { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
     let error = plan(&combine, &context).unwrap_err().to_string();
-    assert_eq!(error, "attention_merge: 8589934590 elements, must be below 2^31");
+    assert_eq!(error, "attention_combine: 8589934590 elements, must be below 2^31");
     let decode = attention_decode::AttentionDecode { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };
     let folded = plan(&decode, &context).unwrap();
     assert_eq!((folded.grid, folded.tiles), ([32_768, 2, 1], [65_536, 1, 1]));
@@ -380,7 +380,7 @@ fn grids_over_the_limit_are_refused() {
     assert_eq!(error, "attention_decode: 4294901760 workgroups, must be below 2^31");
     let mut small = context;
     small.limits.max_compute_workgroups_per_dimension = 255;
-    over(plan(&attention_merge::AttentionCombine { tokens: 65_026, n_head: 1, ..combine }, &small));
+    over(plan(&attention_combine::AttentionCombine { tokens: 65_026, n_head: 1, ..combine }, &small));
     over(plan(&decode, &small));
 }
 

@@ -13,7 +13,7 @@ use egmla::config::{
     Activation, AttentionConfig, DecoderConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling,
 };
 use egmla::reference::{
-    Attended, Heads, History, Layer, Partial, activate, attention_absorbed, attention_decode, attention_merge,
+    Attended, Heads, History, Layer, Partial, activate, attention_absorbed, attention_combine, attention_decode,
     attention_prefill, cache_append, cache_copy, cache_read, gate, gather, layer_norm, matmul, residual_add, rms_norm,
     rope, rotations, swiglu,
 };
@@ -360,14 +360,14 @@ fn absorbed_kernel_is_expanded_kernel() {
     let visible = [0..20, 4..11, 2..3];
     let expanded = attention_prefill(&case.q, &case.kv, &case.k_rope, &visible, HEADS, 0.3);
     let splits: Vec<_> = visible.iter().cloned().enumerate().collect();
-    let merged = attention_merge(&case.partial(&splits), &[0..1, 1..2, 2..3], HEADS.n_head, D_LATENT);
-    assert_close(&case.values(&merged), &expanded.values);
-    assert_close(&merged.lse, &expanded.lse);
+    let combined = attention_combine(&case.partial(&splits), &[0..1, 1..2, 2..3], HEADS.n_head, D_LATENT);
+    assert_close(&case.values(&combined), &expanded.values);
+    assert_close(&combined.lse, &expanded.lse);
     // Control: the absorbed queries of another head.
     let mut wrong = absorbed(3, 20);
     wrong.a.rotate_left(D_LATENT);
-    let merged = attention_merge(&wrong.partial(&splits), &[0..1, 1..2, 2..3], HEADS.n_head, D_LATENT);
-    assert_far(&case.values(&merged), &expanded.values);
+    let combined = attention_combine(&wrong.partial(&splits), &[0..1, 1..2, 2..3], HEADS.n_head, D_LATENT);
+    assert_far(&case.values(&combined), &expanded.values);
 }
 
 // ------------------------------------------------------------------------------------------ 3. prefill and decode
@@ -535,18 +535,18 @@ fn any_splits_are_one_split() {
         let splits = cut(rows, &places);
         let all = 0..splits.len();
         let partial = attention_decode(&case.q, &case.kv, &case.k_rope, &splits, HEADS, 0.3);
-        let merged = attention_merge(&partial, std::slice::from_ref(&all), HEADS.n_head, HEADS.d_value);
-        assert_close(&merged.values, &expanded.values);
-        assert_close(&merged.lse, &expanded.lse);
-        let merged = attention_merge(&case.partial(&splits), std::slice::from_ref(&all), HEADS.n_head, D_LATENT);
-        assert_close(&case.values(&merged), &expanded.values);
+        let combined = attention_combine(&partial, std::slice::from_ref(&all), HEADS.n_head, HEADS.d_value);
+        assert_close(&combined.values, &expanded.values);
+        assert_close(&combined.lse, &expanded.lse);
+        let combined = attention_combine(&case.partial(&splits), std::slice::from_ref(&all), HEADS.n_head, D_LATENT);
+        assert_close(&case.values(&combined), &expanded.values);
     }
     // Controls: a split left out; partial sums added without regard to their maxima.
     let partial = attention_decode(&case.q, &case.kv, &case.k_rope, &cut(rows, &[10, 20]), HEADS, 0.3);
-    let fewer = attention_merge(&partial, &[0..2], HEADS.n_head, HEADS.d_value);
+    let fewer = attention_combine(&partial, &[0..2], HEADS.n_head, HEADS.d_value);
     assert_far(&fewer.values, &expanded.values);
     let flat = Partial { max: vec![0.0; partial.max.len()], ..partial };
-    let flat = attention_merge(&flat, &[0..3], HEADS.n_head, HEADS.d_value);
+    let flat = attention_combine(&flat, &[0..3], HEADS.n_head, HEADS.d_value);
     assert_far(&flat.values, &expanded.values);
 }
 
@@ -557,10 +557,10 @@ fn splits_of_several_tokens() {
     let expanded = attention_prefill(&case.q, &case.kv, &case.k_rope, &visible, HEADS, 0.3);
     let splits = [(2, 5..6), (2, 6..9), (1, 4..4), (0, 0..7), (0, 7..7), (0, 7..12)];
     let partial = attention_decode(&case.q, &case.kv, &case.k_rope, &splits, HEADS, 0.3);
-    let merged = attention_merge(&partial, &[3..6, 2..3, 0..2], HEADS.n_head, HEADS.d_value);
-    assert_close(&merged.values, &expanded.values);
-    for (merged, expanded) in merged.lse.iter().zip(&expanded.lse) {
-        assert!(merged == expanded || (merged - expanded).abs() < 1e-12);
+    let combined = attention_combine(&partial, &[3..6, 2..3, 0..2], HEADS.n_head, HEADS.d_value);
+    assert_close(&combined.values, &expanded.values);
+    for (combined, expanded) in combined.lse.iter().zip(&expanded.lse) {
+        assert!(combined == expanded || (combined - expanded).abs() < 1e-12);
     }
 }
 
@@ -647,8 +647,8 @@ fn huge_logits_stay_finite() {
         let (q, q_rope) = shifted(shift);
         let splits = cut(rows, &[3]);
         let partial = attention_decode(&q, &case.kv, &k_rope, &splits, HEADS, 0.3);
-        let merged = attention_merge(&partial, &[0..2], HEADS.n_head, HEADS.d_value);
-        assert!(distance(&merged.values, &plain.values) < 1e-9);
+        let combined = attention_combine(&partial, &[0..2], HEADS.n_head, HEADS.d_value);
+        assert!(distance(&combined.values, &plain.values) < 1e-9);
         let partial = attention_absorbed(
             &case.a,
             &q_rope,
@@ -660,8 +660,8 @@ fn huge_logits_stay_finite() {
             HEADS.d_rope,
             0.3,
         );
-        let merged = attention_merge(&partial, &[0..2], HEADS.n_head, D_LATENT);
-        assert!(distance(&case.values(&merged), &plain.values) < 1e-9);
+        let combined = attention_combine(&partial, &[0..2], HEADS.n_head, D_LATENT);
+        assert!(distance(&case.values(&combined), &plain.values) < 1e-9);
     }
     // Control: softmax without the maximum overflows.
     assert!((1e4f64.exp() / 1e4f64.exp()).is_nan());
@@ -691,9 +691,9 @@ fn empty_rows() {
 
     // Nothing but empty splits, and no split at all.
     for range in [0..2, 1..1] {
-        let merged = attention_merge(&partial, &[range], n_head, HEADS.d_value);
-        assert_eq!(merged.values, vec![0.0; n_head * HEADS.d_value]);
-        assert_eq!(merged.lse, vec![f64::NEG_INFINITY; n_head]);
+        let combined = attention_combine(&partial, &[range], n_head, HEADS.d_value);
+        assert_eq!(combined.values, vec![0.0; n_head * HEADS.d_value]);
+        assert_eq!(combined.lse, vec![f64::NEG_INFINITY; n_head]);
     }
 }
 

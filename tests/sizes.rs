@@ -9,7 +9,7 @@ use egmla::Error;
 use egmla::attention::{CacheOptions, GateRows, LatentCache};
 use egmla::config::AttentionConfig;
 use egmla::device::Region;
-use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_rows};
+use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_project};
 use egmla::recording::Recording;
 use egmla::storage::Storage;
 
@@ -107,7 +107,7 @@ fn bindings_that_no_number_counts_are_refused() {
     let args =
         cache_append::Args { latent: small, rope_key: small, rotations: small, slots: small, cache: small, q: small };
     refused(recording.add(&append, args));
-    let rows = gate_rows::ProjectGateRows {
+    let rows = gate_project::GateProject {
         rows: 1,
         width: 1,
         d_gate: 262_136,
@@ -119,7 +119,7 @@ fn bindings_that_no_number_counts_are_refused() {
         storage: Storage::F32,
         y_storage: Storage::F32,
     };
-    let args = gate_rows::Args { gate_embedding: small, gate_b_proj: small, ids: small, targets: small, y: small };
+    let args = gate_project::Args { gate_embedding: small, gate_b_proj: small, ids: small, targets: small, y: small };
     let error = recording.add(&rows, args).unwrap_err();
     assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 51), "{error}");
     assert_eq!(attention_grouped::softmax_word(most, most, most), u64::MAX);

@@ -13,8 +13,8 @@ use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill, cache_append,
-    cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm, word_scatter,
+    attention_absorbed, attention_combine, attention_decode, attention_grouped, attention_prefill, cache_append,
+    cache_read, gate, gate_project, gate_statistics, gather, group_ids, matmul, norm, word_scatter,
 };
 use crate::recording::Recording;
 use crate::storage::Storage;
@@ -443,7 +443,7 @@ impl Attention {
             };
             let rows = TABLE_TILE.min(end - first);
             let y = Region::new(&to.buffer, row_bytes * u64::from(first - from), row_bytes * u64::from(rows));
-            let problem = gate_rows::ProjectGateRows {
+            let problem = gate_project::GateProject {
                 rows,
                 width,
                 d_gate: config.d_gate,
@@ -456,7 +456,7 @@ impl Attention {
                 y_storage: self.storage,
             };
             let (gate_embedding, gate_b_proj) = (&weights.embedding, &weights.b_proj);
-            let args = gate_rows::Args { gate_embedding, gate_b_proj, ids: &absent, targets: &absent, y: &y };
+            let args = gate_project::Args { gate_embedding, gate_b_proj, ids: &absent, targets: &absent, y: &y };
             if let Err(error) = recording.add(&problem, args) {
                 recording.rewind(mark);
                 return Err(error);
@@ -677,7 +677,7 @@ impl Attention {
         let weights = self.gate_weights()?;
         let y_storage = cache.options().storage;
         let pitch = u64::from(y_storage.row_pitch(self.config.d_kv())) * y_storage.bytes();
-        let problem = gate_rows::ProjectGateRows {
+        let problem = gate_project::GateProject {
             rows,
             width: self.config.d_kv(),
             d_gate: config.d_gate,
@@ -689,7 +689,7 @@ impl Attention {
             storage: self.storage,
             y_storage,
         };
-        let args = gate_rows::Args {
+        let args = gate_project::Args {
             gate_embedding: &weights.embedding,
             gate_b_proj: &weights.b_proj,
             ids: &step.fill_ids,
@@ -984,7 +984,7 @@ impl Attention {
         }
         match step.mode {
             Mode::Prefill => Ok(()),
-            Mode::Decode => self.merge(recording, step, workspace, c.d_value, &workspace.values),
+            Mode::Decode => self.combine(recording, step, workspace, c.d_value, &workspace.values),
         }
     }
 
@@ -1108,7 +1108,7 @@ impl Attention {
             partial_softmax: &workspace.partial_softmax,
         };
         recording.add(&problem, args)?;
-        self.merge(recording, step, workspace, c.d_latent, &workspace.merged)?;
+        self.combine(recording, step, workspace, c.d_latent, &workspace.combined)?;
 
         // o[h] = W_V[h] S[h]
         let fold = matmul::Matmul {
@@ -1122,7 +1122,7 @@ impl Attention {
             bias: false,
             storage: self.storage,
         };
-        recording.add(&fold, matmul::Args { x: &workspace.merged, w, bias, y: &workspace.values })
+        recording.add(&fold, matmul::Args { x: &workspace.combined, w, bias, y: &workspace.values })
     }
 
     /// Where the grouped kernels find gate rows, those of the first pass where they are projected.
@@ -1306,13 +1306,13 @@ impl Attention {
         }
         let softmax = 4 * attention_grouped::softmax_word(grouped.partials, c.n_head, c.d_value);
         let partial = &workspace.grouped;
-        let problem = attention_merge::AttentionCombine {
+        let problem = attention_combine::AttentionCombine {
             tokens: step.tokens,
             n_head: c.n_head,
             width: c.d_value,
             splits: grouped.partials,
         };
-        let args = attention_merge::Args {
+        let args = attention_combine::Args {
             partial_values: &Region::new(&partial.buffer, 0, softmax),
             partial_softmax: &Region::new(&partial.buffer, softmax, partial.size.saturating_sub(softmax)),
             ranges: &step.grouped_ranges,
@@ -1349,7 +1349,7 @@ impl Attention {
             };
             return recording.add(&problem, args);
         }
-        let problem = gate_rows::ProjectGateRows {
+        let problem = gate_project::GateProject {
             rows,
             width: d_kv,
             d_gate: gate.d_gate,
@@ -1361,7 +1361,7 @@ impl Attention {
             storage: self.storage,
             y_storage: source.more_storage,
         };
-        let args = gate_rows::Args {
+        let args = gate_project::Args {
             gate_embedding: &weights.embedding,
             gate_b_proj: &weights.b_proj,
             ids: &workspace.group_ids,
@@ -1371,7 +1371,7 @@ impl Attention {
         recording.add(&problem, args)
     }
 
-    fn merge(
+    fn combine(
         &self,
         recording: &mut Recording,
         step: &Step,
@@ -1380,8 +1380,8 @@ impl Attention {
         values: &Region,
     ) -> Result<()> {
         let (tokens, n_head) = (step.tokens, self.config.n_head);
-        let problem = attention_merge::AttentionCombine { tokens, n_head, width, splits: step.partials };
-        let args = attention_merge::Args {
+        let problem = attention_combine::AttentionCombine { tokens, n_head, width, splits: step.partials };
+        let args = attention_combine::Args {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
             ranges: &step.ranges,

@@ -289,7 +289,7 @@ impl Step {
     }
 }
 
-/// The partial results of a query token, (first, count), are merged one after another.
+/// The partial results of a query token, (first, count), are combined one after another.
 fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
     match ranges.iter().map(|[_, count]| *count).max() {
         Some(most) if most > MAX_ITERATIONS => Err(Error::OutOfRange {
@@ -346,7 +346,7 @@ mod tests {
     use super::check_ranges;
 
     #[test]
-    fn what_a_merge_would_not_come_to_the_end_of_is_refused() {
+    fn what_a_combination_would_not_come_to_the_end_of_is_refused() {
         check_ranges(&[]).unwrap();
         check_ranges(&[[0, 65_534], [65_534, 1]]).unwrap();
         let error = check_ranges(&[[0, 1], [1, 65_535]]).unwrap_err();

@@ -15,7 +15,7 @@ use crate::storage::product;
 
 /// Extents of a [`Workspace`].
 ///
-/// Beside what these bound, decode keeps the partial results of every split of the cache until they are merged:
+/// Beside what these bound, decode keeps the partial results of every split of the cache until they are combined:
 /// `n_head · max(d_value, d_latent) · 4` bytes per 256 cache rows (`d_value` alone with the gate at `up_projected`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WorkspaceOptions {
@@ -66,7 +66,7 @@ pub struct Workspace {
     pub(super) absorbed: Region,
     pub(super) partial_values: Region,
     pub(super) partial_softmax: Region,
-    pub(super) merged: Region,
+    pub(super) combined: Region,
     pub(super) lse: Region,
     pub(super) group_ids: Region,
     pub(super) group_embeddings: Region,
@@ -171,7 +171,7 @@ impl Workspace {
             absorbed: allocate("absorbed", &[on(absorbable, decoding), n_head, config.d_latent])?,
             partial_values: allocate("partial_values", &[partials, n_head, partial_width])?,
             partial_softmax: allocate("partial_softmax", &[partials, n_head, 2])?,
-            merged: allocate("merged", &[on(absorbable, decoding), n_head, config.d_latent])?,
+            combined: allocate("combined", &[on(absorbable, decoding), n_head, config.d_latent])?,
             lse: allocate("lse", &[decoding, n_head])?,
             group_ids: allocate("group_ids", &[projected])?,
             group_embeddings: allocate("group_embeddings", &[on(recompute, projected), d_gate])?,
@@ -212,7 +212,7 @@ impl Workspace {
             &self.absorbed,
             &self.partial_values,
             &self.partial_softmax,
-            &self.merged,
+            &self.combined,
             &self.lse,
             &self.group_ids,
             &self.group_embeddings,

@@ -19,8 +19,8 @@ use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::matmul::Layout;
 use crate::kernels::{
     AttentionAbsorbed, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, Gate, Matmul, Norm,
-    RooflineCooperative, attention_absorbed, attention_decode, attention_grouped, attention_merge, attention_prefill,
-    cache_append, cache_copy, cache_read, gate, gate_rows, gate_statistics, gather, group_ids, matmul, norm,
+    RooflineCooperative, attention_absorbed, attention_combine, attention_decode, attention_grouped, attention_prefill,
+    cache_append, cache_copy, cache_read, gate, gate_project, gate_statistics, gather, group_ids, matmul, norm,
     residual_add, roofline_cooperative, roofline_copy, roofline_fma, rope, swiglu, word_scatter,
 };
 use crate::op::{Op as _, Variant};
@@ -42,7 +42,7 @@ pub(super) fn cases() -> Vec<Case> {
     caches(&mut cases);
     prefills(&mut cases);
     decodes(&mut cases);
-    merges(&mut cases);
+    combines(&mut cases);
     grouped(&mut cases);
     gate_row_cases(&mut cases);
     lists(&mut cases);
@@ -94,9 +94,9 @@ fn matrix_products(cases: &mut Vec<Case>) {
         }
         for (index, &(rows, inner, cols)) in few.iter().enumerate() {
             let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::FEW));
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::GEMV));
         }
-        for (rows, product) in [(3, &matmul::FEW), (34, &matmul::TILES)] {
+        for (rows, product) in [(3, &matmul::GEMV), (34, &matmul::TILES)] {
             for n_head in [1, 3] {
                 cases.push(product_case(format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage), product));
                 cases.push(product_case(format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage), product));
@@ -110,13 +110,13 @@ fn matrix_products(cases: &mut Vec<Case>) {
             }
         }
         for (index, &(rows, inner, cols)) in few_in_vec4.iter().enumerate() {
-            for product in [&matmul::FEW_VEC4, &matmul::FEW_SUBGROUP] {
+            for product in [&matmul::GEMV_VEC4, &matmul::GEMV_SUBGROUP] {
                 let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
                 cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
             }
         }
         for (rows, products) in
-            [(3, [&matmul::FEW_VEC4, &matmul::FEW_SUBGROUP]), (34, [&matmul::VEC4, &matmul::SUBGROUP])]
+            [(3, [&matmul::GEMV_VEC4, &matmul::GEMV_SUBGROUP]), (34, [&matmul::VEC4, &matmul::SUBGROUP])]
         {
             for product in products {
                 cases.push(product_case(format!("apart_{rows}"), apart(rows, storage), product));
@@ -1627,7 +1627,7 @@ fn absorbed(
     })
 }
 
-fn merges(cases: &mut Vec<Case>) {
+fn combines(cases: &mut Vec<Case>) {
     // Maxima of a few, then of ±1e4: one split takes everything. Values of the largest f16 over few positions, and over many.
     let sizes = [(1, 1), (3, 16), (9, 65), (2, 130)].map(|(n_head, width)| (n_head, width, 3.0, 1.0));
     for (n_head, width, spread, size) in
@@ -1635,9 +1635,9 @@ fn merges(cases: &mut Vec<Case>) {
     {
         let plain = spread == 3.0 && size == 1.0;
         let extreme = if plain { String::new() } else { format!("_maxima_{spread:e}_values_{size:e}") };
-        cases.push(Case::new("attention_merge", format!("h{n_head}_{width}{extreme}"), move |lab| {
+        cases.push(Case::new("attention_combine", format!("h{n_head}_{width}{extreme}"), move |lab| {
             let tolerance = Tolerance::sums(&[8]);
-            every_tuning(attention_merge::ROWS.spec.tunings, tolerance, |tuning| {
+            every_tuning(attention_combine::ROWS.spec.tunings, tolerance, |tuning| {
                 let mut random = Random::new(SEED);
                 // One split, several, none, and a token whose splits are all empty.
                 let ranges = [0..1, 1..6, 6..6, 6..8];
@@ -1665,21 +1665,21 @@ fn merges(cases: &mut Vec<Case>) {
                 let range_table = lab.words(&lines)?;
                 let out = lab.output(ranges.len() * n_head * width)?;
                 let lse = lab.output(ranges.len() * n_head)?;
-                let problem = attention_merge::AttentionCombine {
+                let problem = attention_combine::AttentionCombine {
                     tokens: ranges.len() as u32,
                     n_head: n_head as u32,
                     width: width as u32,
                     splits: splits as u32,
                 };
-                let args = attention_merge::Args {
+                let args = attention_combine::Args {
                     partial_values: &partial_values.region,
                     partial_softmax: &partial_softmax.region,
                     ranges: &range_table.region,
                     values: &out.region,
                     lse: &lse.region,
                 };
-                lab.launch(|recording| recording.add_variant(&attention_merge::ROWS, &problem, args, tuning))?;
-                let expected = reference::attention_merge(&partial, &ranges, n_head, width);
+                lab.launch(|recording| recording.add_variant(&attention_combine::ROWS, &problem, args, tuning))?;
+                let expected = reference::attention_combine(&partial, &ranges, n_head, width);
                 // The kernel writes the lowest f32 where the reference says −∞.
                 let got = lab.read(&lse)?;
                 let marked = View::all(Reading::Marked, got.words.len());
@@ -2174,7 +2174,7 @@ fn gate_row_cases(cases: &mut Vec<Case>) {
         ] {
             let lists = if ids { "ids" } else { "all" };
             let id = format!("{rows}x{width}x{d_gate}_{lists}/{}", storage.name());
-            cases.push(Case::new("gate_rows", id, move |lab| {
+            cases.push(Case::new("gate_project", id, move |lab| {
                 gate_rows_case(lab, (rows, width, d_gate), ids, targets, storage)
             }));
             let id = format!("{rows}x{width}/{}", storage.name());
@@ -2197,7 +2197,7 @@ fn gate_rows_case(
         Storage::F32 => Tolerance::sums(&[d_gate as usize]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(gate_rows::ROWS.spec.tunings, tolerance, |tuning| {
+    every_tuning(gate_project::ROWS.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let padded = |values: &[f32], width: u32| {
             let pitch = storage.row_pitch(width) as usize;
@@ -2221,7 +2221,7 @@ fn gate_rows_case(
         let (id_list, target_list) = (lab.words(&ids)?, lab.words(&targets)?);
         let y_words = row_words(width, y_storage);
         let y = Guarded::poisoned_as(lab.kernels, "y", y_rows as usize * y_words, y_storage)?;
-        let problem = gate_rows::ProjectGateRows {
+        let problem = gate_project::GateProject {
             rows,
             width,
             d_gate,
@@ -2233,21 +2233,21 @@ fn gate_rows_case(
             storage,
             y_storage,
         };
-        let args = gate_rows::Args {
+        let args = gate_project::Args {
             gate_embedding: &embedding.region,
             gate_b_proj: &projection.region,
             ids: &id_list.region,
             targets: &target_list.region,
             y: &y.region,
         };
-        lab.launch(|recording| recording.add_variant(&gate_rows::ROWS, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(&gate_project::ROWS, &problem, args, tuning))?;
         let kept = |values: &[f32]| super::pack(values, storage).1;
         let mut expected = vec![f64::NAN; (y_rows * width) as usize];
         for row in 0..rows {
             let id = if with_ids { ids[row as usize] } else { first_id + row };
             let to = if with_targets { targets[row as usize] } else { row };
             if id != NO_ROW {
-                let values = reference::gate_rows(&kept(&table), &kept(&b_proj), &[id], d_gate as usize);
+                let values = reference::gate_project(&kept(&table), &kept(&b_proj), &[id], d_gate as usize);
                 expected[(to * width) as usize..][..width as usize].copy_from_slice(&values);
             }
         }

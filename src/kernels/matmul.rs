@@ -146,7 +146,7 @@ impl Op for Matmul {
     type Params = Params;
     const NAME: &'static str = "matmul";
     const VARIANTS: &'static [Variant<Self>] =
-        &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, FEW_SUBGROUP, FEW_VEC4, VEC4, FEW, TILES];
+        &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, GEMV_SUBGROUP, GEMV_VEC4, VEC4, GEMV, TILES];
 
     fn validate(&self) -> Result<(), String> {
         if self.x.inner != 1 || self.y.inner != 1 {
@@ -361,10 +361,10 @@ fn rounds_as_weights_do(op: &Matmul, context: &PlanContext) -> bool {
 }
 
 /// Few rows, any strides: every weight is read once for up to four rows. (WORKGROUP, LANES): LANES invocations share a column.
-pub(crate) const FEW: Variant<Matmul> = {
+pub(crate) const GEMV: Variant<Matmul> = {
     const TUNINGS: &[(u32, u32)] = &[(64, 8), (64, 1), (128, 32), (256, 16)];
     Variant::<Matmul>::new(
-        ("matvec", include_str!("../../shaders/matvec.wgsl")),
+        ("matmul_gemv", include_str!("../../shaders/matmul_gemv.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
             let (workgroup, lanes) = TUNINGS[setting];
@@ -387,10 +387,10 @@ pub(crate) const FEW: Variant<Matmul> = {
 };
 
 /// Few rows in 16-byte loads. (WORKGROUP, LANES): LANES invocations share four columns.
-pub(crate) const FEW_VEC4: Variant<Matmul> = {
+pub(crate) const GEMV_VEC4: Variant<Matmul> = {
     const TUNINGS: &[(u32, u32)] = &[(8, 1), (64, 16), (128, 32)];
     Variant::<Matmul>::new(
-        ("matvec_vec4", include_str!("../../shaders/matvec_vec4.wgsl")),
+        ("matmul_gemv_vec4", include_str!("../../shaders/matmul_gemv_vec4.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;
@@ -421,10 +421,10 @@ fn whole_columns(each: u64, plan: &Plan) -> Result<(), &'static str> {
 }
 
 /// Few rows in 16-byte loads, summed by subgroup operations. WORKGROUP invocations share four columns.
-pub(crate) const FEW_SUBGROUP: Variant<Matmul> = {
+pub(crate) const GEMV_SUBGROUP: Variant<Matmul> = {
     const TUNINGS: &[u32] = &[64, 32, 128];
     Variant::<Matmul>::new(
-        ("matvec_subgroup", include_str!("../../shaders/matvec_subgroup.wgsl")),
+        ("matmul_gemv_subgroup", include_str!("../../shaders/matmul_gemv_subgroup.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;

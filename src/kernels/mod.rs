@@ -16,15 +16,15 @@ macro_rules! for_each_operation {
     ($then:ident) => {
         $then! {
             attention_absorbed: AttentionAbsorbed,
+            attention_combine: AttentionCombine,
             attention_decode: AttentionDecode,
             attention_grouped: AttentionGrouped,
-            attention_merge: AttentionCombine,
             attention_prefill: AttentionPrefill,
             cache_append: CacheAppend,
             cache_copy: CacheCopy,
             cache_read: CacheRead,
             gate: Gate,
-            gate_rows: ProjectGateRows,
+            gate_project: GateProject,
             gate_statistics: GateStatistics,
             gather: Gather,
             group_ids: GroupIds,

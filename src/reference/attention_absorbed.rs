@@ -10,7 +10,7 @@ use super::matmul::dot;
 ///
 /// `a` `[tokens, n_head, d_latent]` are the absorbed queries `W_K[h]ᵀ q_C[h]`, `q_rope` `[tokens, n_head, d_rope]`,
 /// `latent` `[rows, d_latent]`, `k_rope` `[rows, d_rope]`, `splits` `[splits]`: a token and the rows that this split of
-/// it covers. The width of the result is `d_latent`: `W_V[h]` is applied after the merge.
+/// it covers. The width of the result is `d_latent`: `W_V[h]` is applied after the splits are combined.
 #[expect(clippy::too_many_arguments, reason = "one argument per input of the kernel")]
 pub fn attention_absorbed(
     a: &[f64],

@@ -1,4 +1,4 @@
-//! Attention over expanded keys and values, cut into splits that `attention_merge` puts together.
+//! Attention over expanded keys and values, cut into splits that `attention_combine` puts together.
 
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use egmla::recording::Recording;
 use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
 use egmla::kernels::attention_prefill::QueryTile;
 use egmla::kernels::cache_read::SequenceRow;
-use egmla::kernels::{attention_absorbed, attention_merge, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
+use egmla::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
 use egmla::adapter::{AdapterClass, Tuning};
 use egmla::storage::Storage;
 use egmla::wgpu;
@@ -187,7 +187,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
         scale: inputs.scale(),
         storage: Storage::F32,
     };
-    let merge = attention_merge::AttentionCombine { tokens: 1, n_head: heads as u32, width: latent as u32, splits };
+    let combine = attention_combine::AttentionCombine { tokens: 1, n_head: heads as u32, width: latent as u32, splits };
     let output = values.clone();
     let encode = move |recording: &mut Recording| {
         let args = attention_absorbed::Args {
@@ -200,14 +200,14 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
             partial_softmax: &partial_softmax,
         };
         absorbed_of(recording, attend, args)?;
-        let args = attention_merge::Args {
+        let args = attention_combine::Args {
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
             ranges: &ranges,
             values: &values,
             lse: &lse,
         };
-        recording.add(&merge, args)
+        recording.add(&combine, args)
     };
     bench.ready(&output, encode, |values| values)
 }

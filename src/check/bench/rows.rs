@@ -16,7 +16,7 @@ use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, slices, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::{
-    attention_absorbed, attention_decode, attention_merge, attention_prefill, cache_append, gate, matmul, norm, rope,
+    attention_absorbed, attention_combine, attention_decode, attention_prefill, cache_append, gate, matmul, norm, rope,
 };
 use crate::op::Op as _;
 use crate::recording::Recording;
@@ -128,7 +128,7 @@ pub fn rows() -> Vec<Row> {
     ] {
         let work = Work::AbsorbedAttention { batch, cached, n_head, d_latent, d_rope, storage };
         let id = format!("decode/mla_dsv3_{n_head}h{name}/t{cached}");
-        add(id, "attention_absorbed, merge", label, suite, work);
+        add(id, "attention_absorbed, combine", label, suite, work);
     }
     // Neighbours in size: what is fast only where the sizes are round shows here.
     let (config, cached) = (layer(10, 48, true), 7000);
@@ -483,7 +483,7 @@ fn absorbed_attention(
     recording.add(&problem, args)?;
     let output = inputs.output((batch * n_head * d_latent) as usize)?;
     let partial = (&partial_values, &partial_softmax);
-    let merged = merge(&mut recording, &inputs, (batch, n_head), d_latent, each, partial, &output)?;
+    let combined = combine(&mut recording, &inputs, (batch, n_head), d_latent, each, partial, &output)?;
 
     let (n, d, r, heads) = (cached as usize, d_latent as usize, d_rope as usize, n_head as usize);
     let reference = (batch == 1).then(|| {
@@ -494,11 +494,11 @@ fn absorbed_attention(
             std::hint::black_box(reference::attention_absorbed(&a, &q, &latents, &keys, &one, heads, d, r, 0.135_234));
         }) as Box<dyn Fn()>
     });
-    Ok(Prepared { recording, cost: problem.cost() + merged, output, reference })
+    Ok(Prepared { recording, cost: problem.cost() + combined, output, reference })
 }
 
 /// Joins the splits of each query token, `each` of them.
-fn merge(
+fn combine(
     recording: &mut Recording,
     inputs: &Inputs<'_>,
     (tokens, n_head): (u32, u32),
@@ -507,10 +507,10 @@ fn merge(
     (partial_values, partial_softmax): (&Region, &Region),
     values: &Region,
 ) -> Result<Cost> {
-    let problem = attention_merge::AttentionCombine { tokens, n_head, width, splits: tokens * each };
+    let problem = attention_combine::AttentionCombine { tokens, n_head, width, splits: tokens * each };
     let ranges = inputs.table(&(0..tokens).map(|token| [token * each, each]).collect::<Vec<_>>())?;
     let lse = inputs.output((tokens * n_head) as usize)?;
-    let args = attention_merge::Args { partial_values, partial_softmax, ranges: &ranges, values, lse: &lse };
+    let args = attention_combine::Args { partial_values, partial_softmax, ranges: &ranges, values, lse: &lse };
     recording.add(&problem, args)?;
     Ok(problem.cost())
 }
@@ -713,7 +713,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         cost = cost + problem.cost();
     }
     let partial = (&partial_values, &partial_softmax);
-    cost = cost + merge(&mut recording, &inputs, (1, n_head), d_head, splits, partial, &values)?;
+    cost = cost + combine(&mut recording, &inputs, (1, n_head), d_head, splits, partial, &values)?;
     cost = cost + linear(&mut recording, width, &values, &o_proj, &out)?;
 
     // Three projections and the attention; the rotations of one token are too few to count.

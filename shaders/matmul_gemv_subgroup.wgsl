@@ -1,26 +1,17 @@
 // Matrix product for few rows where rows of w and of x begin on 16-byte boundaries: every weight is read once for up to
-// 4 rows of x, in 16-byte loads.
+// 4 rows of x, in 16-byte loads, and the sums of a workgroup's invocations are added by subgroup operations.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
-// grid: (⌈cols / COLS⌉, ⌈rows / 4⌉, batch)
-// LANES invocations share 4 columns, each summing every LANES-th load of them; COLS = 4 · WORKGROUP / LANES columns a workgroup.
-//
-// Results, medians of interleaved runs on lavapipe (2 cores), against `matvec`, one row: 8 invocations with 4 columns each, no
-// shared ones, 2.6 to 3.2 times as fast in f32, 3.6 in f16; 64 of them 2.4 to 2.5; 8 that share their columns 2.1 to 2.5 in
-// f32, 3.7 in f16. Four and eight rows: 3.1. Not run on a GPU yet.
+// grid: (⌈cols / 4⌉, ⌈rows / 4⌉, batch)
+// All of a workgroup shares 4 columns, each invocation summing every WORKGROUP-th load of them. Right for every subgroup size
+// from 4 up. Run on lavapipe alone so far, where `matmul_gemv_vec4` is faster.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
-override SINGLE: u32 = 0u;   // 1: there is one row of x, and no code for more
 override WORKGROUP: u32 = 64u;
-override LANES: u32 = 16u;
-override GROUPS: u32 = WORKGROUP / LANES;
-override COLS: u32 = GROUPS * 4u;
 // 16-byte loads of x for one of w.
 override X_LOADS: u32 = 1u + STORAGE_F16;
-// One invocation a column has nothing to add up.
-override SUMS: u32 = select(WORKGROUP * 4u, 1u, LANES == 1u);
 
 struct Params {
     rows: u32,
@@ -47,7 +38,8 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<u32>;        // [cols]
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
 
-var<workgroup> sh_acc: array<vec4<f32>, SUMS>;
+// sh_sums[4·s + j]: sums of subgroup s for column j, a row a component. Subgroups have 4 invocations at least.
+var<workgroup> sh_sums: array<vec4<f32>, WORKGROUP>;
 
 // Word that holds element i of a tensor in f32 or f16 storage.
 fn word_of(i: u32) -> u32 {
@@ -91,31 +83,31 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) member: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
 ) {
     let work = unfold(group, groups);
     if (work.z >= params.tiles_z) {
         return;
     }
-    let part = lane % LANES;
-    let own = lane / LANES;
     let row0 = work.y * 4u;
-    let rows = select(min(params.rows - row0, 4u), 1u, SINGLE == 1u);
-    let col0 = work.x * COLS + own;
+    let rows = min(params.rows - row0, 4u);
+    let col0 = work.x * 4u;
     let loads = params.inner / (4u * X_LOADS);
 
     // Columns past the end repeat the last one; their sums are not stored.
-    let last = params.cols - 1u;
-    let col = min(vec4<u32>(col0, col0 + GROUPS, col0 + 2u * GROUPS, col0 + 3u * GROUPS), vec4<u32>(last));
+    let col = min(vec4<u32>(col0) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.cols - 1u));
     let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
     let x0 = (params.x_offset + work.z * params.x_batch + row0 * params.x_row) / 4u;
 
-    // acc[j][m] is row row0 + m, column col0 + j·GROUPS.
+    // accJ[m] is row row0 + m, column col0 + J.
     var acc0 = vec4<f32>(0.0);
     var acc1 = vec4<f32>(0.0);
     var acc2 = vec4<f32>(0.0);
     var acc3 = vec4<f32>(0.0);
-    if (SINGLE == 1u || rows == 1u) {
-        for (var k = part; k < loads; k += LANES) {
+    if (rows == 1u) {
+        for (var k = lane; k < loads; k += WORKGROUP) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];
             let w2 = w[at.z + k];
@@ -139,7 +131,7 @@ fn main(
         let x1 = x0 + min(1u, rows - 1u) * pitch;
         let x2 = x0 + min(2u, rows - 1u) * pitch;
         let x3 = x0 + min(3u, rows - 1u) * pitch;
-        for (var k = part; k < loads; k += LANES) {
+        for (var k = lane; k < loads; k += WORKGROUP) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];
             let w2 = w[at.z + k];
@@ -163,40 +155,38 @@ fn main(
         }
     }
 
-    let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row;
-    if (LANES == 1u) {
-        for (var j = 0u; j < 4u; j++) {
-            let n = col0 + j * GROUPS;
-            if (n < params.cols) {
-                var sums = select(select(acc2, acc3, j == 3u), select(acc0, acc1, j == 1u), j < 2u);
-                if (HAS_BIAS == 1u) {
-                    sums += vec4<f32>(decode(bias[word_of(n)], n));
-                }
-                for (var m = 0u; m < rows; m++) {
-                    y[y_base + m * params.y_row + n] = sums[m];
-                }
-            }
-        }
+    if (rows == 1u) {
+        // One addition for the four columns.
+        let sums = subgroupAdd(vec4<f32>(acc0.x, acc1.x, acc2.x, acc3.x));
+        acc0.x = sums.x;
+        acc1.x = sums.y;
+        acc2.x = sums.z;
+        acc3.x = sums.w;
     } else {
-        // sh_acc[(j·GROUPS + own)·LANES + part]: the parts of a column side by side.
-        sh_acc[own * LANES + part] = acc0;
-        sh_acc[(GROUPS + own) * LANES + part] = acc1;
-        sh_acc[(2u * GROUPS + own) * LANES + part] = acc2;
-        sh_acc[(3u * GROUPS + own) * LANES + part] = acc3;
-        workgroupBarrier();
-        for (var e = lane; e < COLS * rows; e += WORKGROUP) {
-            let m = e / COLS;
-            let n = work.x * COLS + e % COLS;
-            if (n < params.cols) {
-                var sum = 0.0;
-                for (var p = 0u; p < LANES; p++) {
-                    sum += sh_acc[(e % COLS) * LANES + p][m];
-                }
-                if (HAS_BIAS == 1u) {
-                    sum += decode(bias[word_of(n)], n);
-                }
-                y[y_base + m * params.y_row + n] = sum;
-            }
+        acc0 = subgroupAdd(acc0);
+        acc1 = subgroupAdd(acc1);
+        acc2 = subgroupAdd(acc2);
+        acc3 = subgroupAdd(acc3);
+    }
+    if (member == 0u) {
+        sh_sums[4u * subgroup] = acc0;
+        sh_sums[4u * subgroup + 1u] = acc1;
+        sh_sums[4u * subgroup + 2u] = acc2;
+        sh_sums[4u * subgroup + 3u] = acc3;
+    }
+    workgroupBarrier();
+    let n = col0 + lane;
+    if (lane < 4u && n < params.cols) {
+        var sums = vec4<f32>(0.0);
+        for (var s = 0u; s < subgroups; s++) {
+            sums += sh_sums[4u * s + lane];
+        }
+        if (HAS_BIAS == 1u) {
+            sums += vec4<f32>(decode(bias[word_of(n)], n));
+        }
+        let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + n;
+        for (var m = 0u; m < rows; m++) {
+            y[y_base + m * params.y_row] = sums[m];
         }
     }
 }

@@ -8,7 +8,7 @@ use super::{Attended, Partial};
 ///
 /// `partial` holds `[splits, n_head]` and `[splits, n_head, d_value]`; `ranges` `[tokens]`: the splits of each token.
 /// Where no split holds a row, `o` is 0 and `lse` is −∞; the GPU kernel writes the lowest finite f32 in its place.
-pub fn attention_merge(partial: &Partial, ranges: &[Range<usize>], n_head: usize, d_value: usize) -> Attended {
+pub fn attention_combine(partial: &Partial, ranges: &[Range<usize>], n_head: usize, d_value: usize) -> Attended {
     let mut attended = Attended { values: Vec::new(), lse: Vec::new() };
     for range in ranges {
         for head in 0..n_head {

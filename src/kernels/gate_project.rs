@@ -29,7 +29,7 @@ crate::args! {
 
 /// Rows to project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ProjectGateRows {
+pub struct GateProject {
     /// Rows.
     pub rows: u32,
     /// Elements of a gate row.
@@ -52,14 +52,14 @@ pub struct ProjectGateRows {
     pub y_storage: Storage,
 }
 
-impl Op for ProjectGateRows {
+impl Op for GateProject {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
-    const NAME: &'static str = "gate_rows";
+    const NAME: &'static str = "gate_project";
     const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
     fn validate(&self) -> Result<(), String> {
-        let ProjectGateRows { rows, first_id, vocab_size, y_rows, .. } = *self;
+        let GateProject { rows, first_id, vocab_size, y_rows, .. } = *self;
         check_nonzero(&[("width", self.width), ("d_gate", self.d_gate)])?;
         if !self.ids && u64::from(first_id) + u64::from(rows) > u64::from(vocab_size) {
             return Err(format!("{rows} ids from {first_id} on, in a vocabulary of {vocab_size}"));
@@ -95,7 +95,7 @@ impl Op for ProjectGateRows {
     }
 
     fn cost(&self) -> Cost {
-        let ProjectGateRows { rows, width, d_gate, vocab_size, ids, targets, storage, y_storage, .. } = *self;
+        let GateProject { rows, width, d_gate, vocab_size, ids, targets, storage, y_storage, .. } = *self;
         Cost::of(
             &[times(2, &[rows, width, d_gate])],
             &[
@@ -110,10 +110,10 @@ impl Op for ProjectGateRows {
 }
 
 /// WORKGROUP: an invocation has four columns of four rows.
-pub(crate) const ROWS: Variant<ProjectGateRows> = {
+pub(crate) const ROWS: Variant<GateProject> = {
     const TUNINGS: &[u32] = &[64, 32, 8];
-    Variant::<ProjectGateRows>::new(
-        ("gate_rows", include_str!("../../shaders/gate_rows.wgsl")),
+    Variant::<GateProject>::new(
+        ("gate_project", include_str!("../../shaders/gate_project.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
             let workgroup = TUNINGS[setting];
@@ -136,17 +136,17 @@ pub(crate) const ROWS: Variant<ProjectGateRows> = {
     })
 };
 
-crate::vary!(ProjectGateRows { rows, width, d_gate, vocab_size, first_id, ids, targets, y_rows, storage, y_storage });
+crate::vary!(GateProject { rows, width, d_gate, vocab_size, first_id, ids, targets, y_rows, storage, y_storage });
 
 #[cfg(feature = "check")]
-impl crate::sample::Sampled for ProjectGateRows {
+impl crate::sample::Sampled for GateProject {
     fn samples() -> Vec<Self> {
         let mut all = Vec::new();
         for (rows, width) in [0, 1, 3, 4, 5, 9].iter().flat_map(|&m| [1, 31, 32, 33, 256, 257].map(|n| (m, n))) {
             for (storage, y_storage) in Storage::ALL.into_iter().flat_map(|s| Storage::ALL.map(|y| (s, y))) {
                 for (ids, targets) in [(false, false), (true, false), (false, true), (true, true)] {
                     let (d_gate, vocab_size, first_id, y_rows) = (5, 100, 0, rows);
-                    all.push(ProjectGateRows {
+                    all.push(GateProject {
                         rows,
                         width,
                         d_gate,
@@ -165,7 +165,7 @@ impl crate::sample::Sampled for ProjectGateRows {
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        let op = ProjectGateRows {
+        let op = GateProject {
             rows: 4,
             width: 7,
             d_gate: 5,

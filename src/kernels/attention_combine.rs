@@ -43,7 +43,7 @@ pub struct AttentionCombine {
 impl Op for AttentionCombine {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
-    const NAME: &'static str = "attention_merge";
+    const NAME: &'static str = "attention_combine";
     const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
     fn validate(&self) -> Result<(), String> {
@@ -88,7 +88,7 @@ impl Op for AttentionCombine {
 }
 
 pub(crate) const ROWS: Variant<AttentionCombine> = Variant::<AttentionCombine>::new(
-    ("attention_merge", include_str!("../../shaders/attention_merge.wgsl")),
+    ("attention_combine", include_str!("../../shaders/attention_combine.wgsl")),
     ROW_WORKGROUPS.len(),
     |op, _, setting| {
         let workgroup = ROW_WORKGROUPS[setting];
