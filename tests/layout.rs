@@ -91,7 +91,11 @@ fn registry_names_every_file_and_every_file_is_in_the_registry() {
     assert_eq!(registered.len(), names.len(), "a shader is listed twice: {names:?}");
     assert_eq!(stems("shaders", "wgsl"), registered);
     // A host module, a reference and a file of cases for each operation, and nothing else.
-    for (folder, others) in [("src/kernels", &["mod"][..]), ("src/reference", &["mod", "layer"])] {
+    for (folder, others) in [
+        ("src/kernels", &["mod"][..]),
+        ("src/reference", &["mod", "layer"]),
+        ("src/check/cases", &["mod", "batch", "extreme", "grouped_batch"]),
+    ] {
         let others = others.iter().map(|&other| other.to_owned());
         assert_eq!(stems(folder, "rs"), operations.iter().cloned().chain(others).collect(), "{folder}");
     }

@@ -19,10 +19,10 @@
 
 pub mod bench;
 pub mod capture;
+mod cases;
 pub mod compare;
 pub mod export;
 pub mod guarded;
-mod kernel_cases;
 mod layer_cases;
 pub mod long;
 pub mod property;
@@ -103,7 +103,7 @@ impl Case {
 
 /// Every case.
 pub fn cases() -> Vec<Case> {
-    let mut cases = kernel_cases::cases();
+    let mut cases = cases::cases();
     cases.extend(layer_cases::cases());
     cases
 }

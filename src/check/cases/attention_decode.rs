@@ -1,0 +1,143 @@
+//! Cases of `attention_decode`: ragged batches of one new token and of several, every pair of storages, and the extremes.
+
+use super::batch::{Widths, cache_rows, compare_partials, decoding, few_new, few_sizes, splits};
+use super::extreme::{Extreme, attention_tolerance};
+use super::{SEED, widen};
+use crate::check::random::Random;
+use crate::check::{Case, Lab, Outcome, every_tuning, pack};
+use crate::error::Result;
+use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::{AttentionDecode, attention_decode};
+use crate::op::Variant;
+use crate::reference;
+use crate::storage::Storage;
+
+const VARIANTS: [&Variant<AttentionDecode>; 2] = [&attention_decode::PLAIN, &attention_decode::VEC4];
+
+pub(super) fn cases(cases: &mut Vec<Case>) {
+    for storage in Storage::ALL {
+        for (name, lengths, widths) in few_sizes() {
+            let (n_head, d_nope, d_rope, d_value) = widths;
+            let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
+            for variant in VARIANTS {
+                // Rebuilt keys and values are f32, cached ones either.
+                for kv_storage in Storage::ALL {
+                    if takes(variant, widths, storage, kv_storage) {
+                        let id = format!("{id}_kv_{}", kv_storage.name());
+                        cases.push(Case::new(variant.spec.name, id, move |lab| {
+                            decode(lab, variant, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
+                        }));
+                    }
+                }
+            }
+        }
+        // Speculative decoding: candidates that see each other, across the border of a split.
+        let (lengths, widths) = (&[258, 1, 40, 511], (3, 16, 8, 16));
+        for most in [2, 16] {
+            let id = format!("q{most}/{}", storage.name());
+            for variant in VARIANTS {
+                cases.push(Case::new(variant.spec.name, id.clone(), move |lab| {
+                    decode(lab, variant, lengths, most, widths, (storage, storage), Extreme::Plain)
+                }));
+            }
+        }
+    }
+    for extreme in Extreme::ALL {
+        for storage in Storage::ALL {
+            let (lengths, widths, id) =
+                (&[300, 1, 255], (3, 16, 8, 16), format!("{}/{}", extreme.name(), storage.name()));
+            for variant in VARIANTS {
+                cases.push(Case::new(variant.spec.name, id.clone(), move |lab| {
+                    decode(lab, variant, lengths, 1, widths, (storage, storage), extreme)
+                }));
+            }
+        }
+    }
+}
+
+/// Whether a kernel over keys and values of few queries takes these widths.
+fn takes(
+    variant: &'static Variant<AttentionDecode>,
+    (_, d_nope, d_rope, d_value): Widths,
+    storage: Storage,
+    kv_storage: Storage,
+) -> bool {
+    let whole = |width: usize, storage: Storage| width.is_multiple_of(16 / storage.bytes() as usize);
+    let any = variant.spec.name == attention_decode::PLAIN.spec.name;
+    any || whole(d_nope, kv_storage) && whole(d_value, kv_storage) && whole(d_rope, storage)
+}
+
+fn decode(
+    lab: &Lab<'_>,
+    variant: &'static Variant<AttentionDecode>,
+    lengths: &[u32],
+    most: u32,
+    (n_head, d_nope, d_rope, d_value): Widths,
+    (storage, kv_storage): (Storage, Storage),
+    extreme: Extreme,
+) -> Result<Vec<Outcome>> {
+    let batch = few_new(lengths, most);
+    let slots = batch.slots();
+    let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
+    let tolerance = attention_tolerance(d_query, SPLIT as usize, extreme.spread());
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
+        let mut random = Random::new(SEED);
+        let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
+        let mut kv_values = random.values(slots.len() * d_kv, 1.0);
+        let mut rope_values = random.values(slots.len() * d_rope, 1.0);
+        extreme.of_queries(&mut q_values);
+        extreme.of_keys(&mut kv_values, d_kv, kv_storage);
+        extreme.of_keys(&mut rope_values, d_rope, storage);
+        let rope_kept = pack(&rope_values, storage).1;
+        let q = lab.floats(&q_values)?;
+        let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
+        // A binding holds 16 bytes, also without a rotary part.
+        let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
+        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
+        let partials = splits(&batch).len() * n_head;
+        let (values, softmax) = (lab.output(partials * d_value)?, lab.output(partials * 2)?);
+        let scale = (d_query as f32).sqrt().recip();
+        let tile_rows = 2 * SPLIT;
+        let kv_tiles = (0..batch.rows)
+            .step_by(tile_rows as usize)
+            .map(|first| {
+                let rows = tile_rows.min(batch.rows - first);
+                Ok((first, rows, lab.stored(&batch.tile(&kv_values, d_kv, first, rows), kv_storage)?.0))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        lab.launch(|recording| {
+            for (first, rows, kv) in &kv_tiles {
+                let problem = attention_decode::AttentionDecode {
+                    tokens: batch.tokens,
+                    most_tokens: most,
+                    partials: splits(&batch).len() as u32,
+                    n_sequence: batch.sequences.len() as u32,
+                    n_head: n_head as u32,
+                    d_nope: d_nope as u32,
+                    d_rope: d_rope as u32,
+                    d_value: d_value as u32,
+                    kv_first: *first,
+                    kv_rows: *rows,
+                    cache_rows: batch.cache_rows,
+                    scale,
+                    storage,
+                    kv_storage,
+                };
+                let args = attention_decode::Args {
+                    q: &q.region,
+                    kv: &kv.region,
+                    rope_cache: &rope_cache.region,
+                    sequences: &sequences.region,
+                    partial_values: &values.region,
+                    partial_softmax: &softmax.region,
+                };
+                recording.add_variant(variant, &problem, args, tuning)?;
+            }
+            Ok(())
+        })?;
+        let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
+        let (q, kv) = (widen(&q_values), pack(&kv_values, kv_storage).1);
+        let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
+        compare_partials(lab, &values, &softmax, &expected, tolerance)
+    })
+}

@@ -1,0 +1,318 @@
+//! Cases of `attention_grouped`: groups from one to as many as tokens, rows of either table, several passes, and the extremes.
+
+use super::batch::{HOSTILE_PADDING, compare_softmax};
+use super::extreme::{Extreme, attention_tolerance};
+use super::grouped_batch::{GroupedBatch, Ids, Sources};
+use super::{SEED, widen};
+use crate::check::compare::Tolerance;
+use crate::check::random::Random;
+use crate::check::view::{Reading, View};
+use crate::check::{Case, Lab, Outcome, every_tuning, pack, skipped};
+use crate::config::{Activation, GateNorm};
+use crate::error::Result;
+use crate::kernels::attention_grouped::Tiling;
+use crate::kernels::{AttentionGrouped, attention_grouped};
+use crate::op::Variant;
+use crate::reference;
+use crate::storage::Storage;
+
+/// One case of the grouped attention.
+#[derive(Debug, Clone, Copy)]
+struct GroupedSizes {
+    sequences: &'static [(u32, Ids)],
+    queries: u32,
+    n_head: u32,
+    widths: attention_grouped::Widths,
+    activation: Activation,
+    norm: GateNorm,
+    storage: Storage,
+    cache_storage: Storage,
+    extreme: Extreme,
+    /// Passes over the gate rows, each with the rows of its own groups.
+    passes: u32,
+    sources: Sources,
+}
+
+impl GroupedSizes {
+    /// The cases at the ends of what attention may meet: chunks, tiles, a sequence of one token.
+    fn extremes(self) -> Vec<(String, GroupedSizes)> {
+        let sequences = &[(330, Ids::Skewed), (1, Ids::Equal), (340, Ids::Equal)];
+        Extreme::ALL
+            .into_iter()
+            .flat_map(|extreme| {
+                Storage::ALL.map(|cache_storage| {
+                    let name = format!("{}_{}_cache", extreme.name(), cache_storage.name());
+                    (name, GroupedSizes { sequences, cache_storage, extreme, ..self })
+                })
+            })
+            .collect()
+    }
+}
+
+pub(super) fn cases(cases: &mut Vec<Case>) {
+    let widths = |d_latent, d_nope, d_rope, d_value| attention_grouped::Widths { d_latent, d_nope, d_rope, d_value };
+    let plain = GroupedSizes {
+        sequences: &[(90, Ids::Skewed)],
+        queries: 1,
+        n_head: 3,
+        widths: widths(20, 12, 8, 10),
+        activation: Activation::Tanh,
+        norm: GateNorm::LayerNorm,
+        storage: Storage::F32,
+        cache_storage: Storage::F32,
+        extreme: Extreme::Plain,
+        passes: 1,
+        sources: Sources::Both,
+    };
+    let mixed = |storage, cache_storage| GroupedSizes { storage, cache_storage, ..plain };
+    // Groups of several passes, chunks that belong to both, a sequence that the second pass alone has.
+    let twice: &[(u32, Ids)] = &[(1000, Ids::Skewed), (400, Ids::Equal), (99, Ids::Distinct)];
+    let all = [
+        ("t1", GroupedSizes { sequences: &[(1, Ids::Distinct)], ..plain }),
+        ("equal", GroupedSizes { sequences: &[(700, Ids::Equal)], ..plain }),
+        ("equal_64", GroupedSizes { sequences: &[(64, Ids::Equal), (65, Ids::Equal), (320, Ids::Equal)], ..plain }),
+        ("distinct", GroupedSizes { sequences: &[(99, Ids::Distinct)], ..plain }),
+        ("ragged", GroupedSizes { sequences: &[(1000, Ids::Skewed), (1, Ids::Equal), (17, Ids::Distinct)], ..plain }),
+        (
+            "q5",
+            GroupedSizes { sequences: &[(70, Ids::Equal), (9, Ids::Distinct), (3, Ids::Skewed)], queries: 5, ..plain },
+        ),
+        ("f16", mixed(Storage::F16, Storage::F16)),
+        ("f16_cache", mixed(Storage::F32, Storage::F16)),
+        ("h1_no_rope", GroupedSizes { n_head: 1, widths: widths(16, 8, 0, 8), ..plain }),
+        ("h9_odd", GroupedSizes { n_head: 9, widths: widths(13, 7, 2, 11), norm: GateNorm::RmsNorm, ..plain }),
+        ("h5_no_nope", GroupedSizes { n_head: 5, widths: widths(8, 0, 4, 3), activation: Activation::Silu, ..plain }),
+        ("no_norm", GroupedSizes { norm: GateNorm::None, activation: Activation::OnePlus, ..plain }),
+        ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..mixed(Storage::F32, Storage::F16) }),
+        ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
+        ("wide", GroupedSizes { n_head: 2, widths: widths(512, 128, 64, 128), ..mixed(Storage::F16, Storage::F16) }),
+        ("resident", GroupedSizes { sources: Sources::Resident, ..mixed(Storage::F16, Storage::F16) }),
+        ("projected", GroupedSizes { sources: Sources::Further, sequences: twice, passes: 2, ..plain }),
+        ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
+        ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
+    ];
+    for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes()) {
+        cases.push(Case::new(attention_grouped::WORKGROUP.spec.name, name, move |lab| {
+            let tiling = attention_grouped::tiling_in_workgroup(lab.kernels.context(), sizes.widths)?;
+            attend_groups(lab, sizes, tiling, &attention_grouped::WORKGROUP)
+        }));
+    }
+
+    // Slots are filled, half filled and overfull; latents and rotary keys end within a block of 8 and within the eighth.
+    let plain = GroupedSizes { widths: widths(20, 16, 8, 24), ..plain };
+    let mixed = |storage, cache_storage| GroupedSizes { storage, cache_storage, ..plain };
+    let in_registers = [
+        ("t1", GroupedSizes { sequences: &[(1, Ids::Distinct)], ..plain }),
+        ("equal", GroupedSizes { sequences: &[(1700, Ids::Equal)], ..plain }),
+        ("equal_64", GroupedSizes { sequences: &[(64, Ids::Equal), (65, Ids::Equal), (320, Ids::Equal)], ..plain }),
+        (
+            "distinct",
+            GroupedSizes { sequences: &[(7, Ids::Distinct), (8, Ids::Distinct), (99, Ids::Distinct)], ..plain },
+        ),
+        ("ragged", GroupedSizes { sequences: &[(1000, Ids::Skewed), (1, Ids::Equal), (17, Ids::Distinct)], ..plain }),
+        (
+            "q5",
+            GroupedSizes { sequences: &[(70, Ids::Equal), (9, Ids::Distinct), (3, Ids::Skewed)], queries: 5, ..plain },
+        ),
+        ("q16", GroupedSizes { sequences: &[(330, Ids::Equal), (40, Ids::Skewed)], queries: 16, ..plain }),
+        ("f16", mixed(Storage::F16, Storage::F16)),
+        ("f16_cache", mixed(Storage::F32, Storage::F16)),
+        ("f16_weights", mixed(Storage::F16, Storage::F32)),
+        ("h1_no_rope", GroupedSizes { n_head: 1, widths: widths(16, 8, 0, 8), ..plain }),
+        ("h9_odd", GroupedSizes { n_head: 9, widths: widths(13, 8, 2, 8), norm: GateNorm::RmsNorm, ..plain }),
+        ("h5_no_nope", GroupedSizes { n_head: 5, widths: widths(8, 0, 4, 8), activation: Activation::Silu, ..plain }),
+        ("no_norm", GroupedSizes { norm: GateNorm::None, activation: Activation::OnePlus, ..plain }),
+        ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..mixed(Storage::F32, Storage::F16) }),
+        ("paper", GroupedSizes { n_head: 4, widths: widths(64, 64, 64, 64), ..mixed(Storage::F16, Storage::F16) }),
+        ("r57", GroupedSizes { n_head: 2, widths: widths(57, 72, 62, 80), ..mixed(Storage::F16, Storage::F16) }),
+        ("heads_of_128", GroupedSizes { widths: widths(64, 128, 64, 128), ..mixed(Storage::F32, Storage::F32) }),
+        ("resident", GroupedSizes { sources: Sources::Resident, ..mixed(Storage::F16, Storage::F16) }),
+        ("projected", GroupedSizes { sources: Sources::Further, sequences: twice, passes: 2, ..plain }),
+        ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
+        ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
+    ];
+    for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes())
+    {
+        let variant = &attention_grouped::SUBGROUP;
+        cases.push(Case::new(variant.spec.name, name, move |lab| match skipped(&variant.spec, lab.kernels) {
+            Some(skipped) => Ok(skipped),
+            None => {
+                // No tiling, no outcome: a case that another kernel would pass in its place fails.
+                let tiling = attention_grouped::tiling_in_registers(lab.kernels.context(), sizes.widths);
+                tiling.map_or(Ok(Vec::new()), |tiling| attend_groups(lab, sizes, tiling, variant))
+            }
+        }));
+    }
+}
+
+fn attend_groups(
+    lab: &Lab<'_>,
+    sizes: GroupedSizes,
+    tiling: Tiling,
+    variant: &'static Variant<AttentionGrouped>,
+) -> Result<Vec<Outcome>> {
+    let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
+    let (extreme, passes) = (sizes.extreme, sizes.passes);
+    let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
+    let d_kv = n_head * (d_nope + d_value);
+    let longest = sequences.iter().map(|(length, _)| *length as usize).max().unwrap_or(0);
+    let plain = Tolerance::sums(&[d_nope as usize, d_latent as usize, d_kv as usize, longest]);
+    // Scores of size s carry absolute errors of s · u · √d: those are relative errors of their exponentials.
+    let of_scores = attention_tolerance((d_nope + d_rope + d_latent) as usize, longest, extreme.spread());
+    let tolerance = if extreme.spread() > 1.0 { of_scores } else { plain };
+    every_tuning(variant.spec.tunings, tolerance, |tuning| {
+        let mut random = Random::new(SEED);
+        // Resident rows come from `gates`, at their id, and the others from `gates_more`, at their group.
+        let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, sizes.sources) else {
+            return Ok(Vec::new());
+        };
+        let rows = batch.cache_rows as usize;
+        let resident = match sizes.sources {
+            Sources::Further => 0,
+            Sources::Both | Sources::Resident => batch.ids.iter().flatten().max().map_or(1, |id| id + 1),
+        };
+        let mut q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
+        let w_values = random.values((d_kv * d_latent) as usize, 1.0);
+        let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
+        let gate_values = random.values((resident * d_kv) as usize, 1.0);
+        let more_values = random.values((batch.groups * d_kv) as usize, 1.0);
+        let mut latent_values = random.values(rows * d_latent as usize, 1.0);
+        let mut rope_values = random.values(rows * d_rope as usize, 1.0);
+        extreme.of_queries(&mut q_values);
+        extreme.of_keys(&mut latent_values, d_latent as usize, cache_storage);
+        extreme.of_keys(&mut rope_values, d_rope as usize, cache_storage);
+        let statistics: Vec<f32> = random.values(2 * rows, 1.0).iter().map(|value| value.abs() + 0.1).collect();
+        // The padding of weights and gate rows is zero, that of the cache is hostile.
+        let rows_of = |values: &[f32], width: u32, storage: Storage, padding: f32| -> Vec<u32> {
+            let pitch = storage.row_pitch(width) as usize;
+            let row = |row: &[f32]| [row, &vec![padding; pitch - row.len()]].concat();
+            let rows: Vec<f32> = values.chunks(width.max(1) as usize).flat_map(row).collect();
+            pack(&rows, storage).0
+        };
+        let padded = |values: &[f32], width: u32, storage: Storage| rows_of(values, width, storage, 0.0);
+        let kept = |values: &[f32], storage: Storage| pack(values, storage).1;
+
+        // Latents, rotary keys and statistics one after another, 16 bytes between them.
+        let mut cache_words = rows_of(&latent_values, d_latent, cache_storage, HOSTILE_PADDING);
+        cache_words.extend([0; 4]);
+        let rope_byte = 4 * cache_words.len() as u64;
+        cache_words.extend(rows_of(&rope_values, d_rope, cache_storage, HOSTILE_PADDING));
+        cache_words.extend([0; 4]);
+        let statistics_byte = 4 * cache_words.len() as u64;
+        cache_words.extend(statistics.iter().map(|value| value.to_bits()));
+        cache_words.resize(cache_words.len().next_multiple_of(4), 0);
+        let beta = attention_grouped::beta_element(d_kv) as usize;
+        let mut affine = affine_values[0].clone();
+        affine.resize(beta, 0.0);
+        affine.extend(&affine_values[1]);
+
+        let (q, cache, lists) = (lab.floats(&q_values)?, lab.words(&cache_words)?, lab.words(&batch.words)?);
+        let w = lab.words(&padded(&w_values, d_latent, storage))?;
+        let affine = lab.words(&pack(&affine, storage).0)?;
+        let gates = lab.words(&padded(&gate_values, d_kv, cache_storage))?;
+        // Whole entries a pass, as the plan of a step divides them.
+        let entry_groups = tiling.groups * tiling.span;
+        let pass_groups = batch.groups.div_ceil(passes).next_multiple_of(entry_groups);
+        let more = (0..passes)
+            .map(|pass| {
+                let rows = [pass, pass + 1].map(|pass| (pass * pass_groups).min(batch.groups) as usize * d_kv as usize);
+                lab.words(&padded(&more_values[rows[0]..rows[1]], d_kv, Storage::F32))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let softmax_word = attention_grouped::softmax_word(batch.partials, n_head, d_value) as usize;
+        let partials = (batch.partials * n_head) as usize;
+        let partial = lab.output(softmax_word + 2 * partials)?;
+        let scale = ((d_nope + d_rope) as f32).sqrt().recip();
+        let problem = attention_grouped::AttentionGrouped {
+            tokens: batch.tokens,
+            most_tokens: queries,
+            n_sequence: sequences.len() as u32,
+            entries: batch.entries,
+            partials: batch.partials,
+            n_head,
+            widths,
+            tiling,
+            table: batch.table,
+            list_words: batch.words.len() as u32,
+            cache_rows: batch.cache_rows,
+            rope_byte,
+            statistics_byte,
+            resident,
+            gates_storage: cache_storage,
+            more: batch.groups,
+            more_storage: Storage::F32,
+            first_group: 0,
+            groups: batch.groups,
+            pass_index: 0,
+            passes,
+            activation,
+            norm,
+            scale,
+            expected_groups: 0,
+            expected_positions: 0,
+            cache_storage,
+            storage,
+        };
+        let absent = lab.kernels.absent();
+        lab.launch(|recording| {
+            for (pass_index, more) in (0..).zip(&more) {
+                let first_group = pass_index * pass_groups;
+                // Of more passes than there are entries the last have nothing to do.
+                let groups = pass_groups.min(batch.groups.saturating_sub(first_group));
+                let further = if sizes.sources == Sources::Resident { 0 } else { groups };
+                let problem =
+                    attention_grouped::AttentionGrouped { first_group, groups, more: further, pass_index, ..problem };
+                let args = attention_grouped::Args {
+                    q: &q.region,
+                    kv_b_proj: &w.region,
+                    affine: &affine.region,
+                    gates: if resident == 0 { &absent } else { &gates.region },
+                    gates_more: if further == 0 { &absent } else { &more.region },
+                    cache: &cache.region,
+                    lists: &lists.region,
+                    partial: &partial.region,
+                };
+                recording.add_variant(variant, &problem, args, tuning)?;
+            }
+            Ok(())
+        })?;
+
+        let (gates_kept, more_kept) = (kept(&gate_values, cache_storage), widen(&more_values));
+        let gate_row = |(row, id): (usize, &Option<u32>)| match id {
+            Some(id) if sizes.sources.resident(*id) => gates_kept[(id * d_kv) as usize..][..d_kv as usize].to_vec(),
+            _ => more_kept[row * d_kv as usize..][..d_kv as usize].to_vec(),
+        };
+        let before: Vec<f64> = batch.ids.iter().enumerate().flat_map(gate_row).collect();
+        let affine_kept = affine_values.each_ref().map(|values| kept(values, storage));
+        let statistics: Vec<[f64; 2]> = statistics
+            .chunks(2)
+            .map(|pair| match norm {
+                GateNorm::None => [0.0, 1.0],
+                GateNorm::RmsNorm => [0.0, pair[1].into()],
+                GateNorm::LayerNorm => [pair[0].into(), pair[1].into()],
+            })
+            .collect();
+        let input = reference::Grouped {
+            q: &widen(&q_values),
+            kv_b_proj: &kept(&w_values, storage),
+            gamma: &if norm == GateNorm::None { vec![1.0; d_kv as usize] } else { affine_kept[0].clone() },
+            beta: &if norm == GateNorm::LayerNorm { affine_kept[1].clone() } else { vec![0.0; d_kv as usize] },
+            gates: &before.iter().map(|&g| reference::activate(activation, g)).collect::<Vec<_>>(),
+            latent: &kept(&latent_values, cache_storage),
+            k_rope: &kept(&rope_values, cache_storage),
+            statistics: &statistics,
+        };
+        let heads = reference::Heads {
+            n_head: n_head as usize,
+            d_nope: d_nope as usize,
+            d_rope: d_rope as usize,
+            d_value: d_value as usize,
+        };
+        let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, scale.into());
+        let got = lab.read(&partial)?;
+        let values = View::all(Reading::F32, partials * d_value as usize);
+        Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
+            .chain(compare_softmax(lab, (&got, softmax_word), &expected, tolerance))
+            .collect())
+    })
+}

@@ -1,0 +1,99 @@
+//! Cases of `gate_statistics`: rows of both tables, of the further one alone, of the resident one alone.
+
+use super::{SEED, widen};
+use crate::attention::groups::NO_ROW;
+use crate::check::compare::Tolerance;
+use crate::check::random::Random;
+use crate::check::{Case, Lab, Outcome, every_tuning, pack};
+use crate::config::{Activation, GateNorm};
+use crate::error::Result;
+use crate::kernels::gate_statistics;
+use crate::reference;
+use crate::storage::Storage;
+
+pub(super) fn cases(cases: &mut Vec<Case>) {
+    for storage in Storage::ALL {
+        for (rows, width) in [(1, 1), (3, 7), (4, 64), (9, 130), (6, 33), (38, 5)] {
+            let id = format!("{rows}x{width}/{}", storage.name());
+            cases.push(Case::new("gate_statistics", id, move |lab| measure(lab, rows, width, storage)));
+        }
+    }
+}
+
+fn measure(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage) -> Result<Vec<Outcome>> {
+    let tolerance = Tolerance::sums(&[width as usize]);
+    every_tuning(gate_statistics::ROWS.spec.tunings, tolerance, |tuning| {
+        let mut comparisons = Vec::new();
+        // Rows of both tables, of the further one alone, of the resident one alone.
+        for (norm, activation, resident, further) in [
+            (GateNorm::LayerNorm, Activation::Sigmoid, 5, true),
+            (GateNorm::RmsNorm, Activation::OnePlus, 0, true),
+            (GateNorm::LayerNorm, Activation::Silu, 5, false),
+        ] {
+            let mut random = Random::new(SEED);
+            let (more_first, cached) = (2, tokens + 2);
+            let kv_values = random.values((tokens * width) as usize, 1.0);
+            let pitched = |values: &[f32], storage: Storage| {
+                let pitch = storage.row_pitch(width) as usize;
+                let rows: Vec<f32> = values
+                    .chunks(width as usize)
+                    .flat_map(|row| [row, &vec![0.0; pitch - row.len()]].concat())
+                    .collect();
+                pack(&rows, storage)
+            };
+            let gate_values = random.values((resident * width) as usize, 1.0);
+            let more_rows = if further { more_first + tokens } else { 0 };
+            let more_values = random.values((more_rows * width) as usize, 1.0);
+            let gates = lab.words(&pitched(&gate_values, storage).0)?;
+            let more = lab.words(&pitched(&more_values, Storage::F32).0)?;
+            let (kv, kept) = (lab.floats(&kv_values)?, pack(&gate_values, storage).1);
+            // A resident row, then one of `gates_more` by number, then one by token.
+            let row_of = |token: u32| match (resident, further) {
+                (_, false) => token % resident,
+                (0, true) => [1, NO_ROW][token as usize % 2],
+                (_, true) => [token % resident, resident + 1, NO_ROW][token as usize % 3],
+            };
+            let rows: Vec<u32> = (0..tokens).map(row_of).collect();
+            let slots: Vec<u32> = (0..tokens).map(|token| tokens + 1 - token).collect();
+            let (row_list, slot_list) = (lab.words(&rows)?, lab.words(&slots)?);
+            let (statistics, absent) = (lab.output(2 * cached as usize)?, lab.kernels.absent());
+            let problem = gate_statistics::GateStatistics {
+                tokens,
+                width,
+                resident,
+                more: more_rows,
+                more_first,
+                cache_rows: cached,
+                eps: 1e-5,
+                activation,
+                norm,
+                storage,
+                more_storage: Storage::F32,
+            };
+            let args = gate_statistics::Args {
+                kv: &kv.region,
+                gates: if resident == 0 { &absent } else { &gates.region },
+                gates_more: if further { &more.region } else { &absent },
+                rows: &row_list.region,
+                slots: &slot_list.region,
+                statistics: &statistics.region,
+            };
+            lab.launch(|recording| recording.add_variant(&gate_statistics::ROWS, &problem, args, tuning))?;
+            let more_values = widen(&more_values);
+            let w = width as usize;
+            let gate_of = |(token, &row): (usize, &u32)| match row {
+                NO_ROW => more_values[(more_first as usize + token) * w..][..w].to_vec(),
+                row if row < resident => kept[row as usize * w..][..w].to_vec(),
+                row => more_values[(row - resident) as usize * w..][..w].to_vec(),
+            };
+            let g: Vec<f64> = rows.iter().enumerate().flat_map(gate_of).collect();
+            let measured = reference::gate_statistics(&widen(&kv_values), &g, activation, norm, w, 1e-5);
+            let mut expected = vec![f64::NAN; 2 * cached as usize];
+            for (&slot, pair) in slots.iter().zip(measured) {
+                expected[2 * slot as usize..][..2].copy_from_slice(&pair);
+            }
+            comparisons.push(lab.compare(&statistics, &expected, tolerance)?);
+        }
+        Ok(comparisons)
+    })
+}

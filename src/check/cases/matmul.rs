@@ -1,0 +1,213 @@
+//! Cases of `matmul`: tails of every tile, the layouts of the absorbed path, and operands that stand apart.
+
+use super::{SEED, widen};
+use crate::adapter::Cooperative;
+use crate::check::compare::Tolerance;
+use crate::check::random::Random;
+use crate::check::view::{Reading, View};
+use crate::check::{Case, every_tuning, skipped};
+use crate::kernels::matmul::Layout;
+use crate::kernels::{Matmul, matmul};
+use crate::op::Variant;
+use crate::reference;
+use crate::storage::Storage;
+
+pub(super) fn cases(cases: &mut Vec<Case>) {
+    // One row, then tile − 1, tile, tile + 1 of the larger tiles, and inner lengths around the staged ones.
+    let many = [
+        (1, 1, 1),
+        (9, 16, 31),
+        (31, 15, 33),
+        (32, 33, 32),
+        (63, 17, 65),
+        (64, 32, 64),
+        (65, 100, 63),
+        (129, 8, 130),
+        (33, 1, 127),
+        (70, 257, 48),
+    ];
+    let few = [(1, 1, 1), (1, 64, 7), (2, 65, 8), (3, 31, 9), (4, 129, 63), (5, 100, 65), (8, 257, 33), (1, 1024, 130)];
+    let many_in_vec4 = [
+        (1, 8, 1),
+        (7, 16, 31),
+        (8, 24, 32),
+        (9, 16, 33),
+        (63, 8, 65),
+        (64, 32, 64),
+        (65, 104, 63),
+        (127, 16, 129),
+        (129, 40, 127),
+        (33, 512, 5),
+    ];
+    let few_in_vec4 = [
+        (1, 8, 1),
+        (1, 64, 7),
+        (2, 72, 8),
+        (3, 32, 9),
+        (4, 128, 63),
+        (5, 104, 65),
+        (8, 264, 33),
+        (1, 1024, 130),
+        (1, 2056, 31),
+    ];
+    for storage in Storage::ALL {
+        for (index, &(rows, inner, cols)) in many.iter().enumerate() {
+            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::TILES));
+        }
+        for (index, &(rows, inner, cols)) in few.iter().enumerate() {
+            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::GEMV));
+        }
+        for (rows, product) in [(3, &matmul::GEMV), (34, &matmul::TILES)] {
+            for n_head in [1, 3] {
+                cases.push(product_case(format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage), product));
+                cases.push(product_case(format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage), product));
+            }
+        }
+        // The same neighbourhoods with rows of whole 16-byte loads, around the 16 k of a staged tile.
+        for (index, &(rows, inner, cols)) in many_in_vec4.iter().enumerate() {
+            for product in [&matmul::VEC4, &matmul::SUBGROUP] {
+                let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+                cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+            }
+        }
+        for (index, &(rows, inner, cols)) in few_in_vec4.iter().enumerate() {
+            for product in [&matmul::GEMV_VEC4, &matmul::GEMV_SUBGROUP] {
+                let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+                cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+            }
+        }
+        for (rows, products) in
+            [(3, [&matmul::GEMV_VEC4, &matmul::GEMV_SUBGROUP]), (34, [&matmul::VEC4, &matmul::SUBGROUP])]
+        {
+            for product in products {
+                cases.push(product_case(format!("apart_{rows}"), apart(rows, storage), product));
+            }
+        }
+    }
+    // Around tiles of 32, 64 and 128 and around the 16 to 64 k that are staged at once.
+    let by_matrices = [
+        (1, 8, 1),
+        (9, 16, 31),
+        (31, 24, 33),
+        (33, 32, 32),
+        (63, 40, 65),
+        (65, 64, 63),
+        (127, 72, 129),
+        (129, 128, 127),
+        (257, 8, 17),
+        (5, 1024, 130),
+    ];
+    for product in [&matmul::COOPERATIVE, &matmul::COOPERATIVE_8] {
+        for (index, &(rows, inner, cols)) in by_matrices.iter().enumerate() {
+            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
+            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+        }
+        for rows in [3, 34] {
+            cases.push(product_case(format!("apart_{rows}"), apart(rows, Storage::F16), product));
+        }
+    }
+}
+
+/// The products of the absorbed path: heads side by side in a row, a block of kv_b_proj each, here 10 + 6 rows of 12.
+fn absorb(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
+    matmul::Matmul {
+        rows,
+        inner: 10,
+        cols: 12,
+        batch: n_head,
+        x: Layout { offset: 0, row: n_head * 14, inner: 1, batch: 14 },
+        w: Layout { offset: 0, row: 1, inner: 12, batch: 16 * 12 },
+        y: Layout { offset: 0, row: n_head * 12, inner: 1, batch: 12 },
+        bias: false,
+        storage,
+    }
+}
+
+fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
+    matmul::Matmul {
+        rows,
+        inner: 12,
+        cols: 6,
+        batch: n_head,
+        x: Layout { offset: 0, row: n_head * 12, inner: 1, batch: 12 },
+        w: Layout { offset: 10 * 12, row: 12, inner: 1, batch: 16 * 12 },
+        y: Layout { offset: 3, row: n_head * 6, inner: 1, batch: 6 },
+        bias: false,
+        storage,
+    }
+}
+
+/// Aligned operands that stand apart, three matrices of them.
+fn apart(rows: u32, storage: Storage) -> matmul::Matmul {
+    matmul::Matmul {
+        rows,
+        inner: 24,
+        cols: 37,
+        batch: 3,
+        x: Layout { offset: 4, row: 3 * 28, inner: 1, batch: 28 },
+        w: Layout { offset: 8, row: 32, inner: 1, batch: 40 * 32 },
+        y: Layout { offset: 3, row: 3 * 40, inner: 1, batch: 40 },
+        bias: true,
+        storage,
+    }
+}
+
+/// `(x, w, bias, rows, inner, cols)` to `y`.
+type Definition = fn(&[f64], &[f64], Option<&[f64]>, usize, usize, usize) -> Vec<f64>;
+
+fn product_case(sizes: String, problem: matmul::Matmul, variant: &'static Variant<Matmul>) -> Case {
+    let reference: Definition = match variant.spec.cooperative {
+        Cooperative::NONE => reference::matmul,
+        _ => reference::matmul_of_halves,
+    };
+    let bias = if problem.bias { "/bias" } else { "" };
+    let id = format!("{sizes}/{}{bias}", problem.storage.name());
+    Case::new(variant.spec.name, id, move |lab| {
+        if let Some(outcomes) = skipped(&variant.spec, lab.kernels) {
+            return Ok(outcomes);
+        }
+        let p = problem;
+        let (rows, inner, cols) = (p.rows as usize, p.inner as usize, p.cols as usize);
+        let end = |layout: Layout, rows: u32, inner: u32| {
+            layout.offset + (rows - 1) * layout.row + (inner - 1) * layout.inner + (p.batch - 1) * layout.batch + 1
+        };
+        let tolerance = Tolerance::sums(&[inner]);
+        every_tuning(variant.spec.tunings, tolerance, |tuning| {
+            let mut random = Random::new(SEED);
+            let x_values = random.values(end(p.x, p.rows, p.inner) as usize, 1.0);
+            let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
+            let x = lab.floats(&x_values)?;
+            let (w, w_kept) = lab.stored(&w_values, p.storage)?;
+            let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
+            let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
+            let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
+            lab.launch(|recording| recording.add_variant(variant, &p, args, tuning))?;
+            let got = lab.read(&y)?;
+            // Nothing else was written: neither before the offset nor between the rows.
+            let elements = [f64::from(p.batch) * (rows * cols) as f64];
+            let written = View::all(Reading::Written, got.words.len());
+            let count = lab.compare_views(&[(&got, written)], &elements, Tolerance::EXACT);
+            std::iter::once(Ok(count))
+                .chain((0..p.batch).map(|b| {
+                    let pick = |values: &[f64], layout: Layout, rows: u32, inner: u32| -> Vec<f64> {
+                        let at = |m, k| layout.offset + b * layout.batch + m * layout.row + k * layout.inner;
+                        (0..rows).flat_map(|m| (0..inner).map(move |k| at(m, k))).map(|i| values[i as usize]).collect()
+                    };
+                    let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
+                    let w = pick(&w_kept, p.w, p.cols, p.inner);
+                    let bias = p.bias.then_some(&bias_kept[..]);
+                    let expected = reference(&x, &w, bias, rows, inner, cols);
+                    let y = View {
+                        reading: Reading::F32,
+                        first: (p.y.offset + b * p.y.batch) as usize,
+                        counts: [rows, cols],
+                        strides: [p.y.row as usize, p.y.inner as usize],
+                    };
+                    Ok(lab.compare_views(&[(&got, y)], &expected, tolerance))
+                }))
+                .collect()
+        })
+    })
+}
