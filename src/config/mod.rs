@@ -1,0 +1,394 @@
+//! Dimensions, gate and rotary embedding of a model: the one glossary of the crate.
+//!
+//! | here | checkpoint key | paper | meaning |
+//! |---|---|---|---|
+//! | `hidden_size` | `hidden_size` | d | model width |
+//! | `n_head` | `num_attention_heads` | n_h | query heads |
+//! | `d_latent` | `kv_lora_rank` | d_c | cached latent width |
+//! | `d_q_latent` | `q_lora_rank` (null: full-rank query) | d_c' | query latent width |
+//! | `d_nope` | `qk_nope_head_dim` | d_h | content part of query and key, per head |
+//! | `d_rope` | `qk_rope_head_dim` | d_h^R | rotary part; one key shared by all heads; may be 0 |
+//! | `d_value` | `v_head_dim` | d_h | value width per head |
+//! | `d_gate` | `embedding_gate.embed_dim` | d_e | token-embedding width of the gate |
+//! | [`AttentionConfig::d_kv`] | | D | `n_head · (d_nope + d_value)`, width of the up-projected keys and values |
+//!
+//! Papers: MLA is DeepSeek-V2 (arXiv 2405.04434) and V3 (2412.19437), EG-MLA is arXiv 2509.16686.
+
+mod decoder;
+mod keys;
+mod rope;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use keys::{Keys, parse_object};
+
+pub use decoder::DecoderConfig;
+pub use rope::{RopeConfig, RopeScaling};
+
+/// Where the embedding gate is applied (EG-MLA; the paper leaves it open, see the README).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateSite {
+    /// On the up-projected keys and values: `kv = Norm((kv_b_proj c) ⊙ g)`. The cache holds the ungated latent.
+    #[default]
+    UpProjected,
+    /// On the latent before it is cached: `c ← Norm(c ⊙ g)`.
+    Latent,
+}
+
+/// Activation of the gate: `g = act(gate_b_proj e)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x`
+    #[default]
+    Identity,
+    /// `1 / (1 + e^-x)`
+    Sigmoid,
+    /// `tanh x`
+    Tanh,
+    /// `x · sigmoid x`
+    Silu,
+    /// `1 + x`
+    OnePlus,
+}
+
+impl Activation {
+    /// Every activation, in the order of its number in the shaders.
+    pub const ALL: [Activation; 5] =
+        [Activation::Identity, Activation::Sigmoid, Activation::Tanh, Activation::Silu, Activation::OnePlus];
+}
+
+/// Norm after the gate, over the whole gated width, affine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateNorm {
+    /// `(x − mean) / √(var + eps) · weight + bias`
+    #[default]
+    LayerNorm,
+    /// `x / √(mean x² + eps) · weight`
+    RmsNorm,
+    /// No norm, no affine part.
+    None,
+}
+
+impl GateNorm {
+    /// Every norm, in the order of its number in the shaders.
+    pub const ALL: [GateNorm; 3] = [GateNorm::LayerNorm, GateNorm::RmsNorm, GateNorm::None];
+}
+
+/// The embedding gate of EG-MLA: checkpoint key `embedding_gate`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GateConfig {
+    /// Rows of the gate table (token ids are below it).
+    pub vocab_size: u32,
+    /// Width of a row, d_e in the paper.
+    #[serde(rename = "embed_dim")]
+    pub d_gate: u32,
+    /// Where the gate acts.
+    #[serde(default)]
+    pub site: GateSite,
+    /// What is applied to the projected row.
+    #[serde(default)]
+    pub activation: Activation,
+    /// What follows the product.
+    #[serde(default)]
+    pub norm: GateNorm,
+    /// `eps` of that norm.
+    #[serde(default = "default_norm_eps")]
+    pub norm_eps: f64,
+}
+
+fn default_norm_eps() -> f64 {
+    1e-5
+}
+
+/// One attention layer, MLA or EG-MLA.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionConfig {
+    /// d, the model width.
+    pub hidden_size: u32,
+    /// n_h, query heads.
+    pub n_head: u32,
+    /// d_c, width of the cached latent.
+    pub d_latent: u32,
+    /// d_c', width of the query latent; `None` for a full-rank query.
+    pub d_q_latent: Option<u32>,
+    /// Content part of query and key per head.
+    pub d_nope: u32,
+    /// Rotary part; even; may be 0.
+    pub d_rope: u32,
+    /// Value width per head.
+    pub d_value: u32,
+    /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
+    pub attention_bias: bool,
+    /// The embedding gate; `None` is plain MLA.
+    pub gate: Option<GateConfig>,
+    /// Rotary embedding.
+    pub rope: RopeConfig,
+}
+
+/// `eps` of `q_a_layernorm` and `kv_a_layernorm`, whatever the checkpoint's `rms_norm_eps` says of the decoder's norms.
+pub const LOW_RANK_NORM_EPS: f64 = 1e-6;
+
+/// Keys of DeepSeek-style checkpoints that say nothing about one attention layer.
+const KEYS_OUTSIDE_ATTENTION: &[&str] = &[
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "aux_loss_alpha",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "ep_size",
+    "first_k_dense_replace",
+    "head_dim",
+    "hidden_act",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "model_type",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "num_nextn_predict_layers",
+    "pad_token_id",
+    "pretraining_tp",
+    "qk_head_dim",
+    "rms_norm_eps",
+    "routed_scaling_factor",
+    "scoring_func",
+    "seq_aux",
+    "tie_word_embeddings",
+    "topk_group",
+    "topk_method",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+];
+
+const ATTENTION_KEYS: &[&str] = &[
+    "attention_bias",
+    "embedding_gate",
+    "hidden_size",
+    "kv_lora_rank",
+    "num_attention_heads",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rope_interleave",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "v_head_dim",
+];
+
+impl AttentionConfig {
+    /// Reads the checkpoint keys of one attention layer from the text of a `config.json`.
+    ///
+    /// Keys of the wider model are passed over; keys that are in neither list are refused, so that a misspelt
+    /// option cannot pass as its default.
+    ///
+    /// # Errors
+    /// [`Error::Json`] or [`Error::Config`] with the key.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let map = parse_object(text)?;
+        Keys::new(&map, "").refuse_unknown(&[ATTENTION_KEYS, KEYS_OUTSIDE_ATTENTION])?;
+        Self::from_map(&map)
+    }
+
+    fn from_map(map: &Map<String, Value>) -> Result<Self> {
+        let keys = Keys::new(map, "");
+        let gate = match keys.object("embedding_gate")? {
+            None => None,
+            Some(object) => {
+                let read = serde_json::from_value(Value::Object(object.clone()));
+                Some(read.map_err(|error| Error::config("embedding_gate", error.to_string()))?)
+            }
+        };
+        let config = AttentionConfig {
+            hidden_size: keys.required_integer("hidden_size")?,
+            n_head: keys.required_integer("num_attention_heads")?,
+            d_latent: keys.required_integer("kv_lora_rank")?,
+            d_q_latent: keys.integer("q_lora_rank")?,
+            d_nope: keys.required_integer("qk_nope_head_dim")?,
+            d_rope: keys.required_integer("qk_rope_head_dim")?,
+            d_value: keys.required_integer("v_head_dim")?,
+            attention_bias: keys.boolean("attention_bias")?.unwrap_or(false),
+            gate,
+            rope: rope::rope_from_map(&keys)?,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks what the fields say against each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the checkpoint key that does not fit.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("hidden_size", self.hidden_size),
+            ("num_attention_heads", self.n_head),
+            ("kv_lora_rank", self.d_latent),
+            ("q_lora_rank", self.d_q_latent.unwrap_or(1)),
+            ("v_head_dim", self.d_value),
+            ("embedding_gate.vocab_size", self.gate.as_ref().map_or(1, |gate| gate.vocab_size)),
+            ("embedding_gate.embed_dim", self.gate.as_ref().map_or(1, |gate| gate.d_gate)),
+        ];
+        for (key, value) in positive {
+            if value == 0 {
+                return Err(Error::config(key, "is 0, must be at least 1"));
+            }
+        }
+        if self.d_nope == 0 && self.d_rope == 0 {
+            return Err(Error::config("qk_nope_head_dim", "is 0 and so is qk_rope_head_dim: queries would be empty"));
+        }
+        if !self.d_rope.is_multiple_of(2) {
+            return Err(Error::config("qk_rope_head_dim", format!("is {}, must be even", self.d_rope)));
+        }
+        // Every width and every weight is indexed with 32 bits on the device: each must stay below 2^31 elements.
+        let wide = |value: u32| u64::from(value);
+        let d_query = wide(self.d_nope) + wide(self.d_rope);
+        let d_kv = wide(self.d_nope) + wide(self.d_value);
+        let input = self.d_q_latent.map_or(wide(self.hidden_size), wide);
+        let products = [
+            ("num_attention_heads", wide(self.n_head).checked_mul(d_query.max(d_kv))),
+            ("q_lora_rank", Some(wide(self.hidden_size) * wide(self.d_q_latent.unwrap_or(0)))),
+            ("qk_nope_head_dim", wide(self.n_head).checked_mul(d_query).and_then(|rows| rows.checked_mul(input))),
+            ("kv_lora_rank", (wide(self.d_latent) + wide(self.d_rope)).checked_mul(wide(self.hidden_size))),
+            ("kv_lora_rank", wide(self.n_head).checked_mul(d_kv).and_then(|d| d.checked_mul(wide(self.d_latent)))),
+            (
+                "v_head_dim",
+                wide(self.n_head).checked_mul(wide(self.d_value)).and_then(|d| d.checked_mul(wide(self.hidden_size))),
+            ),
+        ];
+        for (key, product) in products {
+            if product.is_none_or(|elements| elements >= 1 << 31) {
+                return Err(Error::config(key, "the dimensions give a matrix of 2^31 or more elements"));
+            }
+        }
+        if let Some(gate) = &self.gate {
+            let gated = wide(self.gated_width());
+            let sizes = [
+                ("embedding_gate.vocab_size", wide(gate.vocab_size).checked_mul(wide(gate.d_gate))),
+                ("embedding_gate.embed_dim", gated.checked_mul(wide(gate.d_gate))),
+            ];
+            for (key, product) in sizes {
+                if product.is_none_or(|elements| elements >= 1 << 31) {
+                    return Err(Error::config(key, "the dimensions give a matrix of 2^31 or more elements"));
+                }
+            }
+            validate_eps("embedding_gate.norm_eps", gate.norm_eps)?;
+        }
+        self.validate_rope()
+    }
+
+    fn validate_rope(&self) -> Result<()> {
+        // In f32, which the device computes with: what vanishes or overflows there would be NaN in every result.
+        let above = |key: &str, value: f64, bound: f32| {
+            let single = value as f32;
+            if single.is_finite() && single > bound {
+                Ok(())
+            } else {
+                Err(Error::config(key, format!("is {value}, must be above {bound} and finite in f32")))
+            }
+        };
+        above("rope_theta", self.rope.theta, 1.0)?;
+        match self.rope.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                beta_fast,
+                beta_slow,
+                mscale,
+                mscale_all_dim,
+                attention_factor,
+            } => {
+                above("rope_scaling.factor", factor, 0.0)?;
+                above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
+                above("rope_scaling.beta_slow", beta_slow, 0.0)?;
+                above("rope_scaling.beta_fast", beta_fast, beta_slow as f32)?;
+                above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
+                for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
+                    if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
+                        return Err(Error::config(
+                            key,
+                            format!("is {}, must be at least 0", value.unwrap_or_default()),
+                        ));
+                    }
+                }
+                // Each may be sound and the square of what they give too large.
+                above("rope_scaling.mscale", self.rope.amplitude(), 0.0)?;
+                above("rope_scaling.mscale_all_dim", self.scale(), 0.0)
+            }
+        }
+    }
+
+    /// `d_nope + d_rope`, width of one query head.
+    pub fn d_query(&self) -> u32 {
+        self.d_nope + self.d_rope
+    }
+
+    /// D of the paper: `n_head · (d_nope + d_value)`, width of the up-projected keys and values.
+    pub fn d_kv(&self) -> u32 {
+        self.n_head * (self.d_nope + self.d_value)
+    }
+
+    /// Width that the gate acts on: D at site `up_projected`, `d_latent` at site `latent`, 0 without a gate.
+    pub fn gated_width(&self) -> u32 {
+        match self.gate.as_ref().map(|gate| gate.site) {
+            None => 0,
+            Some(GateSite::UpProjected) => self.d_kv(),
+            Some(GateSite::Latent) => self.d_latent,
+        }
+    }
+
+    /// The gate, when it acts on the up-projected keys and values.
+    pub fn up_projected_gate(&self) -> Option<&GateConfig> {
+        self.gate.as_ref().filter(|gate| gate.site == GateSite::UpProjected)
+    }
+
+    /// The gate, when it acts on the latent before it is cached.
+    pub fn latent_gate(&self) -> Option<&GateConfig> {
+        self.gate.as_ref().filter(|gate| gate.site == GateSite::Latent)
+    }
+
+    /// Factor on the scores: `(d_nope + d_rope)^-0.5`, times YaRN's `mscale²`.
+    pub fn scale(&self) -> f64 {
+        f64::from(self.d_query()).powf(-0.5) * self.rope.score_factor()
+    }
+
+    /// Elements that the paper counts per cached token and layer: `d_latent + d_rope`. Token ids and norm statistics are
+    /// bookkeeping, reported apart by [`crate::attention::MemoryReport`].
+    pub fn cache_elements(&self) -> u32 {
+        self.d_latent + self.d_rope
+    }
+
+    /// The same count for multi-head attention of this shape with keys and values of `d_nope` and `d_value`.
+    pub fn mha_cache_elements(&self) -> u32 {
+        self.d_kv()
+    }
+}
+
+/// The shaders take it as f32: there it must not become 0 or infinite.
+fn validate_eps(key: &str, eps: f64) -> Result<()> {
+    let single = eps as f32;
+    if single.is_finite() && single > 0.0 {
+        return Ok(());
+    }
+    Err(Error::config(key, format!("is {eps}, must be above 0 and finite in f32")))
+}
