@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use arbitrary::{Result, Unstructured};
 use egmla::adapter::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
+use egmla::attention::cost;
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
-use egmla::cost;
 use egmla::kernels::{self, REGISTRY, attention_grouped};
 use egmla::recording::Recording;
 use egmla::storage::Storage;

@@ -4,11 +4,11 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::cache::LatentCache;
+use super::cost;
 use super::lists::{GateRows, Grouped, Lists, widths};
 use super::step::{Mode, Step, StepInput};
 use super::workspace::Workspace;
 use crate::config::{AttentionConfig, GateConfig, GateNorm, LOW_RANK_NORM_EPS};
-use crate::cost;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::kernels::matmul::Layout;
@@ -24,7 +24,7 @@ use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecodePath {
-    /// Whichever of the two does less work for the step at hand, by [`crate::cost`].
+    /// Whichever of the two does less work for the step at hand, by [`crate::attention::cost`].
     #[default]
     Auto,
     /// Keys and values are rebuilt from the cache, tile by tile: every configuration.
@@ -472,7 +472,7 @@ impl Attention {
         table.map_or(0, GateTable::bytes)
     }
 
-    /// The decode path that `path` stands for in a step on a cache: `Auto` is the one with fewer FLOPs by [`crate::cost`].
+    /// The decode path that `path` stands for in a step on a cache: `Auto` is the one with fewer FLOPs by [`crate::attention::cost`].
     ///
     /// # Errors
     /// `Absorbed` where the device's workgroup memory holds no head of these widths, or where the cache wants gate rows from a

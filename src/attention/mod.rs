@@ -14,6 +14,7 @@
 //! three for a cache of one layer.
 
 mod cache;
+pub mod cost;
 pub(crate) mod groups;
 mod layer;
 mod lists;

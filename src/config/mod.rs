@@ -59,6 +59,15 @@ impl Activation {
     /// Every activation, in the order of its number in the shaders.
     pub const ALL: [Activation; 5] =
         [Activation::Identity, Activation::Sigmoid, Activation::Tanh, Activation::Silu, Activation::OnePlus];
+
+    /// FLOPs of one.
+    pub(crate) fn flops(self) -> u64 {
+        match self {
+            Activation::Identity => 0,
+            Activation::Tanh | Activation::OnePlus => 1,
+            Activation::Sigmoid | Activation::Silu => 3,
+        }
+    }
 }
 
 /// Norm after the gate, over the whole gated width, affine.

@@ -5,11 +5,11 @@ use std::rc::Rc;
 
 use super::{Prepared, Row, Suite, tokens};
 use crate::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions, cost,
 };
 use crate::check::random::{Random, attention_weights};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use crate::cost::{self, Cost};
+use crate::cost::Cost;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
