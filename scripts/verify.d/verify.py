@@ -126,7 +126,7 @@ def lavapipe():
 def egmla():
     """The program, as the tests build it."""
     program = ROOT / "target" / "debug" / "egmla"
-    process = run(["cargo", "test", "--quiet", "--no-run", "--test", "layout", "--test", "attention", "--test", "faults", "--test", "validation"])
+    process = run(["cargo", "test", "--quiet", "--no-run", "--test", "translation", "--test", "attention", "--test", "faults", "--test", "validation"])
     if process.returncode != 0:
         # No part says anything without it.
         raise SystemExit(f"error: cargo test --no-run: {process.stderr[-4000:]}")
@@ -314,13 +314,13 @@ def part_validation(quick):
 
 @functools.cache
 def translations():
-    """naga's, by tests/translation, made anew once a run."""
+    """naga's, by tests/translation.rs, made anew once a run."""
     egmla()
     shutil.rmtree(TRANSLATIONS, ignore_errors=True)
     env = {"EGMLA_TRANSLATIONS": str(TRANSLATIONS)}
-    process = run(["cargo", "test", "--quiet", "--test", "layout", "translation"], env)
+    process = run(["cargo", "test", "--quiet", "--test", "translation"], env)
     if process.returncode != 0 or not (TRANSLATIONS / "settings.json").is_file():
-        raise Failed(f"tests/layout.rs: {process.stdout[-2000:]} {last_line(process)}")
+        raise Failed(f"tests/translation.rs: {process.stdout[-2000:]} {last_line(process)}")
     return json.loads((TRANSLATIONS / "settings.json").read_text())
 
 

@@ -4,15 +4,27 @@
 //! naga's own verdict is the test's. With `EGMLA_TRANSLATIONS=FOLDER` the translations stay there, beside `settings.json`, for
 //! the compilers of those languages: see `scripts/verify`.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod shaders;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+
+use egmla::adapter::PlanContext;
+use egmla::kernels::attention_grouped::Widths;
+use egmla::kernels::{AttentionGrouped, REGISTRY, attention_grouped, shaders};
+use egmla::op::{Access, Spec};
+use egmla::plan::Plan;
+use egmla::registry::AnyOp;
+use egmla::wgpu::Features;
 use naga::back::{hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
+use naga::valid::ModuleInfo;
 use naga::{ResourceBinding, ShaderStage};
 use serde_json::{Value, json};
-
-use super::*;
-use egmla::registry::AnyOp;
+use shaders::{CLASSES, each_case, large_limits, parse, read, sample, shader, tunings, validate, validator};
 
 /// SPIR-V for a device without and with `VK_EXT_robustness2`, in the version that goes with its Vulkan.
 const SPIRV: [(&str, (u8, u8), BoundsCheckPolicy); 2] =
@@ -335,5 +347,19 @@ fn a_covering_choice_holds_every_value_of_every_override() {
         let chosen = values(&mut settings.iter().zip(&covering).filter(|(_, chosen)| **chosen).map(|(one, _)| one));
         assert_eq!(chosen, all, "{kernel}");
         assert!(covering.contains(&true), "{kernel}");
+    }
+}
+
+/// For the kernels that no adapter here runs, this is all that is known of their translation.
+#[test]
+fn every_shader_becomes_spirv() {
+    for spec in shaders() {
+        let (module, info) = parse(spec);
+        let (module, info) =
+            naga::back::pipeline_constants::process_overrides(&module, &info, None, &Default::default()).unwrap();
+        let options = naga::back::spv::Options { lang_version: (1, 3), ..Default::default() };
+        let words = naga::back::spv::write_vec(&module, &info, &options, None)
+            .unwrap_or_else(|error| panic!("{}: {error}", spec.name));
+        assert_eq!(words[0], 0x0723_0203, "{}", spec.name);
     }
 }
