@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use criterion::Criterion;
-use egmla::check::bench::timer::Timer;
-use egmla::check::bench::{Stock, Suite, rows};
+use egmla::bench::timer::Timer;
+use egmla::bench::{Stock, Suite, rows};
 use egmla::device::Kernels;
 use egmla::kernels::optional_features;
 use egmla::wgpu;

@@ -9,7 +9,7 @@
 //! | lost device | whatever allocates, compiles or records; reading back | [`Error::DeviceLost`] |
 //! | lost device, between calls | the owner alone: [`Faults`] | [`Error::DeviceLost`] |
 //! | an error in the owner's own encoder or pass | the owner alone: [`Faults`] | [`Error::Validation`], [`Error::OutOfMemory`] |
-//! | a device that hangs | who waits: [`crate::check::readback::finish_within`] | [`Error::Timeout`] |
+//! | a device that hangs | who waits: [`crate::readback::finish_within`] | [`Error::Timeout`] |
 //!
 //! After a loss wgpu creates, submits and polls as if all were well: a library that does none of the last two learns of it
 //! when it maps a buffer, and the owner by the callback. In a browser error scopes answer later and mapping at creation

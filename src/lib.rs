@@ -1,14 +1,14 @@
 //! Portable GPU kernels for Multi-head Latent Attention (MLA) and Embedding-Gated MLA (EG-MLA, arXiv 2509.16686), in WGSL
 //! on wgpu.
 //!
-//! The caller brings a [`wgpu::Device`]; kernels are recorded into the caller's encoder or pass; outside of [`check`] nothing
-//! here submits, polls or maps for reading.
+//! The caller brings a [`wgpu::Device`]; kernels are recorded into the caller's encoder or pass; outside of [`readback`],
+//! [`check`] and [`mod@bench`] nothing here submits, polls or maps for reading.
 //!
 //! ```text
 //! config ─ what a model is           plan ── what is dispatched, from problem and limits    reference ─ what a kernel means, f64
 //! weights ─ a checkpoint's tensors   kernel ─ pipelines, and a recording of dispatches      cost ────── what it moves and computes
 //! attention ─ cache and layer        kernels ─ one module each                              check ───── is it right on my adapter?
-//! error ── what went wrong           fault ─── what a device reports between calls
+//! error ── what went wrong           fault ─── what a device reports between calls          bench ───── how fast is it there?
 //! ```
 //!
 //! Start with [`attention`]; the README's example embeds a layer in an application's frame.
@@ -20,6 +20,8 @@
 
 pub mod adapter;
 pub mod attention;
+#[cfg(feature = "check")]
+pub mod bench;
 #[cfg(feature = "check")]
 pub mod check;
 pub mod config;
@@ -34,6 +36,8 @@ mod json;
 pub mod kernels;
 pub mod op;
 pub mod plan;
+#[cfg(feature = "check")]
+pub mod readback;
 pub mod recording;
 pub mod reference;
 pub mod registry;

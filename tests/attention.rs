@@ -12,11 +12,11 @@ use egmla::attention::{
 };
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use egmla::check::random::{Random, attention_weights};
-use egmla::check::readback;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
 use egmla::kernels::{Matmul, attention_decode, cache_append, matmul};
 use egmla::op::{Op, choose};
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
 use egmla::storage::Storage;

@@ -11,12 +11,13 @@ use std::process::{Command, Output, Stdio};
 
 use egmla::Error;
 use egmla::adapter::{Tuning, Tunings};
-use egmla::check::bench::report::Report;
-use egmla::check::bench::{Row, Stock, rows};
-use egmla::check::{cases, readback};
+use egmla::bench::report::Report;
+use egmla::bench::{Row, Stock, rows};
+use egmla::check::cases;
 use egmla::device::Kernels;
 use egmla::kernels::Matmul;
 use egmla::op::Op;
+use egmla::readback;
 use egmla::storage::Storage;
 use egmla::wgpu;
 use serde_json::Value;

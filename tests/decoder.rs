@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use egmla::Error;
 use egmla::attention::{DecodePath, GateRows, Mode, StepInput};
-use egmla::check::readback;
 use egmla::config::DecoderConfig;
 use egmla::decoder::{
     CpuDecoder, Decoder, DecoderStateOptions, DecoderWeights, Logits, ModelFolder, TextStream, TextTokenizer, Windows,
     argmax, scored_characters,
 };
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
 use egmla::weights::Checkpoint;

@@ -8,9 +8,9 @@ use egmla::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
 };
 use egmla::check::random::{Random, attention_weights};
-use egmla::check::readback::{read, read_f32, wait};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
+use egmla::readback::{read, read_f32, wait};
 use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
 use egmla::storage::Storage;

@@ -13,11 +13,11 @@ use egmla::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
 };
 use egmla::check::random::{Random, attention_weights};
-use egmla::check::readback;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
 use egmla::fault::Faults;
 use egmla::kernels::roofline_fma;
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
 use egmla::wgpu;

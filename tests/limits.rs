@@ -11,8 +11,8 @@ use egmla::Error;
 use egmla::adapter::{AdapterClass, PlanContext, Tuning};
 use egmla::attention::{Attention, CacheOptions, GateRows, LatentCache, Workspace, WorkspaceOptions};
 use egmla::check::capture::{Action, Blob, Blobs};
+use egmla::check::cases;
 use egmla::check::random::attention_weights;
-use egmla::check::{cases, readback};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::decoder::{Decoder, DecoderStateOptions, ModelFolder};
 use egmla::device::Region;
@@ -20,6 +20,7 @@ use egmla::kernels::{attention_combine, attention_decode, residual_add, shaders}
 use egmla::op::Spec;
 use egmla::op::{Op, choose};
 use egmla::plan::Plan;
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
 use egmla::wgpu;

@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use super::compare::Tolerance;
 use super::guarded::{GUARD_WORDS, Guarded};
-use super::readback;
 use super::view::View;
 use crate::adapter::PlanContext;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::op::Access;
+use crate::readback;
 use crate::recording::Recording;
 
 /// Bytes that are written down once, however often they are needed.

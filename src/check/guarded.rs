@@ -1,8 +1,8 @@
 //! Hostile memory: outputs that begin as NaN, between guard words that must survive.
 
-use crate::check::readback;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
+use crate::readback;
 use crate::storage::Storage;
 
 /// A quiet NaN with a payload: what outputs hold before a launch, and what stands beside every buffer.

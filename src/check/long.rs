@@ -7,16 +7,16 @@
 use half::f16;
 use serde::Serialize;
 
-use super::bench::tokens::{VOCABULARY, text_like};
 use super::guarded::Guarded;
 use super::random::{Random, attention_weights};
-use super::readback;
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
+use crate::bench::tokens::{VOCABULARY, text_like};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use crate::device::Kernels;
 use crate::error::Result;
+use crate::readback;
 use crate::recording::Recording;
 use crate::reference::{Latents, Layer};
 use crate::storage::Storage;

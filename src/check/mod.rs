@@ -17,7 +17,6 @@
 //!
 //! [`cases`] are named; [`property`] draws layers at random, and [`long`] measures what a long cache costs in accuracy.
 
-pub mod bench;
 pub mod capture;
 mod cases;
 pub mod compare;
@@ -27,13 +26,13 @@ mod layer_cases;
 pub mod long;
 pub mod property;
 pub mod random;
-pub mod readback;
 pub mod view;
 
 use crate::adapter::Tuning;
 use crate::device::Kernels;
 use crate::error::Result;
 use crate::op::Spec;
+use crate::readback;
 use crate::recording::Recording;
 use crate::storage::Storage;
 use capture::Capture;
@@ -179,7 +178,7 @@ impl Lab<'_> {
 }
 
 /// Words of a tensor in the given storage, and its values as they are stored.
-fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
+pub(crate) fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
     match storage {
         Storage::F32 => {
             (values.iter().map(|value| value.to_bits()).collect(), values.iter().map(|&value| value.into()).collect())

@@ -20,7 +20,6 @@ use serde::{Deserialize, Serialize};
 use super::compare::{Comparison, F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use super::guarded::{Guarded, POISON};
 use super::random::{Random, attention_weights};
-use super::readback;
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, MOST_DECODED, Mode, StepInput, Workspace,
     WorkspaceOptions,
@@ -28,6 +27,7 @@ use crate::attention::{
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
 use crate::device::Kernels;
 use crate::error::{Error, Result};
+use crate::readback;
 use crate::recording::Recording;
 use crate::reference::{History, Layer};
 use crate::storage::Storage;

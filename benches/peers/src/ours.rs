@@ -2,8 +2,8 @@
 
 use bytemuck::cast_slice;
 use egmla::attention::{absorbed_of, prefill_of};
-use egmla::check::readback;
 use egmla::device::{Kernels, Region};
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
 use egmla::kernels::attention_prefill::QueryTile;

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table};
-use egmla::check::bench::report::Report;
-use egmla::check::bench::roofline::Roofline;
-use egmla::check::bench::schedule::{Budget, measure};
-use egmla::check::bench::timer::Timer;
-use egmla::check::bench::{self, Suite, host};
+use egmla::bench::report::Report;
+use egmla::bench::roofline::Roofline;
+use egmla::bench::schedule::{Budget, measure};
+use egmla::bench::timer::Timer;
+use egmla::bench::{self, Suite, host};
 use egmla::wgpu;
 
 use crate::adapter::{self, AdapterOption, Backend, Gpu};

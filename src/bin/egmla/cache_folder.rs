@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use egmla::check::bench::report::slug;
+use egmla::bench::report::slug;
 use egmla::wgpu;
 
 /// `$XDG_CACHE_HOME/egmla`, else `~/.cache/egmla`; on macOS and Windows their own places.

@@ -1,9 +1,9 @@
 //! A language model on whatever `--adapter` chose: kernels on a device, or the reference on the CPU.
 
 use egmla::attention::{DecodePath, GateRows, LatentCache, MemoryReport, Mode, StepInput};
-use egmla::check::readback;
 use egmla::config::DecoderConfig;
 use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits};
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 use clap::Args;
 use comfy_table::Table;
 use egmla::adapter::Tunings;
-use egmla::check::bench::timer::Timer;
-use egmla::check::bench::tuning::{Tuned, tune};
-use egmla::check::bench::{self, Suite};
+use egmla::bench::timer::Timer;
+use egmla::bench::tuning::{Tuned, tune};
+use egmla::bench::{self, Suite};
 
 use crate::adapter::{self, AdapterOption};
 use crate::bench::gpu;
@@ -95,7 +95,7 @@ fn table(tuned: &[Tuned]) -> Table {
 #[cfg(test)]
 mod tests {
     use egmla::adapter::Tunings;
-    use egmla::check::bench::tuning::Tuned;
+    use egmla::bench::tuning::Tuned;
 
     use super::kept_with;
 

@@ -5,9 +5,9 @@ use std::time::Instant;
 use egmla::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
 };
-use egmla::check::readback;
 use egmla::config::AttentionConfig;
 use egmla::device::{Kernels, Region};
+use egmla::readback;
 use egmla::recording::Recording;
 use egmla::reference::layer::{History, Layer};
 use egmla::sequences::Sequences;

@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use egmla::check::bench::paper_120m;
-use egmla::check::bench::report::{Measured, Report};
+use egmla::bench::paper_120m;
+use egmla::bench::report::{Measured, Report};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 

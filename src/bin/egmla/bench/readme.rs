@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use egmla::check::bench::report::{Measured, Report};
-use egmla::check::bench::{Suite, rows};
+use egmla::bench::report::{Measured, Report};
+use egmla::bench::{Suite, rows};
 use serde::Deserialize;
 
 use super::{ceilings, digits, plots, time, write};

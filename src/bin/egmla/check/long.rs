@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use comfy_table::{CellAlignment, Table};
-use egmla::check::bench::report::slug;
+use egmla::bench::report::slug;
 use egmla::check::long::{Curve, DRIFT, DRIFT_FROM, LENGTHS, LIMIT, SPREADS, Way, measure};
 use plotters::prelude::*;
 use serde::Serialize;

@@ -15,10 +15,10 @@ pub mod tuning;
 
 use serde::{Deserialize, Serialize};
 
-use super::readback;
 use crate::cost::Cost;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
+use crate::readback;
 use crate::recording::Recording;
 
 pub use rows::{Stock, paper_120m, rows};

@@ -7,6 +7,7 @@ use super::{Prepared, Row, Suite, tokens};
 use crate::attention::{
     Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions, cost,
 };
+use crate::check::pack;
 use crate::check::random::{Random, attention_weights};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use crate::cost::Cost;
@@ -243,7 +244,7 @@ impl<'a> Inputs<'a> {
             let (what, limit) = ("input of a bench row: bytes".to_owned(), "max_storage_buffer_binding_size");
             return Err(Error::Limit { what, needed, allowed, limit });
         }
-        let (words, _) = super::super::pack(&self.of(n, deviation), storage);
+        let (words, _) = pack(&self.of(n, deviation), storage);
         Ok(Region::from(&self.kernels.upload("egmla.bench.input", bytemuck::cast_slice(&words))?))
     }
 

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use crate::check::readback;
 use crate::device::{Kernels, Region, scoped};
 use crate::error::{Error, Result};
+use crate::readback;
 use crate::recording::Recording;
 
 /// What the times are of.
