@@ -1,16 +1,27 @@
-// Attention of few queries per sequence over rebuilt keys and values, one split of the cache per workgroup.
+// Attention of few queries per sequence over rebuilt keys and values, one split of the cache per workgroup, in 16-byte loads.
 //
 //   s_j = scale · (q_C · k_C_j + q_R · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values = Σ_j e^(s_j−m) v_j
 //
-// Splits of SPLIT rows follow the step's row numbering (see cache_read) and never straddle two sequences;
-// attention_combine joins them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
-// Query token i of n sees all of its sequence but the last n − 1 − i tokens.
+// Splits of SPLIT rows follow the step's row numbering (see cache_read) and never straddle two sequences; attention_combine
+// joins them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
+// Scores: LANES invocations share four rows at a time, so that they read a row in whole lines, and keep the query's elements of
+// their loads over all of those rows; parts of a score meet in workgroup memory. Values: COLUMNS invocations share four rows
+// and own 16 bytes of columns each; such a team has a maximum and a sum of its own, and the teams are joined at the end.
+// Query token i of n sees all of its sequence but the last n − 1 − i tokens. A row past the end is never read.
 // grid: (splits of this key tile, n_head, most query tokens of a sequence)
 
-override STORAGE_F16: u32 = 0u;  // of the rope cache
+override STORAGE_F16: u32 = 0u;      // of the rope cache
 override KV_F16: u32 = 0u;
-override WORKGROUP: u32 = 64u;
-override SPLIT: u32 = 256u;      // a multiple of WORKGROUP
+override WORKGROUP: u32 = 128u;
+override LANES: u32 = 8u;            // a power of two, as COLUMNS: both divide WORKGROUP
+override COLUMNS: u32 = 8u;
+override EACH: u32 = 4u;             // ⌈rows of a split / 4 / (WORKGROUP / LANES)⌉, at most 4
+override SPLIT: u32 = 256u;
+override QUADS: u32 = SPLIT / 4u;
+override TEAMS: u32 = WORKGROUP / COLUMNS;
+override PARTS: u32 = QUADS * LANES;
+override JOINED: u32 = WORKGROUP * (1u + KV_F16);
+override SHARED: u32 = select(PARTS, JOINED, JOINED > PARTS);
 
 const LOWEST: f32 = -3.4028234e38;
 
@@ -29,38 +40,16 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
-@group(0) @binding(2) var<storage, read> kv: array<u32>;                           // [kv rows, n_head, d_nope + d_value]
-@group(0) @binding(3) var<storage, read> rope_cache: array<u32>;                   // [cache rows, rope_pitch]
+@group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;                      // [tokens, n_head, d_nope + d_rope] / 4, rotated
+@group(0) @binding(2) var<storage, read> kv: array<vec4<u32>>;                     // [kv rows, n_head, d_nope + d_value] / 4, f16: / 8
+@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;             // [cache rows, rope_pitch] / 4, f16: / 8
 @group(0) @binding(4) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
-@group(0) @binding(5) var<storage, read_write> partial_values: array<f32>;         // [partials, n_head, d_value]
-@group(0) @binding(6) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [splits, n_head] (m, l)
+@group(0) @binding(5) var<storage, read_write> partial_values: array<vec4<f32>>;   // [partials, n_head, d_value] / 4
+@group(0) @binding(6) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
-var<workgroup> sh_score: array<f32, SPLIT>;
-var<workgroup> sh_reduce: array<f32, WORKGROUP>;
-
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
-    return select(i, i >> 1u, STORAGE_F16 == 1u);
-}
-
-// Element i, given the word that holds it.
-fn decode(word: u32, i: u32) -> f32 {
-    if (STORAGE_F16 == 1u) {
-        let pair = unpack2x16float(word);
-        return select(pair.x, pair.y, (i & 1u) == 1u);
-    }
-    return bitcast<f32>(word);
-}
-
-// Element i of the keys and values.
-fn kv_at(i: u32) -> f32 {
-    if (KV_F16 == 1u) {
-        let pair = unpack2x16float(kv[i >> 1u]);
-        return select(pair.x, pair.y, (i & 1u) == 1u);
-    }
-    return bitcast<f32>(kv[i]);
-}
+var<workgroup> sh_part: array<vec4<f32>, SHARED>;    // four rows' parts of a score, lanes side by side; then teams' sums
+var<workgroup> sh_score: array<vec4<f32>, QUADS>;    // four rows
+var<workgroup> sh_state: array<vec2<f32>, TEAMS>;    // (m, l) of a team
 
 // Line of the last sequence that begins at or before `row`.
 fn line_of(row: u32, n_sequence: u32) -> u32 {
@@ -77,6 +66,38 @@ fn line_of(row: u32, n_sequence: u32) -> u32 {
     return 2u * low;
 }
 
+// The first four elements of 16 bytes of f32 or f16.
+fn first_four(load: vec4<u32>, f16: u32) -> vec4<f32> {
+    if (f16 == 1u) {
+        return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+    }
+    return bitcast<vec4<f32>>(load);
+}
+
+// The other four of f16.
+fn other_four(load: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
+}
+
+// Products of a load's query elements, `second` of f16 alone, with one row's.
+fn product_with(first: vec4<f32>, second: vec4<f32>, load: vec4<u32>, f16: u32) -> f32 {
+    let product = dot(first, first_four(load, f16));
+    if (f16 == 1u) {
+        return product + dot(second, other_four(load));
+    }
+    return product;
+}
+
+// Which of a quad's four rows are below `count`.
+fn seen_of(quad: u32, count: u32) -> vec4<bool> {
+    return vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(count);
+}
+
+// The four rows of a quad; those past the end repeat the last one.
+fn rows_of(quad: u32, count: u32) -> vec4<u32> {
+    return min(vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(count - 1u));
+}
+
 // The tile of a workgroup: a grid over 65 535 comes folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
@@ -91,7 +112,7 @@ fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(local_invocation_index) local: u32,
 ) {
     let work = unfold(group, groups);
     if (work.z >= params.tiles_z) {
@@ -103,9 +124,6 @@ fn main(
     let queries = sequences[line + 1u];
     let head = work.y;
     let query = work.z;
-    let d_query = params.d_nope + params.d_rope;
-    let d_head = params.d_nope + params.d_value;
-    let kv_row = params.n_head * d_head;
     let position0 = row0 - sequence.x;
     // The padding behind the last sequence is no split of it.
     if (query >= queries.x || position0 / SPLIT >= queries.z) {
@@ -113,60 +131,141 @@ fn main(
     }
     let length = sequence.z + 1u + query - queries.x;
     let count = min(max(length, position0) - position0, SPLIT);
-    let q_base = ((sequence.w + query) * params.n_head + head) * d_query;
-    let kv_base = work.x * SPLIT * kv_row + head * d_head;
     let slot0 = sequence.y + position0;
 
-    var best = LOWEST;
-    for (var row = lane; row < count; row += WORKGROUP) {
-        var dot = 0.0;
-        let k = kv_base + row * kv_row;
-        for (var d = 0u; d < params.d_nope; d++) {
-            dot += params.scale * q[q_base + d] * kv_at(k + d);
-        }
-        let rope = (slot0 + row) * params.rope_pitch;
-        for (var d = 0u; d < params.d_rope; d++) {
-            let i = rope + d;
-            dot += params.scale * q[q_base + params.d_nope + d] * decode(rope_cache[word_of(i)], i);
-        }
-        sh_score[row] = dot;
-        best = max(best, dot);
+    // In loads, but queries in vectors of four.
+    let kv_width = 4u + 4u * KV_F16;
+    let rope_width = 4u + 4u * STORAGE_F16;
+    let nope_loads = params.d_nope / kv_width;
+    let value_loads = params.d_value / kv_width;
+    let rope_loads = params.d_rope / rope_width;
+    let rope_row = params.rope_pitch / rope_width;
+    let kv_row = params.n_head * (nope_loads + value_loads);
+    let key = work.x * SPLIT * kv_row + head * (nope_loads + value_loads);
+    let q_nope = ((sequence.w + query) * params.n_head + head) * ((params.d_nope + params.d_rope) / 4u);
+    let q_rope = q_nope + params.d_nope / 4u;
+
+    let lane = local % LANES;
+    var score: array<vec4<f32>, 4>;
+    for (var e = 0u; e < EACH; e++) {
+        score[e] = vec4<f32>(0.0);
     }
-    sh_reduce[lane] = best;
-    workgroupBarrier();
-    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
-        if (lane < half) {
-            sh_reduce[lane] = max(sh_reduce[lane], sh_reduce[lane + half]);
+    for (var i = lane; i < nope_loads; i += LANES) {
+        let at = q_nope + i * (1u + KV_F16);
+        let first = params.scale * q[at];
+        var second = vec4<f32>(0.0);
+        if (KV_F16 == 1u) {
+            second = params.scale * q[at + 1u];
         }
-        workgroupBarrier();
+        for (var e = 0u; e < EACH; e++) {
+            let quad = local / LANES + e * (WORKGROUP / LANES);
+            if (4u * quad < count) {
+                let k = vec4<u32>(key + i) + rows_of(quad, count) * kv_row;
+                let loads = array<vec4<u32>, 4>(kv[k.x], kv[k.y], kv[k.z], kv[k.w]);
+                score[e] += vec4<f32>(
+                    product_with(first, second, loads[0], KV_F16),
+                    product_with(first, second, loads[1], KV_F16),
+                    product_with(first, second, loads[2], KV_F16),
+                    product_with(first, second, loads[3], KV_F16),
+                );
+            }
+        }
     }
-    best = sh_reduce[0];
+    for (var i = lane; i < rope_loads; i += LANES) {
+        let at = q_rope + i * (1u + STORAGE_F16);
+        let first = params.scale * q[at];
+        var second = vec4<f32>(0.0);
+        if (STORAGE_F16 == 1u) {
+            second = params.scale * q[at + 1u];
+        }
+        for (var e = 0u; e < EACH; e++) {
+            let quad = local / LANES + e * (WORKGROUP / LANES);
+            if (4u * quad < count) {
+                let k = vec4<u32>(i) + (slot0 + rows_of(quad, count)) * rope_row;
+                let loads = array<vec4<u32>, 4>(rope_cache[k.x], rope_cache[k.y], rope_cache[k.z], rope_cache[k.w]);
+                score[e] += vec4<f32>(
+                    product_with(first, second, loads[0], STORAGE_F16),
+                    product_with(first, second, loads[1], STORAGE_F16),
+                    product_with(first, second, loads[2], STORAGE_F16),
+                    product_with(first, second, loads[3], STORAGE_F16),
+                );
+            }
+        }
+    }
+    for (var e = 0u; e < EACH; e++) {
+        let quad = local / LANES + e * (WORKGROUP / LANES);
+        if (quad < QUADS) {
+            sh_part[quad * LANES + lane] = score[e];
+        }
+    }
     workgroupBarrier();
 
-    var sum = 0.0;
-    for (var row = lane; row < count; row += WORKGROUP) {
-        let p = exp(sh_score[row] - best);
-        sh_score[row] = p;
-        sum += p;
-    }
-    sh_reduce[lane] = sum;
-    workgroupBarrier();
-    for (var half = WORKGROUP / 2u; half > 0u; half /= 2u) {
-        if (lane < half) {
-            sh_reduce[lane] += sh_reduce[lane + half];
+    for (var quad = local; quad < QUADS; quad += WORKGROUP) {
+        var sum = vec4<f32>(0.0);
+        for (var part = 0u; part < LANES; part++) {
+            // Neighbours begin at different parts: the first parts of all quads stand in one bank.
+            sum += sh_part[quad * LANES + (part + quad) % LANES];
         }
-        workgroupBarrier();
+        sh_score[quad] = select(vec4<f32>(LOWEST), sum, seen_of(quad, count));
     }
+    workgroupBarrier();
 
+    let team = local / COLUMNS;
+    let column = local % COLUMNS;
     let split = (queries.y + query * queries.z + position0 / SPLIT) * params.n_head + head;
-    for (var column = lane; column < params.d_value; column += WORKGROUP) {
-        var value = 0.0;
-        for (var row = 0u; row < count; row++) {
-            value += sh_score[row] * kv_at(kv_base + row * kv_row + params.d_nope + column);
-        }
-        partial_values[split * params.d_value + column] = value;
+    var of_rows = vec4<f32>(LOWEST);
+    for (var quad = team; 4u * quad < count; quad += TEAMS) {
+        of_rows = max(of_rows, sh_score[quad]);
     }
-    if (lane == 0u) {
-        partial_softmax[split] = vec2<f32>(best, sh_reduce[0]);
+    let best = max(max(of_rows.x, of_rows.y), max(of_rows.z, of_rows.w));
+    for (var block = 0u; block < value_loads; block += COLUMNS) {
+        var first = vec4<f32>(0.0);
+        var second = vec4<f32>(0.0);
+        var sum = vec4<f32>(0.0);
+        // Columns past the end repeat the last ones and are not stored.
+        let value = key + nope_loads + min(block + column, value_loads - 1u);
+        for (var quad = team; 4u * quad < count; quad += TEAMS) {
+            let p = select(vec4<f32>(0.0), exp(sh_score[quad] - best), seen_of(quad, count));
+            let v = vec4<u32>(value) + rows_of(quad, count) * kv_row;
+            let loads = array<vec4<u32>, 4>(kv[v.x], kv[v.y], kv[v.z], kv[v.w]);
+            sum += p;
+            first += p.x * first_four(loads[0], KV_F16) + p.y * first_four(loads[1], KV_F16);
+            first += p.z * first_four(loads[2], KV_F16) + p.w * first_four(loads[3], KV_F16);
+            if (KV_F16 == 1u) {
+                second += p.x * other_four(loads[0]) + p.y * other_four(loads[1]);
+                second += p.z * other_four(loads[2]) + p.w * other_four(loads[3]);
+            }
+        }
+        sh_part[local] = first;
+        if (KV_F16 == 1u) {
+            sh_part[WORKGROUP + local] = second;
+        }
+        if (column == 0u) {
+            sh_state[team] = vec2<f32>(best, dot(sum, vec4<f32>(1.0)));
+        }
+        workgroupBarrier();
+
+        for (var i = local; i < COLUMNS * (1u + KV_F16); i += WORKGROUP) {
+            var most = LOWEST;
+            for (var t = 0u; t < TEAMS; t++) {
+                most = max(most, sh_state[t].x);
+            }
+            let half = i / COLUMNS;
+            var total = 0.0;
+            var values = vec4<f32>(0.0);
+            for (var t = 0u; t < TEAMS; t++) {
+                let weight = exp(sh_state[t].x - most);
+                total += weight * sh_state[t].y;
+                values += weight * sh_part[half * WORKGROUP + t * COLUMNS + i % COLUMNS];
+            }
+            let load = block + i % COLUMNS;
+            if (load < value_loads) {
+                partial_values[(split * value_loads + load) * (1u + KV_F16) + half] = values;
+            }
+            if (block + i == 0u) {
+                partial_softmax[split] = vec2<f32>(most, total);
+            }
+        }
+        workgroupBarrier();
     }
 }

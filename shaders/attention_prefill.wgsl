@@ -5,14 +5,14 @@
 //
 // The key tile holds rows [kv_first, kv_first + kv_rows) of the step's row numbering (see cache_read). Tiles follow one
 // another: the first starts from the empty state (m = lowest f32, l = 0), the last divides by l; a query without any key
-// gives 0. lse = m + ln l, natural logarithm. Widths are multiples of 4: attention_prefill_rows takes the others.
+// gives 0. lse = m + ln l, natural logarithm. Widths are multiples of 4.
 // grid: (query tiles, n_head, ⌈d_value / 128⌉); 8 lanes share 4 queries: a lane owns 4 keys of a block of 32 and 4·COLUMNS
 // value columns, so that 8 loads of 16 bytes feed 64 multiply-adds of the scores, and 1 + COLUMNS feed 16·COLUMNS of the values.
 //
 // Results, on lavapipe (Mesa 25, 2 cores shared with other work), medians in turns:
 //   4 × 4 scores a lane and 16-byte vectors, for 2 × 8 and single floats: 8× at 256 tokens, 16 heads × 128
 //   ROWS 8 → 16: 0.6 to 0.8×, a causal tile of 64 wastes more; 8 → 4: 0.7 to 1.1×, shape by shape
-//   without workgroup memory, 8 × 16 scores a lane (attention_prefill_rows, all written out): 1.1 to 1.3×, not worth it
+//   without workgroup memory, 8 × 16 scores per lane, all written out: 1.1 to 1.3×, not worth it
 //   loads at an index that is the same in all lanes: 1.2× a load, the driver gathers lane by lane all the same
 
 override STORAGE_F16: u32 = 0u;

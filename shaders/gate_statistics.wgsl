@@ -2,7 +2,8 @@
 //
 //   z = kv ⊙ act(g)    layer_norm: μ = mean(z), ρ = 1/√(var(z) + eps)    rms_norm: μ = 0, ρ = 1/√(mean(z²) + eps)
 //
-// One pass finds mean and spread, as in norm_vec4: they are brought up to date element by element and then put together.
+// A row is blocks of two parts, keys and values of a head; padding at the end of a part does not count. One pass updates mean
+// and spread element by element and then joins them across lanes, as in norm.
 // grid: one workgroup for WORKGROUP / LANES tokens, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;   // gates
@@ -10,6 +11,7 @@ override MORE_F16: u32 = 0u;      // gates_more
 override SOURCES: u32 = 0u;       // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
 override ACTIVATION: u32 = 0u;    // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;          // 0 layer_norm, 1 rms_norm
+override PADDED: u32 = 0u;        // 1: parts end with padding
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 64u;        // invocations that share a token; a power of two
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
@@ -18,7 +20,12 @@ const NO_ROW: u32 = 0xffffffffu;
 
 struct Params {
     tokens: u32,
-    width: u32,
+    width: u32,         // padding included
+    used: u32,          // elements of a row without padding
+    first: u32,         // elements of a block's first part, padding included
+    block: u32,         // of both parts
+    first_used: u32,    // elements of a block's first part without padding
+    second_used: u32,
     gate_pitch: u32,    // elements of a row of `gates`
     more_pitch: u32,    // elements of a row of `gates_more`
     resident: u32,      // rows of `gates`; rows from here on are those of `gates_more`
@@ -120,6 +127,14 @@ fn gate_of(row: u32, i: u32) -> f32 {
     return activate(more_at((row - params.resident) * params.more_pitch + i));
 }
 
+fn is_padding(i: u32) -> bool {
+    let at = i % params.block;
+    if (at < params.first) {
+        return at >= params.first_used;
+    }
+    return at - params.first >= params.second_used;
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -138,6 +153,9 @@ fn main(
     }
     var own = vec4<f32>(0.0);
     for (var i = part; i < width; i += LANES) {
+        if (PADDED == 1u && is_padding(i)) {
+            continue;
+        }
         let z = kv[base + i] * gate_of(row, i);
         let apart = z - own.y;
         own.x += 1.0;
@@ -149,6 +167,6 @@ fn main(
     let moments = joined_lanes(lane, own);
     if (known && part == 0u) {
         let mean = select(0.0, moments.y, NORM == 0u);
-        statistics[slots[token]] = vec2<f32>(mean, inverseSqrt(moments.z / f32(params.width) + params.eps));
+        statistics[slots[token]] = vec2<f32>(mean, inverseSqrt(moments.z / f32(params.used) + params.eps));
     }
 }

@@ -146,6 +146,23 @@ impl PlanContext {
         }
     }
 
+    /// Bytes of the largest storage buffer that one binding holds.
+    pub(crate) fn largest_binding(&self) -> u64 {
+        self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size)
+    }
+
+    /// Refuses a buffer that one binding does not hold.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] with the bytes needed and the bytes allowed.
+    pub(crate) fn check_binding(&self, needed: u64, what: impl FnOnce() -> String) -> Result<()> {
+        let allowed = self.largest_binding();
+        if needed > allowed {
+            return Err(Error::Limit { what: what(), needed, allowed, limit: "max_storage_buffer_binding_size" });
+        }
+        Ok(())
+    }
+
     /// The largest subgroup, within what wgpu promises: a context may be of a caller's own making.
     pub(crate) fn widest_subgroup(&self) -> u32 {
         self.subgroup_max_size.clamp(SMALLEST_SUBGROUP, wgpu::MAXIMUM_SUBGROUP_MAX_SIZE)

@@ -73,7 +73,7 @@ mod tests {
     use crate::kernels::matmul::Layout;
     use crate::kernels::{AttentionGrouped, CacheRead, Gate, GateProject, Matmul, REGISTRY};
     use crate::op::Op as _;
-    use crate::storage::Storage;
+    use crate::storage::{Segments, Storage};
 
     #[test]
     fn every_operation_costs_what_is_counted_by_hand() {
@@ -89,8 +89,8 @@ mod tests {
     #[test]
     fn switches_change_the_count() {
         let gate = |activation, norm, statistics_rows| {
-            let (x_offset, x_row, storage) = (0, 10, Storage::F32);
-            Gate { rows: 1, width: 10, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }.cost()
+            let (segments, x_offset, x_row, storage) = (Segments::one(10), 0, 16, Storage::F32);
+            Gate { rows: 1, segments, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }.cost()
         };
         assert_eq!(gate(Activation::Identity, GateNorm::None, 0), Cost { flops: 10, bytes: 120 });
         assert_eq!(gate(Activation::OnePlus, GateNorm::None, 0).flops, 20);

@@ -272,7 +272,8 @@ impl<O: Op> Variant<O> {
     }
 }
 
-/// Which shader runs: the first variant that the device offers, that is preferred, and whose plan the device takes.
+/// Which shader runs: the first variant that the device offers, that is preferred, and whose plan the device takes, at the
+/// setting for it or at the first other one within its limits.
 ///
 /// # Errors
 /// What the last of these refuses.
@@ -282,10 +283,17 @@ pub fn choose<O: Op>(op: &O, context: &PlanContext) -> Result<(&'static Variant<
         if variant.spec.missing(context).is_some() || !(variant.preferred)(op, context) {
             continue;
         }
-        match variant.plan(op, context, Tuning::Auto) {
+        let error = match variant.plan(op, context, Tuning::Auto) {
             Ok(plan) => return Ok((variant, plan)),
-            Err(error) => refusal = Some(error),
+            Err(error) => error,
+        };
+        if matches!(error, Error::Limit { .. }) {
+            let plan = |setting| variant.plan(op, context, Tuning::Forced(setting)).ok();
+            if let Some(plan) = (0..variant.spec.tunings).find_map(plan) {
+                return Ok((variant, plan));
+            }
         }
+        refusal = Some(error);
     }
     Err(refusal.unwrap_or_else(|| Error::problem(O::NAME, "no shader of it runs on this device")))
 }

@@ -255,6 +255,17 @@ pub fn check_nonzero(extents: &[(&'static str, u32)]) -> Result<(), String> {
     }
 }
 
+/// Refuses extents and offsets that are no multiples of `of`: rows are whole 16-byte loads, padded with zeros.
+///
+/// # Errors
+/// The first such extent.
+pub fn check_multiples(of: u32, extents: &[(&'static str, u32)]) -> Result<(), String> {
+    match extents.iter().find(|(_, extent)| !extent.is_multiple_of(of)) {
+        Some((name, extent)) => Err(format!("{name} is {extent}, must be a multiple of {of}")),
+        None => Ok(()),
+    }
+}
+
 /// 1.0 for an override that switches something on.
 pub fn flag(on: bool) -> f64 {
     if on { 1.0 } else { 0.0 }

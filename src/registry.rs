@@ -24,7 +24,7 @@ impl<O: Op> Registered for O {}
 
 /// An operation of the registry, whatever its type.
 pub trait AnyOp: Sync {
-    /// [`Op::NAME`]
+    /// The stem of its files, labels and bench rows.
     fn name(&self) -> &'static str;
 
     /// The storage bindings of its shaders.

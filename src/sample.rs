@@ -49,6 +49,12 @@ impl Vary for u64 {
     }
 }
 
+impl<T: Vary, const N: usize> Vary for [T; N] {
+    fn vary(&mut self, next: &mut dyn FnMut() -> u32) {
+        self.iter_mut().for_each(|value| value.vary(next));
+    }
+}
+
 /// No plan depends on it.
 impl Vary for f32 {
     fn vary(&mut self, _: &mut dyn FnMut() -> u32) {}

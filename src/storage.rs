@@ -45,12 +45,17 @@ impl Storage {
     /// 16-byte loads and two rows never share a word.
     pub fn row_pitch(self, width: u32) -> u32 {
         // A width without a pitch is beyond every device: what follows from it is refused.
-        width.checked_next_multiple_of(16 / self.bytes() as u32).unwrap_or(u32::MAX)
+        width.checked_next_multiple_of(self.of_load()).unwrap_or(u32::MAX)
+    }
+
+    /// Elements of a 16-byte load.
+    pub(crate) fn of_load(self) -> u32 {
+        16 / self.bytes() as u32
     }
 
     /// 16-byte loads from one cache row to the next.
     pub(crate) fn row_loads(self, width: u32) -> u32 {
-        self.row_pitch(width) / (16 / self.bytes() as u32)
+        self.row_pitch(width) / self.of_load()
     }
 
     /// A short name: `f32` or `f16`.
@@ -60,6 +65,57 @@ impl Storage {
             Storage::F16 => "f16",
         }
     }
+}
+
+/// Elements that the widths of weights and caches are padded to, with zeros: whole 16-byte loads in either storage.
+pub const UNIT: u32 = 8;
+
+/// A width with its padding; one that has none is beyond every device, and what follows from it is refused.
+pub fn padded_width(width: u32) -> u32 {
+    width.checked_next_multiple_of(UNIT).unwrap_or(u32::MAX)
+}
+
+/// A row of `count` times two parts, keys and values of every head say, each padded with zeros to [`UNIT`] elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Segments {
+    /// How often the parts repeat.
+    pub count: u32,
+    /// Elements of the first part and of the second, without padding.
+    pub parts: [u32; 2],
+}
+
+impl Segments {
+    /// One part, once.
+    pub fn one(width: u32) -> Self {
+        Segments { count: 1, parts: [width, 0] }
+    }
+
+    /// Elements without padding.
+    pub fn used(&self) -> u32 {
+        saturated(product(&[self.count, self.parts[0].saturating_add(self.parts[1])]))
+    }
+
+    /// Elements of the first part, then of both, with their padding.
+    pub(crate) fn padded_parts(&self) -> [u32; 2] {
+        let [first, second] = self.parts.map(padded_width);
+        [first, first.saturating_add(second)]
+    }
+
+    /// Elements of a row with its padding.
+    pub fn width(&self) -> u32 {
+        saturated(product(&[self.count, self.padded_parts()[1]]))
+    }
+
+    /// Whether a part has any.
+    pub(crate) fn is_padded(&self) -> bool {
+        self.parts.iter().any(|part| !part.is_multiple_of(UNIT))
+    }
+}
+
+crate::vary!(Segments { count, parts });
+
+fn saturated(count: u64) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// Bytes or elements, rounded up; saturates, so that every later comparison with a limit fails: a number that wrapped around

@@ -271,7 +271,7 @@ fn wrong_arguments_are_errors_with_the_number() {
     let options = CacheOptions { batch: 1000, capacity: 100_000, ..rig.cache.options() };
     let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
     let rows = 100_000_000u64;
-    assert!(matches!(error, Error::Limit { needed, .. } if needed == rows * 12 * 4), "{error}");
+    assert!(matches!(error, Error::Limit { needed, .. } if needed == rows * 16 * 4), "{error}");
 }
 
 #[test]
@@ -372,11 +372,8 @@ fn the_memory_report_is_what_is_allocated() {
         let cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
         let workspace = Workspace::new(&cache, WorkspaceOptions::new(tokens as u32)).unwrap();
         let report = cache.memory(&workspace);
-        // Rows of 12 and 4 elements, padded to 16 bytes: 16 and 8 in f16, 12 and 4 in f32.
-        let (latent, rope) = match storage {
-            Storage::F16 => (32, 16),
-            Storage::F32 => (48, 16),
-        };
+        // Rows of 12 and 4 elements, padded to 16 and 8.
+        let (latent, rope) = (16 * storage.bytes(), 8 * storage.bytes());
         assert_eq!(report.latent, n_layer * rows * latent);
         assert_eq!(report.rope_key, n_layer * rows * rope);
         let gated = config.gate.is_some();
@@ -384,28 +381,29 @@ fn the_memory_report_is_what_is_allocated() {
         // tokens, 12 words each.
         assert_eq!(report.lists, if gated { 4 * (64 + 64 + 3 * 20 * 12) } else { 0 });
         assert_eq!(report.statistics, if gated { n_layer * rows * 8 } else { 0 });
-        // Five rows of D = 3 · 18 = 54, padded to 56, in f16.
-        assert_eq!(report.gate_rows, if gated { n_layer * 5 * 56 * 2 } else { 0 });
+        // Five rows of 3 heads, 8 and 10 elements padded to 8 and 16, in f16.
+        assert_eq!(report.gate_rows, if gated { n_layer * 5 * 72 * 2 } else { 0 });
         let lines = report.lines().map(|(_, bytes)| bytes);
         assert_eq!(report.total(), lines.iter().sum::<u64>());
         assert_eq!(lines.iter().filter(|bytes| **bytes > 0).count(), if gated { 6 } else { 3 });
         if gated {
             continue;
         }
-        // Every buffer by hand, in words: three sequences padded to a split are 768 rows; D = 3 · 18.
+        // Every buffer by hand, in words: three sequences padded to a split are 768 rows. Widths are
+        // padded: latents to 16, content parts and rotary parts to 8, values to 16.
         let words = [
-            8 * 3 * 12, // q
-            8 * 16,     // down
-            8 * 12,     // normed
-            768 * 12,   // tile_latent
+            8 * 3 * 16, // q
+            8 * 24,     // down
+            8 * 16,     // normed
+            768 * 16,   // tile_latent
             768,        // tile_slots
-            768 * 54,   // kv
+            768 * 72,   // kv
             8 * 3 * 2,  // softmax: one slice of values
-            8 * 30,     // values
-            3 * 3 * 12, // absorbed
-            3 * 3 * 12, // partial_values
+            8 * 48,     // values
+            3 * 3 * 16, // absorbed
+            3 * 3 * 16, // partial_values
             3 * 3 * 2,  // partial_softmax
-            3 * 3 * 12, // combined
+            3 * 3 * 16, // combined
             3 * 3,      // lse
         ];
         // The gate's: absent here, and no buffer is smaller than 16 bytes.
@@ -500,8 +498,8 @@ fn a_layer_takes_twelve_dispatches_a_decode_step_at_most() {
 fn projections_that_do_not_fit_one_binding_together_stay_apart() {
     let config = AttentionConfig { hidden_size: 600, d_q_latent: Some(20), d_value: 8, attention_bias: true, ..mla() };
     let (hidden, ids) = (Random::new(7).values(5 * 600, 1.0), [0; 5]);
-    // 20 and 16 rows of 2400 bytes.
-    for (binding, more) in [(20 * 2400 + 16 * 2400, 0), (64 << 10, 1)] {
+    // 20 and 12 + 4 rows of 2400 bytes, padded to 24 and 16 + 8.
+    for (binding, more) in [(24 * 2400 + 24 * 2400, 0), (64 << 10, 1)] {
         let limits = wgpu::Limits { max_storage_buffer_binding_size: binding, ..Default::default() };
         let rig = &mut Rig::on(gpu_with(limits), &config, 1, 8, Storage::F32, GateRows::Recompute);
         let mut got = rig.prefill(&[4], &hidden[..4 * 600], &ids);
@@ -725,16 +723,16 @@ fn auto_takes_the_path_with_less_work() {
 fn a_gate_table_over_one_binding_is_sharded_and_over_two_refused() {
     let mut config = gated(GateSite::UpProjected);
     let gate = config.gate.as_mut().unwrap();
-    // Rows of 54 floats, padded to 56: 157 MB, then 448 MB, in bindings of 128 MiB.
-    (gate.vocab_size, gate.d_gate) = (700_000, 1);
+    // Rows of 54 floats, padded to 72: 173 MB, then 576 MB, in bindings of 128 MiB.
+    (gate.vocab_size, gate.d_gate) = (600_000, 1);
     let mut rig = Rig::with(&config, 1, 8, Storage::F32, GateRows::Table);
     let allowed = rig.gpu.kernels.context().limits.max_storage_buffer_binding_size;
-    assert_eq!(rig.attention.gate_table_bytes(), 700_000 * 224);
+    assert_eq!(rig.attention.gate_table_bytes(), 600_000 * 288);
     assert!(rig.attention.gate_table_bytes() > allowed, "one binding holds it: nothing was sharded");
     let hidden = Random::new(5).values(4 * HIDDEN, 1.0);
     // The first row, the last of the first shard, the first of the second, the last.
-    let shard = (allowed / 224) as u32;
-    let ids = [0, shard - 1, shard, 699_999];
+    let shard = (allowed / 288) as u32;
+    let ids = [0, shard - 1, shard, 599_999];
     let mut got = rig.prefill(&[2], rows(&hidden, 0..2), &ids[..2]);
     for index in 2..4 {
         let new = rows(&hidden, index..index + 1);
@@ -748,7 +746,7 @@ fn a_gate_table_over_one_binding_is_sharded_and_over_two_refused() {
     let mut recording = Recording::new(&rig.gpu.kernels);
     let error = attention.load_gate_table(&mut recording).unwrap_err();
     assert!(
-        matches!(error, Error::Limit { needed: 448_000_000, allowed: found, .. } if found == 2 * u64::from(shard) * 224),
+        matches!(error, Error::Limit { needed: 576_000_000, allowed: found, .. } if found == 2 * u64::from(shard) * 288),
         "{error}"
     );
     assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
@@ -977,11 +975,11 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             cache_rows: 1,
             d_latent: width,
             latent_offset: 0,
-            latent_row: 1,
+            latent_row: 8,
             d_rope: 0,
             rope_offset: 0,
-            rope_row: 1,
-            interleave: None,
+            rope_row: 8,
+            rotate: false,
             queries: cache_append::Queries::default(),
             rope_byte: 0,
             storage: Storage::F16,
@@ -994,7 +992,7 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             n_head: 1,
             d_nope: width,
             d_rope: width,
-            d_value: 1,
+            d_value: 8,
             kv_first: 0,
             kv_rows: 256,
             cache_rows: 1,

@@ -329,7 +329,7 @@ fn a_step_that_fails_is_as_if_it_had_not_been() {
     let gpu = common::gpu_with(limits);
     for gate_rows in [GateRows::Recompute, GateRows::Pool { rows: 6 }] {
         // Rotations are 8 bytes for two of the rotary key's elements: a long prompt's do not fit a buffer, its cache does.
-        let config = AttentionConfig { d_rope: 64, ..config(Some(GateSite::UpProjected)) };
+        let config = AttentionConfig { d_rope: 64, d_value: 8, ..config(Some(GateSite::UpProjected)) };
         let options = CacheOptions { n_layer: 1, batch: 1, capacity: 300, storage: Storage::F16, gate_rows };
         let workspace_options = WorkspaceOptions { tile_rows: 256, decode_tokens: 4, ..WorkspaceOptions::new(24) };
         let rig = || {

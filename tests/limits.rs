@@ -210,8 +210,8 @@ fn workspaces_over_a_binding_are_refused_before_anything_is_allocated() {
 
 #[test]
 fn a_gate_table_is_refused_where_two_bindings_do_not_hold_its_rows() {
-    // Rows of 54 floats, padded to 56: 146 to a binding, with 64 bytes to spare.
-    for (vocab, fits) in [(146, true), (147, true), (292, true), (293, false), (2000, false)] {
+    // Rows of 54 floats, padded to 72: 113 to a binding, with 224 bytes to spare.
+    for (vocab, fits) in [(113, true), (114, true), (226, true), (227, false), (1000, false)] {
         let config = config(vocab, 1);
         let weights = attention_weights(&config, true, 1).unwrap();
         for gpu in small() {
@@ -219,12 +219,12 @@ fn a_gate_table_is_refused_where_two_bindings_do_not_hold_its_rows() {
             let mut recording = Recording::new(&gpu.kernels);
             if fits {
                 attention.load_gate_table(&mut recording).unwrap();
-                assert_eq!(attention.gate_table_bytes(), u64::from(vocab) * 224);
+                assert_eq!(attention.gate_table_bytes(), u64::from(vocab) * 288);
                 continue;
             }
             let mut refusal = || {
                 let found = refused(&gpu, "gate table", || attention.load_gate_table(&mut recording));
-                assert_eq!(found, (u64::from(vocab) * 224, 2 * 146 * 224));
+                assert_eq!(found, (u64::from(vocab) * 288, 2 * 113 * 288));
                 assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
             };
             refusal();

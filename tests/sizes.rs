@@ -34,7 +34,7 @@ fn caches_that_no_number_counts_are_refused() {
         AttentionConfig::from_json(&text).unwrap()
     };
     let (batch, capacity) = (1, (1 << 31) - 1);
-    for (latent, rope) in [((1 << 31) - 4, 2), (1, (1 << 31) - 2), (1 << 30, 1 << 29)] {
+    for (latent, rope) in [((1 << 31) - 16, 2), (1, (1 << 31) - 24), (1 << 30, 1 << 29)] {
         for storage in Storage::ALL {
             let options = CacheOptions { n_layer: 1, batch, capacity, storage, gate_rows: GateRows::Recompute };
             let error = LatentCache::new(&gpu.kernels, &config(latent, rope), options).unwrap_err();
@@ -68,7 +68,7 @@ fn bindings_that_no_number_counts_are_refused() {
         n_head: 65535,
         d_nope: 1 << 29,
         d_rope: 0,
-        d_value: 1,
+        d_value: 8,
         kv_first: 0,
         kv_rows: 65535 << 8,
         cache_rows: 1,
@@ -87,21 +87,21 @@ fn bindings_that_no_number_counts_are_refused() {
     // Loops of a shader bound widths before their bytes can be too many to count.
     let error = recording.add(&decode, args).unwrap_err();
     assert!(matches!(error, Error::Problem { kernel: "attention_decode", .. }), "{error}");
-    let decode = attention_decode::AttentionDecode { d_nope: 65_534, ..decode };
+    let decode = attention_decode::AttentionDecode { d_nope: 65_528, ..decode };
     let error = recording.add(&decode, args).unwrap_err();
     assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 56), "{error}");
     let append = cache_append::CacheAppend {
         tokens: 1,
         cache_rows: most,
-        d_latent: 1,
+        d_latent: 8,
         latent_offset: 0,
-        latent_row: 1,
+        latent_row: 8,
         d_rope: 8,
         rope_offset: 0,
         rope_row: 8,
-        interleave: None,
+        rotate: false,
         queries: cache_append::Queries::default(),
-        rope_byte: u64::MAX - 3,
+        rope_byte: u64::MAX - 15,
         storage: Storage::F32,
     };
     let args =

@@ -4,9 +4,9 @@
 use std::sync::LazyLock;
 
 use arbitrary::{Result, Unstructured};
+use egmla::adapter::AdapterClass;
 use egmla::config::{Activation, AttentionConfig, GateNorm};
 use egmla::device::Kernels;
-use egmla::adapter::AdapterClass;
 use egmla::storage::Storage;
 use peak_alloc::PeakAlloc;
 

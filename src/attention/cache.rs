@@ -2,17 +2,18 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use half::f16;
-
 use super::Workspace;
 use super::lists::{GateRows, Lists};
 use super::step::{Step, StepInput};
+use super::weights::{Axis, Upload};
+use super::widths::Widths;
 use crate::config::{AttentionConfig, GateNorm};
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::kernels::cache_copy;
 use crate::recording::Recording;
 use crate::storage::{Storage, padded, product};
+use crate::weights::HostTensor;
 
 /// Extents of a [`LatentCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,7 @@ pub(super) struct LayerCache {
 pub struct LatentCache {
     kernels: Kernels,
     config: AttentionConfig,
+    widths: Widths,
     options: CacheOptions,
     layers: Vec<LayerCache>,
     lists: Option<Lists>,
@@ -65,6 +67,7 @@ impl LatentCache {
     /// Extents of 0 or over 2^31 rows, a buffer over the device's limits, or no memory left.
     pub fn new(kernels: &Kernels, config: &AttentionConfig, options: CacheOptions) -> Result<Self> {
         config.validate()?;
+        let widths = Widths::of(config)?;
         for (what, extent) in [
             ("layers of the cache", options.n_layer),
             ("sequences of the cache", options.batch),
@@ -79,37 +82,27 @@ impl LatentCache {
         if rows > most {
             return Err(Error::OutOfRange { what: "batch × capacity of the cache", found: rows, limit: most });
         }
-        let limits = &kernels.context().limits;
+        let context = kernels.context();
         // Refused before anything is allocated, since the kernels bind a layer's cache whole.
         let bytes = |what: &str, needed: u64| {
-            let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-            if needed > allowed {
-                let what = format!("{what} of {} sequences × {} tokens", options.batch, options.capacity);
-                return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-            }
-            Ok(needed)
+            let what = || format!("{what} of {} sequences × {} tokens", options.batch, options.capacity);
+            context.check_binding(needed, what).map(|()| needed)
         };
-        let stored =
-            |width: u32| (u64::from(options.storage.row_pitch(width)) * options.storage.bytes()).saturating_mul(rows);
+        let stored = |width: u32| options.storage.sized(width.into()).saturating_mul(rows);
         let gate = config.up_projected_gate();
         let has_statistics = gate.is_some_and(|gate| gate.norm != GateNorm::None);
         // Each part begins where a binding may begin.
-        let alignment = u64::from(limits.min_storage_buffer_offset_alignment.max(16));
-        let latent = bytes("latent cache", stored(config.d_latent))?;
+        let alignment = u64::from(context.limits.min_storage_buffer_offset_alignment.max(16));
+        let latent = bytes("latent cache", stored(widths.d_latent))?;
         let rope_byte = padded(latent, alignment);
-        let rope_key = stored(config.d_rope);
+        let rope_key = stored(widths.d_rope);
         let statistics_byte = padded(rope_byte.saturating_add(rope_key.max(16)), alignment);
         let statistics = if has_statistics { (rows * 8).next_multiple_of(16) } else { 0 };
         let whole = bytes("latent cache with rotary keys and statistics", statistics_byte.saturating_add(statistics))?;
         let pool = match (gate, options.gate_rows) {
             (Some(_), GateRows::Pool { rows }) => {
-                let pitch = u64::from(options.storage.row_pitch(config.d_kv()));
-                let needed = u64::from(rows).saturating_mul(pitch * options.storage.bytes());
-                let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-                if needed > allowed {
-                    let what = format!("a pool of {rows} gate rows");
-                    return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-                }
+                let needed = options.storage.sized(product(&[rows, widths.d_kv()]));
+                context.check_binding(needed, || format!("a pool of {rows} gate rows"))?;
                 Some(needed)
             }
             _ => None,
@@ -117,7 +110,7 @@ impl LatentCache {
         let lists = gate
             .map(|gate| {
                 let extents = (options.batch, options.capacity);
-                Lists::new(kernels, config, options.gate_rows, extents, gate.vocab_size)
+                Lists::new(kernels, &widths, options.gate_rows, extents, gate.vocab_size)
             })
             .transpose()?;
         let layers = (0..options.n_layer)
@@ -137,6 +130,7 @@ impl LatentCache {
         Ok(LatentCache {
             kernels: kernels.clone(),
             config: config.clone(),
+            widths,
             options,
             layers,
             lists,
@@ -154,6 +148,10 @@ impl LatentCache {
     /// The attention that it caches for.
     pub fn config(&self) -> &AttentionConfig {
         &self.config
+    }
+
+    pub(super) fn widths(&self) -> &Widths {
+        &self.widths
     }
 
     /// The kernels that it was made with.
@@ -267,28 +265,20 @@ impl LatentCache {
             }
         }
         // The rows to the capacity stay 0: nothing reads them before they are written.
-        let rows = |width: u32, values: &[f32]| -> Vec<u8> {
-            let size = storage.bytes() as usize;
-            let pitch = storage.row_pitch(width) as usize * size;
-            let mut bytes = vec![0; tokens * pitch];
-            for (row, values) in bytes.chunks_exact_mut(pitch.max(1)).zip(values.chunks_exact(width.max(1) as usize)) {
-                for (element, &value) in row.chunks_exact_mut(size).zip(values) {
-                    match storage {
-                        Storage::F32 => element.copy_from_slice(&value.to_le_bytes()),
-                        Storage::F16 => element.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
-                    }
-                }
-            }
-            bytes
+        let rows = |name: &str, columns: Axis, values: &[f32]| {
+            let (name, shape) = (name.to_owned(), vec![tokens, values.len() / tokens.max(1)]);
+            let tensor = HostTensor { name, shape, data: values.to_vec() };
+            Upload::matrix(&tensor, Axis::whole(tokens as u32), columns).stored(storage)
         };
+        let rope = Axis::default().rotary(d_rope, self.config.rope.interleave);
         let kernels = &self.kernels;
         if let Some(layer) = self.layers.first_mut() {
             let mut bytes = vec![0; layer.whole.size as usize];
             let mut put = |region: &Region, part: &[u8]| {
                 bytes[region.offset as usize..][..part.len()].copy_from_slice(part);
             };
-            put(&layer.latent, &rows(d_latent, latent));
-            put(&layer.rope_key, &rows(d_rope, rope_key));
+            put(&layer.latent, &rows("latents", Axis::padded(d_latent), latent)?);
+            put(&layer.rope_key, &rows("rotary keys", rope, rope_key)?);
             if let Some(of_layer) = &layer.statistics {
                 put(of_layer, bytemuck::cast_slice(statistics));
             }
@@ -366,8 +356,7 @@ impl LatentCache {
     }
 
     fn record_copy(&self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
-        let stored =
-            |width: u32| (u64::from(self.options.storage.row_pitch(width)) * self.options.storage.bytes() / 4) as u32;
+        let stored = |width: u32| (self.options.storage.sized(width.into()) / 4) as u32;
         let length = self.lengths[from];
         let mut copy = |region: &Region, row_words: u32| {
             let first = |sequence: usize| product(&[sequence as u32, self.options.capacity, row_words]);
@@ -380,8 +369,8 @@ impl LatentCache {
             recording.add(&problem, cache_copy::Args { cache: region })
         };
         for layer in &self.layers {
-            copy(&layer.latent, stored(self.config.d_latent))?;
-            copy(&layer.rope_key, stored(self.config.d_rope))?;
+            copy(&layer.latent, stored(self.widths.d_latent))?;
+            copy(&layer.rope_key, stored(self.widths.d_rope))?;
             if let Some(statistics) = &layer.statistics {
                 copy(statistics, 2)?;
             }

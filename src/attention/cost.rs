@@ -1,6 +1,7 @@
 //! FLOPs and bytes of a whole layer, a decode step by either path and a prefill, by the rules of [`crate::cost`]; and what a
 //! token takes in a cache.
 
+use super::widths::gated_segments;
 use crate::config::{AttentionConfig, GateConfig, GateNorm};
 use crate::cost::{Cost, times};
 use crate::kernels::attention_decode::SPLIT;
@@ -15,7 +16,7 @@ use crate::kernels::{
     Gate, GateStatistics, Gather, Matmul, Norm,
 };
 use crate::op::Op as _;
-use crate::storage::Storage;
+use crate::storage::{Segments, Storage};
 
 /// What the new tokens of a decode step attend to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +126,7 @@ fn rebuilding(config: &AttentionConfig, cached: u32, cache_storage: Storage, sto
     };
     let gated = config.up_projected_gate().map_or(Cost::default(), |gate| {
         let statistics_rows = if gate.norm == GateNorm::None { 0 } else { cached };
-        gated(gate, cached, d_kv, statistics_rows, storage)
+        gated(gate, cached, gated_segments(config, gate), statistics_rows, storage)
     });
     read.cost() + linear(cached, d_latent, d_kv, false, storage) + gated
 }
@@ -174,7 +175,7 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         Gather { rows: projected, width: gate.d_gate, table_row: gate.d_gate, vocab_size: gate.vocab_size, storage };
     let statistics = GateStatistics {
         tokens: work.tokens,
-        width: d_kv,
+        segments: gated_segments(config, gate),
         resident,
         more: projected,
         more_first: 0,
@@ -278,19 +279,19 @@ pub fn causal(problem: &AttentionPrefill) -> Cost {
 }
 
 /// The projection of embeddings, and the gate itself.
-fn gated(config: &GateConfig, rows: u32, width: u32, statistics_rows: u32, storage: Storage) -> Cost {
+fn gated(config: &GateConfig, rows: u32, segments: Segments, statistics_rows: u32, storage: Storage) -> Cost {
     let gate = Gate {
         rows,
-        width,
+        segments,
         x_offset: 0,
-        x_row: width,
+        x_row: segments.width(),
         eps: config.norm_eps as f32,
         activation: config.activation,
         norm: config.norm,
         statistics_rows,
         storage,
     };
-    linear(rows, config.d_gate, width, false, storage) + gate.cost()
+    linear(rows, config.d_gate, segments.used(), false, storage) + gate.cost()
 }
 
 /// What every path does for new tokens: queries, latents and rotary keys into the cache, outputs.
@@ -315,7 +316,7 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
     let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| {
         let (width, vocab_size) = (gate.d_gate, gate.vocab_size);
         let table = Gather { rows: tokens, width, table_row: width, vocab_size, storage };
-        table.cost() + gated(gate, tokens, d_latent, 0, storage)
+        table.cost() + gated(gate, tokens, gated_segments(config, gate), 0, storage)
     });
     let append = CacheAppend {
         tokens,
@@ -326,7 +327,7 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         d_rope,
         rope_offset: 0,
         rope_row: d_rope,
-        interleave: Some(config.rope.interleave),
+        rotate: true,
         queries: Queries { n_head, offset: 0, row: d_q, head: config.d_query() },
         rope_byte: 0,
         storage,

@@ -7,10 +7,10 @@ use bytemuck::cast;
 use serde::{Deserialize, Serialize};
 
 use super::groups::{Groups, Layout, NO_ROW, Patch};
-use crate::config::AttentionConfig;
+use super::widths::Widths;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling, Widths, tiling};
+use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling, tiling};
 use crate::storage::product;
 
 /// Where the absorbed decode of the gate at `up_projected` takes gate rows from: memory for time.
@@ -180,21 +180,18 @@ pub(super) struct Grouped {
 impl Lists {
     pub fn new(
         kernels: &Kernels,
-        config: &AttentionConfig,
+        widths: &Widths,
         mode: GateRows,
         (batch, capacity): (u32, u32),
         vocab_size: u32,
     ) -> Result<Self> {
-        let limits = &kernels.context().limits;
-        let widths = widths(config);
-        let tiling = tiling(kernels.context(), widths).ok();
+        let tiling = tiling(kernels.context(), widths.grouped()).ok();
         let ids = product(&[batch, capacity]).next_multiple_of(64);
         let table_words = product(&[batch, SEQUENCE_WORDS]).next_multiple_of(64);
         let region = Layout::new(capacity);
         let words = region
             .map_or(u64::MAX, |layout| ids.saturating_add(table_words).saturating_add(product(&[batch, layout.words])));
-        let needed = words.saturating_mul(4);
-        let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let (needed, allowed) = (words.saturating_mul(4), kernels.context().largest_binding());
         let (Some(layout), true) = (region, needed <= allowed) else {
             let what = format!("group lists of {batch} sequences × {capacity} tokens");
             return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
@@ -205,7 +202,7 @@ impl Lists {
         let entry_groups = tiling.map_or(1, |tiling| tiling.entry_groups());
         // Distinct ids are bounded by the vocabulary; a sequence's groups fill whole entries.
         let most = product(&[batch, capacity.min(vocab_size).next_multiple_of(entry_groups)]);
-        let row_bytes = product(&[config.d_kv().next_multiple_of(8), 4]);
+        let row_bytes = product(&[widths.d_kv(), 4]);
         let room = (allowed / row_bytes.max(1)).min(4096).min(most);
         let state = State {
             sequences: vec![Groups::new(layout); batch as usize],
@@ -441,9 +438,4 @@ impl Lists {
     pub fn bytes(&self) -> u64 {
         self.buffer.size()
     }
-}
-
-pub(super) fn widths(config: &AttentionConfig) -> Widths {
-    let AttentionConfig { d_latent, d_nope, d_rope, d_value, .. } = *config;
-    Widths { d_latent, d_nope, d_rope, d_value }
 }

@@ -13,12 +13,20 @@
 //! [`LatentCache::commit`] makes the tokens part of the cache. [`Attention::prefill`] and [`Attention::decode`] do the
 //! three for a cache of one layer.
 
+mod absorbed;
 mod cache;
 pub mod cost;
+mod expanded;
+mod frame;
+mod grouped;
 pub(crate) mod groups;
 mod layer;
 mod lists;
+mod project;
 mod step;
+mod table;
+mod weights;
+mod widths;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache, MemoryReport};
@@ -28,4 +36,6 @@ pub use step::{MOST_DECODED, Mode, Step, StepInput};
 pub use workspace::{Workspace, WorkspaceOptions};
 
 #[cfg(feature = "decoder")]
-pub(crate) use layer::{check_tensor, check_weights, upload_tensor};
+pub(crate) use project::Hidden;
+#[cfg(feature = "decoder")]
+pub(crate) use weights::{Axis, Upload, check_weights};

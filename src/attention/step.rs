@@ -115,9 +115,10 @@ impl Step {
         let context = cache.kernels().context();
         let tile_q = tile_q(context);
         let frequencies = cache.config().rope.frequencies(cache.config().d_rope);
+        let pairs = cache.widths().d_rope as usize / 2;
         let amplitude = cache.config().rope.amplitude();
         let mut slots = Vec::with_capacity(tokens as usize);
-        let mut rotations: Vec<[f32; 2]> = Vec::with_capacity(tokens as usize * frequencies.len());
+        let mut rotations: Vec<[f32; 2]> = Vec::with_capacity(tokens as usize * pairs);
         let mut sequences = Vec::new();
         let mut decoding = Vec::new();
         let mut queries = Vec::new();
@@ -137,6 +138,8 @@ impl Step {
                     let (sin, cos) = (f64::from(position) * frequency).sin_cos();
                     [(cos * amplitude) as f32, (sin * amplitude) as f32]
                 }));
+                // The padding stays as it is.
+                rotations.resize(rotations.len().next_multiple_of(pairs.max(1)), [1.0, 0.0]);
             }
             let line = sequences.len() as u32;
             let splits = length.div_ceil(SPLIT);

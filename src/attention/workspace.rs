@@ -101,7 +101,8 @@ impl Workspace {
         }
         let kernels = cache.kernels();
         let config = cache.config();
-        let n_head = config.n_head;
+        let widths = cache.widths();
+        let n_head = widths.n_head;
         let CacheRows { padded, splits } = CacheRows::of(cache);
         let tile_rows =
             options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded).min(MOST_TILE_ROWS);
@@ -109,12 +110,12 @@ impl Workspace {
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[cache.options().batch, decode_tokens]).min(tokens.into()) as u32;
         let partials = splits.saturating_mul(decode_tokens);
-        let slices = attention_prefill::slices(config.d_value);
+        let slices = attention_prefill::slices(widths.d_value);
         let absorbable = config.up_projected_gate().is_none();
         let (gate_rows, gate_width, d_gate) = match &config.gate {
             None => (0, 0, 0),
-            Some(gate) if gate.site == GateSite::Latent => (tokens, config.d_latent, gate.d_gate),
-            Some(gate) => (tile_rows, config.d_kv(), gate.d_gate),
+            Some(gate) if gate.site == GateSite::Latent => (tokens, widths.d_latent, widths.d_gate),
+            Some(_) => (tile_rows, widths.d_kv(), widths.d_gate),
         };
         // Groups of a pass, then the new tokens: gate rows that are not resident.
         let lists = cache.lists();
@@ -128,54 +129,49 @@ impl Workspace {
                 let partials = lists.most_partials(gate.vocab_size, decode_tokens);
                 let partials = u32::try_from(partials).unwrap_or(u32::MAX);
                 let words =
-                    softmax_word(partials, n_head, config.d_value).saturating_add(product(&[partials, n_head, 2]));
+                    softmax_word(partials, n_head, widths.d_value).saturating_add(product(&[partials, n_head, 2]));
                 u32::try_from(words).unwrap_or(u32::MAX)
             }
             _ => 0,
         };
         let latent_gate = config.latent_gate().is_some();
-        let partial_width = if absorbable { config.d_value.max(config.d_latent) } else { config.d_value };
+        let partial_width = if absorbable { widths.d_value.max(widths.d_latent) } else { widths.d_value };
 
-        let limits = &kernels.context().limits;
         let mut bytes = 0;
         let mut allocate = |what: &'static str, extents: &[u32]| -> Result<Region> {
             let needed = product(extents).saturating_mul(4);
-            let allowed = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-            if needed > allowed {
-                let what = format!("workspace `{what}` of {extents:?} words");
-                return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-            }
+            let named = || format!("workspace `{what}` of {extents:?} words");
+            kernels.context().check_binding(needed, named)?;
             let region = place(what, needed)?;
             bytes += region.size;
             Ok(region)
         };
         let on = |condition: bool, extent: u32| if condition { extent } else { 0 };
-        let rank = config.d_q_latent.unwrap_or(0);
         let mut workspace = Workspace {
             kernels: kernels.clone(),
             max_tokens: tokens,
             tile_rows,
             decode_tokens,
-            down: allocate("down", &[tokens, rank + config.d_latent + config.d_rope])?,
-            normed: allocate("normed", &[tokens, rank + config.d_latent])?,
-            q: allocate("q", &[tokens, n_head, config.d_query()])?,
-            latent_gated: allocate("latent_gated", &[on(latent_gate, tokens), config.d_latent])?,
+            down: allocate("down", &[tokens, widths.down()])?,
+            normed: allocate("normed", &[tokens, widths.rank + widths.d_latent])?,
+            q: allocate("q", &[tokens, widths.queries()])?,
+            latent_gated: allocate("latent_gated", &[on(latent_gate, tokens), widths.d_latent])?,
             gate_rows: allocate("gate_rows", &[gate_rows, d_gate])?,
             gate: allocate("gate", &[gate_rows, gate_width])?,
-            tile_latent: allocate("tile_latent", &[tile_rows.max(on(!absorbable, decoding)), config.d_latent])?,
+            tile_latent: allocate("tile_latent", &[tile_rows.max(on(!absorbable, decoding)), widths.d_latent])?,
             tile_slots: allocate("tile_slots", &[tile_rows])?,
-            kv: allocate("kv", &[tile_rows.max(on(!absorbable, decoding)), config.d_kv()])?,
-            kv_gated: allocate("kv_gated", &[on(!absorbable, tile_rows), config.d_kv()])?,
+            kv: allocate("kv", &[tile_rows.max(on(!absorbable, decoding)), widths.d_kv()])?,
+            kv_gated: allocate("kv_gated", &[on(!absorbable, tile_rows), widths.d_kv()])?,
             softmax: allocate("softmax", &[tokens, n_head, slices, 2])?,
-            values: allocate("values", &[tokens, n_head, config.d_value])?,
-            absorbed: allocate("absorbed", &[on(absorbable, decoding), n_head, config.d_latent])?,
+            values: allocate("values", &[tokens, widths.values()])?,
+            absorbed: allocate("absorbed", &[on(absorbable, decoding), n_head, widths.d_latent])?,
             partial_values: allocate("partial_values", &[partials, n_head, partial_width])?,
             partial_softmax: allocate("partial_softmax", &[partials, n_head, 2])?,
-            combined: allocate("combined", &[on(absorbable, decoding), n_head, config.d_latent])?,
+            combined: allocate("combined", &[on(absorbable, decoding), n_head, widths.d_latent])?,
             lse: allocate("lse", &[decoding, n_head])?,
             group_ids: allocate("group_ids", &[projected])?,
             group_embeddings: allocate("group_embeddings", &[on(recompute, projected), d_gate])?,
-            group_gates: allocate("group_gates", &[projected, config.d_kv().next_multiple_of(8)])?,
+            group_gates: allocate("group_gates", &[projected, widths.d_kv()])?,
             grouped: allocate("grouped", &[grouped])?,
             bytes: 0,
             identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),

@@ -1,6 +1,6 @@
 //! Host time of a decode step: what an app's thread spends before the device has anything to do.
 //!
-//! A row is one token through 12 layers behind [`CACHED`] others, from the begin of the step (planning it) to the end of
+//! A row is one token through 12 layers behind 4 096 others, from the begin of the step (planning it) to the end of
 //! the compute pass and the commit. Nothing is submitted, so the device's speed does not matter and no GPU is needed.
 
 use std::time::Instant;

@@ -22,7 +22,7 @@ use crate::kernels::{
 use crate::op::Op as _;
 use crate::recording::Recording;
 use crate::reference::{self, Heads};
-use crate::storage::Storage;
+use crate::storage::{Segments, Storage};
 
 /// Seed of every row's inputs.
 const SEED: u64 = 20;
@@ -310,7 +310,7 @@ fn gate_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let (activation, norm) = (Activation::Sigmoid, GateNorm::LayerNorm);
     let problem = gate::Gate {
         rows,
-        width,
+        segments: Segments::one(width),
         x_offset: 0,
         x_row: width,
         eps: 1e-5,
@@ -348,7 +348,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         d_rope,
         rope_offset: d_latent,
         rope_row: row,
-        interleave: None,
+        rotate: false,
         queries: cache_append::Queries::default(),
         rope_byte: 4 * words(d_latent) as u64,
         storage,
@@ -674,7 +674,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             d_rope: 0,
             rope_offset: 0,
             rope_row: 0,
-            interleave: None,
+            rotate: false,
             queries: cache_append::Queries::default(),
             rope_byte: tile.size,
             storage: Storage::F16,

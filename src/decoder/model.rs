@@ -3,8 +3,8 @@
 use super::cpu::check_layers;
 use super::folder::DecoderWeights;
 use crate::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Step, StepInput, Workspace,
-    WorkspaceOptions, check_tensor, check_weights, upload_tensor,
+    Attention, Axis, CacheOptions, DecodePath, GateRows, Hidden, LatentCache, MemoryReport, Step, StepInput, Upload,
+    Workspace, WorkspaceOptions, check_weights,
 };
 use crate::config::DecoderConfig;
 use crate::device::{Kernels, Region};
@@ -12,8 +12,7 @@ use crate::error::{Error, Result};
 use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
 use crate::op::Op as _;
 use crate::recording::Recording;
-use crate::storage::{Storage, product};
-use crate::weights::HostTensor;
+use crate::storage::{Storage, padded_width, product};
 
 /// Which logits a step computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +41,10 @@ pub(super) fn check_ids(token_ids: &[u32], vocab_size: u32) -> Result<()> {
 pub struct Decoder {
     kernels: Kernels,
     config: DecoderConfig,
+    /// `hidden_size`, padded.
+    hidden: u32,
+    /// `intermediate_size`, padded.
+    inner: u32,
     storage: Storage,
     embedding: Region,
     layers: Vec<DeviceLayer>,
@@ -72,7 +75,7 @@ pub struct DecoderStateOptions {
 #[derive(Debug)]
 pub struct DecoderState {
     workspace: Workspace,
-    /// `[tokens, hidden]`: the residual stream.
+    /// `[tokens, hidden]`, padded as the weights are: the residual stream.
     stream: Region,
     /// `[tokens, hidden]`
     normed: Region,
@@ -126,33 +129,47 @@ impl Decoder {
     pub fn new(kernels: &Kernels, config: &DecoderConfig, weights: &DecoderWeights, storage: Storage) -> Result<Self> {
         config.validate()?;
         check_layers(config, weights)?;
-        let check = |tensor: &HostTensor| check_tensor(kernels, tensor, storage);
-        [&weights.embedding, &weights.norm].into_iter().chain(&weights.lm_head).try_for_each(check)?;
-        for layer in &weights.layers {
-            [&layer.input_norm, &layer.post_attention_norm, &layer.gate_proj, &layer.up_proj, &layer.down_proj]
-                .into_iter()
-                .try_for_each(check)?;
-            check_weights(kernels, &config.attention, &layer.attention, storage)?;
-        }
-        let upload = |tensor: &HostTensor| upload_tensor(kernels, tensor, storage);
+        let (hidden_size, intermediate_size) = (config.attention.hidden_size, config.intermediate_size);
+        let (hidden, inner) = (|| Axis::padded(hidden_size), || Axis::padded(intermediate_size));
+        let vocabulary = || Axis::whole(config.vocab_size);
+        let (matrix, vector) = (Upload::matrix, Upload::vector);
+        let embedding = matrix(&weights.embedding, vocabulary(), hidden());
+        let norm = vector(&weights.norm, hidden());
+        let lm_head = weights.lm_head.as_ref().map(|head| matrix(head, vocabulary(), hidden()));
         let layers = weights.layers.iter().map(|layer| {
-            Ok(DeviceLayer {
-                input_norm: upload(&layer.input_norm)?,
-                attention: Attention::new(kernels, &config.attention, &layer.attention, storage)?,
-                post_attention_norm: upload(&layer.post_attention_norm)?,
-                gate_proj: upload(&layer.gate_proj)?,
-                up_proj: upload(&layer.up_proj)?,
-                down_proj: upload(&layer.down_proj)?,
-            })
+            let norms = [&layer.input_norm, &layer.post_attention_norm].map(|norm| vector(norm, hidden()));
+            let up = [&layer.gate_proj, &layer.up_proj].map(|proj| matrix(proj, inner(), hidden()));
+            (norms, &layer.attention, up, matrix(&layer.down_proj, hidden(), inner()))
         });
+        let layers: Vec<_> = layers.collect();
+        let check = |upload: &Upload<'_>| upload.check(kernels, storage);
+        [&embedding, &norm].into_iter().chain(&lm_head).try_for_each(check)?;
+        for (norms, attention, up, down) in &layers {
+            norms.iter().chain(up).chain([down]).try_for_each(check)?;
+            check_weights(kernels, &config.attention, attention, storage)?;
+        }
+        let upload = |upload: &Upload<'_>| upload.upload(kernels, storage);
+        let layers =
+            layers.iter().map(|([input_norm, post_attention_norm], attention, [gate_proj, up_proj], down_proj)| {
+                Ok(DeviceLayer {
+                    input_norm: upload(input_norm)?,
+                    attention: Attention::new(kernels, &config.attention, attention, storage)?,
+                    post_attention_norm: upload(post_attention_norm)?,
+                    gate_proj: upload(gate_proj)?,
+                    up_proj: upload(up_proj)?,
+                    down_proj: upload(down_proj)?,
+                })
+            });
         Ok(Decoder {
             kernels: kernels.clone(),
             config: config.clone(),
+            hidden: padded_width(hidden_size),
+            inner: padded_width(intermediate_size),
             storage,
-            embedding: upload(&weights.embedding)?,
+            embedding: upload(&embedding)?,
             layers: layers.collect::<Result<_>>()?,
-            norm: upload(&weights.norm)?,
-            lm_head: weights.lm_head.as_ref().map(upload).transpose()?,
+            norm: upload(&norm)?,
+            lm_head: lm_head.as_ref().map(upload).transpose()?,
         })
     }
 
@@ -205,7 +222,7 @@ impl Decoder {
         let CacheOptions { batch, capacity, .. } = cache.options();
         let tokens = u64::from(options.max_tokens).min(product(&[batch, capacity])) as u32;
         let logit_rows = if options.all_logits { tokens } else { tokens.min(batch) };
-        let (hidden, inner) = (self.config.attention.hidden_size, self.config.intermediate_size);
+        let (hidden, inner) = (self.hidden, self.inner);
         let buffers = [
             ("stream", [tokens, hidden]),
             ("normed", [tokens, hidden]),
@@ -215,14 +232,10 @@ impl Decoder {
             ("inner", [tokens, inner]),
             ("logits", [logit_rows, self.config.vocab_size]),
         ];
-        let limits = &self.kernels.context().limits;
         let size = |extents: [u32; 2]| product(&extents).saturating_mul(4);
         for (what, extents) in buffers {
-            let (needed, allowed) = (size(extents), limits.max_storage_buffer_binding_size.min(limits.max_buffer_size));
-            if needed > allowed {
-                let what = format!("decoder's `{what}` of {extents:?} words");
-                return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-            }
+            let named = || format!("decoder's `{what}` of {extents:?} words");
+            self.kernels.context().check_binding(size(extents), named)?;
         }
         let workspace = Workspace::new(cache, WorkspaceOptions::new(options.max_tokens))?;
         let mut bytes = 0;
@@ -347,13 +360,15 @@ impl Decoder {
     ) -> Result<()> {
         let step = decoder_step.step();
         let tokens = step.tokens();
-        let (hidden, inner) = (self.config.attention.hidden_size, self.config.intermediate_size);
+        let (hidden, inner) = (self.hidden, self.inner);
+        let rows_of = |region| Hidden { region, width: hidden };
         let DecoderState { workspace, stream, normed, delta, gate, up, .. } = state;
         let ids = step.token_ids().ok_or(Error::Empty { what: "the list of token ids" })?;
         self.look_up(recording, (tokens, self.config.vocab_size), self.storage, (&self.embedding, ids, stream))?;
         for (number, layer) in self.layers.iter().enumerate() {
             self.norm(recording, tokens, stream, &layer.input_norm, normed)?;
-            layer.attention.forward(recording, cache, number, step, workspace, path, normed, delta)?;
+            let (of, to) = (rows_of(normed), rows_of(delta));
+            layer.attention.forward_rows(recording, cache, number, step, workspace, path, of, to)?;
             self.add(recording, tokens, delta, stream)?;
             self.norm(recording, tokens, stream, &layer.post_attention_norm, normed)?;
             self.linear(recording, (tokens, hidden, inner), normed, &layer.gate_proj, gate)?;
@@ -386,19 +401,18 @@ impl Decoder {
         storage: Storage,
         (table, ids, y): (&Region, &Region, &Region),
     ) -> Result<()> {
-        let width = self.config.attention.hidden_size;
+        let width = self.hidden;
         let problem = gather::Gather { rows, width, table_row: width, vocab_size: table_rows, storage };
         recording.add(&problem, gather::Args { table, ids, y })
     }
 
     fn norm(&self, recording: &mut Recording, rows: u32, x: &Region, weight: &Region, y: &Region) -> Result<()> {
-        let width = self.config.attention.hidden_size;
         let problem = norm::Norm {
             rows,
-            width,
+            width: self.config.attention.hidden_size,
             second: 0,
             x_offset: 0,
-            x_row: width,
+            x_row: self.hidden,
             eps: self.config.rms_norm_eps as f32,
             kind: norm::Kind::Rms,
             bias: false,
@@ -424,7 +438,7 @@ impl Decoder {
 
     /// `stream += delta`, both `[tokens, hidden]`.
     fn add(&self, recording: &mut Recording, tokens: u32, delta: &Region, stream: &Region) -> Result<()> {
-        let elements = elements(residual_add::ResidualAdd::NAME, tokens, self.config.attention.hidden_size)?;
+        let elements = elements(residual_add::ResidualAdd::NAME, tokens, self.hidden)?;
         let problem = residual_add::ResidualAdd { elements };
         recording.add(&problem, residual_add::Args { delta, stream })
     }

@@ -1,6 +1,5 @@
 //! Combines the splits of every query.
 
-use super::norm::ROW_WORKGROUPS;
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};
 use crate::plan::{Draft, Grid, Plan, check_nonzero};
@@ -87,11 +86,14 @@ impl Op for AttentionCombine {
     }
 }
 
+/// Workgroup sizes.
+const WORKGROUPS: &[u32] = &[64, 256, 32];
+
 pub(crate) const ROWS: Variant<AttentionCombine> = Variant::<AttentionCombine>::new(
     ("attention_combine", include_str!("../../shaders/attention_combine.wgsl")),
-    ROW_WORKGROUPS.len(),
+    WORKGROUPS.len(),
     |op, _, setting| {
-        let workgroup = ROW_WORKGROUPS[setting];
+        let workgroup = WORKGROUPS[setting];
         Ok(Draft::new(workgroup, Grid::Folded { items: product(&[op.tokens, op.n_head]), each: 1 })
             .with([("WORKGROUP", workgroup)])
             .walks("width", op.width, workgroup))

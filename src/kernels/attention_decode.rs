@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::adapter::AdapterClass;
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
-use crate::plan::{Draft, Grid, Plan, check_nonzero};
+use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero};
 use crate::storage::{Storage, padded, product, words};
 
 /// Rows of the cache that one workgroup attends to, here and in `attention_absorbed`.
@@ -72,7 +72,7 @@ pub struct AttentionDecode {
     pub n_sequence: u32,
     /// Query heads.
     pub n_head: u32,
-    /// Content part of query and key.
+    /// Content part of query and key. It and `d_value` are whole 16-byte loads in `kv_storage`, `d_rope` in `storage`.
     pub d_nope: u32,
     /// Rotary part.
     pub d_rope: u32,
@@ -92,27 +92,11 @@ pub struct AttentionDecode {
     pub kv_storage: Storage,
 }
 
-impl AttentionDecode {
-    /// Whether every row is a whole number of 16-byte loads.
-    pub fn in_vec4(&self) -> bool {
-        let load = |storage: Storage| 16 / storage.bytes() as u32;
-        let of_kv = [self.d_nope, self.d_value].iter().all(|width| width.is_multiple_of(load(self.kv_storage)));
-        of_kv && self.d_rope.is_multiple_of(load(self.storage))
-    }
-
-    fn draft(&self, workgroup_size: u32) -> Draft {
-        let grid = Grid::Tiled { size: [self.kv_rows, self.n_head, self.most_tokens], tile: [SPLIT, 1, 1] };
-        Draft::new(workgroup_size, grid)
-            .with([("STORAGE_F16", self.storage.constant()), ("KV_F16", self.kv_storage.constant())])
-            .with([("WORKGROUP", workgroup_size), ("SPLIT", SPLIT)])
-    }
-}
-
 impl Op for AttentionDecode {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "attention_decode";
-    const VARIANTS: &'static [Variant<Self>] = &[VEC4, PLAIN];
+    const VARIANTS: &'static [Variant<Self>] = &[LANES];
 
     fn widths(&self) -> [(&'static str, u32); 4] {
         [("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value), ("", 0)]
@@ -120,6 +104,8 @@ impl Op for AttentionDecode {
 
     fn validate(&self) -> Result<(), String> {
         check_nonzero(&[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        check_multiples(self.kv_storage.of_load(), &[("d_nope", self.d_nope), ("d_value", self.d_value)])?;
+        check_multiples(self.storage.of_load(), &[("d_rope", self.d_rope)])?;
         for (what, rows) in [("kv_first", self.kv_first), ("kv_rows", self.kv_rows)] {
             if !rows.is_multiple_of(SPLIT) {
                 return Err(format!("{what} is {rows}, not a multiple of {SPLIT}"));
@@ -170,51 +156,30 @@ impl Op for AttentionDecode {
     }
 }
 
-/// Any widths.
-pub(crate) const PLAIN: Variant<AttentionDecode> = {
-    const WORKGROUPS: &[u32] = &[64, 128, 256];
-    Variant::<AttentionDecode>::new(
-        ("attention_decode", include_str!("../../shaders/attention_decode.wgsl")),
-        WORKGROUPS.len(),
-        |op, _, setting| Ok(op.draft(WORKGROUPS[setting]).bytes(4 * (SPLIT + WORKGROUPS[setting]))),
-        |_, _, plan| {
-            let workgroup = plan.workgroup_size;
-            hold(&[
-                (workgroup.is_power_of_two(), "reductions halve: a workgroup is a power of two"),
-                (SPLIT.is_multiple_of(workgroup), "a split is whole workgroups"),
-            ])
-        },
-    )
-};
-
 /// In 16-byte loads. (WORKGROUP, LANES, COLUMNS): LANES invocations share the scores of a row, COLUMNS its values. In
 /// software whole rows.
-pub(crate) const VEC4: Variant<AttentionDecode> = {
+pub(crate) const LANES: Variant<AttentionDecode> = {
     const TUNINGS: &[(u32, u32, u32)] = &[(64, 1, 8), (128, 8, 8), (256, 8, 8), (128, 4, 16)];
     /// Rows that an invocation takes at a time.
     const QUAD: u32 = 4;
     Variant::<AttentionDecode>::new(
-        ("attention_decode_vec4", include_str!("../../shaders/attention_decode_vec4.wgsl")),
+        ("attention_decode", include_str!("../../shaders/attention_decode.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
             let AttentionDecode { d_nope, d_rope, d_value, storage, kv_storage, .. } = *op;
-            if !op.in_vec4() {
-                return Err(format!(
-                    "d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be whole 16-byte loads"
-                ));
-            }
             let (workgroup, most_lanes, most_columns) = TUNINGS[setting];
             // No more invocations than a row has loads; fewer than four lanes per row would find no rows.
-            let loads = |width: u32, storage: Storage| width / (16 / storage.bytes() as u32);
-            let key_loads = loads(d_nope, kv_storage).max(loads(d_rope, storage));
+            let key_loads = (d_nope / kv_storage.of_load()).max(d_rope / storage.of_load());
             let lanes = most_lanes.min(key_loads.next_power_of_two());
-            let columns = most_columns.min(loads(d_value, kv_storage).next_power_of_two().max(4));
+            let columns = most_columns.min((d_value / kv_storage.of_load()).next_power_of_two().max(4));
             let quads = SPLIT / QUAD;
             let vectors = if kv_storage == Storage::F16 { 2 } else { 1 };
             let shared = (quads * lanes).max(workgroup * vectors);
             let each = (quads * lanes).div_ceil(workgroup);
-            Ok(op
-                .draft(workgroup)
+            let size = [op.kv_rows, op.n_head, op.most_tokens];
+            Ok(Draft::new(workgroup, Grid::Tiled { size, tile: [SPLIT, 1, 1] })
+                .with([("STORAGE_F16", storage.constant()), ("KV_F16", kv_storage.constant())])
+                .with([("WORKGROUP", workgroup), ("SPLIT", SPLIT)])
                 .with([("LANES", lanes), ("COLUMNS", columns), ("EACH", each)])
                 .bytes(16 * (shared + quads) + 8 * (workgroup / columns)))
         },
@@ -230,7 +195,6 @@ pub(crate) const VEC4: Variant<AttentionDecode> = {
         },
     )
     .auto(|_, context| usize::from(context.class != AdapterClass::Software))
-    .preferred(|op, _| op.in_vec4())
 };
 
 crate::vary!(AttentionDecode {
@@ -254,7 +218,7 @@ crate::vary!(AttentionDecode {
 impl crate::sample::Sampled for AttentionDecode {
     fn samples() -> Vec<Self> {
         let mut all = Vec::new();
-        let widths = [(3, 2, 5), (8, 0, 8), (16, 8, 32), (64, 64, 72), (0, 128, 256)];
+        let widths = [(8, 8, 8), (8, 0, 8), (16, 8, 32), (64, 64, 72), (0, 128, 256)];
         for (n_head, splits) in
             crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 3].map(|splits| (n_head, splits)))
         {

@@ -9,11 +9,14 @@ use super::matmul::four_subgroups;
 use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
-use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
+use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero, flag};
 use crate::storage::{Storage, product, words};
 
 /// (ROWS, CHUNK, VALUE_ROWS) of the kernel that stages tiles: 8 lanes share 4 queries, ROWS times. A query tile is as long.
 const TUNINGS: &[(u32, u32, u32)] = &[(8, 8, 16), (16, 4, 8), (4, 8, 8)];
+
+/// Lanes that share a row of 4 queries there.
+const LANES: u32 = 8;
 
 /// Most queries of a [`QueryTile`], for each setting of the kernel that stages tiles.
 pub const QUERY_TILES: [u32; 3] = [32, 64, 16];
@@ -79,7 +82,7 @@ pub struct AttentionPrefill {
     pub n_sequence: u32,
     /// Query heads.
     pub n_head: u32,
-    /// Content part of query and key.
+    /// Content part of query and key; a multiple of 4, as `d_rope` and `d_value`.
     pub d_nope: u32,
     /// Rotary part.
     pub d_rope: u32,
@@ -105,7 +108,8 @@ pub struct AttentionPrefill {
 
 /// Most queries of a [`QueryTile`] on a device.
 pub fn tile_q(context: &PlanContext) -> u32 {
-    let auto = usize::from(context.class == AdapterClass::Discrete);
+    let wide = TUNINGS[1].0 * LANES <= context.limits.max_compute_invocations_per_workgroup;
+    let auto = usize::from(context.class == AdapterClass::Discrete && wide);
     // A measured setting that does not exist is refused when a step is planned.
     QUERY_TILES.get(context.auto("attention_prefill", auto)).copied().unwrap_or(QUERY_TILES[auto])
 }
@@ -116,19 +120,6 @@ pub fn slices(d_value: u32) -> u32 {
 }
 
 impl AttentionPrefill {
-    /// Whether every row of every tensor begins on a 16-byte boundary.
-    pub fn aligned(&self) -> bool {
-        [self.d_nope, self.d_rope, self.d_value].iter().all(|width| width.is_multiple_of(4))
-    }
-
-    fn check_aligned(&self) -> Result<(), String> {
-        if self.aligned() {
-            return Ok(());
-        }
-        let AttentionPrefill { d_nope, d_rope, d_value, .. } = self;
-        Err(format!("d_nope {d_nope}, d_rope {d_rope} and d_value {d_value} must be multiples of 4"))
-    }
-
     /// A draft whose query tiles are shared by `parts` workgroups.
     fn draft(&self, workgroup_size: u32, parts: u32) -> Draft {
         let size = [self.query_tiles.saturating_mul(parts), self.n_head, self.d_value];
@@ -140,7 +131,7 @@ impl Op for AttentionPrefill {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "attention_prefill";
-    const VARIANTS: &'static [Variant<Self>] = &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, TILES, ROWS];
+    const VARIANTS: &'static [Variant<Self>] = &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, TILES];
 
     fn widths(&self) -> [(&'static str, u32); 4] {
         [("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value), ("", 0)]
@@ -148,6 +139,7 @@ impl Op for AttentionPrefill {
 
     fn validate(&self) -> Result<(), String> {
         check_nonzero(&[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        check_multiples(4, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
         if self.d_nope == 0 && self.d_rope == 0 {
             return Err("d_nope and d_rope are both 0".to_owned());
         }
@@ -217,15 +209,12 @@ impl Op for AttentionPrefill {
 
 /// Tiles of queries and keys through workgroup memory, 16 bytes at a time.
 pub(crate) const TILES: Variant<AttentionPrefill> = {
-    /// Lanes that share a row of 4 queries.
-    const LANES: u32 = 8;
     /// Keys of a block.
     const TILE_KV: u32 = 32;
     Variant::<AttentionPrefill>::new(
         ("attention_prefill", include_str!("../../shaders/attention_prefill.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
-            op.check_aligned()?;
             let (rows, chunk, value_rows) = TUNINGS[setting];
             if op.tile_q != QUERY_TILES[setting] {
                 return Err(format!("this setting has query tiles of {}, not of {}", QUERY_TILES[setting], op.tile_q));
@@ -251,25 +240,6 @@ pub(crate) const TILES: Variant<AttentionPrefill> = {
         },
     )
     .auto(|op, _| QUERY_TILES.iter().position(|&tile| tile == op.tile_q).unwrap_or(0))
-    .preferred(|op, _| op.aligned())
-};
-
-/// Any widths.
-pub(crate) const ROWS: Variant<AttentionPrefill> = {
-    /// Queries of an invocation.
-    const QUERIES: u32 = 8;
-    Variant::<AttentionPrefill>::new(
-        ("attention_prefill_rows", include_str!("../../shaders/attention_prefill_rows.wgsl")),
-        1,
-        |op, _, _| {
-            let workgroup = op.tile_q.div_ceil(QUERIES);
-            Ok(op
-                .draft(workgroup, 1)
-                .with([("STORAGE_F16", op.storage.constant())])
-                .with([("WORKGROUP", workgroup), ("SLICE", SLICE)]))
-        },
-        |op, _, plan| hold(&[(op.tile_q == QUERIES * plan.workgroup_size, "a workgroup has a whole query tile")]),
-    )
 };
 
 /// The work shared by subgroups. (whether queries and keys go through workgroup memory, most teams of a workgroup).
@@ -285,7 +255,6 @@ pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
         ("attention_prefill_subgroup", include_str!("../../shaders/attention_prefill_subgroup.wgsl")),
         TUNINGS.len(),
         |op, context, setting| {
-            op.check_aligned()?;
             let (staged, most_teams) = TUNINGS[setting];
             let lanes = context.lanes(MOST_LANES);
             let tile_teams = op.tile_q.div_ceil(QUERIES);
@@ -310,7 +279,7 @@ pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
     )
     .subgroups(4)
     .auto(|_, context| usize::from(context.class != AdapterClass::Software))
-    .preferred(|op, context| op.aligned() && wide_enough(context))
+    .preferred(|_, context| wide_enough(context))
 };
 
 /// Fewest queries of a tile, on average, for cooperative matrices: they take 32 at a time.
@@ -345,7 +314,6 @@ const MATRIX_TILE: u32 = 32;
 
 /// The draft of either kernel; their staged halves take the same room.
 fn by_matrices(op: &AttentionPrefill, context: &PlanContext) -> Result<Draft, String> {
-    op.check_aligned()?;
     if op.storage != Storage::F16 {
         return Err("the cache must be stored in f16".to_owned());
     }
@@ -378,7 +346,7 @@ fn rounds_as_weights_do(op: &AttentionPrefill, context: &PlanContext) -> bool {
     // Cooperative matrices round queries, keys and values: only where weights and cache are rounded, too.
     let halves = op.weights == Storage::F16 && op.storage == Storage::F16;
     let many = op.tokens >= op.query_tiles.saturating_mul(COOPERATIVE_QUERIES);
-    halves && many && op.aligned() && context.class != AdapterClass::Software
+    halves && many && context.class != AdapterClass::Software
 }
 
 crate::vary!(AttentionPrefill {
@@ -404,14 +372,13 @@ crate::vary!(AttentionPrefill {
 impl crate::sample::Sampled for AttentionPrefill {
     fn samples() -> Vec<Self> {
         let mut all = Vec::new();
-        // Odd widths, then every number of value columns and slices that a lane or workgroup has.
-        let odd = [1, 3, 127, 128, 129, 256, 257].map(|d_value| (3, 2, d_value));
-        let whole = [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260].map(|d_value| (4, 8, d_value));
+        // Every number of value columns and slices that a lane or workgroup has.
+        let widths = [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260].map(|d_value| (4, 8, d_value));
         for (n_head, query_tiles) in
             crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 5].map(|tiles| (n_head, tiles)))
         {
             for (storage, tile_q) in Storage::ALL.into_iter().flat_map(|s| QUERY_TILES.map(|tile_q| (s, tile_q))) {
-                all.extend(odd.into_iter().chain(whole).map(|(d_nope, d_rope, d_value)| AttentionPrefill {
+                all.extend(widths.map(|(d_nope, d_rope, d_value)| AttentionPrefill {
                     tokens: query_tiles,
                     query_tiles,
                     tile_q,

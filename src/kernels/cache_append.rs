@@ -2,8 +2,8 @@
 
 use crate::adapter::AdapterClass;
 use crate::cost::{Cost, times};
-use crate::op::{Op, Variant, anything};
-use crate::plan::{Draft, Grid, LINEAR_WORKGROUPS, Plan, check_nonzero, flag};
+use crate::op::{Op, Variant};
+use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero, flag};
 use crate::storage::{Storage, product, rows_end, words};
 
 use super::norm::whole_rows;
@@ -55,7 +55,7 @@ pub struct CacheAppend {
     pub tokens: u32,
     /// Rows of the cache; the caller has checked that every slot is below it.
     pub cache_rows: u32,
-    /// Width of a latent.
+    /// Width of a latent. It, `d_rope` and every offset and pitch are multiples of 4, the two widths of 8 for a cache in f16.
     pub d_latent: u32,
     /// First element of `latent`.
     pub latent_offset: u32,
@@ -67,8 +67,8 @@ pub struct CacheAppend {
     pub rope_offset: u32,
     /// From one token of `rope_key` to the next.
     pub rope_row: u32,
-    /// Rotates keys and queries: pairs (2i, 2i+1) when true, (i, i + d_rope/2) when false; `None` leaves them as they are.
-    pub interleave: Option<bool>,
+    /// Turns the pairs (2i, 2i+1) of keys and queries.
+    pub rotate: bool,
     /// Queries to rotate.
     pub queries: Queries,
     /// Byte of `cache` where the rotary keys begin, behind the latents.
@@ -82,31 +82,9 @@ impl CacheAppend {
         (u64::from(self.storage.row_pitch(width)) * self.storage.bytes() / 4) as u32
     }
 
-    /// Whether every row of every tensor is a whole number of 16-byte loads and stores that begin on 16-byte boundaries.
-    pub fn in_vec4(&self) -> bool {
-        let Queries { offset, row, head, .. } = self.queries;
-        let steps = [self.latent_offset, self.latent_row, self.rope_offset, self.rope_row, offset, row, head];
-        let store = 16 / self.storage.bytes() as u32;
-        // With pairs apart, each half by itself.
-        let half = if self.interleave == Some(false) { 2 } else { 1 };
-        steps.iter().all(|step| step.is_multiple_of(4))
-            && self.d_latent.is_multiple_of(store)
-            && self.d_rope.is_multiple_of(half * store)
-            && self.rope_byte.is_multiple_of(16)
-    }
-
     /// Heads that are rotated.
     fn rotated_heads(&self) -> u32 {
-        if self.interleave.is_some() && self.d_rope > 0 { self.queries.n_head } else { 0 }
-    }
-
-    fn switches(&self) -> [(&'static str, f64); 2] {
-        let rotate = match self.interleave {
-            None => 0.0,
-            Some(true) => 1.0,
-            Some(false) => 2.0,
-        };
-        [("STORAGE_F16", self.storage.constant()), ("ROTATE", rotate)]
+        if self.rotate && self.d_rope > 0 { self.queries.n_head } else { 0 }
     }
 }
 
@@ -114,7 +92,7 @@ impl Op for CacheAppend {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "cache_append";
-    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ELEMENTS];
+    const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
     fn widths(&self) -> [(&'static str, u32); 4] {
         [("d_latent", self.d_latent), ("d_rope", self.d_rope), ("", 0), ("", 0)]
@@ -122,12 +100,15 @@ impl Op for CacheAppend {
 
     fn validate(&self) -> Result<(), String> {
         check_nonzero(&[("d_latent", self.d_latent)])?;
+        let of_load = self.storage.of_load();
+        check_multiples(of_load, &[("d_latent", self.d_latent), ("d_rope", self.d_rope)])?;
+        let Queries { offset, row, head, .. } = self.queries;
+        check_multiples(4, &[("latent_offset", self.latent_offset), ("latent_row", self.latent_row)])?;
+        check_multiples(4, &[("rope_offset", self.rope_offset), ("rope_row", self.rope_row)])?;
+        check_multiples(4, &[("offset of q", offset), ("row of q", row), ("head of q", head)])?;
         let latents = product(&[self.cache_rows, self.row_words(self.d_latent), 4]);
-        if self.rope_byte < latents || !self.rope_byte.is_multiple_of(4) {
+        if self.rope_byte < latents || !self.rope_byte.is_multiple_of(16) {
             return Err(format!("rotary keys begin at byte {}, latents take {latents}", self.rope_byte));
-        }
-        if self.interleave.is_some() && !self.d_rope.is_multiple_of(2) {
-            return Err(format!("d_rope is {}, must be even", self.d_rope));
         }
         Ok(())
     }
@@ -158,7 +139,7 @@ impl Op for CacheAppend {
         let q =
             rows_end(offset, self.tokens, row, self.d_rope).saturating_add(product(&[heads.saturating_sub(1), head]));
         let cache = product(&[self.cache_rows, self.row_words(self.d_rope), 4]);
-        let rotated = self.interleave.is_some() && self.d_rope > 0;
+        let rotated = self.rotate && self.d_rope > 0;
         let used = |used: bool, elements: u64| words(if used { elements } else { 0 });
         Args {
             latent: words(rows_end(self.latent_offset, self.tokens, self.latent_row, self.d_latent)),
@@ -171,8 +152,8 @@ impl Op for CacheAppend {
     }
 
     fn cost(&self) -> Cost {
-        let CacheAppend { tokens, d_latent, d_rope, interleave, queries, storage, .. } = *self;
-        let rotated = if interleave.is_some() { d_rope } else { 0 };
+        let CacheAppend { tokens, d_latent, d_rope, rotate, queries, storage, .. } = *self;
+        let rotated = if rotate { d_rope } else { 0 };
         // The padding of a cache row is written too.
         let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
         Cost::of(
@@ -190,41 +171,24 @@ impl Op for CacheAppend {
     }
 }
 
-/// Any widths: one invocation a word of the cache, then one a pair of the queries.
-pub(crate) const ELEMENTS: Variant<CacheAppend> = Variant::<CacheAppend>::new(
-    ("cache_append", include_str!("../../shaders/cache_append.wgsl")),
-    LINEAR_WORKGROUPS.len(),
-    |op, _, setting| {
-        let row = op.row_words(op.d_latent) + op.row_words(op.d_rope);
-        let pairs = product(&[op.tokens, op.rotated_heads(), op.d_rope / 2]);
-        let elements = product(&[op.tokens, row]).saturating_add(pairs);
-        Ok(Draft::elements(LINEAR_WORKGROUPS[setting], elements).with(op.switches()))
-    },
-    anything,
-);
-
 /// In 16-byte loads and stores. (WORKGROUP, LANES): LANES invocations share a row.
-pub(crate) const VEC4: Variant<CacheAppend> = {
+pub(crate) const ROWS: Variant<CacheAppend> = {
     const TUNINGS: &[(u32, u32)] = &[(8, 1), (64, 16), (256, 16)];
     Variant::<CacheAppend>::new(
-        ("cache_append_vec4", include_str!("../../shaders/cache_append_vec4.wgsl")),
+        ("cache_append", include_str!("../../shaders/cache_append.wgsl")),
         TUNINGS.len(),
         |op, context, setting| {
-            if !op.in_vec4() {
-                return Err("rows must be whole 16-byte loads on 16-byte boundaries".to_owned());
-            }
             let (workgroup, lanes) = TUNINGS[setting];
             // Tokens, then heads of tokens.
             let rows = u64::from(op.tokens).saturating_add(product(&[op.tokens, op.rotated_heads()]));
             Ok(Draft::new(workgroup, Grid::Folded { items: rows, each: workgroup / lanes })
-                .with(op.switches())
+                .with([("STORAGE_F16", op.storage.constant()), ("ROTATE", flag(op.rotate))])
                 .with([("INTEGERS", flag(context.class == AdapterClass::Software))])
                 .with([("WORKGROUP", workgroup), ("LANES", lanes)]))
         },
         whole_rows,
     )
     .auto(|_, context| usize::from(context.class != AdapterClass::Software))
-    .preferred(|op, _| op.in_vec4())
 };
 
 crate::vary!(Queries { n_head, offset, row, head });
@@ -237,7 +201,7 @@ crate::vary!(CacheAppend {
     d_rope,
     rope_offset,
     rope_row,
-    interleave,
+    rotate,
     queries,
     rope_byte,
     storage
@@ -246,7 +210,7 @@ crate::vary!(CacheAppend {
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for CacheAppend {
     fn samples() -> Vec<Self> {
-        // Odd rows, then rows that suit 16-byte loads, with heads of queries and without.
+        // Without a rotary key and with one, with heads of queries and without.
         let of = |tokens: u32, (d_latent, d_rope, row): (u32, u32, u32), n_head, storage: Storage| CacheAppend {
             tokens,
             cache_rows: tokens,
@@ -256,12 +220,12 @@ impl crate::sample::Sampled for CacheAppend {
             d_rope,
             rope_offset: if row > d_latent { d_latent } else { 0 },
             rope_row: row,
-            interleave: [None, Some(true), Some(false)][tokens as usize % 3],
+            rotate: tokens % 2 == 1,
             queries: Queries { n_head, offset: 8, row: 24 * n_head, head: 24 },
             rope_byte: u64::from(tokens) * u64::from(storage.row_pitch(d_latent)) * storage.bytes(),
             storage,
         };
-        let sizes = [((5, 0, 5), 0), ((5, 2, 7), 0), ((5, 2, 7), 3), ((24, 16, 40), 0), ((24, 16, 40), 3)];
+        let sizes = [((8, 0, 8), 0), ((8, 8, 16), 0), ((8, 8, 16), 3), ((24, 16, 40), 0), ((24, 16, 40), 3)];
         let stored =
             |tokens| Storage::ALL.into_iter().flat_map(move |s| sizes.map(|(w, n_head)| of(tokens, w, n_head, s)));
         crate::sample::ELEMENTS.into_iter().filter(|&tokens| tokens < 1 << 20).flat_map(stored).collect()
@@ -277,7 +241,7 @@ impl crate::sample::Sampled for CacheAppend {
             d_rope,
             rope_offset: 0,
             rope_row: d_rope,
-            interleave: Some(true),
+            rotate: true,
             queries,
             rope_byte: 144,
             storage: Storage::F16,

@@ -1,28 +1,31 @@
 //! The embedding gate of EG-MLA: activation, modulation, norm, and the norm's statistics.
 
-use super::norm::{ROW_WORKGROUPS, halving, row_lanes, whole_rows};
+use super::norm::{row_lanes, whole_rows};
 use crate::adapter::AdapterClass;
 use crate::config::{Activation, GateNorm};
 use crate::cost::{Cost, times, when};
 use crate::op::{Op, Variant, hold};
-use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
-use crate::storage::{Storage, product, rows_end, words};
+use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero, flag};
+use crate::storage::{Segments, Storage, product, rows_end, words};
 
 crate::params! {
     /// Uniform parameters, as in the shader.
-    pub struct Params { rows: u32, width: u32, x_offset: u32, x_row: u32, eps: f32 }
+    pub struct Params {
+        rows: u32, width: u32, used: u32, first: u32, block: u32, first_used: u32, second_used: u32, x_offset: u32,
+        x_row: u32, eps: f32,
+    }
 }
 
 crate::args! {
     /// Buffers of one dispatch.
     pub struct Args {
-        /// f32, rows as in [`Gate`]: keys and values, or latents.
+        /// f32, rows as in [`Gate`]: keys and values, or latents; 0 in the padding.
         x: Read,
-        /// `[rows, width]` f32: the projected gate before its activation.
+        /// `[rows, width]` f32, `width` with its padding: the projected gate before its activation.
         g: Read,
-        /// `[width]` in `storage`; not bound without a norm.
+        /// `[width]` in `storage`, padded with zeros; not bound without a norm.
         weight: Read,
-        /// `[width]` in `storage`; bound for `layer_norm` alone.
+        /// The same; bound for `layer_norm` alone.
         bias: Read,
         /// `[rows]` u32: the statistics row of each row, `u32::MAX` for none; not bound without statistics.
         slots: Read,
@@ -38,11 +41,11 @@ crate::args! {
 pub struct Gate {
     /// Rows.
     pub rows: u32,
-    /// Elements that the gate and its norm span.
-    pub width: u32,
-    /// First element of `x`.
+    /// What the gate and its norm span.
+    pub segments: Segments,
+    /// First element of `x`; a multiple of 4.
     pub x_offset: u32,
-    /// From one row of `x` to the next.
+    /// From one row of `x` to the next; a multiple of 4.
     pub x_row: u32,
     /// Added to the mean square or variance.
     pub eps: f32,
@@ -56,43 +59,27 @@ pub struct Gate {
     pub storage: Storage,
 }
 
-impl Gate {
-    /// Whether every row of every tensor is a whole number of 16-byte loads that begin on 16-byte boundaries.
-    pub fn in_vec4(&self) -> bool {
-        [self.x_offset, self.x_row].iter().all(|step| step.is_multiple_of(4))
-            && self.width.is_multiple_of(16 / self.storage.bytes() as u32)
-    }
-
-    fn draft(&self, workgroup_size: u32, each: u32, step: u32) -> Draft {
-        Draft::new(workgroup_size, Grid::Folded { items: self.rows.into(), each })
-            .with([
-                ("STORAGE_F16", self.storage.constant()),
-                ("ACTIVATION", f64::from(self.activation as u32)),
-                ("NORM", f64::from(self.norm as u32)),
-                ("WRITE_STATISTICS", flag(self.statistics_rows > 0)),
-            ])
-            .with([("WORKGROUP", workgroup_size)])
-            .walks("width", self.width, step)
-    }
-}
-
 impl Op for Gate {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "gate";
-    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ROWS];
+    const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
     fn validate(&self) -> Result<(), String> {
-        check_nonzero(&[("width", self.width)])
+        check_nonzero(&[("count", self.segments.count), ("width", self.segments.width())])?;
+        check_multiples(4, &[("x_offset", self.x_offset), ("x_row", self.x_row)])
     }
 
     fn params(&self, _: &Plan) -> Params {
-        let Gate { rows, width, x_offset, x_row, eps, .. } = *self;
-        Params { rows, width, x_offset, x_row, eps }
+        let Gate { rows, segments, x_offset, x_row, eps, .. } = *self;
+        let ([first, block], [first_used, second_used]) = (segments.padded_parts(), segments.parts);
+        let (width, used) = (segments.width(), segments.used());
+        Params { rows, width, used, first, block, first_used, second_used, x_offset, x_row, eps }
     }
 
     fn bytes(&self) -> Args<u64> {
-        let Gate { rows, width, norm, statistics_rows, storage, .. } = *self;
+        let Gate { rows, norm, statistics_rows, storage, .. } = *self;
+        let width = self.segments.width();
         let stored = |on: bool| storage.sized(if on { width.into() } else { 0 });
         let all = words(product(&[rows, width]));
         Args {
@@ -107,7 +94,8 @@ impl Op for Gate {
     }
 
     fn cost(&self) -> Cost {
-        let Gate { rows, width, activation, norm, statistics_rows, storage, .. } = *self;
+        let Gate { rows, activation, norm, statistics_rows, storage, .. } = *self;
+        let width = self.segments.used();
         // As in `norm`; the affine part of layer_norm has a bias.
         let (element, row, affine) = match norm {
             GateNorm::LayerNorm => (7, 4, 2),
@@ -126,37 +114,31 @@ impl Op for Gate {
     }
 }
 
-/// Any widths: a workgroup a row.
-pub(crate) const ROWS: Variant<Gate> = Variant::<Gate>::new(
-    ("gate", include_str!("../../shaders/gate.wgsl")),
-    ROW_WORKGROUPS.len(),
-    |op, _, setting| {
-        let workgroup = ROW_WORKGROUPS[setting];
-        Ok(op.draft(workgroup, 1, workgroup).bytes(4 * workgroup))
-    },
-    halving,
-);
-
 /// From this many rows on an invocation takes several: enough workgroups are left for every core.
 const MANY_ROWS: u32 = 512;
 
-/// In 16-byte loads and stores. (WORKGROUP, LANES, ROWS): those of `norm_vec4`, then several rows an invocation.
-pub(crate) const VEC4: Variant<Gate> = {
+/// In 16-byte loads and stores. (WORKGROUP, LANES, ROWS): those of `norm`, then several rows per invocation.
+pub(crate) const ROWS: Variant<Gate> = {
     const TUNINGS: &[(u32, u32, u32)] = &[(8, 1, 1), (64, 16, 1), (64, 64, 1), (256, 256, 1), (8, 1, 4)];
     Variant::<Gate>::new(
-        ("gate_vec4", include_str!("../../shaders/gate_vec4.wgsl")),
+        ("gate", include_str!("../../shaders/gate.wgsl")),
         TUNINGS.len(),
         |op, context, setting| {
-            if !op.in_vec4() {
-                return Err("rows must be whole 16-byte loads on 16-byte boundaries".to_owned());
-            }
             let (workgroup, lanes, rows) = TUNINGS[setting];
             // A GPU has the row in its cache and arithmetic to spare.
-            let stash = u32::from(context.class == AdapterClass::Software);
-            Ok(op
-                .draft(workgroup, workgroup / lanes * rows, 4 * lanes)
-                .with([("LANES", lanes), ("ROWS", rows), ("STASH", stash)])
-                .bytes(16 * if lanes == 1 { 1 } else { workgroup }))
+            let stash = context.class == AdapterClass::Software;
+            Ok(Draft::new(workgroup, Grid::Folded { items: op.rows.into(), each: workgroup / lanes * rows })
+                .with([
+                    ("STORAGE_F16", op.storage.constant()),
+                    ("ACTIVATION", f64::from(op.activation as u32)),
+                    ("NORM", f64::from(op.norm as u32)),
+                    ("WRITE_STATISTICS", flag(op.statistics_rows > 0)),
+                    ("PADDED", flag(op.segments.is_padded())),
+                    ("STASH", flag(stash)),
+                ])
+                .with([("WORKGROUP", workgroup), ("LANES", lanes), ("ROWS", rows)])
+                .bytes(16 * if lanes == 1 { 1 } else { workgroup })
+                .walks("width", op.segments.width(), 4 * lanes))
         },
         |op, context, plan| {
             whole_rows(op, context, plan)?;
@@ -165,12 +147,11 @@ pub(crate) const VEC4: Variant<Gate> = {
     )
     .auto(|op, context| {
         let software = context.class == AdapterClass::Software;
-        if software && op.rows >= MANY_ROWS { 4 } else { row_lanes(context, op.width) }
+        if software && op.rows >= MANY_ROWS { 4 } else { row_lanes(context, op.segments.width()) }
     })
-    .preferred(|op, _| op.in_vec4())
 };
 
-crate::vary!(Gate { rows, width, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
+crate::vary!(Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for Gate {
@@ -180,9 +161,11 @@ impl crate::sample::Sampled for Gate {
             crate::sample::ROWS.into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage)))
         {
             for (activation, norm) in Activation::ALL.into_iter().flat_map(|a| GateNorm::ALL.map(|norm| (a, norm))) {
-                for (width, statistics_rows) in [3, 8, 1024, 4096].into_iter().flat_map(|w| [0, 1].map(|s| (w, s))) {
-                    let (x_offset, x_row, eps) = (0, width, 1e-5);
-                    all.push(Gate { rows, width, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
+                let of = |(count, parts)| Segments { count, parts };
+                let widths = [(1, [3, 0]), (3, [5, 9]), (1, [8, 0]), (8, [64, 64]), (1, [4096, 0])].map(of);
+                for (segments, statistics_rows) in widths.into_iter().flat_map(|w| [0, 1].map(|s| (w, s))) {
+                    let (x_offset, x_row, eps) = (0, segments.width(), 1e-5);
+                    all.push(Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
                 }
             }
         }
@@ -191,8 +174,9 @@ impl crate::sample::Sampled for Gate {
 
     fn counted() -> Vec<(Self, Cost)> {
         let of = |width, activation, norm, statistics_rows| {
-            let (rows, x_offset, x_row, eps, storage) = (3, 0, width, 1e-5, Storage::F16);
-            Gate { rows, width, x_offset, x_row, eps, activation, norm, statistics_rows, storage }
+            let (rows, segments, x_offset, eps, storage) = (3, Segments::one(width), 0, 1e-5, Storage::F16);
+            let x_row = segments.width();
+            Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage }
         };
         vec![
             // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).

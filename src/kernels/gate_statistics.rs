@@ -5,13 +5,13 @@ use super::norm::{ROW_LANES, row_lanes, whole_rows};
 use crate::config::{Activation, GateNorm};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant};
-use crate::plan::{Draft, Grid, MAX_ITERATIONS, Plan, check_nonzero};
-use crate::storage::{Storage, product, words};
+use crate::plan::{Draft, Grid, MAX_ITERATIONS, Plan, check_nonzero, flag};
+use crate::storage::{Segments, Storage, product, words};
 
 crate::params! {
     /// Uniform parameters, as in the shader.
     pub struct Params {
-        tokens: u32, width: u32, gate_pitch: u32, more_pitch: u32, resident: u32, more_first: u32, eps: f32,
+        tokens: u32, width: u32, used: u32, first: u32, block: u32, first_used: u32, second_used: u32, gate_pitch: u32, more_pitch: u32, resident: u32, more_first: u32, eps: f32,
     }
 }
 
@@ -38,8 +38,8 @@ crate::args! {
 pub struct GateStatistics {
     /// New tokens.
     pub tokens: u32,
-    /// Elements that the norm spans.
-    pub width: u32,
+    /// What the norm spans; `width` is that of its rows.
+    pub segments: Segments,
     /// Rows of `gates`; further rows are those of `gates_more`.
     pub resident: u32,
     /// Rows of `gates_more` that are bound.
@@ -70,19 +70,35 @@ impl Op for GateStatistics {
         if self.norm == GateNorm::None {
             return Err("there are no statistics without a norm".to_owned());
         }
-        check_nonzero(&[("width", self.width)])
+        check_nonzero(&[("count", self.segments.count), ("width", self.segments.width())])
     }
 
     fn params(&self, _: &Plan) -> Params {
-        let GateStatistics { tokens, width, resident, more_first, eps, storage, more_storage, .. } = *self;
+        let GateStatistics { tokens, segments, resident, more_first, eps, storage, more_storage, .. } = *self;
+        let ([first, block], [first_used, second_used]) = (segments.padded_parts(), segments.parts);
+        let (width, used) = (segments.width(), segments.used());
         let (gate_pitch, more_pitch) = (storage.row_pitch(width), more_storage.row_pitch(width));
-        Params { tokens, width, gate_pitch, more_pitch, resident, more_first, eps }
+        Params {
+            tokens,
+            width,
+            used,
+            first,
+            block,
+            first_used,
+            second_used,
+            gate_pitch,
+            more_pitch,
+            resident,
+            more_first,
+            eps,
+        }
     }
 
     fn bytes(&self) -> Args<u64> {
-        let rows = |rows: u32, storage: Storage| storage.sized(product(&[rows, storage.row_pitch(self.width)]));
+        let width = self.segments.width();
+        let rows = |rows: u32, storage: Storage| storage.sized(product(&[rows, storage.row_pitch(width)]));
         Args {
-            kv: words(product(&[self.tokens, self.width])),
+            kv: words(product(&[self.tokens, width])),
             gates: rows(self.resident, self.storage),
             gates_more: rows(self.more, self.more_storage),
             rows: words(self.tokens.into()),
@@ -92,7 +108,8 @@ impl Op for GateStatistics {
     }
 
     fn cost(&self) -> Cost {
-        let GateStatistics { tokens, width, activation, norm, storage, .. } = *self;
+        let GateStatistics { tokens, activation, norm, storage, .. } = *self;
+        let width = self.segments.used();
         // Product, then mean and variance, or the mean square alone.
         let (element, row) = match norm {
             GateNorm::LayerNorm => (5, 4),
@@ -120,22 +137,23 @@ pub(crate) const ROWS: Variant<GateStatistics> = Variant::<GateStatistics>::new(
                 ("SOURCES", sources(op.resident, op.more)),
                 ("ACTIVATION", f64::from(op.activation as u32)),
                 ("NORM", f64::from(op.norm as u32)),
+                ("PADDED", flag(op.segments.is_padded())),
             ])
             .with([("WORKGROUP", workgroup), ("LANES", lanes)])
             .bytes(16 * if lanes == 1 { 1 } else { workgroup })
-            .walks("width", op.width, lanes))
+            .walks("width", op.segments.width(), lanes))
     },
     whole_rows,
 )
 // One invocation walks a row alone where that is fast, unless its loop would be too long.
-.auto(|op, context| match row_lanes(context, op.width) {
-    0 if op.width > MAX_ITERATIONS => WIDE,
+.auto(|op, context| match row_lanes(context, op.segments.width()) {
+    0 if op.segments.width() > MAX_ITERATIONS => WIDE,
     other => other,
 });
 
 crate::vary!(GateStatistics {
     tokens,
-    width,
+    segments,
     resident,
     more,
     more_first,
@@ -156,10 +174,11 @@ impl crate::sample::Sampled for GateStatistics {
                 for activation in Activation::ALL {
                     for norm in [GateNorm::LayerNorm, GateNorm::RmsNorm] {
                         for (resident, more) in [(2, tokens), (0, tokens), (2, 0)] {
-                            let (width, more_first, cache_rows, eps) = (3, 0, tokens, 1e-5);
+                            let segments = Segments { count: 3, parts: [5, 8] };
+                            let (more_first, cache_rows, eps) = (0, tokens, 1e-5);
                             all.push(GateStatistics {
                                 tokens,
-                                width,
+                                segments,
                                 resident,
                                 more,
                                 more_first,
@@ -181,7 +200,7 @@ impl crate::sample::Sampled for GateStatistics {
     fn counted() -> Vec<(Self, Cost)> {
         let op = GateStatistics {
             tokens: 3,
-            width: 7,
+            segments: Segments::one(7),
             resident: 4,
             more: 0,
             more_first: 0,

@@ -3,12 +3,14 @@
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
-use crate::plan::{Draft, Grid, Plan, check_nonzero, flag};
-use crate::storage::{Storage, product, rows_end, words};
+use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero, flag};
+use crate::storage::{Storage, UNIT, padded_width, product, rows_end, words};
 
 crate::params! {
     /// Uniform parameters, as in the shader.
-    pub struct Params { rows: u32, width: u32, second: u32, x_offset: u32, x_row: u32, eps: f32 }
+    pub struct Params {
+        rows: u32, width: u32, second: u32, width_used: u32, second_used: u32, x_offset: u32, x_row: u32, eps: f32,
+    }
 }
 
 crate::args! {
@@ -16,11 +18,11 @@ crate::args! {
     pub struct Args {
         /// f32, rows as in [`Norm`].
         x: Read,
-        /// `[width + second]` in `storage`.
+        /// `[width + second]`, each padded with zeros to [`UNIT`] elements, in `storage`.
         weight: Read,
-        /// `[width + second]` in `storage`; not bound without a bias.
+        /// The same; not bound without a bias.
         bias: Read,
-        /// `[rows, width + second]` f32, written.
+        /// `[rows, width + second]` f32, padded likewise; written.
         y: Write,
     }
 }
@@ -41,11 +43,11 @@ pub struct Norm {
     pub rows: u32,
     /// Elements that a norm spans.
     pub width: u32,
-    /// Elements of a second segment, right behind the first, with a norm of its own; 0 for none.
+    /// Elements of a second segment, behind the first and its padding, with a norm of its own; 0 for none.
     pub second: u32,
-    /// First element of `x`.
+    /// First element of `x`; a multiple of 4.
     pub x_offset: u32,
-    /// From one row of `x` to the next.
+    /// From one row of `x` to the next; a multiple of 4.
     pub x_row: u32,
     /// Added to the mean square or variance.
     pub eps: f32,
@@ -58,28 +60,14 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// Whether every segment of every tensor is a whole number of 16-byte loads that begin on 16-byte boundaries.
-    pub fn in_vec4(&self) -> bool {
-        [self.x_offset, self.x_row].iter().all(|step| step.is_multiple_of(4))
-            && [self.width, self.second].iter().all(|width| width.is_multiple_of(16 / self.storage.bytes() as u32))
+    /// Elements of both segments in memory.
+    fn whole(&self) -> u32 {
+        padded_width(self.width).saturating_add(padded_width(self.second))
     }
 
     /// Segments of all rows.
     fn segments(&self) -> u64 {
         product(&[self.rows, if self.second > 0 { 2 } else { 1 }])
-    }
-
-    /// A draft with `each` segments a workgroup, whose widths are walked `step` elements at a time.
-    fn draft(&self, workgroup_size: u32, each: u32, step: u32) -> Draft {
-        Draft::new(workgroup_size, Grid::Folded { items: self.segments(), each })
-            .with([
-                ("STORAGE_F16", self.storage.constant()),
-                ("CENTER", flag(self.kind == Kind::Layer)),
-                ("HAS_BIAS", flag(self.bias)),
-            ])
-            .with([("WORKGROUP", workgroup_size)])
-            .walks("width", self.width, step)
-            .walks("second", self.second, step)
     }
 }
 
@@ -87,19 +75,22 @@ impl Op for Norm {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "norm";
-    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ROWS];
+    const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
     fn validate(&self) -> Result<(), String> {
-        check_nonzero(&[("width", self.width)])
+        check_nonzero(&[("width", self.width)])?;
+        check_multiples(4, &[("x_offset", self.x_offset), ("x_row", self.x_row)])
     }
 
     fn params(&self, _: &Plan) -> Params {
         let Norm { rows, width, second, x_offset, x_row, eps, .. } = *self;
-        Params { rows, width, second, x_offset, x_row, eps }
+        let (width_used, second_used) = (width, second);
+        let [width, second] = [width, second].map(padded_width);
+        Params { rows, width, second, width_used, second_used, x_offset, x_row, eps }
     }
 
     fn bytes(&self) -> Args<u64> {
-        let whole = self.width.saturating_add(self.second);
+        let whole = self.whole();
         let stored = |elements: u32| self.storage.sized(elements.into());
         Args {
             x: words(rows_end(self.x_offset, self.rows, self.x_row, whole)),
@@ -123,9 +114,6 @@ impl Op for Norm {
         )
     }
 }
-
-/// Workgroup sizes of the kernels that give a workgroup to a row; powers of two, as the reduction needs.
-pub(super) const ROW_WORKGROUPS: &[u32] = &[64, 256, 32];
 
 /// (WORKGROUP, LANES) of the kernels whose invocations share a row in 16-byte loads; powers of two, as putting the parts of a
 /// row together needs.
@@ -151,40 +139,29 @@ pub(super) fn whole_rows<O>(_: &O, _: &PlanContext, plan: &Plan) -> Result<(), &
     ])
 }
 
-/// A power of two, for reductions that halve.
-pub(super) fn halving<O>(_: &O, _: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
-    hold(&[(plan.workgroup_size.is_power_of_two(), "reductions halve: a workgroup is a power of two")])
-}
-
-/// Any widths: a workgroup a row.
+/// In 16-byte loads and stores.
 pub(crate) const ROWS: Variant<Norm> = Variant::<Norm>::new(
     ("norm", include_str!("../../shaders/norm.wgsl")),
-    ROW_WORKGROUPS.len(),
-    |op, _, setting| {
-        let workgroup = ROW_WORKGROUPS[setting];
-        Ok(op.draft(workgroup, 1, workgroup.min(64)).bytes(4 * workgroup))
-    },
-    halving,
-);
-
-/// In 16-byte loads and stores.
-pub(crate) const VEC4: Variant<Norm> = Variant::<Norm>::new(
-    ("norm_vec4", include_str!("../../shaders/norm_vec4.wgsl")),
     ROW_LANES.len(),
     |op, _, setting| {
-        if !op.in_vec4() {
-            return Err("segments must be whole 16-byte loads on 16-byte boundaries".to_owned());
-        }
         let (workgroup, lanes) = ROW_LANES[setting];
-        Ok(op
-            .draft(workgroup, workgroup / lanes, (4 * lanes).min(64))
-            .with([("LANES", lanes)])
-            .bytes(16 * if lanes == 1 { 1 } else { workgroup }))
+        let padded = [op.width, op.second].iter().any(|width| !width.is_multiple_of(UNIT));
+        let step = (4 * lanes).min(64);
+        Ok(Draft::new(workgroup, Grid::Folded { items: op.segments(), each: workgroup / lanes })
+            .with([
+                ("STORAGE_F16", op.storage.constant()),
+                ("CENTER", flag(op.kind == Kind::Layer)),
+                ("HAS_BIAS", flag(op.bias)),
+                ("PADDED", flag(padded)),
+            ])
+            .with([("WORKGROUP", workgroup), ("LANES", lanes)])
+            .bytes(16 * if lanes == 1 { 1 } else { workgroup })
+            .walks("width", op.width, step)
+            .walks("second", op.second, step))
     },
     whole_rows,
 )
-.auto(|op, context| row_lanes(context, op.width.max(op.second)))
-.preferred(|op, _| op.in_vec4());
+.auto(|op, context| row_lanes(context, op.width.max(op.second)));
 
 crate::vary!(Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage });
 
@@ -199,7 +176,7 @@ impl crate::sample::Sampled for Norm {
             crate::sample::ROWS.into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage)))
         {
             for ((kind, bias), (width, second)) in switches.into_iter().flat_map(|s| widths.map(|width| (s, width))) {
-                let (x_offset, x_row, eps) = (0, width + second, 1e-6);
+                let (x_offset, x_row, eps) = (0, padded_width(width) + padded_width(second), 1e-6);
                 all.push(Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage });
             }
         }

@@ -1,15 +1,15 @@
 //! Our side: the only file that calls into egmla.
 
 use bytemuck::cast_slice;
+use egmla::adapter::{AdapterClass, Tuning};
 use egmla::attention::{absorbed_of, prefill_of};
 use egmla::device::{Kernels, Region};
-use egmla::readback;
-use egmla::recording::Recording;
 use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
 use egmla::kernels::attention_prefill::QueryTile;
 use egmla::kernels::cache_read::SequenceRow;
 use egmla::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
-use egmla::adapter::{AdapterClass, Tuning};
+use egmla::readback;
+use egmla::recording::Recording;
 use egmla::storage::Storage;
 use egmla::wgpu;
 

@@ -6,70 +6,53 @@ use super::{SEED, widen};
 use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, pack};
 use crate::error::Result;
+use crate::kernels::attention_decode;
 use crate::kernels::attention_decode::SPLIT;
-use crate::kernels::{AttentionDecode, attention_decode};
-use crate::op::Variant;
 use crate::reference;
 use crate::storage::Storage;
-
-const VARIANTS: [&Variant<AttentionDecode>; 2] = [&attention_decode::PLAIN, &attention_decode::VEC4];
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
     for storage in Storage::ALL {
         for (name, lengths, widths) in few_sizes() {
             let (n_head, d_nope, d_rope, d_value) = widths;
             let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-            for variant in VARIANTS {
-                // Rebuilt keys and values are f32, cached ones either.
-                for kv_storage in Storage::ALL {
-                    if takes(variant, widths, storage, kv_storage) {
-                        let id = format!("{id}_kv_{}", kv_storage.name());
-                        cases.push(Case::new(variant.spec.name, id, move |lab| {
-                            decode(lab, variant, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
-                        }));
-                    }
+            // Rebuilt keys and values are f32, cached ones either.
+            for kv_storage in Storage::ALL {
+                if in_whole_loads(widths, storage, kv_storage) {
+                    let id = format!("{id}_kv_{}", kv_storage.name());
+                    cases.push(Case::new("attention_decode", id, move |lab| {
+                        decode(lab, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
+                    }));
                 }
             }
         }
         // Speculative decoding: candidates that see each other, across the border of a split.
         let (lengths, widths) = (&[258, 1, 40, 511], (3, 16, 8, 16));
         for most in [2, 16] {
-            let id = format!("q{most}/{}", storage.name());
-            for variant in VARIANTS {
-                cases.push(Case::new(variant.spec.name, id.clone(), move |lab| {
-                    decode(lab, variant, lengths, most, widths, (storage, storage), Extreme::Plain)
-                }));
-            }
+            cases.push(Case::new("attention_decode", format!("q{most}/{}", storage.name()), move |lab| {
+                decode(lab, lengths, most, widths, (storage, storage), Extreme::Plain)
+            }));
         }
     }
     for extreme in Extreme::ALL {
         for storage in Storage::ALL {
             let (lengths, widths, id) =
                 (&[300, 1, 255], (3, 16, 8, 16), format!("{}/{}", extreme.name(), storage.name()));
-            for variant in VARIANTS {
-                cases.push(Case::new(variant.spec.name, id.clone(), move |lab| {
-                    decode(lab, variant, lengths, 1, widths, (storage, storage), extreme)
-                }));
-            }
+            cases.push(Case::new("attention_decode", id, move |lab| {
+                decode(lab, lengths, 1, widths, (storage, storage), extreme)
+            }));
         }
     }
 }
 
-/// Whether a kernel over keys and values of few queries takes these widths.
-fn takes(
-    variant: &'static Variant<AttentionDecode>,
-    (_, d_nope, d_rope, d_value): Widths,
-    storage: Storage,
-    kv_storage: Storage,
-) -> bool {
+/// Whether rows of these widths are whole 16-byte loads, as the kernel asks.
+fn in_whole_loads((_, d_nope, d_rope, d_value): Widths, storage: Storage, kv_storage: Storage) -> bool {
     let whole = |width: usize, storage: Storage| width.is_multiple_of(16 / storage.bytes() as usize);
-    let any = variant.spec.name == attention_decode::PLAIN.spec.name;
-    any || whole(d_nope, kv_storage) && whole(d_value, kv_storage) && whole(d_rope, storage)
+    whole(d_nope, kv_storage) && whole(d_value, kv_storage) && whole(d_rope, storage)
 }
 
 fn decode(
     lab: &Lab<'_>,
-    variant: &'static Variant<AttentionDecode>,
     lengths: &[u32],
     most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
@@ -80,7 +63,7 @@ fn decode(
     let slots = batch.slots();
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
     let tolerance = attention_tolerance(d_query, SPLIT as usize, extreme.spread());
-    every_tuning(variant.spec.tunings, tolerance, |tuning| {
+    every_tuning(attention_decode::LANES.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
         let mut kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -131,7 +114,7 @@ fn decode(
                     partial_values: &values.region,
                     partial_softmax: &softmax.region,
                 };
-                recording.add_variant(variant, &problem, args, tuning)?;
+                recording.add_variant(&attention_decode::LANES, &problem, args, tuning)?;
             }
             Ok(())
         })?;

@@ -49,11 +49,6 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             add(variant, &["chunk", "ragged"], widths, &[Storage::F32]);
         }
     }
-    add(&attention_prefill::ROWS, &["chunk"], (9, 5, 2, 7), &Storage::ALL);
-    add(&attention_prefill::ROWS, &every, (3, 5, 6, 7), &Storage::ALL);
-    for widths in [(1, 8, 4, 8), (1, 16, 0, 33), (2, 0, 6, 16), (63, 3, 2, 1), (2, 3, 2, 129)] {
-        add(&attention_prefill::ROWS, &["chunk"], widths, &Storage::ALL);
-    }
     for variant in [&attention_prefill::COOPERATIVE, &attention_prefill::COOPERATIVE_8] {
         // Wide values and narrow ones, one and several chunks of queries and keys, a second slice.
         add(variant, &every, (3, 16, 8, 16), &[Storage::F16]);
@@ -63,7 +58,6 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     }
     for (variant, widths, storage) in [
         (&attention_prefill::TILES, (2, 16, 8, 16), Storage::F32),
-        (&attention_prefill::ROWS, (2, 15, 6, 15), Storage::F32),
         (&attention_prefill::SUBGROUP, (2, 16, 8, 16), Storage::F32),
         (&attention_prefill::COOPERATIVE, (2, 16, 8, 16), Storage::F16),
         (&attention_prefill::COOPERATIVE_8, (2, 16, 8, 16), Storage::F16),

@@ -1,4 +1,4 @@
-//! Cases of `cache_append`: both ways of rotating, what stands behind a row, and how latents become halves.
+//! Cases of `cache_append`: turned and as they are, in rows that stand apart, and how latents become halves.
 
 use super::batch::{row_words, unpack};
 use super::{SEED, widen};
@@ -6,67 +6,37 @@ use crate::adapter::AdapterClass;
 use crate::check::compare::{Comparison, Tolerance};
 use crate::check::guarded::Guarded;
 use crate::check::random::Random;
-use crate::check::view::View;
 use crate::check::{Case, Lab, Outcome, every_tuning, not_run};
 use crate::config::RopeConfig;
 use crate::error::Result;
-use crate::kernels::{CacheAppend, cache_append};
-use crate::op::{Op as _, Variant};
+use crate::kernels::cache_append;
+use crate::op::Op as _;
 use crate::reference;
 use crate::storage::Storage;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
     for storage in Storage::ALL {
-        for (d_latent, d_rope) in [(1, 0), (5, 2), (32, 16), (63, 6), (8, 64)] {
-            let id = format!("{d_latent}+{d_rope}/{}", storage.name());
-            // Odd widths as they are, the others rotated in the one way or the other.
-            let interleave = if d_rope % 2 == 1 { None } else { Some(d_latent % 2 == 1) };
-            let sizes = (d_latent, d_rope, 1);
-            cases.push(Case::new("cache_append", id, move |lab| {
-                append(lab, &cache_append::ELEMENTS, sizes, interleave, storage)
-            }));
+        for (d_latent, d_rope, rotate) in
+            [(8, 0, true), (16, 8, false), (8, 16, true), (72, 24, true), (512, 64, true), (32, 80, true)]
+        {
+            let how = if rotate { "turned" } else { "as_they_are" };
+            let id = format!("{d_latent}+{d_rope}_{how}/{}", storage.name());
+            cases.push(Case::new("cache_append", id, move |lab| append(lab, d_latent, d_rope, rotate, storage)));
         }
     }
-    for storage in Storage::ALL {
-        for (d_latent, d_rope, interleave) in [
-            (8, 0, Some(true)),
-            (16, 8, None),
-            (8, 16, Some(false)),
-            (72, 24, Some(true)),
-            (512, 64, Some(true)),
-            (32, 80, Some(false)),
-        ] {
-            let pairs = match interleave {
-                None => "as_they_are",
-                Some(true) => "neighbours",
-                Some(false) => "halves",
-            };
-            let (id, sizes) = (format!("{d_latent}+{d_rope}_{pairs}/{}", storage.name()), (d_latent, d_rope, 4));
-            cases.push(Case::new("cache_append_vec4", id, move |lab| {
-                append(lab, &cache_append::VEC4, sizes, interleave, storage)
-            }));
-        }
-    }
-    for variant in [&cache_append::ELEMENTS, &cache_append::VEC4] {
-        cases.push(Case::new(variant.spec.name, "rounding/f16", move |lab| halves(lab, variant)));
-    }
+    cases.push(Case::new("cache_append", "rounding/f16", halves));
 }
 
-/// `step` elements stand between rows, and words before the rotary keys of the cache.
-fn append(
-    lab: &Lab<'_>,
-    variant: &'static Variant<CacheAppend>,
-    (d_latent, d_rope, step): (u32, u32, u32),
-    interleave: Option<bool>,
-    storage: Storage,
-) -> Result<Vec<Outcome>> {
+/// Four elements stand between rows, and four words before the rotary keys of the cache.
+fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Storage) -> Result<Vec<Outcome>> {
+    let step = 4;
     // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
     // The rotation's own error in f32 is that of two products and a sum.
     let tolerance = match storage {
         Storage::F32 => Tolerance::sums(&[2]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(variant.spec.tunings, tolerance, |tuning| {
+    every_tuning(cache_append::ROWS.spec.tunings, tolerance, |tuning| {
         let mut random = Random::new(SEED);
         let slots = [4, 0, 6, 1, 9];
         let tokens = slots.len() as u32;
@@ -95,7 +65,7 @@ fn append(
         let q = lab.floats(&q_values)?;
         // The rotary keys begin a little behind the latents.
         let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
-        let rope_word = latent_words + 4 - step as usize % 4;
+        let rope_word = latent_words + 4;
         let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
         let problem = cache_append::CacheAppend {
             tokens,
@@ -106,7 +76,7 @@ fn append(
             d_rope,
             rope_offset: d_latent,
             rope_row: row,
-            interleave,
+            rotate,
             queries,
             rope_byte: 4 * rope_word as u64,
             storage,
@@ -119,7 +89,7 @@ fn append(
             cache: &cache.region,
             q: &q.region,
         };
-        lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(&cache_append::ROWS, &problem, args, tuning))?;
         let mut comparisons = Vec::new();
         let words = lab.read(&cache)?;
         for (first_word, first, width) in [(0, 0, d_latent), (rope_word, d_latent, d_rope)] {
@@ -132,28 +102,20 @@ fn append(
                 .flat_map(|token| values[(token * row + first) as usize..][..width as usize].to_vec())
                 .map(|value| value.clamp(-largest, largest).into())
                 .collect();
-            if let (Some(interleave), true) = (interleave, first > 0) {
-                reference::rope(&mut new, &turns, 1, d_rope as usize, d_rope as usize, interleave);
+            if rotate && first > 0 {
+                reference::rope(&mut new, &turns, 1, d_rope as usize, d_rope as usize, true);
             }
             let mut expected = vec![f64::NAN; (cached * width) as usize];
             reference::cache_append(&mut expected, &new, width as usize, &slots);
             comparisons.push(lab.compare_views(&[(&words, got)], &expected, tolerance));
-            // What kernels multiply by zero must be a number: it was none before.
-            let padding = padding_of(first_word, cached, width, storage);
-            let [_, elements] = padding.counts;
-            if elements > 0 {
-                let mut zeros = vec![f64::NAN; cached as usize * elements];
-                reference::cache_append(&mut zeros, &vec![0.0; slots.len() * elements], elements, &slots);
-                comparisons.push(lab.compare_views(&[(&words, padding)], &zeros, Tolerance::EXACT));
-            }
         }
         let mut expected = widen(&q_values);
-        if let Some(interleave) = interleave {
+        if rotate {
             for (token, turn) in turns.chunks((d_rope as usize / 2).max(1)).enumerate().take(tokens as usize) {
                 for head in 0..n_head as usize {
                     let at = queries.offset as usize + token * queries.row as usize + head * queries.head as usize;
                     let part = &mut expected[at..at + d_rope as usize];
-                    reference::rope(part, turn, 1, d_rope as usize, d_rope as usize, interleave);
+                    reference::rope(part, turn, 1, d_rope as usize, d_rope as usize, true);
                 }
             }
         }
@@ -167,12 +129,11 @@ fn append(
 
 /// How latents become halves: where a value lies between two, one of them is right. Integers round as IEEE 754 does, to the
 /// nearest and of two to the even one; `pack2x16float` rounds as the driver does, and may take numbers below 2^-14 for 0.
-fn halves(lab: &Lab<'_>, variant: &'static Variant<CacheAppend>) -> Result<Vec<Outcome>> {
+fn halves(lab: &Lab<'_>) -> Result<Vec<Outcome>> {
     if lab.capture.is_some() {
         return Ok(vec![not_run("two answers are right, which a table of expected values does not say".to_owned())]);
     }
-    let integers =
-        variant.spec.name == cache_append::VEC4.spec.name && lab.kernels.context().class == AdapterClass::Software;
+    let integers = lab.kernels.context().class == AdapterClass::Software;
     let mut values = Vec::new();
     // Both neighbours, the tie and what lies beside it, in every binade from the smallest half to the largest.
     for exponent in -25..16 {
@@ -186,7 +147,7 @@ fn halves(lab: &Lab<'_>, variant: &'static Variant<CacheAppend>) -> Result<Vec<O
     values.extend(ends.iter().flat_map(|&end| [end, -end]));
     values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
     values.resize(values.len().next_multiple_of(8), 0.0);
-    every_tuning(variant.spec.tunings, Tolerance::EXACT, |tuning| {
+    every_tuning(cache_append::ROWS.spec.tunings, Tolerance::EXACT, |tuning| {
         let width = values.len() as u32;
         let source = lab.floats(&values)?;
         let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
@@ -200,7 +161,7 @@ fn halves(lab: &Lab<'_>, variant: &'static Variant<CacheAppend>) -> Result<Vec<O
             d_rope: 0,
             rope_offset: 0,
             rope_row: 4,
-            interleave: None,
+            rotate: false,
             queries: cache_append::Queries::default(),
             rope_byte: 2 * u64::from(width),
             storage: Storage::F16,
@@ -213,7 +174,7 @@ fn halves(lab: &Lab<'_>, variant: &'static Variant<CacheAppend>) -> Result<Vec<O
             cache: &cache.region,
             q: &lab.floats(&[0.0; 4])?.region,
         };
-        lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
+        lab.launch(|recording| recording.add_variant(&cache_append::ROWS, &problem, args, tuning))?;
         let got = unpack(0, 1, width, Storage::F16).apply(&lab.read(&cache)?.words);
         let right = |(&value, &got): (&f32, &f32)| {
             let bounded = if value.is_finite() { value.clamp(-65_504.0, 65_504.0) } else { value };
@@ -233,11 +194,4 @@ fn halves(lab: &Lab<'_>, variant: &'static Variant<CacheAppend>) -> Result<Vec<O
         };
         Ok(vec![Comparison { relative_error: 0.0, verdict }])
     })
-}
-
-/// What stands behind the last element of each row.
-fn padding_of(first_word: usize, rows: u32, width: u32, storage: Storage) -> View {
-    let values = unpack(first_word, rows, width, storage);
-    let padding = values.strides[0] - width as usize;
-    View { first: values.first + width as usize, counts: [rows as usize, padding], ..values }
 }

@@ -1,63 +1,76 @@
 //! Cases of `gate`: every activation with every norm, statistics out of order, rows of wider ones.
 
-use super::{SEED, widen};
+use super::{SEED, spread, widen};
 use crate::check::compare::Tolerance;
 use crate::check::random::Random;
-use crate::check::{Case, every_tuning};
+use crate::check::{Case, every_tuning, pack};
 use crate::config::{Activation, GateNorm};
-use crate::kernels::{Gate, gate};
-use crate::op::Variant;
+use crate::error::Result;
+use crate::kernels::gate;
 use crate::reference;
-use crate::storage::Storage;
+use crate::storage::{Segments, Storage};
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
-    let every = |rows, width| {
-        let norms = move |activation| GateNorm::ALL.map(|norm| (activation, norm, rows, width));
+    let every = |rows, segments| {
+        let norms = move |activation| GateNorm::ALL.map(|norm| (activation, norm, rows, segments));
         Activation::ALL.into_iter().flat_map(norms)
     };
-    let normed = |(rows, width)| (Activation::Sigmoid, GateNorm::LayerNorm, rows, width);
-    let any = [(1, 1), (3, 63), (2, 64), (1, 65), (4, 257), (130, 24)].map(normed);
-    // The last has rows enough for several an invocation, and a rest.
-    let whole = [(1, 8), (3, 64), (33, 1000), (4, 2056), (130, 24), (541, 16)].map(normed);
+    let normed = |(rows, segments)| (Activation::Sigmoid, GateNorm::LayerNorm, rows, segments);
+    let heads = |count, first, second| Segments { count, parts: [first, second] };
+    // Parts that end anywhere in a load, and one that is not there.
+    let padded = [
+        (1, Segments::one(1)),
+        (3, Segments::one(63)),
+        (2, heads(1, 0, 5)),
+        (1, heads(3, 5, 8)),
+        (4, heads(9, 1, 3)),
+        (530, heads(2, 3, 9)),
+    ];
+    // The last has rows enough for several per invocation, and a rest.
+    let whole = [(1, 8), (3, 64), (33, 1000), (4, 2056), (130, 24), (541, 16)];
+    let whole = whole.map(|(rows, width)| (rows, Segments::one(width)));
     for storage in Storage::ALL {
-        for sizes in every(5, 33).chain(any) {
-            cases.push(gate_case(&gate::ROWS, sizes, (2, 3), storage));
-        }
-        for sizes in every(35, 40).chain(whole) {
-            cases.push(gate_case(&gate::VEC4, sizes, (4, 12), storage));
+        let sizes = [every(5, heads(3, 7, 4)), every(35, heads(1, 24, 16))];
+        for sizes in sizes.into_iter().flatten().chain(padded.map(normed)).chain(whole.map(normed)) {
+            cases.push(gate_case(sizes, storage));
         }
     }
 }
 
-fn gate_case(
-    variant: &'static Variant<Gate>,
-    (activation, norm, rows, width): (Activation, GateNorm, u32, u32),
-    (offset, more): (u32, u32),
-    storage: Storage,
-) -> Case {
-    let id = format!("{activation:?}_{norm:?}_{rows}x{width}/{}", storage.name());
-    Case::new(variant.spec.name, id, move |lab| {
-        let tolerance = Tolerance::sums(&[width as usize, width as usize]);
-        every_tuning(variant.spec.tunings, tolerance, |tuning| {
+fn gate_case((activation, norm, rows, segments): (Activation, GateNorm, u32, Segments), storage: Storage) -> Case {
+    let Segments { count, parts: [first, second] } = segments;
+    let id = format!("{activation:?}_{norm:?}_{rows}x{count}x{first}+{second}/{}", storage.name());
+    Case::new("gate", id, move |lab| {
+        let (width, whole) = (segments.used() as usize, segments.width());
+        let tolerance = Tolerance::sums(&[width, width]);
+        every_tuning(gate::ROWS.spec.tunings, tolerance, |tuning| {
             let mut random = Random::new(SEED);
-            let pitch = width + more;
-            let x_values = random.values((offset + rows * pitch) as usize, 1.0);
-            let mut g_values = random.values((rows * width) as usize, 1.0);
+            // Rows stand apart, behind an offset.
+            let (offset, pitch) = (4, whole + 12);
+            let dense = random.values(rows as usize * width, 1.0);
+            let mut x_values = random.values((offset + rows * pitch) as usize, 1.0);
+            for (row, values) in spread(&dense, &segments.parts, || 0.0).chunks(whole as usize).enumerate() {
+                x_values[offset as usize + row * pitch as usize..][..values.len()].copy_from_slice(values);
+            }
+            let mut g_values = random.values(rows as usize * width, 1.0);
             // Where exponentials overflow and tanh saturates.
             let ends = [95.0, -95.0].into_iter().cycle();
             g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
-            let (x, g) = (lab.floats(&x_values)?, lab.floats(&g_values)?);
-            let (weight, w) = lab.stored(&random.values(width as usize, 1.0), storage)?;
-            let (bias, b) = lab.stored(&random.values(width as usize, 1.0), storage)?;
+            let (x, g) = (lab.floats(&x_values)?, lab.floats(&spread(&g_values, &segments.parts, || 0.5))?);
+            let mut affine = || -> Result<_> {
+                let values = random.values(width, 1.0);
+                Ok((lab.stored(&spread(&values, &segments.parts, || 0.0), storage)?.0, pack(&values, storage).1))
+            };
+            let ((weight, w), (bias, b)) = (affine()?, affine()?);
             // Statistics land backwards and one row apart; the last row has none.
             let statistics_rows = rows + 2;
             let slot = |row: u32| if row + 1 == rows { u32::MAX } else { rows - row };
             let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
-            let y = lab.output((rows * width) as usize)?;
+            let y = lab.output((rows * whole) as usize)?;
             let statistics = lab.output(2 * statistics_rows as usize)?;
             let problem = gate::Gate {
                 rows,
-                width,
+                segments,
                 x_offset: offset,
                 x_row: pitch,
                 eps: 1e-5,
@@ -75,22 +88,21 @@ fn gate_case(
                 y: &y.region,
                 statistics: &statistics.region,
             };
-            lab.launch(|recording| recording.add_variant(variant, &problem, args, tuning))?;
-            let row_of = |row: u32| &x_values[(offset + row * pitch) as usize..][..width as usize];
-            let dense = widen(&(0..rows).flat_map(row_of).copied().collect::<Vec<_>>());
+            lab.launch(|recording| recording.add_variant(&gate::ROWS, &problem, args, tuning))?;
             let (weight, bias) = match norm {
                 GateNorm::LayerNorm => (Some(&w[..]), Some(&b[..])),
                 GateNorm::RmsNorm => (Some(&w[..]), None),
                 GateNorm::None => (None, None),
             };
-            let g = widen(&g_values);
-            let expected = reference::gate(&dense, &g, activation, norm, weight, bias, width as usize, 1e-5);
+            let (dense, g) = (widen(&dense), widen(&g_values));
+            let expected = reference::gate(&dense, &g, activation, norm, weight, bias, width, 1e-5);
             let mut all = vec![f64::NAN; 2 * statistics_rows as usize];
             for row in 0..rows.saturating_sub(1) {
                 let at = 2 * slot(row) as usize;
                 all[at..at + 2].copy_from_slice(&expected.statistics[row as usize]);
             }
-            Ok(vec![lab.compare(&y, &expected.values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
+            let values = spread(&expected.values, &segments.parts, || 0.0);
+            Ok(vec![lab.compare(&y, &values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
         })
     })
 }

@@ -1,6 +1,6 @@
 //! Cases of `gate_statistics`: rows of both tables, of the further one alone, of the resident one alone.
 
-use super::{SEED, widen};
+use super::{SEED, spread, widen};
 use crate::attention::groups::NO_ROW;
 use crate::check::compare::Tolerance;
 use crate::check::random::Random;
@@ -9,18 +9,21 @@ use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernels::gate_statistics;
 use crate::reference;
-use crate::storage::Storage;
+use crate::storage::{Segments, Storage};
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
     for storage in Storage::ALL {
-        for (rows, width) in [(1, 1), (3, 7), (4, 64), (9, 130), (6, 33), (38, 5)] {
-            let id = format!("{rows}x{width}/{}", storage.name());
-            cases.push(Case::new("gate_statistics", id, move |lab| measure(lab, rows, width, storage)));
+        let sizes = [(1, 1, 1, 0), (3, 3, 2, 1), (4, 2, 24, 8), (9, 13, 6, 4), (6, 1, 0, 33), (38, 5, 0, 1)];
+        for (rows, count, first, second) in sizes {
+            let id = format!("{rows}x{count}x{first}+{second}/{}", storage.name());
+            let segments = Segments { count, parts: [first, second] };
+            cases.push(Case::new("gate_statistics", id, move |lab| measure(lab, rows, segments, storage)));
         }
     }
 }
 
-fn measure(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage) -> Result<Vec<Outcome>> {
+fn measure(lab: &Lab<'_>, tokens: u32, segments: Segments, storage: Storage) -> Result<Vec<Outcome>> {
+    let width = segments.used();
     let tolerance = Tolerance::sums(&[width as usize]);
     every_tuning(gate_statistics::ROWS.spec.tunings, tolerance, |tuning| {
         let mut comparisons = Vec::new();
@@ -33,20 +36,15 @@ fn measure(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage) -> Result<V
             let mut random = Random::new(SEED);
             let (more_first, cached) = (2, tokens + 2);
             let kv_values = random.values((tokens * width) as usize, 1.0);
-            let pitched = |values: &[f32], storage: Storage| {
-                let pitch = storage.row_pitch(width) as usize;
-                let rows: Vec<f32> = values
-                    .chunks(width as usize)
-                    .flat_map(|row| [row, &vec![0.0; pitch - row.len()]].concat())
-                    .collect();
-                pack(&rows, storage)
-            };
+            // What the padding holds does not count.
+            let pitched = |values: &[f32], storage: Storage| pack(&spread(values, &segments.parts, || 0.5), storage);
             let gate_values = random.values((resident * width) as usize, 1.0);
             let more_rows = if further { more_first + tokens } else { 0 };
             let more_values = random.values((more_rows * width) as usize, 1.0);
             let gates = lab.words(&pitched(&gate_values, storage).0)?;
             let more = lab.words(&pitched(&more_values, Storage::F32).0)?;
-            let (kv, kept) = (lab.floats(&kv_values)?, pack(&gate_values, storage).1);
+            let kv = lab.floats(&spread(&kv_values, &segments.parts, || 7.0))?;
+            let kept = pack(&gate_values, storage).1;
             // A resident row, then one of `gates_more` by number, then one by token.
             let row_of = |token: u32| match (resident, further) {
                 (_, false) => token % resident,
@@ -59,7 +57,7 @@ fn measure(lab: &Lab<'_>, tokens: u32, width: u32, storage: Storage) -> Result<V
             let (statistics, absent) = (lab.output(2 * cached as usize)?, lab.kernels.absent());
             let problem = gate_statistics::GateStatistics {
                 tokens,
-                width,
+                segments,
                 resident,
                 more: more_rows,
                 more_first,

@@ -7,6 +7,7 @@ mod extreme;
 mod grouped_batch;
 
 use super::Case;
+use crate::storage::padded_width;
 
 /// Seed of every case's inputs: cases differ by their sizes.
 const SEED: u64 = 20;
@@ -23,6 +24,22 @@ macro_rules! declare {
     };
 }
 crate::for_each_operation!(declare);
+
+/// Rows of parts, one after another, with every part padded to whole loads; `filling` gives the padding.
+fn spread<T: Copy>(rows: &[T], parts: &[u32], mut filling: impl FnMut() -> T) -> Vec<T> {
+    let mut rest = rows;
+    let mut spread = Vec::new();
+    for &part in parts.iter().cycle() {
+        if rest.is_empty() {
+            break;
+        }
+        let (own, behind) = rest.split_at(part as usize);
+        rest = behind;
+        spread.extend_from_slice(own);
+        spread.extend((part..padded_width(part)).map(|_| filling()));
+    }
+    spread
+}
 
 fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| value.into()).collect()

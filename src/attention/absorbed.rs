@@ -1,0 +1,65 @@
+//! Attention over the latents themselves.
+
+use super::frame::Frame;
+use crate::error::Result;
+use crate::kernels::attention_absorbed;
+use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::matmul::{Layout, Matmul};
+
+impl Frame<'_> {
+    pub fn attend_absorbed(&mut self) -> Result<()> {
+        let (layer, step, workspace) = (self.layer, self.step, self.workspace);
+        let widths = &layer.widths;
+        let (n_head, d_latent, d_nope, d_value) = (widths.n_head, widths.d_latent, widths.d_nope, widths.d_value);
+        // Rows of kv_b_proj that belong to one head.
+        let head_weights = (d_nope + d_value) * d_latent;
+        let latents = Layout { offset: 0, row: n_head * d_latent, inner: 1, batch: d_latent };
+        let kv_b_proj = &layer.weights.kv_b_proj;
+
+        // a[h] = W_K[h]ᵀ q_C[h]
+        let absorb = Matmul {
+            batch: n_head,
+            x: Layout { offset: 0, row: widths.queries(), inner: 1, batch: widths.d_query() },
+            w: Layout { offset: 0, row: 1, inner: d_latent, batch: head_weights },
+            y: latents,
+            ..self.linear(step.tokens, d_nope, d_latent)
+        };
+        self.product(&absorb, &workspace.q, kv_b_proj, None, &workspace.absorbed)?;
+
+        let op = attention_absorbed::AttentionAbsorbed {
+            tokens: step.tokens,
+            most_tokens: step.most_tokens,
+            partials: step.partials,
+            n_sequence: step.n_sequence,
+            splits: step.rows / SPLIT,
+            n_head,
+            d_latent,
+            d_nope,
+            d_rope: widths.d_rope,
+            cache_rows: self.cache.rows(),
+            scale: layer.config.scale() as f32,
+            storage: self.cache.options().storage,
+        };
+        let args = attention_absorbed::Args {
+            absorbed: &workspace.absorbed,
+            q: &workspace.q,
+            latent_cache: &self.cached.latent,
+            rope_cache: &self.cached.rope_key,
+            sequences: &step.decoding,
+            partial_values: &workspace.partial_values,
+            partial_softmax: &workspace.partial_softmax,
+        };
+        self.recording.add(&op, args)?;
+        self.combine(d_latent, &workspace.combined)?;
+
+        // o[h] = W_V[h] S[h]
+        let values = Matmul {
+            batch: n_head,
+            x: latents,
+            w: Layout { offset: d_nope * d_latent, row: d_latent, inner: 1, batch: head_weights },
+            y: Layout { offset: 0, row: widths.values(), inner: 1, batch: d_value },
+            ..self.linear(step.tokens, d_latent, d_value)
+        };
+        self.product(&values, &workspace.combined, kv_b_proj, None, &workspace.values)
+    }
+}

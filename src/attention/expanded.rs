@@ -1,0 +1,148 @@
+//! Attention over keys and values that are rebuilt from the cache, a tile of rows at a time.
+
+use super::frame::{Frame, Latents, Statistics};
+use super::step::Mode;
+use crate::device::Region;
+use crate::error::Result;
+use crate::kernels::{attention_combine, attention_decode, attention_prefill, cache_read};
+use crate::storage::Storage;
+
+impl<'a> Frame<'a> {
+    pub fn attend_expanded(&mut self) -> Result<()> {
+        let step = self.step;
+        let mut first = 0;
+        while first < step.rows {
+            let rows = self.workspace.tile_rows.min(step.rows - first);
+            // The padding behind the last sequence is never read.
+            let kv = self.rebuild(first, rows.min(step.used_rows - first))?;
+            match step.mode {
+                Mode::Prefill => self.prefill_tile(first, rows, kv)?,
+                Mode::Decode => self.decode_tile(first, rows, kv)?,
+            }
+            first += rows;
+        }
+        match step.mode {
+            Mode::Prefill => Ok(()),
+            Mode::Decode => self.combine(self.layer.widths.d_value, &self.workspace.values),
+        }
+    }
+
+    fn prefill_tile(&mut self, kv_first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
+        let (layer, step, workspace) = (self.layer, self.step, self.workspace);
+        let op = attention_prefill::AttentionPrefill {
+            tokens: step.tokens,
+            query_tiles: step.query_tiles,
+            tile_q: step.tile_q,
+            n_sequence: step.n_sequence,
+            n_head: layer.widths.n_head,
+            d_nope: layer.widths.d_nope,
+            d_rope: layer.widths.d_rope,
+            d_value: layer.widths.d_value,
+            kv_first,
+            kv_rows,
+            cache_rows: self.cache.rows(),
+            first: kv_first == 0,
+            last: kv_first + kv_rows == step.rows,
+            scale: layer.config.scale() as f32,
+            weights: layer.storage,
+            storage: self.cache.options().storage,
+        };
+        let args = attention_prefill::Args {
+            q: &workspace.q,
+            kv,
+            rope_cache: &self.cached.rope_key,
+            queries: &step.queries,
+            sequences: &step.sequences,
+            values: &workspace.values,
+            softmax: &workspace.softmax,
+        };
+        self.recording.add(&op, args)
+    }
+
+    fn decode_tile(&mut self, kv_first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
+        let (layer, step, workspace) = (self.layer, self.step, self.workspace);
+        let op = attention_decode::AttentionDecode {
+            tokens: step.tokens,
+            most_tokens: step.most_tokens,
+            partials: step.partials,
+            n_sequence: step.n_sequence,
+            n_head: layer.widths.n_head,
+            d_nope: layer.widths.d_nope,
+            d_rope: layer.widths.d_rope,
+            d_value: layer.widths.d_value,
+            kv_first,
+            kv_rows,
+            cache_rows: self.cache.rows(),
+            scale: layer.config.scale() as f32,
+            storage: self.cache.options().storage,
+            kv_storage: Storage::F32,
+        };
+        let args = attention_decode::Args {
+            q: &workspace.q,
+            kv,
+            rope_cache: &self.cached.rope_key,
+            sequences: &step.decoding,
+            partial_values: &workspace.partial_values,
+            partial_softmax: &workspace.partial_softmax,
+        };
+        self.recording.add(&op, args)
+    }
+
+    /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile, gated and normed where the configuration says so.
+    fn rebuild(&mut self, first_row: u32, rows: u32) -> Result<&'a Region> {
+        let (layer, workspace) = (self.layer, self.workspace);
+        let widths = &layer.widths;
+        let gate = layer.config.up_projected_gate();
+        let op = cache_read::CacheRead {
+            first_row,
+            rows,
+            cache_rows: self.cache.rows(),
+            d_latent: widths.d_latent,
+            n_sequence: self.step.n_sequence,
+            table: gate.map(|gate| cache_read::Table {
+                d_gate: widths.d_gate,
+                vocab_size: gate.vocab_size,
+                storage: layer.storage,
+            }),
+            storage: self.cache.options().storage,
+        };
+        let gate_embedding = match gate {
+            Some(_) => &self.gate_weights()?.embedding,
+            None => &self.absent,
+        };
+        let args = cache_read::Args {
+            latent_cache: &self.cached.latent,
+            id_cache: &self.cache.ids().unwrap_or_else(|| self.absent.clone()),
+            sequences: &self.step.sequences,
+            gate_embedding,
+            latent: &workspace.tile_latent,
+            embedding: &workspace.gate_rows,
+            slots: &workspace.tile_slots,
+        };
+        self.recording.add(&op, args)?;
+        let op = self.linear(rows, widths.d_latent, widths.d_kv());
+        self.product(&op, &workspace.tile_latent, &layer.weights.kv_b_proj, None, &workspace.kv)?;
+        let Some(gate) = gate else { return Ok(&workspace.kv) };
+        let cache_rows = self.cache.rows();
+        let statistics = self.cached.statistics.as_ref();
+        let statistics = statistics.map(|to| Statistics { slots: &workspace.tile_slots, to, rows: cache_rows });
+        let x = Latents { region: &workspace.kv, offset: 0, row: widths.d_kv() };
+        self.gate(gate, rows, x, statistics, &workspace.kv_gated)?;
+        Ok(&workspace.kv_gated)
+    }
+
+    /// Joins the partial results of the kernels that split the cache by rows.
+    pub fn combine(&mut self, width: u32, values: &Region) -> Result<()> {
+        let (step, workspace) = (self.step, self.workspace);
+        let n_head = self.layer.widths.n_head;
+        let op = attention_combine::AttentionCombine { tokens: step.tokens, n_head, width, splits: step.partials };
+        let args = attention_combine::Args {
+            partial_values: &workspace.partial_values,
+            partial_softmax: &workspace.partial_softmax,
+            ranges: &step.ranges,
+            values,
+            lse: &workspace.lse,
+        };
+        self.recording.add(&op, args)
+    }
+}

@@ -1,0 +1,112 @@
+//! One layer of a step while it is recorded: what all of its stages share.
+
+use super::cache::{LatentCache, LayerCache};
+use super::layer::Attention;
+use super::step::Step;
+use super::weights::GateWeights;
+use super::widths::gated_segments;
+use super::workspace::Workspace;
+use crate::config::{GateConfig, GateNorm};
+use crate::device::Region;
+use crate::error::{Error, Result};
+use crate::kernels::attention_grouped::beta_element;
+use crate::kernels::matmul::{self, Matmul};
+use crate::kernels::{gate, gather};
+use crate::recording::Recording;
+
+/// Rows of latents: where they stand.
+#[derive(Clone, Copy)]
+pub(super) struct Latents<'a> {
+    pub region: &'a Region,
+    /// First element.
+    pub offset: u32,
+    /// From one to the next.
+    pub row: u32,
+}
+
+/// Where the statistics of the gate's norm go.
+#[derive(Clone, Copy)]
+pub(super) struct Statistics<'a> {
+    /// The row of each, `u32::MAX` for none.
+    pub slots: &'a Region,
+    pub to: &'a Region,
+    pub rows: u32,
+}
+
+pub(super) struct Frame<'a> {
+    pub layer: &'a Attention,
+    pub cache: &'a LatentCache,
+    /// The layer's part of the cache.
+    pub cached: &'a LayerCache,
+    pub step: &'a Step,
+    pub workspace: &'a Workspace,
+    pub recording: &'a mut Recording,
+    /// For the buffers that a problem leaves out.
+    pub absent: Region,
+}
+
+impl<'a> Frame<'a> {
+    /// A product with weights of the layer.
+    pub fn product(&mut self, op: &Matmul, x: &Region, w: &Region, bias: Option<&Region>, y: &Region) -> Result<()> {
+        let op = Matmul { bias: bias.is_some(), ..*op };
+        let bias = bias.unwrap_or(&self.absent);
+        self.recording.add(&op, matmul::Args { x, w, bias, y })
+    }
+
+    /// Dense `y [rows, cols] = x [rows, inner] · wᵀ`.
+    pub fn linear(&self, rows: u32, inner: u32, cols: u32) -> Matmul {
+        Matmul::linear(rows, inner, cols, false, self.layer.storage)
+    }
+
+    pub fn ids(&self) -> Result<&'a Region> {
+        self.step.token_ids().ok_or(Error::Empty { what: "the list of token ids, which the gate needs," })
+    }
+
+    pub fn gate_weights(&self) -> Result<&'a GateWeights<Region>> {
+        self.layer.gate_weights()
+    }
+
+    /// Embeddings of ids: `[rows, d_gate]`.
+    pub fn look_up(&mut self, gate: &GateConfig, rows: u32, ids: &Region, y: &Region) -> Result<()> {
+        let width = self.layer.widths.d_gate;
+        let (vocab_size, storage) = (gate.vocab_size, self.layer.storage);
+        let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
+        self.recording.add(&op, gather::Args { table: &self.gate_weights()?.embedding, ids, y })
+    }
+
+    /// `y = Norm(x ⊙ act(gate_b_proj · embeddings))` of rows whose embeddings stand in the workspace.
+    pub fn gate(
+        &mut self,
+        config: &GateConfig,
+        rows: u32,
+        x: Latents<'_>,
+        statistics: Option<Statistics<'_>>,
+        y: &Region,
+    ) -> Result<()> {
+        let (workspace, weights) = (self.workspace, self.gate_weights()?);
+        let segments = gated_segments(&self.layer.config, config);
+        let op = self.linear(rows, self.layer.widths.d_gate, segments.width());
+        self.product(&op, &workspace.gate_rows, &weights.b_proj, None, &workspace.gate)?;
+        let op = gate::Gate {
+            rows,
+            segments,
+            x_offset: x.offset,
+            x_row: x.row,
+            eps: config.norm_eps as f32,
+            activation: config.activation,
+            norm: config.norm,
+            statistics_rows: statistics.map_or(0, |statistics| statistics.rows),
+            storage: self.layer.storage,
+        };
+        let absent = &self.absent;
+        let weight = weights.affine.as_ref().unwrap_or(absent);
+        let beta = self.layer.storage.sized(beta_element(segments.width()).into());
+        let bias = match config.norm {
+            GateNorm::LayerNorm => &Region::new(&weight.buffer, beta, weight.size.saturating_sub(beta)),
+            GateNorm::RmsNorm | GateNorm::None => absent,
+        };
+        let (slots, to) = statistics.map_or((absent, absent), |statistics| (statistics.slots, statistics.to));
+        let args = gate::Args { x: x.region, g: &workspace.gate, weight, bias, slots, y, statistics: to };
+        self.recording.add(&op, args)
+    }
+}

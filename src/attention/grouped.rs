@@ -1,0 +1,275 @@
+//! Attention over the latents with one absorbed query per distinct token id: the gate at `up_projected`.
+
+use super::frame::{Frame, Latents};
+use super::lists::{GateRows, Grouped, Lists};
+use super::widths::gated_segments;
+use crate::config::{GateConfig, GateNorm};
+use crate::device::Region;
+use crate::error::Result;
+use crate::kernels::matmul::{Layout, Matmul};
+use crate::kernels::{
+    attention_combine, attention_grouped, gate_project, gate_statistics, gather, group_ids, word_scatter,
+};
+use crate::storage::Storage;
+
+/// Gate rows as the grouped kernels bind them: resident ones, then others.
+struct GateSource {
+    gates: Region,
+    resident: u32,
+    storage: Storage,
+    more: Region,
+    more_storage: Storage,
+}
+
+impl<'a> Frame<'a> {
+    /// What a step changes in the lists of the cache, once for all layers, and the rows that it adds to this layer's pool.
+    pub fn begin(&mut self) -> Result<()> {
+        let (Some(lists), step) = (self.cache.lists(), self.step) else { return Ok(()) };
+        if self.recording.once((step.identity(), 0)) {
+            let op = word_scatter::WordScatter { count: step.lists.patches.len() as u32, words: lists.words };
+            let args = word_scatter::Args { patches: &step.patches, words: &Region::from(&lists.buffer) };
+            self.recording.add(&op, args)?;
+        }
+        let (Some(pool), Some(gate)) = (&self.cached.pool, self.layer.config.up_projected_gate()) else {
+            return Ok(());
+        };
+        let y_storage = self.cache.options().storage;
+        let width = self.layer.widths.d_kv();
+        let op = gate_project::GateProject {
+            targets: true,
+            y_rows: (pool.size / y_storage.sized(width.into())) as u32,
+            ..self.gate_project(gate, step.lists.fills.0.len() as u32, y_storage)
+        };
+        self.project_gates(&op, &step.fill_ids, &step.fill_rows, pool)
+    }
+
+    /// The projection of the gate rows of listed ids.
+    fn gate_project(&self, gate: &GateConfig, rows: u32, y_storage: Storage) -> gate_project::GateProject {
+        gate_project::GateProject {
+            rows,
+            width: self.layer.widths.d_kv(),
+            d_gate: self.layer.widths.d_gate,
+            vocab_size: gate.vocab_size,
+            first_id: 0,
+            ids: true,
+            targets: false,
+            y_rows: rows,
+            storage: self.layer.storage,
+            y_storage,
+        }
+    }
+
+    fn project_gates(
+        &mut self,
+        op: &gate_project::GateProject,
+        ids: &Region,
+        targets: &Region,
+        y: &Region,
+    ) -> Result<()> {
+        let weights = self.gate_weights()?;
+        let (gate_embedding, gate_b_proj) = (&weights.embedding, &weights.b_proj);
+        self.recording.add(op, gate_project::Args { gate_embedding, gate_b_proj, ids, targets, y })
+    }
+
+    /// Where the grouped kernels find gate rows, those of the first pass where they are projected.
+    fn gate_source(&self, lists: &Lists) -> GateSource {
+        let (cache_storage, weights_storage) = (self.cache.options().storage, self.layer.storage);
+        let more = self.workspace.group_gates.clone();
+        match (lists.mode, &self.layer.table, &self.cached.pool) {
+            (GateRows::Pool { rows }, _, Some(pool)) => GateSource {
+                gates: pool.clone(),
+                resident: rows,
+                storage: cache_storage,
+                more,
+                more_storage: cache_storage,
+            },
+            (GateRows::Table, Some(table), _) => GateSource {
+                gates: table.low.clone(),
+                resident: table.rows,
+                storage: weights_storage,
+                more: table.high.clone().unwrap_or_else(|| self.absent.clone()),
+                more_storage: weights_storage,
+            },
+            _ => GateSource {
+                gates: self.absent.clone(),
+                resident: 0,
+                storage: cache_storage,
+                more,
+                more_storage: Storage::F32,
+            },
+        }
+    }
+
+    /// The latents `[tokens, d_latent]` of a step's new tokens with the values that the cache holds, which an f16 cache has rounded:
+    /// the statistics of a norm must be those of the keys and values that the latents stand for, as a prefill leaves them.
+    fn as_cached(&mut self, latents: Latents<'a>) -> Result<Latents<'a>> {
+        let (width, storage) = (self.layer.widths.d_latent, self.cache.options().storage);
+        if storage == Storage::F32 {
+            return Ok(latents);
+        }
+        let y = &self.workspace.tile_latent;
+        let (rows, vocab_size) = (self.step.tokens, self.cache.rows());
+        let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
+        self.recording.add(&op, gather::Args { table: &self.cached.latent, ids: &self.step.slots, y })?;
+        Ok(Latents { region: y, offset: 0, row: width })
+    }
+
+    pub fn attend_grouped(&mut self, latents: Latents<'a>, grouped: &Grouped) -> Result<()> {
+        let (layer, step, workspace) = (self.layer, self.step, self.workspace);
+        let (Some(lists), Some(gate)) = (self.cache.lists(), layer.config.up_projected_gate()) else { return Ok(()) };
+        let table = Region::from(&lists.buffer);
+        let source = self.gate_source(lists);
+        let pass_groups = if grouped.projected { lists.pass_groups.min(grouped.groups) } else { grouped.groups };
+        for pass_index in 0..grouped.passes {
+            let first_group = pass_index * pass_groups;
+            let groups = pass_groups.min(grouped.groups - first_group);
+            let more = match (lists.mode, grouped.projected) {
+                (GateRows::Table, _) => gate.vocab_size - source.resident,
+                (_, true) => groups + step.tokens,
+                // A row that is not read, so that a pool has one pipeline, whether a step needs others or not.
+                (_, false) => 1,
+            };
+            if grouped.projected {
+                let op = group_ids::GroupIds {
+                    tokens: step.tokens,
+                    first_group,
+                    groups,
+                    n_sequence: step.n_sequence,
+                    table: lists.table,
+                    list_words: lists.words,
+                };
+                let args = group_ids::Args {
+                    token_ids: self.ids()?,
+                    token_rows: &step.token_rows,
+                    lists: &table,
+                    ids: &workspace.group_ids,
+                };
+                // With one pass the list is the same for every layer.
+                if grouped.passes > 1 || self.recording.once((step.identity(), workspace.identity())) {
+                    self.recording.add(&op, args)?;
+                }
+                self.project_rows(gate, groups + step.tokens, &source)?;
+            }
+            if pass_index == 0 && gate.norm != GateNorm::None {
+                self.measure(gate, latents, &source, more, groups)?;
+            }
+            let op = attention_grouped::AttentionGrouped {
+                tokens: step.tokens,
+                most_tokens: step.most_tokens,
+                n_sequence: step.n_sequence,
+                entries: grouped.entries,
+                partials: grouped.partials,
+                n_head: layer.widths.n_head,
+                widths: layer.widths.grouped(),
+                tiling: grouped.tiling,
+                table: lists.table,
+                list_words: lists.words,
+                cache_rows: self.cache.rows(),
+                rope_byte: self.cached.rope_key.offset,
+                statistics_byte: self.cached.statistics.as_ref().map_or(0, |statistics| statistics.offset),
+                resident: source.resident,
+                gates_storage: source.storage,
+                more,
+                more_storage: source.more_storage,
+                first_group,
+                groups,
+                pass_index,
+                passes: grouped.passes,
+                activation: gate.activation,
+                norm: gate.norm,
+                scale: layer.config.scale() as f32,
+                expected_groups: grouped.expected_groups,
+                expected_positions: step.expected_positions,
+                cache_storage: self.cache.options().storage,
+                storage: layer.storage,
+            };
+            let args = attention_grouped::Args {
+                q: &workspace.q,
+                kv_b_proj: &layer.weights.kv_b_proj,
+                affine: self.gate_weights()?.affine.as_ref().unwrap_or(&self.absent),
+                gates: &source.gates,
+                gates_more: &source.more,
+                cache: &self.cached.whole,
+                lists: &table,
+                partial: &workspace.grouped,
+            };
+            self.recording.add(&op, args)?;
+        }
+        self.combine_groups(grouped)
+    }
+
+    /// Statistics of the new tokens' norm, from their keys and values.
+    fn measure(
+        &mut self,
+        gate: &GateConfig,
+        latents: Latents<'a>,
+        source: &GateSource,
+        more: u32,
+        more_first: u32,
+    ) -> Result<()> {
+        let (layer, step, workspace) = (self.layer, self.step, self.workspace);
+        let widths = &layer.widths;
+        let latents = self.as_cached(latents)?;
+        let x = Layout { offset: latents.offset, row: latents.row, ..Layout::dense(widths.d_latent) };
+        let op = Matmul { x, ..self.linear(step.tokens, widths.d_latent, widths.d_kv()) };
+        self.product(&op, latents.region, &layer.weights.kv_b_proj, None, &workspace.kv)?;
+        let op = gate_statistics::GateStatistics {
+            tokens: step.tokens,
+            segments: gated_segments(&layer.config, gate),
+            resident: source.resident,
+            more,
+            more_first,
+            cache_rows: self.cache.rows(),
+            eps: gate.norm_eps as f32,
+            activation: gate.activation,
+            norm: gate.norm,
+            storage: source.storage,
+            more_storage: source.more_storage,
+        };
+        let args = gate_statistics::Args {
+            kv: &workspace.kv,
+            gates: &source.gates,
+            gates_more: &source.more,
+            rows: &step.token_rows,
+            slots: &step.slots,
+            statistics: self.cached.statistics.as_ref().unwrap_or(&self.absent),
+        };
+        self.recording.add(&op, args)
+    }
+
+    fn combine_groups(&mut self, grouped: &Grouped) -> Result<()> {
+        let (step, workspace) = (self.step, self.workspace);
+        let (n_head, d_value) = (self.layer.widths.n_head, self.layer.widths.d_value);
+        let softmax = 4 * attention_grouped::softmax_word(grouped.partials, n_head, d_value);
+        let partial = &workspace.grouped;
+        let op = attention_combine::AttentionCombine {
+            tokens: step.tokens,
+            n_head,
+            width: d_value,
+            splits: grouped.partials,
+        };
+        let args = attention_combine::Args {
+            partial_values: &Region::new(&partial.buffer, 0, softmax),
+            partial_softmax: &Region::new(&partial.buffer, softmax, partial.size.saturating_sub(softmax)),
+            ranges: &step.grouped_ranges,
+            values: &workspace.values,
+            lse: &workspace.lse,
+        };
+        self.recording.add(&op, args)
+    }
+
+    /// Gate rows of the ids that a pass has listed, into the workspace.
+    fn project_rows(&mut self, gate: &GateConfig, rows: u32, source: &GateSource) -> Result<()> {
+        let workspace = self.workspace;
+        if source.resident > 0 {
+            let op = self.gate_project(gate, rows, source.more_storage);
+            let absent = self.absent.clone();
+            return self.project_gates(&op, &workspace.group_ids, &absent, &workspace.group_gates);
+        }
+        // All of them: the matrix product is the faster one.
+        self.look_up(gate, rows, &workspace.group_ids, &workspace.group_embeddings)?;
+        let op = self.linear(rows, self.layer.widths.d_gate, self.layer.widths.d_kv());
+        let b_proj = &self.gate_weights()?.b_proj;
+        self.product(&op, &workspace.group_embeddings, b_proj, None, &workspace.group_gates)
+    }
+}

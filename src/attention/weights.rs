@@ -1,0 +1,408 @@
+//! Weights in device memory: every width padded with zeros, rotary pairs side by side.
+
+use half::f16;
+
+use super::widths::{Widths, gated_segments};
+use crate::config::AttentionConfig;
+use crate::device::{Kernels, Region};
+use crate::error::{Error, Result};
+use crate::kernels::attention_grouped::beta_element;
+use crate::storage::{Storage, padded_width, product};
+use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
+
+/// Elements of a tensor that stay together in device memory.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    to: u32,
+    from: u32,
+    len: u32,
+}
+
+/// Where the rows, or the columns, of a tensor go.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Axis {
+    runs: Vec<Run>,
+    /// Extent of the tensor.
+    from: u32,
+    /// Extent in device memory.
+    to: u32,
+}
+
+impl Axis {
+    /// All of them, one after another, without padding.
+    pub fn whole(extent: u32) -> Self {
+        Axis { runs: vec![Run { to: 0, from: 0, len: extent }], from: extent, to: extent }
+    }
+
+    /// One padded part.
+    pub fn padded(extent: u32) -> Self {
+        Axis::default().part(extent)
+    }
+
+    /// A further padded part.
+    fn part(mut self, extent: u32) -> Self {
+        self.runs.push(Run { to: self.to, from: self.from, len: extent });
+        self.end_part(extent)
+    }
+
+    /// A further padded part of rotary elements. The shaders turn the pairs (2i, 2i+1): pairs that stand half a part apart are
+    /// brought together.
+    pub fn rotary(mut self, extent: u32, interleave: bool) -> Self {
+        if interleave {
+            return self.part(extent);
+        }
+        let half = extent / 2;
+        let pairs = (0..half).flat_map(|pair| [(2 * pair, pair), (2 * pair + 1, half + pair)]);
+        self.runs.extend(pairs.map(|(to, from)| Run { to: self.to + to, from: self.from + from, len: 1 }));
+        self.end_part(extent)
+    }
+
+    fn end_part(mut self, extent: u32) -> Self {
+        self.from += extent;
+        self.to += padded_width(extent);
+        self
+    }
+
+    /// The parts of every head.
+    fn heads(n_head: u32, part: impl Fn(Self) -> Self) -> Self {
+        (0..n_head).fold(Axis::default(), |axis, _| part(axis))
+    }
+
+    /// Where each of them goes, and where it comes from.
+    fn elements(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.runs.iter().flat_map(|run| (0..run.len).map(|i| (run.to + i, run.from + i)))
+    }
+}
+
+/// A tensor and where it goes: `[rows, cols]`, a vector being one row.
+#[derive(Debug)]
+struct Placed<'a> {
+    tensor: &'a HostTensor,
+    rows: Axis,
+    cols: Axis,
+}
+
+impl Placed<'_> {
+    fn elements(&self) -> u64 {
+        product(&[self.rows.to, self.cols.to])
+    }
+
+    /// Writes it as it is stored; the padding is not touched.
+    fn write(&self, storage: Storage, to: &mut [u8]) -> Result<()> {
+        let Placed { tensor, rows, cols } = self;
+        for (to_row, from_row) in rows.elements() {
+            for run in &cols.runs {
+                let from = from_row as usize * cols.from as usize + run.from as usize;
+                let first = to_row as usize * cols.to as usize + run.to as usize;
+                let values = &tensor.data[from..][..run.len as usize];
+                let size = storage.bytes() as usize;
+                write_elements(tensor, from, values, storage, &mut to[first * size..][..values.len() * size])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes elements of a tensor, from one on.
+fn write_elements(tensor: &HostTensor, from: usize, values: &[f32], storage: Storage, to: &mut [u8]) -> Result<()> {
+    match storage {
+        Storage::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
+        Storage::F16 => {
+            for (index, (&value, to)) in values.iter().zip(to.chunks_exact_mut(2)).enumerate() {
+                let half = f16::from_f32(value);
+                if value.is_finite() && !half.is_finite() {
+                    return Err(Error::OutOfF16Range { name: tensor.name.clone(), index: from + index, value });
+                }
+                to.copy_from_slice(&half.to_le_bytes());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Tensors in one buffer.
+#[derive(Debug)]
+pub(crate) struct Upload<'a> {
+    /// Each with its first element.
+    parts: Vec<(u64, Placed<'a>)>,
+    elements: u64,
+}
+
+impl<'a> Upload<'a> {
+    /// `[rows, cols]`
+    pub fn matrix(tensor: &'a HostTensor, rows: Axis, cols: Axis) -> Self {
+        let placed = Placed { tensor, rows, cols };
+        Upload { elements: placed.elements(), parts: vec![(0, placed)] }
+    }
+
+    /// `[cols]`
+    pub fn vector(tensor: &'a HostTensor, cols: Axis) -> Self {
+        Upload::matrix(tensor, Axis::whole(1), cols)
+    }
+
+    /// The same with further tensors behind these.
+    fn and(self, next: Self) -> Self {
+        let at = self.elements;
+        self.and_at(at, next)
+    }
+
+    /// The same with further tensors from an element on.
+    fn and_at(mut self, at: u64, next: Self) -> Self {
+        self.elements = at + next.elements;
+        self.parts.extend(next.parts.into_iter().map(|(first, placed)| (at + first, placed)));
+        self
+    }
+
+    fn names(&self) -> String {
+        self.parts.iter().map(|(_, placed)| format!("`{}`", placed.tensor.name)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Refuses what one binding does not hold.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] with the bytes needed and the bytes allowed.
+    pub fn check(&self, kernels: &Kernels, storage: Storage) -> Result<()> {
+        kernels.context().check_binding(storage.tensor_bytes(self.elements), || {
+            let tensors = if self.parts.len() == 1 { "tensor" } else { "tensors" };
+            format!("{tensors} {} in {}", self.names(), storage.name())
+        })
+    }
+
+    /// Uploads them as f32 or f16.
+    ///
+    /// # Errors
+    /// [`Error::OutOfF16Range`] when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
+    /// allocation refuses.
+    pub fn upload(&self, kernels: &Kernels, storage: Storage) -> Result<Region> {
+        self.check(kernels, storage)?;
+        Ok(Region::from(&kernels.upload(&self.names(), &self.stored(storage)?)?))
+    }
+
+    /// The bytes of the buffer.
+    ///
+    /// # Errors
+    /// [`Error::OutOfF16Range`] when f16 would turn a finite element into infinity.
+    pub fn stored(&self, storage: Storage) -> Result<Vec<u8>> {
+        let mut bytes = vec![0u8; storage.tensor_bytes(self.elements) as usize];
+        for (first, placed) in &self.parts {
+            placed.write(storage, &mut bytes[storage.sized(*first) as usize..])?;
+        }
+        Ok(bytes)
+    }
+}
+
+/// Columns of `[q latent, latent, rotary key]` of every new token.
+#[derive(Debug)]
+pub(super) struct DownProjection<T> {
+    pub first: u32,
+    pub columns: u32,
+    pub proj: T,
+    pub bias: Option<T>,
+}
+
+impl DownProjection<Upload<'_>> {
+    /// This one and the next as one product.
+    fn and(self, next: Self) -> Self {
+        DownProjection {
+            first: self.first,
+            columns: self.columns + next.columns,
+            proj: self.proj.and(next.proj),
+            bias: self.bias.zip(next.bias).map(|(bias, next)| bias.and(next)),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct GateWeights<T> {
+    pub embedding: T,
+    pub b_proj: T,
+    /// γ of the gate's norm, then at [`beta_element`] its β, where there is one.
+    pub affine: Option<T>,
+}
+
+/// The weights of a layer: uploads to make, then regions of device memory.
+#[derive(Debug)]
+pub(super) struct LayerWeights<T> {
+    /// `q_proj`, or `q_b_proj` of a low-rank query.
+    pub query: T,
+    /// `q_a_proj`, with a low-rank query, and `kv_a_proj_with_mqa`: one behind the other where a binding holds both.
+    pub down: Vec<DownProjection<T>>,
+    /// `q_a_layernorm`, with a low-rank query, then `kv_a_layernorm`, where there is one.
+    pub down_norm: Option<T>,
+    pub has_kv_a_norm: bool,
+    pub kv_b_proj: T,
+    pub o_proj: T,
+    pub o_bias: Option<T>,
+    pub gate: Option<GateWeights<T>>,
+}
+
+impl<T> LayerWeights<T> {
+    /// The same layer of something else.
+    fn map<U>(&self, of: impl Fn(&T) -> Result<U>) -> Result<LayerWeights<U>> {
+        let optional = |part: &Option<T>| part.as_ref().map(&of).transpose();
+        let down = self.down.iter().map(|DownProjection { first, columns, proj, bias }| {
+            Ok(DownProjection { first: *first, columns: *columns, proj: of(proj)?, bias: optional(bias)? })
+        });
+        let gate = self.gate.as_ref().map(|GateWeights { embedding, b_proj, affine }| -> Result<_> {
+            Ok(GateWeights { embedding: of(embedding)?, b_proj: of(b_proj)?, affine: optional(affine)? })
+        });
+        Ok(LayerWeights {
+            query: of(&self.query)?,
+            down: down.collect::<Result<_>>()?,
+            down_norm: optional(&self.down_norm)?,
+            has_kv_a_norm: self.has_kv_a_norm,
+            kv_b_proj: of(&self.kv_b_proj)?,
+            o_proj: of(&self.o_proj)?,
+            o_bias: optional(&self.o_bias)?,
+            gate: gate.transpose()?,
+        })
+    }
+}
+
+impl<'a> LayerWeights<Upload<'a>> {
+    /// Where each tensor goes; the weights have been checked against the configuration.
+    fn plan(
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        weights: &'a AttentionWeights,
+        storage: Storage,
+    ) -> Result<Self> {
+        let widths = Widths::of(config)?;
+        let (n_head, interleave) = (config.n_head, config.rope.interleave);
+        let hidden = || Axis::padded(config.hidden_size);
+        let rank = || Axis::padded(config.d_q_latent.unwrap_or(0));
+        let latent = || Axis::padded(config.d_latent);
+        let kv_a = || latent().rotary(config.d_rope, interleave);
+        let queries = Axis::heads(n_head, |axis| axis.part(config.d_nope).rotary(config.d_rope, interleave));
+        let keys_and_values = Axis::heads(n_head, |axis| axis.part(config.d_nope).part(config.d_value));
+        let (matrix, vector) = (Upload::matrix, Upload::vector);
+        let kv_a_bias = weights.kv_a_bias.as_ref();
+        let kv_down = DownProjection {
+            first: widths.rank,
+            columns: widths.d_latent + widths.d_rope,
+            proj: matrix(&weights.kv_a_proj, kv_a(), hidden()),
+            bias: kv_a_bias.map(|bias| vector(bias, kv_a())),
+        };
+        let kv_a_norm = weights.kv_a_norm.as_ref().map(|norm| vector(norm, latent()));
+        let (query, down, down_norm) = match &weights.query {
+            QueryWeights::Full { proj } => (matrix(proj, queries, hidden()), vec![kv_down], kv_a_norm),
+            QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
+                let proj = matrix(a_proj, rank(), hidden());
+                let bias = a_bias.as_ref().map(|bias| vector(bias, rank()));
+                let query_down = DownProjection { first: 0, columns: widths.rank, proj, bias };
+                let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
+                let down = if both <= kernels.context().largest_binding() {
+                    vec![query_down.and(kv_down)]
+                } else {
+                    vec![query_down, kv_down]
+                };
+                let a_norm = vector(a_norm, rank());
+                let norms = match kv_a_norm {
+                    None => a_norm,
+                    Some(kv_a_norm) => a_norm.and(kv_a_norm),
+                };
+                (matrix(b_proj, queries, rank()), down, Some(norms))
+            }
+        };
+        let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| {
+            let segments = gated_segments(config, of);
+            let [first, second] = segments.parts;
+            let width = || Axis::heads(segments.count, |axis| axis.part(first).part(second));
+            let beta = beta_element(segments.width());
+            let affine = gate.norm_weight.as_ref().map(|weight| match &gate.norm_bias {
+                None => vector(weight, width()),
+                Some(bias) => vector(weight, width()).and_at(beta.into(), vector(bias, width())),
+            });
+            GateWeights {
+                embedding: matrix(&gate.embedding, Axis::whole(of.vocab_size), Axis::padded(of.d_gate)),
+                b_proj: matrix(&gate.b_proj, width(), Axis::padded(of.d_gate)),
+                affine,
+            }
+        });
+        let values = Axis::heads(n_head, |axis| axis.part(config.d_value));
+        let planned = LayerWeights {
+            query,
+            down,
+            down_norm,
+            has_kv_a_norm: weights.kv_a_norm.is_some(),
+            kv_b_proj: matrix(&weights.kv_b_proj, keys_and_values, latent()),
+            o_proj: matrix(&weights.o_proj, hidden(), values),
+            o_bias: weights.o_bias.as_ref().map(|bias| vector(bias, hidden())),
+            gate,
+        };
+        planned.map(|upload| upload.check(kernels, storage)).map(|_| planned)
+    }
+}
+
+/// Refuses weights of which a tensor does not fit: before any of them takes memory.
+///
+/// # Errors
+/// [`Error::Limit`] of the first such tensor.
+pub(crate) fn check_weights(
+    kernels: &Kernels,
+    config: &AttentionConfig,
+    weights: &AttentionWeights,
+    storage: Storage,
+) -> Result<()> {
+    LayerWeights::plan(kernels, config, weights, storage).map(drop)
+}
+
+impl LayerWeights<Region> {
+    /// Uploads a layer's weights, which have been checked against the configuration.
+    ///
+    /// # Errors
+    /// A tensor over a limit, before anything is allocated; a weight beyond f16; what the allocation refuses.
+    pub fn upload(
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        weights: &AttentionWeights,
+        storage: Storage,
+    ) -> Result<Self> {
+        LayerWeights::plan(kernels, config, weights, storage)?.map(|upload| upload.upload(kernels, storage))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn placed(rows: Axis, cols: Axis, storage: Storage) -> Vec<u8> {
+        let shape = vec![rows.from as usize, cols.from as usize];
+        let data = (1..=shape.iter().product::<usize>()).map(|i| i as f32).collect();
+        let tensor = HostTensor { name: "w".to_owned(), shape, data };
+        let mut bytes = vec![0; rows.to as usize * cols.to as usize * storage.bytes() as usize];
+        Placed { tensor: &tensor, rows, cols }.write(storage, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn every_part_is_padded_and_rotary_pairs_come_together() {
+        let heads = Axis::heads(2, |axis| axis.part(3).rotary(4, false));
+        let bytes = placed(heads, Axis::padded(1), Storage::F32);
+        let rows: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+        let column: Vec<f32> = rows.chunks(8).map(|row| row[0]).collect();
+        assert!(rows.iter().enumerate().all(|(i, &value)| i % 8 == 0 || value == 0.0));
+        // Three content rows, five of padding; pairs (4, 6) and (5, 7), four of padding; then the second head.
+        let head = |first: f32| {
+            let [a, b, c] = [first, first + 1.0, first + 2.0];
+            [a, b, c, 0.0, 0.0, 0.0, 0.0, 0.0, first + 3.0, first + 5.0, first + 4.0, first + 6.0, 0.0, 0.0, 0.0, 0.0]
+        };
+        assert_eq!(column, [head(1.0), head(8.0)].concat());
+        // Neighbouring pairs stay where they are.
+        let bytes = placed(Axis::default().rotary(4, true), Axis::whole(1), Storage::F16);
+        let halves: Vec<f32> = bytes.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+        assert_eq!(halves, [1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn what_f16_does_not_hold_is_named_by_its_place_in_the_checkpoint() {
+        let mut data = vec![0.0; 6];
+        data[4] = 1e6;
+        let tensor = HostTensor { name: "w".to_owned(), shape: vec![2, 3], data };
+        let placed = Placed { tensor: &tensor, rows: Axis::whole(2), cols: Axis::padded(3) };
+        let error = placed.write(Storage::F16, &mut [0; 32]).unwrap_err();
+        assert!(matches!(error, Error::OutOfF16Range { index: 4, .. }), "{error}");
+    }
+}

@@ -1,0 +1,86 @@
+//! The widths that the shaders see: those of a configuration, each padded with zeros to [`UNIT`](crate::storage::UNIT) elements.
+
+use crate::config::{AttentionConfig, GateConfig, GateSite};
+use crate::error::{Error, Result};
+use crate::kernels::attention_grouped;
+use crate::storage::{Segments, padded_width, product};
+
+/// Padded widths of a layer, by the names of [`AttentionConfig`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Widths {
+    pub n_head: u32,
+    pub hidden: u32,
+    /// Of the query latent; 0 with a full-rank query.
+    pub rank: u32,
+    pub d_latent: u32,
+    pub d_nope: u32,
+    pub d_rope: u32,
+    pub d_value: u32,
+    /// 0 without a gate.
+    pub d_gate: u32,
+}
+
+impl Widths {
+    /// The widths of a configuration that has been validated.
+    ///
+    /// # Errors
+    /// Rows that 32 bits do not index once they are padded.
+    pub fn of(config: &AttentionConfig) -> Result<Self> {
+        let widths = Widths {
+            n_head: config.n_head,
+            hidden: padded_width(config.hidden_size),
+            rank: padded_width(config.d_q_latent.unwrap_or(0)),
+            d_latent: padded_width(config.d_latent),
+            d_nope: padded_width(config.d_nope),
+            d_rope: padded_width(config.d_rope),
+            d_value: padded_width(config.d_value),
+            d_gate: padded_width(config.gate.as_ref().map_or(0, |gate| gate.d_gate)),
+        };
+        let Widths { n_head, rank, d_latent, d_nope, d_rope, d_value, .. } = widths;
+        let parts = u64::from(d_nope) + u64::from(d_rope.max(d_value));
+        let down = u64::from(rank) + u64::from(d_latent) + u64::from(d_rope);
+        if product(&[n_head]).saturating_mul(parts).max(down) >= 1 << 31 {
+            return Err(Error::config("num_attention_heads", "the padded heads of a token are 2^31 elements or more"));
+        }
+        Ok(widths)
+    }
+
+    /// Width of a query head.
+    pub fn d_query(&self) -> u32 {
+        self.d_nope + self.d_rope
+    }
+
+    /// Width of the queries of a token.
+    pub fn queries(&self) -> u32 {
+        self.n_head * self.d_query()
+    }
+
+    /// Width of the keys and values of a token.
+    pub fn d_kv(&self) -> u32 {
+        self.n_head * (self.d_nope + self.d_value)
+    }
+
+    /// Width of the values of a token.
+    pub fn values(&self) -> u32 {
+        self.n_head * self.d_value
+    }
+
+    /// Width of query latent, latent and rotary key: what the projections down give of a token.
+    pub fn down(&self) -> u32 {
+        self.rank + self.d_latent + self.d_rope
+    }
+
+    /// As the grouped attention takes them.
+    pub fn grouped(&self) -> attention_grouped::Widths {
+        let Widths { d_latent, d_nope, d_rope, d_value, .. } = *self;
+        attention_grouped::Widths { d_latent, d_nope, d_rope, d_value }
+    }
+}
+
+/// What a gate and its norm span: keys and values of every head, or the latent.
+pub(crate) fn gated_segments(config: &AttentionConfig, gate: &GateConfig) -> Segments {
+    match gate.site {
+        GateSite::UpProjected => Segments { count: config.n_head, parts: [config.d_nope, config.d_value] },
+        GateSite::Latent => Segments::one(config.d_latent),
+    }
+}
