@@ -28,11 +28,11 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
     let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
     println!("adapter: {:?}", adapter.get_info());
-    let kernels = Kernels::new(&device)?;
+    let kernels = Kernels::new(&device, &queue)?;
     let timer = Timer::new(&kernels, &queue)?;
     let mut stock = Stock::default();
     for row in rows().iter().filter(|row| row.is_in(Suite::Quick)) {
-        let prepared = match row.prepare(&kernels, &mut stock) {
+        let mut prepared = match row.prepare(&kernels, &mut stock) {
             Ok(prepared) => prepared,
             Err(error) if error.is_of_device() => return Err(error.into()),
             Err(error) => {
@@ -43,7 +43,7 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
         let mut failure = None;
         criterion.bench_function(row.id(), |bencher| {
             bencher.iter_custom(|runs| {
-                let one = |_| timer.run(&prepared.recording).map(|elapsed| elapsed.device_us);
+                let one = |_| timer.run(&mut prepared.recording).map(|elapsed| elapsed.device_us);
                 let total = (0..runs).map(one).sum::<egmla::Result<f64>>();
                 let microseconds = total.unwrap_or_else(|error| {
                     failure = Some(error);

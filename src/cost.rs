@@ -137,6 +137,7 @@ mod tests {
             n_sequence: most,
             entries: most,
             partials: most,
+            most_partials: most,
             n_head: most,
             widths,
             tiling: Tiling { groups: most, span: most },

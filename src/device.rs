@@ -17,7 +17,7 @@ use crate::op::{Access, Binding, MAX_BINDINGS, Spec};
 use crate::storage::padded;
 
 /// A range of a buffer. Cloning it clones a handle, not the memory.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Region {
     /// The buffer.
     pub buffer: wgpu::Buffer,
@@ -31,6 +31,43 @@ impl Region {
     /// A range of a buffer.
     pub fn new(buffer: &wgpu::Buffer, offset: u64, size: u64) -> Self {
         Region { buffer: buffer.clone(), offset, size }
+    }
+}
+
+impl Region {
+    /// Refuses a region that does not hold `needed` bytes, or that a shader cannot be given.
+    ///
+    /// # Errors
+    /// [`Error::BufferUsage`], [`Error::BufferOffset`], [`Error::BufferSize`], or [`Error::Limit`] for more bytes than a binding
+    /// holds; with the names of the operation and of the argument.
+    pub(crate) fn check(
+        &self,
+        kernel: &'static str,
+        binding: &'static str,
+        needed: u64,
+        limits: &wgpu::Limits,
+    ) -> Result<()> {
+        let Region { buffer, offset, size } = self;
+        if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+            return Err(Error::BufferUsage { kernel, binding });
+        }
+        let alignment = u64::from(limits.min_storage_buffer_offset_alignment);
+        if !offset.is_multiple_of(alignment) {
+            return Err(Error::BufferOffset { kernel, binding, offset: *offset, alignment });
+        }
+        let found = buffer.size().saturating_sub(*offset).min(*size);
+        if needed > found {
+            return Err(Error::BufferSize { kernel, binding, needed, found });
+        }
+        if needed > limits.max_storage_buffer_binding_size {
+            return Err(Error::Limit {
+                what: format!("{kernel}: `{binding}`"),
+                needed,
+                allowed: limits.max_storage_buffer_binding_size,
+                limit: "max_storage_buffer_binding_size",
+            });
+        }
+        Ok(())
     }
 }
 
@@ -53,20 +90,14 @@ type PipelineKey = (&'static str, Vec<(&'static str, u64)>);
 pub(crate) struct Shader {
     pub spec: &'static Spec,
     pub bindings: &'static [Binding],
-    pub params_size: u64,
     pub overrides: Vec<(&'static str, f64)>,
     pub key: PipelineKey,
 }
 
 impl Shader {
-    pub fn new(
-        spec: &'static Spec,
-        bindings: &'static [Binding],
-        params_size: u64,
-        overrides: Vec<(&'static str, f64)>,
-    ) -> Self {
+    pub fn new(spec: &'static Spec, bindings: &'static [Binding], overrides: Vec<(&'static str, f64)>) -> Self {
         let key = (spec.name, overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect());
-        Shader { spec, bindings, params_size, overrides, key }
+        Shader { spec, bindings, overrides, key }
     }
 }
 
@@ -76,6 +107,7 @@ const SINK_PITCH: u64 = 256;
 #[derive(Debug)]
 struct Inner {
     device: wgpu::Device,
+    queue: wgpu::Queue,
     /// Shared by kernels that come from one call of [`Kernels::new`], and thus are of one device.
     family: u64,
     context: PlanContext,
@@ -93,13 +125,13 @@ struct Inner {
 pub struct Kernels(Arc<Inner>);
 
 impl Kernels {
-    /// Takes the caller's device. Nothing is compiled yet.
+    /// Takes the caller's device and its queue, which recordings write their parameters through. Nothing is compiled yet.
     ///
     /// # Errors
     /// [`Error::DeviceLost`] or [`Error::OutOfMemory`] of the device, [`Error::Limit`] when it offers fewer storage buffers than
     /// WebGPU promises.
-    pub fn new(device: &wgpu::Device) -> Result<Self> {
-        Self::with_class(device, AdapterClass::of(&device.adapter_info()))
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self> {
+        Self::with_class(device, queue, AdapterClass::of(&device.adapter_info()))
     }
 
     /// The same, with tile sizes for another class of adapter than the device's own: to compare them, or to check here what
@@ -107,7 +139,7 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`Kernels::new`].
-    pub fn with_class(device: &wgpu::Device, class: AdapterClass) -> Result<Self> {
+    pub fn with_class(device: &wgpu::Device, queue: &wgpu::Queue, class: AdapterClass) -> Result<Self> {
         let mut limits = device.limits();
         if limits.max_storage_buffers_per_shader_stage < 8 {
             return Err(Error::Limit {
@@ -137,10 +169,11 @@ impl Kernels {
         };
         let (absent, sink) = (empty("egmla.absent", 16)?, empty("egmla.sink", SINK_PITCH * MAX_BINDINGS as u64)?);
         alive(device, "opening kernels")?;
-        let (device, pipelines) = (device.clone(), Mutex::default());
+        let (device, queue, pipelines) = (device.clone(), queue.clone(), Mutex::default());
         static FAMILIES: AtomicU64 = AtomicU64::new(0);
         let family = FAMILIES.fetch_add(1, Ordering::Relaxed);
-        Ok(Kernels(Arc::new(Inner { device, family, context, pipelines, pipeline_cache: None, absent, sink })))
+        let pipeline_cache = None;
+        Ok(Kernels(Arc::new(Inner { device, queue, family, context, pipelines, pipeline_cache, absent, sink })))
     }
 
     /// The same device and choices, with nothing compiled yet and no pipeline cache: to measure a first use.
@@ -177,14 +210,16 @@ impl Kernels {
     }
 
     /// The same device and buffers with plans for another device: to record what is to run there. Here it may not run.
+    #[cfg(feature = "check")]
     pub(crate) fn planned_for(&self, context: PlanContext) -> Self {
         self.with(context, None)
     }
 
     fn with(&self, context: PlanContext, pipeline_cache: Option<wgpu::PipelineCache>) -> Self {
-        let Inner { device, family, absent, sink, .. } = &*self.0;
+        let Inner { device, queue, family, absent, sink, .. } = &*self.0;
         Kernels(Arc::new(Inner {
             device: device.clone(),
+            queue: queue.clone(),
             family: *family,
             context,
             pipelines: Mutex::default(),
@@ -197,6 +232,11 @@ impl Kernels {
     /// The caller's device.
     pub fn device(&self) -> &wgpu::Device {
         &self.0.device
+    }
+
+    /// The caller's queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.0.queue
     }
 
     /// What plans are made for.
@@ -221,17 +261,14 @@ impl Kernels {
     /// [`Error::Limit`] above `max_buffer_size`, [`Error::OutOfMemory`] when the device has no memory left,
     /// [`Error::DeviceLost`] when it is lost.
     pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
-        let size = self.allocation(label, bytes)?;
+        let buffer = self.buffer(label, self.allocation(label, bytes)?, STORAGE_USAGE)?;
+        alive(&self.0.device, label).map(|()| buffer)
+    }
+
+    pub(crate) fn buffer(&self, label: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         let device = &self.0.device;
-        let buffer = scoped(device, label, || {
-            device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some(label),
-                size,
-                usage: STORAGE_USAGE,
-                mapped_at_creation: false,
-            })
-        })?;
-        alive(device, label).map(|()| buffer)
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        scoped(device, label, || device.create_buffer(&descriptor))
     }
 
     /// Fails where `of` belongs to another device: wgpu would refuse it much later, in the caller's own encoder.
@@ -250,32 +287,12 @@ impl Kernels {
     /// As [`Kernels::allocate`].
     pub fn upload(&self, label: &str, bytes: &[u8]) -> Result<wgpu::Buffer> {
         let size = self.allocation(label, bytes.len() as u64)?;
-        self.filled(label, size, STORAGE_USAGE, bytes)
-    }
-
-    fn allocation(&self, label: &str, bytes: u64) -> Result<u64> {
-        let size = padded(bytes, 4).max(16);
-        let allowed = self.0.context.limits.max_buffer_size;
-        if size > allowed {
-            let what = format!("buffer `{label}`");
-            return Err(Error::Limit { what, needed: size, allowed, limit: "max_buffer_size" });
-        }
-        Ok(size)
-    }
-
-    pub(crate) fn filled(
-        &self,
-        label: &str,
-        size: u64,
-        usage: wgpu::BufferUsages,
-        bytes: &[u8],
-    ) -> Result<wgpu::Buffer> {
         let device = &self.0.device;
         scoped(device, label, || {
             let buffer = device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),
                 size,
-                usage,
+                usage: STORAGE_USAGE,
                 mapped_at_creation: true,
             });
             // What no scope was told of and is not mapped either is a lost device's.
@@ -287,6 +304,16 @@ impl Kernels {
             buffer.unmap();
             Ok(buffer)
         })?
+    }
+
+    fn allocation(&self, label: &str, bytes: u64) -> Result<u64> {
+        let size = padded(bytes, 4).max(16);
+        let allowed = self.0.context.limits.max_buffer_size;
+        if size > allowed {
+            let what = format!("buffer `{label}`");
+            return Err(Error::Limit { what, needed: size, allowed, limit: "max_buffer_size" });
+        }
+        Ok(size)
     }
 
     fn known_pipelines(&self) -> MutexGuard<'_, HashMap<PipelineKey, Arc<Pipeline>>> {
@@ -384,7 +411,7 @@ impl Kernels {
                 .map(|(number, ty)| wgpu::BindGroupLayoutEntry {
                     binding: number,
                     visibility: wgpu::ShaderStages::COMPUTE,
-                    ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+                    ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: number == 0, min_binding_size: None },
                     count: None,
                 })
                 .collect();

@@ -111,6 +111,14 @@ pub enum Error {
         /// Bytes in the region that was given.
         found: u64,
     },
+    /// A buffer was made without `BufferUsages::STORAGE`: no shader can be given it.
+    #[error("{kernel}: buffer `{binding}` was made without BufferUsages::STORAGE")]
+    BufferUsage {
+        /// Stem of the kernel.
+        kernel: &'static str,
+        /// Name of the binding.
+        binding: &'static str,
+    },
     /// A region's offset does not meet the device's alignment.
     #[error("{kernel}: buffer `{binding}` begins at byte {offset}, not a multiple of {alignment}")]
     BufferOffset {
@@ -190,7 +198,7 @@ pub enum Error {
         instead: &'static str,
     },
     /// The step was planned on another cache, or the cache has changed since.
-    #[error("this step was planned on another state of the cache: plan it again")]
+    #[error("this step was prepared for another state of the cache: prepare it again")]
     StaleStep,
     /// The device is lost: destroyed, reset, unplugged, or out of memory where wgpu does not survive it. Whatever lives on it is
     /// gone; the host's state, as a cache's lengths, still tells what there was.

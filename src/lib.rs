@@ -36,6 +36,7 @@ mod json;
 pub mod kernels;
 pub mod op;
 pub mod plan;
+pub mod random;
 #[cfg(feature = "check")]
 pub mod readback;
 pub mod recording;
@@ -47,7 +48,15 @@ pub mod sequences;
 pub mod storage;
 pub mod weights;
 
+pub use attention::{
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens, Tokens,
+};
+pub use config::AttentionConfig;
+pub use device::{Kernels, Region};
 pub use error::{Error, Result};
+pub use recording::Recording;
+pub use storage::Storage;
+pub use weights::{AttentionWeights, Checkpoint};
 pub use wgpu;
 
 /// The README's example compiles and runs.

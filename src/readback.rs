@@ -149,8 +149,8 @@ pub fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 /// # Errors
 /// What [`Recording::record`](crate::recording::Recording::record) meets: nothing is then submitted. A device that is lost after
 /// that is told by what is read back.
-pub fn submit(recording: &crate::recording::Recording, queue: &wgpu::Queue) -> Result<()> {
-    let device = recording.kernels().device();
+pub fn submit(recording: &mut crate::recording::Recording, queue: &wgpu::Queue) -> Result<()> {
+    let device = &recording.kernels().device().clone();
     scoped(device, "submitting", || {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla") });
         recording.encode(&mut encoder)?;

@@ -1,70 +1,137 @@
 //! A recording collects dispatches, checked as they are added, and writes them into a compute pass of the caller's: nothing
 //! here submits, polls or maps for reading, and a recording that met an error has recorded nothing.
+//!
+//! Steps of one shape are recorded over and over. A recording remembers what it held: a dispatch that returns as it was, at its
+//! place, is neither planned nor bound again. Parameters stand in one uniform buffer, one slot per dispatch, and what a step
+//! knows beside them in tables; both are written through the queue when the recording goes into a pass. Commands read these
+//! buffers when they run, so a cleared recording leaves them to the commands until their work is done and goes on with
+//! others: a frame is one such set.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::adapter::Tuning;
-use crate::device::{Kernels, Pipeline, Region, Shader, scoped};
+use crate::device::{Kernels, Pipeline, Region, Shader, alive, scoped};
 use crate::error::{Error, Result};
-use crate::op::{Access, Binding, Buffers as _, MAX_BINDINGS, Op, Spec, Uniform as _, Variant, choose};
+use crate::op::{Access, Binding, Buffers, MAX_BINDINGS, Op, Spec, Uniform, Variant, choose};
 use crate::plan::Plan;
 use crate::storage::padded;
 
-/// A region and the bytes of it that a problem touches.
-#[derive(Clone, Copy)]
-struct Bound<'a> {
-    region: &'a Region,
-    bytes: u64,
-}
-
-impl Bound<'_> {
-    /// Bytes to bind: whole words.
-    fn binding_size(&self) -> u64 {
-        padded(self.bytes, 4)
-    }
-}
-
+/// A dispatch, and what was made of it.
 #[derive(Debug)]
 struct Dispatch {
-    shader: Shader,
-    /// Buffer, offset, bytes; by binding number, params left out.
-    regions: Vec<(wgpu::Buffer, u64, u64)>,
-    params_offset: u64,
+    /// The operation, of whatever type, and the setting that was forced.
+    op: Box<dyn Any + Send + Sync>,
+    forced: Option<(&'static str, Tuning)>,
+    spec: &'static Spec,
+    shader: Arc<Shader>,
+    given: Given,
+    params: Vec<u8>,
     grid: [u32; 3],
+    pipeline: Option<Arc<Pipeline>>,
+    group: Option<wgpu::BindGroup>,
+    /// The uniform buffer holds its parameters.
+    written: bool,
 }
 
 /// A dispatch as it was recorded, for those who write it down instead of running it.
+#[cfg(feature = "check")]
 pub(crate) struct Dispatched<'a> {
     pub spec: &'static Spec,
     pub bindings: &'static [Binding],
     pub overrides: &'a [(&'static str, f64)],
     pub params: &'a [u8],
     /// Buffer, offset, bytes; by binding number, params left out.
-    pub regions: &'a [(wgpu::Buffer, u64, u64)],
+    pub regions: Vec<(wgpu::Buffer, u64, u64)>,
     pub grid: [u32; 3],
+}
+
+/// What the steps of a recording write: tables one after another.
+#[derive(Debug)]
+struct Chunk {
+    buffer: wgpu::Buffer,
+    /// What the host has written; the buffer has the same but for `unwritten`.
+    bytes: Vec<u8>,
+    used: usize,
+    unwritten: Range<usize>,
+}
+
+/// The regions of a dispatch by binding number, params left out; `None` for what its operation does not touch.
+type Given = [Option<Region>; MAX_BINDINGS];
+
+/// A bind group with what it was made of.
+#[derive(Debug)]
+struct Group {
+    pipeline: Arc<Pipeline>,
+    given: Given,
+    group: wgpu::BindGroup,
+}
+
+/// Dispatches and the buffers that they read.
+#[derive(Debug, Default)]
+struct Frame {
+    /// The first ones are recorded; those behind them were, once.
+    dispatches: Vec<Dispatch>,
+    params: Option<wgpu::Buffer>,
+    /// By a hash of what they were made of.
+    groups: HashMap<u64, Vec<Group>>,
+    chunks: Vec<Chunk>,
+    /// Bytes of tables that its largest step has had.
+    most_tables: u64,
+    /// Shared with commands that have not run yet.
+    in_flight: Arc<()>,
+    /// Dispatches that such commands may hold.
+    in_commands: usize,
+    /// Bytes for the uniform buffer, put together.
+    scratch: Vec<u8>,
+}
+
+impl Frame {
+    fn is_free(&self) -> bool {
+        Arc::strong_count(&self.in_flight) == 1
+    }
 }
 
 /// Dispatches that are checked and ready to be written into a pass, with their parameters in one buffer.
 ///
-/// One step, one recording: what it holds is written again by every [`Recording::record`] until [`Recording::clear`].
+/// One step, one recording: what it holds is written again by every [`Recording::record`] until [`Recording::clear`]. A recording
+/// keeps what it needs to record such a step again at once, the buffers of the step among it: drop it to release them.
 #[derive(Debug)]
 pub struct Recording {
     kernels: Kernels,
-    dispatches: Vec<Dispatch>,
-    params: Vec<u8>,
+    frame: Frame,
+    parked: Vec<Frame>,
+    /// Dispatches recorded.
+    len: usize,
     /// What was recorded once for several layers, and before which dispatch.
     once: Vec<((u64, u64), usize)>,
+    /// What to set when the work is done, and behind which dispatch.
+    done: Vec<(Arc<AtomicBool>, usize)>,
+    /// Where tables stand.
+    tables: Vec<((u64, u64), Region)>,
 }
 
 /// A place in a [`Recording`] to go back to.
 #[derive(Debug, Clone, Copy)]
 pub struct Mark {
     dispatches: usize,
-    params: usize,
 }
+
+/// From one dispatch's parameters to the next: a multiple of every device's uniform offset alignment.
+const SLOT: u64 = 256;
+
+/// Bytes of a table buffer are a multiple of this.
+const LEAST_CHUNK: u64 = 16 << 10;
 
 impl Recording {
     /// An empty recording.
     pub fn new(kernels: &Kernels) -> Self {
-        Recording { kernels: kernels.clone(), dispatches: Vec::new(), params: Vec::new(), once: Vec::new() }
+        let (frame, parked, once, done, tables) = Default::default();
+        Recording { kernels: kernels.clone(), frame, parked, len: 0, once, done, tables }
     }
 
     /// The kernels that it records with.
@@ -74,50 +141,108 @@ impl Recording {
 
     /// How many dispatches it holds.
     pub fn dispatches(&self) -> usize {
-        self.dispatches.len()
+        self.len
+    }
+
+    fn recorded(&self) -> &[Dispatch] {
+        &self.frame.dispatches[..self.len]
     }
 
     /// Stem of each dispatch's kernel, in order.
     pub fn kernel_names(&self) -> impl Iterator<Item = &'static str> + '_ {
-        self.dispatches.iter().map(|dispatch| dispatch.shader.spec.name)
+        self.recorded().iter().map(|dispatch| dispatch.spec.name)
     }
 
     /// Every dispatch, in order.
+    #[cfg(feature = "check")]
     pub(crate) fn dispatched(&self) -> impl Iterator<Item = Dispatched<'_>> {
-        self.dispatches.iter().map(|dispatch| {
-            let Dispatch { shader: Shader { spec, bindings, params_size, overrides, .. }, regions, grid, .. } =
-                dispatch;
-            let params = &self.params[dispatch.params_offset as usize..][..*params_size as usize];
-            Dispatched { spec, bindings, overrides, params, regions, grid: *grid }
+        self.recorded().iter().map(|dispatch| {
+            let Dispatch { spec, shader, params, grid, .. } = dispatch;
+            let Shader { bindings, overrides, .. } = &**shader;
+            Dispatched { spec, bindings, overrides, params, regions: self.bound(dispatch), grid: *grid }
         })
     }
 
     /// The present end.
     pub fn mark(&self) -> Mark {
-        Mark { dispatches: self.dispatches.len(), params: self.params.len() }
+        Mark { dispatches: self.len }
     }
 
     /// Drops what was added since `mark`.
     pub fn rewind(&mut self, mark: Mark) {
-        self.dispatches.truncate(mark.dispatches);
-        self.params.truncate(mark.params);
+        self.len = self.len.min(mark.dispatches);
         self.once.retain(|(_, at)| *at < mark.dispatches);
+        self.done.retain(|(_, at)| *at <= mark.dispatches);
     }
 
     /// Whether what `key` stands for is still to be recorded, now: the next call says no, until it is rewound or cleared.
     pub(crate) fn once(&mut self, key: (u64, u64)) -> bool {
         let first = self.once.iter().all(|(known, _)| *known != key);
         if first {
-            self.once.push((key, self.dispatches.len()));
+            self.once.push((key, self.len));
         }
         first
     }
 
+    /// Sets `done` when the work of a recording with the present dispatches is done.
+    pub(crate) fn on_done(&mut self, done: &Arc<AtomicBool>) {
+        self.done.push((Arc::clone(done), self.len));
+    }
+
     /// Drops every dispatch, for the next step.
     pub fn clear(&mut self) {
-        self.dispatches.clear();
-        self.params.clear();
+        self.len = 0;
+        self.done.clear();
         self.once.clear();
+        self.tables.clear();
+        if !self.frame.is_free() {
+            let free = self.parked.iter().position(Frame::is_free);
+            let next = free.map(|index| self.parked.swap_remove(index)).unwrap_or_default();
+            self.parked.push(std::mem::replace(&mut self.frame, next));
+        }
+        self.frame.in_commands = 0;
+        // What took several chunks takes one the next time.
+        if self.frame.chunks.len() > 1 {
+            self.frame.most_tables = self.frame.chunks.iter().map(|chunk| chunk.bytes.len() as u64).sum();
+            self.frame.chunks.clear();
+        }
+        self.frame.chunks.iter_mut().for_each(|chunk| chunk.used = 0);
+    }
+
+    /// Where what `key` stands for is in a storage buffer of the recording's, from the first call to [`Recording::clear`].
+    ///
+    /// # Errors
+    /// As [`Kernels::allocate`].
+    pub(crate) fn table(&mut self, key: (u64, u64), bytes: &[u8]) -> Result<Region> {
+        if let Some((_, region)) = self.tables.iter().find(|(known, _)| *known == key) {
+            return Ok(region.clone());
+        }
+        let region = self.place(bytes)?;
+        self.tables.push((key, region.clone()));
+        Ok(region)
+    }
+
+    fn place(&mut self, table: &[u8]) -> Result<Region> {
+        let alignment = self.kernels.context().limits.min_storage_buffer_offset_alignment as usize;
+        let Frame { chunks, most_tables, .. } = &mut self.frame;
+        let fits = |chunk: &Chunk| chunk.used.next_multiple_of(alignment) + table.len() <= chunk.bytes.len();
+        if !chunks.last().is_some_and(fits) {
+            let size = padded((table.len() as u64).max(*most_tables).max(1), LEAST_CHUNK);
+            let buffer = self.kernels.allocate("egmla.tables", size)?;
+            chunks.push(Chunk { buffer, bytes: vec![0; size as usize], used: 0, unwritten: 0..0 });
+        }
+        let Some(chunk) = chunks.last_mut() else { return Ok(self.kernels.absent()) };
+        let first = chunk.used.next_multiple_of(alignment);
+        let range = first..first + table.len();
+        chunk.used = range.end;
+        if chunk.bytes[range.clone()] != *table {
+            chunk.bytes[range.clone()].copy_from_slice(table);
+            chunk.unwritten = match chunk.unwritten.is_empty() {
+                true => range,
+                false => chunk.unwritten.start.min(range.start)..chunk.unwritten.end.max(range.end),
+            };
+        }
+        Ok(Region::new(&chunk.buffer, first as u64, table.len() as u64))
     }
 
     /// Adds an operation, with the shader that [`choose`] picks for it.
@@ -126,8 +251,11 @@ impl Recording {
     /// What the plan refuses, a region that is too small or begins at a wrong offset, or one buffer that is read and written.
     /// The recording is then as it was.
     pub fn add<O: Op>(&mut self, op: &O, args: O::Args<&Region>) -> Result<()> {
+        if self.repeats(op, None, args) {
+            return Ok(());
+        }
         let (variant, plan) = choose(op, self.kernels.context())?;
-        self.push(&variant.spec, op, plan, args)
+        self.push(&variant.spec, op, None, plan, args)
     }
 
     /// Adds an operation with one of its shaders, at one of its settings.
@@ -141,51 +269,96 @@ impl Recording {
         args: O::Args<&Region>,
         tuning: Tuning,
     ) -> Result<()> {
+        let forced = Some((variant.spec.name, tuning));
+        if self.repeats(op, forced, args) {
+            return Ok(());
+        }
         let context = self.kernels.context();
         let plan = variant.plan(op, context, tuning)?;
         if let Some(features) = variant.spec.missing(context) {
             return Err(Error::Feature { kernel: variant.spec.name, features });
         }
-        self.push(&variant.spec, op, plan, args)
+        self.push(&variant.spec, op, forced, plan, args)
     }
 
-    fn push<O: Op>(&mut self, spec: &'static Spec, op: &O, plan: Plan, args: O::Args<&Region>) -> Result<()> {
+    /// Whether the dispatch that stood here before is the one to add; it then is.
+    fn repeats<O: Op>(&mut self, op: &O, forced: Option<(&'static str, Tuning)>, args: O::Args<&Region>) -> bool {
+        let Some(known) = self.frame.dispatches.get(self.len) else { return false };
+        let mut same = known.forced == forced && known.op.downcast_ref() == Some(op);
+        if same {
+            // What was not touched before is not touched now.
+            let is_known =
+                |index: usize, region: &Region| known.given[index].as_ref().is_none_or(|given| given == region);
+            args.each(&mut |index, region| same &= is_known(index, region));
+        }
+        self.len += usize::from(same);
+        same
+    }
+
+    fn push<O: Op>(
+        &mut self,
+        spec: &'static Spec,
+        op: &O,
+        forced: Option<(&'static str, Tuning)>,
+        plan: Plan,
+        args: O::Args<&Region>,
+    ) -> Result<()> {
         if plan.grid.contains(&0) {
             return Ok(());
         }
-        let bindings = <O::Args<u64> as crate::op::Buffers<u64>>::BINDINGS;
-        const { assert!(<O::Args<u64> as crate::op::Buffers<u64>>::BINDINGS.len() <= MAX_BINDINGS) };
+        let bindings = <O::Args<u64> as Buffers<u64>>::BINDINGS;
+        const {
+            assert!(<O::Args<u64> as Buffers<u64>>::BINDINGS.len() <= MAX_BINDINGS);
+            assert!(4 * <O::Params as Uniform>::FIELDS.len() as u64 <= SLOT);
+        };
         let mut bytes = [0; MAX_BINDINGS];
         op.bytes().each(&mut |index, of_binding| bytes[index] = of_binding);
-        let mut bound = Vec::with_capacity(bindings.len());
-        args.each(&mut |index, region| bound.push(Bound { region, bytes: bytes[index] }));
-        check_bound(spec.name, bindings, &bound, &self.kernels.context().limits)?;
-        let limits = &self.kernels.context().limits;
-        let params_offset = self.params.len().next_multiple_of(limits.min_uniform_buffer_offset_alignment as usize);
-        self.params.resize(params_offset, 0);
-        op.params(&plan).write(&mut self.params);
-        self.dispatches.push(Dispatch {
-            shader: Shader::new(spec, bindings, (self.params.len() - params_offset) as u64, plan.overrides),
-            regions: bindings.iter().zip(&bound).enumerate().map(|(index, given)| self.bind(index, given)).collect(),
-            params_offset: params_offset as u64,
-            grid: plan.grid,
-        });
+        let mut given: Given = Default::default();
+        args.each(&mut |index, region| given[index] = (bytes[index] > 0).then(|| region.clone()));
+        check_given(spec.name, bindings, &given, &bytes, &self.kernels.context().limits)?;
+        let mut params = Vec::new();
+        op.params(&plan).write(&mut params);
+        let shader = Shader::new(spec, bindings, plan.overrides);
+        let (shader, pipeline, group) = match self.frame.dispatches.get(self.len) {
+            Some(known) if known.shader.key == shader.key => {
+                let group = known.group.clone().filter(|_| known.given == given);
+                (known.shader.clone(), known.pipeline.clone(), group)
+            }
+            _ => (Arc::new(shader), None, None),
+        };
+        let op = Box::new(*op);
+        let (grid, written) = (plan.grid, false);
+        let dispatch = Dispatch { op, forced, spec, shader, given, params, grid, pipeline, group, written };
+        match self.frame.dispatches.get_mut(self.len) {
+            Some(known) => *known = dispatch,
+            None => self.frame.dispatches.push(dispatch),
+        }
+        self.len += 1;
         Ok(())
     }
 
-    /// What is bound to a name. What a problem does not touch is bound to nothing of the caller's.
-    fn bind(&self, index: usize, (binding, given): (&Binding, &Bound<'_>)) -> (wgpu::Buffer, u64, u64) {
-        let Region { buffer, offset, size } = match (given.bytes, binding.access) {
-            (0, Access::Read) => self.kernels.absent(),
-            (0, Access::Write) => self.kernels.sink(index),
-            _ => Region::new(&given.region.buffer, given.region.offset, given.binding_size()),
+    /// What is bound: as much of a region as a binding holds, so that a bind group serves every size of a problem. What a problem
+    /// does not touch is bound to nothing of the caller's.
+    fn bound(&self, dispatch: &Dispatch) -> Vec<(wgpu::Buffer, u64, u64)> {
+        let largest = self.kernels.context().limits.max_storage_buffer_binding_size;
+        let bound = |(index, binding): (usize, &Binding)| {
+            let Region { buffer, offset, size } = match (&dispatch.given[index], binding.access) {
+                (Some(given), _) => given.clone(),
+                (None, Access::Read) => self.kernels.absent(),
+                (None, Access::Write) => self.kernels.sink(index),
+            };
+            let size = buffer.size().saturating_sub(offset).min(size).min(largest) & !3;
+            (buffer, offset, size)
         };
-        (buffer, offset, size)
+        dispatch.shader.bindings.iter().enumerate().map(bound).collect()
     }
 
     /// Keeps the dispatches of one kernel only: to measure it on the buffers of a whole step.
     pub fn retain(&mut self, kernel: &str) {
-        self.dispatches.retain(|dispatch| dispatch.shader.spec.name == kernel);
+        self.frame.dispatches.truncate(self.len);
+        self.frame.dispatches.retain(|dispatch| dispatch.spec.name == kernel);
+        self.frame.dispatches.iter_mut().for_each(|dispatch| dispatch.written = false);
+        self.len = self.frame.dispatches.len();
     }
 
     /// Compiles what is not compiled yet, in parallel, and waits for it. [`Recording::record`] does the same: calling this
@@ -193,54 +366,170 @@ impl Recording {
     ///
     /// # Errors
     /// [`Error::Validation`] or [`Error::Device`] when the device refuses a kernel, [`Error::DeviceLost`] when it is lost.
-    pub fn compile(&self) -> Result<()> {
-        self.kernels.pipelines(self.dispatches.iter().map(|dispatch| &dispatch.shader)).map(drop)
+    pub fn compile(&mut self) -> Result<()> {
+        let missing = |dispatch: &&mut Dispatch| dispatch.pipeline.is_none();
+        let mut missing: Vec<_> = self.frame.dispatches[..self.len].iter_mut().filter(missing).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let pipelines = self.kernels.pipelines(missing.iter().map(|dispatch| &*dispatch.shader))?;
+        for (dispatch, pipeline) in missing.iter_mut().zip(pipelines) {
+            dispatch.pipeline = Some(pipeline);
+        }
+        Ok(())
     }
 
-    /// Writes the dispatches into the caller's pass. The caller submits.
+    /// Writes the dispatches into the caller's pass, and their parameters through the caller's queue. The caller submits.
     ///
     /// # Errors
     /// [`Error::DeviceLost`], [`Error::OutOfMemory`], [`Error::Validation`] where wgpu refuses a kernel or a buffer of another
-    /// device, [`Error::Device`] where the driver fails. The pass is then unchanged.
-    pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
-        if self.dispatches.is_empty() {
+    /// device, [`Error::Device`] where the driver fails. The pass is then unchanged. A step of a shape that was recorded before
+    /// makes nothing on the device and asks it nothing: of a device that is lost by then only reading results back tells.
+    pub fn record(&mut self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+        if self.len == 0 {
             return Ok(());
         }
-        let device = self.kernels.device();
-        let pipelines = self.kernels.pipelines(self.dispatches.iter().map(|dispatch| &dispatch.shader))?;
-        let size = (self.params.len() as u64).next_multiple_of(16);
-        let params = self.kernels.filled("egmla.params", size, wgpu::BufferUsages::UNIFORM, &self.params)?;
-        let groups = scoped(device, "bind groups", || {
-            let both = self.dispatches.iter().zip(&pipelines);
-            both.map(|(dispatch, pipeline)| bind(device, &params, dispatch, pipeline)).collect::<Vec<_>>()
-        })?;
-        for ((dispatch, pipeline), group) in self.dispatches.iter().zip(&pipelines).zip(&groups) {
+        self.compile()?;
+        self.make()?;
+        self.write();
+        for (index, dispatch) in self.frame.dispatches[..self.len].iter().enumerate() {
+            let (Some(pipeline), Some(group)) = (&dispatch.pipeline, &dispatch.group) else { continue };
             pass.set_pipeline(&pipeline.pipeline);
-            pass.set_bind_group(0, group, &[]);
+            pass.set_bind_group(0, group, &[(index as u64 * SLOT) as u32]);
             pass.dispatch_workgroups(dispatch.grid[0], dispatch.grid[1], dispatch.grid[2]);
         }
+        let in_flight = Arc::clone(&self.frame.in_flight);
+        let done: Vec<_> = self.done.iter().map(|(done, _)| Arc::clone(done)).collect();
+        // Dropped without a call with commands that are never submitted.
+        pass.on_submitted_work_done(move || {
+            done.iter().for_each(|done| done.store(true, Ordering::Release));
+            drop(in_flight);
+        });
+        self.frame.in_commands = self.frame.in_commands.max(self.len);
         Ok(())
+    }
+
+    /// Makes the uniform buffer and the bind groups that are missing.
+    fn make(&mut self) -> Result<()> {
+        let device = self.kernels.device();
+        let frame = &mut self.frame;
+        let size = SLOT * self.len as u64;
+        // What commands may still read stays as it is: there they go on with a buffer of their own.
+        let changed = frame.dispatches[..self.len].iter().position(|dispatch| !dispatch.written);
+        let shared = changed.is_some_and(|first| first < frame.in_commands) && !frame.is_free();
+        if shared || frame.params.as_ref().is_none_or(|params| params.size() < size) {
+            let size = size.next_power_of_two();
+            let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+            let params = self.kernels.buffer("egmla.params", size, usage)?;
+            frame.params = Some(params);
+            frame.in_commands = 0;
+            frame.groups.clear();
+            for dispatch in &mut frame.dispatches {
+                (dispatch.written, dispatch.group) = (false, None);
+            }
+        }
+        let missing: Vec<_> = (0..self.len).filter(|&index| frame.dispatches[index].group.is_none()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        if frame.groups.len() > MOST_GROUPS {
+            frame.groups.clear();
+        }
+        let mut made = false;
+        for index in missing {
+            let dispatch = &self.frame.dispatches[index];
+            let (Some(pipeline), Some(params)) = (&dispatch.pipeline, &self.frame.params) else { continue };
+            let key = key_of(pipeline, &dispatch.given);
+            let same = |known: &&Group| Arc::ptr_eq(&known.pipeline, pipeline) && known.given == dispatch.given;
+            let known = self.frame.groups.get(&key).and_then(|groups| groups.iter().find(same));
+            let group = match known {
+                Some(known) => known.group.clone(),
+                None => {
+                    let group = scoped(device, "bind groups", || {
+                        bind(device, params, &self.bound(dispatch), dispatch.spec.name, pipeline)
+                    })?;
+                    let (pipeline, given) = (pipeline.clone(), dispatch.given.clone());
+                    made = true;
+                    self.frame.groups.entry(key).or_default().push(Group { pipeline, given, group: group.clone() });
+                    group
+                }
+            };
+            self.frame.dispatches[index].group = Some(group);
+        }
+        if made {
+            // Of a lost device each record tells until it goes: what was made on it is not kept.
+            alive(device, "bind groups").inspect_err(|_| {
+                self.frame.params = None;
+                self.frame.groups.clear();
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes the parameters and tables that changed.
+    pub(crate) fn write(&mut self) {
+        let queue = self.kernels.queue();
+        let Frame { dispatches, params, chunks, scratch, .. } = &mut self.frame;
+        let recorded = &mut dispatches[..self.len];
+        let first = recorded.iter().position(|dispatch| !dispatch.written);
+        let last = recorded.iter().rposition(|dispatch| !dispatch.written);
+        if let (Some(first), Some(last), Some(params)) = (first, last, params) {
+            scratch.clear();
+            for dispatch in &mut recorded[first..=last] {
+                let at = scratch.len();
+                scratch.extend_from_slice(&dispatch.params);
+                scratch.resize(at + SLOT as usize, 0);
+                dispatch.written = true;
+            }
+            queue.write_buffer(params, first as u64 * SLOT, scratch);
+        }
+        for chunk in chunks {
+            let range = std::mem::take(&mut chunk.unwritten);
+            if !range.is_empty() {
+                queue.write_buffer(&chunk.buffer, range.start as u64, &chunk.bytes[range]);
+            }
+        }
     }
 
     /// Writes the dispatches into a compute pass of their own in the caller's encoder.
     ///
     /// # Errors
     /// As [`Recording::record`].
-    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+    pub fn encode(&mut self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         let descriptor = wgpu::ComputePassDescriptor { label: Some("egmla"), timestamp_writes: None };
         self.record(&mut encoder.begin_compute_pass(&descriptor))
     }
 }
 
-fn check_bound(kernel: &'static str, bindings: &[Binding], bound: &[Bound<'_>], limits: &wgpu::Limits) -> Result<()> {
-    let touched = || bindings.iter().zip(bound).filter(|(_, given)| given.bytes > 0);
-    for (binding, given) in touched() {
-        check_region(kernel, binding.name, given, limits)?;
+/// Bind groups that a recording keeps for the steps that it has met; with more it begins anew.
+const MOST_GROUPS: usize = 1 << 16;
+
+fn key_of(pipeline: &Arc<Pipeline>, given: &Given) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (Arc::as_ptr(pipeline) as usize, given).hash(&mut hasher);
+    hasher.finish()
+}
+
+fn check_given(
+    kernel: &'static str,
+    bindings: &[Binding],
+    given: &Given,
+    bytes: &[u64],
+    limits: &wgpu::Limits,
+) -> Result<()> {
+    let touched = || {
+        bindings
+            .iter()
+            .zip(given.iter().zip(bytes))
+            .filter_map(|(binding, (given, &bytes))| given.as_ref().map(|region| (binding, region, padded(bytes, 4))))
+    };
+    for (binding, region, needed) in touched() {
+        region.check(kernel, binding.name, needed, limits)?;
     }
-    for (index, (first, given)) in touched().enumerate() {
-        for (second, other) in touched().skip(index + 1) {
+    for (index, (first, region, _)) in touched().enumerate() {
+        for (second, other, _) in touched().skip(index + 1) {
             let written = first.access == Access::Write || second.access == Access::Write;
-            if written && given.region.buffer == other.region.buffer {
+            if written && region.buffer == other.buffer {
                 return Err(Error::Aliased { kernel, first: first.name, second: second.name });
             }
         }
@@ -248,39 +537,23 @@ fn check_bound(kernel: &'static str, bindings: &[Binding], bound: &[Bound<'_>], 
     Ok(())
 }
 
-fn check_region(kernel: &'static str, binding: &'static str, given: &Bound<'_>, limits: &wgpu::Limits) -> Result<()> {
-    let Region { buffer, offset, size } = given.region;
-    let alignment = u64::from(limits.min_storage_buffer_offset_alignment);
-    if !offset.is_multiple_of(alignment) {
-        return Err(Error::BufferOffset { kernel, binding, offset: *offset, alignment });
-    }
-    let found = buffer.size().saturating_sub(*offset).min(*size);
-    let needed = given.binding_size();
-    if needed > found {
-        return Err(Error::BufferSize { kernel, binding, needed, found });
-    }
-    if needed > limits.max_storage_buffer_binding_size {
-        return Err(Error::Limit {
-            what: format!("{kernel}: binding `{binding}`"),
-            needed,
-            allowed: limits.max_storage_buffer_binding_size,
-            limit: "max_storage_buffer_binding_size",
-        });
-    }
-    Ok(())
-}
-
-fn bind(device: &wgpu::Device, params: &wgpu::Buffer, dispatch: &Dispatch, pipeline: &Pipeline) -> wgpu::BindGroup {
+fn bind(
+    device: &wgpu::Device,
+    params: &wgpu::Buffer,
+    bound: &[(wgpu::Buffer, u64, u64)],
+    label: &str,
+    pipeline: &Pipeline,
+) -> wgpu::BindGroup {
     let binding = |buffer, offset, size| {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(size) })
     };
-    let storage = dispatch.regions.iter().map(|(buffer, offset, size)| binding(buffer, *offset, *size));
+    let storage = bound.iter().map(|(buffer, offset, size)| binding(buffer, *offset, *size));
     let entries: Vec<_> = (0..)
-        .zip(std::iter::once(binding(params, dispatch.params_offset, dispatch.shader.params_size)).chain(storage))
+        .zip(std::iter::once(binding(params, 0, SLOT)).chain(storage))
         .map(|(number, resource)| wgpu::BindGroupEntry { binding: number, resource })
         .collect();
     device.create_bind_group(&wgpu::BindGroupDescriptor {
-        label: Some(dispatch.shader.spec.name),
+        label: Some(label),
         layout: &pipeline.layout,
         entries: &entries,
     })

@@ -4,18 +4,18 @@
 
 mod common;
 
-use common::{Gpu, gpu, gpu_with};
+use common::{Gpu, gpu, gpu_with, stored};
 use egmla::Error;
 use egmla::adapter::{AdapterClass, PlanContext, Tuning};
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens, Tokens,
 };
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
-use egmla::check::random::{Random, attention_weights};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
 use egmla::kernels::{Matmul, attention_decode, cache_append, matmul};
 use egmla::op::{Op, choose};
+use egmla::random::{Random, attention_weights};
 use egmla::readback;
 use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
@@ -57,7 +57,6 @@ struct Rig {
     gpu: Gpu,
     attention: Attention,
     cache: LatentCache,
-    workspace: Workspace,
     reference: Layer,
 }
 
@@ -79,18 +78,14 @@ impl Rig {
         gate_rows: GateRows,
     ) -> Self {
         let weights = attention_weights(config, true, 1).unwrap();
-        let mut attention = Attention::new(&gpu.kernels, config, &weights, storage).unwrap();
-        if gate_rows == GateRows::Table {
-            let mut recording = Recording::new(&gpu.kernels);
-            attention.load_gate_table(&mut recording).unwrap();
-            readback::submit(&recording, &gpu.queue).unwrap();
-        }
-        let options = CacheOptions { n_layer: 1, batch, capacity, storage, gate_rows };
-        let cache = LatentCache::new(&gpu.kernels, config, options).unwrap();
-        let workspace_options = WorkspaceOptions { decode_tokens: 4, ..WorkspaceOptions::new(batch * capacity) };
-        let workspace = Workspace::new(&cache, workspace_options).unwrap();
+        let options = AttentionOptions { storage, gate_rows };
+        let attention = Attention::new(&gpu.kernels, config, &weights, options).unwrap();
+        let max_tokens = batch * capacity;
+        let options =
+            CacheOptions { batch, capacity, storage, max_tokens, decode_tokens: 4, ..CacheOptions::default() };
+        let cache = LatentCache::new(&attention, options).unwrap();
         let reference = Layer::new(config.clone(), &weights);
-        Rig { gpu, attention, cache, workspace, reference }
+        Rig { gpu, attention, cache, reference }
     }
 
     fn upload(&self, hidden: &[f32]) -> (Region, Region) {
@@ -99,7 +94,7 @@ impl Rig {
         (Region::from(&input), Region::from(&output))
     }
 
-    fn finish(&self, recording: &Recording, out: &Region) -> Vec<f32> {
+    fn finish(&self, recording: &mut Recording, out: &Region) -> Vec<f32> {
         readback::submit(recording, &self.gpu.queue).unwrap();
         let values = readback::wait(readback::read_f32(&self.gpu.kernels, &self.gpu.queue, &[out])).unwrap().remove(0);
         self.gpu.assert_no_errors();
@@ -110,18 +105,26 @@ impl Rig {
         let (input, out) = self.upload(hidden);
         let mut recording = Recording::new(&self.gpu.kernels);
         let ids = self.attention.config().gate.is_some().then_some(ids);
-        self.attention.prefill(&mut recording, &mut self.cache, &self.workspace, counts, ids, &input, &out).unwrap();
-        self.finish(&recording, &out)[..hidden.len()].to_vec()
+        let tokens = Tokens { counts, ids, hidden: input, out: out.clone() };
+        self.attention.prefill(&mut recording, &mut self.cache, tokens).unwrap();
+        self.finish(&mut recording, &out)[..hidden.len()].to_vec()
     }
 
     fn decode(&mut self, counts: &[u32], hidden: &[f32], ids: &[u32], path: DecodePath) -> Vec<f32> {
         let (input, out) = self.upload(hidden);
         let mut recording = Recording::new(&self.gpu.kernels);
         let ids = self.attention.config().gate.is_some().then_some(ids);
-        self.attention
-            .decode(&mut recording, &mut self.cache, &self.workspace, counts, ids, path, &input, &out)
-            .unwrap();
-        self.finish(&recording, &out)[..hidden.len()].to_vec()
+        let tokens = Tokens { counts, ids, hidden: input, out: out.clone() };
+        self.cache.set_decode_path(path);
+        self.attention.decode(&mut recording, &mut self.cache, tokens).unwrap();
+        self.finish(&mut recording, &out)[..hidden.len()].to_vec()
+    }
+
+    /// Prepares one new token.
+    fn one(&mut self, id: u32) -> Step {
+        let id = [id];
+        let ids = self.attention.config().gate.is_some().then_some(&id[..]);
+        self.cache.prepare(Mode::Decode, StepTokens { counts: &[1], ids }).unwrap()
     }
 
     fn expected(&self, hidden: &[f32], ids: &[u32]) -> Vec<f64> {
@@ -174,7 +177,7 @@ fn a_copied_sequence_goes_its_own_way() {
         rig.prefill(&[0, 5, 0], rows(&hidden, 0..5), &ids[..5]);
         let mut recording = Recording::new(&rig.gpu.kernels);
         rig.cache.copy_sequence(&mut recording, 1, 2).unwrap();
-        readback::submit(&recording, &rig.gpu.queue).unwrap();
+        readback::submit(&mut recording, &rig.gpu.queue).unwrap();
         assert_eq!(rig.cache.lengths(), [0, 5, 5]);
         // The two go on with different tokens; each must be as if it were alone.
         let tails: Vec<(Vec<f32>, Vec<u32>)> =
@@ -200,10 +203,8 @@ fn a_full_cache_is_an_error_that_changes_nothing() {
     rig.prefill(&[7, 1], rows(&hidden, 0..8), &ids[..8]);
     let (input, out) = rig.upload(rows(&hidden, 0..3));
     let mut recording = Recording::new(&rig.gpu.kernels);
-    let error = rig
-        .attention
-        .prefill(&mut recording, &mut rig.cache, &rig.workspace, &[2, 1], Some(&ids[..3]), &input, &out)
-        .unwrap_err();
+    let tokens = Tokens { counts: &[2, 1], ids: Some(&ids[..3]), hidden: input, out };
+    let error = rig.attention.prefill(&mut recording, &mut rig.cache, tokens).unwrap_err();
     assert!(matches!(error, Error::CacheFull { sequence: 0, length: 7, added: 2, capacity: 8 }), "{error}");
     assert_eq!(recording.dispatches(), 0);
     assert_eq!(rig.cache.lengths(), [7, 1]);
@@ -219,8 +220,8 @@ fn a_full_cache_is_an_error_that_changes_nothing() {
 fn wrong_arguments_are_errors_with_the_number() {
     let config = gated(GateSite::Latent);
     let mut rig = Rig::new(&config, 2, 8, Storage::F32);
-    let plan = |counts: &[u32], ids: Option<&[u32]>, mode| {
-        rig.cache.plan_step(StepInput { mode, counts, token_ids: ids }).unwrap_err().to_string()
+    let mut plan = |counts: &[u32], ids: Option<&[u32]>, mode| {
+        rig.cache.prepare(mode, StepTokens { counts, ids }).unwrap_err().to_string()
     };
     let cases = [
         (plan(&[1], Some(&[0]), Mode::Prefill), "counts of new tokens: expected 2, found 1"),
@@ -229,6 +230,7 @@ fn wrong_arguments_are_errors_with_the_number() {
         (plan(&[1, 1], Some(&[3]), Mode::Prefill), "token ids: expected 2, found 1"),
         (plan(&[1, 1], Some(&[3, 17]), Mode::Prefill), "token id 17 at position 1 is outside of the vocabulary of 17"),
         (plan(&[17, 0], Some(&[3; 17]), Mode::Decode), "is 17, must be at most 16"),
+        (plan(&[5, 0], Some(&[3; 5]), Mode::Decode), "(the cache's decode_tokens) is 5, must be at most 4"),
         (plan(&[u32::MAX, 1], Some(&[3]), Mode::Prefill), "cache full"),
     ];
     for (found, wanted) in cases {
@@ -239,53 +241,61 @@ fn wrong_arguments_are_errors_with_the_number() {
     assert!(matches!(rig.cache.truncate(2, 0), Err(Error::OutOfRange { found: 2, limit: 1, .. })));
     let mut recording = Recording::new(&rig.gpu.kernels);
     assert!(matches!(rig.cache.copy_sequence(&mut recording, 0, 5), Err(Error::OutOfRange { found: 5, .. })));
-    // More new tokens than the workspace was made for.
-    let small = Workspace::new(&rig.cache, WorkspaceOptions::new(1)).unwrap();
-    let (input, out) = rig.upload(&[0.0; 2 * HIDDEN]);
-    let error = rig.attention.prefill(&mut recording, &mut rig.cache, &small, &[2, 0], Some(&[1, 2]), &input, &out);
+    // More new tokens than the cache has buffers for.
+    let options = CacheOptions { max_tokens: 1, ..rig.cache.options() };
+    let mut small = LatentCache::new(&rig.attention, options).unwrap();
+    let (hidden, out) = rig.upload(&[0.0; 2 * HIDDEN]);
+    let tokens = Tokens { counts: &[2, 0], ids: Some(&[1, 2]), hidden, out };
+    let error = rig.attention.prefill(&mut recording, &mut small, tokens);
     assert!(matches!(error, Err(Error::OutOfRange { found: 2, limit: 1, .. })));
-    // More new tokens of a sequence than the workspace has partial results for.
-    let step =
-        rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[5, 0], token_ids: Some(&[1; 5]) }).unwrap();
-    let (input, out) = rig.upload(&[0.0; 5 * HIDDEN]);
-    let Rig { attention, cache, workspace, .. } = &rig;
-    let error = attention.forward(&mut recording, cache, 0, &step, workspace, DecodePath::Auto, &input, &out);
-    assert!(matches!(error, Err(Error::OutOfRange { found: 5, limit: 4, .. })), "{error:?}");
-    // Gate rows from a table that nobody loaded, or where there is no gate to load.
-    let up = Rig::new(&gated(GateSite::UpProjected), 1, 4, Storage::F32);
-    let options = CacheOptions { gate_rows: GateRows::Table, ..up.cache.options() };
-    let cache = LatentCache::new(&up.gpu.kernels, up.attention.config(), options).unwrap();
-    let step = cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&[1]) }).unwrap();
-    let error = up.attention.decode_path(DecodePath::Absorbed, &cache, &step);
-    assert!(matches!(error, Err(Error::Unsupported { .. })), "{error:?}");
-    assert_eq!(up.attention.decode_path(DecodePath::Auto, &cache, &step).unwrap(), DecodePath::Expanded);
-    assert!(matches!(rig.attention.load_gate_table(&mut recording), Err(Error::Unsupported { .. })));
     for (extents, what) in [((0, 1, 1), "layers"), ((1, 0, 1), "sequences"), ((1, 1, 0), "capacity")] {
         let (n_layer, batch, capacity) = extents;
-        let (storage, gate_rows) = (Storage::F32, GateRows::Recompute);
-        let options = CacheOptions { n_layer, batch, capacity, storage, gate_rows };
-        let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
+        let options = CacheOptions { n_layer, batch, capacity, ..CacheOptions::default() };
+        let error = LatentCache::new(&rig.attention, options).unwrap_err();
         assert!(error.to_string().contains(what), "{error}");
     }
     // Over one binding: refused with both numbers, before anything is allocated.
     let options = CacheOptions { batch: 1000, capacity: 100_000, ..rig.cache.options() };
-    let error = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap_err();
+    let error = LatentCache::new(&rig.attention, options).unwrap_err();
     let rows = 100_000_000u64;
     assert!(matches!(error, Error::Limit { needed, .. } if needed == rows * 16 * 4), "{error}");
 }
 
 #[test]
 fn a_step_of_another_cache_or_of_an_earlier_state_is_refused() {
-    let config = mla();
-    let mut rig = Rig::new(&config, 1, 8, Storage::F32);
-    let options = rig.cache.options();
-    let mut other = LatentCache::new(&rig.gpu.kernels, &config, options).unwrap();
-    let input = StepInput { mode: Mode::Prefill, counts: &[2], token_ids: None };
-    let step = rig.cache.plan_step(input).unwrap();
-    assert!(matches!(other.commit(&step), Err(Error::StaleStep)));
-    rig.cache.commit(&step).unwrap();
-    assert!(matches!(rig.cache.commit(&step), Err(Error::StaleStep)));
-    assert_eq!(rig.cache.lengths(), [2]);
+    let mut rig = Rig::new(&gated(GateSite::UpProjected), 1, 8, Storage::F32);
+    let mut other = LatentCache::new(&rig.attention, rig.cache.options()).unwrap();
+    let step = rig.one(3);
+    assert!(matches!(other.commit(step), Err(Error::StaleStep)));
+    assert_eq!((rig.cache.lengths(), other.lengths()), (&[0][..], &[0][..]));
+    // Whatever changes the cache, and be it another step, makes a step stale, for layers as for the cache.
+    let changes: [fn(&mut Rig); 4] = [
+        |rig| drop(rig.one(4)),
+        |rig| {
+            let step = rig.one(5);
+            rig.cache.commit(step).unwrap();
+        },
+        |rig| rig.cache.truncate(0, 0).unwrap(),
+        |rig| rig.cache.reset(),
+    ];
+    for change in changes {
+        let step = rig.one(3);
+        change(&mut rig);
+        let (input, out) = rig.upload(&[0.5; HIDDEN]);
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        let error = rig.attention.forward(&mut recording, &rig.cache, &step, 0, &input, &out);
+        assert!(matches!(error, Err(Error::StaleStep)), "{error:?}");
+        let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
+        assert!(matches!(rig.cache.commit(step), Err(Error::StaleStep)));
+        assert_eq!((rig.cache.lengths(), rig.cache.distinct_ids()), (&lengths[..], distinct));
+    }
+    // What was prepared and given up has left nothing behind.
+    let hidden = Random::new(3).values(3 * HIDDEN, 1.0);
+    let mut got = rig.prefill(&[2], rows(&hidden, 0..2), &[1, 2]);
+    drop(rig.one(9));
+    got.extend(rig.decode(&[1], rows(&hidden, 2..3), &[2], DecodePath::Absorbed));
+    assert_close(&got, &rig.expected(&hidden, &[1, 2, 2]), F32_LIMIT);
+    assert_eq!(rig.cache.distinct_ids(), [2]);
 }
 
 #[test]
@@ -295,22 +305,20 @@ fn layers_of_one_cache_do_not_touch_each_other() {
     let layers: Vec<_> = (0..3)
         .map(|seed| {
             let weights = attention_weights(&config, true, seed).unwrap();
-            let attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
+            let attention = Attention::new(&gpu.kernels, &config, &weights, stored(Storage::F32)).unwrap();
             (attention, Layer::new(config.clone(), &weights))
         })
         .collect();
-    let (storage, gate_rows) = (Storage::F32, GateRows::Recompute);
-    let options = CacheOptions { n_layer: 3, batch: 1, capacity: 10, storage, gate_rows };
-    let mut cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
-    let workspace = Workspace::new(&cache, WorkspaceOptions::new(10)).unwrap();
+    let options = CacheOptions { n_layer: 3, capacity: 10, ..CacheOptions::default() };
+    let mut cache = LatentCache::new(&layers[0].0, options).unwrap();
     let mut random = Random::new(8);
     let (hidden, ids) = (random.values(7 * HIDDEN, 1.0), random.ids(7, 17));
     let mut got = vec![Vec::new(); 3];
     // Four tokens, then three decoded; every layer in one recording and one submission a step.
     for (mode, range) in [(Mode::Prefill, 0..4), (Mode::Decode, 4..5), (Mode::Decode, 5..6), (Mode::Decode, 6..7)] {
         let count = [range.len() as u32];
-        let token_ids = Some(&ids[range.clone()]);
-        let step = cache.plan_step(StepInput { mode, counts: &count, token_ids }).unwrap();
+        let ids = Some(&ids[range.clone()]);
+        let step = cache.prepare(mode, StepTokens { counts: &count, ids }).unwrap();
         let input = gpu.kernels.upload("hidden", bytemuck::cast_slice(rows(&hidden, range.clone()))).unwrap();
         let mut recording = Recording::new(&gpu.kernels);
         let outs: Vec<Region> = layers
@@ -318,13 +326,12 @@ fn layers_of_one_cache_do_not_touch_each_other() {
             .enumerate()
             .map(|(index, (attention, _))| {
                 let out = Region::from(&gpu.kernels.allocate("out", (4 * HIDDEN * range.len()) as u64).unwrap());
-                let (path, input) = (DecodePath::Auto, Region::from(&input));
-                attention.forward(&mut recording, &cache, index, &step, &workspace, path, &input, &out).unwrap();
+                attention.forward(&mut recording, &cache, &step, index, &Region::from(&input), &out).unwrap();
                 out
             })
             .collect();
-        cache.commit(&step).unwrap();
-        readback::submit(&recording, &gpu.queue).unwrap();
+        cache.commit(step).unwrap();
+        readback::submit(&mut recording, &gpu.queue).unwrap();
         let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &outs.iter().collect::<Vec<_>>()));
         for (all, new) in got.iter_mut().zip(read.unwrap()) {
             all.extend(new);
@@ -367,11 +374,12 @@ fn the_memory_report_is_what_is_allocated() {
     let gpu = gpu();
     let (rows, n_layer, tokens) = (3 * 20u64, 2u64, 8u64);
     for (config, storage) in [(gated(GateSite::UpProjected), Storage::F16), (mla(), Storage::F32)] {
-        let options =
-            CacheOptions { n_layer: 2, batch: 3, capacity: 20, storage, gate_rows: GateRows::Pool { rows: 5 } };
-        let cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
-        let workspace = Workspace::new(&cache, WorkspaceOptions::new(tokens as u32)).unwrap();
-        let report = cache.memory(&workspace);
+        let weights = attention_weights(&config, true, 1).unwrap();
+        let options = AttentionOptions { storage, gate_rows: GateRows::Pool { rows: 5 } };
+        let attention = Attention::new(&gpu.kernels, &config, &weights, options).unwrap();
+        let (batch, capacity, max_tokens) = (3, 20, tokens as u32);
+        let options = CacheOptions { n_layer: 2, batch, capacity, storage, max_tokens, ..CacheOptions::default() };
+        let report = LatentCache::new(&attention, options).unwrap().memory();
         // Rows of 12 and 4 elements, padded to 16 and 8.
         let (latent, rope) = (16 * storage.bytes(), 8 * storage.bytes());
         assert_eq!(report.latent, n_layer * rows * latent);
@@ -431,13 +439,12 @@ fn what_a_decode_step_uploads_does_not_grow_with_the_cache() {
             // Every id has come up, each many times.
             let ids: Vec<u32> = (before..length).map(|position| position % 17).collect();
             rig.prefill(&[length - before], &hidden, &ids);
-            let token_ids = config.gate.is_some().then_some(&[3u32][..]);
-            let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids }).unwrap();
+            rig.cache.set_decode_path(DecodePath::Absorbed);
+            let step = rig.one(3);
             uploads.push(step.uploaded_bytes());
             let (input, out) = rig.upload(&[0.1; HIDDEN]);
             let mut recording = Recording::new(&rig.gpu.kernels);
-            let path = DecodePath::Absorbed;
-            rig.attention.forward(&mut recording, &rig.cache, 0, &step, &rig.workspace, path, &input, &out).unwrap();
+            rig.attention.forward(&mut recording, &rig.cache, &step, 0, &input, &out).unwrap();
             dispatches.push(recording.dispatches());
         }
         // An append may begin a tier or a chunk: two words more, but not with the length.
@@ -469,15 +476,13 @@ fn a_layer_takes_twelve_dispatches_a_decode_step_at_most() {
             let rig = &mut Rig::with(&config, 1, 40, storage, gate_rows);
             let ids: Vec<u32> = (0..30).map(|position| position % 16).collect();
             rig.prefill(&[30], &vec![0.1; 30 * HIDDEN], &ids);
-            // An id that never came up: a pool takes its row in.
-            let token_ids = config.gate.is_some().then_some(&[16u32][..]);
-            let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids }).unwrap();
             for path in [DecodePath::Expanded, DecodePath::Absorbed] {
+                rig.cache.set_decode_path(path);
+                // An id that never came up: a pool takes its row in.
+                let step = rig.one(16);
                 let (input, out) = rig.upload(&[0.1; HIDDEN]);
                 let mut recording = Recording::new(&rig.gpu.kernels);
-                rig.attention
-                    .forward(&mut recording, &rig.cache, 0, &step, &rig.workspace, path, &input, &out)
-                    .unwrap();
+                rig.attention.forward(&mut recording, &rig.cache, &step, 0, &input, &out).unwrap();
                 // The lists and their ids are brought up to date once for all layers.
                 let own: Vec<_> =
                     recording.kernel_names().filter(|name| !["word_scatter", "group_ids"].contains(name)).collect();
@@ -505,11 +510,11 @@ fn projections_that_do_not_fit_one_binding_together_stay_apart() {
         let mut got = rig.prefill(&[4], &hidden[..4 * 600], &ids);
         let (input, out) = rig.upload(&hidden[4 * 600..]);
         let mut recording = Recording::new(&rig.gpu.kernels);
-        rig.attention
-            .decode(&mut recording, &mut rig.cache, &rig.workspace, &[1], None, DecodePath::Absorbed, &input, &out)
-            .unwrap();
+        rig.cache.set_decode_path(DecodePath::Absorbed);
+        let tokens = Tokens { counts: &[1], ids: None, hidden: input, out: out.clone() };
+        rig.attention.decode(&mut recording, &mut rig.cache, tokens).unwrap();
         assert_eq!(recording.dispatches(), 9 + more, "{:?}", recording.kernel_names().collect::<Vec<_>>());
-        got.extend(rig.finish(&recording, &out));
+        got.extend(rig.finish(&mut recording, &out));
         assert_close(&got, &rig.expected(&hidden, &ids), F32_LIMIT);
     }
 }
@@ -544,21 +549,18 @@ fn group_lists_follow_every_change_of_the_cache() {
             if round == 4 {
                 let mut recording = Recording::new(&rig.gpu.kernels);
                 rig.cache.copy_sequence(&mut recording, 0, 1).unwrap();
-                readback::submit(&recording, &rig.gpu.queue).unwrap();
+                readback::submit(&mut recording, &rig.gpu.queue).unwrap();
                 held[1] = held[0].clone();
             }
             if round == 5 {
                 // A step that runs and is never committed: the device has its tokens, the cache does not.
                 let (input, out) = rig.upload(&[0.3; 4 * HIDDEN]);
-                let input_step =
-                    StepInput { mode: Mode::Decode, counts: &[2, 1, 1], token_ids: Some(&[16, 4, 16, 15]) };
-                let step = rig.cache.plan_step(input_step).unwrap();
+                let tokens = StepTokens { counts: &[2, 1, 1], ids: Some(&[16, 4, 16, 15]) };
+                rig.cache.set_decode_path(DecodePath::Absorbed);
+                let step = rig.cache.prepare(Mode::Decode, tokens).unwrap();
                 let mut recording = Recording::new(&rig.gpu.kernels);
-                let (cache, workspace) = (&rig.cache, &rig.workspace);
-                rig.attention
-                    .forward(&mut recording, cache, 0, &step, workspace, DecodePath::Absorbed, &input, &out)
-                    .unwrap();
-                rig.finish(&recording, &out);
+                rig.attention.forward(&mut recording, &rig.cache, &step, 0, &input, &out).unwrap();
+                rig.finish(&mut recording, &out);
             }
             let active: Vec<usize> = (0..3).filter(|&s| !held[s].1.is_empty()).collect();
             let mut counts = [0; 3];
@@ -610,7 +612,7 @@ fn absorption_without_the_gate_is_wrong() {
     let mut weights = attention_weights(&config, true, 1).unwrap();
     weights.gate = None;
     let mut plain = Rig::new(&mla(), 1, 40, Storage::F32);
-    plain.attention = Attention::new(&plain.gpu.kernels, &mla(), &weights, Storage::F32).unwrap();
+    plain.attention = Attention::new(&plain.gpu.kernels, &mla(), &weights, stored(Storage::F32)).unwrap();
     plain.prefill(&[39], rows(&hidden, 0..39), &[]);
     let got = plain.decode(&[1], rows(&hidden, 39..40), &[], DecodePath::Absorbed);
     let error = compare(&got, last, Tolerance { relative: 1e-2 });
@@ -702,8 +704,7 @@ fn auto_takes_the_path_with_less_work() {
         let mut rig = Rig::with(&config, 1, 64, Storage::F32, gate_rows);
         let (tokens, last) = ids.split_at(ids.len() - 1);
         rig.prefill(&[tokens.len() as u32], &vec![0.5; tokens.len() * HIDDEN], tokens);
-        let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(last) }).unwrap();
-        rig.attention.decode_path(DecodePath::Auto, &rig.cache, &step).unwrap()
+        rig.one(last[0]).path()
     };
     let (distinct, equal): (Vec<u32>, Vec<u32>) = ((0..60).collect(), vec![7; 60]);
     assert_eq!(path_of(&distinct, GateRows::Recompute), DecodePath::Expanded);
@@ -714,8 +715,7 @@ fn auto_takes_the_path_with_less_work() {
         if length > 0 {
             rig.prefill(&[length], &vec![0.5; length as usize * HIDDEN], &[]);
         }
-        let step = rig.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids: None }).unwrap();
-        assert_eq!(rig.attention.decode_path(DecodePath::Auto, &rig.cache, &step).unwrap(), expected);
+        assert_eq!(rig.one(0).path(), expected);
     }
 }
 
@@ -742,14 +742,12 @@ fn a_gate_table_over_one_binding_is_sharded_and_over_two_refused() {
 
     config.gate.as_mut().unwrap().vocab_size = 2_000_000;
     let weights = attention_weights(&config, true, 1).unwrap();
-    let mut attention = Attention::new(&rig.gpu.kernels, &config, &weights, Storage::F32).unwrap();
-    let mut recording = Recording::new(&rig.gpu.kernels);
-    let error = attention.load_gate_table(&mut recording).unwrap_err();
+    let options = AttentionOptions { storage: Storage::F32, gate_rows: GateRows::Table };
+    let error = Attention::new(&rig.gpu.kernels, &config, &weights, options).unwrap_err();
     assert!(
         matches!(error, Error::Limit { needed: 576_000_000, allowed: found, .. } if found == 2 * u64::from(shard) * 288),
         "{error}"
     );
-    assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
 }
 
 #[test]
@@ -757,9 +755,9 @@ fn a_weight_beyond_f16_is_refused_by_name() {
     let gpu = gpu();
     let mut weights = attention_weights(&mla(), true, 1).unwrap();
     weights.o_proj.data[7] = 7e4;
-    let error = Attention::new(&gpu.kernels, &mla(), &weights, Storage::F16).unwrap_err();
+    let error = Attention::new(&gpu.kernels, &mla(), &weights, stored(Storage::F16)).unwrap_err();
     assert!(error.to_string().contains("o_proj.weight") && error.to_string().contains("70000"), "{error}");
-    Attention::new(&gpu.kernels, &mla(), &weights, Storage::F32).unwrap();
+    Attention::new(&gpu.kernels, &mla(), &weights, stored(Storage::F32)).unwrap();
 }
 
 #[test]
@@ -786,7 +784,7 @@ fn weights_that_do_not_match_the_configuration_are_refused_by_name() {
         (mla(), short, "o_proj.weight"),
     ];
     for (config, weights, name) in cases {
-        let error = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap_err().to_string();
+        let error = Attention::new(&gpu.kernels, &config, &weights, stored(Storage::F32)).unwrap_err().to_string();
         assert!(error.contains(name), "`{error}` does not name {name}");
     }
 }
@@ -795,14 +793,14 @@ fn weights_that_do_not_match_the_configuration_are_refused_by_name() {
 fn prefill_and_decode_refuse_a_cache_of_several_layers() {
     let mut rig = Rig::new(&mla(), 1, 8, Storage::F32);
     let options = CacheOptions { n_layer: 2, ..rig.cache.options() };
-    rig.cache = LatentCache::new(&rig.gpu.kernels, &mla(), options).unwrap();
-    let (input, out) = rig.upload(&[0.0; HIDDEN]);
+    rig.cache = LatentCache::new(&rig.attention, options).unwrap();
+    let (hidden, out) = rig.upload(&[0.0; HIDDEN]);
     let mut recording = Recording::new(&rig.gpu.kernels);
-    let Rig { attention, cache, workspace, .. } = &mut rig;
-    let error = attention.prefill(&mut recording, cache, workspace, &[1], None, &input, &out);
+    let Rig { attention, cache, .. } = &mut rig;
+    let tokens = Tokens { counts: &[1], ids: None, hidden, out };
+    let error = attention.prefill(&mut recording, cache, tokens.clone());
     assert!(matches!(error, Err(Error::Count { expected: 1, found: 2, .. })));
-    let path = DecodePath::Auto;
-    let error = attention.decode(&mut recording, cache, workspace, &[1], None, path, &input, &out);
+    let error = attention.decode(&mut recording, cache, tokens);
     assert!(matches!(error, Err(Error::Count { expected: 1, found: 2, .. })));
     assert_eq!((recording.dispatches(), cache.lengths()), (0, &[0][..]));
 }
@@ -816,9 +814,9 @@ fn a_cleared_recording_does_not_replay_the_step_before() {
     for range in [0..4, 4..5] {
         recording.clear();
         let (input, out) = rig.upload(rows(&hidden, range.clone()));
-        let Rig { attention, cache, workspace, .. } = &mut rig;
-        attention.prefill(&mut recording, cache, workspace, &[range.len() as u32], None, &input, &out).unwrap();
-        got.extend(rig.finish(&recording, &out));
+        let tokens = Tokens { counts: &[range.len() as u32], ids: None, hidden: input, out: out.clone() };
+        rig.attention.prefill(&mut recording, &mut rig.cache, tokens).unwrap();
+        got.extend(rig.finish(&mut recording, &out));
     }
     assert_close(&got, &rig.expected(&hidden, &[]), F32_LIMIT);
 }
@@ -835,18 +833,17 @@ fn a_weight_that_is_not_a_number_shows_in_the_output() {
                 "kv_a_proj" => weights.kv_a_proj.data[3] = f32::NAN,
                 _ => weights.gate.as_mut().unwrap().embedding.data.fill(f32::NAN),
             }
-            let attention = Attention::new(&gpu.kernels, &config, &weights, storage).unwrap();
-            let gate_rows = GateRows::Recompute;
-            let options = CacheOptions { n_layer: 1, batch: 1, capacity: 4, storage, gate_rows };
-            let mut cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
-            let workspace = Workspace::new(&cache, WorkspaceOptions::new(4)).unwrap();
-            let input =
+            let attention = Attention::new(&gpu.kernels, &config, &weights, stored(storage)).unwrap();
+            let options = CacheOptions { capacity: 4, storage, ..CacheOptions::default() };
+            let mut cache = LatentCache::new(&attention, options).unwrap();
+            let hidden =
                 Region::from(&gpu.kernels.upload("hidden", bytemuck::cast_slice(&[0.5f32; 2 * HIDDEN])).unwrap());
             let out = Region::from(&gpu.kernels.allocate("out", 8 * HIDDEN as u64).unwrap());
             let mut recording = Recording::new(&gpu.kernels);
             let ids = Some(&[1, 2][..]);
-            attention.prefill(&mut recording, &mut cache, &workspace, &[2], ids, &input, &out).unwrap();
-            readback::submit(&recording, &gpu.queue).unwrap();
+            let tokens = Tokens { counts: &[2], ids, hidden, out: out.clone() };
+            attention.prefill(&mut recording, &mut cache, tokens).unwrap();
+            readback::submit(&mut recording, &gpu.queue).unwrap();
             let got = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&out])).unwrap().remove(0);
             assert!(got.iter().all(|value| value.is_nan()), "{broken} {storage:?}: {got:?}");
         }
@@ -863,7 +860,7 @@ fn the_plans_of_every_class_of_adapter_are_right_here() {
         "layer/long_up_projected/f32",
     ];
     for class in AdapterClass::ALL {
-        let kernels = Kernels::with_class(gpu.kernels.device(), class).unwrap();
+        let kernels = Kernels::with_class(gpu.kernels.device(), &gpu.queue, class).unwrap();
         let kernels = kernels.with_cooperative(gpu.kernels.context().cooperative);
         let cases = egmla::check::cases();
         let mut compared = 0;
@@ -885,7 +882,7 @@ fn the_plans_of_every_class_of_adapter_are_right_here() {
 fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() {
     let gpu = gpu();
     let offered = gpu.kernels.context().cooperative;
-    let kernels = Kernels::with_class(gpu.kernels.device(), AdapterClass::Discrete).unwrap();
+    let kernels = Kernels::with_class(gpu.kernels.device(), &gpu.queue, AdapterClass::Discrete).unwrap();
     let kernels = kernels.with_cooperative(offered);
     let expected = match (offered.by_16, offered.by_8) {
         (true, _) => vec!["attention_prefill_cooperative", "matmul_cooperative"],
@@ -899,12 +896,10 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
     let tokens = 71;
     let hidden = Random::new(5).values(tokens * HIDDEN, 1.0);
     for (storage, limit) in [(Storage::F32, F32_LIMIT), (Storage::F16, F16_LIMIT)] {
-        let attention = Attention::new(&kernels, &config, &weights, storage).unwrap();
+        let attention = Attention::new(&kernels, &config, &weights, stored(storage)).unwrap();
         for broken in [None, Some(37)] {
-            let gate_rows = GateRows::Recompute;
-            let options = CacheOptions { n_layer: 1, batch: 1, capacity: 80, storage, gate_rows };
-            let mut cache = LatentCache::new(&kernels, &config, options).unwrap();
-            let workspace = Workspace::new(&cache, WorkspaceOptions::new(80)).unwrap();
+            let options = CacheOptions { capacity: 80, storage, ..CacheOptions::default() };
+            let mut cache = LatentCache::new(&attention, options).unwrap();
             let mut input = hidden.clone();
             if let Some(token) = broken {
                 input[token * HIDDEN] = f32::NAN;
@@ -913,12 +908,13 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
             let out = Region::from(&kernels.allocate("out", 4 * hidden.len() as u64).unwrap());
             let mut recording = Recording::new(&kernels);
             let counts = [tokens as u32];
-            attention.prefill(&mut recording, &mut cache, &workspace, &counts, None, &input, &out).unwrap();
+            let new = Tokens { counts: &counts, ids: None, hidden: input, out: out.clone() };
+            attention.prefill(&mut recording, &mut cache, new).unwrap();
             let mut used: Vec<_> = recording.kernel_names().filter(|name| name.contains("cooperative")).collect();
             used.sort_unstable();
             used.dedup();
             assert_eq!(used, if storage == Storage::F16 { expected.clone() } else { Vec::new() }, "{storage:?}");
-            readback::submit(&recording, &gpu.queue).unwrap();
+            readback::submit(&mut recording, &gpu.queue).unwrap();
             let got = readback::wait(readback::read_f32(&kernels, &gpu.queue, &[&out])).unwrap().remove(0);
             let whole = broken.unwrap_or(tokens) * HIDDEN;
             let wide: Vec<f64> = hidden[..whole].iter().map(|&value| value.into()).collect();
@@ -959,7 +955,7 @@ fn a_tensor_over_one_binding_is_refused_when_the_layer_is_made() {
     let embedding = &mut weights.gate.as_mut().unwrap().embedding;
     embedding.shape = vec![rows as usize, width];
     embedding.data = vec![0.0; rows as usize * width];
-    let error = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap_err();
+    let error = Attention::new(&gpu.kernels, &config, &weights, stored(Storage::F32)).unwrap_err();
     // Rows of 5 floats, padded to 8.
     let (bytes, binding) = (rows as u64 * 8 * 4, 128 << 20);
     assert!(matches!(error, Error::Limit { needed, allowed, .. } if (needed, allowed) == (bytes, binding)), "{error}");

@@ -213,12 +213,12 @@ fn a_decode_row_is_one_step_that_can_run_again() {
     let gpu = common::gpu();
     let mut stock = Stock::default();
     let row = row("decode/mla_120m_r256/t1024");
-    let prepared = row.prepare(&gpu.kernels, &mut stock).unwrap();
+    let mut prepared = row.prepare(&gpu.kernels, &mut stock).unwrap();
     // Nothing is compiled before it is needed, and compiling ahead changes nothing.
     prepared.recording.compile().unwrap();
     let mut results = Vec::new();
     for _ in 0..2 {
-        readback::submit(&prepared.recording, &gpu.queue).unwrap();
+        readback::submit(&mut prepared.recording, &gpu.queue).unwrap();
         prepared.verify(&gpu.queue).unwrap();
         results.push(readback::wait(readback::read(&gpu.kernels, &gpu.queue, &[&prepared.output])).unwrap());
     }
@@ -247,7 +247,7 @@ fn a_pipeline_cache_of_another_device_does_no_harm() {
     let make = |device: &wgpu::Device| common::unchecked::pipeline_cache(device, None);
     let case = cases().into_iter().find(|case| case.kernel() == "swiglu").unwrap();
     for cache in [make(&device), make(&other)] {
-        let kernels = Kernels::new(&device).unwrap().with_pipeline_cache(cache);
+        let kernels = Kernels::new(&device, &queue).unwrap().with_pipeline_cache(cache);
         for outcome in case.run(&kernels, &queue).unwrap() {
             outcome.verdict.unwrap();
         }

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, UNIT_ROUNDOFF, compare};
-use egmla::check::random::Random;
+use egmla::random::Random;
 use egmla::reference::{Heads, attention_prefill};
 
 const ROWS: usize = 12;

@@ -7,11 +7,11 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use egmla::Error;
-use egmla::attention::{DecodePath, GateRows, Mode, StepInput};
+use egmla::attention::{CacheOptions, DecodePath, Mode, StepTokens};
 use egmla::config::DecoderConfig;
 use egmla::decoder::{
-    CpuDecoder, Decoder, DecoderStateOptions, DecoderWeights, Logits, ModelFolder, TextStream, TextTokenizer, Windows,
-    argmax, scored_characters,
+    CpuDecoder, Decoder, DecoderWeights, Logits, ModelFolder, TextStream, TextTokenizer, Windows, argmax,
+    scored_characters,
 };
 use egmla::readback;
 use egmla::recording::Recording;
@@ -326,19 +326,23 @@ fn the_cpu_form_refuses_what_it_cannot_look_up() {
     assert!(state.is_empty());
 }
 
+/// One sequence's new tokens.
+fn new<'a>(mode: Mode, counts: &'a [u32], ids: &'a [u32]) -> (Mode, StepTokens<'a>) {
+    (mode, StepTokens { counts, ids: Some(ids) })
+}
+
 /// Submits one step, once, and reads its logits.
 fn step(
     gpu: &common::Gpu,
     decoder: &Decoder,
     cache: &mut egmla::attention::LatentCache,
     state: &egmla::decoder::DecoderState,
-    input: StepInput<'_>,
-    path: DecodePath,
+    new: (Mode, StepTokens<'_>),
     logits: Logits,
 ) -> Vec<f32> {
     let mut recording = Recording::new(&gpu.kernels);
-    let region = decoder.advance(&mut recording, cache, state, input, path, logits).unwrap();
-    readback::submit(&recording, &gpu.queue).unwrap();
+    let region = decoder.advance(&mut recording, cache, state, new, logits).unwrap();
+    readback::submit(&mut recording, &gpu.queue).unwrap();
     let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region])).unwrap().remove(0);
     gpu.assert_no_errors();
     read
@@ -358,18 +362,11 @@ fn the_device_gives_what_the_cpu_gives() {
         let expected = expected_of(&ids);
         let row = |t: usize| &expected[t * VOCAB..(t + 1) * VOCAB];
         for (storage, tolerance) in [(Storage::F32, 2e-5), (Storage::F16, 5e-3)] {
-            let decoder = Decoder::new(&gpu.kernels, &config, &weights, storage).unwrap();
-            let mut cache = decoder.cache(1, 40, GateRows::Recompute).unwrap();
-            let state = decoder.state(&cache, DecoderStateOptions { max_tokens: 40, all_logits: true }).unwrap();
-            let all = step(
-                &gpu,
-                &decoder,
-                &mut cache,
-                &state,
-                StepInput { mode: Mode::Prefill, counts: &[40], token_ids: Some(&ids) },
-                DecodePath::Auto,
-                Logits::All,
-            );
+            let decoder = Decoder::new(&gpu.kernels, &config, &weights, common::stored(storage)).unwrap();
+            let options = CacheOptions { capacity: 40, storage, ..CacheOptions::default() };
+            let mut cache = decoder.cache(options).unwrap();
+            let state = decoder.state(&cache, true).unwrap();
+            let all = step(&gpu, &decoder, &mut cache, &state, new(Mode::Prefill, &[40], &ids), Logits::All);
             let found = error(&all, &expected);
             assert!(found < tolerance, "prefill, {storage:?}: {found}");
 
@@ -379,12 +376,13 @@ fn the_device_gives_what_the_cpu_gives() {
             }
             for path in paths {
                 cache.reset();
-                let input = StepInput { mode: Mode::Prefill, counts: &[11], token_ids: Some(&ids[..11]) };
-                let last = step(&gpu, &decoder, &mut cache, &state, input, path, Logits::Last);
+                cache.set_decode_path(path);
+                let prompt = new(Mode::Prefill, &[11], &ids[..11]);
+                let last = step(&gpu, &decoder, &mut cache, &state, prompt, Logits::Last);
                 assert!(error(&last, row(10)) < tolerance);
                 for t in 11..40 {
-                    let input = StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&ids[t..=t]) };
-                    let logits = step(&gpu, &decoder, &mut cache, &state, input, path, Logits::Last);
+                    let next = new(Mode::Decode, &[1], &ids[t..=t]);
+                    let logits = step(&gpu, &decoder, &mut cache, &state, next, Logits::Last);
                     let found = error(&logits, row(t));
                     assert!(found < tolerance, "decode {path:?} at {t}, {storage:?}: {found}");
                 }
@@ -400,17 +398,17 @@ fn a_ragged_batch_is_each_sequence_alone() {
     let dir = folder(Gate::UpProjected);
     let (config, weights) = load(dir.path());
     let cpu = CpuDecoder::new(&config, &weights).unwrap();
-    let decoder = Decoder::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
-    let mut cache = decoder.cache(3, 16, GateRows::Recompute).unwrap();
-    let state = decoder.state(&cache, DecoderStateOptions { max_tokens: 20, all_logits: false }).unwrap();
+    let decoder = Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).unwrap();
+    let options = CacheOptions { batch: 3, capacity: 16, max_tokens: 20, ..CacheOptions::default() };
+    let mut cache = decoder.cache(options).unwrap();
+    let state = decoder.state(&cache, false).unwrap();
     let ids = ids(20);
     let mut states = [cpu.state(), cpu.state(), cpu.state()];
     let steps: [(Mode, [u32; 3]); 4] =
         [(Mode::Prefill, [5, 0, 9]), (Mode::Prefill, [1, 3, 0]), (Mode::Decode, [1, 1, 1]), (Mode::Decode, [0, 1, 0])];
     for (mode, counts) in steps {
         let tokens = counts.iter().sum::<u32>() as usize;
-        let input = StepInput { mode, counts: &counts, token_ids: Some(&ids[..tokens]) };
-        let got = step(&gpu, &decoder, &mut cache, &state, input, DecodePath::Auto, Logits::Last);
+        let got = step(&gpu, &decoder, &mut cache, &state, new(mode, &counts, &ids[..tokens]), Logits::Last);
         let (mut expected, mut first) = (Vec::new(), 0);
         for (state, count) in states.iter_mut().zip(counts).filter(|(_, count)| *count > 0) {
             let own = &ids[first..first + count as usize];
@@ -427,13 +425,13 @@ fn what_a_step_cannot_do_leaves_recording_and_cache_as_they_were() {
     let gpu = common::gpu();
     let dir = folder(Gate::None);
     let (config, weights) = load(dir.path());
-    let decoder = Decoder::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
-    let mut cache = decoder.cache(1, 8, GateRows::Recompute).unwrap();
-    let state = decoder.state(&cache, DecoderStateOptions { max_tokens: 4, all_logits: false }).unwrap();
+    let decoder = Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).unwrap();
+    let mut cache = decoder.cache(CacheOptions { capacity: 8, max_tokens: 4, ..CacheOptions::default() }).unwrap();
+    let state = decoder.state(&cache, false).unwrap();
     let mut recording = Recording::new(&gpu.kernels);
     let mut advance = |ids: Option<&[u32]>, mode, count, logits| {
-        let input = StepInput { mode, counts: &[count], token_ids: ids };
-        decoder.advance(&mut recording, &mut cache, &state, input, DecodePath::Auto, logits)
+        let tokens = StepTokens { counts: &[count], ids };
+        decoder.advance(&mut recording, &mut cache, &state, (mode, tokens), logits)
     };
     let last = Logits::Last;
     // No gate looks at the ids: the decoder does.
@@ -450,9 +448,8 @@ fn what_a_step_cannot_do_leaves_recording_and_cache_as_they_were() {
 
     let gated = folder(Gate::UpProjected);
     let (config, weights) = load(gated.path());
-    let other = Decoder::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
-    let input = StepInput { mode: Mode::Prefill, counts: &[1], token_ids: Some(&[1]) };
-    let refused = other.advance(&mut recording, &mut cache, &state, input, DecodePath::Auto, last);
+    let other = Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).unwrap();
+    let refused = other.advance(&mut recording, &mut cache, &state, new(Mode::Prefill, &[1], &[1]), last);
     assert!(refused.is_err(), "a cache of another model");
     assert_eq!(recording.dispatches(), 0);
     gpu.assert_no_errors();
@@ -463,12 +460,10 @@ fn the_memory_report_counts_the_decoders_buffers() {
     let gpu = common::gpu();
     let dir = folder(Gate::UpProjected);
     let (config, weights) = load(dir.path());
-    let decoder = Decoder::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
-    let cache = decoder.cache(1, 32, GateRows::Recompute).unwrap();
-    let report = |all_logits| {
-        let state = decoder.state(&cache, DecoderStateOptions { max_tokens: 8, all_logits }).unwrap();
-        state.memory(&cache)
-    };
+    let decoder = Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).unwrap();
+    let options = CacheOptions { capacity: 32, max_tokens: 8, ..CacheOptions::default() };
+    let cache = decoder.cache(options).unwrap();
+    let report = |all_logits| decoder.state(&cache, all_logits).unwrap().memory(&cache);
     let (last, all) = (report(false), report(true));
     assert_eq!(all.workspace - last.workspace, 7 * VOCAB as u64 * 4, "seven more rows of logits");
     assert_eq!(all.latent, 2 * 32 * 16 * 4, "2 layers, 32 rows of 9 elements, padded to 16");
@@ -529,12 +524,13 @@ fn the_committed_model_on_the_device_is_pytorchs() {
     let gpu = common::gpu();
     let n = golden.token_ids.len();
     for (storage, tolerance) in [(Storage::F32, 2e-5), (Storage::F16, 5e-3)] {
-        let decoder = Decoder::new(&gpu.kernels, &golden.config, &golden.weights, storage).unwrap();
-        let mut cache = decoder.cache(1, (n + golden.greedy.len()) as u32, GateRows::Recompute).unwrap();
-        let options = DecoderStateOptions { max_tokens: n as u32, all_logits: true };
-        let state = decoder.state(&cache, options).unwrap();
-        let input = StepInput { mode: Mode::Prefill, counts: &[n as u32], token_ids: Some(&golden.token_ids) };
-        let logits = step(&gpu, &decoder, &mut cache, &state, input, DecodePath::Auto, Logits::All);
+        let decoder = Decoder::new(&gpu.kernels, &golden.config, &golden.weights, common::stored(storage)).unwrap();
+        let capacity = (n + golden.greedy.len()) as u32;
+        let mut cache = decoder.cache(CacheOptions { capacity, storage, ..CacheOptions::default() }).unwrap();
+        let state = decoder.state(&cache, true).unwrap();
+        let counts = [n as u32];
+        let prompt = new(Mode::Prefill, &counts, &golden.token_ids);
+        let logits = step(&gpu, &decoder, &mut cache, &state, prompt, Logits::All);
         let found = error(&logits, &golden.logits);
         println!("{storage:?}: relative error {found:e}");
         assert!(found < tolerance, "{storage:?}: {found}");
@@ -546,8 +542,7 @@ fn the_committed_model_on_the_device_is_pytorchs() {
         for _ in &golden.greedy {
             let id = argmax(&last).unwrap();
             written.push(id);
-            let input = StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&[id]) };
-            last = step(&gpu, &decoder, &mut cache, &state, input, DecodePath::Auto, Logits::Last);
+            last = step(&gpu, &decoder, &mut cache, &state, new(Mode::Decode, &[1], &[id]), Logits::Last);
         }
         assert_eq!(written, golden.greedy);
     }

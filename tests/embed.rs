@@ -5,15 +5,15 @@
 use std::sync::{Arc, Mutex};
 
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
+    Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, Step, StepTokens, Tokens,
 };
-use egmla::check::random::{Random, attention_weights};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
+use egmla::kernels::{CacheCopy, cache_copy};
+use egmla::random::{Random, attention_weights};
 use egmla::readback::{read, read_f32, wait};
 use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
-use egmla::storage::Storage;
 use egmla::{Error, wgpu};
 
 /// Width and height of the picture: 64 pixels of 4 bytes are one row of a copy, 256 bytes.
@@ -182,22 +182,19 @@ struct Model {
     config: AttentionConfig,
     attention: Attention,
     cache: LatentCache,
-    workspace: Workspace,
     /// The same layer in f64.
     reference: Layer,
 }
 
 impl Model {
     fn new(app: &App, config: AttentionConfig) -> Self {
-        let kernels = Kernels::new(&app.device).unwrap();
+        let kernels = Kernels::new(&app.device, &app.queue).unwrap();
         let weights = attention_weights(&config, true, SEED).unwrap();
-        let attention = Attention::new(&kernels, &config, &weights, Storage::F32).unwrap();
-        let (storage, gate_rows) = (Storage::F32, GateRows::Recompute);
-        let options = CacheOptions { n_layer: 1, batch: 2, capacity: 16, storage, gate_rows };
-        let cache = LatentCache::new(&kernels, &config, options).unwrap();
-        let workspace = Workspace::new(&cache, WorkspaceOptions::new(20)).unwrap();
+        let attention = Attention::new(&kernels, &config, &weights, AttentionOptions::default()).unwrap();
+        let options = CacheOptions { batch: 2, capacity: 16, max_tokens: 20, ..CacheOptions::default() };
+        let cache = LatentCache::new(&attention, options).unwrap();
         let reference = Layer::new(config.clone(), &weights);
-        Model { kernels, config, attention, cache, workspace, reference }
+        Model { kernels, config, attention, cache, reference }
     }
 
     /// Bytes of `tokens` rows of activations.
@@ -222,8 +219,8 @@ impl Model {
         Random::new(seed).ids(tokens as usize, self.config.gate.as_ref().map_or(1, |gate| gate.vocab_size))
     }
 
-    fn plan(&self, mode: Mode, counts: &[u32], ids: &[u32]) -> egmla::Result<Step> {
-        self.cache.plan_step(StepInput { mode, counts, token_ids: Some(ids) })
+    fn prepare(&mut self, mode: Mode, counts: &[u32], ids: &[u32]) -> Step {
+        self.cache.prepare(mode, StepTokens { counts, ids: Some(ids) }).unwrap()
     }
 
     fn f32(&self, app: &App, regions: &[&Region]) -> Vec<Vec<f32>> {
@@ -253,8 +250,8 @@ fn a_prefill_between_two_render_passes_in_one_submission() {
         let mut encoder = app.encoder();
         picture.draw(&mut encoder, wgpu::LoadOp::Clear(wgpu::Color::RED), 0, SIDE / 2);
         let mut recording = Recording::new(&model.kernels);
-        let Model { attention, cache, workspace, .. } = &mut model;
-        attention.prefill(&mut recording, cache, workspace, &[7, 5], Some(&ids), &input, &output).unwrap();
+        let tokens = Tokens { counts: &[7, 5], ids: Some(&ids), hidden: input, out: output.clone() };
+        model.attention.prefill(&mut recording, &mut model.cache, tokens).unwrap();
         {
             let descriptor = wgpu::ComputePassDescriptor { label: Some("the application's"), timestamp_writes: None };
             let mut pass = encoder.begin_compute_pass(&descriptor);
@@ -295,24 +292,25 @@ fn two_steps_in_one_submission_equal_two_submissions() {
     ] {
         let run = |together: bool| {
             let mut model = Model::new(&app, config(site));
+            model.cache.set_decode_path(path);
             let ids = model.ids(8, 3);
             let hidden = model.hidden(8, 4);
             let (past, new) = hidden.split_at(6 * model.config.hidden_size as usize);
             let (past, new) = (model.upload(past), model.upload(new));
             let (past_out, new_out) = (model.out(6), model.out(2));
             let mut recording = Recording::new(&model.kernels);
-            let Model { attention, cache, workspace, .. } = &mut model;
-            attention.prefill(&mut recording, cache, workspace, &[4, 2], Some(&ids[..6]), &past, &past_out).unwrap();
+            let tokens = Tokens { counts: &[4, 2], ids: Some(&ids[..6]), hidden: past, out: past_out.clone() };
+            model.attention.prefill(&mut recording, &mut model.cache, tokens).unwrap();
             let mut encoder = app.encoder();
             recording.encode(&mut encoder).unwrap();
             if !together {
                 app.queue.submit([encoder.finish()]);
                 encoder = app.encoder();
             }
-            let mut recording = Recording::new(&model.kernels);
-            let Model { attention, cache, workspace, .. } = &mut model;
-            let (counts, ids) = ([1, 1], Some(&ids[6..]));
-            attention.decode(&mut recording, cache, workspace, &counts, ids, path, &new, &new_out).unwrap();
+            // The same recording, while the commands before have not run yet.
+            recording.clear();
+            let tokens = Tokens { counts: &[1, 1], ids: Some(&ids[6..]), hidden: new, out: new_out.clone() };
+            model.attention.decode(&mut recording, &mut model.cache, tokens).unwrap();
             recording.encode(&mut encoder).unwrap();
             app.queue.submit([encoder.finish()]);
             assert_eq!(model.cache.lengths(), [5, 3]);
@@ -333,11 +331,11 @@ fn one_recording_holds_several_steps() {
     let width = model.config.hidden_size as usize;
     let rows: Vec<_> = hidden.chunks(width).map(|row| (model.upload(row), model.out(1))).collect();
     let mut recording = Recording::new(&model.kernels);
-    let Model { attention, cache, workspace, .. } = &mut model;
     // Sequence 1 alone, a token at a time.
     for ((input, output), id) in rows.iter().zip(&ids) {
-        let (counts, ids) = ([0, 1], Some(std::slice::from_ref(id)));
-        attention.decode(&mut recording, cache, workspace, &counts, ids, DecodePath::Auto, input, output).unwrap();
+        let (hidden, out) = (input.clone(), output.clone());
+        let tokens = Tokens { counts: &[0, 1], ids: Some(std::slice::from_ref(id)), hidden, out };
+        model.attention.decode(&mut recording, &mut model.cache, tokens).unwrap();
     }
     let mut encoder = app.encoder();
     recording.encode(&mut encoder).unwrap();
@@ -359,15 +357,16 @@ fn errors_are_values_and_leave_everything_as_it_was() {
     let ids = model.ids(tokens, 2);
     let mut recording = Recording::new(&model.kernels);
     // Something that was recorded before, so that "unchanged" is not "empty".
-    let Model { attention, cache, workspace, .. } = &mut model;
-    attention.prefill(&mut recording, cache, workspace, &[2, 0], Some(&ids[..2]), &input, &output).unwrap();
+    let first = Tokens { counts: &[2, 0], ids: Some(&ids[..2]), hidden: input.clone(), out: output.clone() };
+    model.attention.prefill(&mut recording, &mut model.cache, first).unwrap();
     let before = recording.dispatches();
     assert!(before > 0);
 
     let bytes = model.bytes(tokens);
     let mut refused = |counts: &[u32; 2], ids: &[u32], hidden: &Region, out: &Region| {
-        let Model { attention, cache, workspace, .. } = &mut model;
-        let error = attention.prefill(&mut recording, cache, workspace, counts, Some(ids), hidden, out).unwrap_err();
+        let Model { attention, cache, .. } = &mut model;
+        let tokens = Tokens { counts, ids: Some(ids), hidden: hidden.clone(), out: out.clone() };
+        let error = attention.prefill(&mut recording, cache, tokens).unwrap_err();
         assert_eq!(recording.dispatches(), before, "{error}");
         assert_eq!(cache.lengths(), [2, 0], "{error}");
         assert!(!error.to_string().contains('\n'), "{error}");
@@ -392,6 +391,7 @@ fn errors_are_values_and_leave_everything_as_it_was() {
     let error = refused(&[7, 5], &ids, &short, &output);
     let expected = (bytes, bytes - 4);
     assert!(matches!(error, Error::BufferSize { needed, found, .. } if (needed, found) == expected), "{error}");
+    assert_eq!(error.to_string(), format!("attention: buffer `hidden` has {} bytes, needs {bytes}", bytes - 4));
     let short = Region::new(&output.buffer, 0, bytes - 4);
     let error = refused(&[7, 5], &ids, &input, &short);
     assert!(matches!(error, Error::BufferSize { needed, found, .. } if (needed, found) == expected), "{error}");
@@ -403,6 +403,12 @@ fn errors_are_values_and_leave_everything_as_it_was() {
     let large = Region::new(&model_buffer(&app, bytes + 256), 4, bytes);
     let error = refused(&[7, 5], &ids, &large, &output);
     assert!(matches!(error, Error::BufferOffset { offset: 4, alignment: 256, .. }), "{error}");
+
+    // A buffer that no shader can be given.
+    let usage = wgpu::BufferUsages::COPY_DST;
+    let copied = wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false };
+    let error = refused(&[7, 5], &ids, &input, &Region::from(&app.device.create_buffer(&copied)));
+    assert_eq!(error.to_string(), "attention: buffer `out` was made without BufferUsages::STORAGE");
 
     // 2 tokens are there, 16 fit.
     let many = model_ids(16);
@@ -437,31 +443,27 @@ fn a_stale_step_is_refused() {
     let (input, output) = (model.upload(&model.hidden(2, 1)), model.out(2));
     let mut recording = Recording::new(&model.kernels);
     let forward = |model: &Model, recording: &mut Recording, step: &Step| {
-        let Model { attention, cache, workspace, .. } = model;
-        attention.forward(recording, cache, 0, step, workspace, DecodePath::Auto, &input, &output)
+        model.attention.forward(recording, &model.cache, step, 0, &input, &output)
     };
 
-    let step = model.plan(Mode::Prefill, &[1, 1], &[0, 0]).unwrap();
-    let same = model.plan(Mode::Prefill, &[1, 1], &[0, 0]).unwrap();
+    // Of two steps of one state the first is stale.
+    let first = model.prepare(Mode::Prefill, &[1, 1], &[0, 0]);
+    let step = model.prepare(Mode::Prefill, &[1, 1], &[0, 0]);
+    assert!(matches!(forward(&model, &mut recording, &first), Err(Error::StaleStep)));
+    assert!(matches!(model.cache.commit(first), Err(Error::StaleStep)));
     // Another cache of the same sizes.
     assert!(matches!(forward(&other, &mut recording, &step), Err(Error::StaleStep)));
     assert_eq!(recording.dispatches(), 0);
     forward(&model, &mut recording, &step).unwrap();
     let recorded = recording.dispatches();
-    model.cache.commit(&step).unwrap();
+    model.cache.commit(step).unwrap();
+    assert_eq!(model.cache.lengths(), [1, 1]);
 
-    // The cache went on: neither a second commit nor a step of the same moment.
-    for stale in [&step, &same] {
-        assert!(matches!(model.cache.commit(stale), Err(Error::StaleStep)));
-        assert!(matches!(forward(&model, &mut recording, stale), Err(Error::StaleStep)));
-        assert_eq!(model.cache.lengths(), [1, 1]);
-        assert_eq!(recording.dispatches(), recorded);
-    }
     for change in [|cache: &mut LatentCache| cache.truncate(0, 0).unwrap(), |cache: &mut LatentCache| cache.reset()] {
-        let step = model.plan(Mode::Decode, &[1, 0], &[0]).unwrap();
+        let step = model.prepare(Mode::Decode, &[1, 0], &[0]);
         change(&mut model.cache);
         assert!(matches!(forward(&model, &mut recording, &step), Err(Error::StaleStep)));
-        assert!(matches!(model.cache.commit(&step), Err(Error::StaleStep)));
+        assert!(matches!(model.cache.commit(step), Err(Error::StaleStep)));
         assert_eq!(recording.dispatches(), recorded);
     }
     app.assert_no_errors();
@@ -473,11 +475,10 @@ fn nothing_is_submitted_for_the_caller() {
     let app = App::new();
     let mut model = Model::new(&app, config(None));
     let (input, output) = (model.upload(&model.hidden(3, 1)), model.out(3));
-    let step = model.plan(Mode::Prefill, &[3, 0], &[0; 3]).unwrap();
+    let step = model.prepare(Mode::Prefill, &[3, 0], &[0; 3]);
     let mut recording = Recording::new(&model.kernels);
-    let Model { attention, cache, workspace, .. } = &mut model;
-    attention.forward(&mut recording, cache, 0, &step, workspace, DecodePath::Auto, &input, &output).unwrap();
-    assert_eq!(cache.lengths(), [0, 0]);
+    model.attention.forward(&mut recording, &model.cache, &step, 0, &input, &output).unwrap();
+    assert_eq!(model.cache.lengths(), [0, 0]);
     let mut encoder = app.encoder();
     recording.encode(&mut encoder).unwrap();
     // Recorded and dropped: the output is what it was.
@@ -488,8 +489,54 @@ fn nothing_is_submitted_for_the_caller() {
     recording.encode(&mut encoder).unwrap();
     app.queue.submit([encoder.finish()]);
     assert!(model.f32(&app, &[&output])[0].iter().all(|value| value.is_finite()));
-    model.cache.commit(&step).unwrap();
+    model.cache.commit(step).unwrap();
     assert_eq!(model.cache.lengths(), [3, 0]);
+    app.assert_no_errors();
+}
+
+/// Commands that have not run yet keep their parameters, whatever becomes of the recording that wrote them.
+#[test]
+fn what_commands_hold_does_not_change_with_the_recording() {
+    let app = App::new();
+    let kernels = Kernels::new(&app.device, &app.queue).unwrap();
+    let words: Vec<u32> = (0..64).collect();
+    let cache = Region::from(&kernels.upload("words", bytemuck::cast_slice(&words)).unwrap());
+    let mut recording = Recording::new(&kernels);
+    let mut encoder = app.encoder();
+    let mut expected = words.clone();
+    let mut copy = |recording: &mut Recording, from: u32, to: u32| {
+        recording
+            .add(&CacheCopy { words: 1, from_word: from, to_word: to }, cache_copy::Args { cache: &cache })
+            .unwrap();
+        expected[to as usize] = from;
+    };
+    let begin = recording.mark();
+    copy(&mut recording, 0, 32);
+    recording.encode(&mut encoder).unwrap();
+    // Instead of that one, and the whole again.
+    recording.rewind(begin);
+    copy(&mut recording, 1, 33);
+    recording.encode(&mut encoder).unwrap();
+    recording.encode(&mut encoder).unwrap();
+    // Behind it, more than the buffer of the parameters has room for.
+    (2..12).for_each(|word| copy(&mut recording, word, 32 + word));
+    recording.encode(&mut encoder).unwrap();
+    // Anew, twice.
+    for word in [12, 13] {
+        recording.clear();
+        copy(&mut recording, word, 32 + word);
+        recording.encode(&mut encoder).unwrap();
+    }
+    // Of an encoder that is given up nothing runs.
+    recording.clear();
+    recording.add(&CacheCopy { words: 1, from_word: 0, to_word: 63 }, cache_copy::Args { cache: &cache }).unwrap();
+    recording.encode(&mut app.encoder()).unwrap();
+    recording.clear();
+    copy(&mut recording, 14, 46);
+    recording.encode(&mut encoder).unwrap();
+    app.queue.submit([encoder.finish()]);
+    let got: Vec<u32> = bytemuck::pod_collect_to_vec(&wait(read(&kernels, &app.queue, &[&cache])).unwrap()[0]);
+    assert_eq!(got, expected);
     app.assert_no_errors();
 }
 
@@ -500,7 +547,6 @@ fn everything_can_be_sent_and_shared() {
     shared::<Kernels>();
     shared::<Attention>();
     shared::<LatentCache>();
-    shared::<Workspace>();
     shared::<Recording>();
     shared::<Step>();
     shared::<Region>();

@@ -141,7 +141,7 @@ fn a_buffer_that_the_host_wrote_to_between_kernels_is_refused() {
     let step = || {
         let mut recording = Recording::new(kernels);
         swiglu(kernels, &mut recording, 16, &Region::from(&y)).unwrap();
-        capture.submit(&recording)
+        capture.submit(&mut recording)
     };
     step().unwrap();
     step().unwrap();
@@ -160,7 +160,7 @@ fn only_words_may_differ_between_recordings_of_one_shape() {
         let mut recording = Recording::new(capture.kernels());
         let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
         recording.add(&residual_add::ResidualAdd { elements }, args).unwrap();
-        capture.submit(&recording).unwrap();
+        capture.submit(&mut recording).unwrap();
         capture.read(&stream).unwrap();
         let actions = capture.take_actions();
         (capture, actions)

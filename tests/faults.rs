@@ -10,13 +10,13 @@ use std::time::Duration;
 use common::{adapter, gpu};
 use egmla::Error;
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepInput, Workspace, WorkspaceOptions,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens,
 };
-use egmla::check::random::{Random, attention_weights};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
 use egmla::fault::Faults;
 use egmla::kernels::roofline_fma;
+use egmla::random::{Random, attention_weights};
 use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
@@ -48,48 +48,74 @@ fn config(site: Option<GateSite>) -> AttentionConfig {
     }
 }
 
-/// A layer, its cache and room for steps, on one device.
+/// A layer and its cache, on one device.
 struct Rig {
     attention: Attention,
     cache: LatentCache,
-    workspace: Workspace,
+    recording: Recording,
 }
 
-fn options(gate_rows: GateRows) -> CacheOptions {
-    CacheOptions { n_layer: 1, batch: 2, capacity: 32, storage: Storage::F32, gate_rows }
-}
+const OPTIONS: CacheOptions = CacheOptions {
+    n_layer: 1,
+    batch: 2,
+    capacity: 32,
+    storage: Storage::F32,
+    max_tokens: 64,
+    decode_tokens: 4,
+    tile_rows: 1024,
+    decode_path: DecodePath::Absorbed,
+};
+
+const POOL: GateRows = GateRows::Pool { rows: 6 };
 
 impl Rig {
-    fn new(kernels: &Kernels, config: &AttentionConfig, options: CacheOptions) -> egmla::Result<Self> {
-        let attention = Attention::new(kernels, config, &attention_weights(config, true, 1).unwrap(), options.storage)?;
-        let cache = LatentCache::new(kernels, config, options)?;
-        let workspace = Workspace::new(&cache, WorkspaceOptions { decode_tokens: 4, ..WorkspaceOptions::new(64) })?;
-        Ok(Rig { attention, cache, workspace })
+    fn new(kernels: &Kernels, config: &AttentionConfig, gate_rows: GateRows) -> egmla::Result<Self> {
+        Self::with(kernels, config, gate_rows, OPTIONS)
+    }
+
+    fn with(
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        gate_rows: GateRows,
+        options: CacheOptions,
+    ) -> egmla::Result<Self> {
+        let weights = attention_weights(config, true, 1).unwrap();
+        let attention =
+            Attention::new(kernels, config, &weights, AttentionOptions { storage: options.storage, gate_rows })?;
+        let cache = LatentCache::new(&attention, options)?;
+        Ok(Rig { attention, cache, recording: Recording::new(kernels) })
     }
 
     /// One step, recorded, submitted, committed and read back; committed only where it was submitted.
-    fn step(&mut self, queue: &wgpu::Queue, input: StepInput<'_>, hidden: &[f32]) -> egmla::Result<Vec<f32>> {
+    fn step(&mut self, queue: &wgpu::Queue, input: Input<'_>, hidden: &[f32]) -> egmla::Result<Vec<f32>> {
         let kernels = self.cache.kernels().clone();
         let x = Region::from(&kernels.upload("hidden", bytemuck::cast_slice(hidden))?);
         let y = Region::from(&kernels.allocate("out", 4 * hidden.len() as u64)?);
-        let step = self.cache.plan_step(input)?;
-        let recording = self.record(&step, &x, &y)?;
-        readback::submit(&recording, queue)?;
-        self.cache.commit(&step)?;
+        let step = self.cache.prepare(input.0, input.1)?;
+        self.recording.clear();
+        self.attention.forward(&mut self.recording, &self.cache, &step, 0, &x, &y)?;
+        readback::submit(&mut self.recording, queue)?;
+        self.cache.commit(step)?;
         Ok(readback::wait(readback::read_f32(&kernels, queue, &[&y]))?.remove(0)[..hidden.len()].to_vec())
     }
 
     fn record(&self, step: &Step, x: &Region, y: &Region) -> egmla::Result<Recording> {
         let mut recording = Recording::new(self.cache.kernels());
-        let path = DecodePath::Absorbed;
-        self.attention.forward(&mut recording, &self.cache, 0, step, &self.workspace, path, x, y)?;
+        self.attention.forward(&mut recording, &self.cache, step, 0, x, y)?;
         Ok(recording)
     }
 }
 
+/// What a step is prepared from.
+type Input<'a> = (Mode, StepTokens<'a>);
+
+fn input<'a>(mode: Mode, counts: &'a [u32], ids: Option<&'a [u32]>) -> Input<'a> {
+    (mode, StepTokens { counts, ids })
+}
+
 /// Two sequences' prompts, then two tokens of each from the cache; everything that a run puts out.
 fn run(kernels: &Kernels, queue: &wgpu::Queue, config: &AttentionConfig, seed: u64) -> egmla::Result<Vec<f32>> {
-    let mut rig = Rig::new(kernels, config, options(GateRows::Pool { rows: 6 }))?;
+    let mut rig = Rig::new(kernels, config, POOL)?;
     let mut random = Random::new(seed);
     let mut all = Vec::new();
     for (mode, counts) in
@@ -97,8 +123,8 @@ fn run(kernels: &Kernels, queue: &wgpu::Queue, config: &AttentionConfig, seed: u
     {
         let tokens = counts.iter().sum::<u32>() as usize;
         let (hidden, ids) = (random.values(tokens * HIDDEN, 1.0), random.ids(tokens, VOCAB));
-        let token_ids = config.gate.is_some().then_some(&ids[..]);
-        all.extend(rig.step(queue, StepInput { mode, counts: &counts, token_ids }, &hidden)?);
+        let ids = config.gate.is_some().then_some(&ids[..]);
+        all.extend(rig.step(queue, input(mode, &counts, ids), &hidden)?);
     }
     Ok(all)
 }
@@ -116,47 +142,55 @@ fn bare() -> (wgpu::Device, wgpu::Queue) {
     pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap()
 }
 
-/// What allocates, compiles, records, plans and reads on a lost device says so, and the host's state is as it was.
+/// What allocates, compiles, records and reads on a lost device says so, and the host's state is as it was. A step of a shape
+/// that was recorded before asks the device nothing: there reading back tells.
 #[test]
 fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
     for site in [None, Some(GateSite::UpProjected), Some(GateSite::Latent)] {
         let (device, queue) = bare();
-        let kernels = Kernels::new(&device).unwrap();
+        let kernels = Kernels::new(&device, &queue).unwrap();
         let config = config(site);
-        let mut rig = Rig::new(&kernels, &config, options(GateRows::Pool { rows: 6 })).unwrap();
+        let mut rig = Rig::new(&kernels, &config, POOL).unwrap();
         let mut random = Random::new(3);
         let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
-        let token_ids = site.map(|_| &ids[..]);
-        let prompt = StepInput { mode: Mode::Prefill, counts: &[5, 4], token_ids };
+        let ids = site.map(|_| &ids[..]);
+        let prompt = input(Mode::Prefill, &[5, 4], ids);
         rig.step(&queue, prompt, &hidden).unwrap();
         let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
-        let next = StepInput { mode: Mode::Decode, counts: &[1, 1], token_ids: token_ids.map(|ids| &ids[..2]) };
+        let next = input(Mode::Decode, &[1, 1], ids.map(|ids| &ids[..2]));
         let x = Region::from(&kernels.upload("x", bytemuck::cast_slice(&hidden)).unwrap());
         let y = Region::from(&kernels.allocate("y", 4 * hidden.len() as u64).unwrap());
-        let step = rig.cache.plan_step(next).unwrap();
-        let planned = rig.record(&step, &x, &y).unwrap();
+        let step = rig.cache.prepare(next.0, next.1).unwrap();
+        let mut fresh = rig.record(&step, &x, &y).unwrap();
+        let mut warm = rig.record(&step, &x, &y).unwrap();
+        readback::submit(&mut warm, &queue).unwrap();
+        readback::finish_within(&kernels, &queue, Duration::from_secs(300)).unwrap();
 
         device.destroy();
         lost(kernels.allocate("a", 64), "allocate");
         lost(kernels.upload("a", &[1; 64]), "upload");
-        lost(Kernels::new(&device), "Kernels::new");
-        lost(Attention::new(&kernels, &config, &attention_weights(&config, true, 1).unwrap(), Storage::F32), "weights");
-        lost(LatentCache::new(&kernels, &config, options(GateRows::Recompute)), "cache");
-        lost(Workspace::new(&rig.cache, WorkspaceOptions::new(8)), "workspace");
-        lost(rig.cache.plan_step(next), "plan_step");
-        lost(planned.compile(), "compile");
-        lost(readback::submit(&planned, &queue), "submit");
-        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        lost(planned.encode(&mut encoder), "encode");
-        drop(encoder);
+        lost(Kernels::new(&device, &queue), "Kernels::new");
+        let weights = attention_weights(&config, true, 1).unwrap();
+        lost(Attention::new(&kernels, &config, &weights, AttentionOptions::default()), "weights");
+        lost(LatentCache::new(&rig.attention, OPTIONS), "cache");
+        lost(rig.record(&step, &x, &y), "record");
+        // Twice: what was made on a lost device is not taken for good.
+        for _ in 0..2 {
+            lost(readback::submit(&mut fresh, &queue), "submit");
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            lost(fresh.encode(&mut encoder), "encode");
+        }
+        lost(rig.record(&step, &x, &y).and_then(|mut recording| recording.compile()), "compile");
+        warm.clear();
+        rig.attention.forward(&mut warm, &rig.cache, &step, 0, &x, &y).unwrap();
+        readback::submit(&mut warm, &queue).unwrap();
         lost(readback::wait(readback::read(&kernels, &queue, &[&x])), "read");
         lost(readback::finish_within(&kernels, &queue, Duration::from_secs(1)), "finish_within");
         assert_eq!((rig.cache.lengths(), rig.cache.distinct_ids()), (&lengths[..], distinct));
 
         // All that the host kept is fed to a new device.
         let (device, queue) = bare();
-        let mut again =
-            Rig::new(&Kernels::new(&device).unwrap(), &config, options(GateRows::Pool { rows: 6 })).unwrap();
+        let mut again = Rig::new(&Kernels::new(&device, &queue).unwrap(), &config, POOL).unwrap();
         again.step(&queue, prompt, &hidden).unwrap();
         assert_eq!(again.cache.lengths(), lengths);
         let got = again.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap();
@@ -169,10 +203,10 @@ fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
 fn a_device_that_is_lost_while_it_computes_returns_no_numbers() {
     let (device, queue) = bare();
     let faults = Faults::watch(&device);
-    let kernels = Kernels::new(&device).unwrap();
-    let work = Work::new(&kernels, 2);
+    let kernels = Kernels::new(&device, &queue).unwrap();
+    let mut work = Work::new(&kernels, 2);
     assert!(faults.check().is_ok() && !faults.is_lost());
-    readback::submit(&work.recording, &queue).unwrap();
+    readback::submit(&mut work.recording, &queue).unwrap();
     device.destroy();
     lost(readback::wait(readback::read(&kernels, &queue, &[&work.out])), "read");
     // The callback comes with a poll, and the answer stays.
@@ -202,7 +236,7 @@ fn with_budget(set: impl FnOnce(&mut wgpu::MemoryBudgetThresholds)) -> Option<(w
 fn a_device_that_wgpu_gives_up_is_lost_with_its_reason() {
     let Some((device, queue)) = with_budget(|budget| budget.for_device_loss = Some(0)) else { return };
     let faults = Faults::watch(&device);
-    let kernels = Kernels::new(&device).unwrap();
+    let kernels = Kernels::new(&device, &queue).unwrap();
     let buffer = Region::from(&kernels.upload("a", &[1; 64]).unwrap());
     lost(readback::wait(readback::read(&kernels, &queue, &[&buffer])), "read");
     lost(kernels.allocate("b", 64), "allocate");
@@ -243,9 +277,9 @@ fn what_is_not_done_in_time_is_an_error_and_can_be_read_later() {
         println!("not run: Mesa's GL is done when it has submitted");
         return;
     }
-    let work = Work::new(&gpu.kernels, 1);
+    let mut work = Work::new(&gpu.kernels, 1);
     work.recording.compile().unwrap();
-    readback::submit(&work.recording, &gpu.queue).unwrap();
+    readback::submit(&mut work.recording, &gpu.queue).unwrap();
     match readback::finish_within(&gpu.kernels, &gpu.queue, Duration::from_millis(1)) {
         Err(error @ Error::Timeout { seconds: 0.001, .. }) => {
             assert_eq!(
@@ -296,13 +330,13 @@ fn no_memory_left_is_an_error_that_the_device_the_layer_and_the_cache_survive() 
         println!("not run: {:?} gives what it is asked for, and the machine pays", info.backend);
         return;
     };
-    let kernels = Kernels::new(&device).unwrap();
+    let kernels = Kernels::new(&device, &queue).unwrap();
     let config = config(Some(GateSite::UpProjected));
-    let mut rig = Rig::new(&kernels, &config, options(GateRows::Pool { rows: 6 })).unwrap();
+    let mut rig = Rig::new(&kernels, &config, POOL).unwrap();
     let mut random = Random::new(5);
     let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
-    let prompt = StepInput { mode: Mode::Prefill, counts: &[5, 4], token_ids: Some(&ids) };
-    let next = StepInput { mode: Mode::Decode, counts: &[1, 1], token_ids: Some(&ids[..2]) };
+    let prompt = input(Mode::Prefill, &[5, 4], Some(&ids));
+    let next = input(Mode::Decode, &[1, 1], Some(&ids[..2]));
     rig.step(&queue, prompt, &hidden).unwrap();
 
     let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
@@ -315,8 +349,8 @@ fn no_memory_left_is_an_error_that_the_device_the_layer_and_the_cache_survive() 
     let got = rig.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap();
     assert_eq!(rig.cache.lengths(), [6, 5]);
     let (device, queue) = open(None).1.unwrap();
-    let kernels = Kernels::new(&device).unwrap();
-    let mut good = Rig::new(&kernels, &config, options(GateRows::Pool { rows: 6 })).unwrap();
+    let kernels = Kernels::new(&device, &queue).unwrap();
+    let mut good = Rig::new(&kernels, &config, POOL).unwrap();
     good.step(&queue, prompt, &hidden).unwrap();
     assert_eq!(got, good.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap(), "as on a device that never was full");
 }
@@ -328,36 +362,31 @@ fn a_step_that_fails_is_as_if_it_had_not_been() {
         wgpu::Limits { max_buffer_size: 64 << 10, max_storage_buffer_binding_size: 64 << 10, ..Default::default() };
     let gpu = common::gpu_with(limits);
     for gate_rows in [GateRows::Recompute, GateRows::Pool { rows: 6 }] {
-        // Rotations are 8 bytes for two of the rotary key's elements: a long prompt's do not fit a buffer, its cache does.
-        let config = AttentionConfig { d_rope: 64, d_value: 8, ..config(Some(GateSite::UpProjected)) };
-        let options = CacheOptions { n_layer: 1, batch: 1, capacity: 300, storage: Storage::F16, gate_rows };
-        let workspace_options = WorkspaceOptions { tile_rows: 256, decode_tokens: 4, ..WorkspaceOptions::new(24) };
-        let rig = || {
-            let weights = attention_weights(&config, true, 1).unwrap();
-            let attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F16).unwrap();
-            let cache = LatentCache::new(&gpu.kernels, &config, options).unwrap();
-            let workspace = Workspace::new(&cache, workspace_options).unwrap();
-            Rig { attention, cache, workspace }
-        };
+        // Rotations are 8 bytes for two of the rotary key's elements: with a long prompt's the tables do not fit a buffer, its
+        // activations do.
+        let config = AttentionConfig { n_head: 1, d_rope: 64, d_value: 8, ..config(Some(GateSite::UpProjected)) };
+        let options =
+            CacheOptions { batch: 1, capacity: 300, storage: Storage::F16, max_tokens: 200, tile_rows: 256, ..OPTIONS };
+        let rig = || Rig::with(&gpu.kernels, &config, gate_rows, options).unwrap();
         let mut random = Random::new(6);
         let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
-        let many = random.ids(280, VOCAB);
+        let (long, many) = (random.values(200 * HIDDEN, 1.0), random.ids(200, VOCAB));
         let run = |rig: &mut Rig, fail: bool| {
             let mut all = Vec::new();
             for (mode, first, tokens) in [(Mode::Prefill, 0, 6), (Mode::Decode, 6, 1), (Mode::Decode, 7, 2)] {
                 if fail {
                     let before = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
-                    let long = StepInput { mode: Mode::Prefill, counts: &[280], token_ids: Some(&many) };
-                    let refused = rig.cache.plan_step(long);
+                    let refused = rig.step(&gpu.queue, input(Mode::Prefill, &[200], Some(&many)), &long);
                     assert!(matches!(refused, Err(Error::Limit { limit: "max_buffer_size", .. })), "{refused:?}");
                     assert_eq!((rig.cache.lengths().to_vec(), rig.cache.distinct_ids()), before);
-                    // Planned, and then given up.
-                    let other = StepInput { mode: Mode::Decode, counts: &[3], token_ids: Some(&many[..3]) };
-                    rig.cache.plan_step(other).unwrap();
+                    // Prepared, and then given up.
+                    let tokens = StepTokens { counts: &[3], ids: Some(&many[..3]) };
+                    rig.cache.prepare(Mode::Decode, tokens).unwrap();
                     assert_eq!((rig.cache.lengths().to_vec(), rig.cache.distinct_ids()), before);
                 }
-                let input = StepInput { mode, counts: &[tokens as u32], token_ids: Some(&ids[first..first + tokens]) };
-                all.extend(rig.step(&gpu.queue, input, &hidden[first * HIDDEN..(first + tokens) * HIDDEN]).unwrap());
+                let counts = [tokens as u32];
+                let new = input(mode, &counts, Some(&ids[first..first + tokens]));
+                all.extend(rig.step(&gpu.queue, new, &hidden[first * HIDDEN..(first + tokens) * HIDDEN]).unwrap());
             }
             all
         };
@@ -391,36 +420,30 @@ fn objects_of_another_device_are_refused_and_nothing_is_recorded() {
 /// Of two instances wgpu confuses the buffers, too, and nobody can tell: `regions` only of one.
 fn refuses_objects_of(
     (device, queue): (wgpu::Device, wgpu::Queue),
-    (other, _): (wgpu::Device, wgpu::Queue),
+    (other, other_queue): (wgpu::Device, wgpu::Queue),
     regions: bool,
 ) {
-    let (kernels, others) = (Kernels::new(&device).unwrap(), Kernels::new(&other).unwrap());
+    let (kernels, others) = (Kernels::new(&device, &queue).unwrap(), Kernels::new(&other, &other_queue).unwrap());
     let config = config(Some(GateSite::UpProjected));
-    let mut here = Rig::new(&kernels, &config, options(GateRows::Table)).unwrap();
-    let mut there = Rig::new(&others, &config, options(GateRows::Table)).unwrap();
+    let mut here = Rig::new(&kernels, &config, GateRows::Table).unwrap();
+    let mut there = Rig::new(&others, &config, GateRows::Table).unwrap();
     let mut random = Random::new(7);
     let (hidden, ids) = (random.values(2 * HIDDEN, 1.0), random.ids(2, VOCAB));
     let x = Region::from(&kernels.upload("x", bytemuck::cast_slice(&hidden)).unwrap());
     let y = Region::from(&kernels.allocate("y", 4 * hidden.len() as u64).unwrap());
-    let input = StepInput { mode: Mode::Prefill, counts: &[1, 1], token_ids: Some(&ids) };
-    let (step, other_step) = (here.cache.plan_step(input).unwrap(), there.cache.plan_step(input).unwrap());
+    let new = StepTokens { counts: &[1, 1], ids: Some(&ids) };
+    let step = here.cache.prepare(Mode::Prefill, new).unwrap();
+    let other_step = there.cache.prepare(Mode::Prefill, new).unwrap();
     let mut recording = Recording::new(&kernels);
 
-    let path = DecodePath::Auto;
-    let layer = there.attention.forward(&mut recording, &here.cache, 0, &step, &here.workspace, path, &x, &y);
-    other_device(layer, "the layer");
-    let cache = here.attention.forward(&mut recording, &there.cache, 0, &other_step, &here.workspace, path, &x, &y);
-    other_device(cache, "the cache");
-    let workspace = here.attention.forward(&mut recording, &here.cache, 0, &step, &there.workspace, path, &x, &y);
-    other_device(workspace, "the workspace");
+    other_device(there.attention.forward(&mut recording, &here.cache, &step, 0, &x, &y), "the layer");
+    other_device(here.attention.forward(&mut recording, &there.cache, &other_step, 0, &x, &y), "the cache");
     other_device(there.cache.copy_sequence(&mut recording, 0, 1), "the cache");
-    other_device(there.attention.load_gate_table(&mut recording), "the layer");
-    assert_eq!(there.attention.gate_table_bytes(), 0);
     assert_eq!(recording.dispatches(), 0);
     // Kernels of one device are the same to it, however they were made.
-    let again = Kernels::new(&device).unwrap().uncompiled();
+    let again = Kernels::new(&device, &queue).unwrap().uncompiled();
     let mut recording = Recording::new(&again);
-    here.attention.forward(&mut recording, &here.cache, 0, &step, &here.workspace, path, &x, &y).unwrap();
+    here.attention.forward(&mut recording, &here.cache, &step, 0, &x, &y).unwrap();
 
     if !regions {
         return;
@@ -428,20 +451,20 @@ fn refuses_objects_of(
     // A buffer does not tell its device: wgpu refuses a region of another one where it is bound, and the pass stays as it was.
     let foreign = Region::from(&others.allocate("foreign", 4 * hidden.len() as u64).unwrap());
     let mut recording = Recording::new(&kernels);
-    here.attention.forward(&mut recording, &here.cache, 0, &step, &here.workspace, path, &x, &foreign).unwrap();
+    here.attention.forward(&mut recording, &here.cache, &step, 0, &x, &foreign).unwrap();
     let refused = |result: egmla::Result<()>| match result {
         Err(error @ Error::Validation { .. }) => assert!(error.to_string().contains("device"), "{error}"),
         other => panic!("{other:?}"),
     };
-    refused(readback::submit(&recording, &queue));
+    refused(readback::submit(&mut recording, &queue));
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     refused(recording.encode(&mut encoder));
     queue.submit([encoder.finish()]);
     refused(readback::wait(readback::read(&kernels, &queue, &[&foreign])).map(drop));
     // The step is still good.
-    let recording = here.record(&step, &x, &y).unwrap();
-    readback::submit(&recording, &queue).unwrap();
-    here.cache.commit(&step).unwrap();
+    let mut recording = here.record(&step, &x, &y).unwrap();
+    readback::submit(&mut recording, &queue).unwrap();
+    here.cache.commit(step).unwrap();
     assert_eq!(here.cache.lengths(), [1, 1]);
     let out = readback::wait(readback::read_f32(&kernels, &queue, &[&y])).unwrap();
     assert!(out[0].iter().all(|value| value.is_finite()) && out[0].iter().any(|&value| value != 0.0));
@@ -454,7 +477,7 @@ fn errors_outside_of_any_scope_come_to_the_owner() {
     let open = || pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
     let (device, queue) = open();
     let faults = Faults::watch(&device);
-    let kernels = Kernels::new(&device).unwrap();
+    let kernels = Kernels::new(&device, &queue).unwrap();
     let buffer = kernels.allocate("a", 64).unwrap();
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     encoder.copy_buffer_to_buffer(&buffer, 0, &buffer, 64, 64);
@@ -466,7 +489,8 @@ fn errors_outside_of_any_scope_come_to_the_owner() {
     while faults.check().is_err() {}
     assert!(!faults.is_lost());
     // Errors that scopes catch do not come here.
-    let foreign = Region::from(&Kernels::new(&open().0).unwrap().allocate("b", 64).unwrap());
+    let (other, other_queue) = open();
+    let foreign = Region::from(&Kernels::new(&other, &other_queue).unwrap().allocate("b", 64).unwrap());
     readback::wait(readback::read(&kernels, &queue, &[&foreign])).unwrap_err();
     faults.check().unwrap();
 }
@@ -479,7 +503,6 @@ fn what_is_shared_between_threads_may_be() {
     shared::<Region>();
     shared::<Attention>();
     shared::<LatentCache>();
-    shared::<Workspace>();
     shared::<Step>();
     shared::<Faults>();
     shared::<Error>();
@@ -488,7 +511,7 @@ fn what_is_shared_between_threads_may_be() {
     shared::<egmla::decoder::DecoderState>();
 }
 
-/// Eight threads, each with a layer, a cache and a workspace of its own, on one device, its pipelines and its queue.
+/// Eight threads, each with a layer and a cache of its own, on one device, its pipelines and its queue.
 #[test]
 fn eight_threads_on_one_device_give_the_bits_of_one() {
     let gpu = gpu();

@@ -4,22 +4,22 @@
 
 mod common;
 
-use common::{Gpu, gpu, gpu_with};
+use common::{Gpu, gpu, gpu_with, stored};
 use std::collections::BTreeMap;
 
 use egmla::Error;
 use egmla::adapter::{AdapterClass, PlanContext, Tuning};
-use egmla::attention::{Attention, CacheOptions, GateRows, LatentCache, Workspace, WorkspaceOptions};
+use egmla::attention::{Attention, AttentionOptions, CacheOptions, GateRows, LatentCache};
 use egmla::check::capture::{Action, Blob, Blobs};
 use egmla::check::cases;
-use egmla::check::random::attention_weights;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use egmla::decoder::{Decoder, DecoderStateOptions, ModelFolder};
+use egmla::decoder::{Decoder, ModelFolder};
 use egmla::device::Region;
 use egmla::kernels::{attention_combine, attention_decode, residual_add, shaders};
 use egmla::op::Spec;
 use egmla::op::{Op, choose};
 use egmla::plan::Plan;
+use egmla::random::attention_weights;
 use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
@@ -153,12 +153,13 @@ fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
     let tall_weights = attention_weights(&tall, true, 1).unwrap();
     for gpu in small() {
         let refusals = || {
-            let found = refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &wide_weights, Storage::F32));
+            let found =
+                refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &wide_weights, stored(Storage::F32)));
             assert_eq!(found, (1025 * 32, BINDING));
-            refused(&gpu, "o_proj", || Attention::new(&gpu.kernels, &tall, &tall_weights, Storage::F32));
+            refused(&gpu, "o_proj", || Attention::new(&gpu.kernels, &tall, &tall_weights, stored(Storage::F32)));
         };
         refusals();
-        Attention::new(&gpu.kernels, &wide, &wide_weights, Storage::F16).unwrap();
+        Attention::new(&gpu.kernels, &wide, &wide_weights, stored(Storage::F16)).unwrap();
         lose(&gpu);
         refusals();
     }
@@ -169,39 +170,47 @@ fn caches_pools_and_lists_over_a_binding_are_refused_before_anything_is_allocate
     let config = config(50, 5);
     // Without a gate there are no lists, which would be refused first.
     let plain = AttentionConfig { gate: None, ..config.clone() };
-    let of_plain =
-        CacheOptions { n_layer: 3, batch: 1, capacity: 1000, storage: Storage::F32, gate_rows: GateRows::Recompute };
+    let of_plain = CacheOptions { n_layer: 3, capacity: 1000, ..CacheOptions::default() };
     // Of two sequences' lists the cache is the smaller part.
     let narrow = AttentionConfig { d_latent: 4, d_rope: 0, ..config.clone() };
-    let of_narrow =
-        CacheOptions { n_layer: 1, batch: 2, capacity: 600, storage: Storage::F16, gate_rows: GateRows::Table };
+    let of_narrow = CacheOptions { batch: 2, capacity: 600, storage: Storage::F16, ..CacheOptions::default() };
     for gpu in small() {
-        let cache = |n_layer, capacity, gate_rows| {
-            let options = CacheOptions { n_layer, batch: 1, capacity, storage: Storage::F32, gate_rows };
-            LatentCache::new(&gpu.kernels, &config, options)
+        let layer = |config: &AttentionConfig, gate_rows| {
+            let weights = attention_weights(config, true, 1).unwrap();
+            Attention::new(&gpu.kernels, config, &weights, AttentionOptions { gate_rows, ..stored(Storage::F32) })
+                .unwrap()
+        };
+        let (plain, narrow) = (layer(&plain, GateRows::Recompute), layer(&narrow, GateRows::Recompute));
+        let (gated, pool) = (layer(&config, GateRows::Recompute), layer(&config, GateRows::Pool { rows: 200 }));
+        let some = layer(&config, GateRows::Pool { rows: 100 });
+        let cache = |layer: &Attention, capacity| {
+            let options =
+                CacheOptions { n_layer: 3, capacity, max_tokens: 64, tile_rows: 64, ..CacheOptions::default() };
+            LatentCache::new(layer, options)
         };
         let refusals = || {
-            refused(&gpu, "latent cache of", || LatentCache::new(&gpu.kernels, &plain, of_plain));
+            refused(&gpu, "latent cache of", || LatentCache::new(&plain, of_plain));
             // Latents alone would fit; with rotary keys and statistics they do not.
-            refused(&gpu, "latent cache with rotary keys and statistics", || cache(3, 500, GateRows::Recompute));
-            refused(&gpu, "a pool of 200 gate rows", || cache(3, 64, GateRows::Pool { rows: 200 }));
-            refused(&gpu, "group lists", || LatentCache::new(&gpu.kernels, &narrow, of_narrow));
+            refused(&gpu, "latent cache with rotary keys and statistics", || cache(&gated, 500));
+            refused(&gpu, "a pool of 200 gate rows", || cache(&pool, 64));
+            refused(&gpu, "group lists", || LatentCache::new(&narrow, of_narrow));
         };
         refusals();
-        cache(3, 64, GateRows::Pool { rows: 100 }).unwrap();
+        refused(&gpu, "workspace", || cache(&some, 64));
         lose(&gpu);
         refusals();
     }
 }
 
 #[test]
-fn workspaces_over_a_binding_are_refused_before_anything_is_allocated() {
-    let options =
-        CacheOptions { n_layer: 1, batch: 1, capacity: 300, storage: Storage::F16, gate_rows: GateRows::Recompute };
+fn intermediate_results_over_a_binding_are_refused_before_anything_is_allocated() {
+    let config = config(50, 5);
+    let weights = attention_weights(&config, true, 1).unwrap();
+    let options = CacheOptions { capacity: 300, storage: Storage::F16, max_tokens: 4, ..CacheOptions::default() };
     for gpu in small() {
-        let cache = LatentCache::new(&gpu.kernels, &config(50, 5), options).unwrap();
-        // 512 rows of 54 floats.
-        let refusal = || refused(&gpu, "workspace", || Workspace::new(&cache, WorkspaceOptions::new(4)));
+        let attention = Attention::new(&gpu.kernels, &config, &weights, stored(Storage::F32)).unwrap();
+        // 512 rows of 72 floats.
+        let refusal = || refused(&gpu, "workspace", || LatentCache::new(&attention, options));
         refusal();
         lose(&gpu);
         refusal();
@@ -215,17 +224,15 @@ fn a_gate_table_is_refused_where_two_bindings_do_not_hold_its_rows() {
         let config = config(vocab, 1);
         let weights = attention_weights(&config, true, 1).unwrap();
         for gpu in small() {
-            let mut attention = Attention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
-            let mut recording = Recording::new(&gpu.kernels);
+            let options = AttentionOptions { gate_rows: GateRows::Table, ..stored(Storage::F32) };
+            let layer = || Attention::new(&gpu.kernels, &config, &weights, options);
             if fits {
-                attention.load_gate_table(&mut recording).unwrap();
-                assert_eq!(attention.gate_table_bytes(), u64::from(vocab) * 288);
+                assert_eq!(layer().unwrap().gate_table_bytes(), u64::from(vocab) * 288);
                 continue;
             }
-            let mut refusal = || {
-                let found = refused(&gpu, "gate table", || attention.load_gate_table(&mut recording));
+            let refusal = || {
+                let found = refused(&gpu, "gate table", layer);
                 assert_eq!(found, (u64::from(vocab) * 288, 2 * 113 * 288));
-                assert_eq!((recording.dispatches(), attention.gate_table_bytes()), (0, 0));
             };
             refusal();
             lose(&gpu);
@@ -249,7 +256,7 @@ fn a_language_models_tensors_and_buffers_are_refused_before_anything_is_allocate
     for (binding, buffer) in [(64 << 10, 4 << 20), (4 << 20, 64 << 10)] {
         let gpu = with(binding, buffer);
         let refusal = || {
-            let decoder = || Decoder::new(&gpu.kernels, config, &weights, Storage::F32);
+            let decoder = || Decoder::new(&gpu.kernels, config, &weights, stored(Storage::F32));
             let (largest, allowed) = refused(&gpu, "in f32", decoder);
             assert!(largest > 64 << 10 && allowed == 64 << 10, "{largest} of {allowed}");
         };
@@ -258,12 +265,12 @@ fn a_language_models_tensors_and_buffers_are_refused_before_anything_is_allocate
         refusal();
     }
     // What holds the weights does not hold every token's logits.
-    for (binding, buffer) in [(8 << 20, 64 << 20), (64 << 20, 8 << 20)] {
+    for (binding, buffer) in [(9 << 20, 64 << 20), (64 << 20, 9 << 20)] {
         let gpu = with(binding, buffer);
-        let decoder = Decoder::new(&gpu.kernels, config, &weights, Storage::F32).unwrap();
-        let cache = decoder.cache(64, 64, GateRows::Recompute).unwrap();
-        let options = DecoderStateOptions { max_tokens: 4096, all_logits: true };
-        let refusal = || refused(&gpu, "decoder's", || decoder.state(&cache, options));
+        let decoder = Decoder::new(&gpu.kernels, config, &weights, stored(Storage::F32)).unwrap();
+        let options = CacheOptions { batch: 64, capacity: 64, max_tokens: 4096, ..CacheOptions::default() };
+        let cache = decoder.cache(options).unwrap();
+        let refusal = || refused(&gpu, "decoder's", || decoder.state(&cache, true));
         refusal();
         lose(&gpu);
         refusal();
@@ -289,7 +296,7 @@ fn grids_that_fold_cover_every_element() {
     let mut recording = Recording::new(&gpu.kernels);
     let args = residual_add::Args { delta: &delta_region, stream: &stream_region };
     recording.add_variant(variant, &problem, args, Tuning::Forced(1)).unwrap();
-    readback::submit(&recording, &gpu.queue).unwrap();
+    readback::submit(&mut recording, &gpu.queue).unwrap();
     let got = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&stream_region])).unwrap().remove(0);
     let wrong = (0..stream.len()).find(|&index| got[index] != stream[index] + delta.get(index).copied().unwrap_or(0.0));
     assert_eq!(wrong, None, "of {}", got.len());

@@ -101,7 +101,7 @@ fn equal_input_gives_equal_bits_run_after_run() {
             for gate_rows in [GateRows::Recompute, GateRows::Pool { rows: 6 }, GateRows::Table] {
                 let case = history(shape(gate, storage), gate_rows);
                 let bits = |gpu: &common::Gpu, case: &LayerCase| -> Vec<u32> {
-                    let layer = Prepared::new(&gpu.kernels, &gpu.queue, &case.shape).unwrap();
+                    let layer = Prepared::new(&case.shape).unwrap();
                     let outputs = case.outputs(&gpu.kernels, &gpu.queue, &layer).unwrap();
                     outputs.into_iter().map(f32::to_bits).collect()
                 };
@@ -139,7 +139,7 @@ fn a_sequence_decodes_alone_as_in_a_batch() {
                     ids: Ids::Distinct,
                     ..history(shape(gate, Storage::F32), GateRows::Recompute)
                 };
-                let layer = Prepared::new(&gpu.kernels, &gpu.queue, &case.shape).unwrap();
+                let layer = Prepared::new(&case.shape).unwrap();
                 let outputs = case.outputs(&gpu.kernels, &gpu.queue, &layer).unwrap();
                 // The first sequence's part of either step; hidden states are drawn sequence after sequence.
                 let prefilled = 40 * 24;

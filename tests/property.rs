@@ -12,8 +12,8 @@ use common::{Gpu, gpu};
 use egmla::attention::{DecodePath, GateRows};
 use egmla::check::compare::{F32_LIMIT, Tolerance, compare};
 use egmla::check::property::{Event, Failure, Ids, LayerCase, Prepared, Rope, Search, Shape, family, search, shrink};
-use egmla::check::random::{Random, attention_weights};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
+use egmla::random::{Random, attention_weights};
 use egmla::storage::Storage;
 use egmla::weights::{AttentionWeights, HostTensor, QueryWeights};
 
@@ -129,7 +129,7 @@ fn outputs(gpu: &Gpu, case: &LayerCase, change: impl FnOnce(&mut AttentionConfig
     let mut config = case.shape.config();
     let mut weights = attention_weights(&config, case.shape.kv_a_norm, case.shape.seed).unwrap();
     change(&mut config, &mut weights);
-    let layer = Prepared::of(&gpu.kernels, &gpu.queue, config, &weights, case.shape.storage).unwrap();
+    let layer = Prepared::of(config, weights);
     let outputs = case.outputs(&gpu.kernels, &gpu.queue, &layer).unwrap();
     gpu.assert_no_errors();
     outputs

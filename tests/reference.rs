@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use approx::{assert_abs_diff_eq, assert_relative_eq};
-use egmla::check::random::{Random, attention_weights};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
+use egmla::random::{Random, attention_weights};
 use egmla::reference::{
     Attended, Heads, History, Layer, Partial, activate, attention_absorbed, attention_combine, attention_decode,
     attention_prefill, cache_append, cache_copy, cache_read, gate, gather, layer_norm, matmul, residual_add, rms_norm,

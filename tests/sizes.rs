@@ -6,7 +6,7 @@
 mod common;
 
 use egmla::Error;
-use egmla::attention::{CacheOptions, GateRows, LatentCache};
+use egmla::attention::{CacheOptions, GateRows};
 use egmla::config::AttentionConfig;
 use egmla::device::Region;
 use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_project};
@@ -36,8 +36,9 @@ fn caches_that_no_number_counts_are_refused() {
     let (batch, capacity) = (1, (1 << 31) - 1);
     for (latent, rope) in [((1 << 31) - 16, 2), (1, (1 << 31) - 24), (1 << 30, 1 << 29)] {
         for storage in Storage::ALL {
-            let options = CacheOptions { n_layer: 1, batch, capacity, storage, gate_rows: GateRows::Recompute };
-            let error = LatentCache::new(&gpu.kernels, &config(latent, rope), options).unwrap_err();
+            let options = CacheOptions { batch, capacity, storage, ..CacheOptions::default() };
+            let refused = options.memory(gpu.kernels.context(), &config(latent, rope), GateRows::Recompute);
+            let error = refused.unwrap_err();
             assert!(
                 matches!(error, Error::Limit { needed, .. } if needed > 1 << 33),
                 "{latent} {rope} {storage:?}: {error}"

@@ -1,14 +1,14 @@
 #![no_main]
-//! Caches, workspaces and layers on a device that computes nothing: extents that no device holds are refused before anything
+//! Caches and layers on a device that computes nothing: extents that no device holds are refused before anything
 //! is allocated, and steps that do not fit leave the cache as it was.
 
 use arbitrary::{Result, Unstructured};
 use egmla::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepTokens,
 };
-use egmla::check::random;
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
+use egmla::random;
 use egmla::recording::Recording;
 use egmla_fuzz::{DEVICES, activation, bounded_beside, norm, number, storage};
 use libfuzzer_sys::fuzz_target;
@@ -34,29 +34,29 @@ fn run(u: &mut Unstructured<'_>) -> Result<()> {
         batch: extent(u, 4)?,
         capacity: extent(u, 600)?,
         storage: storage(u)?,
-        gate_rows: match u.int_in_range(0..=2u8)? {
-            0 => GateRows::Recompute,
-            1 => GateRows::Table,
-            _ => GateRows::Pool { rows: extent(u, 8)? },
-        },
+        max_tokens: extent(u, 40)?,
+        tile_rows: extent(u, 600)?,
+        decode_tokens: extent(u, 17)?,
+        decode_path: DecodePath::Auto,
     };
-    let Ok(mut cache) = LatentCache::new(kernels, &config, options) else { return Ok(()) };
-    let workspace =
-        WorkspaceOptions { max_tokens: extent(u, 40)?, tile_rows: extent(u, 600)?, decode_tokens: extent(u, 17)? };
-    let Ok(workspace) = Workspace::new(&cache, workspace) else { return Ok(()) };
-    let memory = cache.memory(&workspace);
+    let gate_rows = match u.int_in_range(0..=2u8)? {
+        0 => GateRows::Recompute,
+        1 => GateRows::Table,
+        _ => GateRows::Pool { rows: extent(u, 8)? },
+    };
+    let Ok(memory) = options.memory(kernels.context(), &config, gate_rows) else { return Ok(()) };
     assert_eq!(memory.total(), memory.lines().iter().map(|(_, bytes)| bytes).sum::<u64>());
     if !small {
         return Ok(());
     }
     let Ok(weights) = random::attention_weights(&config, u.arbitrary()?, 0) else { return Ok(()) };
-    let Ok(mut attention) = Attention::new(kernels, &config, &weights, storage(u)?) else { return Ok(()) };
+    let of_layer = AttentionOptions { storage: storage(u)?, gate_rows };
+    let Ok(attention) = Attention::new(kernels, &config, &weights, of_layer) else { return Ok(()) };
+    let Ok(mut cache) = LatentCache::new(&attention, options) else { return Ok(()) };
+    assert_eq!(cache.memory(), memory);
     let mut recording = Recording::new(kernels);
-    if u.arbitrary()? {
-        let _ = attention.load_gate_table(&mut recording);
-    }
     while !u.is_empty() {
-        step(u, kernels, &attention, &mut cache, &workspace, &mut recording)?;
+        step(u, kernels, &attention, &mut cache, &mut recording)?;
         if u.ratio(1, 4)? {
             recording.clear();
         }
@@ -97,7 +97,6 @@ fn step(
     kernels: &Kernels,
     attention: &Attention,
     cache: &mut LatentCache,
-    workspace: &Workspace,
     recording: &mut Recording,
 ) -> Result<()> {
     let before = cache.lengths().to_vec();
@@ -129,8 +128,9 @@ fn step(
     let vocab = attention.config().gate.as_ref().map_or(8, |gate| gate.vocab_size);
     let past = u32::from(u.ratio(1, 32)?);
     let ids: Vec<u32> = (0..tokens).map(|_| u.int_in_range(0..=vocab.max(1) - 1 + past)).collect::<Result<_>>()?;
-    let token_ids = if u.ratio(1, 16)? { None } else { Some(&ids[..]) };
-    let Ok(step) = cache.plan_step(StepInput { mode, counts: &counts, token_ids }) else {
+    let ids = if u.ratio(1, 16)? { None } else { Some(&ids[..]) };
+    cache.set_decode_path(*u.choose(&[DecodePath::Auto, DecodePath::Expanded, DecodePath::Absorbed])?);
+    let Ok(step) = cache.prepare(mode, StepTokens { counts: &counts, ids }) else {
         assert_eq!(cache.lengths(), before, "a step that is refused changes nothing");
         return Ok(());
     };
@@ -139,19 +139,16 @@ fn step(
     let bytes = if u.ratio(1, 16)? { 16 } else { bytes };
     let buffer = |label| kernels.allocate(label, bytes).map(|buffer| Region::from(&buffer));
     let (Ok(hidden), Ok(out)) = (buffer("hidden"), buffer("out")) else { return Ok(()) };
-    let path = [DecodePath::Auto, DecodePath::Expanded, DecodePath::Absorbed];
-    let path = *u.choose(&path)?;
     let (layer, dispatches) = (u.int_in_range(0..=3)?, recording.dispatches());
-    match attention.forward(recording, cache, layer, &step, workspace, path, &hidden, &out) {
+    match attention.forward(recording, cache, &step, layer, &hidden, &out) {
         Ok(()) => assert!(recording.dispatches() > dispatches),
         Err(_) => assert_eq!(recording.dispatches(), dispatches, "what is refused records nothing"),
     }
     assert_eq!(cache.lengths(), before);
     if u.ratio(7, 8)? {
         let after = step.lengths_after().to_vec();
-        cache.commit(&step).expect("planned on this state");
+        cache.commit(step).expect("prepared for this state");
         assert_eq!(cache.lengths(), after);
-        assert!(cache.commit(&step).is_err(), "a step is committed once");
     }
     Ok(())
 }

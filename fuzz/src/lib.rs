@@ -107,7 +107,7 @@ pub static LAYERS: LazyLock<Vec<AttentionConfig>> = LazyLock::new(|| {
 });
 
 /// wgpu's device without a driver, as a kind of adapter would be opened.
-pub fn device(limits: wgpu::Limits, features: wgpu::Features, subgroups: (u32, u32)) -> wgpu::Device {
+pub fn device(limits: wgpu::Limits, features: wgpu::Features, subgroups: (u32, u32)) -> (wgpu::Device, wgpu::Queue) {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = wgpu::Backends::NOOP;
     descriptor.backend_options.noop = wgpu::NoopBackendOptions {
@@ -123,7 +123,7 @@ pub fn device(limits: wgpu::Limits, features: wgpu::Features, subgroups: (u32, u
     let adapter = adapters.first().expect("wgpu's adapter without a driver");
     let descriptor =
         wgpu::DeviceDescriptor { required_limits: limits, required_features: features, ..Default::default() };
-    wait(adapter.request_device(&descriptor)).expect("wgpu's device without a driver").0
+    wait(adapter.request_device(&descriptor)).expect("wgpu's device without a driver")
 }
 
 /// Kernels on devices of very different limits. None lets a buffer be large, since the device keeps it in this process.
@@ -151,8 +151,8 @@ pub static DEVICES: LazyLock<Vec<Kernels>> = LazyLock::new(|| {
     };
     let subgroups = egmla::kernels::optional_features();
     let open = |(limits, features, sizes): (wgpu::Limits, wgpu::Features, (u32, u32))| {
-        let device = device(limits, features, sizes);
-        AdapterClass::ALL.map(|class| Kernels::with_class(&device, class).expect("kernels"))
+        let (device, queue) = device(limits, features, sizes);
+        AdapterClass::ALL.map(|class| Kernels::with_class(&device, &queue, class).expect("kernels"))
     };
     [
         (small(wgpu::Limits::default()), wgpu::Features::empty(), (4, 64)),

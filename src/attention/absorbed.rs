@@ -1,6 +1,7 @@
 //! Attention over the latents themselves.
 
 use super::frame::Frame;
+use super::step::Table;
 use crate::error::Result;
 use crate::kernels::attention_absorbed;
 use crate::kernels::attention_decode::SPLIT;
@@ -45,7 +46,7 @@ impl Frame<'_> {
             q: &workspace.q,
             latent_cache: &self.cached.latent,
             rope_cache: &self.cached.rope_key,
-            sequences: &step.decoding,
+            sequences: &self.table(Table::Decoding),
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };

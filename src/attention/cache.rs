@@ -2,20 +2,29 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Workspace;
+use super::cost;
+use super::layer::{Attention, DecodePath};
+use super::layout::{CacheLayout, LayerCache, MemoryReport};
 use super::lists::{GateRows, Lists};
-use super::step::{Step, StepInput};
+use super::step::Step;
+#[cfg(feature = "check")]
 use super::weights::{Axis, Upload};
 use super::widths::Widths;
-use crate::config::{AttentionConfig, GateNorm};
+use super::workspace::Workspace;
+use crate::adapter::PlanContext;
+use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernels::cache_copy;
+use crate::kernels::{attention_grouped, cache_copy};
 use crate::recording::Recording;
-use crate::storage::{Storage, padded, product};
+use crate::storage::{Storage, product};
+#[cfg(feature = "check")]
 use crate::weights::HostTensor;
 
-/// Extents of a [`LatentCache`].
+/// Extents of a [`LatentCache`], and of the buffers for intermediate results that it owns.
+///
+/// Beside what these bound, a decode step keeps the partial results of every split of the cache until they are combined:
+/// `n_head · max(d_value, d_latent) · 4` bytes per 256 cache rows (`d_value` alone with the gate at `up_projected`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheOptions {
     /// Layers that share it.
@@ -26,18 +35,43 @@ pub struct CacheOptions {
     pub capacity: u32,
     /// How latents and rotary keys are stored.
     pub storage: Storage,
-    /// Where the absorbed decode takes gate rows from; matters for the gate at `up_projected` alone.
-    pub gate_rows: GateRows,
+    /// Most new tokens of a step, over all sequences.
+    pub max_tokens: u32,
+    /// Most new tokens of a sequence in a decode step, up to [`super::MOST_DECODED`]: each has partial results of its own.
+    pub decode_tokens: u32,
+    /// Cached rows whose keys and values are rebuilt at once, up to 2^19; rounded up to the split length. More rows mean fewer
+    /// dispatches, fewer rows mean less memory.
+    pub tile_rows: u32,
+    /// How decode steps attend to the cache.
+    pub decode_path: DecodePath,
 }
 
-/// One layer's latents, rotary keys and statistics, in one buffer one after another: one binding for kernels that need all.
-#[derive(Debug)]
-pub(super) struct LayerCache {
-    pub whole: Region,
-    pub latent: Region,
-    pub rope_key: Region,
-    pub statistics: Option<Region>,
-    pub pool: Option<Region>,
+impl CacheOptions {
+    /// Bytes that a cache of these extents takes on a device, by purpose, before it is made.
+    ///
+    /// # Errors
+    /// What [`LatentCache::new`] refuses of extents and limits.
+    pub fn memory(&self, context: &PlanContext, config: &AttentionConfig, gate_rows: GateRows) -> Result<MemoryReport> {
+        config.validate()?;
+        let layout = CacheLayout::new(context, config, &Widths::of(config)?, self, gate_rows)?;
+        Ok(layout.memory(self.n_layer))
+    }
+}
+
+impl Default for CacheOptions {
+    /// One layer and one sequence of up to 2048 tokens in f32, 512 new tokens in a step and one in a decode step.
+    fn default() -> Self {
+        CacheOptions {
+            n_layer: 1,
+            batch: 1,
+            capacity: 2048,
+            storage: Storage::F32,
+            max_tokens: 512,
+            decode_tokens: 1,
+            tile_rows: 1024,
+            decode_path: DecodePath::Auto,
+        }
+    }
 }
 
 /// Latents, rotary keys, and for the gate at `up_projected` token ids and norm statistics, of `batch` sequences of up to
@@ -51,90 +85,50 @@ pub struct LatentCache {
     config: AttentionConfig,
     widths: Widths,
     options: CacheOptions,
+    /// How the layers' weights are stored.
+    weights: Storage,
+    gate_rows: GateRows,
+    layout: CacheLayout,
     layers: Vec<LayerCache>,
     lists: Option<Lists>,
+    workspace: Workspace,
     lengths: Vec<u32>,
-    /// Tells caches apart, so that a step planned on one is refused by another.
+    /// Angle per position of every rotary pair, and the factor on cos and sin.
+    frequencies: Vec<f64>,
+    amplitude: f64,
+    /// Tells caches apart, so that a step of one is refused by another.
     identity: u64,
-    /// Counts changes of the lengths, so that a step planned before a change is refused after it.
+    /// Counts changes of the state, so that a step made before a change is refused after it.
     generation: u64,
 }
 
 impl LatentCache {
-    /// Allocates the cache.
+    /// Allocates a cache for a layer, or for several that are like it.
     ///
     /// # Errors
-    /// Extents of 0 or over 2^31 rows, a buffer over the device's limits, or no memory left.
-    pub fn new(kernels: &Kernels, config: &AttentionConfig, options: CacheOptions) -> Result<Self> {
-        config.validate()?;
-        let widths = Widths::of(config)?;
-        for (what, extent) in [
-            ("layers of the cache", options.n_layer),
-            ("sequences of the cache", options.batch),
-            ("capacity of the cache", options.capacity),
-        ] {
-            if extent == 0 {
-                return Err(Error::Empty { what });
-            }
-        }
-        let rows = product(&[options.batch, options.capacity]);
-        let most = (1 << 31) - 1;
-        if rows > most {
-            return Err(Error::OutOfRange { what: "batch × capacity of the cache", found: rows, limit: most });
-        }
-        let context = kernels.context();
-        // Refused before anything is allocated, since the kernels bind a layer's cache whole.
-        let bytes = |what: &str, needed: u64| {
-            let what = || format!("{what} of {} sequences × {} tokens", options.batch, options.capacity);
-            context.check_binding(needed, what).map(|()| needed)
-        };
-        let stored = |width: u32| options.storage.sized(width.into()).saturating_mul(rows);
-        let gate = config.up_projected_gate();
-        let has_statistics = gate.is_some_and(|gate| gate.norm != GateNorm::None);
-        // Each part begins where a binding may begin.
-        let alignment = u64::from(context.limits.min_storage_buffer_offset_alignment.max(16));
-        let latent = bytes("latent cache", stored(widths.d_latent))?;
-        let rope_byte = padded(latent, alignment);
-        let rope_key = stored(widths.d_rope);
-        let statistics_byte = padded(rope_byte.saturating_add(rope_key.max(16)), alignment);
-        let statistics = if has_statistics { (rows * 8).next_multiple_of(16) } else { 0 };
-        let whole = bytes("latent cache with rotary keys and statistics", statistics_byte.saturating_add(statistics))?;
-        let pool = match (gate, options.gate_rows) {
-            (Some(_), GateRows::Pool { rows }) => {
-                let needed = options.storage.sized(product(&[rows, widths.d_kv()]));
-                context.check_binding(needed, || format!("a pool of {rows} gate rows"))?;
-                Some(needed)
-            }
-            _ => None,
-        };
-        let lists = gate
-            .map(|gate| {
-                let extents = (options.batch, options.capacity);
-                Lists::new(kernels, &widths, options.gate_rows, extents, gate.vocab_size)
-            })
-            .transpose()?;
-        let layers = (0..options.n_layer)
-            .map(|_| {
-                let buffer = kernels.allocate("egmla.cache.layer", whole)?;
-                let pool = pool.map(|bytes| kernels.allocate("egmla.cache.gate_rows", bytes)).transpose()?;
-                Ok(LayerCache {
-                    whole: Region::from(&buffer),
-                    latent: Region::new(&buffer, 0, latent),
-                    rope_key: Region::new(&buffer, rope_byte, rope_key.max(16)),
-                    statistics: has_statistics.then(|| Region::new(&buffer, statistics_byte, statistics)),
-                    pool: pool.as_ref().map(Region::from),
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+    /// Extents of 0 or over 2^31 rows, a buffer over the device's limits before any is allocated, or no memory left.
+    pub fn new(attention: &Attention, options: CacheOptions) -> Result<Self> {
+        let Attention { kernels, config, widths, storage: weights, gate_rows, .. } = attention;
+        let (widths, gate_rows) = (*widths, *gate_rows);
+        let layout = CacheLayout::new(kernels.context(), config, &widths, &options, gate_rows)?;
+        let lists = layout.lists.map(|lists| Lists::new(kernels, lists)).transpose()?;
+        let workspace = Workspace::new(kernels, config, &widths, &options, layout.lists.as_ref())?;
+        let layers = (0..options.n_layer).map(|_| layout.allocate(kernels)).collect::<Result<Vec<_>>>()?;
         static IDENTITIES: AtomicU64 = AtomicU64::new(0);
         Ok(LatentCache {
             kernels: kernels.clone(),
             config: config.clone(),
             widths,
             options,
+            weights: *weights,
+            gate_rows,
+            layout,
             layers,
             lists,
+            workspace,
             lengths: vec![0; options.batch as usize],
+            frequencies: config.rope.frequencies(config.d_rope),
+            amplitude: config.rope.amplitude(),
             identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
             generation: 0,
         })
@@ -148,10 +142,6 @@ impl LatentCache {
     /// The attention that it caches for.
     pub fn config(&self) -> &AttentionConfig {
         &self.config
-    }
-
-    pub(super) fn widths(&self) -> &Widths {
-        &self.widths
     }
 
     /// The kernels that it was made with.
@@ -180,18 +170,97 @@ impl LatentCache {
         self.lists.as_ref()
     }
 
+    pub(super) fn lists_mut(&mut self) -> Option<&mut Lists> {
+        self.lists.as_mut()
+    }
+
+    pub(super) fn workspace(&self) -> &Workspace {
+        &self.workspace
+    }
+
+    pub(super) fn gate_rows(&self) -> GateRows {
+        self.gate_rows
+    }
+
+    /// How decode steps attend to the cache, from the next step on.
+    pub fn set_decode_path(&mut self, path: DecodePath) {
+        self.options.decode_path = path;
+    }
+
+    /// Most new tokens of a step: `max_tokens` of the options, or every row of a smaller cache.
+    pub fn max_tokens(&self) -> u32 {
+        self.workspace.max_tokens
+    }
+
+    /// Most new tokens of a step, and of a sequence in a decode step.
+    pub(super) fn most_tokens(&self) -> (u32, u32) {
+        (self.workspace.max_tokens, self.workspace.decode_tokens)
+    }
+
+    /// cos and sin of every rotary pair at a position.
+    pub(super) fn rotate(&self, position: u32, rotations: &mut Vec<[f32; 2]>) {
+        let end = rotations.len() + self.widths.d_rope as usize / 2;
+        rotations.extend(self.frequencies.iter().map(|frequency| {
+            let (sin, cos) = (f64::from(position) * frequency).sin_cos();
+            [(cos * self.amplitude) as f32, (sin * self.amplitude) as f32]
+        }));
+        // The padding stays as it is.
+        rotations.resize(end, [1.0, 0.0]);
+    }
+
+    /// The path that the decode path of the options stands for in a step: [`DecodePath::Auto`] is the one with fewer FLOPs by
+    /// [`crate::attention::cost`].
+    ///
+    /// # Errors
+    /// [`DecodePath::Absorbed`] where the device's workgroup memory holds no head of these widths.
+    pub(super) fn path_of(&self, step: &Step) -> Result<DecodePath> {
+        let possible = || match &self.lists {
+            Some(_) => attention_grouped::tiling(self.kernels.context(), self.widths.grouped()).map(drop),
+            None => Ok(()),
+        };
+        match self.options.decode_path {
+            DecodePath::Expanded => Ok(DecodePath::Expanded),
+            DecodePath::Absorbed => possible().map(|()| DecodePath::Absorbed),
+            DecodePath::Auto if possible().is_err() => Ok(DecodePath::Expanded),
+            DecodePath::Auto => {
+                let work = self.work(step);
+                let absorbed = cost::attend_absorbed(&self.config, &work, self.weights).flops;
+                let expanded = cost::attend_expanded(&self.config, &work, self.weights).flops;
+                Ok(if absorbed <= expanded { DecodePath::Absorbed } else { DecodePath::Expanded })
+            }
+        }
+    }
+
+    /// What a decode step attends to.
+    fn work(&self, step: &Step) -> cost::DecodeWork {
+        let grouped = step.grouped();
+        cost::DecodeWork {
+            tokens: step.tokens,
+            rows: step.used_rows,
+            positions: step.expected_positions,
+            groups: grouped.map_or(0, |grouped| grouped.expected_groups),
+            projected: match grouped {
+                Some(grouped) if grouped.projected => grouped.groups,
+                _ => 0,
+            },
+            cache_storage: self.options.storage,
+        }
+    }
+
     /// Distinct token ids that each sequence holds; empty unless the gate is at `up_projected`.
     pub fn distinct_ids(&self) -> Vec<u32> {
         self.lists.as_ref().map_or_else(Vec::new, Lists::distinct)
     }
 
     /// Every buffer, for the checks to poison.
+    #[cfg(feature = "check")]
     pub(crate) fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
         self.layers
             .iter()
             .flat_map(|layer| [Some(&layer.whole.buffer), layer.pool.as_ref().map(|pool| &pool.buffer)])
             .flatten()
             .chain(self.lists.as_ref().map(|lists| &lists.buffer))
+            .chain(self.workspace.buffers())
     }
 
     pub(super) fn rows(&self) -> u32 {
@@ -202,30 +271,33 @@ impl LatentCache {
         (self.identity, self.generation)
     }
 
-    /// Checks new tokens and uploads what every layer needs to know of them. The cache is not changed.
-    ///
-    /// # Errors
-    /// [`Error::CacheFull`], [`Error::TokenId`], a wrong number of counts or ids, or no new token at all.
-    pub fn plan_step(&self, input: StepInput<'_>) -> Result<Step> {
-        Step::plan(self, input)
+    /// A change of the state: steps that were made before it are stale, and what they appended is taken back.
+    pub(super) fn settle(&mut self) {
+        if let Some(lists) = &mut self.lists {
+            lists.settle();
+        }
+        self.generation += 1;
     }
 
-    /// Makes the tokens of a recorded step part of the cache.
+    /// Makes the tokens of a step part of the cache, once its layers are recorded.
     ///
     /// # Errors
-    /// [`Error::StaleStep`] when the step was planned on another cache or before another change of this one.
-    pub fn commit(&mut self, step: &Step) -> Result<()> {
-        if step.stamp() != self.stamp() || !step.holds(self.lists.as_ref()) {
+    /// [`Error::StaleStep`] when the step is of another cache, or the cache has changed since.
+    pub fn commit(&mut self, step: Step) -> Result<()> {
+        if step.stamp != self.stamp() {
             return Err(Error::StaleStep);
         }
-        step.commit(self.lists.as_ref());
-        self.lengths.copy_from_slice(step.lengths_after());
+        if let Some(lists) = &mut self.lists {
+            lists.commit(&step.lists);
+        }
+        self.lengths = step.lengths_after;
         self.generation += 1;
         Ok(())
     }
 
     /// Fills the one sequence of a one-layer cache with tokens of these ids and latents from `value`, of order 1: what a
     /// prefill would leave there, without its time. For benches: the numbers are finite and mean nothing.
+    #[cfg(feature = "check")]
     pub(crate) fn fill(&mut self, ids: &[u32], mut value: impl FnMut() -> f32) -> Result<()> {
         let mut rows = |width: u32| (0..ids.len() * width as usize).map(|_| value()).collect::<Vec<_>>();
         let (latent, rope_key) = (rows(self.config.d_latent), rows(self.config.d_rope));
@@ -238,6 +310,7 @@ impl LatentCache {
     ///
     /// # Errors
     /// Another cache than that, counts that differ, more tokens than it holds, or no memory left.
+    #[cfg(feature = "check")]
     pub(crate) fn fill_with(
         &mut self,
         ids: &[u32],
@@ -313,21 +386,21 @@ impl LatentCache {
             let found = length.into();
             return Err(Error::OutOfRange { what: "length to truncate to", found, limit: limit.into() });
         }
-        if let Some(lists) = &self.lists {
+        self.settle();
+        if let Some(lists) = &mut self.lists {
             lists.truncate(sequence as u32, length);
         }
         self.lengths[sequence] = length;
-        self.generation += 1;
         Ok(())
     }
 
     /// Empties every sequence.
     pub fn reset(&mut self) {
-        if let Some(lists) = &self.lists {
+        self.settle();
+        if let Some(lists) = &mut self.lists {
             lists.reset();
         }
         self.lengths.fill(0);
-        self.generation += 1;
     }
 
     /// Records the copy of one sequence over another, in every layer; `to` then has the length of `from`.
@@ -341,18 +414,14 @@ impl LatentCache {
         if from == to {
             return Ok(());
         }
+        self.settle();
         let mark = recording.mark();
-        let copied = self.record_copy(recording, from, to);
-        if copied.is_err() {
-            recording.rewind(mark);
-        } else {
-            if let Some(lists) = &self.lists {
-                lists.copy(from as u32, to as u32);
-            }
-            self.lengths[to] = self.lengths[from];
-            self.generation += 1;
+        self.record_copy(recording, from, to).inspect_err(|_| recording.rewind(mark))?;
+        if let Some(lists) = &mut self.lists {
+            lists.copy(from as u32, to as u32);
         }
-        copied
+        self.lengths[to] = self.lengths[from];
+        Ok(())
     }
 
     fn record_copy(&self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
@@ -383,53 +452,8 @@ impl LatentCache {
         Ok(())
     }
 
-    /// Bytes allocated on the device, by purpose, together with a workspace.
-    pub fn memory(&self, workspace: &Workspace) -> MemoryReport {
-        let sum = |of: fn(&LayerCache) -> u64| self.layers.iter().map(of).sum();
-        MemoryReport {
-            latent: sum(|layer| layer.latent.size),
-            rope_key: sum(|layer| layer.rope_key.size),
-            lists: self.lists.as_ref().map_or(0, Lists::bytes),
-            statistics: sum(|layer| layer.statistics.as_ref().map_or(0, |statistics| statistics.size)),
-            gate_rows: sum(|layer| layer.pool.as_ref().map_or(0, |pool| pool.size)),
-            workspace: workspace.bytes(),
-        }
-    }
-}
-
-/// Bytes on the device, by purpose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct MemoryReport {
-    /// Cached latents of all layers.
-    pub latent: u64,
-    /// Cached rotary keys of all layers.
-    pub rope_key: u64,
-    /// Token ids and group lists, shared by the layers.
-    pub lists: u64,
-    /// Cached norm statistics of all layers.
-    pub statistics: u64,
-    /// Gate rows that are kept: the pools of all layers, or their tables ([`super::Attention::gate_table_bytes`]) where the
-    /// caller has added them.
-    pub gate_rows: u64,
-    /// Intermediate results of one step, shared by the layers.
-    pub workspace: u64,
-}
-
-impl MemoryReport {
-    /// The lines of the report: name and bytes.
-    pub fn lines(&self) -> [(&'static str, u64); 6] {
-        [
-            ("latent", self.latent),
-            ("rope key", self.rope_key),
-            ("token ids and groups", self.lists),
-            ("norm statistics", self.statistics),
-            ("gate rows", self.gate_rows),
-            ("workspace", self.workspace),
-        ]
-    }
-
-    /// All of it.
-    pub fn total(&self) -> u64 {
-        self.lines().iter().map(|(_, bytes)| bytes).sum()
+    /// Bytes allocated on the device, by purpose.
+    pub fn memory(&self) -> MemoryReport {
+        self.layout.memory(self.options.n_layer)
     }
 }

@@ -194,6 +194,7 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         n_sequence: 1,
         entries: partials,
         partials,
+        most_partials: partials,
         n_head,
         widths: Widths { d_latent: config.d_latent, d_nope: config.d_nope, d_rope: config.d_rope, d_value },
         tiling: Tiling { groups: 4, span: 4 },

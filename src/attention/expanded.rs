@@ -1,7 +1,7 @@
 //! Attention over keys and values that are rebuilt from the cache, a tile of rows at a time.
 
 use super::frame::{Frame, Latents, Statistics};
-use super::step::Mode;
+use super::step::{Mode, Table};
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::{attention_combine, attention_decode, attention_prefill, cache_read};
@@ -51,8 +51,8 @@ impl<'a> Frame<'a> {
             q: &workspace.q,
             kv,
             rope_cache: &self.cached.rope_key,
-            queries: &step.queries,
-            sequences: &step.sequences,
+            queries: &self.table(Table::Queries),
+            sequences: &self.table(Table::Sequences),
             values: &workspace.values,
             softmax: &workspace.softmax,
         };
@@ -81,7 +81,7 @@ impl<'a> Frame<'a> {
             q: &workspace.q,
             kv,
             rope_cache: &self.cached.rope_key,
-            sequences: &step.decoding,
+            sequences: &self.table(Table::Decoding),
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
@@ -113,7 +113,7 @@ impl<'a> Frame<'a> {
         let args = cache_read::Args {
             latent_cache: &self.cached.latent,
             id_cache: &self.cache.ids().unwrap_or_else(|| self.absent.clone()),
-            sequences: &self.step.sequences,
+            sequences: &self.table(Table::Sequences),
             gate_embedding,
             latent: &workspace.tile_latent,
             embedding: &workspace.gate_rows,
@@ -139,7 +139,7 @@ impl<'a> Frame<'a> {
         let args = attention_combine::Args {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
-            ranges: &step.ranges,
+            ranges: &self.table(Table::Ranges),
             values,
             lse: &workspace.lse,
         };

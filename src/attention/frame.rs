@@ -1,14 +1,15 @@
 //! One layer of a step while it is recorded: what all of its stages share.
 
-use super::cache::{LatentCache, LayerCache};
+use super::cache::LatentCache;
 use super::layer::Attention;
-use super::step::Step;
+use super::layout::LayerCache;
+use super::step::{Step, Table};
 use super::weights::GateWeights;
 use super::widths::gated_segments;
 use super::workspace::Workspace;
 use crate::config::{GateConfig, GateNorm};
 use crate::device::Region;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::attention_grouped::beta_element;
 use crate::kernels::matmul::{self, Matmul};
 use crate::kernels::{gate, gather};
@@ -40,6 +41,8 @@ pub(super) struct Frame<'a> {
     pub cached: &'a LayerCache,
     pub step: &'a Step,
     pub workspace: &'a Workspace,
+    /// Where the step's tables stand in the recording's buffers.
+    pub tables: Region,
     pub recording: &'a mut Recording,
     /// For the buffers that a problem leaves out.
     pub absent: Region,
@@ -58,8 +61,12 @@ impl<'a> Frame<'a> {
         Matmul::linear(rows, inner, cols, false, self.layer.storage)
     }
 
-    pub fn ids(&self) -> Result<&'a Region> {
-        self.step.token_ids().ok_or(Error::Empty { what: "the list of token ids, which the gate needs," })
+    pub fn table(&self, table: Table) -> Region {
+        self.step.table(&self.tables, table)
+    }
+
+    pub fn ids(&self) -> Region {
+        self.table(Table::Ids)
     }
 
     pub fn gate_weights(&self) -> Result<&'a GateWeights<Region>> {

@@ -2,6 +2,7 @@
 
 use super::frame::{Frame, Latents};
 use super::lists::{GateRows, Grouped, Lists};
+use super::step::Table;
 use super::widths::gated_segments;
 use crate::config::{GateConfig, GateNorm};
 use crate::device::Region;
@@ -22,12 +23,13 @@ struct GateSource {
 }
 
 impl<'a> Frame<'a> {
-    /// What a step changes in the lists of the cache, once for all layers, and the rows that it adds to this layer's pool.
+    /// What a step changes in the lists of the cache, once for all layers, and the gate rows that the layer is to keep.
     pub fn begin(&mut self) -> Result<()> {
         let (Some(lists), step) = (self.cache.lists(), self.step) else { return Ok(()) };
+        self.fill_table()?;
         if self.recording.once((step.identity(), 0)) {
-            let op = word_scatter::WordScatter { count: step.lists.patches.len() as u32, words: lists.words };
-            let args = word_scatter::Args { patches: &step.patches, words: &Region::from(&lists.buffer) };
+            let op = word_scatter::WordScatter { count: step.lists.patches.len() as u32, words: lists.layout.words };
+            let args = word_scatter::Args { patches: &self.table(Table::Patches), words: &Region::from(&lists.buffer) };
             self.recording.add(&op, args)?;
         }
         let (Some(pool), Some(gate)) = (&self.cached.pool, self.layer.config.up_projected_gate()) else {
@@ -35,12 +37,16 @@ impl<'a> Frame<'a> {
         };
         let y_storage = self.cache.options().storage;
         let width = self.layer.widths.d_kv();
+        let fills = step.lists.fills.0.len() as u32;
+        if fills == 0 {
+            return Ok(());
+        }
         let op = gate_project::GateProject {
             targets: true,
             y_rows: (pool.size / y_storage.sized(width.into())) as u32,
-            ..self.gate_project(gate, step.lists.fills.0.len() as u32, y_storage)
+            ..self.gate_project(gate, fills, y_storage)
         };
-        self.project_gates(&op, &step.fill_ids, &step.fill_rows, pool)
+        self.project_gates(&op, &self.table(Table::FillIds), &self.table(Table::FillRows), pool)
     }
 
     /// The projection of the gate rows of listed ids.
@@ -59,7 +65,7 @@ impl<'a> Frame<'a> {
         }
     }
 
-    fn project_gates(
+    pub fn project_gates(
         &mut self,
         op: &gate_project::GateProject,
         ids: &Region,
@@ -75,7 +81,7 @@ impl<'a> Frame<'a> {
     fn gate_source(&self, lists: &Lists) -> GateSource {
         let (cache_storage, weights_storage) = (self.cache.options().storage, self.layer.storage);
         let more = self.workspace.group_gates.clone();
-        match (lists.mode, &self.layer.table, &self.cached.pool) {
+        match (lists.layout.mode, &self.layer.table, &self.cached.pool) {
             (GateRows::Pool { rows }, _, Some(pool)) => GateSource {
                 gates: pool.clone(),
                 resident: rows,
@@ -110,7 +116,7 @@ impl<'a> Frame<'a> {
         let y = &self.workspace.tile_latent;
         let (rows, vocab_size) = (self.step.tokens, self.cache.rows());
         let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
-        self.recording.add(&op, gather::Args { table: &self.cached.latent, ids: &self.step.slots, y })?;
+        self.recording.add(&op, gather::Args { table: &self.cached.latent, ids: &self.table(Table::Slots), y })?;
         Ok(Latents { region: y, offset: 0, row: width })
     }
 
@@ -119,11 +125,11 @@ impl<'a> Frame<'a> {
         let (Some(lists), Some(gate)) = (self.cache.lists(), layer.config.up_projected_gate()) else { return Ok(()) };
         let table = Region::from(&lists.buffer);
         let source = self.gate_source(lists);
-        let pass_groups = if grouped.projected { lists.pass_groups.min(grouped.groups) } else { grouped.groups };
+        let pass_groups = if grouped.projected { lists.layout.pass_groups.min(grouped.groups) } else { grouped.groups };
         for pass_index in 0..grouped.passes {
             let first_group = pass_index * pass_groups;
             let groups = pass_groups.min(grouped.groups - first_group);
-            let more = match (lists.mode, grouped.projected) {
+            let more = match (lists.layout.mode, grouped.projected) {
                 (GateRows::Table, _) => gate.vocab_size - source.resident,
                 (_, true) => groups + step.tokens,
                 // A row that is not read, so that a pool has one pipeline, whether a step needs others or not.
@@ -135,17 +141,17 @@ impl<'a> Frame<'a> {
                     first_group,
                     groups,
                     n_sequence: step.n_sequence,
-                    table: lists.table,
-                    list_words: lists.words,
+                    table: lists.layout.table,
+                    list_words: lists.layout.words,
                 };
                 let args = group_ids::Args {
-                    token_ids: self.ids()?,
-                    token_rows: &step.token_rows,
+                    token_ids: &self.ids(),
+                    token_rows: &self.table(Table::GateRows),
                     lists: &table,
                     ids: &workspace.group_ids,
                 };
                 // With one pass the list is the same for every layer.
-                if grouped.passes > 1 || self.recording.once((step.identity(), workspace.identity())) {
+                if grouped.passes > 1 || self.recording.once((step.identity(), 1)) {
                     self.recording.add(&op, args)?;
                 }
                 self.project_rows(gate, groups + step.tokens, &source)?;
@@ -159,11 +165,12 @@ impl<'a> Frame<'a> {
                 n_sequence: step.n_sequence,
                 entries: grouped.entries,
                 partials: grouped.partials,
+                most_partials: workspace.grouped_partials,
                 n_head: layer.widths.n_head,
                 widths: layer.widths.grouped(),
                 tiling: grouped.tiling,
-                table: lists.table,
-                list_words: lists.words,
+                table: lists.layout.table,
+                list_words: lists.layout.words,
                 cache_rows: self.cache.rows(),
                 rope_byte: self.cached.rope_key.offset,
                 statistics_byte: self.cached.statistics.as_ref().map_or(0, |statistics| statistics.offset),
@@ -230,8 +237,8 @@ impl<'a> Frame<'a> {
             kv: &workspace.kv,
             gates: &source.gates,
             gates_more: &source.more,
-            rows: &step.token_rows,
-            slots: &step.slots,
+            rows: &self.table(Table::GateRows),
+            slots: &self.table(Table::Slots),
             statistics: self.cached.statistics.as_ref().unwrap_or(&self.absent),
         };
         self.recording.add(&op, args)
@@ -240,7 +247,7 @@ impl<'a> Frame<'a> {
     fn combine_groups(&mut self, grouped: &Grouped) -> Result<()> {
         let (step, workspace) = (self.step, self.workspace);
         let (n_head, d_value) = (self.layer.widths.n_head, self.layer.widths.d_value);
-        let softmax = 4 * attention_grouped::softmax_word(grouped.partials, n_head, d_value);
+        let softmax = 4 * attention_grouped::softmax_word(workspace.grouped_partials, n_head, d_value);
         let partial = &workspace.grouped;
         let op = attention_combine::AttentionCombine {
             tokens: step.tokens,
@@ -251,7 +258,7 @@ impl<'a> Frame<'a> {
         let args = attention_combine::Args {
             partial_values: &Region::new(&partial.buffer, 0, softmax),
             partial_softmax: &Region::new(&partial.buffer, softmax, partial.size.saturating_sub(softmax)),
-            ranges: &step.grouped_ranges,
+            ranges: &self.table(Table::GroupedRanges),
             values: &workspace.values,
             lse: &workspace.lse,
         };

@@ -45,6 +45,11 @@ impl Layout {
         Some(Layout { tiers, chunks, words })
     }
 
+    /// Chunks that there is room for.
+    pub fn most_chunks(&self) -> u32 {
+        (self.words - self.chunks) / (CHUNK_HEADER + CHUNK_POSITIONS)
+    }
+
     fn chunk(&self, index: u32) -> u32 {
         self.chunks + index * (CHUNK_HEADER + CHUNK_POSITIONS)
     }

@@ -3,21 +3,18 @@
 use serde::{Deserialize, Serialize};
 
 use super::cache::LatentCache;
-use super::cost;
 use super::frame::Frame;
 use super::lists::GateRows;
 use super::project::Hidden;
-use super::step::{Mode, Step, StepInput};
+use super::step::{Mode, Step, StepTokens};
 use super::table::GateTable;
 use super::weights::{GateWeights, LayerWeights};
 use super::widths::Widths;
-use super::workspace::Workspace;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
-use crate::kernels::attention_grouped;
 use crate::recording::Recording;
-use crate::storage::Storage;
+use crate::storage::{Storage, product, words};
 use crate::weights::AttentionWeights;
 
 /// How a decode step attends to the cache.
@@ -34,46 +31,69 @@ pub enum DecodePath {
     Absorbed,
 }
 
-/// `prefill` and `decode` commit a step after one layer: on a cache of several, the others would never see its tokens.
-fn one_layer(cache: &LatentCache) -> Result<()> {
-    let what = "layers of the cache (with several, use plan_step, forward and commit)";
-    match cache.options().n_layer {
-        1 => Ok(()),
-        found => Err(Error::Count { what, expected: 1, found: found.into() }),
-    }
+/// How a layer's weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AttentionOptions {
+    /// How weights are stored.
+    pub storage: Storage,
+    /// Where the absorbed decode takes gate rows from; matters for the gate at `up_projected` alone.
+    pub gate_rows: GateRows,
 }
 
-/// One attention layer: configuration and weights in device memory.
-#[derive(Debug)]
+/// New tokens of a layer with a cache of its own: sequence 0's, then sequence 1's, and so on.
+#[derive(Debug, Clone)]
+pub struct Tokens<'a> {
+    /// New tokens of each sequence of the cache; 0 leaves a sequence out.
+    pub counts: &'a [u32],
+    /// Their ids; needed with a gate.
+    pub ids: Option<&'a [u32]>,
+    /// `[tokens, hidden_size]` f32: the layer's input.
+    pub hidden: Region,
+    /// `[tokens, hidden_size]` f32, written; in another buffer than `hidden`.
+    pub out: Region,
+}
+
+/// One attention layer: configuration and weights in device memory. Cloning clones handles, not the memory.
+#[derive(Debug, Clone)]
 pub struct Attention {
     pub(super) kernels: Kernels,
     pub(super) config: AttentionConfig,
     pub(super) widths: Widths,
     pub(super) storage: Storage,
     pub(super) weights: LayerWeights<Region>,
+    pub(super) gate_rows: GateRows,
     pub(super) table: Option<GateTable>,
 }
 
 impl Attention {
-    /// Uploads a layer's weights.
+    /// Uploads a layer's weights. With [`GateRows::Table`] the first step that is recorded projects the table, too.
     ///
     /// # Errors
-    /// A configuration that contradicts itself or the weights; a tensor over the device's binding limit, before anything is
-    /// allocated; a weight beyond f16's range with f16 storage; no memory left, or a lost device.
+    /// A configuration that contradicts itself or the weights; a tensor over the device's binding limit, or a gate table over
+    /// two bindings, before anything is allocated; a weight beyond f16's range with f16 storage; no memory left, or a lost
+    /// device.
     pub fn new(
         kernels: &Kernels,
         config: &AttentionConfig,
         weights: &AttentionWeights,
-        storage: Storage,
+        options: AttentionOptions,
     ) -> Result<Self> {
+        let AttentionOptions { storage, gate_rows } = options;
         weights.check(config)?;
+        let widths = Widths::of(config)?;
+        let (gate_rows, table) = match (config.up_projected_gate(), gate_rows) {
+            (None, _) => (GateRows::Recompute, None),
+            (Some(gate), GateRows::Table) => (gate_rows, Some(GateTable::plan(kernels, gate, &widths, storage)?)),
+            (Some(_), GateRows::Recompute | GateRows::Pool { .. }) => (gate_rows, None),
+        };
         Ok(Attention {
             kernels: kernels.clone(),
             config: config.clone(),
-            widths: Widths::of(config)?,
+            widths,
             storage,
             weights: LayerWeights::upload(kernels, config, weights, storage)?,
-            table: None,
+            gate_rows,
+            table: table.map(|table| table.allocate(kernels)).transpose()?,
         })
     }
 
@@ -82,105 +102,66 @@ impl Attention {
         &self.config
     }
 
+    /// Bytes of the gate table, with [`GateRows::Table`].
+    pub fn gate_table_bytes(&self) -> u64 {
+        self.table.as_ref().map_or(0, GateTable::bytes)
+    }
+
+    /// The same layer with plans of other kernels of its device.
+    #[cfg(feature = "check")]
+    pub(crate) fn with_kernels(&self, kernels: &Kernels) -> Self {
+        Attention { kernels: kernels.clone(), ..self.clone() }
+    }
+
+    /// Takes the gate table as projected: for recordings that never run, and for benches, where numbers mean nothing.
+    #[cfg(feature = "check")]
+    pub(crate) fn assume_table(&self) {
+        if let Some(table) = &self.table {
+            table.assume_filled();
+        }
+    }
+
     /// [`Attention::new`] has checked that a gate in the configuration has its weights.
     pub(super) fn gate_weights(&self) -> Result<&GateWeights<Region>> {
         self.weights.gate.as_ref().ok_or(Error::Empty { what: "the gate's weights" })
     }
 
-    /// The decode path that `path` stands for in a step on a cache: `Auto` is the one with fewer FLOPs by [`crate::attention::cost`].
-    ///
-    /// # Errors
-    /// `Absorbed` where the device's workgroup memory holds no head of these widths, or where the cache wants gate rows from a
-    /// table that was not loaded.
-    pub fn decode_path(&self, path: DecodePath, cache: &LatentCache, step: &Step) -> Result<DecodePath> {
-        let possible = || -> Result<()> {
-            let Some(lists) = cache.lists() else { return Ok(()) };
-            attention_grouped::tiling(self.kernels.context(), self.widths.grouped())?;
-            if lists.mode == GateRows::Table && self.gate_table_bytes() == 0 {
-                return Err(Error::Unsupported {
-                    what: "gate rows from a table that was not loaded".to_owned(),
-                    instead: "record `Attention::load_gate_table` first",
-                });
-            }
-            Ok(())
-        };
-        match path {
-            DecodePath::Expanded => Ok(DecodePath::Expanded),
-            DecodePath::Absorbed => possible().map(|()| DecodePath::Absorbed),
-            DecodePath::Auto if possible().is_err() => Ok(DecodePath::Expanded),
-            DecodePath::Auto => {
-                let work = self.work(cache, step);
-                let absorbed = cost::attend_absorbed(&self.config, &work, self.storage).flops;
-                let expanded = cost::attend_expanded(&self.config, &work, self.storage).flops;
-                Ok(if absorbed <= expanded { DecodePath::Absorbed } else { DecodePath::Expanded })
-            }
-        }
-    }
-
-    /// What a decode step attends to.
-    fn work(&self, cache: &LatentCache, step: &Step) -> cost::DecodeWork {
-        let grouped = step.grouped();
-        cost::DecodeWork {
-            tokens: step.tokens,
-            rows: step.used_rows,
-            positions: step.expected_positions,
-            groups: grouped.map_or(0, |grouped| grouped.expected_groups),
-            projected: match grouped {
-                Some(grouped) if grouped.projected => grouped.groups,
-                _ => 0,
-            },
-            cache_storage: cache.options().storage,
-        }
-    }
-
-    /// Plans, records and commits new tokens of a cache of one layer; any number a sequence.
+    /// Records and commits new tokens of a cache of one layer; any number per sequence.
     ///
     /// The tokens count as cached from here on: a caller whose submission fails later takes them back with
     /// [`LatentCache::truncate`].
     ///
-    /// `hidden` and `out` are `[tokens, hidden_size]` f32: sequence 0's new tokens, then sequence 1's, and so on.
-    ///
     /// # Errors
-    /// What [`LatentCache::plan_step`] and [`Attention::forward`] refuse; recording and cache are then unchanged.
-    #[expect(clippy::too_many_arguments, reason = "the buffers and the tokens are what a step is")]
-    pub fn prefill(
-        &self,
-        recording: &mut Recording,
-        cache: &mut LatentCache,
-        workspace: &Workspace,
-        counts: &[u32],
-        token_ids: Option<&[u32]>,
-        hidden: &Region,
-        out: &Region,
-    ) -> Result<()> {
-        one_layer(cache)?;
-        let step = cache.plan_step(StepInput { mode: Mode::Prefill, counts, token_ids })?;
-        self.forward(recording, cache, 0, &step, workspace, DecodePath::Auto, hidden, out)?;
-        cache.commit(&step)
+    /// What [`LatentCache::prepare`] and [`Attention::forward`] refuse; recording and cache are then as they were.
+    pub fn prefill(&self, recording: &mut Recording, cache: &mut LatentCache, tokens: Tokens<'_>) -> Result<()> {
+        self.advance(recording, cache, Mode::Prefill, tokens)
     }
 
-    /// Plans, records and commits up to [`MOST_DECODED`](super::MOST_DECODED) new tokens of each sequence, on a cache of one layer.
-    ///
-    /// `hidden` and `out` are `[tokens, hidden_size]` f32.
+    /// Records and commits up to [`MOST_DECODED`](super::MOST_DECODED) new tokens of each sequence, on a cache of one layer.
     ///
     /// # Errors
     /// As [`Attention::prefill`].
-    #[expect(clippy::too_many_arguments, reason = "the buffers, the tokens and the path are what a step is")]
-    pub fn decode(
+    pub fn decode(&self, recording: &mut Recording, cache: &mut LatentCache, tokens: Tokens<'_>) -> Result<()> {
+        self.advance(recording, cache, Mode::Decode, tokens)
+    }
+
+    fn advance(
         &self,
         recording: &mut Recording,
         cache: &mut LatentCache,
-        workspace: &Workspace,
-        counts: &[u32],
-        token_ids: Option<&[u32]>,
-        path: DecodePath,
-        hidden: &Region,
-        out: &Region,
+        mode: Mode,
+        tokens: Tokens<'_>,
     ) -> Result<()> {
-        one_layer(cache)?;
-        let step = cache.plan_step(StepInput { mode: Mode::Decode, counts, token_ids })?;
-        self.forward(recording, cache, 0, &step, workspace, path, hidden, out)?;
-        cache.commit(&step)
+        let n_layer = cache.options().n_layer;
+        if n_layer != 1 {
+            // Committed after one layer, the step would never reach the others.
+            let what = "layers of the cache (with several, use prepare, forward and commit)";
+            return Err(Error::Count { what, expected: 1, found: n_layer.into() });
+        }
+        let Tokens { counts, ids, hidden, out } = tokens;
+        let step = cache.prepare(mode, StepTokens { counts, ids })?;
+        self.forward(recording, cache, &step, 0, &hidden, &out)?;
+        cache.commit(step)
     }
 
     /// Records this layer's part of a step: appends the new tokens to layer `layer` of the cache's buffers and writes the
@@ -189,74 +170,63 @@ impl Attention {
     /// `hidden` and `out` are `[step.tokens(), hidden_size]` f32, in different buffers.
     ///
     /// # Errors
-    /// Objects of another device, a step of another cache, more tokens than the workspace holds, a path that is not supported,
-    /// or what a kernel refuses. The recording is then as it was.
-    #[expect(clippy::too_many_arguments, reason = "the buffers, the step and the path are what a layer needs")]
+    /// Objects of another device, a step of another cache, a cache of another layer, buffers that do not fit, or what a kernel
+    /// refuses. The recording is then as it was.
     pub fn forward(
         &self,
         recording: &mut Recording,
         cache: &LatentCache,
-        layer: usize,
         step: &Step,
-        workspace: &Workspace,
-        path: DecodePath,
+        layer: usize,
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
         let width = self.config.hidden_size;
-        let (hidden, out) = (Hidden { region: hidden, width }, Hidden { region: out, width });
-        self.forward_rows(recording, cache, layer, step, workspace, path, hidden, out)
+        let needed = words(product(&[step.tokens, width]));
+        for (name, region) in [("hidden", hidden), ("out", out)] {
+            region.check("attention", name, needed, &self.kernels.context().limits)?;
+        }
+        // No dispatch binds both, but a caller who passes one buffer twice would lose the input.
+        if hidden.buffer == out.buffer {
+            return Err(Error::Aliased { kernel: "attention", first: "hidden", second: "out" });
+        }
+        self.forward_rows(
+            recording,
+            cache,
+            step,
+            layer,
+            Hidden { region: hidden, width },
+            Hidden { region: out, width },
+        )
     }
 
-    /// [`Attention::forward`] with rows of any width from `hidden_size` to that with its padding.
-    #[expect(clippy::too_many_arguments, reason = "as forward")]
+    /// [`Attention::forward`] with rows of any width from `hidden_size` to that with its padding, in buffers that are checked.
     pub(crate) fn forward_rows(
         &self,
         recording: &mut Recording,
         cache: &LatentCache,
-        layer: usize,
         step: &Step,
-        workspace: &Workspace,
-        path: DecodePath,
+        layer: usize,
         hidden: Hidden<'_>,
         out: Hidden<'_>,
     ) -> Result<()> {
         recording.kernels().same_device(&self.kernels, "the layer", "recording")?;
         recording.kernels().same_device(cache.kernels(), "the cache", "recording")?;
-        recording.kernels().same_device(&workspace.kernels, "the workspace", "recording")?;
-        if step.stamp() != cache.stamp() {
+        if step.stamp != cache.stamp() {
             return Err(Error::StaleStep);
         }
-        if cache.config() != &self.config {
-            return Err(Error::config("(attention)", "the cache was made for another configuration"));
+        if cache.config() != &self.config || cache.gate_rows() != self.gate_rows {
+            return Err(Error::config(
+                "(attention)",
+                "the cache was made for another configuration, or other gate rows",
+            ));
         }
-        if step.tokens > workspace.max_tokens {
-            return Err(Error::OutOfRange {
-                what: "new tokens of a step (the workspace's max_tokens)",
-                found: step.tokens.into(),
-                limit: workspace.max_tokens.into(),
-            });
-        }
-        // No dispatch binds both, but a caller who passes one buffer twice would lose the input.
-        if hidden.region.buffer == out.region.buffer {
-            return Err(Error::Aliased { kernel: "attention", first: "hidden", second: "out" });
-        }
-        if step.mode == Mode::Decode && step.most_tokens > workspace.decode_tokens {
-            return Err(Error::OutOfRange {
-                what: "new tokens of a sequence (the workspace's decode_tokens)",
-                found: step.most_tokens.into(),
-                limit: workspace.decode_tokens.into(),
-            });
-        }
-        let path = match step.mode {
-            Mode::Prefill => DecodePath::Expanded,
-            Mode::Decode => self.decode_path(path, cache, step)?,
-        };
-        let mark = recording.mark();
-        let absent = self.kernels.absent();
         let cached = cache.layer(layer)?;
-        let frame = Frame { layer: self, cache, cached, step, workspace, recording, absent };
-        let recorded = frame.record(path, hidden, out);
+        let mark = recording.mark();
+        let (workspace, absent) = (cache.workspace(), self.kernels.absent());
+        let tables = step.tables(recording)?;
+        let frame = Frame { layer: self, cache, cached, step, workspace, tables, recording, absent };
+        let recorded = frame.record(hidden, out);
         if recorded.is_err() {
             recording.rewind(mark);
         }
@@ -265,14 +235,14 @@ impl Attention {
 }
 
 impl Frame<'_> {
-    fn record(mut self, path: DecodePath, hidden: Hidden<'_>, out: Hidden<'_>) -> Result<()> {
+    fn record(mut self, hidden: Hidden<'_>, out: Hidden<'_>) -> Result<()> {
         self.begin()?;
         let latents = self.project(hidden)?;
         let latents = self.append(latents)?;
-        match (path, self.step.grouped()) {
+        match (self.step.path, self.step.grouped()) {
             (DecodePath::Absorbed, Some(grouped)) => self.attend_grouped(latents, grouped)?,
             (DecodePath::Absorbed, None) => self.attend_absorbed()?,
-            _ => self.attend_expanded()?,
+            (DecodePath::Expanded | DecodePath::Auto, _) => self.attend_expanded()?,
         }
         self.project_out(out)
     }

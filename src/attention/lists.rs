@@ -1,17 +1,16 @@
 //! Group lists of a cache in device memory, and which gate rows are resident.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytemuck::cast;
 use serde::{Deserialize, Serialize};
 
-use super::groups::{Groups, Layout, NO_ROW, Patch};
-use super::widths::Widths;
+use super::groups::{Groups, NO_ROW, Patch};
+use super::layout::ListLayout;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
-use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling, tiling};
-use crate::storage::product;
+use crate::error::Result;
+use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling};
+use crate::storage::words;
 
 /// Where the absorbed decode of the gate at `up_projected` takes gate rows from: memory for time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -27,7 +26,7 @@ pub enum GateRows {
         /// Rows a layer.
         rows: u32,
     },
-    /// A row for every id of the vocabulary, projected once by [`super::Attention::load_gate_table`].
+    /// A row for every id of the vocabulary, projected by the first step that is recorded.
     Table,
 }
 
@@ -38,8 +37,6 @@ struct Pool {
     of_id: HashMap<u32, u32>,
     rows: Vec<PoolRow>,
     clock: u64,
-    /// Counts rows that changed hands.
-    changes: u64,
 }
 
 #[derive(Debug)]
@@ -70,7 +67,6 @@ impl Pool {
             self.rows[row] = entry;
             row
         };
-        self.changes += 1;
         self.of_id.insert(id, row as u32);
         row as u32
     }
@@ -84,67 +80,20 @@ impl Pool {
     }
 }
 
-#[derive(Debug)]
-struct State {
-    sequences: Vec<Groups>,
-    pool: Pool,
-    /// Groups, over all sequences, without a resident row.
-    projected: u64,
-    /// Groups (sequence, group) whose count on the device may differ from the host's: taken back, or changed by a step that was
-    /// never committed. With the last step that repeats it.
-    doubtful: HashMap<(u32, u32), u64>,
-    plans: u64,
-}
-
-impl State {
-    fn append(&mut self, mode: GateRows, sequence: u32, id: u32, base: u32, patches: &mut Vec<Patch>) -> u32 {
-        let State { sequences, pool, projected, .. } = self;
-        let gate_row = || {
-            let row = match mode {
-                GateRows::Recompute => NO_ROW,
-                GateRows::Pool { .. } => pool.acquire(id),
-                GateRows::Table => id,
-            };
-            *projected += u64::from(row == NO_ROW);
-            row
-        };
-        sequences[sequence as usize].append(id, gate_row, base, patches)
-    }
-
-    /// Takes the last token of a sequence back. Returns its group.
-    fn pop(&mut self, mode: GateRows, sequence: u32) -> Option<u32> {
-        let groups = &mut self.sequences[sequence as usize];
-        let popped = groups.pop()?;
-        if let Some(row) = popped.gone {
-            self.forget(mode, row);
-        }
-        Some(popped.group)
-    }
-
-    fn forget(&mut self, mode: GateRows, row: u32) {
-        if row == NO_ROW {
-            self.projected -= 1;
-        } else if matches!(mode, GateRows::Pool { .. }) {
-            self.pool.release(row);
-        }
-    }
-}
-
 /// The group lists of a cache.
 #[derive(Debug)]
 pub(super) struct Lists {
     pub buffer: wgpu::Buffer,
-    pub mode: GateRows,
-    /// First word of the sequence table: token ids of all cache rows stand before it.
-    pub table: u32,
-    pub words: u32,
-    /// Most groups whose rows are projected at once.
-    pub pass_groups: u32,
-    tiling: Option<Tiling>,
-    layout: Layout,
-    batch: u32,
-    capacity: u32,
-    state: Mutex<State>,
+    pub layout: ListLayout,
+    sequences: Vec<Groups>,
+    pool: Pool,
+    /// Groups, over all sequences, without a resident row.
+    projected: u64,
+    /// Groups (sequence, group) whose count on the device may differ from the host's: taken back, or of a step that was never
+    /// committed. In order, so that the same tokens are recorded as the same bytes.
+    dirty: BTreeSet<(u32, u32)>,
+    /// Tokens of each sequence that a step has appended and not committed, and the distinct ids before.
+    pending: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 /// What a step changes in the lists, and what it takes from them.
@@ -156,8 +105,6 @@ pub(super) struct ListStep {
     /// Ids whose pool rows are to be projected, and those rows.
     pub fills: (Vec<u32>, Vec<u32>),
     pub grouped: Option<Grouped>,
-    plan: u64,
-    pool_changes: u64,
 }
 
 /// The absorbed decode of a step.
@@ -178,133 +125,106 @@ pub(super) struct Grouped {
 }
 
 impl Lists {
-    pub fn new(
-        kernels: &Kernels,
-        widths: &Widths,
-        mode: GateRows,
-        (batch, capacity): (u32, u32),
-        vocab_size: u32,
-    ) -> Result<Self> {
-        let tiling = tiling(kernels.context(), widths.grouped()).ok();
-        let ids = product(&[batch, capacity]).next_multiple_of(64);
-        let table_words = product(&[batch, SEQUENCE_WORDS]).next_multiple_of(64);
-        let region = Layout::new(capacity);
-        let words = region
-            .map_or(u64::MAX, |layout| ids.saturating_add(table_words).saturating_add(product(&[batch, layout.words])));
-        let (needed, allowed) = (words.saturating_mul(4), kernels.context().largest_binding());
-        let (Some(layout), true) = (region, needed <= allowed) else {
-            let what = format!("group lists of {batch} sequences × {capacity} tokens");
-            return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-        };
-        if matches!(mode, GateRows::Pool { rows: 0 }) {
-            return Err(Error::Empty { what: "the pool of gate rows" });
-        }
-        let entry_groups = tiling.map_or(1, |tiling| tiling.entry_groups());
-        // Distinct ids are bounded by the vocabulary; a sequence's groups fill whole entries.
-        let most = product(&[batch, capacity.min(vocab_size).next_multiple_of(entry_groups)]);
-        let row_bytes = product(&[widths.d_kv(), 4]);
-        let room = (allowed / row_bytes.max(1)).min(4096).min(most);
-        let state = State {
-            sequences: vec![Groups::new(layout); batch as usize],
-            pool: match mode {
-                GateRows::Pool { rows } => Pool { limit: rows as usize, ..Pool::default() },
-                _ => Pool::default(),
-            },
-            projected: 0,
-            doubtful: HashMap::new(),
-            plans: 0,
+    pub fn new(kernels: &Kernels, layout: ListLayout) -> Result<Self> {
+        let pool = match layout.mode {
+            GateRows::Pool { rows } => Pool { limit: rows as usize, ..Pool::default() },
+            _ => Pool::default(),
         };
         Ok(Lists {
-            buffer: kernels.allocate("egmla.cache.lists", needed)?,
-            mode,
-            table: ids as u32,
-            words: words as u32,
-            pass_groups: (room as u32 / entry_groups * entry_groups).max(entry_groups),
-            tiling,
+            buffer: kernels.allocate("egmla.cache.lists", words(layout.words.into()))?,
             layout,
-            batch,
-            capacity,
-            state: Mutex::new(state),
+            sequences: vec![Groups::new(layout.region); layout.batch as usize],
+            pool,
+            projected: 0,
+            dirty: BTreeSet::new(),
+            pending: None,
         })
     }
 
     /// Token ids of all cache rows.
     pub fn ids(&self) -> Region {
-        Region::new(&self.buffer, 0, u64::from(self.table) * 4)
+        Region::new(&self.buffer, 0, words(self.layout.table.into()))
     }
 
-    /// Most partial results of a step of `tokens` query tokens a sequence.
-    pub fn most_partials(&self, vocab_size: u32, tokens: u32) -> u64 {
-        let Some(tiling) = self.tiling else { return 0 };
-        let groups = self.capacity.min(vocab_size);
-        let tiles = groups.div_ceil(tiling.entry_groups());
-        let chunks = (self.layout.words - self.layout.chunks) / (4 + 256);
-        let rows = product(&[self.batch, groups.next_multiple_of(tiling.entry_groups())]);
-        let passes = if self.mode == GateRows::Table { 1 } else { rows.div_ceil(self.pass_groups.into()).max(1) };
-        let entries = u64::from(tiles) + passes * u64::from(chunks.div_ceil(tiling.span));
-        product(&[self.batch, tokens]).saturating_mul(entries)
+    fn append(&mut self, sequence: u32, id: u32, patches: &mut Vec<Patch>) -> u32 {
+        let base = self.layout.base(sequence);
+        let Lists { layout, sequences, pool, projected, .. } = self;
+        let gate_row = || {
+            let row = match layout.mode {
+                GateRows::Recompute => NO_ROW,
+                GateRows::Pool { .. } => pool.acquire(id),
+                GateRows::Table => id,
+            };
+            *projected += u64::from(row == NO_ROW);
+            row
+        };
+        sequences[sequence as usize].append(id, gate_row, base, patches)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Takes the last tokens of a sequence back.
+    fn pop(&mut self, sequence: u32, tokens: u32) {
+        for _ in 0..tokens {
+            let Some(popped) = self.sequences[sequence as usize].pop() else { return };
+            match popped.gone {
+                Some(NO_ROW) => self.projected -= 1,
+                Some(row) if matches!(self.layout.mode, GateRows::Pool { .. }) => self.pool.release(row),
+                _ => {}
+            }
+            self.dirty.insert((sequence, popped.group));
+        }
     }
 
-    fn base(&self, sequence: u32) -> u32 {
-        self.words - (self.batch - sequence) * self.layout.words
+    /// Takes the tokens of a step that was not committed back.
+    pub fn settle(&mut self) {
+        if let Some((counts, _)) = self.pending.take() {
+            for (sequence, count) in (0..).zip(counts) {
+                self.pop(sequence, count);
+            }
+        }
     }
 
-    /// Plans the append of new tokens. `counts` and `ids` have been checked; with `decode`, the sequence table too.
-    pub fn plan(&self, counts: &[u32], ids: &[u32], decode: bool) -> ListStep {
-        let mut state = self.state();
-        state.plans += 1;
-        let mut step = ListStep { plan: state.plans, ..ListStep::default() };
-        // In order, so that the same tokens are recorded as the same bytes.
-        let mut touched: BTreeSet<(u32, u32)> = BTreeSet::new();
+    /// Appends new tokens, until [`Lists::commit`] keeps them. `counts` and `ids` have been checked; with `decode`, the sequence
+    /// table too.
+    pub fn prepare(&mut self, counts: &[u32], ids: &[u32], decode: bool) -> ListStep {
+        self.settle();
+        let before = self.distinct();
+        let mut step = ListStep::default();
         let mut filled = HashSet::new();
         let mut next = ids.iter();
+        let pooled = matches!(self.layout.mode, GateRows::Pool { .. });
         for (sequence, &count) in (0..).zip(counts) {
-            let base = self.base(sequence);
             for &id in next.by_ref().take(count as usize) {
-                let position = state.sequences[sequence as usize].len();
-                step.patches.push([sequence * self.capacity + position, id]);
-                let group = state.append(self.mode, sequence, id, base, &mut step.patches);
-                touched.insert((sequence, group));
-                let row = state.sequences[sequence as usize].gate_row(group);
+                let position = self.sequences[sequence as usize].len();
+                step.patches.push([sequence * self.layout.capacity + position, id]);
+                let group = self.append(sequence, id, &mut step.patches);
+                self.dirty.insert((sequence, group));
+                let row = self.sequences[sequence as usize].gate_row(group);
                 step.token_rows.push(row);
-                let pooled = matches!(self.mode, GateRows::Pool { .. });
-                let entry = state.pool.rows.get(row as usize).filter(|_| pooled);
+                let entry = self.pool.rows.get(row as usize).filter(|_| pooled);
                 if entry.is_some_and(|entry| !entry.filled) && filled.insert(row) {
                     step.fills.0.push(id);
                     step.fills.1.push(row);
                 }
             }
         }
-        let plan = step.plan;
-        touched.extend(state.doubtful.keys());
-        for &(sequence, group) in &touched {
-            let patch = state.sequences[sequence as usize].count_patch(group, self.base(sequence));
-            step.patches.extend(patch);
-            state.doubtful.insert((sequence, group), plan);
-        }
-        step.grouped = if decode { self.grouped(&state, counts, &mut step.patches) } else { None };
-        for (sequence, &count) in (0..).zip(counts) {
-            for _ in 0..count {
-                state.pop(self.mode, sequence);
-            }
-        }
-        step.pool_changes = state.pool.changes;
+        self.pending = Some((counts.to_vec(), before));
+        let count_of = |&(sequence, group): &(u32, u32)| {
+            self.sequences[sequence as usize].count_patch(group, self.layout.base(sequence))
+        };
+        step.patches.extend(self.dirty.iter().filter_map(count_of));
+        step.grouped = if decode { self.grouped(counts, &mut step.patches) } else { None };
         step
     }
 
     /// The sequence table of a step whose tokens are in the lists.
-    fn grouped(&self, state: &State, counts: &[u32], patches: &mut Vec<Patch>) -> Option<Grouped> {
-        let tiling = self.tiling?;
+    fn grouped(&self, counts: &[u32], patches: &mut Vec<Patch>) -> Option<Grouped> {
+        let tiling = self.layout.tiling?;
         let active = || (0..).zip(counts).filter(|(_, count)| **count > 0);
-        let groups_of = |sequence: u32| &state.sequences[sequence as usize];
+        let groups_of = |sequence: u32| &self.sequences[sequence as usize];
         let padded = |sequence| groups_of(sequence).groups().next_multiple_of(tiling.entry_groups());
         let rows = active().map(|(sequence, _)| padded(sequence)).sum::<u32>();
-        let projected = state.projected > 0;
-        let passes = if projected { rows.div_ceil(self.pass_groups) } else { 1 };
+        let projected = self.projected > 0;
+        let passes = if projected { rows.div_ceil(self.layout.pass_groups) } else { 1 };
         let mut step = Grouped {
             tiling,
             entries: 0,
@@ -327,8 +247,8 @@ impl Lists {
                 first_entry: step.entries,
                 tiles,
                 groups: groups.groups(),
-                base: self.base(sequence),
-                first_slot: sequence * self.capacity,
+                base: self.layout.base(sequence),
+                first_slot: sequence * self.layout.capacity,
                 position,
                 token,
                 tokens: count,
@@ -336,12 +256,12 @@ impl Lists {
                 tile_entries,
                 first_group,
                 chunks: groups.chunks(),
-                chunk_word: self.layout.chunks,
+                chunk_word: self.layout.region.chunks,
                 chunk_entries,
                 unused: [0; 2],
             };
             let words: [u32; SEQUENCE_WORDS as usize] = cast(entry);
-            let first_word = self.table + line as u32 * SEQUENCE_WORDS;
+            let first_word = self.layout.table + line as u32 * SEQUENCE_WORDS;
             patches.extend((first_word..).zip(words).map(|(word, value)| [word, value]));
             for query in 0..count {
                 step.ranges.push([step.partials + query * of_token, of_token]);
@@ -356,86 +276,70 @@ impl Lists {
         Some(step)
     }
 
-    /// Whether the pool is as the step left it: another step may have given its rows away.
-    pub fn holds(&self, step: &ListStep) -> bool {
-        self.state().pool.changes == step.pool_changes
-    }
-
-    pub fn commit(&self, step: &ListStep, counts: &[u32], ids: &[u32]) {
-        let mut state = self.state();
-        let mut next = ids.iter();
-        for (sequence, &count) in (0..).zip(counts) {
-            for &id in next.by_ref().take(count as usize) {
-                state.append(self.mode, sequence, id, 0, &mut Vec::new());
-            }
-        }
+    /// Keeps the tokens that a step appended: its patches repeat every count that was in doubt.
+    pub fn commit(&mut self, step: &ListStep) {
         for &row in &step.fills.1 {
-            state.pool.rows[row as usize].filled = true;
+            self.pool.rows[row as usize].filled = true;
         }
-        state.doubtful.retain(|_, plan| *plan != step.plan);
+        self.dirty.clear();
+        self.pending = None;
     }
 
     /// Fills the one sequence of an empty cache, rows of the pool left zero: for [`super::LatentCache::fill`].
+    #[cfg(feature = "check")]
     pub fn fill(&mut self, kernels: &Kernels, ids: &[u32]) -> Result<()> {
-        let counts = [ids.len() as u32];
-        let step = self.plan(&counts, ids, false);
-        let mut words = vec![0u32; self.words as usize];
+        let step = self.prepare(&[ids.len() as u32], ids, false);
+        let mut words = vec![0u32; self.layout.words as usize];
         step.patches.iter().for_each(|&[word, value]| words[word as usize] = value);
         self.buffer = kernels.upload("egmla.cache.lists", bytemuck::cast_slice(&words))?;
-        self.commit(&step, &counts, ids);
+        self.commit(&step);
         Ok(())
     }
 
-    pub fn truncate(&self, sequence: u32, length: u32) {
-        let mut state = self.state();
-        while state.sequences[sequence as usize].len() > length {
-            let Some(group) = state.pop(self.mode, sequence) else { return };
-            state.doubtful.insert((sequence, group), 0);
-        }
+    pub fn truncate(&mut self, sequence: u32, length: u32) {
+        let tokens = self.sequences[sequence as usize].len().saturating_sub(length);
+        self.pop(sequence, tokens);
     }
 
-    pub fn reset(&self) {
-        for sequence in 0..self.batch {
+    pub fn reset(&mut self) {
+        for sequence in 0..self.layout.batch {
             self.truncate(sequence, 0);
         }
-        self.state().doubtful.clear();
+        self.dirty.clear();
     }
 
     /// Ranges of words (from, to, words) that make the lists of one sequence those of another, `length` tokens long.
     pub fn copies(&self, from: u32, to: u32, length: u32) -> Vec<(u32, u32, u32)> {
-        let state = self.state();
-        let region = state.sequences[from as usize].used();
-        let region = region.map(|(first, words)| (self.base(from) + first, self.base(to) + first, words));
-        let ids = (from * self.capacity, to * self.capacity, length);
+        let region = self.sequences[from as usize].used();
+        let region = region.map(|(first, words)| (self.layout.base(from) + first, self.layout.base(to) + first, words));
+        let ids = (from * self.layout.capacity, to * self.layout.capacity, length);
         std::iter::once(ids).chain(region).filter(|(_, _, words)| *words > 0).collect()
     }
 
     /// Follows [`Lists::copies`].
-    pub fn copy(&self, from: u32, to: u32) {
+    pub fn copy(&mut self, from: u32, to: u32) {
         self.truncate(to, 0);
-        let mut state = self.state();
-        let copied = state.sequences[from as usize].clone();
+        let copied = self.sequences[from as usize].clone();
         for group in 0..copied.groups() {
             let row = copied.gate_row(group);
             if row == NO_ROW {
-                state.projected += 1;
-            } else if matches!(self.mode, GateRows::Pool { .. }) {
-                state.pool.rows[row as usize].references += 1;
+                self.projected += 1;
+            } else if matches!(self.layout.mode, GateRows::Pool { .. }) {
+                self.pool.rows[row as usize].references += 1;
             }
         }
-        state.sequences[to as usize] = copied;
+        self.sequences[to as usize] = copied;
         // What the host doubts of one it doubts of the copy, and of nothing else there.
-        state.doubtful.retain(|(sequence, _), _| *sequence != to);
-        let doubts: Vec<u32> = state.doubtful.keys().filter(|key| key.0 == from).map(|key| key.1).collect();
-        state.doubtful.extend(doubts.into_iter().map(|group| ((to, group), 0)));
+        self.dirty.retain(|(sequence, _)| *sequence != to);
+        let doubts: Vec<u32> = self.dirty.iter().filter(|key| key.0 == from).map(|key| key.1).collect();
+        self.dirty.extend(doubts.into_iter().map(|group| (to, group)));
     }
 
-    /// Distinct ids of every sequence.
+    /// Distinct ids of every sequence, those of a step that is not committed left out.
     pub fn distinct(&self) -> Vec<u32> {
-        self.state().sequences.iter().map(Groups::groups).collect()
-    }
-
-    pub fn bytes(&self) -> u64 {
-        self.buffer.size()
+        match &self.pending {
+            Some((_, before)) => before.clone(),
+            None => self.sequences.iter().map(Groups::groups).collect(),
+        }
     }
 }

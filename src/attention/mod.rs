@@ -8,7 +8,7 @@
 //!                                                            └──────────── absorbed ─────────────┘
 //! ```
 //!
-//! A [`LatentCache`] serves every layer of a model. [`LatentCache::plan_step`] checks new tokens and uploads what all
+//! A [`LatentCache`] serves every layer of a model. [`LatentCache::prepare`] checks new tokens and works out what all
 //! layers need to know of them; [`Attention::forward`] records one layer of that [`Step`];
 //! [`LatentCache::commit`] makes the tokens part of the cache. [`Attention::prefill`] and [`Attention::decode`] do the
 //! three for a cache of one layer.
@@ -21,6 +21,7 @@ mod frame;
 mod grouped;
 pub(crate) mod groups;
 mod layer;
+mod layout;
 mod lists;
 mod project;
 mod step;
@@ -29,11 +30,11 @@ mod weights;
 mod widths;
 mod workspace;
 
-pub use cache::{CacheOptions, LatentCache, MemoryReport};
-pub use layer::{Attention, DecodePath};
+pub use cache::{CacheOptions, LatentCache};
+pub use layer::{Attention, AttentionOptions, DecodePath, Tokens};
+pub use layout::MemoryReport;
 pub use lists::GateRows;
-pub use step::{MOST_DECODED, Mode, Step, StepInput};
-pub use workspace::{Workspace, WorkspaceOptions};
+pub use step::{MOST_DECODED, Mode, Step, StepTokens};
 
 #[cfg(feature = "decoder")]
 pub(crate) use project::Hidden;

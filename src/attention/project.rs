@@ -1,6 +1,7 @@
 //! From hidden states to queries and to new rows of the cache.
 
 use super::frame::{Frame, Latents};
+use super::step::Table;
 use super::weights::DownProjection;
 use crate::config::LOW_RANK_NORM_EPS;
 use crate::device::Region;
@@ -69,7 +70,7 @@ impl<'a> Frame<'a> {
         let (layer, workspace, step) = (self.layer, self.workspace, self.step);
         let widths = &layer.widths;
         if let Some(gate) = layer.config.latent_gate() {
-            self.look_up(gate, step.tokens, self.ids()?, &workspace.gate_rows)?;
+            self.look_up(gate, step.tokens, &self.ids(), &workspace.gate_rows)?;
             let y = &workspace.latent_gated;
             self.gate(gate, step.tokens, latents, None, y)?;
             latents = Latents { region: y, offset: 0, row: widths.d_latent };
@@ -96,8 +97,8 @@ impl<'a> Frame<'a> {
         let args = cache_append::Args {
             latent: latents.region,
             rope_key: &workspace.down,
-            rotations: &step.rotations,
-            slots: &step.slots,
+            rotations: &self.table(Table::Rotations),
+            slots: &self.table(Table::Slots),
             cache: &self.cached.whole,
             q: &workspace.q,
         };

@@ -1,24 +1,26 @@
-//! New tokens of a batch, checked, with what every layer needs to know of them on the device.
+//! New tokens of a batch, checked, with what every layer needs to know of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::cast_slice;
 
 use super::cache::LatentCache;
-use super::lists::{Grouped, ListStep, Lists};
+use super::layer::DecodePath;
+use super::lists::{Grouped, ListStep};
 use crate::device::Region;
 use crate::error::{Error, Result};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::plan::MAX_ITERATIONS;
+use crate::recording::Recording;
 
 /// Which attention kernels a step runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Any number of new tokens a sequence.
+    /// Any number of new tokens per sequence.
     Prefill,
-    /// Up to [`MOST_DECODED`] new tokens a sequence: one, or the candidates of speculative decoding. Each sees those before
+    /// Up to [`MOST_DECODED`] new tokens per sequence: one, or the candidates of speculative decoding. Each sees those before
     /// it.
     Decode,
 }
@@ -26,21 +28,78 @@ pub enum Mode {
 /// Most new tokens of a sequence in a decode step.
 pub const MOST_DECODED: u32 = 16;
 
-/// New tokens: sequence 0's, then sequence 1's, and so on.
+/// New tokens of a step: sequence 0's, then sequence 1's, and so on.
 #[derive(Debug, Clone, Copy)]
-pub struct StepInput<'a> {
-    /// Which kernels.
-    pub mode: Mode,
+pub struct StepTokens<'a> {
     /// New tokens of each sequence of the cache; 0 leaves a sequence out.
     pub counts: &'a [u32],
     /// Their ids; needed with a gate, and by the decoder's embedding.
-    pub token_ids: Option<&'a [u32]>,
+    pub ids: Option<&'a [u32]>,
 }
 
-/// What all layers of a model share of one step. Planned by [`LatentCache::plan_step`].
+/// Tables of a step, in the order in which they stand: those whose size changes from step to step come last.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Table {
+    /// `[tokens]` u32 rows of the cache.
+    Slots,
+    /// `[tokens, d_rope / 2, 2]` f32: cos and sin.
+    Rotations,
+    /// `[n_sequence]` [`SequenceRow`]
+    Sequences,
+    /// `[n_sequence]` [`DecodeSequence`]
+    Decoding,
+    /// `[query_tiles]` [`QueryTile`]
+    Queries,
+    /// `[tokens, 2]` u32: first partial result, partial results.
+    Ranges,
+    /// `[tokens]` u32
+    Ids,
+    /// `[tokens]` u32: resident gate rows.
+    GateRows,
+    /// `[tokens, 2]` u32: as `Ranges`, of the grouped attention.
+    GroupedRanges,
+    /// `[fills]` u32: ids whose gate rows enter the pool.
+    FillIds,
+    /// `[fills]` u32: and their rows.
+    FillRows,
+    /// `[patches, 2]` u32: words of the lists.
+    Patches,
+}
+
+const TABLES: usize = Table::Patches as usize + 1;
+
+/// The tables of a step, one after another, each where a storage binding may begin.
+#[derive(Debug, Default)]
+struct Tables {
+    bytes: Vec<u8>,
+    /// Offset and size.
+    parts: [(u64, u64); TABLES],
+}
+
+impl Tables {
+    fn new(tables: [&[u8]; TABLES], alignment: u32) -> Self {
+        let mut parts = [(0, 0); TABLES];
+        let mut end = 0;
+        for (part, table) in parts.iter_mut().zip(tables) {
+            // In powers of two: the next step's stand at the same places, and are bound as these are.
+            let (offset, size) = (end, table.len().max(16).next_power_of_two());
+            *part = (offset as u64, size as u64);
+            end = (offset + size).next_multiple_of(alignment as usize);
+        }
+        let mut bytes = vec![0; end];
+        for ((offset, _), table) in parts.iter().zip(tables) {
+            bytes[*offset as usize..][..table.len()].copy_from_slice(table);
+        }
+        Tables { bytes, parts }
+    }
+}
+
+/// What all layers of a model share of one step. Made by [`LatentCache::prepare`], spent by [`LatentCache::commit`].
 #[derive(Debug)]
 pub struct Step {
     pub(super) mode: Mode,
+    /// Of a decode step: how it attends to the cache.
+    pub(super) path: DecodePath,
     pub(super) tokens: u32,
     /// Rows of the step's numbering: every sequence padded to a multiple of the split length.
     pub(super) rows: u32,
@@ -56,33 +115,90 @@ pub struct Step {
     pub(super) partials: u32,
     /// Query-position pairs, for the choice of a path.
     pub(super) expected_positions: u64,
-    pub(super) slots: Region,
-    ids: Option<Region>,
-    pub(super) rotations: Region,
-    pub(super) sequences: Region,
-    pub(super) decoding: Region,
-    pub(super) queries: Region,
-    pub(super) ranges: Region,
-    pub(super) patches: Region,
-    pub(super) token_rows: Region,
-    pub(super) fill_ids: Region,
-    pub(super) fill_rows: Region,
-    pub(super) grouped_ranges: Region,
     pub(super) lists: ListStep,
+    tables: Tables,
+    has_ids: bool,
     identity: u64,
-    counts: Vec<u32>,
-    token_ids: Vec<u32>,
-    lengths_after: Vec<u32>,
-    stamp: (u64, u64),
-    uploaded: u64,
+    pub(super) lengths_after: Vec<u32>,
+    /// The cache and its state.
+    pub(super) stamp: (u64, u64),
 }
 
 static IDENTITIES: AtomicU64 = AtomicU64::new(0);
 
-impl Step {
-    pub(super) fn plan(cache: &LatentCache, input: StepInput<'_>) -> Result<Self> {
-        let StepInput { mode, counts, token_ids } = input;
-        let options = cache.options();
+impl LatentCache {
+    /// Checks new tokens and works out what every layer needs to know of them. Their ids enter the cache's lists, where
+    /// [`LatentCache::commit`] keeps them and the next step takes them back: of two steps, the first is stale.
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`], [`Error::TokenId`], a wrong number of counts or ids, no new token at all, more than `max_tokens`
+    /// or `decode_tokens` allow, or a decode path that the device cannot take. The cache is then as it was.
+    pub fn prepare(&mut self, mode: Mode, tokens: StepTokens<'_>) -> Result<Step> {
+        let StepTokens { counts, ids } = tokens;
+        let lengths_after = self.check_counts(mode, counts)?;
+        // Each count is within the capacity, so the sum is within the cache's rows.
+        let tokens: u32 = counts.iter().sum();
+        check_ids(self, ids, tokens)?;
+        let rows = Rows::new(self, mode, counts, &lengths_after)?;
+        self.settle();
+        let decode = mode == Mode::Decode;
+        let lists = match (self.lists_mut(), ids) {
+            (Some(lists), Some(ids)) => lists.prepare(counts, ids, decode),
+            _ => ListStep::default(),
+        };
+        let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
+        let tables = Tables::new(
+            [
+                cast_slice(&rows.slots),
+                cast_slice(&rows.rotations),
+                cast_slice(&rows.sequences),
+                cast_slice(if decode { &rows.decoding[..] } else { &[] }),
+                cast_slice(&rows.queries),
+                cast_slice(&rows.ranges),
+                cast_slice(ids.unwrap_or_default()),
+                cast_slice(&lists.token_rows),
+                cast_slice(grouped_ranges),
+                cast_slice(&lists.fills.0),
+                cast_slice(&lists.fills.1),
+                cast_slice(&lists.patches),
+            ],
+            self.kernels().context().limits.min_storage_buffer_offset_alignment,
+        );
+        let mut step = Step {
+            mode,
+            path: DecodePath::Expanded,
+            tokens,
+            rows: rows.end,
+            used_rows: rows.used,
+            n_sequence: rows.sequences.len() as u32,
+            query_tiles: rows.queries.len() as u32,
+            tile_q: rows.tile_q,
+            most_tokens: counts.iter().copied().max().unwrap_or(0),
+            partials: rows.partials,
+            expected_positions: rows.expected_positions,
+            lists,
+            tables,
+            has_ids: ids.is_some(),
+            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
+            lengths_after,
+            stamp: self.stamp(),
+        };
+        let checked = check_ranges(&rows.ranges)
+            .and_then(|()| step.grouped().map_or(Ok(()), |grouped| check_ranges(&grouped.ranges)))
+            .and_then(|()| if decode { self.path_of(&step) } else { Ok(DecodePath::Expanded) });
+        match checked {
+            Ok(path) => step.path = path,
+            Err(error) => {
+                self.settle();
+                return Err(error);
+            }
+        }
+        Ok(step)
+    }
+
+    /// The lengths that the sequences will have.
+    fn check_counts(&self, mode: Mode, counts: &[u32]) -> Result<Vec<u32>> {
+        let options = self.options();
         if counts.len() != options.batch as usize {
             let expected = options.batch.into();
             return Err(Error::Count { what: "counts of new tokens", expected, found: counts.len() as u64 });
@@ -91,8 +207,8 @@ impl Step {
         if tokens == 0 {
             return Err(Error::Empty { what: "the step (no sequence has a new token)" });
         }
-        let mut lengths_after = cache.lengths().to_vec();
-        for (sequence, (length, &count)) in lengths_after.iter_mut().zip(counts).enumerate() {
+        let mut lengths = self.lengths().to_vec();
+        for (sequence, (length, &count)) in lengths.iter_mut().zip(counts).enumerate() {
             if mode == Mode::Decode && count > MOST_DECODED {
                 return Err(Error::OutOfRange {
                     what: "new tokens of a sequence in a decode step",
@@ -108,154 +224,109 @@ impl Step {
                 }
             }
         }
-        // Each count is within the capacity, so the sum is within the cache's rows.
-        let tokens = tokens as u32;
-        check_ids(cache, token_ids, tokens)?;
+        let most = counts.iter().copied().max().unwrap_or(0);
+        let (max_tokens, decode_tokens) = self.most_tokens();
+        let of_sequence = if mode == Mode::Decode { most } else { 0 };
+        for (what, found, limit) in [
+            ("new tokens of a step (the cache's max_tokens)", tokens, max_tokens),
+            (
+                "new tokens of a sequence in a decode step (the cache's decode_tokens)",
+                of_sequence.into(),
+                decode_tokens,
+            ),
+        ] {
+            if found > limit.into() {
+                return Err(Error::OutOfRange { what, found, limit: limit.into() });
+            }
+        }
+        Ok(lengths)
+    }
+}
 
-        let context = cache.kernels().context();
-        let tile_q = tile_q(context);
-        let frequencies = cache.config().rope.frequencies(cache.config().d_rope);
-        let pairs = cache.widths().d_rope as usize / 2;
-        let amplitude = cache.config().rope.amplitude();
-        let mut slots = Vec::with_capacity(tokens as usize);
-        let mut rotations: Vec<[f32; 2]> = Vec::with_capacity(tokens as usize * pairs);
-        let mut sequences = Vec::new();
-        let mut decoding = Vec::new();
-        let mut queries = Vec::new();
-        let mut ranges = Vec::new();
-        let (mut rows, mut used_rows, mut partials, mut expected_positions) = (0u64, 0u64, 0u32, 0u64);
-        for (sequence, &count) in counts.iter().enumerate() {
+/// The step's numbering of cached rows, and the tables that speak of it.
+#[derive(Default)]
+struct Rows {
+    slots: Vec<u32>,
+    rotations: Vec<[f32; 2]>,
+    sequences: Vec<SequenceRow>,
+    decoding: Vec<DecodeSequence>,
+    queries: Vec<QueryTile>,
+    ranges: Vec<[u32; 2]>,
+    end: u32,
+    used: u32,
+    tile_q: u32,
+    partials: u32,
+    expected_positions: u64,
+}
+
+impl Rows {
+    fn new(cache: &LatentCache, mode: Mode, counts: &[u32], lengths: &[u32]) -> Result<Self> {
+        let tile_q = tile_q(cache.kernels().context());
+        let mut all = Rows { tile_q, ..Rows::default() };
+        let mut end = 0u64;
+        for (sequence, (&count, &length)) in (0..).zip(counts.iter().zip(lengths)) {
             if count == 0 {
                 continue;
             }
-            let length = lengths_after[sequence];
             let before = length - count;
-            let first_token = slots.len() as u32;
-            let first_slot = sequence as u32 * options.capacity;
+            let token = all.slots.len() as u32;
+            let first_slot = sequence * cache.options().capacity;
             for position in before..length {
-                slots.push(first_slot + position);
-                rotations.extend(frequencies.iter().map(|frequency| {
-                    let (sin, cos) = (f64::from(position) * frequency).sin_cos();
-                    [(cos * amplitude) as f32, (sin * amplitude) as f32]
-                }));
-                // The padding stays as it is.
-                rotations.resize(rotations.len().next_multiple_of(pairs.max(1)), [1.0, 0.0]);
+                all.slots.push(first_slot + position);
+                cache.rotate(position, &mut all.rotations);
             }
-            let line = sequences.len() as u32;
+            let first_row = end as u32;
+            let line = all.sequences.len() as u32;
             let splits = length.div_ceil(SPLIT);
-            sequences.push(SequenceRow { first_row: rows as u32, first_slot, length, token: first_token });
-            decoding.push(DecodeSequence {
-                first_row: rows as u32,
+            all.sequences.push(SequenceRow { first_row, first_slot, length, token });
+            let partial = all.partials;
+            let tokens = count;
+            all.decoding.push(DecodeSequence {
+                first_row,
                 first_slot,
                 length,
-                token: first_token,
-                tokens: count,
-                partial: partials,
+                token,
+                tokens,
+                partial,
                 splits,
                 unused: 0,
             });
-            queries.extend((0..count).step_by(tile_q as usize).map(|start| QueryTile {
-                first_token: first_token + start,
+            all.queries.extend((0..count).step_by(tile_q as usize).map(|start| QueryTile {
+                first_token: token + start,
                 count: tile_q.min(count - start),
                 position: before + start,
                 sequence: line,
             }));
             if mode == Mode::Decode {
-                ranges.extend((0..count).map(|query| [partials + query * splits, splits]));
-                expected_positions += (before + 1..=length).map(u64::from).sum::<u64>();
-                partials = partials.checked_add(count * splits).ok_or(Error::OutOfRange {
+                all.ranges.extend((0..count).map(|query| [partial + query * splits, splits]));
+                all.expected_positions += (before + 1..=length).map(u64::from).sum::<u64>();
+                all.partials = partial.checked_add(count * splits).ok_or(Error::OutOfRange {
                     what: "partial results of a step",
-                    found: u64::from(partials) + u64::from(count * splits),
+                    found: u64::from(partial) + u64::from(count * splits),
                     limit: u32::MAX.into(),
                 })?;
             }
-            used_rows = rows + u64::from(length);
-            rows += u64::from(length.next_multiple_of(SPLIT));
+            all.used = (end + u64::from(length)).min(u32::MAX.into()) as u32;
+            end += u64::from(length.next_multiple_of(SPLIT));
         }
-        if rows >= 1 << 31 {
+        if end >= 1 << 31 {
             let limit = (1 << 31) - 1;
-            return Err(Error::OutOfRange { what: "cached tokens of a step, padded to splits", found: rows, limit });
+            return Err(Error::OutOfRange { what: "cached tokens of a step, padded to splits", found: end, limit });
         }
-
-        let lists = match (cache.lists(), token_ids) {
-            (Some(lists), Some(ids)) => lists.plan(counts, ids, mode == Mode::Decode),
-            _ => ListStep::default(),
-        };
-        check_ranges(&ranges)?;
-        lists.grouped.as_ref().map_or(Ok(()), |grouped| check_ranges(&grouped.ranges))?;
-        let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
-
-        let mut upload = Upload::new(context.limits.min_storage_buffer_offset_alignment);
-        let parts = [
-            upload.add(cast_slice(&slots)),
-            upload.add(cast_slice(&rotations)),
-            upload.add(cast_slice(&sequences)),
-            upload.add(cast_slice(if mode == Mode::Decode { &decoding[..] } else { &[] })),
-            upload.add(cast_slice(&queries)),
-            upload.add(cast_slice(&ranges)),
-            upload.add(cast_slice(token_ids.unwrap_or_default())),
-            upload.add(cast_slice(&lists.patches)),
-            upload.add(cast_slice(&lists.token_rows)),
-            upload.add(cast_slice(&lists.fills.0)),
-            upload.add(cast_slice(&lists.fills.1)),
-            upload.add(cast_slice(grouped_ranges)),
-        ];
-        let buffer = cache.kernels().upload("egmla.step", &upload.bytes)?;
-        let [
-            slots,
-            rotations,
-            sequence_table,
-            decode_table,
-            query_table,
-            ranges,
-            ids,
-            patches,
-            token_rows,
-            fill_ids,
-            fill_rows,
-            grouped_ranges,
-        ] = parts.map(|(offset, size)| Region::new(&buffer, offset, size));
-        Ok(Step {
-            mode,
-            tokens,
-            rows: rows as u32,
-            used_rows: used_rows as u32,
-            n_sequence: sequences.len() as u32,
-            query_tiles: queries.len() as u32,
-            tile_q,
-            most_tokens: counts.iter().copied().max().unwrap_or(0),
-            partials,
-            expected_positions,
-            slots,
-            ids: token_ids.map(|_| ids),
-            rotations,
-            sequences: sequence_table,
-            decoding: decode_table,
-            queries: query_table,
-            ranges,
-            patches,
-            token_rows,
-            fill_ids,
-            fill_rows,
-            grouped_ranges,
-            lists,
-            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
-            counts: counts.to_vec(),
-            token_ids: token_ids.unwrap_or_default().to_vec(),
-            lengths_after,
-            stamp: cache.stamp(),
-            uploaded: upload.bytes.len() as u64,
-        })
+        all.end = end as u32;
+        Ok(all)
     }
+}
 
+impl Step {
     /// New tokens of all sequences: rows of the step's activations.
     pub fn tokens(&self) -> u32 {
         self.tokens
     }
 
-    /// `[tokens]` u32 ids on the device, when they were given.
-    pub fn token_ids(&self) -> Option<&Region> {
-        self.ids.as_ref()
+    /// How the step attends to the cache; of a prefill, [`DecodePath::Expanded`].
+    pub fn path(&self) -> DecodePath {
+        self.path
     }
 
     /// Length of each sequence once the step is committed.
@@ -263,32 +334,43 @@ impl Step {
         &self.lengths_after
     }
 
-    /// Bytes that the step uploaded; in decode they do not depend on how much is cached.
+    /// Bytes that a recording of the step uploads; in decode they do not depend on how much is cached.
     pub fn uploaded_bytes(&self) -> u64 {
-        self.uploaded
+        self.tables.bytes.len() as u64
     }
 
     /// Tells steps apart.
-    pub(super) fn identity(&self) -> u64 {
+    pub(crate) fn identity(&self) -> u64 {
         self.identity
+    }
+
+    /// A table, where all of them stand in `whole`.
+    pub(super) fn table(&self, whole: &Region, table: Table) -> Region {
+        let (offset, size) = self.tables.parts[table as usize];
+        Region::new(&whole.buffer, whole.offset + offset, size)
+    }
+
+    /// Where the tables stand in a recording.
+    ///
+    /// # Errors
+    /// No memory left for them, or a lost device.
+    pub(super) fn tables(&self, recording: &mut Recording) -> Result<Region> {
+        recording.table((self.identity, 0), &self.tables.bytes)
+    }
+
+    /// `[tokens]` u32: the ids of the new tokens in device memory, for what a recording adds beside the attention.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] when the step was prepared without ids; no memory left, or a lost device.
+    pub fn token_ids(&self, recording: &mut Recording) -> Result<Region> {
+        if !self.has_ids {
+            return Err(Error::Empty { what: "the list of token ids" });
+        }
+        Ok(self.table(&self.tables(recording)?, Table::Ids))
     }
 
     pub(super) fn grouped(&self) -> Option<&Grouped> {
         self.lists.grouped.as_ref()
-    }
-
-    pub(super) fn holds(&self, lists: Option<&Lists>) -> bool {
-        lists.is_none_or(|lists| lists.holds(&self.lists))
-    }
-
-    pub(super) fn commit(&self, lists: Option<&Lists>) {
-        if let Some(lists) = lists {
-            lists.commit(&self.lists, &self.counts, &self.token_ids);
-        }
-    }
-
-    pub(super) fn stamp(&self) -> (u64, u64) {
-        self.stamp
     }
 }
 
@@ -322,31 +404,10 @@ fn check_ids(cache: &LatentCache, token_ids: Option<&[u32]>, tokens: u32) -> Res
     }
 }
 
-/// Tables laid one after another, each where a storage binding may begin.
-struct Upload {
-    alignment: usize,
-    bytes: Vec<u8>,
-}
-
-impl Upload {
-    fn new(alignment: u32) -> Self {
-        Upload { alignment: alignment as usize, bytes: Vec::new() }
-    }
-
-    /// Offset and size of the table that was added; never empty, since a binding cannot be.
-    fn add(&mut self, table: &[u8]) -> (u64, u64) {
-        let offset = self.bytes.len().next_multiple_of(self.alignment);
-        self.bytes.resize(offset, 0);
-        self.bytes.extend_from_slice(table);
-        self.bytes.resize(offset + table.len().max(16), 0);
-        (offset as u64, table.len().max(16) as u64)
-    }
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use super::check_ranges;
+    use super::{Tables, check_ranges};
 
     #[test]
     fn what_a_combination_would_not_come_to_the_end_of_is_refused() {
@@ -354,5 +415,19 @@ mod tests {
         check_ranges(&[[0, 65_534], [65_534, 1]]).unwrap();
         let error = check_ranges(&[[0, 1], [1, 65_535]]).unwrap_err();
         assert!(error.to_string().ends_with("is 65535, must be at most 65534"), "{error}");
+    }
+
+    #[test]
+    fn tables_of_a_shape_stand_at_the_same_places() {
+        let [a, b] = [(4, 40), (16, 33)].map(|(short, long)| {
+            let (short, long) = (vec![1; short], vec![2; long]);
+            let mut tables = [&short[..]; 12];
+            tables[11] = &long;
+            Tables::new(tables, 32)
+        });
+        assert_eq!(a.parts, b.parts);
+        assert!(a.parts.iter().all(|(offset, size)| offset % 32 == 0 && size.is_power_of_two()));
+        assert_eq!(a.parts[11], (32 * 11, 64));
+        assert_eq!(a.bytes[32 * 11..][..41], [[2; 40].as_slice(), &[0]].concat());
     }
 }

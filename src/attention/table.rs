@@ -1,40 +1,62 @@
 //! Gate rows of a whole vocabulary.
 
-use super::layer::Attention;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::frame::Frame;
+use super::widths::Widths;
+use crate::config::GateConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::kernels::gate_project;
-use crate::recording::Recording;
 use crate::storage::Storage;
 
 /// Gate rows before their activation, in one shard or two.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct GateTable {
     /// Rows of the first shard.
     pub rows: u32,
     pub low: Region,
     pub high: Option<Region>,
+    vocab_size: u32,
+    row_bytes: u64,
+    /// Set once a submission has projected every row.
+    filled: Arc<AtomicBool>,
+    identity: u64,
+}
+
+/// Sizes of a table.
+pub(super) struct TablePlan {
+    shard: u32,
+    vocab_size: u32,
+    row_bytes: u64,
 }
 
 /// Rows that a dispatch projects, so that none runs for long: any number of tiles begins where a binding may.
 const TILE: u32 = 4096;
 
+static IDENTITIES: AtomicU64 = AtomicU64::new(0);
+
 impl GateTable {
-    /// Allocates a table of `vocab` rows of `width` elements, all zeros.
-    pub fn new(kernels: &Kernels, vocab: u32, width: u32, storage: Storage) -> Result<Self> {
-        let row_bytes = storage.sized(width.into());
+    /// Sizes of the table of a layer.
+    ///
+    /// # Errors
+    /// A table over two bindings, with both numbers.
+    pub fn plan(kernels: &Kernels, gate: &GateConfig, widths: &Widths, storage: Storage) -> Result<TablePlan> {
+        let (vocab_size, row_bytes) = (gate.vocab_size, storage.sized(widths.d_kv().into()));
         // Each shard holds whole rows: two may hold less than two bindings.
-        let shard = (kernels.context().largest_binding() / row_bytes.max(1)).min(vocab.into()) as u32;
-        let (needed, allowed) = (row_bytes.saturating_mul(vocab.into()), 2 * row_bytes * u64::from(shard));
+        let shard = (kernels.context().largest_binding() / row_bytes.max(1)).min(vocab_size.into()) as u32;
+        let (needed, allowed) = (row_bytes.saturating_mul(vocab_size.into()), 2 * row_bytes * u64::from(shard));
         if needed > allowed {
-            let what = format!("a gate table of {vocab} rows of {row_bytes} bytes, in two bindings");
+            let what = format!("a gate table of {vocab_size} rows of {row_bytes} bytes, in two bindings");
             return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
         }
-        let allocate = |rows: u32| {
-            kernels.allocate("egmla.gate_table", row_bytes * u64::from(rows)).map(|buffer| Region::from(&buffer))
-        };
-        let high = (shard < vocab).then(|| allocate(vocab - shard)).transpose()?;
-        Ok(GateTable { rows: shard, low: allocate(shard)?, high })
+        Ok(TablePlan { shard, vocab_size, row_bytes })
+    }
+
+    #[cfg(feature = "check")]
+    pub fn assume_filled(&self) {
+        self.filled.store(true, Ordering::Release);
     }
 
     pub fn bytes(&self) -> u64 {
@@ -42,77 +64,57 @@ impl GateTable {
     }
 }
 
-impl Attention {
-    /// Records the projection of every id's gate row, for caches with [`GateRows::Table`](super::GateRows::Table); the gate at
-    /// `up_projected` alone. The dispatches must run before the first decode step does.
-    ///
-    /// # Errors
-    /// No gate at `up_projected`; a table over two bindings, with both numbers, before anything is allocated; no memory left; a
-    /// recording of another device. The recording and the layer are then as they were.
-    pub fn load_gate_table(&mut self, recording: &mut Recording) -> Result<()> {
-        recording.kernels().same_device(&self.kernels, "the layer", "recording")?;
-        self.reserve_gate_table()?;
-        let mark = recording.mark();
-        let recorded = self.project_gate_table(recording);
-        if recorded.is_err() {
-            recording.rewind(mark);
-            self.table = None;
-        }
-        recorded
-    }
-
-    /// Allocates the gate table, all zeros.
-    pub(crate) fn reserve_gate_table(&mut self) -> Result<()> {
-        let Some(gate) = self.config.up_projected_gate() else {
-            return Err(Error::Unsupported {
-                what: "a gate table without a gate at `up_projected`".to_owned(),
-                instead: "use `GateRows::Recompute`, which asks for nothing",
-            });
+impl TablePlan {
+    /// The table, all zeros.
+    pub fn allocate(self, kernels: &Kernels) -> Result<GateTable> {
+        let TablePlan { shard, vocab_size, row_bytes } = self;
+        let allocate = |rows: u32| {
+            kernels.allocate("egmla.gate_table", row_bytes * u64::from(rows)).map(|buffer| Region::from(&buffer))
         };
-        self.table = Some(GateTable::new(&self.kernels, gate.vocab_size, self.widths.d_kv(), self.storage)?);
-        Ok(())
+        Ok(GateTable {
+            rows: shard,
+            low: allocate(shard)?,
+            high: (shard < vocab_size).then(|| allocate(vocab_size - shard)).transpose()?,
+            vocab_size,
+            row_bytes,
+            filled: Arc::default(),
+            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
+        })
     }
+}
 
-    fn project_gate_table(&self, recording: &mut Recording) -> Result<()> {
-        let (Some(gate), Some(table)) = (self.config.up_projected_gate(), &self.table) else { return Ok(()) };
-        let (vocab_size, width) = (gate.vocab_size, self.widths.d_kv());
-        let row_bytes = self.storage.sized(width.into());
-        let (weights, absent) = (self.gate_weights()?, self.kernels.absent());
+impl Frame<'_> {
+    /// Projects the layer's gate table, unless a submission that is done has. Until one is, every recording does.
+    pub fn fill_table(&mut self) -> Result<()> {
+        let Some(table) = &self.layer.table else { return Ok(()) };
+        if table.filled.load(Ordering::Acquire) || !self.recording.once((table.identity, u64::MAX)) {
+            return Ok(());
+        }
         let mut first = 0;
-        while first < vocab_size {
+        while first < table.vocab_size {
             let (to, from, end) = match &table.high {
-                Some(high) if first >= table.rows => (high, table.rows, vocab_size),
+                Some(high) if first >= table.rows => (high, table.rows, table.vocab_size),
                 _ => (&table.low, 0, table.rows),
             };
             let rows = TILE.min(end - first);
-            let y = Region::new(&to.buffer, row_bytes * u64::from(first - from), row_bytes * u64::from(rows));
+            let (offset, size) = (table.row_bytes * u64::from(first - from), table.row_bytes * u64::from(rows));
             let op = gate_project::GateProject {
                 rows,
-                width,
-                d_gate: self.widths.d_gate,
-                vocab_size,
+                width: self.layer.widths.d_kv(),
+                d_gate: self.layer.widths.d_gate,
+                vocab_size: table.vocab_size,
                 first_id: first,
                 ids: false,
                 targets: false,
                 y_rows: rows,
-                storage: self.storage,
-                y_storage: self.storage,
+                storage: self.layer.storage,
+                y_storage: self.layer.storage,
             };
-            let args = gate_project::Args {
-                gate_embedding: &weights.embedding,
-                gate_b_proj: &weights.b_proj,
-                ids: &absent,
-                targets: &absent,
-                y: &y,
-            };
-            recording.add(&op, args)?;
+            let absent = self.absent.clone();
+            self.project_gates(&op, &absent, &absent, &Region::new(&to.buffer, offset, size))?;
             first += rows;
         }
+        self.recording.on_done(&table.filled);
         Ok(())
-    }
-
-    /// Bytes of the gate table; 0 before [`Attention::load_gate_table`].
-    pub fn gate_table_bytes(&self) -> u64 {
-        self.table.as_ref().map_or(0, GateTable::bytes)
     }
 }

@@ -192,7 +192,7 @@ impl<'a> Upload<'a> {
 }
 
 /// Columns of `[q latent, latent, rotary key]` of every new token.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct DownProjection<T> {
     pub first: u32,
     pub columns: u32,
@@ -212,7 +212,7 @@ impl DownProjection<Upload<'_>> {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct GateWeights<T> {
     pub embedding: T,
     pub b_proj: T,
@@ -221,7 +221,7 @@ pub(super) struct GateWeights<T> {
 }
 
 /// The weights of a layer: uploads to make, then regions of device memory.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct LayerWeights<T> {
     /// `q_proj`, or `q_b_proj` of a low-rank query.
     pub query: T,

@@ -1,7 +1,7 @@
 //! Host time of a decode step: what an app's thread spends before the device has anything to do.
 //!
-//! A row is one token through 12 layers behind 4 096 others, from the begin of the step (planning it) to the end of
-//! the compute pass and the commit. Nothing is submitted, so the device's speed does not matter and no GPU is needed.
+//! A row is one token through 12 layers behind 4 096 others, from the begin of the step (preparing it) to the end of
+//! the compute pass and the commit; what wgpu takes to finish the encoder stands beside it. Nothing is submitted, so the device's speed does not matter and no GPU is needed.
 
 use std::time::Instant;
 
@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 use super::report::median;
 use super::{paper_120m, tokens};
 use crate::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepTokens,
 };
-use crate::check::random::{Random, attention_weights};
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::random::{Random, attention_weights};
 use crate::recording::Recording;
 use crate::storage::Storage;
 
@@ -42,6 +42,9 @@ pub struct HostRow {
     pub host_us: f64,
     /// Fastest step.
     pub min_us: f64,
+    /// Median microseconds that wgpu then takes to finish the encoder: it checks every command, whoever recorded it.
+    #[serde(default)]
+    pub finish_us: f64,
     /// Dispatches of a step.
     pub dispatches: usize,
     /// Steps that were timed.
@@ -62,27 +65,30 @@ pub fn measure(kernels: &Kernels, filter: &str) -> Result<Vec<HostRow>> {
         .map(|id| {
             let gated = id == IDS[1];
             let config = paper_120m(if gated { 64 } else { 256 }, gated);
-            Ok((id, Model::new(kernels, &config, gated)?, Vec::new()))
+            Ok((id, Model::new(kernels, &config, gated)?, [Vec::new(), Vec::new()]))
         })
         .collect::<Result<Vec<_>>>()?;
     for step in 0..WARM + STEPS {
         for (_, model, times) in &mut models {
-            let time = model.step()?;
+            let [recorded, finished] = model.step()?;
             if step >= WARM {
-                times.push(time);
+                times[0].push(recorded);
+                times[1].push(finished);
             }
         }
     }
     Ok(models
         .into_iter()
         .map(|(id, model, mut times)| {
-            times.sort_by(f64::total_cmp);
+            times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
+            let [recorded, finished] = times;
             HostRow {
                 id: id.to_owned(),
-                host_us: median(&times),
-                min_us: times.first().copied().unwrap_or_default(),
+                host_us: median(&recorded),
+                min_us: recorded.first().copied().unwrap_or_default(),
+                finish_us: median(&finished),
                 dispatches: model.recording.dispatches(),
-                steps: times.len(),
+                steps: recorded.len(),
             }
         })
         .collect())
@@ -92,7 +98,6 @@ pub fn measure(kernels: &Kernels, filter: &str) -> Result<Vec<HostRow>> {
 struct Model {
     layers: Vec<Attention>,
     cache: LatentCache,
-    workspace: Workspace,
     recording: Recording,
     hidden: Region,
     out: Region,
@@ -103,31 +108,30 @@ struct Model {
 impl Model {
     fn new(kernels: &Kernels, config: &AttentionConfig, gated: bool) -> Result<Self> {
         let gate_rows = if gated { GateRows::Table } else { GateRows::Recompute };
-        let options =
-            CacheOptions { n_layer: LAYERS, batch: 1, capacity: CACHED + 512, storage: Storage::F16, gate_rows };
-        let mut cache = LatentCache::new(kernels, config, options)?;
-        let workspace = Workspace::new(&cache, WorkspaceOptions::new(256))?;
         let weights = attention_weights(config, true, SEED)?;
+        let options = AttentionOptions { storage: Storage::F16, gate_rows };
         let layers = (0..LAYERS)
-            .map(|_| {
-                let mut layer = Attention::new(kernels, config, &weights, Storage::F16)?;
-                if gated {
-                    layer.reserve_gate_table()?;
-                }
-                Ok(layer)
-            })
+            .map(|_| Attention::new(kernels, config, &weights, options).inspect(Attention::assume_table))
             .collect::<Result<Vec<_>>>()?;
-        // The past is planned and committed, and never computed: what stands in the cache does not matter to the host.
+        let first = layers.first().ok_or(Error::Empty { what: "the list of layers" })?;
+        let options = CacheOptions {
+            n_layer: LAYERS,
+            capacity: CACHED + 512,
+            storage: Storage::F16,
+            decode_path: DecodePath::Absorbed,
+            ..CacheOptions::default()
+        };
+        let mut cache = LatentCache::new(first, options)?;
+        // The past is prepared and committed, and never computed: what stands in the cache does not matter to the host.
         let past = tokens::text_like(CACHED as usize, SEED);
         for chunk in past.chunks(256) {
             let counts = [chunk.len() as u32];
-            let step = cache.plan_step(StepInput { mode: Mode::Prefill, counts: &counts, token_ids: Some(chunk) })?;
-            cache.commit(&step)?;
+            let step = cache.prepare(Mode::Prefill, StepTokens { counts: &counts, ids: Some(chunk) })?;
+            cache.commit(step)?;
         }
         let bytes = u64::from(config.hidden_size) * 4;
         Ok(Model {
             layers,
-            workspace,
             recording: Recording::new(kernels),
             hidden: Region::from(&kernels.upload(
                 "egmla.bench.hidden",
@@ -140,24 +144,24 @@ impl Model {
         })
     }
 
-    /// Microseconds of one step.
-    fn step(&mut self) -> Result<f64> {
+    /// Microseconds of one step, and of wgpu's end of the encoder.
+    fn step(&mut self) -> Result<[f64; 2]> {
         let device = self.recording.kernels().device().clone();
         let token = self.ids.next().map(|id| [id]);
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla.host") });
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         let start = Instant::now();
         self.recording.clear();
-        let token_ids = token.as_ref().filter(|_| self.gated).map(|id| &id[..]);
-        let step = self.cache.plan_step(StepInput { mode: Mode::Decode, counts: &[1], token_ids })?;
+        let ids = token.as_ref().filter(|_| self.gated).map(|id| &id[..]);
+        let step = self.cache.prepare(Mode::Decode, StepTokens { counts: &[1], ids })?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let path = DecodePath::Absorbed;
-            let (hidden, out) = (&self.hidden, &self.out);
-            layer.forward(&mut self.recording, &self.cache, index, &step, &self.workspace, path, hidden, out)?;
+            layer.forward(&mut self.recording, &self.cache, &step, index, &self.hidden, &self.out)?;
         }
         self.recording.record(&mut pass)?;
         drop(pass);
-        self.cache.commit(&step)?;
-        Ok(start.elapsed().as_secs_f64() * 1e6)
+        self.cache.commit(step)?;
+        let recorded = start.elapsed();
+        drop(encoder.finish());
+        Ok([recorded, start.elapsed() - recorded].map(|time| time.as_secs_f64() * 1e6))
     }
 }

@@ -54,7 +54,7 @@ impl Roofline {
     }
 }
 
-fn best(timer: &Timer, recording: &Recording) -> Result<(f64, f64)> {
+fn best(timer: &Timer, recording: &mut Recording) -> Result<(f64, f64)> {
     let mut best = (f64::INFINITY, f64::INFINITY);
     // The first run compiles; it does not win.
     for _ in 0..=RUNS {
@@ -84,7 +84,7 @@ fn copy(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
     let best = fastest(roofline_copy::VECTORS.spec.tunings, |tuning| {
         let mut recording = Recording::new(kernels);
         recording.add_variant(&roofline_copy::VECTORS, &problem, roofline_copy::Args { x: &x, y: &y }, tuning)?;
-        Ok(best(timer, &recording)?.0)
+        Ok(best(timer, &mut recording)?.0)
     })?;
     Ok(giga_per_second(problem.cost().bytes, best))
 }
@@ -97,7 +97,7 @@ fn fma(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
     let best = fastest(roofline_fma::ELEMENTS.spec.tunings, |tuning| {
         let mut recording = Recording::new(kernels);
         recording.add_variant(&roofline_fma::ELEMENTS, &problem, roofline_fma::Args { x: &x, y: &y }, tuning)?;
-        Ok(best(timer, &recording)?.0)
+        Ok(best(timer, &mut recording)?.0)
     })?;
     Ok(giga_per_second(problem.cost().flops, best))
 }
@@ -117,7 +117,7 @@ fn cooperative(kernels: &Kernels, timer: &Timer, software: bool) -> Result<Optio
     let y = Region::from(&kernels.allocate("egmla.roofline.y", bytes.y)?);
     let mut recording = Recording::new(kernels);
     recording.add(&problem, roofline_cooperative::Args { x: &x, y: &y })?;
-    Ok(Some(giga_per_second(problem.cost().flops, best(timer, &recording)?.0)))
+    Ok(Some(giga_per_second(problem.cost().flops, best(timer, &mut recording)?.0)))
 }
 
 /// Dispatches of one vector each: microseconds by the timer's clock, and as the host sees it.
@@ -129,5 +129,5 @@ fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<(f64, f64)>
         let problem = roofline_copy::RooflineCopy { words: 4 };
         recording.add(&problem, roofline_copy::Args { x: &x, y: &y })?;
     }
-    best(timer, &recording)
+    best(timer, &mut recording)
 }

@@ -5,10 +5,9 @@ use std::rc::Rc;
 
 use super::{Prepared, Row, Suite, tokens};
 use crate::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions, cost,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepTokens, cost,
 };
 use crate::check::pack;
-use crate::check::random::{Random, attention_weights};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use crate::cost::Cost;
 use crate::device::{Kernels, Region};
@@ -20,6 +19,7 @@ use crate::kernels::{
     attention_absorbed, attention_combine, attention_decode, attention_prefill, cache_append, gate, matmul, norm, rope,
 };
 use crate::op::Op as _;
+use crate::random::{Random, attention_weights};
 use crate::recording::Recording;
 use crate::reference::{self, Heads};
 use crate::storage::{Segments, Storage};
@@ -161,7 +161,7 @@ const GATED_PATHS: [(&str, LayerPath, &str); 4] = [
 /// Layers that are set up already: rows of one layer share its weights.
 #[derive(Debug, Default)]
 pub struct Stock {
-    layers: Vec<(AttentionConfig, LayerPath, Rc<Attention>)>,
+    layers: Vec<(AttentionConfig, GateRows, Attention)>,
     references: Vec<(AttentionConfig, Rc<reference::Layer>)>,
 }
 
@@ -172,25 +172,21 @@ impl Stock {
         kernels: &Kernels,
         config: &AttentionConfig,
         path: LayerPath,
-    ) -> Result<(Rc<Attention>, DecodePath)> {
-        let decode = match path {
-            LayerPath::Expanded => DecodePath::Expanded,
-            LayerPath::Absorbed | LayerPath::Grouped(_) => DecodePath::Absorbed,
+    ) -> Result<(Attention, DecodePath)> {
+        let (decode, gate_rows) = match path {
+            LayerPath::Expanded => (DecodePath::Expanded, GateRows::Recompute),
+            LayerPath::Absorbed => (DecodePath::Absorbed, GateRows::Recompute),
+            LayerPath::Grouped(gate_rows) => (DecodePath::Absorbed, gate_rows),
         };
-        // Only the table belongs to the layer.
-        let table = LayerPath::Grouped(GateRows::Table);
-        let same =
-            |(known, of, _): &&(AttentionConfig, LayerPath, _)| known == config && (*of == table) == (path == table);
-        if let Some((.., attention)) = self.layers.iter().find(same) {
-            return Ok((attention.clone(), decode));
+        if let Some((.., attention)) = self.layers.iter().find(|(known, rows, _)| known == config && *rows == gate_rows)
+        {
+            return Ok((attention.with_kernels(kernels), decode));
         }
         let weights = attention_weights(config, true, SEED)?;
-        let mut attention = Attention::new(kernels, config, &weights, Storage::F16)?;
-        if path == table {
-            attention.reserve_gate_table()?;
-        }
-        let attention = Rc::new(attention);
-        self.layers.push((config.clone(), path, attention.clone()));
+        let options = AttentionOptions { storage: Storage::F16, gate_rows };
+        let attention = Attention::new(kernels, config, &weights, options)?;
+        attention.assume_table();
+        self.layers.push((config.clone(), gate_rows, attention.clone()));
         Ok((attention, decode))
     }
 
@@ -519,17 +515,18 @@ fn combine(
 /// Rows of the pool: more than the longest cache has distinct ids.
 const POOL_ROWS: u32 = 8192;
 
-const ONE_SEQUENCE: CacheOptions =
-    CacheOptions { n_layer: 1, batch: 1, capacity: 0, storage: Storage::F16, gate_rows: GateRows::Recompute };
+/// Room for one sequence of `capacity` tokens in f16, `max_tokens` of them new.
+fn one_sequence(capacity: u32, max_tokens: u32, decode_path: DecodePath) -> CacheOptions {
+    CacheOptions { capacity, max_tokens, decode_path, storage: Storage::F16, ..CacheOptions::default() }
+}
 
 fn prefill_layer(kernels: &Kernels, stock: &mut Stock, config: &AttentionConfig, tokens: u32) -> Result<Prepared> {
     let (attention, path) = stock.layer(kernels, config, LayerPath::Expanded)?;
-    let options = CacheOptions { capacity: tokens, ..ONE_SEQUENCE };
-    let cache = LatentCache::new(kernels, config, options)?;
+    let mut cache = LatentCache::new(&attention, one_sequence(tokens, tokens, path))?;
     let ids = tokens::text_like(tokens as usize, SEED);
     let cost = cost::prefill(config, tokens, Storage::F16);
-    let input = StepInput { mode: Mode::Prefill, counts: &[tokens], token_ids: Some(&ids) };
-    let prepared = layer_step(kernels, &attention, &cache, input, path, cost)?;
+    let new = StepTokens { counts: &[tokens], ids: Some(&ids) };
+    let prepared = layer_step(kernels, &attention, &mut cache, (Mode::Prefill, new), cost)?;
     let layer = stock.reference(config)?;
     let hidden = widen(&Inputs::new(kernels).of((tokens * config.hidden_size) as usize, 1.0));
     let reference = Box::new(move || {
@@ -546,12 +543,7 @@ fn decode_layer(
     path: LayerPath,
 ) -> Result<Prepared> {
     let (attention, decode) = stock.layer(kernels, config, path)?;
-    let gate_rows = match path {
-        LayerPath::Grouped(gate_rows) => gate_rows,
-        _ => GateRows::Recompute,
-    };
-    let options = CacheOptions { capacity: cached, gate_rows, ..ONE_SEQUENCE };
-    let mut cache = LatentCache::new(kernels, config, options)?;
+    let mut cache = LatentCache::new(&attention, one_sequence(cached, 1, decode))?;
     let ids = tokens::text_like(cached as usize, SEED);
     let (new, past) = ids.split_last().ok_or(Error::Empty { what: "the cache of a bench row" })?;
     let mut random = Random::new(SEED);
@@ -562,8 +554,8 @@ fn decode_layer(
         DecodePath::Absorbed => cost::decode_absorbed(config, cached, distinct, projected, Storage::F16),
         DecodePath::Auto | DecodePath::Expanded => cost::decode_expanded(config, cached, Storage::F16),
     };
-    let input = StepInput { mode: Mode::Decode, counts: &[1], token_ids: Some(&[*new]) };
-    let prepared = layer_step(kernels, &attention, &cache, input, decode, cost)?;
+    let tokens = StepTokens { counts: &[1], ids: Some(&[*new]) };
+    let prepared = layer_step(kernels, &attention, &mut cache, (Mode::Decode, tokens), cost)?;
 
     // The same path in f64, over other numbers.
     let (layer, inputs, rows) = (stock.reference(config)?, Inputs::new(kernels), past.len());
@@ -587,18 +579,16 @@ fn decode_layer(
 fn layer_step(
     kernels: &Kernels,
     attention: &Attention,
-    cache: &LatentCache,
-    input: StepInput<'_>,
-    path: DecodePath,
+    cache: &mut LatentCache,
+    (mode, tokens): (Mode, StepTokens<'_>),
     cost: Cost,
 ) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let step = cache.plan_step(input)?;
-    let workspace = Workspace::new(cache, WorkspaceOptions::new(step.tokens()))?;
+    let step = cache.prepare(mode, tokens)?;
     let elements = (step.tokens() * attention.config().hidden_size) as usize;
     let (hidden, out) = (inputs.floats(elements)?, inputs.output(elements)?);
     let mut recording = Recording::new(kernels);
-    attention.forward(&mut recording, cache, 0, &step, &workspace, path, &hidden, &out)?;
+    attention.forward(&mut recording, cache, &step, 0, &hidden, &out)?;
     Ok(Prepared { recording, cost, output: out, reference: None })
 }
 

@@ -106,7 +106,7 @@ pub fn measure(
                 let turn = Instant::now();
                 while now(row) && turn.elapsed() < TURN {
                     let start = Instant::now();
-                    row.times.runs.push(timer.run(&row.prepared.recording)?.device_us);
+                    row.times.runs.push(timer.run(&mut row.prepared.recording)?.device_us);
                     row.spent += start.elapsed();
                 }
             }
@@ -124,9 +124,9 @@ impl Running<'_> {
 }
 
 fn start<'a>(row: &'a Row, kernels: &Kernels, timer: &Timer, stock: &mut Stock) -> Result<Running<'a>> {
-    let prepared = row.prepare(kernels, stock)?;
+    let mut prepared = row.prepare(kernels, stock)?;
     let cold = Instant::now();
-    let first_device_us = timer.run(&prepared.recording)?.device_us;
+    let first_device_us = timer.run(&mut prepared.recording)?.device_us;
     let longest = cold.elapsed();
     let first_us = longest.as_secs_f64() * 1e6;
     prepared.verify(timer.queue())?;

@@ -91,7 +91,7 @@ impl Timer {
     ///
     /// # Errors
     /// [`Error::Device`] when the device refuses a kernel, has no memory left or is lost.
-    pub fn run(&self, recording: &Recording) -> Result<Elapsed> {
+    pub fn run(&self, recording: &mut Recording) -> Result<Elapsed> {
         let device = self.kernels.device();
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla.bench") });
         let timestamp_writes = self.timestamps.as_ref().map(|timestamps| wgpu::ComputePassTimestampWrites {

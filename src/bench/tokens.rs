@@ -4,7 +4,7 @@
 //! counts of distinct ids in English drama under the GPT-2 tokenizer, tokens per distinct id 3.9 at 4096 tokens, 5.0 at
 //! 8192 and 8.5 at 32 768; the law gives 4.05, 5.07 and 8.16.
 
-use crate::check::random::Random;
+use crate::random::Random;
 
 /// GPT-2's vocabulary, padded as training code pads it.
 pub const VOCABULARY: u32 = 50_304;
@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn uniform_ids_would_not_pass_for_text() {
-        let ids = crate::check::random::Random::new(0).ids(32_768, VOCABULARY);
+        let ids = crate::random::Random::new(0).ids(32_768, VOCABULARY);
         assert!(32_768.0 / (distinct(&ids) as f64) < 2.0);
     }
 

@@ -80,8 +80,8 @@ pub fn tune(
             if start.elapsed() > limit / 3 {
                 break;
             }
-            let Some(recording) = alone(row, name, &of_class, &mut stock)? else { continue };
-            shares.entry(name).or_default().push((timer.run(&recording)?.device_us, index));
+            let Some(mut recording) = alone(row, name, &of_class, &mut stock)? else { continue };
+            shares.entry(name).or_default().push((timer.run(&mut recording)?.device_us, index));
         }
     }
     let mut order: Vec<_> = shares.into_iter().filter(|(name, _)| settings(name) > 1).collect();
@@ -142,8 +142,8 @@ fn kernel_of(
         let tunings = setting.map(|index| (kernel.to_owned(), index)).into_iter().collect();
         let with = of_class.with_tunings(Tunings(tunings))?;
         let recordings = rows.iter().map(|row| alone(row, kernel, &with, stock)).collect::<Result<Option<Vec<_>>>>()?;
-        let Some(recordings) = recordings else { continue };
-        for recording in &recordings {
+        let Some(mut recordings) = recordings else { continue };
+        for recording in &mut recordings {
             timer.run(recording)?;
         }
         candidates.push((setting, recordings, Vec::new()));
@@ -154,8 +154,8 @@ fn kernel_of(
             break;
         }
         for (_, recordings, times) in &mut candidates {
-            let run = |recording| timer.run(recording).map(|elapsed| elapsed.device_us);
-            times.push(recordings.iter().map(run).sum::<Result<f64>>()?);
+            let run = |recording: &mut Recording| timer.run(recording).map(|elapsed| elapsed.device_us);
+            times.push(recordings.iter_mut().map(run).sum::<Result<f64>>()?);
         }
     }
     if candidates.first().is_none_or(|(.., times)| times.len() < LEAST_RUNS) {

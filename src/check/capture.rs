@@ -225,9 +225,10 @@ impl Capture {
     ///
     /// # Errors
     /// A buffer that the host wrote to since its first use, or a lost device.
-    pub fn submit(&self, recording: &Recording) -> Result<()> {
+    pub fn submit(&self, recording: &mut Recording) -> Result<()> {
+        recording.write();
         // The host may not write between the dispatches of a recording: once for each buffer is enough.
-        let mut indices: Vec<(&wgpu::Buffer, usize)> = Vec::new();
+        let mut indices: Vec<(wgpu::Buffer, usize)> = Vec::new();
         for dispatch in recording.dispatched() {
             let mut bindings = Vec::new();
             let declared = (1..).zip(dispatch.bindings);
@@ -235,13 +236,13 @@ impl Capture {
                 let index = match indices.iter().find(|(known, _)| *known == buffer) {
                     Some((_, index)) => *index,
                     None => {
-                        let index = self.buffer(buffer)?;
+                        let index = self.buffer(&buffer)?;
                         indices.push((buffer, index));
                         index
                     }
                 };
                 let write = declared.access == Access::Write;
-                bindings.push(BindingData { binding, write, buffer: index, offset: *offset, size: *size });
+                bindings.push(BindingData { binding, write, buffer: index, offset, size });
             }
             let state = &mut *self.state.borrow_mut();
             state.actions.push(Action::Dispatch {

@@ -5,12 +5,12 @@ use serde::Serialize;
 use super::capture::{Action, Blob, Blobs, BufferData, Capture, ComparisonData, ToleranceData};
 use super::compare::{F32_LIMIT, Tolerance, compare};
 use super::guarded::POISON;
-use super::random::Random;
 use super::view::{Reading, View};
 use super::{Case, Lab};
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::device::Kernels;
 use crate::error::{Error, Result};
+use crate::random::Random;
 
 /// A case: buffers, what to do with them, and for every variant what to compare.
 #[derive(Debug, Serialize)]

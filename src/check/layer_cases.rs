@@ -4,13 +4,12 @@ use std::rc::Rc;
 
 use super::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use super::guarded::POISON;
-use super::random::{Random, attention_weights};
 use super::view::{Reading, View};
 use super::{Case, Lab, Outcome, Words, outcome};
-use crate::attention::{Attention, CacheOptions, DecodePath, GateRows, LatentCache, Workspace, WorkspaceOptions};
+use crate::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Tokens};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
-use crate::device::Region;
 use crate::error::Result;
+use crate::random::{Random, attention_weights};
 use crate::recording::Recording;
 use crate::reference::{History, Layer};
 use crate::storage::Storage;
@@ -331,9 +330,12 @@ fn compared(
     let Sizes { lengths, tile_rows, law, extreme } = sizes;
     let mut weights = attention_weights(config, kv_a_norm, 7)?;
     extreme.iter().for_each(|extreme| extreme.of_weights(&mut weights));
-    let mut attention = Attention::new(lab.kernels, config, &weights, storage)?;
-    if config.up_projected_gate().is_some() {
-        lab.launch(|recording| attention.load_gate_table(recording))?;
+    let mut layers: Vec<(GateRows, Attention)> = Vec::new();
+    for &Schedule { gate_rows, .. } in schedules {
+        if layers.iter().all(|(known, _)| *known != gate_rows) {
+            let options = AttentionOptions { storage, gate_rows };
+            layers.push((gate_rows, Attention::new(lab.kernels, config, &weights, options)?));
+        }
     }
     let mut random = Random::new(11);
     let tokens: u32 = lengths.iter().sum();
@@ -365,7 +367,10 @@ fn compared(
     };
     let mut results = Vec::new();
     for &schedule in schedules {
-        results.push((schedule, run(lab, &attention, storage, lengths, tile_rows, schedule, &hidden, &ids)?));
+        let Some((_, attention)) = layers.iter().find(|(gate_rows, _)| *gate_rows == schedule.gate_rows) else {
+            continue;
+        };
+        results.push((schedule, run(lab, attention, storage, lengths, tile_rows, schedule, &hidden, &ids)?));
     }
     // After the GPU, so that nothing of it can leak into a result.
     let reference = Layer::new(config.clone(), &weights);
@@ -404,13 +409,18 @@ fn run(
     let width = config.hidden_size as usize;
     let longest = lengths.iter().copied().max().unwrap_or(0);
     // A row to spare, so that sequences do not touch.
-    let (n_layer, batch, gate_rows) = (1, lengths.len() as u32, schedule.gate_rows);
-    let options = CacheOptions { n_layer, batch, capacity: longest + 1, storage, gate_rows };
-    let mut cache = LatentCache::new(lab.kernels, config, options)?;
-    let max_tokens = hidden.len() as u32 / config.hidden_size;
-    let workspace_options = WorkspaceOptions { max_tokens, tile_rows, decode_tokens: schedule.decode };
-    let workspace = Workspace::new(&cache, workspace_options)?;
-    for buffer in cache.buffers().chain(workspace.buffers()) {
+    let options = CacheOptions {
+        n_layer: 1,
+        batch: lengths.len() as u32,
+        capacity: longest + 1,
+        storage,
+        max_tokens: hidden.len() as u32 / config.hidden_size,
+        decode_tokens: schedule.decode,
+        tile_rows,
+        decode_path: schedule.path,
+    };
+    let mut cache = LatentCache::new(attention, options)?;
+    for buffer in cache.buffers() {
         let poison = vec![POISON; buffer.size() as usize / 4];
         lab.queue.write_buffer(buffer, 0, bytemuck::cast_slice(&poison));
     }
@@ -443,14 +453,17 @@ fn run(
         let step_ids = config.gate.is_some().then_some(&step_ids[..]);
         let (input, output) = (lab.floats(&step_hidden)?, lab.output(step_hidden.len())?);
         let mut recording = Recording::new(lab.kernels);
-        let (input, to): (&Region, &Region) = (&input.region, &output.region);
+        let (hidden, out) = (input.region.clone(), output.region.clone());
+        let tokens = Tokens { counts: &counts, ids: step_ids, hidden, out };
         if prefilling {
-            attention.prefill(&mut recording, &mut cache, &workspace, &counts, step_ids, input, to)?;
+            attention.prefill(&mut recording, &mut cache, tokens)?;
         } else {
-            let path = schedule.path;
-            attention.decode(&mut recording, &mut cache, &workspace, &counts, step_ids, path, input, to)?;
+            attention.decode(&mut recording, &mut cache, tokens)?;
         }
-        lab.submit(&recording)?;
+        lab.submit(&mut recording)?;
+        if lab.capture.is_some() {
+            attention.assume_table();
+        }
         let got = Rc::new(lab.read(&output)?);
         let mut first = 0;
         for (s, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {

@@ -8,14 +8,12 @@ use half::f16;
 use serde::Serialize;
 
 use super::guarded::Guarded;
-use super::random::{Random, attention_weights};
-use crate::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
-};
+use crate::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, StepTokens};
 use crate::bench::tokens::{VOCABULARY, text_like};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use crate::device::Kernels;
 use crate::error::Result;
+use crate::random::{Random, attention_weights};
 use crate::readback;
 use crate::recording::Recording;
 use crate::reference::{Latents, Layer};
@@ -193,13 +191,18 @@ fn of_configuration(
         statistics: statistics.iter().map(|pair| pair.map(f64::from)).collect(),
     };
 
-    let attention = Attention::new(kernels, config, &weights, Storage::F32)?;
-    let (storage, gate_rows) = (Storage::F16, GateRows::Recompute);
-    let options = CacheOptions { n_layer: 1, batch: 1, capacity: longest, storage, gate_rows };
-    let mut cache = LatentCache::new(kernels, config, options)?;
-    cache.fill_with(past_ids, &exact, &exact_rope, &statistics)?;
+    let attention = Attention::new(kernels, config, &weights, AttentionOptions::default())?;
     let new = QUERIES as u32;
-    let workspace = Workspace::new(&cache, WorkspaceOptions { max_tokens: new, tile_rows: 4096, decode_tokens: new })?;
+    let options = CacheOptions {
+        capacity: longest,
+        storage: Storage::F16,
+        max_tokens: new,
+        decode_tokens: new,
+        tile_rows: 4096,
+        ..CacheOptions::default()
+    };
+    let mut cache = LatentCache::new(&attention, options)?;
+    cache.fill_with(past_ids, &exact, &exact_rope, &statistics)?;
 
     // The longest first: rolling the cache back leaves every shorter one.
     let mut descending = lengths.to_vec();
@@ -220,15 +223,16 @@ fn of_configuration(
                 Way::Prefill => (Mode::Prefill, DecodePath::Auto),
                 _ => (Mode::Decode, DecodePath::Absorbed),
             };
-            let token_ids = config.gate.is_some().then_some(new_ids);
+            let ids = config.gate.is_some().then_some(new_ids);
+            cache.set_decode_path(path);
             // Never committed: the next one stands where this stood.
-            let step = cache.plan_step(StepInput { mode, counts: &[new], token_ids })?;
+            let step = cache.prepare(mode, StepTokens { counts: &[new], ids })?;
             let input = Guarded::filled(kernels, "hidden", bytemuck::cast_slice(&hidden))?;
             let out = Guarded::poisoned(kernels, "out", hidden.len())?;
             let mut recording = Recording::new(kernels);
             let (from, to) = (&input.region, &out.region);
-            attention.forward(&mut recording, &cache, 0, &step, &workspace, path, from, to)?;
-            readback::submit(&recording, queue)?;
+            attention.forward(&mut recording, &cache, &step, 0, from, to)?;
+            readback::submit(&mut recording, queue)?;
             got.push(widen(&out.read_f32(kernels, queue)?));
         }
         let past = past as usize;

@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
-//! let kernels = egmla::device::Kernels::new(device)?;
+//! let kernels = egmla::Kernels::new(device, queue)?;
 //! for case in egmla::check::cases() {
 //!     for outcome in case.run(&kernels, queue)? {
 //!         // A variant whose feature the device lacks is `Err("skipped: …")`, never `Ok`.
@@ -25,7 +25,6 @@ pub mod guarded;
 mod layer_cases;
 pub mod long;
 pub mod property;
-pub mod random;
 pub mod view;
 
 use crate::adapter::Tuning;
@@ -144,10 +143,10 @@ impl Lab<'_> {
     fn launch(&self, record: impl FnOnce(&mut Recording) -> Result<()>) -> Result<()> {
         let mut recording = Recording::new(self.kernels);
         record(&mut recording)?;
-        self.submit(&recording)
+        self.submit(&mut recording)
     }
 
-    fn submit(&self, recording: &Recording) -> Result<()> {
+    fn submit(&self, recording: &mut Recording) -> Result<()> {
         match self.capture {
             None => readback::submit(recording, self.queue),
             Some(capture) => capture.submit(recording),

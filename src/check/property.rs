@@ -7,7 +7,7 @@
 //! ```no_run
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
 //! use egmla::check::property;
-//! let kernels = egmla::device::Kernels::new(device)?;
+//! let kernels = egmla::Kernels::new(device, queue)?;
 //! let report = property::search(&kernels, queue, property::Search { seed: 1, configurations: 8, cases: 100 })?;
 //! if let Some(failure) = report.failure {
 //!     println!("{}\n{}", failure.problem, failure.case.to_json());
@@ -19,14 +19,13 @@ use serde::{Deserialize, Serialize};
 
 use super::compare::{Comparison, F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use super::guarded::{Guarded, POISON};
-use super::random::{Random, attention_weights};
 use crate::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, MOST_DECODED, Mode, StepInput, Workspace,
-    WorkspaceOptions,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, MOST_DECODED, Mode, StepTokens,
 };
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
 use crate::device::Kernels;
 use crate::error::{Error, Result};
+use crate::random::{Random, attention_weights};
 use crate::readback;
 use crate::recording::Recording;
 use crate::reference::{History, Layer};
@@ -271,41 +270,27 @@ pub fn family(seed: u64, configurations: usize) -> impl Iterator<Item = Shape> {
     (0..configurations).map(move |index| Shape::draw(&mut random, index))
 }
 
-/// A layer on the device and in f64.
+/// A layer: its weights, for the device, and what they mean in f64.
 pub struct Prepared {
-    attention: Attention,
+    config: AttentionConfig,
+    weights: AttentionWeights,
     reference: Layer,
 }
 
 impl Prepared {
-    /// Uploads the weights of a shape.
+    /// The layer of a shape, with random weights.
     ///
     /// # Errors
-    /// A shape that contradicts itself, or what the device refuses.
-    pub fn new(kernels: &Kernels, queue: &wgpu::Queue, shape: &Shape) -> Result<Self> {
+    /// A shape that contradicts itself.
+    pub fn new(shape: &Shape) -> Result<Self> {
         let config = shape.config();
         let weights = attention_weights(&config, shape.kv_a_norm, shape.seed)?;
-        Self::of(kernels, queue, config, &weights, shape.storage)
+        Ok(Self::of(config, weights))
     }
 
-    /// Uploads a layer of any weights.
-    ///
-    /// # Errors
-    /// As [`Prepared::new`].
-    pub fn of(
-        kernels: &Kernels,
-        queue: &wgpu::Queue,
-        config: AttentionConfig,
-        weights: &AttentionWeights,
-        storage: Storage,
-    ) -> Result<Self> {
-        let mut attention = Attention::new(kernels, &config, weights, storage)?;
-        if config.up_projected_gate().is_some() {
-            let mut recording = Recording::new(kernels);
-            attention.load_gate_table(&mut recording)?;
-            readback::submit(&recording, queue)?;
-        }
-        Ok(Prepared { attention, reference: Layer::new(config, weights) })
+    /// A layer of any weights.
+    pub fn of(config: AttentionConfig, weights: AttentionWeights) -> Self {
+        Prepared { reference: Layer::new(config.clone(), &weights), config, weights }
     }
 }
 
@@ -432,7 +417,7 @@ impl LayerCase {
     /// # Errors
     /// What the library refuses of a case that it should take, or a lost device.
     pub fn run(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Comparison> {
-        self.run_on(kernels, queue, &Prepared::new(kernels, queue, &self.shape)?)
+        self.run_on(kernels, queue, &Prepared::new(&self.shape)?)
     }
 
     /// The same with the layer at hand.
@@ -440,7 +425,7 @@ impl LayerCase {
     /// # Errors
     /// As [`LayerCase::run`].
     pub fn run_on(&self, kernels: &Kernels, queue: &wgpu::Queue, layer: &Prepared) -> Result<Comparison> {
-        let (got, lengths, distinct) = self.on_device(kernels, queue, &layer.attention)?;
+        let (got, lengths, distinct) = self.on_device(kernels, queue, layer)?;
         // After the GPU, so that nothing of it can leak into a result.
         let (expected, held) = self.in_f64(&layer.reference);
         let own: Vec<u32> = held.iter().map(|ids| ids.len() as u32).collect();
@@ -463,7 +448,7 @@ impl LayerCase {
     /// # Errors
     /// As [`LayerCase::run`].
     pub fn outputs(&self, kernels: &Kernels, queue: &wgpu::Queue, layer: &Prepared) -> Result<Vec<f32>> {
-        self.on_device(kernels, queue, &layer.attention).map(|(got, ..)| got)
+        self.on_device(kernels, queue, layer).map(|(got, ..)| got)
     }
 
     /// Outputs of every step, one after another, then lengths and distinct ids.
@@ -471,19 +456,23 @@ impl LayerCase {
         &self,
         kernels: &Kernels,
         queue: &wgpu::Queue,
-        attention: &Attention,
+        layer: &Prepared,
     ) -> Result<(Vec<f32>, Vec<u32>, Vec<u32>)> {
-        let config = attention.config();
-        let LayerCase { batch, capacity, gate_rows, tile_rows, .. } = *self;
-        let options = CacheOptions { n_layer: 1, batch, capacity, storage: self.shape.storage, gate_rows };
-        let mut cache = LatentCache::new(kernels, config, options)?;
+        let Prepared { config, weights, .. } = layer;
+        let LayerCase { batch, capacity, tile_rows, .. } = *self;
+        let storage = self.shape.storage;
+        let options = AttentionOptions { storage, gate_rows: self.gate_rows };
+        let attention = Attention::new(kernels, config, weights, options)?;
         // No larger than the case needs.
         let counts = || self.events.iter().filter_map(Event::counts);
         let max_tokens = counts().map(|(_, counts)| counts.iter().sum()).max().unwrap_or(1);
         let decoded = counts().filter(|(mode, _)| *mode == Mode::Decode).flat_map(|(_, counts)| counts);
         let decode_tokens = decoded.copied().max().unwrap_or(1);
-        let workspace = Workspace::new(&cache, WorkspaceOptions { max_tokens, tile_rows, decode_tokens })?;
-        for buffer in cache.buffers().chain(workspace.buffers()) {
+        let (n_layer, decode_path) = (1, DecodePath::Auto);
+        let options =
+            CacheOptions { n_layer, batch, capacity, storage, max_tokens, decode_tokens, tile_rows, decode_path };
+        let mut cache = LatentCache::new(&attention, options)?;
+        for buffer in cache.buffers() {
             let poison = vec![POISON; buffer.size() as usize / 4];
             queue.write_buffer(buffer, 0, bytemuck::cast_slice(&poison));
         }
@@ -497,7 +486,7 @@ impl LayerCase {
                 }
                 Event::Copy { from, to } => {
                     cache.copy_sequence(&mut recording, *from, *to)?;
-                    readback::submit(&recording, queue)?;
+                    readback::submit(&mut recording, queue)?;
                 }
                 Event::Reset => cache.reset(),
                 Event::Prefill { counts, seed }
@@ -508,16 +497,17 @@ impl LayerCase {
                         _ => (Mode::Prefill, DecodePath::Auto),
                     };
                     let new = self.tokens(counts, cache.lengths(), *seed);
-                    let token_ids = config.gate.is_some().then_some(&new.ids[..]);
-                    let step = cache.plan_step(StepInput { mode, counts, token_ids })?;
+                    let ids = config.gate.is_some().then_some(&new.ids[..]);
+                    cache.set_decode_path(path);
+                    let step = cache.prepare(mode, StepTokens { counts, ids })?;
                     let input = Guarded::filled(kernels, "hidden", bytemuck::cast_slice(&new.hidden))?;
                     let out = Guarded::poisoned(kernels, "out", new.hidden.len())?;
                     let (hidden, to) = (&input.region, &out.region);
-                    attention.forward(&mut recording, &cache, 0, &step, &workspace, path, hidden, to)?;
+                    attention.forward(&mut recording, &cache, &step, 0, hidden, to)?;
                     if !matches!(event, Event::GiveUp { .. }) {
-                        cache.commit(&step)?;
+                        cache.commit(step)?;
                     }
-                    readback::submit(&recording, queue)?;
+                    readback::submit(&mut recording, queue)?;
                     got.extend(out.read_f32(kernels, queue)?);
                 }
             }
@@ -760,7 +750,7 @@ pub fn search(kernels: &Kernels, queue: &wgpu::Queue, search: Search) -> Result<
     let mut report = SearchReport::default();
     let configurations = search.configurations.max(1);
     for (index, shape) in family(search.seed, configurations).enumerate() {
-        let layer = Prepared::new(kernels, queue, &shape)?;
+        let layer = Prepared::new(&shape)?;
         let mut random = Random::new(search.seed.wrapping_mul(1_000_003).wrapping_add(index as u64));
         // The first configurations take what does not divide.
         let cases = search.cases / configurations + usize::from(index < search.cases % configurations);

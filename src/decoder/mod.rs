@@ -19,6 +19,6 @@ mod tokenizer;
 pub use cpu::{CpuDecoder, CpuState};
 pub use evaluate::{Score, Window, Windows, scored_characters};
 pub use folder::{DecoderLayerWeights, DecoderWeights, ModelFolder};
-pub use model::{Decoder, DecoderState, DecoderStateOptions, DecoderStep, Logits};
+pub use model::{Decoder, DecoderState, DecoderStep, Logits};
 pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use tokenizer::{TextStream, TextTokenizer, panics_are_caught};

@@ -3,8 +3,8 @@
 use super::cpu::check_layers;
 use super::folder::DecoderWeights;
 use crate::attention::{
-    Attention, Axis, CacheOptions, DecodePath, GateRows, Hidden, LatentCache, MemoryReport, Step, StepInput, Upload,
-    Workspace, WorkspaceOptions, check_weights,
+    Attention, AttentionOptions, Axis, CacheOptions, Hidden, LatentCache, MemoryReport, Mode, Step, StepTokens, Upload,
+    check_weights,
 };
 use crate::config::DecoderConfig;
 use crate::device::{Kernels, Region};
@@ -62,19 +62,10 @@ struct DeviceLayer {
     down_proj: Region,
 }
 
-/// Extents of a [`DecoderState`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DecoderStateOptions {
-    /// Most new tokens of a step, over all sequences.
-    pub max_tokens: u32,
-    /// There is room for a row of logits for each of them ([`Logits::All`]), not just for each sequence.
-    pub all_logits: bool,
-}
-
-/// Buffers for the intermediate results of a step, those of the attention included; shared by the layers.
+/// Buffers for the intermediate results of a step beside those that the cache has for the attention; shared by the layers.
 #[derive(Debug)]
 pub struct DecoderState {
-    workspace: Workspace,
+    max_tokens: u32,
     /// `[tokens, hidden]`, padded as the weights are: the residual stream.
     stream: Region,
     /// `[tokens, hidden]`
@@ -93,28 +84,31 @@ pub struct DecoderState {
     bytes: u64,
 }
 
-/// A step whose token ids the decoder has checked. Planned by [`Decoder::plan_step`].
+/// A step whose token ids the decoder has checked. Made by [`Decoder::prepare`].
 #[derive(Debug)]
 pub struct DecoderStep {
     step: Step,
     vocab_size: u32,
-    /// Sequences with new tokens.
-    sequences: u32,
-    /// `[sequences]` u32: row of each one's last new token; `None` where that is every row.
-    last_rows: Option<Region>,
+    /// Row of each sequence's last new token.
+    last_rows: Vec<u32>,
 }
 
 impl DecoderStep {
-    /// What the cache commits.
+    /// The step of the attention.
     pub fn step(&self) -> &Step {
         &self.step
+    }
+
+    /// The same, for the cache to commit.
+    pub fn into_step(self) -> Step {
+        self.step
     }
 
     /// Rows of logits that `logits` stands for in this step.
     pub fn logit_rows(&self, logits: Logits) -> u32 {
         match logits {
             Logits::None => 0,
-            Logits::Last => self.sequences,
+            Logits::Last => self.last_rows.len() as u32,
             Logits::All => self.step.tokens(),
         }
     }
@@ -126,7 +120,13 @@ impl Decoder {
     /// # Errors
     /// A configuration that contradicts itself; a tensor over the device's binding limit, before anything is allocated; a weight
     /// beyond f16's range with f16 storage; no memory left, or a lost device.
-    pub fn new(kernels: &Kernels, config: &DecoderConfig, weights: &DecoderWeights, storage: Storage) -> Result<Self> {
+    pub fn new(
+        kernels: &Kernels,
+        config: &DecoderConfig,
+        weights: &DecoderWeights,
+        options: AttentionOptions,
+    ) -> Result<Self> {
+        let storage = options.storage;
         config.validate()?;
         check_layers(config, weights)?;
         let (hidden_size, intermediate_size) = (config.attention.hidden_size, config.intermediate_size);
@@ -153,7 +153,7 @@ impl Decoder {
             layers.iter().map(|([input_norm, post_attention_norm], attention, [gate_proj, up_proj], down_proj)| {
                 Ok(DeviceLayer {
                     input_norm: upload(input_norm)?,
-                    attention: Attention::new(kernels, &config.attention, attention, storage)?,
+                    attention: Attention::new(kernels, &config.attention, attention, options)?,
                     post_attention_norm: upload(post_attention_norm)?,
                     gate_proj: upload(gate_proj)?,
                     up_proj: upload(up_proj)?,
@@ -183,30 +183,13 @@ impl Decoder {
         self.storage
     }
 
-    /// The decode path that `path` stands for in a step of this model.
-    ///
-    /// # Errors
-    /// As [`Attention::decode_path`].
-    pub fn decode_path(&self, path: DecodePath, cache: &LatentCache, step: &Step) -> Result<DecodePath> {
-        self.layers.first().map_or(Ok(path), |layer| layer.attention.decode_path(path, cache, step))
-    }
-
-    /// Records the gate tables of all layers, for caches with [`GateRows::Table`].
-    ///
-    /// # Errors
-    /// As [`Attention::load_gate_table`].
-    pub fn load_gate_tables(&mut self, recording: &mut Recording) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|layer| layer.attention.load_gate_table(recording))
-    }
-
-    /// Allocates a cache of `batch` sequences of up to `capacity` tokens, stored like the weights.
+    /// Allocates a cache for the model; its layers are the model's, whatever `options` says.
     ///
     /// # Errors
     /// As [`LatentCache::new`].
-    pub fn cache(&self, batch: u32, capacity: u32, gate_rows: GateRows) -> Result<LatentCache> {
-        let (n_layer, storage) = (self.config.n_layer, self.storage);
-        let options = CacheOptions { n_layer, batch, capacity, storage, gate_rows };
-        LatentCache::new(&self.kernels, &self.config.attention, options)
+    pub fn cache(&self, options: CacheOptions) -> Result<LatentCache> {
+        let first = self.layers.first().ok_or(Error::Empty { what: "the list of layers" })?;
+        LatentCache::new(&first.attention, CacheOptions { n_layer: self.config.n_layer, ..options })
     }
 
     /// Bytes of the gate tables of all layers.
@@ -214,14 +197,14 @@ impl Decoder {
         self.layers.iter().map(|layer| layer.attention.gate_table_bytes()).sum()
     }
 
-    /// Allocates the buffers for steps on `cache`.
+    /// Allocates the buffers for steps on `cache`; with `all_logits` there is room for a row of logits for every new token of a
+    /// step ([`Logits::All`]), not just for every sequence.
     ///
     /// # Errors
-    /// No token at all; a buffer over the device's limits, before any is allocated; no memory left, or a lost device.
-    pub fn state(&self, cache: &LatentCache, options: DecoderStateOptions) -> Result<DecoderState> {
-        let CacheOptions { batch, capacity, .. } = cache.options();
-        let tokens = u64::from(options.max_tokens).min(product(&[batch, capacity])) as u32;
-        let logit_rows = if options.all_logits { tokens } else { tokens.min(batch) };
+    /// A buffer over the device's limits, before any is allocated; no memory left, or a lost device.
+    pub fn state(&self, cache: &LatentCache, all_logits: bool) -> Result<DecoderState> {
+        let tokens = cache.max_tokens();
+        let logit_rows = if all_logits { tokens } else { tokens.min(cache.options().batch) };
         let (hidden, inner) = (self.hidden, self.inner);
         let buffers = [
             ("stream", [tokens, hidden]),
@@ -237,7 +220,6 @@ impl Decoder {
             let named = || format!("decoder's `{what}` of {extents:?} words");
             self.kernels.context().check_binding(size(extents), named)?;
         }
-        let workspace = Workspace::new(cache, WorkspaceOptions::new(options.max_tokens))?;
         let mut bytes = 0;
         let [stream, normed, delta, gate, up, inner, logits] = buffers.map(|(what, extents)| -> Result<Region> {
             let buffer = self.kernels.allocate(&format!("egmla.decoder.{what}"), size(extents))?;
@@ -254,47 +236,41 @@ impl Decoder {
             logits: logits?,
             logit_rows,
             bytes,
-            workspace,
+            max_tokens: tokens,
         })
     }
 
-    /// Checks new tokens and uploads what every layer needs to know of them. The cache is not changed.
+    /// Checks new tokens and works out what every layer needs to know of them.
     ///
     /// # Errors
-    /// No token ids, ids beyond the vocabulary (also of a model without a gate), or what [`LatentCache::plan_step`]
-    /// refuses.
-    pub fn plan_step(&self, cache: &LatentCache, input: StepInput<'_>) -> Result<DecoderStep> {
-        check_ids(input.token_ids.unwrap_or_default(), self.config.vocab_size)?;
-        let step = cache.plan_step(input)?;
-        let mut last_rows = Vec::new();
+    /// No token ids, ids beyond the vocabulary (also of a model without a gate), or what [`LatentCache::prepare`] refuses.
+    pub fn prepare(&self, cache: &mut LatentCache, mode: Mode, tokens: StepTokens<'_>) -> Result<DecoderStep> {
+        check_ids(tokens.ids.unwrap_or_default(), self.config.vocab_size)?;
+        let step = cache.prepare(mode, tokens)?;
         let mut end = 0;
-        for &count in input.counts.iter().filter(|&&count| count > 0) {
+        let with_tokens = tokens.counts.iter().filter(|&&count| count > 0);
+        let last_rows = with_tokens.map(|count| {
             end += count;
-            last_rows.push(end - 1);
-        }
-        let sequences = last_rows.len() as u32;
-        let every_row = sequences == step.tokens();
-        let upload = || self.kernels.upload("egmla.step.last_rows", bytemuck::cast_slice(&last_rows));
-        let last_rows = if every_row { None } else { Some(Region::from(&upload()?)) };
-        Ok(DecoderStep { step, vocab_size: self.config.vocab_size, sequences, last_rows })
+            end - 1
+        });
+        Ok(DecoderStep { step, vocab_size: self.config.vocab_size, last_rows: last_rows.collect() })
     }
 
-    /// Plans, records and commits new tokens; returns the region of their logits, as [`Decoder::forward`].
+    /// Records and commits new tokens; returns the region of their logits, as [`Decoder::forward`].
     ///
     /// # Errors
-    /// What [`Decoder::plan_step`] and [`Decoder::forward`] refuse; recording and cache are then unchanged.
+    /// What [`Decoder::prepare`] and [`Decoder::forward`] refuse; recording and cache are then as they were.
     pub fn advance(
         &self,
         recording: &mut Recording,
         cache: &mut LatentCache,
         state: &DecoderState,
-        input: StepInput<'_>,
-        path: DecodePath,
+        (mode, tokens): (Mode, StepTokens<'_>),
         logits: Logits,
     ) -> Result<Region> {
-        let step = self.plan_step(cache, input)?;
-        let region = self.forward(recording, cache, &step, state, path, logits)?;
-        cache.commit(step.step())?;
+        let step = self.prepare(cache, mode, tokens)?;
+        let region = self.forward(recording, cache, &step, state, logits)?;
+        cache.commit(step.into_step())?;
         Ok(region)
     }
 
@@ -304,15 +280,14 @@ impl Decoder {
     /// step overwrites.
     ///
     /// # Errors
-    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, a path
-    /// that is not supported, or what a kernel refuses. The recording is then as it was.
+    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, or what a
+    /// kernel refuses. The recording is then as it was.
     pub fn forward(
         &self,
         recording: &mut Recording,
         cache: &LatentCache,
         step: &DecoderStep,
         state: &DecoderState,
-        path: DecodePath,
         logits: Logits,
     ) -> Result<Region> {
         recording.kernels().same_device(&self.kernels, "the decoder", "recording")?;
@@ -325,23 +300,23 @@ impl Decoder {
             let (expected, found) = (self.config.n_layer.into(), layers.into());
             return Err(Error::Count { what: "layers of the cache", expected, found });
         }
-        if step.step.tokens() > state.max_tokens() {
+        if step.step.tokens() > state.max_tokens {
             return Err(Error::OutOfRange {
-                what: "new tokens of a step (the decoder state's max_tokens)",
+                what: "new tokens of a step (the max_tokens of the cache that the decoder state was made for)",
                 found: step.step.tokens().into(),
-                limit: state.max_tokens().into(),
+                limit: state.max_tokens.into(),
             });
         }
         let rows = step.logit_rows(logits);
         if rows > state.logit_rows {
             return Err(Error::OutOfRange {
-                what: "rows of logits of a step (the decoder state's max_tokens and all_logits)",
+                what: "rows of logits of a step (the decoder state's all_logits)",
                 found: rows.into(),
                 limit: state.logit_rows.into(),
             });
         }
         let mark = recording.mark();
-        let recorded = self.record(recording, cache, step, state, path, logits);
+        let recorded = self.record(recording, cache, step, state, logits);
         if recorded.is_err() {
             recording.rewind(mark);
         }
@@ -355,20 +330,19 @@ impl Decoder {
         cache: &LatentCache,
         decoder_step: &DecoderStep,
         state: &DecoderState,
-        path: DecodePath,
         logits: Logits,
     ) -> Result<()> {
         let step = decoder_step.step();
         let tokens = step.tokens();
         let (hidden, inner) = (self.hidden, self.inner);
         let rows_of = |region| Hidden { region, width: hidden };
-        let DecoderState { workspace, stream, normed, delta, gate, up, .. } = state;
-        let ids = step.token_ids().ok_or(Error::Empty { what: "the list of token ids" })?;
-        self.look_up(recording, (tokens, self.config.vocab_size), self.storage, (&self.embedding, ids, stream))?;
+        let DecoderState { stream, normed, delta, gate, up, .. } = state;
+        let ids = step.token_ids(recording)?;
+        self.look_up(recording, (tokens, self.config.vocab_size), self.storage, (&self.embedding, &ids, stream))?;
         for (number, layer) in self.layers.iter().enumerate() {
             self.norm(recording, tokens, stream, &layer.input_norm, normed)?;
             let (of, to) = (rows_of(normed), rows_of(delta));
-            layer.attention.forward_rows(recording, cache, number, step, workspace, path, of, to)?;
+            layer.attention.forward_rows(recording, cache, step, number, of, to)?;
             self.add(recording, tokens, delta, stream)?;
             self.norm(recording, tokens, stream, &layer.post_attention_norm, normed)?;
             self.linear(recording, (tokens, hidden, inner), normed, &layer.gate_proj, gate)?;
@@ -379,14 +353,14 @@ impl Decoder {
             self.add(recording, tokens, delta, stream)?;
         }
         let rows = decoder_step.logit_rows(logits);
+        if logits == Logits::None {
+            return Ok(());
+        }
         let mut last = stream;
-        match (logits, &decoder_step.last_rows) {
-            (Logits::None, _) => return Ok(()),
-            (Logits::Last, Some(last_rows)) => {
-                self.look_up(recording, (rows, tokens), Storage::F32, (stream, last_rows, delta))?;
-                last = delta;
-            }
-            (Logits::Last, None) | (Logits::All, _) => {}
+        if rows < tokens {
+            let last_rows = recording.table((step.identity(), 2), bytemuck::cast_slice(&decoder_step.last_rows))?;
+            self.look_up(recording, (rows, tokens), Storage::F32, (stream, &last_rows, delta))?;
+            last = delta;
         }
         self.norm(recording, rows, last, &self.norm, normed)?;
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
@@ -450,14 +424,9 @@ fn elements(kernel: &'static str, rows: u32, width: u32) -> Result<u32> {
 }
 
 impl DecoderState {
-    /// Most new tokens of a step.
-    pub fn max_tokens(&self) -> u32 {
-        self.workspace.max_tokens()
-    }
-
     /// Bytes allocated on the device for `cache` and this state, by purpose; the decoder's own buffers count as workspace.
     pub fn memory(&self, cache: &LatentCache) -> MemoryReport {
-        let mut report = cache.memory(&self.workspace);
+        let mut report = cache.memory();
         report.workspace += self.bytes;
         report
     }

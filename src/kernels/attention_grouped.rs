@@ -56,7 +56,7 @@ crate::args! {
         cache: Read,
         /// Group lists and sequence table.
         lists: Read,
-        /// `[partials, n_head, d_value]` f32, then at [`softmax_word`] `[partials, n_head, 2]` (m, l); written.
+        /// `[most_partials, n_head, d_value]` f32, then at [`softmax_word`] `[most_partials, n_head, 2]` (m, l); written.
         partial: Write,
     }
 }
@@ -193,6 +193,8 @@ pub struct AttentionGrouped {
     pub entries: u32,
     /// Partial results of all passes.
     pub partials: u32,
+    /// Partial results that `partial` has room for.
+    pub most_partials: u32,
     /// Query heads.
     pub n_head: u32,
     /// Widths of a head and of the latent.
@@ -295,6 +297,9 @@ impl Op for AttentionGrouped {
             ("groups of a tile", self.tiling.groups),
             ("tiles of an entry", self.tiling.span),
         ])?;
+        if self.partials > self.most_partials {
+            return Err(format!("{} partial results, room for {}", self.partials, self.most_partials));
+        }
         if product(&[self.n_head, d_nope + d_value]) >= 1 << 31 {
             return Err(format!("{} heads of {d_nope} + {d_value}", self.n_head));
         }
@@ -327,7 +332,7 @@ impl Op for AttentionGrouped {
             pass_index: self.pass_index,
             passes: self.passes,
             beta: beta_element(self.d_kv()),
-            softmax: softmax_word(self.partials, self.n_head, d_value) as u32,
+            softmax: softmax_word(self.most_partials, self.n_head, d_value) as u32,
             scale: self.scale,
         }
     }
@@ -347,7 +352,7 @@ impl Op for AttentionGrouped {
         } else {
             self.statistics_byte.saturating_add(product(&[self.cache_rows, 8]).next_multiple_of(16))
         };
-        let softmax = softmax_word(self.partials, self.n_head, d_value);
+        let softmax = softmax_word(self.most_partials, self.n_head, d_value);
         Args {
             q: words(product(&[self.tokens, self.n_head, d_nope + d_rope])),
             kv_b_proj: self.storage.sized(product(&[d_kv, self.storage.row_pitch(d_latent)])),
@@ -356,7 +361,7 @@ impl Op for AttentionGrouped {
             gates_more: rows(self.more, self.more_storage),
             cache,
             lists: words(self.list_words.into()),
-            partial: words(softmax.saturating_add(product(&[self.partials, self.n_head, 2]))),
+            partial: words(softmax.saturating_add(product(&[self.most_partials, self.n_head, 2]))),
         }
     }
 
@@ -513,6 +518,7 @@ crate::vary!(AttentionGrouped {
     n_sequence,
     entries,
     partials,
+    most_partials,
     n_head,
     widths,
     tiling,
@@ -548,6 +554,7 @@ impl crate::sample::Sampled for AttentionGrouped {
             n_sequence: 2,
             entries: 5,
             partials: 5,
+            most_partials: 9,
             n_head,
             widths: Widths { d_latent, d_nope, d_rope, d_value },
             tiling: Tiling { groups, span },
@@ -623,6 +630,7 @@ impl crate::sample::Sampled for AttentionGrouped {
             n_sequence: 1,
             entries: 2,
             partials: 4,
+            most_partials: 4,
             n_head: 3,
             widths: Widths { d_latent: 8, d_nope: 6, d_rope: 4, d_value: 7 },
             tiling: Tiling { groups: 4, span: 1 },

@@ -4,8 +4,10 @@
 #[path = "../../src/bin/egmla/unchecked.rs"]
 pub mod unchecked;
 
+use egmla::attention::AttentionOptions;
 use egmla::device::Kernels;
 use egmla::fault::Faults;
+use egmla::storage::Storage;
 use egmla::wgpu;
 
 pub struct Gpu {
@@ -80,7 +82,13 @@ fn open(adapter: &wgpu::Adapter, required_limits: wgpu::Limits) -> Gpu {
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     let faults = Faults::watch(&device);
     println!("adapter: {:?}, {:?}, EGMLA_LIMITS: {:?}", adapter.get_info(), device.features(), Offer::from_env());
-    Gpu { kernels: Kernels::new(&device).expect("kernels").with_cooperative(matrices), queue, faults }
+    Gpu { kernels: Kernels::new(&device, &queue).expect("kernels").with_cooperative(matrices), queue, faults }
+}
+
+#[allow(dead_code, reason = "the tests that take this need a part of it")]
+/// Weights in a storage; gate rows are projected as they are needed.
+pub fn stored(storage: Storage) -> AttentionOptions {
+    AttentionOptions { storage, ..AttentionOptions::default() }
 }
 
 impl Gpu {

@@ -227,7 +227,7 @@ fn open_device(adapter: &wgpu::Adapter, offer: LimitsOption) -> Result<Gpu, Fail
     let faults = Faults::watch(&device);
     let info = adapter.get_info();
     let pipelines = pipeline_cache(&device, &info);
-    let mut kernels = Kernels::new(&device)?.with_cooperative(matrices);
+    let mut kernels = Kernels::new(&device, &queue)?.with_cooperative(matrices);
     if let Some((cache, _)) = &pipelines {
         kernels = kernels.with_pipeline_cache(cache.clone());
     }

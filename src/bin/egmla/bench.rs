@@ -225,7 +225,9 @@ fn text(report: &Report) -> String {
         .map(|row| {
             let each = row.host_us / row.dispatches.max(1) as f64;
             let (all, least) = (time(row.host_us), time(row.min_us));
-            format!("{}: {all} on the host (min {least}), {} dispatches, {} each\n", row.id, row.dispatches, time(each))
+            let (dispatches, finish) = (row.dispatches, time(row.finish_us));
+            let recorded = format!("{all} on the host (min {least}), {dispatches} dispatches, {} each", time(each));
+            format!("{}: {recorded}; wgpu's finish {finish}\n", row.id)
         })
         .collect();
     format!("roofline: {}\n{table}\n{skipped}{host}", ceilings(&report.roofline))

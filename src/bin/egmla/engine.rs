@@ -1,8 +1,10 @@
 //! A language model on whatever `--adapter` chose: kernels on a device, or the reference on the CPU.
 
-use egmla::attention::{DecodePath, GateRows, LatentCache, MemoryReport, Mode, StepInput};
+use egmla::attention::{
+    AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Mode, StepTokens,
+};
 use egmla::config::DecoderConfig;
-use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits};
+use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderWeights, Logits};
 use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
@@ -57,9 +59,9 @@ pub enum Engine<'a> {
         cache: Box<LatentCache>,
         /// Buffers of a step.
         state: Box<DecoderState>,
-        /// How decode steps attend.
-        path: DecodePath,
-        /// How the last one did.
+        /// What steps are recorded into.
+        recording: Box<Recording>,
+        /// How the last decode step attended.
         used: DecodePath,
     },
 }
@@ -99,23 +101,23 @@ impl<'a> Engine<'a> {
                 Ok(Engine::Cpu { state: decoder.state(), decoder: Box::new(decoder), capacity: options.capacity })
             }
             Backend::Gpu(gpu) => {
-                let mut decoder = Decoder::new(&gpu.kernels, config, weights, options.storage)?;
-                if options.gate_rows == GateRows::Table && config.attention.up_projected_gate().is_some() {
-                    let mut recording = Recording::new(&gpu.kernels);
-                    decoder.load_gate_tables(&mut recording)?;
-                    readback::submit(&recording, &gpu.queue)?;
-                }
-                let cache = decoder.cache(1, options.capacity, options.gate_rows)?;
-                let max_tokens = options.max_tokens.min(CHUNK);
-                let state =
-                    decoder.state(&cache, DecoderStateOptions { max_tokens, all_logits: options.all_logits })?;
+                let (storage, gate_rows) = (options.storage, options.gate_rows);
+                let decoder = Decoder::new(&gpu.kernels, config, weights, AttentionOptions { storage, gate_rows })?;
+                let cache = decoder.cache(CacheOptions {
+                    capacity: options.capacity,
+                    storage,
+                    max_tokens: options.max_tokens.min(CHUNK),
+                    decode_path: options.decode,
+                    ..CacheOptions::default()
+                })?;
+                let state = decoder.state(&cache, options.all_logits)?;
                 gpu.check()?;
                 Ok(Engine::Gpu {
                     gpu,
                     decoder: Box::new(decoder),
                     cache: Box::new(cache),
                     state: Box::new(state),
-                    path: options.decode,
+                    recording: Box::new(Recording::new(&gpu.kernels)),
                     used: DecodePath::Expanded,
                 })
             }
@@ -214,16 +216,16 @@ impl<'a> Engine<'a> {
                 }
                 Ok(decoder.forward(ids, state, logits)?.into_iter().map(|logit| logit as f32).collect())
             }
-            Engine::Gpu { gpu, decoder, cache, state, path, used } => {
-                let mut recording = Recording::new(&gpu.kernels);
-                let input = StepInput { mode, counts: &[ids.len() as u32], token_ids: Some(ids) };
-                let step = decoder.plan_step(cache, input)?;
+            Engine::Gpu { gpu, decoder, cache, state, recording, used } => {
+                let tokens = StepTokens { counts: &[ids.len() as u32], ids: Some(ids) };
+                let step = decoder.prepare(cache, mode, tokens)?;
                 if mode == Mode::Decode {
-                    *used = decoder.decode_path(*path, cache, step.step())?;
+                    *used = step.step().path();
                 }
-                let region = decoder.forward(&mut recording, cache, &step, state, *path, logits)?;
-                readback::submit(&recording, &gpu.queue)?;
-                cache.commit(step.step())?;
+                recording.clear();
+                let region = decoder.forward(recording, cache, &step, state, logits)?;
+                readback::submit(recording, &gpu.queue)?;
+                cache.commit(step.into_step())?;
                 let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region]));
                 gpu.check()?;
                 Ok(read?.into_iter().next().unwrap_or_default())

@@ -4,12 +4,12 @@ use super::batch::{Widths, cache_rows, compare_partials, decoding, few_new, few_
 use super::extreme::{Extreme, attention_tolerance};
 use super::{SEED, widen};
 use crate::adapter::Tuning;
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, not_run, pack, skipped};
 use crate::error::Result;
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::{AttentionAbsorbed, attention_absorbed};
 use crate::op::Variant;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

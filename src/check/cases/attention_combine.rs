@@ -2,10 +2,10 @@
 
 use super::{SEED, widen};
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::view::{Reading, View};
 use crate::check::{Case, every_tuning};
 use crate::kernels::attention_combine;
+use crate::random::Random;
 use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {

@@ -3,11 +3,11 @@
 use super::batch::{Widths, cache_rows, compare_partials, decoding, few_new, few_sizes, splits};
 use super::extreme::{Extreme, attention_tolerance};
 use super::{SEED, widen};
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, pack};
 use crate::error::Result;
 use crate::kernels::attention_decode;
 use crate::kernels::attention_decode::SPLIT;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

@@ -5,7 +5,6 @@ use super::extreme::{Extreme, attention_tolerance};
 use super::grouped_batch::{GroupedBatch, Ids, Sources};
 use super::{SEED, widen};
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::view::{Reading, View};
 use crate::check::{Case, Lab, Outcome, every_tuning, pack, skipped};
 use crate::config::{Activation, GateNorm};
@@ -13,6 +12,7 @@ use crate::error::Result;
 use crate::kernels::attention_grouped::Tiling;
 use crate::kernels::{AttentionGrouped, attention_grouped};
 use crate::op::Variant;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 
@@ -219,8 +219,10 @@ fn attend_groups(
                 lab.words(&padded(&more_values[rows[0]..rows[1]], d_kv, Storage::F32))
             })
             .collect::<Result<Vec<_>>>()?;
-        let softmax_word = attention_grouped::softmax_word(batch.partials, n_head, d_value) as usize;
-        let partials = (batch.partials * n_head) as usize;
+        // The buffer has room for more partial results than there are.
+        let most_partials = batch.partials + 3;
+        let softmax_word = attention_grouped::softmax_word(most_partials, n_head, d_value) as usize;
+        let partials = (most_partials * n_head) as usize;
         let partial = lab.output(softmax_word + 2 * partials)?;
         let scale = ((d_nope + d_rope) as f32).sqrt().recip();
         let problem = attention_grouped::AttentionGrouped {
@@ -229,6 +231,7 @@ fn attend_groups(
             n_sequence: sequences.len() as u32,
             entries: batch.entries,
             partials: batch.partials,
+            most_partials,
             n_head,
             widths,
             tiling,
@@ -310,7 +313,7 @@ fn attend_groups(
         };
         let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, scale.into());
         let got = lab.read(&partial)?;
-        let values = View::all(Reading::F32, partials * d_value as usize);
+        let values = View::all(Reading::F32, expected.values.len());
         Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
             .chain(compare_softmax(lab, (&got, softmax_word), &expected, tolerance))
             .collect())

@@ -5,7 +5,6 @@ use super::extreme::{Extreme, attention_tolerance};
 use super::{SEED, widen};
 use crate::adapter::{Cooperative, Tuning};
 use crate::check::compare::{HALF_ROUNDOFF, Tolerance};
-use crate::check::random::Random;
 use crate::check::view::{Reading, View};
 use crate::check::{Case, Lab, Outcome, every_tuning, pack, skipped};
 use crate::error::Result;
@@ -13,6 +12,7 @@ use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_prefill::{QUERY_TILES, tile_q};
 use crate::kernels::{AttentionPrefill, attention_prefill};
 use crate::op::Variant;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

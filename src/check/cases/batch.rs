@@ -205,14 +205,14 @@ pub(super) fn compare_partials(
     Ok(std::iter::once(values).chain(compare_softmax(lab, (&state, 0), expected, tolerance)).collect())
 }
 
-/// (m, l) pairs, from a word to the end.
+/// (m, l) pairs, from a word on.
 pub(super) fn compare_softmax(
     lab: &Lab<'_>,
     (state, first): (&Words, usize),
     expected: &reference::Partial,
     tolerance: Tolerance,
 ) -> [Comparison; 2] {
-    let counts = [(state.words.len() - first) / 2, 1];
+    let counts = [expected.max.len(), 1];
     let max = View { reading: Reading::Marked, first, counts, strides: [2, 1] };
     let sum = View { reading: Reading::F32, first: first + 1, ..max };
     let expected_max: Vec<f64> = expected.max.iter().copied().map(marked).collect();

@@ -5,12 +5,12 @@ use super::{SEED, widen};
 use crate::adapter::AdapterClass;
 use crate::check::compare::{Comparison, Tolerance};
 use crate::check::guarded::Guarded;
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, not_run};
 use crate::config::RopeConfig;
 use crate::error::Result;
 use crate::kernels::cache_append;
 use crate::op::Op as _;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

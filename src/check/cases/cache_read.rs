@@ -3,11 +3,11 @@
 use super::SEED;
 use super::batch::{Batch, cache_rows, compare_numbers};
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, pack};
 use crate::error::Result;
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::cache_read;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

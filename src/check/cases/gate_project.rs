@@ -5,10 +5,10 @@ use super::batch::{row_words, unpack};
 use crate::attention::groups::NO_ROW;
 use crate::check::compare::Tolerance;
 use crate::check::guarded::Guarded;
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, pack};
 use crate::error::Result;
 use crate::kernels::gate_project;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

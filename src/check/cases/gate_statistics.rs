@@ -3,11 +3,11 @@
 use super::{SEED, spread, widen};
 use crate::attention::groups::NO_ROW;
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, pack};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernels::gate_statistics;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::{Segments, Storage};
 

@@ -2,9 +2,9 @@
 
 use super::SEED;
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, every_tuning};
 use crate::kernels::gather;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

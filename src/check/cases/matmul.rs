@@ -3,12 +3,12 @@
 use super::{SEED, widen};
 use crate::adapter::Cooperative;
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::view::{Reading, View};
 use crate::check::{Case, every_tuning, skipped};
 use crate::kernels::matmul::Layout;
 use crate::kernels::{Matmul, matmul};
 use crate::op::Variant;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 

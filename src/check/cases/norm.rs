@@ -2,10 +2,10 @@
 
 use super::{SEED, spread, widen};
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, every_tuning, pack};
 use crate::error::Result;
 use crate::kernels::norm;
+use crate::random::Random;
 use crate::reference;
 use crate::storage::{Storage, padded_width};
 

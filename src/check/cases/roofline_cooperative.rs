@@ -3,11 +3,11 @@
 use super::{SEED, widen};
 use crate::adapter::Cooperative;
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, Lab, Outcome, every_tuning, skipped};
 use crate::error::Result;
 use crate::kernels::{RooflineCooperative, roofline_cooperative};
 use crate::op::Variant;
+use crate::random::Random;
 use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {

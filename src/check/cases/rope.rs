@@ -2,10 +2,10 @@
 
 use super::{SEED, widen};
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, every_tuning};
 use crate::config::{RopeConfig, RopeScaling};
 use crate::kernels::rope;
+use crate::random::Random;
 use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {

@@ -2,9 +2,9 @@
 
 use super::SEED;
 use crate::check::compare::Tolerance;
-use crate::check::random::Random;
 use crate::check::{Case, every_tuning};
 use crate::kernels::word_scatter;
+use crate::random::Random;
 use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {

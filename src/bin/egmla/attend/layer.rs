@@ -2,11 +2,9 @@
 
 use std::time::Instant;
 
-use egmla::attention::{
-    Attention, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput, Workspace, WorkspaceOptions,
-};
+use egmla::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, StepTokens};
 use egmla::config::AttentionConfig;
-use egmla::device::{Kernels, Region};
+use egmla::device::Region;
 use egmla::readback;
 use egmla::recording::Recording;
 use egmla::reference::layer::{History, Layer};
@@ -35,23 +33,24 @@ pub fn on_gpu(
     options: &PathOptions,
 ) -> Result<(Vec<f32>, Summary), Failure> {
     let kernels = &gpu.kernels;
-    let (storage, path) = (Storage::from(options.storage), DecodePath::from(options.decode));
-    let mut attention = Attention::new(kernels, config, weights, storage)?;
-    if options.gate_rows == GateRows::Table && config.up_projected_gate().is_some() {
-        let mut recording = Recording::new(kernels);
-        attention.load_gate_table(&mut recording)?;
-        readback::submit(&recording, &gpu.queue)?;
-    }
-    let capacity = input.lengths.iter().copied().max().unwrap_or(0);
-    let (n_layer, batch, gate_rows) = (1, input.lengths.len() as u32, options.gate_rows);
-    let cache_options = CacheOptions { n_layer, batch, capacity, storage, gate_rows };
-    let mut cache = LatentCache::new(kernels, config, cache_options)?;
-    let workspace = match Workspace::new(&cache, WorkspaceOptions::new(schedule.most_tokens())) {
-        Err(error @ egmla::Error::Limit { .. }) => {
+    let (storage, decode_path) = (Storage::from(options.storage), DecodePath::from(options.decode));
+    let attention =
+        Attention::new(kernels, config, weights, AttentionOptions { storage, gate_rows: options.gate_rows })?;
+    let cache_options = CacheOptions {
+        batch: input.lengths.len() as u32,
+        capacity: input.lengths.iter().copied().max().unwrap_or(0),
+        storage,
+        max_tokens: schedule.most_tokens(),
+        decode_path,
+        ..CacheOptions::default()
+    };
+    let cache = match LatentCache::new(&attention, cache_options) {
+        Err(ref error @ egmla::Error::Limit { ref what, .. }) if what.starts_with("workspace") => {
             return Err(Failure::usage(format!("{error}; prefill fewer tokens at once with --chunk")));
         }
         other => other?,
     };
+    let mut layer = DeviceLayer { attention: &attention, cache, recording: Recording::new(kernels) };
     gpu.check()?;
 
     let mut hidden = vec![0f32; input.hidden.len()];
@@ -64,11 +63,8 @@ pub fn on_gpu(
                 break;
             }
             interrupt::check()?;
-            let outputs = {
-                let mut layer =
-                    DeviceLayer { kernels, attention: &attention, cache: &mut cache, workspace: &workspace };
-                steps.iter().map(|step| layer.submit(gpu, input, step, path)).collect::<Result<Vec<_>, _>>()?
-            };
+            let submitted = steps.iter().map(|step| layer.submit(gpu, input, step));
+            let outputs = submitted.collect::<Result<Vec<_>, _>>()?;
             let regions: Vec<_> = outputs.iter().collect();
             let read = readback::wait(readback::read_f32(kernels, &gpu.queue, &regions))?;
             gpu.check()?;
@@ -79,32 +75,32 @@ pub fn on_gpu(
         }
         phase.seconds = start.elapsed().as_secs_f64();
     }
-    let mut memory = cache.memory(&workspace);
+    let mut memory = layer.cache.memory();
     memory.gate_rows += attention.gate_table_bytes();
     Ok((hidden, Summary { prefill, decode, memory: Some(memory) }))
 }
 
 struct DeviceLayer<'a> {
-    kernels: &'a Kernels,
     attention: &'a Attention,
-    cache: &'a mut LatentCache,
-    workspace: &'a Workspace,
+    cache: LatentCache,
+    recording: Recording,
 }
 
 impl DeviceLayer<'_> {
     /// Submits one step; its output can be read once the queue has come to it.
-    fn submit(&mut self, gpu: &Gpu, input: &Sequences, step: &Planned, path: DecodePath) -> egmla::Result<Region> {
+    fn submit(&mut self, gpu: &Gpu, input: &Sequences, step: &Planned) -> egmla::Result<Region> {
+        let kernels = self.recording.kernels();
         let rows = gather(&input.hidden, &step.rows, input.width);
-        let hidden = Region::from(&self.kernels.upload("egmla.attend.input", bytemuck::cast_slice(&rows))?);
+        let hidden = Region::from(&kernels.upload("egmla.attend.input", bytemuck::cast_slice(&rows))?);
         let bytes = size_of_val(rows.as_slice()) as u64;
-        let out = Region::new(&self.kernels.allocate("egmla.attend.output", bytes)?, 0, bytes);
+        let out = Region::new(&kernels.allocate("egmla.attend.output", bytes)?, 0, bytes);
         let ids: Option<Vec<u32>> = input.token_ids.as_ref().map(|ids| step.rows.iter().map(|&row| ids[row]).collect());
-        let input = StepInput { mode: step.mode, counts: &step.counts, token_ids: ids.as_deref() };
-        let planned = self.cache.plan_step(input)?;
-        let mut recording = Recording::new(self.kernels);
-        self.attention.forward(&mut recording, self.cache, 0, &planned, self.workspace, path, &hidden, &out)?;
-        readback::submit(&recording, &gpu.queue)?;
-        self.cache.commit(&planned)?;
+        let tokens = StepTokens { counts: &step.counts, ids: ids.as_deref() };
+        let prepared = self.cache.prepare(step.mode, tokens)?;
+        self.recording.clear();
+        self.attention.forward(&mut self.recording, &self.cache, &prepared, 0, &hidden, &out)?;
+        readback::submit(&mut self.recording, &gpu.queue)?;
+        self.cache.commit(prepared)?;
         Ok(out)
     }
 }

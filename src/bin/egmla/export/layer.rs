@@ -8,12 +8,12 @@
 
 use std::path::Path;
 
-use egmla::attention::{CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepInput};
+use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepTokens};
 use egmla::check::capture::{Action, Blob, BufferData, Capture, Captured, ToleranceData};
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use egmla::check::export::webgpu;
 use egmla::config::DecoderConfig;
-use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderStateOptions, DecoderWeights, Logits, ModelFolder};
+use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderWeights, Logits, ModelFolder};
 use egmla::recording::Recording;
 use egmla::storage::Storage;
 use serde::Serialize;
@@ -93,7 +93,6 @@ struct Model<'a> {
     decoder: &'a Decoder,
     cache: LatentCache,
     state: DecoderState,
-    path: DecodePath,
 }
 
 impl Model<'_> {
@@ -107,10 +106,10 @@ impl Model<'_> {
                 continue;
             }
             let mut recording = Recording::new(self.cache.kernels());
-            let input = StepInput { mode, counts: &[ids.len() as u32], token_ids: Some(ids) };
-            let Model { decoder, cache, state, path } = self;
-            decoder.advance(&mut recording, cache, state, input, *path, Logits::None)?;
-            capture.submit(&recording)?;
+            let tokens = StepTokens { counts: &[ids.len() as u32], ids: Some(ids) };
+            let Model { decoder, cache, state } = self;
+            decoder.advance(&mut recording, cache, state, (mode, tokens), Logits::None)?;
+            capture.submit(&mut recording)?;
             capture.read_last(ids.len() * width)?;
         }
         Ok(capture.take_actions())
@@ -167,7 +166,8 @@ impl Source {
 pub fn write(gpu: &Gpu, source: Source, out: &Path) -> Result<u64, Failure> {
     let Source { model, config, weights } = source;
     let capture = Capture::new(&gpu.kernels, &gpu.queue, webgpu(None));
-    let decoder = Decoder::new(capture.kernels(), &config, &weights, Storage::F16)?;
+    let options = AttentionOptions { storage: Storage::F16, gate_rows: GateRows::Recompute };
+    let decoder = Decoder::new(capture.kernels(), &config, &weights, options)?;
     // Takes the recordings that only tell where the ids stand.
     let probe = Capture::new(&gpu.kernels, &gpu.queue, webgpu(None));
     let programs = out.join("layer");
@@ -175,14 +175,15 @@ pub fn write(gpu: &Gpu, source: Source, out: &Path) -> Result<u64, Failure> {
 
     let mut total = 0;
     let mut variants = Vec::new();
-    let (n_layer, batch, capacity) = (1, 1, MOST_TOKENS as u32);
+    let capacity = MOST_TOKENS as u32;
     for (storage, relative) in [(Storage::F32, F32_LIMIT), (Storage::F16, F16_LIMIT)] {
-        for (name, path) in [("expanded", DecodePath::Expanded), ("absorbed", DecodePath::Absorbed)] {
-            let options = CacheOptions { n_layer, batch, capacity, storage, gate_rows: GateRows::Recompute };
-            let cache = LatentCache::new(capture.kernels(), &config.attention, options)?;
-            let state = decoder.state(&cache, DecoderStateOptions { max_tokens: capacity, all_logits: false })?;
+        for (name, decode_path) in [("expanded", DecodePath::Expanded), ("absorbed", DecodePath::Absorbed)] {
+            let options =
+                CacheOptions { capacity, storage, max_tokens: capacity, decode_path, ..CacheOptions::default() };
+            let cache = decoder.cache(options)?;
+            let state = decoder.state(&cache, false)?;
             let memory = state.memory(&cache).lines().into();
-            let mut of_path = Model { decoder: &decoder, cache, state, path };
+            let mut of_path = Model { decoder: &decoder, cache, state };
             let lengths = (1..=MOST_TOKENS).map(|tokens| of_path.program((&capture, &probe), tokens));
             let file = format!("{}_{name}", storage.name());
             total += write_json(&programs, &file, &lengths.collect::<Result<Vec<_>, _>>()?)?;

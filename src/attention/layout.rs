@@ -1,0 +1,230 @@
+//! Bytes of a cache and of its parts: everything that is refused is refused here, before anything is allocated.
+
+use super::cache::CacheOptions;
+use super::groups;
+use super::lists::GateRows;
+use super::widths::Widths;
+use super::workspace::Workspace;
+use crate::adapter::PlanContext;
+use crate::config::{AttentionConfig, GateNorm};
+use crate::device::{Kernels, Region};
+use crate::error::{Error, Result};
+use crate::kernels::attention_grouped::{SEQUENCE_WORDS, Tiling, tiling};
+use crate::storage::{padded, product, words};
+
+/// One layer's latents, rotary keys and statistics, in one buffer one after another: one binding for kernels that need all.
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    pub whole: Region,
+    pub latent: Region,
+    pub rope_key: Region,
+    pub statistics: Option<Region>,
+    pub pool: Option<Region>,
+}
+
+/// Where things stand in the group lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ListLayout {
+    pub mode: GateRows,
+    pub batch: u32,
+    pub capacity: u32,
+    /// First word of the sequence table: token ids of all cache rows stand before it.
+    pub table: u32,
+    pub words: u32,
+    /// Most groups whose rows are projected at once.
+    pub pass_groups: u32,
+    /// `None` where the device holds no head of these widths.
+    pub tiling: Option<Tiling>,
+    pub region: groups::Layout,
+}
+
+impl ListLayout {
+    fn new(
+        context: &PlanContext,
+        widths: &Widths,
+        mode: GateRows,
+        (batch, capacity): (u32, u32),
+        vocab_size: u32,
+    ) -> Result<Self> {
+        let tiling = tiling(context, widths.grouped()).ok();
+        let ids = product(&[batch, capacity]).next_multiple_of(64);
+        let table_words = product(&[batch, SEQUENCE_WORDS]).next_multiple_of(64);
+        let region = groups::Layout::new(capacity);
+        let words = region
+            .map_or(u64::MAX, |layout| ids.saturating_add(table_words).saturating_add(product(&[batch, layout.words])));
+        let (needed, allowed) = (words.saturating_mul(4), context.largest_binding());
+        let (Some(region), true) = (region, needed <= allowed) else {
+            let what = format!("group lists of {batch} sequences × {capacity} tokens");
+            return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
+        };
+        if matches!(mode, GateRows::Pool { rows: 0 }) {
+            return Err(Error::Empty { what: "the pool of gate rows" });
+        }
+        let entry_groups = tiling.map_or(1, |tiling| tiling.entry_groups());
+        // Distinct ids are bounded by the vocabulary; a sequence's groups fill whole entries.
+        let most = product(&[batch, capacity.min(vocab_size).next_multiple_of(entry_groups)]);
+        let row_bytes = product(&[widths.d_kv(), 4]);
+        let room = (allowed / row_bytes.max(1)).min(4096).min(most);
+        let pass_groups = (room as u32 / entry_groups * entry_groups).max(entry_groups);
+        let (table, words) = (ids as u32, words as u32);
+        Ok(ListLayout { mode, batch, capacity, table, words, pass_groups, tiling, region })
+    }
+
+    /// Word where the lists of a sequence begin.
+    pub fn base(&self, sequence: u32) -> u32 {
+        self.words - (self.batch - sequence) * self.region.words
+    }
+
+    /// Most partial results of a step of `tokens` query tokens per sequence.
+    pub fn most_partials(&self, vocab_size: u32, tokens: u32) -> u64 {
+        let Some(tiling) = self.tiling else { return 0 };
+        let groups = self.capacity.min(vocab_size);
+        let tiles = groups.div_ceil(tiling.entry_groups());
+        let chunks = self.region.most_chunks();
+        let rows = product(&[self.batch, groups.next_multiple_of(tiling.entry_groups())]);
+        let passes = if self.mode == GateRows::Table { 1 } else { rows.div_ceil(self.pass_groups.into()).max(1) };
+        let entries = u64::from(tiles) + passes * u64::from(chunks.div_ceil(tiling.span));
+        product(&[self.batch, tokens]).saturating_mul(entries)
+    }
+}
+
+/// Where things stand in a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CacheLayout {
+    latent: u64,
+    rope_byte: u64,
+    rope_key: u64,
+    statistics_byte: u64,
+    /// 0 without a norm of gated keys and values.
+    statistics: u64,
+    /// Bytes of a layer's pool of gate rows.
+    pool: Option<u64>,
+    pub lists: Option<ListLayout>,
+    /// Bytes of intermediate results.
+    workspace: u64,
+}
+
+impl CacheLayout {
+    /// # Errors
+    /// Extents of 0 or over 2^31 rows; a buffer, of the cache or of its intermediate results, over the device's limits.
+    pub fn new(
+        context: &PlanContext,
+        config: &AttentionConfig,
+        widths: &Widths,
+        options: &CacheOptions,
+        gate_rows: GateRows,
+    ) -> Result<Self> {
+        for (what, extent) in [
+            ("layers of the cache", options.n_layer),
+            ("sequences of the cache", options.batch),
+            ("capacity of the cache", options.capacity),
+            ("step (max_tokens is 0)", options.max_tokens),
+        ] {
+            if extent == 0 {
+                return Err(Error::Empty { what });
+            }
+        }
+        let rows = product(&[options.batch, options.capacity]);
+        let most = (1 << 31) - 1;
+        if rows > most {
+            return Err(Error::OutOfRange { what: "batch × capacity of the cache", found: rows, limit: most });
+        }
+        // The kernels bind a layer's cache whole.
+        let bytes = |what: &str, needed: u64| {
+            let what = || format!("{what} of {} sequences × {} tokens", options.batch, options.capacity);
+            context.check_binding(needed, what).map(|()| needed)
+        };
+        let stored = |width: u32| options.storage.sized(width.into()).saturating_mul(rows);
+        let gate = config.up_projected_gate();
+        // Each part begins where a binding may begin.
+        let alignment = u64::from(context.limits.min_storage_buffer_offset_alignment.max(16));
+        let latent = bytes("latent cache", stored(widths.d_latent))?;
+        let rope_byte = padded(latent, alignment);
+        let rope_key = stored(widths.d_rope).max(16);
+        let statistics_byte = padded(rope_byte.saturating_add(rope_key), alignment);
+        let has_statistics = gate.is_some_and(|gate| gate.norm != GateNorm::None);
+        let statistics = if has_statistics { (rows * 8).next_multiple_of(16) } else { 0 };
+        bytes("latent cache with rotary keys and statistics", statistics_byte.saturating_add(statistics))?;
+        let pool = match (gate, gate_rows) {
+            (Some(_), GateRows::Pool { rows }) => {
+                let needed = options.storage.sized(product(&[rows, widths.d_kv()]));
+                context.check_binding(needed, || format!("a pool of {rows} gate rows"))?;
+                Some(needed)
+            }
+            _ => None,
+        };
+        let extents = (options.batch, options.capacity);
+        let lists =
+            gate.map(|gate| ListLayout::new(context, widths, gate_rows, extents, gate.vocab_size)).transpose()?;
+        let workspace = Workspace::check(context, config, widths, options, lists.as_ref())?;
+        Ok(CacheLayout { latent, rope_byte, rope_key, statistics_byte, statistics, pool, lists, workspace })
+    }
+
+    /// Bytes of one layer's buffer.
+    pub fn whole(&self) -> u64 {
+        self.statistics_byte + self.statistics
+    }
+
+    /// Bytes of a cache of so many layers.
+    pub fn memory(&self, n_layer: u32) -> MemoryReport {
+        let of_layers = |bytes: u64| bytes.saturating_mul(n_layer.into());
+        MemoryReport {
+            latent: of_layers(self.latent),
+            rope_key: of_layers(self.rope_key),
+            lists: self.lists.map_or(0, |lists| words(lists.words.into())),
+            statistics: of_layers(self.statistics),
+            gate_rows: of_layers(self.pool.unwrap_or(0)),
+            workspace: self.workspace,
+        }
+    }
+
+    /// One layer's part of the cache.
+    pub fn allocate(&self, kernels: &Kernels) -> Result<LayerCache> {
+        let buffer = kernels.allocate("egmla.cache.layer", self.whole())?;
+        let pool = self.pool.map(|bytes| kernels.allocate("egmla.cache.gate_rows", bytes)).transpose()?;
+        Ok(LayerCache {
+            whole: Region::from(&buffer),
+            latent: Region::new(&buffer, 0, self.latent),
+            rope_key: Region::new(&buffer, self.rope_byte, self.rope_key),
+            statistics: (self.statistics > 0).then(|| Region::new(&buffer, self.statistics_byte, self.statistics)),
+            pool: pool.as_ref().map(Region::from),
+        })
+    }
+}
+
+/// Bytes on the device, by purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct MemoryReport {
+    /// Cached latents of all layers.
+    pub latent: u64,
+    /// Cached rotary keys of all layers.
+    pub rope_key: u64,
+    /// Token ids and group lists, shared by the layers.
+    pub lists: u64,
+    /// Cached norm statistics of all layers.
+    pub statistics: u64,
+    /// Gate rows that are kept: the pools of all layers, or their tables ([`super::Attention::gate_table_bytes`]) where the
+    /// caller has added them.
+    pub gate_rows: u64,
+    /// Intermediate results of one step, shared by the layers.
+    pub workspace: u64,
+}
+
+impl MemoryReport {
+    /// The lines of the report: name and bytes.
+    pub fn lines(&self) -> [(&'static str, u64); 6] {
+        [
+            ("latent", self.latent),
+            ("rope key", self.rope_key),
+            ("token ids and groups", self.lists),
+            ("norm statistics", self.statistics),
+            ("gate rows", self.gate_rows),
+            ("workspace", self.workspace),
+        ]
+    }
+
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.lines().iter().map(|(_, bytes)| bytes).sum()
+    }
+}
