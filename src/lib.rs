@@ -37,9 +37,9 @@ pub mod kernels;
 pub mod op;
 pub mod plan;
 pub mod random;
-#[cfg(feature = "check")]
 pub mod readback;
 pub mod recording;
+#[cfg(any(feature = "check", feature = "decoder"))]
 pub mod reference;
 pub mod registry;
 #[cfg(feature = "check")]

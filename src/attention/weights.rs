@@ -338,6 +338,7 @@ impl<'a> LayerWeights<Upload<'a>> {
 ///
 /// # Errors
 /// [`Error::Limit`] of the first such tensor.
+#[cfg(feature = "decoder")]
 pub(crate) fn check_weights(
     kernels: &Kernels,
     config: &AttentionConfig,

@@ -1,7 +1,7 @@
 //! The device of the GPU tests.
 
 #[allow(dead_code, reason = "the tests that take this need a part of it")]
-#[path = "../../src/bin/egmla/unchecked.rs"]
+#[path = "../../cli/src/unchecked.rs"]
 pub mod unchecked;
 
 use egmla::attention::AttentionOptions;

@@ -108,7 +108,7 @@ impl ModelOption {
             return Ok(folder.clone());
         }
         let program = std::env::current_exe().unwrap_or_default();
-        let built = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/models/shakespeare")).to_owned();
+        let built = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/shakespeare")).to_owned();
         std::iter::once(PathBuf::from(COMMITTED))
             .chain(program.ancestors().skip(1).map(|folder| folder.join(COMMITTED)))
             .chain([built])

@@ -1,8 +1,8 @@
 //! Measuring: rows, tuning, compiled pipelines that are kept, and the README's table.
 
-#![cfg(feature = "program")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../../tests/common/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ use egmla::wgpu;
 use serde_json::Value;
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
 /// Runs the program in a folder, which is also its cache folder.

@@ -1,6 +1,6 @@
 //! Ctrl-C in the program: the text so far stays, the terminal and the files are as they were, and the exit status is 130.
 
-#![cfg(all(feature = "program", target_os = "linux"))]
+#![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;

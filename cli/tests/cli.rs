@@ -2,7 +2,6 @@
 //!
 //! Tests that need an adapter fail where there is none: install a driver, for instance Mesa's software Vulkan.
 
-#![cfg(feature = "program")]
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::collections::BTreeMap;
@@ -614,7 +613,7 @@ fn export_writes_cases_and_a_layer_that_a_page_can_read() {
     egmla(&["export", "--out", "x", "--adapter", "cpu"]).refused(1, &["an adapter is needed"]);
     let work = tempfile::tempdir().unwrap();
     let out = work.path().join("data");
-    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/shakespeare");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/shakespeare");
     egmla(&["export", "--out", out.to_str().unwrap(), "--filter", "residual_add", "--model", model]).done();
     let json = |name: &str| -> Value { serde_json::from_slice(&fs::read(out.join(name)).unwrap()).unwrap() };
     let index = json("index.json");
@@ -671,7 +670,7 @@ fn golden(case: &str, adapter: &str, decode: &[&str], storages: &[(&str, f64)]) 
 }
 
 fn golden_with(case: &str, adapter: &str, decode: &[&str], gate_rows: &str, storages: &[(&str, f64)]) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
+    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("tests/golden").join(case);
     let (shape, expected) = read_hidden(&folder.join("expected.safetensors"));
     let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
     assert!(norm > 0.0);
@@ -831,7 +830,7 @@ fn eval_refuses_texts_that_cannot_be_scored() {
 
 #[test]
 fn a_model_folder_that_is_spoilt_is_refused_before_an_adapter_is_opened() {
-    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/shakespeare");
+    let committed = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("models/shakespeare");
     let spoilt = |change: &dyn Fn(&Path)| {
         let folder = tempfile::tempdir().unwrap();
         for name in ["config.json", "model.safetensors", "tokenizer.json"] {
@@ -863,7 +862,7 @@ fn a_model_folder_that_is_spoilt_is_refused_before_an_adapter_is_opened() {
 
 #[test]
 fn generate_and_eval_survive_readers_that_go_away() {
-    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE-MIT");
+    let text = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join("LICENSE-MIT");
     let eval = ["eval", "--adapter", "cpu", "--text", text.to_str().unwrap()];
     let generate = ["generate", "--adapter", "cpu", "--max-new-tokens", "3", "--prompt", PROMPT];
     for arguments in [&eval[..], &generate] {
