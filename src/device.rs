@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tunings};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, BufferError, Error, Result};
 use crate::op::{Access, Binding, MAX_BINDINGS, Spec};
 use crate::storage::padded;
 
@@ -38,7 +38,7 @@ impl Region {
     /// Refuses a region that does not hold `needed` bytes, or that a shader cannot be given.
     ///
     /// # Errors
-    /// [`Error::BufferUsage`], [`Error::BufferOffset`], [`Error::BufferSize`], or [`Error::Limit`] for more bytes than a binding
+    /// `BufferError::Usage`, `BufferError::Offset`, `BufferError::Size`, or [`Error::Limit`] for more bytes than a binding
     /// holds; with the names of the operation and of the argument.
     pub(crate) fn check(
         &self,
@@ -49,15 +49,15 @@ impl Region {
     ) -> Result<()> {
         let Region { buffer, offset, size } = self;
         if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-            return Err(Error::BufferUsage { kernel, binding });
+            return Err(Error::Buffer(BufferError::Usage { kernel, binding }));
         }
         let alignment = u64::from(limits.min_storage_buffer_offset_alignment);
         if !offset.is_multiple_of(alignment) {
-            return Err(Error::BufferOffset { kernel, binding, offset: *offset, alignment });
+            return Err(Error::Buffer(BufferError::Offset { kernel, binding, offset: *offset, alignment }));
         }
         let found = buffer.size().saturating_sub(*offset).min(*size);
         if needed > found {
-            return Err(Error::BufferSize { kernel, binding, needed, found });
+            return Err(Error::Buffer(BufferError::Size { kernel, binding, needed, found }));
         }
         if needed > limits.max_storage_buffer_binding_size {
             return Err(Error::Limit {
@@ -128,7 +128,7 @@ impl Kernels {
     /// Takes the caller's device and its queue, which recordings write their parameters through. Nothing is compiled yet.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`] or [`Error::OutOfMemory`] of the device, [`Error::Limit`] when it offers fewer storage buffers than
+    /// `DeviceError::Lost` or `DeviceError::OutOfMemory` of the device, [`Error::Limit`] when it offers fewer storage buffers than
     /// WebGPU promises.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self> {
         Self::with_class(device, queue, AdapterClass::of(&device.adapter_info()))
@@ -258,8 +258,8 @@ impl Kernels {
     /// Allocates a storage buffer that can be copied from and to; at least 16 bytes.
     ///
     /// # Errors
-    /// [`Error::Limit`] above `max_buffer_size`, [`Error::OutOfMemory`] when the device has no memory left,
-    /// [`Error::DeviceLost`] when it is lost.
+    /// [`Error::Limit`] above `max_buffer_size`, `DeviceError::OutOfMemory` when the device has no memory left,
+    /// `DeviceError::Lost` when it is lost.
     pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         let buffer = self.buffer(label, self.allocation(label, bytes)?, STORAGE_USAGE)?;
         alive(&self.0.device, label).map(|()| buffer)
@@ -274,11 +274,11 @@ impl Kernels {
     /// Fails where `of` belongs to another device: wgpu would refuse it much later, in the caller's own encoder.
     ///
     /// # Errors
-    /// [`Error::OtherDevice`].
+    /// `ArgumentError::OtherDevice`.
     pub(crate) fn same_device(&self, of: &Kernels, what: &'static str, than: &'static str) -> Result<()> {
         let same =
             self.0.family == of.0.family || self.0.device == of.0.device && one_device(&self.0.device, &of.0.device);
-        if same { Ok(()) } else { Err(Error::OtherDevice { what, than }) }
+        if same { Ok(()) } else { Err(Error::Argument(ArgumentError::OtherDevice { what, than })) }
     }
 
     /// Allocates a storage buffer that begins with `bytes`. The bytes are in place before any later submission.
@@ -465,7 +465,7 @@ pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce()
 /// wgpu maps at its creation, as [`Kernels::upload`] does. In a browser that succeeds, too: there the page's own promise tells.
 ///
 /// # Errors
-/// [`Error::DeviceLost`]; [`Error::OutOfMemory`] where there is no room for 4 bytes.
+/// `DeviceError::Lost`; `DeviceError::OutOfMemory` where there is no room for 4 bytes.
 pub(crate) fn alive(device: &wgpu::Device, what: &str) -> Result<()> {
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let probe = device.create_buffer(&wgpu::BufferDescriptor {

@@ -19,15 +19,76 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// The text of a configuration file is not the JSON that is expected.
-    #[error("config is not valid: {0}")]
-    Json(#[from] serde_json::Error),
-    /// The bytes are not a whole safetensors file.
-    #[error("not a valid safetensors file: {0}")]
-    Safetensors(String),
+    /// A tensor of a checkpoint that does not fit its configuration, or the storage that was asked for.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// A kernel that cannot run.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A buffer that a kernel, or the layer by its argument's name, cannot be given.
+    #[error(transparent)]
+    Buffer(#[from] BufferError),
+    /// A device limit is too small.
+    #[error("{what} needs {needed}, but this device allows {allowed} ({limit})")]
+    Limit {
+        /// What is being planned or allocated.
+        what: String,
+        /// What it needs.
+        needed: u64,
+        /// What the device allows.
+        allowed: u64,
+        /// Name of the limit in `wgpu::Limits`.
+        limit: &'static str,
+    },
+    /// An argument that is out of range, or does not fit another.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
+    /// The cache has no room for the new tokens of a sequence. The cache is unchanged.
+    #[error("cache full: sequence {sequence} holds {length} tokens, {added} more exceed its capacity of {capacity}")]
+    CacheFull {
+        /// Index of the sequence in the batch.
+        sequence: usize,
+        /// Tokens that it holds.
+        length: u32,
+        /// Tokens that were to be added.
+        added: u64,
+        /// Tokens that fit.
+        capacity: u32,
+    },
+    /// The step was planned on another cache, or the cache has changed since.
+    #[error("this step was prepared for another state of the cache: prepare it again")]
+    StaleStep,
+    /// A combination that is defined but that this version does not compute.
+    #[error("{what} is not supported: {instead}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// What the device, its driver or wgpu reports: `what` was being done, and `message` is wgpu's own words on one line.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Data that cannot be read or used: a file's content, or a result.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// An error in the content of a file.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        source: Box<Error>,
+    },
+}
+
+/// A tensor of a checkpoint that does not fit its configuration, or the storage that was asked for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TensorError {
     /// The configuration asks for a tensor that the checkpoint does not hold.
     #[error("tensor `{name}` is missing (expected shape {expected:?})")]
-    MissingTensor {
+    Missing {
         /// Full name in the checkpoint.
         name: String,
         /// The shape that the configuration implies.
@@ -35,7 +96,7 @@ pub enum Error {
     },
     /// The checkpoint holds a tensor that the configuration has no place for.
     #[error("tensor `{name}` of shape {found:?} is not expected by this configuration")]
-    ExtraTensor {
+    Extra {
         /// Full name in the checkpoint.
         name: String,
         /// Its shape.
@@ -43,7 +104,7 @@ pub enum Error {
     },
     /// A tensor has another shape than the configuration implies.
     #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
-    TensorShape {
+    Shape {
         /// Full name in the checkpoint.
         name: String,
         /// The shape that the configuration implies.
@@ -53,7 +114,7 @@ pub enum Error {
     },
     /// A tensor has an element type that is not read here.
     #[error("tensor `{name}` has element type {found}, expected {expected}")]
-    TensorType {
+    Type {
         /// Full name in the checkpoint.
         name: String,
         /// The element types that are accepted.
@@ -71,6 +132,12 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
+}
+
+/// A kernel that cannot run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
     /// A kernel was asked for something that its shader cannot do.
     #[error("{kernel}: {problem}")]
     Problem {
@@ -87,21 +154,15 @@ pub enum Error {
         /// Names of the missing features.
         features: String,
     },
-    /// A device limit is too small.
-    #[error("{what} needs {needed}, but this device allows {allowed} ({limit})")]
-    Limit {
-        /// What is being planned or allocated.
-        what: String,
-        /// What it needs.
-        needed: u64,
-        /// What the device allows.
-        allowed: u64,
-        /// Name of the limit in `wgpu::Limits`.
-        limit: &'static str,
-    },
+}
+
+/// A buffer that a kernel, or the layer by its argument's name, cannot be given.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BufferError {
     /// A buffer handed to a kernel is smaller than the problem.
     #[error("{kernel}: buffer `{binding}` has {found} bytes, needs {needed}")]
-    BufferSize {
+    Size {
         /// Stem of the kernel.
         kernel: &'static str,
         /// Name of the binding.
@@ -113,7 +174,7 @@ pub enum Error {
     },
     /// A buffer was made without `BufferUsages::STORAGE`: no shader can be given it.
     #[error("{kernel}: buffer `{binding}` was made without BufferUsages::STORAGE")]
-    BufferUsage {
+    Usage {
         /// Stem of the kernel.
         kernel: &'static str,
         /// Name of the binding.
@@ -121,7 +182,7 @@ pub enum Error {
     },
     /// A region's offset does not meet the device's alignment.
     #[error("{kernel}: buffer `{binding}` begins at byte {offset}, not a multiple of {alignment}")]
-    BufferOffset {
+    Offset {
         /// Stem of the kernel.
         kernel: &'static str,
         /// Name of the binding.
@@ -141,18 +202,12 @@ pub enum Error {
         /// The other.
         second: &'static str,
     },
-    /// The cache has no room for the new tokens of a sequence. The cache is unchanged.
-    #[error("cache full: sequence {sequence} holds {length} tokens, {added} more exceed its capacity of {capacity}")]
-    CacheFull {
-        /// Index of the sequence in the batch.
-        sequence: usize,
-        /// Tokens that it holds.
-        length: u32,
-        /// Tokens that were to be added.
-        added: u64,
-        /// Tokens that fit.
-        capacity: u32,
-    },
+}
+
+/// An argument that is out of range, or does not fit another.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ArgumentError {
     /// A sequence index or length is outside of the cache.
     #[error("{what} is {found}, must be at most {limit}")]
     OutOfRange {
@@ -189,23 +244,26 @@ pub enum Error {
         /// What is empty.
         what: &'static str,
     },
-    /// A combination that is defined but that this version does not compute.
-    #[error("{what} is not supported: {instead}")]
-    Unsupported {
-        /// What was asked for.
-        what: String,
-        /// What to do instead.
-        instead: &'static str,
+    /// Two objects that must share a device do not. Nothing was recorded.
+    #[error("{what} is of another device than the {than}: make both with the kernels of one device")]
+    OtherDevice {
+        /// What was given.
+        what: &'static str,
+        /// What it does not fit.
+        than: &'static str,
     },
-    /// The step was planned on another cache, or the cache has changed since.
-    #[error("this step was prepared for another state of the cache: prepare it again")]
-    StaleStep,
+}
+
+/// What the device, its driver or wgpu reports: `what` was being done, and `message` is wgpu's own words on one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
     /// The device is lost: destroyed, reset, unplugged, or out of memory where wgpu does not survive it. Whatever lives on it is
     /// gone; the host's state, as a cache's lengths, still tells what there was.
     #[error(
         "GPU: {what}: the device is lost ({message}); open a new one, make kernels, layers and caches on it, and feed them again"
     )]
-    DeviceLost {
+    Lost {
         /// What was being done.
         what: String,
         /// What is known of the cause, on one line.
@@ -241,45 +299,36 @@ pub enum Error {
     },
     /// The driver, or wgpu's use of it, failed for a reason of its own.
     #[error("GPU: {what}: {message}; try again, with a newer driver or on another adapter")]
-    Device {
+    Driver {
         /// What was being done.
         what: String,
         /// wgpu's own words, on one line.
         message: String,
     },
-    /// Two objects that must share a device do not. Nothing was recorded.
-    #[error("{what} is of another device than the {than}: make both with the kernels of one device")]
-    OtherDevice {
-        /// What was given.
-        what: &'static str,
-        /// What it does not fit.
-        than: &'static str,
-    },
-    /// The operating system refused a file.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// An error in the content of a file.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong in it.
-        source: Box<Error>,
-    },
-    /// Tensors of an input file do not fit the layer, or each other.
-    #[error("{0}")]
-    Input(String),
+}
+
+/// Data that cannot be read or used: a file's content, or a result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// The bytes are not a whole safetensors file.
+    #[error("not a valid safetensors file: {0}")]
+    Safetensors(String),
+    /// The text of a configuration file is not the JSON that is expected.
+    #[error("config is not valid: {0}")]
+    Json(#[from] serde_json::Error),
     /// A text file is not UTF-8.
     #[error("not UTF-8 text (byte {byte})")]
     Utf8 {
         /// The first byte that is not.
         byte: usize,
     },
+    /// Tensors of an input file do not fit the layer, or each other.
+    #[error("{0}")]
+    Input(String),
+    /// The tokenizer could not be read or could not encode.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
     /// A result is NaN or infinite.
     #[error("{what}: element {index} is {value}, must be finite")]
     NonFinite {
@@ -290,9 +339,15 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
-    /// The tokenizer could not be read or could not encode.
-    #[error("tokenizer: {0}")]
-    Tokenizer(String),
+    /// The operating system refused a file.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}
+
+impl From<serde_json::Error> for Error {
+    fn from(error: serde_json::Error) -> Self {
+        DataError::Json(error).into()
+    }
 }
 
 impl Error {
@@ -301,17 +356,17 @@ impl Error {
     }
 
     pub(crate) fn problem(kernel: &'static str, problem: impl Into<String>) -> Self {
-        Error::Problem { kernel, problem: problem.into() }
+        KernelError::Problem { kernel, problem: problem.into() }.into()
     }
 
     /// A failure of the driver, in wgpu's words.
     pub(crate) fn device(what: impl Into<String>, message: impl std::fmt::Display) -> Self {
-        Error::Device { what: what.into(), message: one_line(message) }
+        DeviceError::Driver { what: what.into(), message: one_line(message) }.into()
     }
 
     /// The device is lost, by these words.
     pub(crate) fn lost(what: impl Into<String>, message: impl std::fmt::Display) -> Self {
-        Error::DeviceLost { what: what.into(), message: one_line(message) }
+        DeviceError::Lost { what: what.into(), message: one_line(message) }.into()
     }
 
     /// What an error scope, or the handler of errors outside of all scopes, was told.
@@ -319,20 +374,16 @@ impl Error {
         let (what, message) = (what.into(), one_line(error));
         match error {
             // Its own words are the variant's; what the allocator said stands behind them.
-            wgpu::Error::OutOfMemory { source } => Error::OutOfMemory { what, message: one_line(source) },
-            wgpu::Error::Validation { .. } => Error::Validation { what, message },
-            wgpu::Error::Internal { .. } => Error::Device { what, message },
+            wgpu::Error::OutOfMemory { source } => DeviceError::OutOfMemory { what, message: one_line(source) }.into(),
+            wgpu::Error::Validation { .. } => DeviceError::Validation { what, message }.into(),
+            wgpu::Error::Internal { .. } => DeviceError::Driver { what, message }.into(),
         }
     }
 
     /// Whether the device is at fault, or what wgpu makes of it, and not what was asked of it.
     pub fn is_of_device(&self) -> bool {
         match self {
-            Error::DeviceLost { .. }
-            | Error::OutOfMemory { .. }
-            | Error::Validation { .. }
-            | Error::Timeout { .. }
-            | Error::Device { .. } => true,
+            Error::Device(_) => true,
             Error::File { source, .. } => source.is_of_device(),
             _ => false,
         }

@@ -4,12 +4,12 @@
 //!
 //! | fault | who meets it | as |
 //! |---|---|---|
-//! | out of memory | whatever allocates, at once (error scopes) | [`Error::OutOfMemory`] |
-//! | refused by validation, or by the driver | whatever creates, at once (error scopes) | [`Error::Validation`], [`Error::Device`] |
-//! | lost device | whatever allocates, compiles or records; reading back | [`Error::DeviceLost`] |
-//! | lost device, between calls | the owner alone: [`Faults`] | [`Error::DeviceLost`] |
-//! | an error in the owner's own encoder or pass | the owner alone: [`Faults`] | [`Error::Validation`], [`Error::OutOfMemory`] |
-//! | a device that hangs | who waits: [`crate::readback::finish_within`] | [`Error::Timeout`] |
+//! | out of memory | whatever allocates, at once (error scopes) | `DeviceError::OutOfMemory` |
+//! | refused by validation, or by the driver | whatever creates, at once (error scopes) | `DeviceError::Validation`, `DeviceError::Driver` |
+//! | lost device | whatever allocates, compiles or records; reading back | `DeviceError::Lost` |
+//! | lost device, between calls | the owner alone: [`Faults`] | `DeviceError::Lost` |
+//! | an error in the owner's own encoder or pass | the owner alone: [`Faults`] | `DeviceError::Validation`, `DeviceError::OutOfMemory` |
+//! | a device that hangs | who waits: [`crate::readback::finish_within`] | `DeviceError::Timeout` |
 //!
 //! After a loss wgpu creates, submits and polls as if all were well: a library that does none of the last two learns of it
 //! when it maps a buffer, and the owner by the callback. In a browser error scopes answer later and mapping at creation
@@ -67,7 +67,7 @@ impl Faults {
     /// believed: it costs a lock.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`], now and ever after; else the oldest error that was not told yet.
+    /// `DeviceError::Lost`, now and ever after; else the oldest error that was not told yet.
     pub fn check(&self) -> Result<()> {
         let mut state = self.state();
         if let Some(message) = &state.lost {

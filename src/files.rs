@@ -10,7 +10,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::json::{Walk, next_key};
 
 /// Most bytes of a `config.json`. Those of published models have some thousands.
@@ -28,16 +28,20 @@ const LENGTH: usize = 8;
 /// Reads a whole file of `most` bytes at most.
 ///
 /// # Errors
-/// [`Error::Io`] for what is no regular file or cannot be read, [`Error::OutOfRange`] in [`Error::File`] for a file that is
+/// `DataError::Io` for what is no regular file or cannot be read, `ArgumentError::OutOfRange` in [`Error::File`] for a file that is
 /// larger.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let (file, length) = open(path)?;
-    let refused = |found| Error::OutOfRange { what: "the size of the file in bytes", found, limit: most }.in_file(path);
+    let refused = |found| {
+        Error::Argument(ArgumentError::OutOfRange { what: "the size of the file in bytes", found, limit: most })
+            .in_file(path)
+    };
     if length > most {
         return Err(refused(length));
     }
     let mut bytes = Vec::new();
-    append(&mut bytes, file, most.saturating_add(1)).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    append(&mut bytes, file, most.saturating_add(1))
+        .map_err(|source| Error::from(DataError::Io(source)).in_file(path))?;
     // It may have grown since, or be a file of the kernel's, which have no length.
     match bytes.len() as u64 {
         found if found > most => Err(refused(found)),
@@ -48,20 +52,20 @@ pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
 /// Reads a whole file of text.
 ///
 /// # Errors
-/// As [`read()`], and [`Error::Utf8`] in [`Error::File`].
+/// As [`read()`], and `DataError::Utf8` in [`Error::File`].
 pub fn read_text(path: &Path, most: u64) -> Result<String> {
     String::from_utf8(read(path, most)?)
-        .map_err(|error| Error::Utf8 { byte: error.utf8_error().valid_up_to() }.in_file(path))
+        .map_err(|error| Error::Data(DataError::Utf8 { byte: error.utf8_error().valid_up_to() }).in_file(path))
 }
 
 /// Reads a whole safetensors file; its tensors only once its header is found to fit its length.
 ///
 /// # Errors
-/// [`Error::Io`] as [`read()`]; [`Error::Safetensors`] in [`Error::File`] for a header that is none or does not fit.
+/// `DataError::Io` as [`read()`]; `DataError::Safetensors` in [`Error::File`] for a header that is none or does not fit.
 pub fn read_safetensors(path: &Path) -> Result<Vec<u8>> {
     let (mut file, length, mut bytes) = open_safetensors(path)?;
     let rest = length - bytes.len() as u64;
-    append(&mut bytes, &mut file, rest).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    append(&mut bytes, &mut file, rest).map_err(|source| Error::from(DataError::Io(source)).in_file(path))?;
     // Shorter where it was cut meanwhile: then its tensors end past it, which `tensors` refuses.
     Ok(bytes)
 }
@@ -77,19 +81,19 @@ pub fn check_safetensors(path: &Path) -> Result<()> {
 /// The tensors of a safetensors file in memory.
 ///
 /// # Errors
-/// [`Error::Safetensors`] when the bytes are no whole safetensors file, or name a tensor twice.
+/// `DataError::Safetensors` when the bytes are no whole safetensors file, or name a tensor twice.
 pub(crate) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
     let whole = bytes.len() as u64;
     let start = LENGTH + header_length(bytes.first_chunk(), whole)?;
     // `header_length` has checked that the header ends within the bytes.
     check_header(&bytes[LENGTH..start], whole - start as u64)?;
-    SafeTensors::deserialize(bytes).map_err(|error| Error::Safetensors(error.to_string()))
+    SafeTensors::deserialize(bytes).map_err(|error| Error::Data(DataError::Safetensors(error.to_string())))
 }
 
 /// A regular file and its length. Asked for before it is opened, since opening a pipe waits for its other end, and again
 /// after, since the name may stand for another file by then.
 fn open(path: &Path) -> Result<(File, u64)> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
+    let io = |source| Error::from(DataError::Io(source)).in_file(path);
     let regular = |found: std::fs::Metadata| match (found.is_file(), found.is_dir()) {
         (true, _) => Ok(found.len()),
         (_, true) => Err(io(io::Error::new(io::ErrorKind::IsADirectory, "is a directory, not a file"))),
@@ -104,7 +108,7 @@ fn open(path: &Path) -> Result<(File, u64)> {
 /// A safetensors file, its length, and the bytes to the end of its header, which has been checked.
 fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>)> {
     let (mut file, length) = open(path)?;
-    let io = |source| Error::Io { path: path.to_owned(), source };
+    let io = |source| Error::from(DataError::Io(source)).in_file(path);
     let mut bytes = Vec::new();
     append(&mut bytes, &mut file, LENGTH as u64).map_err(io)?;
     let header = header_length(bytes.first_chunk(), length).map_err(|error| error.in_file(path))?;
@@ -120,7 +124,7 @@ fn append(bytes: &mut Vec<u8>, file: impl Read, count: u64) -> io::Result<()> {
 
 /// Bytes of the header of a safetensors file of `whole` bytes that begins with `first`.
 fn header_length(first: Option<&[u8; LENGTH]>, whole: u64) -> Result<usize> {
-    let invalid = |problem: String| Err(Error::Safetensors(problem));
+    let invalid = |problem: String| Err(Error::Data(DataError::Safetensors(problem)));
     let Some(first) = first else { return invalid(format!("{whole} bytes are no header")) };
     let header = u64::from_le_bytes(*first);
     if header > MOST_HEADER {
@@ -135,7 +139,7 @@ fn header_length(first: Option<&[u8; LENGTH]>, whole: u64) -> Result<usize> {
 /// Checks that a header names each tensor once and that the tensors take `data` bytes, no more and no fewer. What each says
 /// of itself is left to the format's own reader, which adds ends up without looking whether the sum still fits a number.
 fn check_header(header: &[u8], data: u64) -> Result<()> {
-    let invalid = |problem: String| Err(Error::Safetensors(problem));
+    let invalid = |problem: String| Err(Error::Data(DataError::Safetensors(problem)));
     let text = match std::str::from_utf8(header) {
         Ok(text) => text,
         Err(error) => return invalid(format!("the header is not UTF-8 (byte {})", error.valid_up_to())),

@@ -260,7 +260,7 @@ impl<O: Op> Variant<O> {
     /// The plan of a problem.
     ///
     /// # Errors
-    /// [`Error::Problem`] for what the operation or the shader cannot do, or a setting that does not exist; [`Error::Limit`]
+    /// `KernelError::Problem` for what the operation or the shader cannot do, or a setting that does not exist; [`Error::Limit`]
     /// for what the device does not hold.
     pub fn plan(&self, op: &O, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         let possible = check_widths(&op.widths()).and_then(|()| op.validate());

@@ -100,7 +100,7 @@ impl Draft {
     /// Holds the draft of a kernel against the device's limits.
     ///
     /// # Errors
-    /// [`Error::Limit`] with the number needed and the number allowed; [`Error::Problem`] for a loop that is too long, or more
+    /// [`Error::Limit`] with the number needed and the number allowed; `KernelError::Problem` for a loop that is too long, or more
     /// than a shader can number.
     pub fn checked(self, kernel: &'static str, limits: &wgpu::Limits) -> Result<Plan> {
         for &Loop { name, extent, step } in &self.loops {

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::device::{Kernels, Region, alive, scoped};
-use crate::error::{Error, Result};
+use crate::error::{DeviceError, Error, Result};
 
 /// A map request's answer, and who waits for it.
 #[derive(Default)]
@@ -22,7 +22,7 @@ struct Answer {
 /// Works in a browser too: there the future is woken by the page's event loop.
 ///
 /// # Errors
-/// [`Error::DeviceLost`], [`Error::OutOfMemory`]; [`Error::Validation`] for a region of another device (a queue of another one
+/// `DeviceError::Lost`, `DeviceError::OutOfMemory`; `DeviceError::Validation` for a region of another device (a queue of another one
 /// tells the handler of its own). Never a number that the device did not write.
 pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -> Result<Vec<Vec<u8>>> {
     let what = "reading back";
@@ -98,7 +98,7 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
 /// wait for one that hangs. In a browser, which has its own watch over the GPU, it returns at once.
 ///
 /// # Errors
-/// [`Error::Timeout`], [`Error::DeviceLost`]. What was submitted still runs: wait again, or read what it wrote.
+/// `DeviceError::Timeout`, `DeviceError::Lost`. What was submitted still runs: wait again, or read what it wrote.
 pub fn finish_within(kernels: &Kernels, queue: &wgpu::Queue, timeout: Duration) -> Result<()> {
     let (device, what) = (kernels.device(), "waiting for the device");
     let done = Arc::new(AtomicBool::new(false));
@@ -114,7 +114,7 @@ pub fn finish_within(kernels: &Kernels, queue: &wgpu::Queue, timeout: Duration) 
             .poll(wgpu::PollType::Poll)
             .map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))?;
         if start.elapsed() >= timeout {
-            return Err(Error::Timeout { what: what.to_owned(), seconds: timeout.as_secs_f64() });
+            return Err(Error::Device(DeviceError::Timeout { what: what.to_owned(), seconds: timeout.as_secs_f64() }));
         }
         std::thread::sleep(Duration::from_micros(200).min(timeout));
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::adapter::Tuning;
 use crate::device::{Kernels, Pipeline, Region, Shader, alive, scoped};
-use crate::error::{Error, Result};
+use crate::error::{BufferError, Error, KernelError, Result};
 use crate::op::{Access, Binding, Buffers, MAX_BINDINGS, Op, Spec, Uniform, Variant, choose};
 use crate::plan::Plan;
 use crate::storage::padded;
@@ -261,7 +261,7 @@ impl Recording {
     /// Adds an operation with one of its shaders, at one of its settings.
     ///
     /// # Errors
-    /// As [`Recording::add`], and [`Error::Feature`] where the device lacks what the shader needs.
+    /// As [`Recording::add`], and `KernelError::Feature` where the device lacks what the shader needs.
     pub fn add_variant<O: Op>(
         &mut self,
         variant: &'static Variant<O>,
@@ -276,7 +276,7 @@ impl Recording {
         let context = self.kernels.context();
         let plan = variant.plan(op, context, tuning)?;
         if let Some(features) = variant.spec.missing(context) {
-            return Err(Error::Feature { kernel: variant.spec.name, features });
+            return Err(Error::Kernel(KernelError::Feature { kernel: variant.spec.name, features }));
         }
         self.push(&variant.spec, op, forced, plan, args)
     }
@@ -365,7 +365,7 @@ impl Recording {
     /// before, from a thread that may wait, keeps a first step quick.
     ///
     /// # Errors
-    /// [`Error::Validation`] or [`Error::Device`] when the device refuses a kernel, [`Error::DeviceLost`] when it is lost.
+    /// `DeviceError::Validation` or `DeviceError::Driver` when the device refuses a kernel, `DeviceError::Lost` when it is lost.
     pub fn compile(&mut self) -> Result<()> {
         let missing = |dispatch: &&mut Dispatch| dispatch.pipeline.is_none();
         let mut missing: Vec<_> = self.frame.dispatches[..self.len].iter_mut().filter(missing).collect();
@@ -382,8 +382,8 @@ impl Recording {
     /// Writes the dispatches into the caller's pass, and their parameters through the caller's queue. The caller submits.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`], [`Error::OutOfMemory`], [`Error::Validation`] where wgpu refuses a kernel or a buffer of another
-    /// device, [`Error::Device`] where the driver fails. The pass is then unchanged. A step of a shape that was recorded before
+    /// `DeviceError::Lost`, `DeviceError::OutOfMemory`, `DeviceError::Validation` where wgpu refuses a kernel or a buffer of another
+    /// device, `DeviceError::Driver` where the driver fails. The pass is then unchanged. A step of a shape that was recorded before
     /// makes nothing on the device and asks it nothing: of a device that is lost by then only reading results back tells.
     pub fn record(&mut self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         if self.len == 0 {
@@ -530,7 +530,7 @@ fn check_given(
         for (second, other, _) in touched().skip(index + 1) {
             let written = first.access == Access::Write || second.access == Access::Write;
             if written && region.buffer == other.buffer {
-                return Err(Error::Aliased { kernel, first: first.name, second: second.name });
+                return Err(Error::Buffer(BufferError::Aliased { kernel, first: first.name, second: second.name }));
             }
         }
     }

@@ -4,7 +4,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::config::AttentionConfig;
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::files;
 
 /// The tokens of all sequences, one sequence after another.
@@ -25,7 +25,7 @@ impl Sequences {
     /// the layer. NaN and infinities are kept and warned of.
     ///
     /// # Errors
-    /// [`Error::Safetensors`] when the bytes are no safetensors file; [`Error::Input`] or [`Error::TokenId`] with what is
+    /// `DataError::Safetensors` when the bytes are no safetensors file; `DataError::Input` or `ArgumentError::TokenId` with what is
     /// missing, not expected, or of another shape, type or range.
     pub fn from_safetensors(bytes: &[u8], config: &AttentionConfig) -> Result<Self> {
         let tensors = files::tensors(bytes)?;
@@ -40,7 +40,9 @@ impl Sequences {
         }
         let width = config.hidden_size as usize;
         let hidden = tensors.tensor("hidden_states").map_err(|_| {
-            Error::Input(format!("tensor `hidden_states` is missing (expected shape [tokens, {width}])"))
+            Error::Data(DataError::Input(format!(
+                "tensor `hidden_states` is missing (expected shape [tokens, {width}])"
+            )))
         })?;
         let &[tokens, found] = hidden.shape() else {
             return refused(format!(
@@ -84,7 +86,7 @@ impl Sequences {
 }
 
 fn refused<T>(problem: String) -> Result<T> {
-    Err(Error::Input(problem))
+    Err(Error::Data(DataError::Input(problem)))
 }
 
 /// The ids, checked; `None` without a gate, which is all that looks at them.
@@ -107,7 +109,7 @@ fn token_ids(tensors: &SafeTensors<'_>, config: &AttentionConfig, tokens: usize)
         match (within, vocab_size) {
             (Some(id), _) => checked.push(id),
             (None, Some(size)) if id >= 0 => {
-                return Err(Error::TokenId { index, id: id.unsigned_abs(), vocab_size: size });
+                return Err(Error::Argument(ArgumentError::TokenId { index, id: id.unsigned_abs(), vocab_size: size }));
             }
             (None, size) => {
                 let most = size.unwrap_or(u32::MAX) - u32::from(size.is_some());
@@ -128,7 +130,10 @@ fn sequence_lengths(tensors: &SafeTensors<'_>, tokens: usize) -> Result<Vec<u32>
     let mut checked = Vec::with_capacity(lengths.len());
     for (index, &length) in lengths.iter().enumerate() {
         let length = u32::try_from(length).map_err(|_| {
-            Error::Input(format!("`sequence_lengths` [{index}] is {length}, must be between 0 and {}", u32::MAX))
+            Error::Data(DataError::Input(format!(
+                "`sequence_lengths` [{index}] is {length}, must be between 0 and {}",
+                u32::MAX
+            )))
         })?;
         sum += u64::from(length);
         checked.push(length);

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::config::{AttentionConfig, GateNorm};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TensorError};
 use crate::files::tensors;
 
 /// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).
@@ -35,7 +35,7 @@ impl<'a> Checkpoint<'a> {
     /// Reads the header of a safetensors file.
     ///
     /// # Errors
-    /// [`Error::Safetensors`] when the bytes are truncated, no safetensors file, or name a tensor twice.
+    /// `DataError::Safetensors` when the bytes are truncated, no safetensors file, or name a tensor twice.
     pub fn new(bytes: &'a [u8]) -> Result<Self> {
         Ok(Checkpoint { tensors: tensors(bytes)?, taken: Default::default() })
     }
@@ -48,18 +48,18 @@ impl<'a> Checkpoint<'a> {
     /// Takes one tensor (f32, f16 or bf16), checking its shape. NaN and infinities are kept and warned of.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`] or [`Error::TensorType`].
+    /// `TensorError::Missing`, `TensorError::Shape` or `TensorError::Type`.
     pub fn take(&self, name: &str, expected: &[usize]) -> Result<HostTensor> {
         let view = self
             .tensors
             .tensor(name)
-            .map_err(|_| Error::MissingTensor { name: name.to_owned(), expected: expected.to_vec() })?;
+            .map_err(|_| Error::Tensor(TensorError::Missing { name: name.to_owned(), expected: expected.to_vec() }))?;
         if view.shape() != expected {
-            return Err(Error::TensorShape {
+            return Err(Error::Tensor(TensorError::Shape {
                 name: name.to_owned(),
                 expected: expected.to_vec(),
                 found: view.shape().to_vec(),
-            });
+            }));
         }
         self.taken.borrow_mut().insert(name.to_owned());
         let data: Vec<f32> = match view.dtype() {
@@ -67,11 +67,11 @@ impl<'a> Checkpoint<'a> {
             Dtype::F16 => view.data().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             Dtype::BF16 => view.data().chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             other => {
-                return Err(Error::TensorType {
+                return Err(Error::Tensor(TensorError::Type {
                     name: name.to_owned(),
                     expected: "F32, F16 or BF16",
                     found: format!("{other:?}"),
-                });
+                }));
             }
         };
         let non_finite = data.iter().filter(|value| !value.is_finite()).count();
@@ -84,7 +84,7 @@ impl<'a> Checkpoint<'a> {
     /// Refuses tensors under `prefix` that were never taken.
     ///
     /// # Errors
-    /// [`Error::ExtraTensor`] with the first such name.
+    /// `TensorError::Extra` with the first such name.
     pub fn refuse_rest(&self, prefix: &str) -> Result<()> {
         let taken = self.taken.borrow();
         let mut rest: Vec<_> = self
@@ -96,7 +96,7 @@ impl<'a> Checkpoint<'a> {
         rest.sort_by(|a, b| a.0.cmp(&b.0));
         match rest.into_iter().next() {
             None => Ok(()),
-            Some((name, view)) => Err(Error::ExtraTensor { name, found: view.shape().to_vec() }),
+            Some((name, view)) => Err(Error::Tensor(TensorError::Extra { name, found: view.shape().to_vec() })),
         }
     }
 }
@@ -187,19 +187,29 @@ impl AttentionWeights {
             match (found, expected) {
                 (None, None) => {}
                 (None, Some(expected)) => {
-                    return Err(Error::MissingTensor { name: expected.name.clone(), expected: expected.shape.clone() });
+                    return Err(Error::Tensor(TensorError::Missing {
+                        name: expected.name.clone(),
+                        expected: expected.shape.clone(),
+                    }));
                 }
                 (Some(found), None) => {
-                    return Err(Error::ExtraTensor { name: found.name.clone(), found: found.shape.clone() });
+                    return Err(Error::Tensor(TensorError::Extra {
+                        name: found.name.clone(),
+                        found: found.shape.clone(),
+                    }));
                 }
                 (Some(found), Some(expected)) => {
                     let (name, expected) = (found.name.clone(), expected.shape.clone());
                     if found.shape != expected {
-                        return Err(Error::TensorShape { name, expected, found: found.shape.clone() });
+                        return Err(Error::Tensor(TensorError::Shape { name, expected, found: found.shape.clone() }));
                     }
                     // The shape says one thing, the elements another.
                     if found.data.len() != expected.iter().product::<usize>() {
-                        return Err(Error::TensorShape { name, expected, found: vec![found.data.len()] });
+                        return Err(Error::Tensor(TensorError::Shape {
+                            name,
+                            expected,
+                            found: vec![found.data.len()],
+                        }));
                     }
                 }
             }

@@ -13,6 +13,7 @@ use egmla::attention::{
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
+use egmla::error::ArgumentError;
 use egmla::kernels::{Matmul, attention_decode, cache_append, matmul};
 use egmla::op::{Op, choose};
 use egmla::random::{Random, attention_weights};
@@ -237,17 +238,26 @@ fn wrong_arguments_are_errors_with_the_number() {
         assert!(found.contains(wanted), "{found} does not say {wanted}");
         assert!(!found.contains('\n'));
     }
-    assert!(matches!(rig.cache.truncate(0, 1), Err(Error::OutOfRange { found: 1, limit: 0, .. })));
-    assert!(matches!(rig.cache.truncate(2, 0), Err(Error::OutOfRange { found: 2, limit: 1, .. })));
+    assert!(matches!(
+        rig.cache.truncate(0, 1),
+        Err(Error::Argument(ArgumentError::OutOfRange { found: 1, limit: 0, .. }))
+    ));
+    assert!(matches!(
+        rig.cache.truncate(2, 0),
+        Err(Error::Argument(ArgumentError::OutOfRange { found: 2, limit: 1, .. }))
+    ));
     let mut recording = Recording::new(&rig.gpu.kernels);
-    assert!(matches!(rig.cache.copy_sequence(&mut recording, 0, 5), Err(Error::OutOfRange { found: 5, .. })));
+    assert!(matches!(
+        rig.cache.copy_sequence(&mut recording, 0, 5),
+        Err(Error::Argument(ArgumentError::OutOfRange { found: 5, .. }))
+    ));
     // More new tokens than the cache has buffers for.
     let options = CacheOptions { max_tokens: 1, ..rig.cache.options() };
     let mut small = LatentCache::new(&rig.attention, options).unwrap();
     let (hidden, out) = rig.upload(&[0.0; 2 * HIDDEN]);
     let tokens = Tokens { counts: &[2, 0], ids: Some(&[1, 2]), hidden, out };
     let error = rig.attention.prefill(&mut recording, &mut small, tokens);
-    assert!(matches!(error, Err(Error::OutOfRange { found: 2, limit: 1, .. })));
+    assert!(matches!(error, Err(Error::Argument(ArgumentError::OutOfRange { found: 2, limit: 1, .. }))));
     for (extents, what) in [((0, 1, 1), "layers"), ((1, 0, 1), "sequences"), ((1, 1, 0), "capacity")] {
         let (n_layer, batch, capacity) = extents;
         let options = CacheOptions { n_layer, batch, capacity, ..CacheOptions::default() };
@@ -799,9 +809,9 @@ fn prefill_and_decode_refuse_a_cache_of_several_layers() {
     let Rig { attention, cache, .. } = &mut rig;
     let tokens = Tokens { counts: &[1], ids: None, hidden, out };
     let error = attention.prefill(&mut recording, cache, tokens.clone());
-    assert!(matches!(error, Err(Error::Count { expected: 1, found: 2, .. })));
+    assert!(matches!(error, Err(Error::Argument(ArgumentError::Count { expected: 1, found: 2, .. }))));
     let error = attention.decode(&mut recording, cache, tokens);
-    assert!(matches!(error, Err(Error::Count { expected: 1, found: 2, .. })));
+    assert!(matches!(error, Err(Error::Argument(ArgumentError::Count { expected: 1, found: 2, .. }))));
     assert_eq!((recording.dispatches(), cache.lengths()), (0, &[0][..]));
 }
 

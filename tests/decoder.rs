@@ -13,6 +13,7 @@ use egmla::decoder::{
     CpuDecoder, Decoder, DecoderWeights, Logits, ModelFolder, TextStream, TextTokenizer, Windows, argmax,
     scored_characters,
 };
+use egmla::error::{ArgumentError, DataError, TensorError};
 use egmla::readback;
 use egmla::recording::Recording;
 use egmla::storage::Storage;
@@ -204,7 +205,9 @@ fn broken_files_are_refused() {
     std::fs::write(&weights, []).unwrap();
     assert_says(&refusal(dir.path(), "model.safetensors"), &["0 bytes"]);
     std::fs::remove_file(&weights).unwrap();
-    assert!(matches!(ModelFolder::open(dir.path()), Err(Error::Io { .. })));
+    assert!(
+        matches!(ModelFolder::open(dir.path()), Err(Error::File { source, .. }) if matches!(*source, Error::Data(DataError::Io(_))))
+    );
     std::fs::create_dir(&weights).unwrap();
     refusal(dir.path(), "model.safetensors");
 
@@ -320,9 +323,12 @@ fn the_cpu_form_refuses_what_it_cannot_look_up() {
     let (config, weights) = load(dir.path());
     let decoder = CpuDecoder::new(&config, &weights).unwrap();
     let mut state = decoder.state();
-    assert!(matches!(decoder.forward(&[], &mut state, Logits::Last), Err(Error::Empty { .. })));
+    assert!(matches!(
+        decoder.forward(&[], &mut state, Logits::Last),
+        Err(Error::Argument(ArgumentError::Empty { .. }))
+    ));
     let refused = decoder.forward(&[1, VOCAB as u32], &mut state, Logits::Last);
-    assert!(matches!(refused, Err(Error::TokenId { index: 1, id: 256, vocab_size: 256 })));
+    assert!(matches!(refused, Err(Error::Argument(ArgumentError::TokenId { index: 1, id: 256, vocab_size: 256 }))));
     assert!(state.is_empty());
 }
 
@@ -436,13 +442,22 @@ fn what_a_step_cannot_do_leaves_recording_and_cache_as_they_were() {
     let last = Logits::Last;
     // No gate looks at the ids: the decoder does.
     let refused = advance(Some(&[1, 256]), Mode::Prefill, 2, last);
-    assert!(matches!(refused, Err(Error::TokenId { index: 1, id: 256, vocab_size: 256 })), "{refused:?}");
-    assert!(matches!(advance(None, Mode::Prefill, 2, last), Err(Error::Empty { .. })));
-    assert!(matches!(advance(Some(&[]), Mode::Prefill, 0, last), Err(Error::Empty { .. })));
-    assert!(matches!(advance(Some(&[1]), Mode::Prefill, 2, last), Err(Error::Count { .. })));
-    assert!(matches!(advance(Some(&[1; 5]), Mode::Prefill, 5, last), Err(Error::OutOfRange { .. })));
+    assert!(
+        matches!(refused, Err(Error::Argument(ArgumentError::TokenId { index: 1, id: 256, vocab_size: 256 }))),
+        "{refused:?}"
+    );
+    assert!(matches!(advance(None, Mode::Prefill, 2, last), Err(Error::Argument(ArgumentError::Empty { .. }))));
+    assert!(matches!(advance(Some(&[]), Mode::Prefill, 0, last), Err(Error::Argument(ArgumentError::Empty { .. }))));
+    assert!(matches!(advance(Some(&[1]), Mode::Prefill, 2, last), Err(Error::Argument(ArgumentError::Count { .. }))));
+    assert!(matches!(
+        advance(Some(&[1; 5]), Mode::Prefill, 5, last),
+        Err(Error::Argument(ArgumentError::OutOfRange { .. }))
+    ));
     assert!(matches!(advance(Some(&[1; 9]), Mode::Prefill, 9, last), Err(Error::CacheFull { .. })));
-    assert!(matches!(advance(Some(&[1; 2]), Mode::Prefill, 2, Logits::All), Err(Error::OutOfRange { .. })));
+    assert!(matches!(
+        advance(Some(&[1; 2]), Mode::Prefill, 2, Logits::All),
+        Err(Error::Argument(ArgumentError::OutOfRange { .. }))
+    ));
     assert_eq!(recording.dispatches(), 0);
     assert_eq!(cache.lengths(), [0]);
 
@@ -553,6 +568,8 @@ fn a_checkpoint_without_tensors_misses_the_first() {
     let bytes = serialized(&[]);
     let config = DecoderConfig::from_json(&config(Gate::None).to_string()).unwrap();
     let refused = DecoderWeights::load(&Checkpoint::new(&bytes).unwrap(), &config);
-    assert!(matches!(refused, Err(Error::MissingTensor { name, .. }) if name == "model.embed_tokens.weight"));
+    assert!(
+        matches!(refused, Err(Error::Tensor(TensorError::Missing { name, .. })) if name == "model.embed_tokens.weight")
+    );
     assert_eq!(Windows::new(0, 4).count() + Windows::new(1, 4).count(), 0);
 }

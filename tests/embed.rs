@@ -9,6 +9,7 @@ use egmla::attention::{
 };
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
+use egmla::error::{ArgumentError, BufferError};
 use egmla::kernels::{CacheCopy, cache_copy};
 use egmla::random::{Random, attention_weights};
 use egmla::readback::{read, read_f32, wait};
@@ -375,7 +376,7 @@ fn errors_are_values_and_leave_everything_as_it_was() {
 
     // No single dispatch binds both: the layer itself has to look.
     let error = refused(&[7, 5], &ids, &input, &input);
-    assert!(matches!(error, Error::Aliased { .. }), "{error}");
+    assert!(matches!(error, Error::Buffer(BufferError::Aliased { .. })), "{error}");
     let both = Region::from(&app.device.create_buffer(&wgpu::BufferDescriptor {
         label: Some("hidden and out"),
         size: 2 * bytes.next_multiple_of(256),
@@ -385,24 +386,30 @@ fn errors_are_values_and_leave_everything_as_it_was() {
     let first = Region::new(&both.buffer, 0, bytes);
     let second = Region::new(&both.buffer, bytes.next_multiple_of(256), bytes);
     let error = refused(&[7, 5], &ids, &first, &second);
-    assert!(matches!(error, Error::Aliased { .. }), "{error}");
+    assert!(matches!(error, Error::Buffer(BufferError::Aliased { .. })), "{error}");
 
     let short = Region::new(&input.buffer, 0, bytes - 4);
     let error = refused(&[7, 5], &ids, &short, &output);
     let expected = (bytes, bytes - 4);
-    assert!(matches!(error, Error::BufferSize { needed, found, .. } if (needed, found) == expected), "{error}");
+    assert!(
+        matches!(error, Error::Buffer(BufferError::Size { needed, found, .. }) if (needed, found) == expected),
+        "{error}"
+    );
     assert_eq!(error.to_string(), format!("attention: buffer `hidden` has {} bytes, needs {bytes}", bytes - 4));
     let short = Region::new(&output.buffer, 0, bytes - 4);
     let error = refused(&[7, 5], &ids, &input, &short);
-    assert!(matches!(error, Error::BufferSize { needed, found, .. } if (needed, found) == expected), "{error}");
+    assert!(
+        matches!(error, Error::Buffer(BufferError::Size { needed, found, .. }) if (needed, found) == expected),
+        "{error}"
+    );
     // A region that claims more than its buffer has.
     let false_claim = Region::new(&model_buffer(&app, 16), 0, bytes);
     let error = refused(&[7, 5], &ids, &false_claim, &output);
-    assert!(matches!(error, Error::BufferSize { found: 16, .. }), "{error}");
+    assert!(matches!(error, Error::Buffer(BufferError::Size { found: 16, .. })), "{error}");
 
     let large = Region::new(&model_buffer(&app, bytes + 256), 4, bytes);
     let error = refused(&[7, 5], &ids, &large, &output);
-    assert!(matches!(error, Error::BufferOffset { offset: 4, alignment: 256, .. }), "{error}");
+    assert!(matches!(error, Error::Buffer(BufferError::Offset { offset: 4, alignment: 256, .. })), "{error}");
 
     // A buffer that no shader can be given.
     let usage = wgpu::BufferUsages::COPY_DST;
@@ -418,11 +425,11 @@ fn errors_are_values_and_leave_everything_as_it_was() {
     assert!(matches!(error, Error::CacheFull { sequence: 1, length: 0, .. }), "{error}");
 
     let error = refused(&[1, 1], &[10, 11], &input, &output);
-    assert!(matches!(error, Error::TokenId { index: 1, id: 11, vocab_size: 11 }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError::TokenId { index: 1, id: 11, vocab_size: 11 })), "{error}");
     let error = refused(&[1, 1], &[1], &input, &output);
-    assert!(matches!(error, Error::Count { expected: 2, found: 1, .. }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError::Count { expected: 2, found: 1, .. })), "{error}");
     let error = refused(&[0, 0], &[], &input, &output);
-    assert!(matches!(error, Error::Empty { .. }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError::Empty { .. })), "{error}");
     app.assert_no_errors();
 }
 

@@ -14,6 +14,7 @@ use egmla::attention::{
 };
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::device::{Kernels, Region};
+use egmla::error::{ArgumentError, DeviceError};
 use egmla::fault::Faults;
 use egmla::kernels::roofline_fma;
 use egmla::random::{Random, attention_weights};
@@ -131,7 +132,9 @@ fn run(kernels: &Kernels, queue: &wgpu::Queue, config: &AttentionConfig, seed: u
 
 fn lost(result: egmla::Result<impl Sized>, what: &str) {
     match result.err().unwrap_or_else(|| panic!("{what}: succeeded on a lost device")) {
-        error @ Error::DeviceLost { .. } => assert!(error.to_string().contains("open a new one"), "{what}: {error}"),
+        error @ Error::Device(DeviceError::Lost { .. }) => {
+            assert!(error.to_string().contains("open a new one"), "{what}: {error}")
+        }
         other => panic!("{what}: {other:?}"),
     }
 }
@@ -241,7 +244,7 @@ fn a_device_that_wgpu_gives_up_is_lost_with_its_reason() {
     lost(readback::wait(readback::read(&kernels, &queue, &[&buffer])), "read");
     lost(kernels.allocate("b", 64), "allocate");
     match faults.check() {
-        Err(Error::DeviceLost { message, .. }) => assert_eq!(message, "Out of memory"),
+        Err(Error::Device(DeviceError::Lost { message, .. })) => assert_eq!(message, "Out of memory"),
         other => panic!("{other:?}"),
     }
 }
@@ -281,7 +284,7 @@ fn what_is_not_done_in_time_is_an_error_and_can_be_read_later() {
     work.recording.compile().unwrap();
     readback::submit(&mut work.recording, &gpu.queue).unwrap();
     match readback::finish_within(&gpu.kernels, &gpu.queue, Duration::from_millis(1)) {
-        Err(error @ Error::Timeout { seconds: 0.001, .. }) => {
+        Err(error @ Error::Device(DeviceError::Timeout { seconds: 0.001, .. })) => {
             assert_eq!(
                 error.to_string(),
                 "GPU: waiting for the device: not done within 0.001 s; wait longer, submit less at once, or open a new device"
@@ -300,7 +303,7 @@ fn what_is_not_done_in_time_is_an_error_and_can_be_read_later() {
 
 fn out_of_memory(result: egmla::Result<impl Sized>, what: &str) {
     match result.err().unwrap_or_else(|| panic!("{what}: succeeded without memory")) {
-        error @ Error::OutOfMemory { .. } => {
+        error @ Error::Device(DeviceError::OutOfMemory { .. }) => {
             assert!(error.to_string().contains("ask for less") && error.is_of_device(), "{what}: {error}");
         }
         other => panic!("{what}: {other:?}"),
@@ -397,7 +400,7 @@ fn a_step_that_fails_is_as_if_it_had_not_been() {
 
 fn other_device(result: egmla::Result<impl Sized>, what: &'static str) {
     match result.err().unwrap_or_else(|| panic!("{what} of another device was taken")) {
-        error @ Error::OtherDevice { what: found, .. } => {
+        error @ Error::Argument(ArgumentError::OtherDevice { what: found, .. }) => {
             assert_eq!(found, what, "{error}");
             assert!(error.to_string().ends_with("make both with the kernels of one device"), "{error}");
         }
@@ -453,7 +456,9 @@ fn refuses_objects_of(
     let mut recording = Recording::new(&kernels);
     here.attention.forward(&mut recording, &here.cache, &step, 0, &x, &foreign).unwrap();
     let refused = |result: egmla::Result<()>| match result {
-        Err(error @ Error::Validation { .. }) => assert!(error.to_string().contains("device"), "{error}"),
+        Err(error @ Error::Device(DeviceError::Validation { .. })) => {
+            assert!(error.to_string().contains("device"), "{error}")
+        }
         other => panic!("{other:?}"),
     };
     refused(readback::submit(&mut recording, &queue));
@@ -483,7 +488,9 @@ fn errors_outside_of_any_scope_come_to_the_owner() {
     encoder.copy_buffer_to_buffer(&buffer, 0, &buffer, 64, 64);
     queue.submit([encoder.finish()]);
     match faults.check() {
-        Err(error @ Error::Validation { .. }) => assert!(!error.to_string().contains('\n'), "{error}"),
+        Err(error @ Error::Device(DeviceError::Validation { .. })) => {
+            assert!(!error.to_string().contains('\n'), "{error}")
+        }
         other => panic!("{other:?}"),
     }
     while faults.check().is_err() {}

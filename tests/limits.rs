@@ -15,6 +15,7 @@ use egmla::check::cases;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::decoder::{Decoder, ModelFolder};
 use egmla::device::Region;
+use egmla::error::DeviceError;
 use egmla::kernels::{attention_combine, attention_decode, residual_add, shaders};
 use egmla::op::Spec;
 use egmla::op::{Op, choose};
@@ -82,7 +83,7 @@ fn small() -> [Gpu; 2] {
 fn lose(gpu: &Gpu) {
     gpu.kernels.device().destroy();
     let error = gpu.kernels.allocate("anything", 16).unwrap_err();
-    assert!(matches!(error, Error::DeviceLost { .. }), "{error}");
+    assert!(matches!(error, Error::Device(DeviceError::Lost { .. })), "{error}");
 }
 
 /// Allocations on the device; `None` where the backend does not count them.

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use egmla::Error;
 use egmla::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning};
+use egmla::error::KernelError;
 use egmla::kernels::attention_decode::SPLIT;
 use egmla::kernels::attention_grouped::Widths;
 use egmla::kernels::cache_append::Queries;
@@ -154,7 +155,7 @@ fn every_sample_has_a_shader_on_every_device() {
                             assert_eq!(sample.plan(index, &context, Tuning::Auto).unwrap(), plan, "{sample:?}");
                         }
                         // Tables that are made for registers, and matrices that only some devices have.
-                        Err(Error::Problem { problem, .. }) => {
+                        Err(Error::Kernel(KernelError::Problem { problem, .. })) => {
                             assert_eq!(problem, "no shader of it runs on this device", "{sample:?}");
                             assert!(
                                 ["attention_grouped", "roofline_cooperative"].contains(&operation.name()),
@@ -179,7 +180,7 @@ fn plan_refuses_a_tuning_that_does_not_exist() {
         for (shader, spec) in operation.shaders().into_iter().enumerate() {
             for index in [spec.tunings, usize::MAX] {
                 match sample.plan(shader, &context, Tuning::Forced(index)) {
-                    Err(Error::Problem { kernel, problem }) => {
+                    Err(Error::Kernel(KernelError::Problem { kernel, problem })) => {
                         assert_eq!(kernel, spec.name);
                         assert!(problem.contains(&index.to_string()), "{problem}");
                         assert!(problem.contains(&spec.tunings.to_string()), "{problem}");
@@ -249,7 +250,7 @@ fn plan_refuses_limits_that_are_too_small() {
 fn refusal<O: Op>(name: &str, op: O) -> String {
     let context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
     match shader(name).plan(&op, &context, Tuning::Auto) {
-        Err(Error::Problem { kernel, problem }) => {
+        Err(Error::Kernel(KernelError::Problem { kernel, problem })) => {
             assert!(kernel == name || kernel == O::NAME, "{kernel} for {name}");
             problem
         }

@@ -9,6 +9,7 @@ use egmla::Error;
 use egmla::attention::{CacheOptions, GateRows};
 use egmla::config::AttentionConfig;
 use egmla::device::Region;
+use egmla::error::{BufferError, KernelError};
 use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_project};
 use egmla::recording::Recording;
 use egmla::storage::Storage;
@@ -57,7 +58,7 @@ fn bindings_that_no_number_counts_are_refused() {
     let mut recording = Recording::new(&gpu.kernels);
     let refused = |result: egmla::Result<()>| {
         let error = result.unwrap_err();
-        assert!(matches!(error, Error::BufferSize { needed: u64::MAX, found: 256, .. }), "{error}");
+        assert!(matches!(error, Error::Buffer(BufferError::Size { needed: u64::MAX, found: 256, .. })), "{error}");
     };
     let most = u32::MAX;
     // Without a query only keys and values are large.
@@ -87,10 +88,10 @@ fn bindings_that_no_number_counts_are_refused() {
     };
     // Loops of a shader bound widths before their bytes can be too many to count.
     let error = recording.add(&decode, args).unwrap_err();
-    assert!(matches!(error, Error::Problem { kernel: "attention_decode", .. }), "{error}");
+    assert!(matches!(error, Error::Kernel(KernelError::Problem { kernel: "attention_decode", .. })), "{error}");
     let decode = attention_decode::AttentionDecode { d_nope: 65_528, ..decode };
     let error = recording.add(&decode, args).unwrap_err();
-    assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 56), "{error}");
+    assert!(matches!(error, Error::Buffer(BufferError::Size { needed, .. }) if needed > 1 << 56), "{error}");
     let append = cache_append::CacheAppend {
         tokens: 1,
         cache_rows: most,
@@ -122,7 +123,7 @@ fn bindings_that_no_number_counts_are_refused() {
     };
     let args = gate_project::Args { gate_embedding: small, gate_b_proj: small, ids: small, targets: small, y: small };
     let error = recording.add(&rows, args).unwrap_err();
-    assert!(matches!(error, Error::BufferSize { needed, .. } if needed > 1 << 51), "{error}");
+    assert!(matches!(error, Error::Buffer(BufferError::Size { needed, .. }) if needed > 1 << 51), "{error}");
     assert_eq!(attention_grouped::softmax_word(most, most, most), u64::MAX);
     assert_eq!(recording.dispatches(), 0);
     gpu.assert_no_errors();

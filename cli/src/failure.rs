@@ -50,7 +50,7 @@ impl From<egmla::Error> for Failure {
             cause = source;
         }
         match cause {
-            egmla::Error::NonFinite { .. } => Failure::run(error),
+            egmla::Error::Data(egmla::error::DataError::NonFinite { .. }) => Failure::run(error),
             _ if error.is_of_device() => Failure::run(error),
             _ => Failure::usage(error),
         }
@@ -63,10 +63,16 @@ mod tests {
 
     #[test]
     fn the_device_fails_the_run_even_inside_a_file() {
-        let lost = || egmla::Error::Device { what: "upload".to_owned(), message: "lost".to_owned() };
+        let lost = || {
+            egmla::Error::Device(egmla::error::DeviceError::Driver {
+                what: "upload".to_owned(),
+                message: "lost".to_owned(),
+            })
+        };
         assert_eq!(Failure::from(lost()).exit_code(), 1);
         assert_eq!(Failure::from(lost().in_file("w.safetensors")).exit_code(), 1);
-        let empty = egmla::Error::Empty { what: "the step" }.in_file("x.safetensors");
+        let empty =
+            egmla::Error::Argument(egmla::error::ArgumentError::Empty { what: "the step" }).in_file("x.safetensors");
         assert_eq!(Failure::from(empty).exit_code(), 2);
     }
 }

@@ -14,7 +14,7 @@ use super::workspace::Workspace;
 use crate::adapter::PlanContext;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::{attention_grouped, cache_copy};
 use crate::recording::Recording;
 use crate::storage::{Storage, product};
@@ -155,11 +155,11 @@ impl LatentCache {
     }
 
     pub(super) fn layer(&self, layer: usize) -> Result<&LayerCache> {
-        self.layers.get(layer).ok_or(Error::OutOfRange {
+        self.layers.get(layer).ok_or(Error::Argument(ArgumentError::OutOfRange {
             what: "layer of the cache",
             found: layer as u64,
             limit: self.layers.len() as u64 - 1,
-        })
+        }))
     }
 
     pub(super) fn ids(&self) -> Option<Region> {
@@ -321,7 +321,11 @@ impl LatentCache {
         let CacheOptions { batch, capacity, storage, .. } = self.options;
         let (batch, found) = (u64::from(batch), ids.len() as u64);
         if batch != 1 || self.layers.len() != 1 {
-            return Err(Error::Count { what: "sequences × layers to fill", expected: 1, found: batch });
+            return Err(Error::Argument(ArgumentError::Count {
+                what: "sequences × layers to fill",
+                expected: 1,
+                found: batch,
+            }));
         }
         if found > capacity.into() {
             return Err(Error::CacheFull { sequence: 0, length: 0, added: found, capacity });
@@ -334,7 +338,11 @@ impl LatentCache {
             ("statistics to fill with", tokens, statistics.len()),
         ] {
             if expected != found {
-                return Err(Error::Count { what, expected: expected as u64, found: found as u64 });
+                return Err(Error::Argument(ArgumentError::Count {
+                    what,
+                    expected: expected as u64,
+                    found: found as u64,
+                }));
             }
         }
         // The rows to the capacity stay 0: nothing reads them before they are written.
@@ -370,7 +378,11 @@ impl LatentCache {
     fn check_sequence(&self, sequence: usize) -> Result<()> {
         if sequence >= self.lengths.len() {
             let limit = self.lengths.len() as u64 - 1;
-            return Err(Error::OutOfRange { what: "sequence of the cache", found: sequence as u64, limit });
+            return Err(Error::Argument(ArgumentError::OutOfRange {
+                what: "sequence of the cache",
+                found: sequence as u64,
+                limit,
+            }));
         }
         Ok(())
     }
@@ -378,13 +390,17 @@ impl LatentCache {
     /// Rolls a sequence back to its first `length` tokens.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] when there is no such sequence or it is shorter.
+    /// `ArgumentError::OutOfRange` when there is no such sequence or it is shorter.
     pub fn truncate(&mut self, sequence: usize, length: u32) -> Result<()> {
         self.check_sequence(sequence)?;
         let limit = self.lengths[sequence];
         if length > limit {
             let found = length.into();
-            return Err(Error::OutOfRange { what: "length to truncate to", found, limit: limit.into() });
+            return Err(Error::Argument(ArgumentError::OutOfRange {
+                what: "length to truncate to",
+                found,
+                limit: limit.into(),
+            }));
         }
         self.settle();
         if let Some(lists) = &mut self.lists {
@@ -406,7 +422,7 @@ impl LatentCache {
     /// Records the copy of one sequence over another, in every layer; `to` then has the length of `from`.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] when there is no such sequence; what recording refuses. The cache is then unchanged.
+    /// `ArgumentError::OutOfRange` when there is no such sequence; what recording refuses. The cache is then unchanged.
     pub fn copy_sequence(&mut self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
         recording.kernels().same_device(&self.kernels, "the cache", "recording")?;
         self.check_sequence(from)?;

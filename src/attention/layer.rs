@@ -12,7 +12,7 @@ use super::weights::{GateWeights, LayerWeights};
 use super::widths::Widths;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, BufferError, Error, Result};
 use crate::recording::Recording;
 use crate::storage::{Storage, product, words};
 use crate::weights::AttentionWeights;
@@ -123,7 +123,7 @@ impl Attention {
 
     /// [`Attention::new`] has checked that a gate in the configuration has its weights.
     pub(super) fn gate_weights(&self) -> Result<&GateWeights<Region>> {
-        self.weights.gate.as_ref().ok_or(Error::Empty { what: "the gate's weights" })
+        self.weights.gate.as_ref().ok_or(Error::Argument(ArgumentError::Empty { what: "the gate's weights" }))
     }
 
     /// Records and commits new tokens of a cache of one layer; any number per sequence.
@@ -156,7 +156,7 @@ impl Attention {
         if n_layer != 1 {
             // Committed after one layer, the step would never reach the others.
             let what = "layers of the cache (with several, use prepare, forward and commit)";
-            return Err(Error::Count { what, expected: 1, found: n_layer.into() });
+            return Err(Error::Argument(ArgumentError::Count { what, expected: 1, found: n_layer.into() }));
         }
         let Tokens { counts, ids, hidden, out } = tokens;
         let step = cache.prepare(mode, StepTokens { counts, ids })?;
@@ -188,7 +188,7 @@ impl Attention {
         }
         // No dispatch binds both, but a caller who passes one buffer twice would lose the input.
         if hidden.buffer == out.buffer {
-            return Err(Error::Aliased { kernel: "attention", first: "hidden", second: "out" });
+            return Err(Error::Buffer(BufferError::Aliased { kernel: "attention", first: "hidden", second: "out" }));
         }
         self.forward_rows(
             recording,

@@ -8,7 +8,7 @@ use super::workspace::Workspace;
 use crate::adapter::PlanContext;
 use crate::config::{AttentionConfig, GateNorm};
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_grouped::{SEQUENCE_WORDS, Tiling, tiling};
 use crate::storage::{padded, product, words};
 
@@ -58,7 +58,7 @@ impl ListLayout {
             return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
         };
         if matches!(mode, GateRows::Pool { rows: 0 }) {
-            return Err(Error::Empty { what: "the pool of gate rows" });
+            return Err(Error::Argument(ArgumentError::Empty { what: "the pool of gate rows" }));
         }
         let entry_groups = tiling.map_or(1, |tiling| tiling.entry_groups());
         // Distinct ids are bounded by the vocabulary; a sequence's groups fill whole entries.
@@ -121,13 +121,17 @@ impl CacheLayout {
             ("step (max_tokens is 0)", options.max_tokens),
         ] {
             if extent == 0 {
-                return Err(Error::Empty { what });
+                return Err(Error::Argument(ArgumentError::Empty { what }));
             }
         }
         let rows = product(&[options.batch, options.capacity]);
         let most = (1 << 31) - 1;
         if rows > most {
-            return Err(Error::OutOfRange { what: "batch × capacity of the cache", found: rows, limit: most });
+            return Err(Error::Argument(ArgumentError::OutOfRange {
+                what: "batch × capacity of the cache",
+                found: rows,
+                limit: most,
+            }));
         }
         // The kernels bind a layer's cache whole.
         let bytes = |what: &str, needed: u64| {

@@ -8,7 +8,7 @@ use super::cache::LatentCache;
 use super::layer::DecodePath;
 use super::lists::{Grouped, ListStep};
 use crate::device::Region;
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
@@ -131,7 +131,7 @@ impl LatentCache {
     /// [`LatentCache::commit`] keeps them and the next step takes them back: of two steps, the first is stale.
     ///
     /// # Errors
-    /// [`Error::CacheFull`], [`Error::TokenId`], a wrong number of counts or ids, no new token at all, more than `max_tokens`
+    /// [`Error::CacheFull`], `ArgumentError::TokenId`, a wrong number of counts or ids, no new token at all, more than `max_tokens`
     /// or `decode_tokens` allow, or a decode path that the device cannot take. The cache is then as it was.
     pub fn prepare(&mut self, mode: Mode, tokens: StepTokens<'_>) -> Result<Step> {
         let StepTokens { counts, ids } = tokens;
@@ -201,20 +201,24 @@ impl LatentCache {
         let options = self.options();
         if counts.len() != options.batch as usize {
             let expected = options.batch.into();
-            return Err(Error::Count { what: "counts of new tokens", expected, found: counts.len() as u64 });
+            return Err(Error::Argument(ArgumentError::Count {
+                what: "counts of new tokens",
+                expected,
+                found: counts.len() as u64,
+            }));
         }
         let tokens: u64 = counts.iter().map(|&count| u64::from(count)).sum();
         if tokens == 0 {
-            return Err(Error::Empty { what: "the step (no sequence has a new token)" });
+            return Err(Error::Argument(ArgumentError::Empty { what: "the step (no sequence has a new token)" }));
         }
         let mut lengths = self.lengths().to_vec();
         for (sequence, (length, &count)) in lengths.iter_mut().zip(counts).enumerate() {
             if mode == Mode::Decode && count > MOST_DECODED {
-                return Err(Error::OutOfRange {
+                return Err(Error::Argument(ArgumentError::OutOfRange {
                     what: "new tokens of a sequence in a decode step",
                     found: count.into(),
                     limit: MOST_DECODED.into(),
-                });
+                }));
             }
             match length.checked_add(count) {
                 Some(after) if after <= options.capacity => *length = after,
@@ -236,7 +240,7 @@ impl LatentCache {
             ),
         ] {
             if found > limit.into() {
-                return Err(Error::OutOfRange { what, found, limit: limit.into() });
+                return Err(Error::Argument(ArgumentError::OutOfRange { what, found, limit: limit.into() }));
             }
         }
         Ok(lengths)
@@ -300,18 +304,23 @@ impl Rows {
             if mode == Mode::Decode {
                 all.ranges.extend((0..count).map(|query| [partial + query * splits, splits]));
                 all.expected_positions += (before + 1..=length).map(u64::from).sum::<u64>();
-                all.partials = partial.checked_add(count * splits).ok_or(Error::OutOfRange {
-                    what: "partial results of a step",
-                    found: u64::from(partial) + u64::from(count * splits),
-                    limit: u32::MAX.into(),
-                })?;
+                all.partials =
+                    partial.checked_add(count * splits).ok_or(Error::Argument(ArgumentError::OutOfRange {
+                        what: "partial results of a step",
+                        found: u64::from(partial) + u64::from(count * splits),
+                        limit: u32::MAX.into(),
+                    }))?;
             }
             all.used = (end + u64::from(length)).min(u32::MAX.into()) as u32;
             end += u64::from(length.next_multiple_of(SPLIT));
         }
         if end >= 1 << 31 {
             let limit = (1 << 31) - 1;
-            return Err(Error::OutOfRange { what: "cached tokens of a step, padded to splits", found: end, limit });
+            return Err(Error::Argument(ArgumentError::OutOfRange {
+                what: "cached tokens of a step, padded to splits",
+                found: end,
+                limit,
+            }));
         }
         all.end = end as u32;
         Ok(all)
@@ -361,10 +370,10 @@ impl Step {
     /// `[tokens]` u32: the ids of the new tokens in device memory, for what a recording adds beside the attention.
     ///
     /// # Errors
-    /// [`Error::Empty`] when the step was prepared without ids; no memory left, or a lost device.
+    /// `ArgumentError::Empty` when the step was prepared without ids; no memory left, or a lost device.
     pub fn token_ids(&self, recording: &mut Recording) -> Result<Region> {
         if !self.has_ids {
-            return Err(Error::Empty { what: "the list of token ids" });
+            return Err(Error::Argument(ArgumentError::Empty { what: "the list of token ids" }));
         }
         Ok(self.table(&self.tables(recording)?, Table::Ids))
     }
@@ -377,11 +386,11 @@ impl Step {
 /// The partial results of a query token, (first, count), are combined one after another.
 fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
     match ranges.iter().map(|[_, count]| *count).max() {
-        Some(most) if most > MAX_ITERATIONS => Err(Error::OutOfRange {
+        Some(most) if most > MAX_ITERATIONS => Err(Error::Argument(ArgumentError::OutOfRange {
             what: "partial results of a query token (256 cached tokens or so each)",
             found: most.into(),
             limit: MAX_ITERATIONS.into(),
-        }),
+        })),
         _ => Ok(()),
     }
 }
@@ -391,16 +400,24 @@ fn check_ids(cache: &LatentCache, token_ids: Option<&[u32]>, tokens: u32) -> Res
     let Some(ids) = token_ids else {
         return match gate {
             None => Ok(()),
-            Some(_) => Err(Error::Empty { what: "the list of token ids, which the gate needs," }),
+            Some(_) => {
+                Err(Error::Argument(ArgumentError::Empty { what: "the list of token ids, which the gate needs," }))
+            }
         };
     };
     if ids.len() != tokens as usize {
-        return Err(Error::Count { what: "token ids", expected: tokens.into(), found: ids.len() as u64 });
+        return Err(Error::Argument(ArgumentError::Count {
+            what: "token ids",
+            expected: tokens.into(),
+            found: ids.len() as u64,
+        }));
     }
     let Some(gate) = gate else { return Ok(()) };
     match ids.iter().position(|&id| id >= gate.vocab_size) {
         None => Ok(()),
-        Some(index) => Err(Error::TokenId { index, id: ids[index].into(), vocab_size: gate.vocab_size }),
+        Some(index) => {
+            Err(Error::Argument(ArgumentError::TokenId { index, id: ids[index].into(), vocab_size: gate.vocab_size }))
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use half::f16;
 use super::widths::{Widths, gated_segments};
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TensorError};
 use crate::kernels::attention_grouped::beta_element;
 use crate::storage::{Storage, padded_width, product};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
@@ -111,7 +111,11 @@ fn write_elements(tensor: &HostTensor, from: usize, values: &[f32], storage: Sto
             for (index, (&value, to)) in values.iter().zip(to.chunks_exact_mut(2)).enumerate() {
                 let half = f16::from_f32(value);
                 if value.is_finite() && !half.is_finite() {
-                    return Err(Error::OutOfF16Range { name: tensor.name.clone(), index: from + index, value });
+                    return Err(Error::Tensor(TensorError::OutOfF16Range {
+                        name: tensor.name.clone(),
+                        index: from + index,
+                        value,
+                    }));
                 }
                 to.copy_from_slice(&half.to_le_bytes());
             }
@@ -171,7 +175,7 @@ impl<'a> Upload<'a> {
     /// Uploads them as f32 or f16.
     ///
     /// # Errors
-    /// [`Error::OutOfF16Range`] when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
+    /// `TensorError::OutOfF16Range` when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
     /// allocation refuses.
     pub fn upload(&self, kernels: &Kernels, storage: Storage) -> Result<Region> {
         self.check(kernels, storage)?;
@@ -181,7 +185,7 @@ impl<'a> Upload<'a> {
     /// The bytes of the buffer.
     ///
     /// # Errors
-    /// [`Error::OutOfF16Range`] when f16 would turn a finite element into infinity.
+    /// `TensorError::OutOfF16Range` when f16 would turn a finite element into infinity.
     pub fn stored(&self, storage: Storage) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; storage.tensor_bytes(self.elements) as usize];
         for (first, placed) in &self.parts {
@@ -404,6 +408,6 @@ mod tests {
         let tensor = HostTensor { name: "w".to_owned(), shape: vec![2, 3], data };
         let placed = Placed { tensor: &tensor, rows: Axis::whole(2), cols: Axis::padded(3) };
         let error = placed.write(Storage::F16, &mut [0; 32]).unwrap_err();
-        assert!(matches!(error, Error::OutOfF16Range { index: 4, .. }), "{error}");
+        assert!(matches!(error, Error::Tensor(TensorError::OutOfF16Range { index: 4, .. })), "{error}");
     }
 }

@@ -14,7 +14,7 @@ use crate::attention::{
 };
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::random::{Random, attention_weights};
 use crate::recording::Recording;
 use crate::storage::Storage;
@@ -113,7 +113,7 @@ impl Model {
         let layers = (0..LAYERS)
             .map(|_| Attention::new(kernels, config, &weights, options).inspect(Attention::assume_table))
             .collect::<Result<Vec<_>>>()?;
-        let first = layers.first().ok_or(Error::Empty { what: "the list of layers" })?;
+        let first = layers.first().ok_or(Error::Argument(ArgumentError::Empty { what: "the list of layers" }))?;
         let options = CacheOptions {
             n_layer: LAYERS,
             capacity: CACHED + 512,

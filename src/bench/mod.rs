@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cost::Cost;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{DataError, Error, Result};
 use crate::readback;
 use crate::recording::Recording;
 
@@ -95,7 +95,7 @@ impl Prepared {
     /// Reads the results of an earlier submission.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] for one that is not a number: what is not computed rightly is not worth timing.
+    /// `DataError::NonFinite` for one that is not a number: what is not computed rightly is not worth timing.
     pub fn verify(&self, queue: &wgpu::Queue) -> Result<()> {
         let values = readback::wait(readback::read_f32(self.recording.kernels(), queue, &[&self.output]))?
             .into_iter()
@@ -103,7 +103,9 @@ impl Prepared {
             .unwrap_or_default();
         match values.iter().position(|value| !value.is_finite()) {
             None => Ok(()),
-            Some(index) => Err(Error::NonFinite { what: "result of a bench row", index, value: values[index] }),
+            Some(index) => {
+                Err(Error::Data(DataError::NonFinite { what: "result of a bench row", index, value: values[index] }))
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::check::pack;
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use crate::cost::Cost;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
 use crate::kernels::attention_prefill::{QueryTile, slices, tile_q};
 use crate::kernels::cache_read::SequenceRow;
@@ -545,7 +545,8 @@ fn decode_layer(
     let (attention, decode) = stock.layer(kernels, config, path)?;
     let mut cache = LatentCache::new(&attention, one_sequence(cached, 1, decode))?;
     let ids = tokens::text_like(cached as usize, SEED);
-    let (new, past) = ids.split_last().ok_or(Error::Empty { what: "the cache of a bench row" })?;
+    let (new, past) =
+        ids.split_last().ok_or(Error::Argument(ArgumentError::Empty { what: "the cache of a bench row" }))?;
     let mut random = Random::new(SEED);
     cache.fill(past, || random.normal())?;
     let distinct = ids.iter().collect::<HashSet<_>>().len() as u32;

@@ -7,7 +7,7 @@ use super::roofline::Roofline;
 use super::timer::Timer;
 use super::{Prepared, Row, Stock, Suite};
 use crate::device::Kernels;
-use crate::error::{Error, Result};
+use crate::error::{DataError, Error, Result};
 
 /// How long a row is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +87,9 @@ pub fn measure(
         // Nothing compiled: a row's first use is its own.
         match start(row, &kernels.uncompiled(), timer, &mut stock) {
             Ok(started) => running.push(started),
-            Err(error) if error.is_of_device() || matches!(error, Error::NonFinite { .. }) => return Err(error),
+            Err(error) if error.is_of_device() || matches!(error, Error::Data(DataError::NonFinite { .. })) => {
+                return Err(error);
+            }
             Err(error) => skipped.push(Skipped { id: row.id().to_owned(), why: error.to_string() }),
         }
     }

@@ -55,7 +55,7 @@ impl Timer {
     /// With timestamps where the device was requested with `Features::TIMESTAMP_QUERY`.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device has no memory left or is lost.
+    /// `DeviceError::Driver` when the device has no memory left or is lost.
     pub fn new(kernels: &Kernels, queue: &wgpu::Queue) -> Result<Self> {
         let device = kernels.device();
         let timestamps = device.features().contains(wgpu::Features::TIMESTAMP_QUERY).then(|| {
@@ -90,7 +90,7 @@ impl Timer {
     /// Runs a recording once and waits for its end.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device refuses a kernel, has no memory left or is lost.
+    /// `DeviceError::Driver` when the device refuses a kernel, has no memory left or is lost.
     pub fn run(&self, recording: &mut Recording) -> Result<Elapsed> {
         let device = self.kernels.device();
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla.bench") });

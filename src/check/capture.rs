@@ -15,7 +15,7 @@ use super::guarded::{GUARD_WORDS, Guarded};
 use super::view::View;
 use crate::adapter::PlanContext;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, KernelError, Result};
 use crate::op::Access;
 use crate::readback;
 use crate::recording::Recording;
@@ -269,7 +269,7 @@ impl Capture {
     /// The same of the first `words` of the buffer that the last dispatch wrote to, which has no guards.
     ///
     /// # Errors
-    /// [`Error::Empty`] when nothing was submitted.
+    /// `ArgumentError::Empty` when nothing was submitted.
     pub fn read_last(&self, words: usize) -> Result<usize> {
         let of = |action: &Action| match action {
             Action::Dispatch { bindings, .. } => {
@@ -278,7 +278,7 @@ impl Capture {
             Action::Read { .. } => None,
         };
         let last = self.state.borrow().actions.last().and_then(of);
-        let last = last.ok_or(Error::Empty { what: "the recording whose result is read" })?;
+        let last = last.ok_or(Error::Argument(ArgumentError::Empty { what: "the recording whose result is read" }))?;
         Ok(self.push_read(last.buffer, 0, words))
     }
 
@@ -306,11 +306,15 @@ impl Capture {
     /// The words that are not the same at first in the buffers that two recordings of the same shape use.
     ///
     /// # Errors
-    /// [`Error::Problem`] where more than such words differs: kernels, overrides, grids, parameters, bindings or sizes.
+    /// `KernelError::Problem` where more than such words differs: kernels, overrides, grids, parameters, bindings or sizes.
     pub fn differences(&self, own: &[Action], other: &Capture, others: &[Action]) -> Result<Vec<Difference>> {
         let (here, there) = (self.state.borrow(), other.state.borrow());
-        let differ =
-            |problem: &str| Error::Problem { kernel: "check", problem: format!("two recordings differ: {problem}") };
+        let differ = |problem: &str| {
+            Error::Kernel(KernelError::Problem {
+                kernel: "check",
+                problem: format!("two recordings differ: {problem}"),
+            })
+        };
         if own.len() != others.len() {
             return Err(differ("in their number of actions"));
         }
@@ -363,10 +367,10 @@ impl Capture {
         let state = &mut *self.state.borrow_mut();
         match index {
             Some(index) if state.known[index].1 == words => Ok(index),
-            Some(_) => Err(Error::Problem {
+            Some(_) => Err(Error::Kernel(KernelError::Problem {
                 kernel: "check",
                 problem: "the host wrote to a buffer that a kernel had used: this cannot be captured".to_owned(),
-            }),
+            })),
             None => {
                 let first = state.blobs.add_words(&words);
                 state.buffers.push(BufferData { bytes: buffer.size(), first });

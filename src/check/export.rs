@@ -9,7 +9,7 @@ use super::view::{Reading, View};
 use super::{Case, Lab};
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::device::Kernels;
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::random::Random;
 
 /// A case: buffers, what to do with them, and for every variant what to compare.
@@ -64,7 +64,11 @@ impl Case {
         let named: usize = outcomes.iter().map(|outcome| outcome.comparisons).sum();
         if named != captured.comparisons.len() {
             let (expected, found) = (named as u64, captured.comparisons.len() as u64);
-            return Err(Error::Count { what: "comparisons of a case that were written down", expected, found });
+            return Err(Error::Argument(ArgumentError::Count {
+                what: "comparisons of a case that were written down",
+                expected,
+                found,
+            }));
         }
         let mut comparisons = captured.comparisons.into_iter();
         let variants = outcomes

@@ -1,7 +1,7 @@
 //! Hostile memory: outputs that begin as NaN, between guard words that must survive.
 
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{Error, KernelError, Result};
 use crate::readback;
 use crate::storage::Storage;
 
@@ -68,10 +68,10 @@ impl Guarded {
         let guards = (0..GUARD_WORDS).chain(end..end + GUARD_WORDS);
         match guards.into_iter().find(|&word| all.get(word) != Some(&POISON)) {
             None => Ok(all[GUARD_WORDS..end].to_vec()),
-            Some(word) => Err(Error::Problem {
+            Some(word) => Err(Error::Kernel(KernelError::Problem {
                 kernel: "check",
                 problem: format!("a guard word was overwritten, {} words from the buffer's first", word as i64 - 64),
-            }),
+            })),
         }
     }
 

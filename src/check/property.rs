@@ -24,7 +24,7 @@ use crate::attention::{
 };
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
 use crate::device::Kernels;
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, DeviceError, Error, Result};
 use crate::random::{Random, attention_weights};
 use crate::readback;
 use crate::recording::Recording;
@@ -199,7 +199,7 @@ impl Shape {
             ("batch × capacity × the widest row", product(&[batch, capacity, row])),
         ] {
             if found > MOST_ELEMENTS {
-                return Err(Error::OutOfRange { what, found, limit: MOST_ELEMENTS });
+                return Err(Error::Argument(ArgumentError::OutOfRange { what, found, limit: MOST_ELEMENTS }));
             }
         }
         Ok(())
@@ -363,7 +363,7 @@ impl LayerCase {
     /// Reads a case.
     ///
     /// # Errors
-    /// [`Error::Json`] for another text, [`Error::Config`] for a case that cannot be, [`Error::OutOfRange`] for one that is too
+    /// `DataError::Json` for another text, [`Error::Config`] for a case that cannot be, `ArgumentError::OutOfRange` for one that is too
     /// large.
     pub fn from_json(text: &str) -> Result<LayerCase> {
         let case: LayerCase = serde_json::from_str(text)?;
@@ -784,7 +784,9 @@ pub fn search(kernels: &Kernels, queue: &wgpu::Queue, search: Search) -> Result<
 fn problem_of(result: &Result<Comparison>) -> Result<Option<String>> {
     match result {
         Ok(comparison) => Ok(comparison.verdict.clone().err()),
-        Err(Error::Device { what, message }) => Err(Error::Device { what: what.clone(), message: message.clone() }),
+        Err(Error::Device(DeviceError::Driver { what, message })) => {
+            Err(Error::Device(DeviceError::Driver { what: what.clone(), message: message.clone() }))
+        }
         Err(error) => Ok(Some(error.to_string())),
     }
 }

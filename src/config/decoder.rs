@@ -59,7 +59,7 @@ impl DecoderConfig {
     /// Reads a decoder's `config.json`.
     ///
     /// # Errors
-    /// [`Error::Json`] or [`Error::Config`] with the key; keys of architectures that are not computed here (experts,
+    /// `DataError::Json` or [`Error::Config`] with the key; keys of architectures that are not computed here (experts,
     /// quantised weights) are refused by name.
     pub fn from_json(text: &str) -> Result<Self> {
         let map = parse_object(text)?;

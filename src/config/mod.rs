@@ -210,7 +210,7 @@ impl AttentionConfig {
     /// option cannot pass as its default.
     ///
     /// # Errors
-    /// [`Error::Json`] or [`Error::Config`] with the key.
+    /// `DataError::Json` or [`Error::Config`] with the key.
     pub fn from_json(text: &str) -> Result<Self> {
         let map = parse_object(text)?;
         Keys::new(&map, "").refuse_unknown(&[ATTENTION_KEYS, KEYS_OUTSIDE_ATTENTION])?;

@@ -5,7 +5,7 @@ use std::num::NonZero;
 use super::folder::DecoderWeights;
 use super::model::{Logits, check_ids};
 use crate::config::DecoderConfig;
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::reference::{History, Layer, gather, matmul, residual_add, rms_norm, swiglu};
 use crate::weights::HostTensor;
 
@@ -56,7 +56,7 @@ impl CpuDecoder {
     /// Copies the weights to f64. They must have been loaded with the same `config`.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, or [`Error::Count`] for another number of layers.
+    /// A configuration that contradicts itself, or `ArgumentError::Count` for another number of layers.
     pub fn new(config: &DecoderConfig, weights: &DecoderWeights) -> Result<Self> {
         config.validate()?;
         check_layers(config, weights)?;
@@ -103,13 +103,13 @@ impl CpuDecoder {
     /// token, for the last, or none, as `logits` says.
     ///
     /// # Errors
-    /// [`Error::Empty`] without tokens, [`Error::TokenId`] beyond the vocabulary, [`Error::Count`] for the state of a
+    /// `ArgumentError::Empty` without tokens, `ArgumentError::TokenId` beyond the vocabulary, `ArgumentError::Count` for the state of a
     /// decoder with another number of layers; the state is then unchanged.
     pub fn forward(&self, token_ids: &[u32], state: &mut CpuState, logits: Logits) -> Result<Vec<f64>> {
         check_ids(token_ids, self.config.vocab_size)?;
         if state.layers.len() != self.layers.len() {
             let (expected, found) = (self.layers.len() as u64, state.layers.len() as u64);
-            return Err(Error::Count { what: "layers of the state", expected, found });
+            return Err(Error::Argument(ArgumentError::Count { what: "layers of the state", expected, found }));
         }
         let tokens = token_ids.len();
         let hidden = self.config.attention.hidden_size as usize;
@@ -139,7 +139,7 @@ impl CpuDecoder {
 pub(super) fn check_layers(config: &DecoderConfig, weights: &DecoderWeights) -> Result<()> {
     let (expected, found) = (u64::from(config.n_layer), weights.layers.len() as u64);
     if expected != found {
-        return Err(Error::Count { what: "layers in the weights", expected, found });
+        return Err(Error::Argument(ArgumentError::Count { what: "layers in the weights", expected, found }));
     }
     Ok(())
 }

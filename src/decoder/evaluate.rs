@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::tokenizer::TextTokenizer;
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, DataError, Error, Result};
 
 /// Tokens to feed at once, and which of their predictions count.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl Iterator for Windows {
 /// Characters that count for bits per character: those of the text without its first token's.
 ///
 /// # Errors
-/// [`Error::Tokenizer`] when the tokenizer's decoder fails.
+/// `DataError::Tokenizer` when the tokenizer's decoder fails.
 pub fn scored_characters(tokenizer: &TextTokenizer, text: &str, ids: &[u32]) -> Result<u64> {
     let first = tokenizer.decode(&ids[..ids.len().min(1)])?;
     // A first token that ends inside a character leaves that character to the scored ones.
@@ -78,21 +78,21 @@ impl Score {
     /// Adds predictions: `logits` `[targets.len(), vocab]`, row i predicts `targets[i]`.
     ///
     /// # Errors
-    /// [`Error::Count`] when the sizes do not fit, [`Error::TokenId`] for a target beyond the vocabulary,
-    /// [`Error::NonFinite`] for a logit that is NaN or infinite; the score is then unchanged.
+    /// `ArgumentError::Count` when the sizes do not fit, `ArgumentError::TokenId` for a target beyond the vocabulary,
+    /// `DataError::NonFinite` for a logit that is NaN or infinite; the score is then unchanged.
     pub fn add(&mut self, logits: &[f32], targets: &[u32], vocab_size: u32) -> Result<()> {
         let vocab = vocab_size as usize;
         let expected = targets.len() as u64 * u64::from(vocab_size);
         if logits.len() as u64 != expected {
-            return Err(Error::Count { what: "logits", expected, found: logits.len() as u64 });
+            return Err(Error::Argument(ArgumentError::Count { what: "logits", expected, found: logits.len() as u64 }));
         }
         if let Some(index) = logits.iter().position(|logit| !logit.is_finite()) {
-            return Err(Error::NonFinite { what: "logits", index, value: logits[index] });
+            return Err(Error::Data(DataError::NonFinite { what: "logits", index, value: logits[index] }));
         }
         let mut nats = 0.0;
         for (index, &target) in targets.iter().enumerate() {
             if target >= vocab_size {
-                return Err(Error::TokenId { index, id: target.into(), vocab_size });
+                return Err(Error::Argument(ArgumentError::TokenId { index, id: target.into(), vocab_size }));
             }
             let row = &logits[index * vocab..][..vocab];
             let largest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
@@ -182,9 +182,18 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_and_changes_nothing() {
         let mut score = Score::default();
-        assert!(matches!(score.add(&[0.0; 5], &[0, 1], 3), Err(Error::Count { expected: 6, found: 5, .. })));
-        assert!(matches!(score.add(&[0.0; 6], &[0, 3], 3), Err(Error::TokenId { index: 1, .. })));
-        assert!(matches!(score.add(&[0.0, f32::NAN, 0.0], &[0], 3), Err(Error::NonFinite { index: 1, .. })));
+        assert!(matches!(
+            score.add(&[0.0; 5], &[0, 1], 3),
+            Err(Error::Argument(ArgumentError::Count { expected: 6, found: 5, .. }))
+        ));
+        assert!(matches!(
+            score.add(&[0.0; 6], &[0, 3], 3),
+            Err(Error::Argument(ArgumentError::TokenId { index: 1, .. }))
+        ));
+        assert!(matches!(
+            score.add(&[0.0, f32::NAN, 0.0], &[0], 3),
+            Err(Error::Data(DataError::NonFinite { index: 1, .. }))
+        ));
         assert_eq!(score, Score::default());
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::tokenizer::TextTokenizer;
 use crate::config::DecoderConfig;
-use crate::error::{Error, Result};
+use crate::error::{DataError, Error, Result};
 use crate::files;
 use crate::weights::{AttentionWeights, Checkpoint, HostTensor};
 
@@ -26,7 +26,7 @@ impl ModelFolder {
     /// Opens a folder. Weights are checked against the configuration by [`ModelFolder::weights`].
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that is not there or not readable; [`Error::File`] with what is wrong in `config.json`,
+    /// `DataError::Io` for a file that is not there or not readable; [`Error::File`] with what is wrong in `config.json`,
     /// in the header of `model.safetensors` or in `tokenizer.json`, among them a tokenizer with ids beyond `vocab_size`.
     pub fn open(dir: &Path) -> Result<Self> {
         let config_path = dir.join("config.json");
@@ -45,7 +45,7 @@ impl ModelFolder {
                 tokenizer.vocab_size(),
                 config.vocab_size
             );
-            return Err(Error::Tokenizer(problem).in_file(&tokenizer_path));
+            return Err(Error::Data(DataError::Tokenizer(problem)).in_file(&tokenizer_path));
         }
         Ok(ModelFolder { path: dir.to_owned(), config, tokenizer, weights_path })
     }
@@ -68,7 +68,7 @@ impl ModelFolder {
     /// Ids of a text, by [`TextTokenizer::encode`].
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] in [`Error::File`].
+    /// `DataError::Tokenizer` in [`Error::File`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.tokenizer.encode(text).map_err(|error| error.in_file(self.path.join("tokenizer.json")))
     }
@@ -77,7 +77,7 @@ impl ModelFolder {
     /// would end the process where another one shortens the file.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be read any more, [`Error::File`] with a tensor that is missing, of another shape or type, or has no place in the configuration.
+    /// `DataError::Io` where the file cannot be read any more, [`Error::File`] with a tensor that is missing, of another shape or type, or has no place in the configuration.
     pub fn weights(&self) -> Result<DecoderWeights> {
         Checkpoint::new(&files::read_safetensors(&self.weights_path)?)
             .and_then(|checkpoint| DecoderWeights::load(&checkpoint, &self.config))
@@ -119,7 +119,7 @@ impl DecoderWeights {
     /// Takes a decoder's weights from a checkpoint that holds nothing else.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorType`] or [`Error::ExtraTensor`], each with the
+    /// `TensorError::Missing`, `TensorError::Shape`, `TensorError::Type` or `TensorError::Extra`, each with the
     /// tensor's name; a configuration that contradicts itself.
     pub fn load(checkpoint: &Checkpoint<'_>, config: &DecoderConfig) -> Result<Self> {
         config.validate()?;

@@ -8,7 +8,7 @@ use crate::attention::{
 };
 use crate::config::DecoderConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
 use crate::op::Op as _;
 use crate::recording::Recording;
@@ -28,11 +28,11 @@ pub enum Logits {
 /// Refuses an empty list and ids beyond the vocabulary.
 pub(super) fn check_ids(token_ids: &[u32], vocab_size: u32) -> Result<()> {
     if token_ids.is_empty() {
-        return Err(Error::Empty { what: "the list of token ids" });
+        return Err(Error::Argument(ArgumentError::Empty { what: "the list of token ids" }));
     }
     match token_ids.iter().position(|&id| id >= vocab_size) {
         None => Ok(()),
-        Some(index) => Err(Error::TokenId { index, id: token_ids[index].into(), vocab_size }),
+        Some(index) => Err(Error::Argument(ArgumentError::TokenId { index, id: token_ids[index].into(), vocab_size })),
     }
 }
 
@@ -188,7 +188,7 @@ impl Decoder {
     /// # Errors
     /// As [`LatentCache::new`].
     pub fn cache(&self, options: CacheOptions) -> Result<LatentCache> {
-        let first = self.layers.first().ok_or(Error::Empty { what: "the list of layers" })?;
+        let first = self.layers.first().ok_or(Error::Argument(ArgumentError::Empty { what: "the list of layers" }))?;
         LatentCache::new(&first.attention, CacheOptions { n_layer: self.config.n_layer, ..options })
     }
 
@@ -293,27 +293,31 @@ impl Decoder {
         recording.kernels().same_device(&self.kernels, "the decoder", "recording")?;
         if step.vocab_size != self.config.vocab_size {
             let (expected, found) = (self.config.vocab_size.into(), step.vocab_size.into());
-            return Err(Error::Count { what: "vocabulary that the step was checked against", expected, found });
+            return Err(Error::Argument(ArgumentError::Count {
+                what: "vocabulary that the step was checked against",
+                expected,
+                found,
+            }));
         }
         let layers = cache.options().n_layer;
         if layers != self.config.n_layer {
             let (expected, found) = (self.config.n_layer.into(), layers.into());
-            return Err(Error::Count { what: "layers of the cache", expected, found });
+            return Err(Error::Argument(ArgumentError::Count { what: "layers of the cache", expected, found }));
         }
         if step.step.tokens() > state.max_tokens {
-            return Err(Error::OutOfRange {
+            return Err(Error::Argument(ArgumentError::OutOfRange {
                 what: "new tokens of a step (the max_tokens of the cache that the decoder state was made for)",
                 found: step.step.tokens().into(),
                 limit: state.max_tokens.into(),
-            });
+            }));
         }
         let rows = step.logit_rows(logits);
         if rows > state.logit_rows {
-            return Err(Error::OutOfRange {
+            return Err(Error::Argument(ArgumentError::OutOfRange {
                 what: "rows of logits of a step (the decoder state's all_logits)",
                 found: rows.into(),
                 limit: state.logit_rows.into(),
-            });
+            }));
         }
         let mark = recording.mark();
         let recorded = self.record(recording, cache, step, state, logits);

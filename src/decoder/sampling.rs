@@ -1,6 +1,6 @@
 //! The next token from logits.
 
-use crate::error::{Error, Result};
+use crate::error::{ArgumentError, DataError, Error, Result};
 
 /// How a token is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,7 +32,7 @@ pub struct Sampler {
 /// Index of the largest logit, the lowest index among equals.
 ///
 /// # Errors
-/// [`Error::Empty`] without logits, [`Error::NonFinite`] with the first that is NaN or infinite.
+/// `ArgumentError::Empty` without logits, `DataError::NonFinite` with the first that is NaN or infinite.
 pub fn argmax(logits: &[f32]) -> Result<u32> {
     check(logits)?;
     let mut best = 0;
@@ -46,11 +46,11 @@ pub fn argmax(logits: &[f32]) -> Result<u32> {
 
 fn check(logits: &[f32]) -> Result<()> {
     if logits.is_empty() {
-        return Err(Error::Empty { what: "the list of logits" });
+        return Err(Error::Argument(ArgumentError::Empty { what: "the list of logits" }));
     }
     match logits.iter().position(|logit| !logit.is_finite()) {
         None => Ok(()),
-        Some(index) => Err(Error::NonFinite { what: "logits", index, value: logits[index] }),
+        Some(index) => Err(Error::Data(DataError::NonFinite { what: "logits", index, value: logits[index] })),
     }
 }
 
@@ -223,9 +223,9 @@ mod tests {
     fn what_is_not_finite_is_an_error() {
         for (value, temperature) in [(f32::NAN, 0.0), (f32::NAN, 1.0), (f32::INFINITY, 1.0), (f32::NEG_INFINITY, 1.0)] {
             let result = sampler(temperature, Some(2), Some(0.5), 0).sample(&[0.0, value, 1.0]);
-            assert!(matches!(result, Err(Error::NonFinite { index: 1, .. })), "{result:?}");
+            assert!(matches!(result, Err(Error::Data(DataError::NonFinite { index: 1, .. }))), "{result:?}");
         }
-        assert!(matches!(sampler(1.0, None, None, 0).sample(&[]), Err(Error::Empty { .. })));
+        assert!(matches!(sampler(1.0, None, None, 0).sample(&[]), Err(Error::Argument(ArgumentError::Empty { .. }))));
     }
 
     #[test]

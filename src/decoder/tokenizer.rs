@@ -5,7 +5,7 @@ use std::panic::AssertUnwindSafe;
 
 use tokenizers::Tokenizer;
 
-use crate::error::{Error, Result};
+use crate::error::{DataError, Error, Result};
 use crate::json;
 
 /// Most regular expressions of a tokenizer. Published ones have some three; each may be compiled to ten mebibytes, however few
@@ -28,7 +28,7 @@ thread_local! {
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether a panic of this thread, now, is one of the tokenizers library that comes back as [`Error::Tokenizer`]: a panic hook
+/// Whether a panic of this thread, now, is one of the tokenizers library that comes back as `DataError::Tokenizer`: a panic hook
 /// has nothing to tell of it. A tokenizer of settings that contradict each other makes that library panic in several places.
 pub fn panics_are_caught() -> bool {
     CAUGHT.get()
@@ -50,7 +50,7 @@ fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// The tokenizer's own words, on one line.
 fn error(error: impl std::fmt::Display) -> Error {
-    Error::Tokenizer(error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
+    Error::Data(DataError::Tokenizer(error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")))
 }
 
 impl TextTokenizer {
@@ -58,13 +58,13 @@ impl TextTokenizer {
     /// encoded whole.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the bytes are no tokenizer, or one of more than 16 regular expressions.
+    /// `DataError::Tokenizer` when the bytes are no tokenizer, or one of more than 16 regular expressions.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let mut patterns = 0;
         json::walk(bytes, &mut |key| patterns += usize::from(key == "Regex")).map_err(error)?;
         if patterns > MOST_PATTERNS {
             let problem = format!("{patterns} regular expressions, at most {MOST_PATTERNS} are compiled");
-            return Err(Error::Tokenizer(problem));
+            return Err(Error::Data(DataError::Tokenizer(problem)));
         }
         guarded(|| {
             let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(error)?;
@@ -83,14 +83,16 @@ impl TextTokenizer {
     /// Ids of a text, with the special tokens that the tokenizer itself puts around one.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] for a text that the vocabulary cannot express, or a special token beyond the vocabulary.
+    /// `DataError::Tokenizer` for a text that the vocabulary cannot express, or a special token beyond the vocabulary.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let ids = guarded(|| Ok(self.tokenizer.encode_fast(text, true).map_err(error)?.get_ids().to_vec()))?;
         match ids.iter().find(|&&id| u64::from(id) >= self.vocab_size) {
             None => Ok(ids),
             Some(id) => {
                 let size = self.vocab_size;
-                Err(Error::Tokenizer(format!("it puts id {id} around a text, beyond its vocabulary of {size}")))
+                Err(Error::Data(DataError::Tokenizer(format!(
+                    "it puts id {id} around a text, beyond its vocabulary of {size}"
+                ))))
             }
         }
     }
@@ -98,7 +100,7 @@ impl TextTokenizer {
     /// Text of ids, without special tokens. Bytes that are no UTF-8 come out as U+FFFD.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the tokenizer's decoder fails.
+    /// `DataError::Tokenizer` when the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         // Some decoders fail on no token at all.
         if ids.is_empty() {

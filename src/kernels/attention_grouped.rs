@@ -669,6 +669,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::Tuning;
+    use crate::error::KernelError;
     use crate::sample::Sampled as _;
 
     #[test]
@@ -682,7 +683,7 @@ mod tests {
         let plan = |groups, span| WORKGROUP.plan(&of(groups, span), &context, Tuning::Auto);
         plan(4, 4).unwrap();
         for (groups, span) in [(0, 1), (1, 0), (5, 1), (most, most)] {
-            assert!(matches!(plan(groups, span), Err(Error::Problem { .. })), "{groups} {span}");
+            assert!(matches!(plan(groups, span), Err(Error::Kernel(KernelError::Problem { .. }))), "{groups} {span}");
         }
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use egmla::Error;
 use egmla::adapter::{AdapterClass, Cooperative, PlanContext, Tuning};
+use egmla::error::KernelError;
 use egmla::kernels::{REGISTRY, shaders};
 use egmla::op::{Op, Spec, Variant};
 use egmla::plan::Plan;
@@ -112,7 +113,7 @@ pub fn each_case(mut visit: impl FnMut(Case<'_>)) {
                             planned += 1;
                             visit(Case { sample: &**sample, index, spec, context, tuning, plan });
                         }
-                        Err(Error::Problem { .. }) => {}
+                        Err(Error::Kernel(KernelError::Problem { .. })) => {}
                         Err(error) => panic!("{} {class:?} {tuning:?} {sample:?}: {error}", spec.name),
                     }
                 }
