@@ -8,9 +8,8 @@ use std::time::Duration;
 use criterion::Criterion;
 use egmla::bench::timer::Timer;
 use egmla::bench::{Stock, Suite, rows};
-use egmla::device::Kernels;
-use egmla::kernels::optional_features;
-use egmla::wgpu;
+use egmla::low_level::kernels::optional_features;
+use egmla::{Kernels, wgpu};
 
 type Failure = Box<dyn std::error::Error>;
 

@@ -1,20 +1,4 @@
 //! FLOPs and bytes of every kernel, as benches and reports print them; [`crate::attention::cost`] sums those of a layer.
-//!
-//! Counting rules:
-//!
-//! - A multiply-add is 2 FLOPs; any other addition, multiplication, division, comparison, root, exponential, logarithm or
-//!   tanh is 1; a change of sign is none. What the formula in the shader's header needs is counted, not what a schedule
-//!   computes twice.
-//! - Attention counts the multiply-adds of its two products, as the literature does: its softmax is not counted.
-//! - Bytes are compulsory traffic: each input element that takes part is read once, each output element is written once,
-//!   and what changes in place is both. Weights and caches count at their storage size, everything else at 4 bytes.
-//! - A cached latent counts once: MLA's values are a part of its keys.
-//! - Where an [`Op`](crate::op::Op) does not know how much of its input takes part, the count is the bound that follows
-//!   from its sizes: `attention_prefill` knows neither positions nor lengths, so it counts every query with every row of the
-//!   key tile (one sequence without a past computes about half of that, a ragged batch less); `cache_read`,
-//!   `attention_decode` and `attention_absorbed` count the padded rows of a step, but never more than the cache has;
-//!   `gather` counts a table row for every id, but never more than the table has.
-//! - Counts saturate instead of overflowing.
 
 use std::iter::Sum;
 use std::ops::Add;
@@ -22,6 +6,22 @@ use std::ops::Add;
 use crate::storage::product;
 
 /// Work of a dispatch, or of several.
+///
+/// Counting rules:
+///
+/// - A multiply-add is 2 FLOPs; any other addition, multiplication, division, comparison, root, exponential, logarithm or
+///   tanh is 1; a change of sign is none. What the formula in the shader's header needs is counted, not what a schedule
+///   computes twice.
+/// - Attention counts the multiply-adds of its two products, as the literature does: its softmax is not counted.
+/// - Bytes are compulsory traffic: each input element that takes part is read once, each output element is written once,
+///   and what changes in place is both. Weights and caches count at their storage size, everything else at 4 bytes.
+/// - A cached latent counts once: MLA's values are a part of its keys.
+/// - Where an [`Op`](crate::low_level::Op) does not know how much of its input takes part, the count is the bound that follows
+///   from its sizes: `attention_prefill` knows neither positions nor lengths, so it counts every query with every row of the
+///   key tile (one sequence without a past computes about half of that, a ragged batch less); `cache_read`,
+///   `attention_decode` and `attention_absorbed` count the padded rows of a step, but never more than the cache has;
+///   `gather` counts a table row for every id, but never more than the table has.
+/// - Counts saturate instead of overflowing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
     /// Floating-point operations.

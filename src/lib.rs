@@ -2,50 +2,59 @@
 //! on wgpu.
 //!
 //! The caller brings a [`wgpu::Device`]; kernels are recorded into the caller's encoder or pass; outside of [`readback`],
-//! [`check`] and [`mod@bench`] nothing here submits, polls or maps for reading.
+//! `check` and `bench` nothing here submits, polls or maps for reading.
 //!
-//! ```text
-//! config ─ what a model is           plan ── what is dispatched, from problem and limits    reference ─ what a kernel means, f64
-//! weights ─ a checkpoint's tensors   kernel ─ pipelines, and a recording of dispatches      cost ────── what it moves and computes
-//! attention ─ cache and layer        kernels ─ one module each                              check ───── is it right on my adapter?
-//! error ── what went wrong           fault ─── what a device reports between calls          bench ───── how fast is it there?
-//! ```
+//! Start with [`Attention`] and [`LatentCache`]; the README's example puts a layer into an application's frame, and
+//! `examples/` goes on from there.
 //!
-//! Start with [`attention`]; the README's example embeds a layer in an application's frame.
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`], [`weights`] | what a model is, and a checkpoint's tensors |
+//! | [`attention`] | cache and layer, and what they cost |
+//! | [`error`], [`fault`] | what went wrong, and what a device reports between calls |
+//! | [`readback`] | submits, waits and reads, for programs without a frame of their own |
+//! | [`low_level`] | single kernels, plans, and operations of your own in the same recording |
 //!
-//! Features: `decoder` is the small language model around the layer, `program` the command-line program; both are on by
-//! default, and `default-features = false` is the library alone.
+//! # Features
+//!
+//! None is on by default.
+//!
+//! | feature | what it adds |
+//! |---|---|
+//! | `wgpu_default` | wgpu's default features, so all of its backends; without it they are the application's choice |
+//! | `check` | `reference`, the definitions in plain f64; `check`, whether kernels are right on an adapter; `bench`, how fast |
+//! | `decoder` | `decoder`, the small language model around the layer, with its tokenizer; `reference` |
 
 #![forbid(unsafe_code)]
 
-pub mod adapter;
+mod adapter;
 pub mod attention;
 #[cfg(feature = "check")]
 pub mod bench;
 #[cfg(feature = "check")]
 pub mod check;
 pub mod config;
-pub mod cost;
+mod cost;
 #[cfg(feature = "decoder")]
 pub mod decoder;
-pub mod device;
+mod device;
 pub mod error;
 pub mod fault;
 pub mod files;
 mod json;
-pub mod kernels;
-pub mod op;
-pub mod plan;
+mod kernels;
+mod op;
+mod plan;
 pub mod random;
 pub mod readback;
-pub mod recording;
+mod recording;
 #[cfg(any(feature = "check", feature = "decoder"))]
 pub mod reference;
-pub mod registry;
+mod registry;
 #[cfg(feature = "check")]
-pub mod sample;
+mod sample;
 pub mod sequences;
-pub mod storage;
+mod storage;
 pub mod weights;
 
 pub use attention::{
@@ -58,6 +67,26 @@ pub use recording::Recording;
 pub use storage::Storage;
 pub use weights::{AttentionWeights, Checkpoint};
 pub use wgpu;
+
+/// Single kernels: to run them, to plan and count them, or to add operations of your own to a [`Recording`].
+///
+/// Names and fields here follow the kernels: a minor version may change them.
+pub mod low_level {
+    pub use crate::adapter::*;
+    pub use crate::cost::*;
+    pub use crate::op::*;
+    pub use crate::plan::*;
+    pub use crate::recording::Mark;
+    pub use crate::registry::*;
+    #[cfg(feature = "check")]
+    pub use crate::sample::*;
+    pub use crate::storage::{Segments, UNIT, padded_width};
+
+    /// One module per operation, and the list of them.
+    pub mod kernels {
+        pub use crate::kernels::*;
+    }
+}
 
 /// The README's example compiles and runs.
 #[cfg(doctest)]

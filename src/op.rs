@@ -66,9 +66,9 @@ macro_rules! args {
         #[derive(Debug, Clone, Copy)]
         $vis struct $name<T> { $($(#[$of])* pub $field: T),* }
 
-        impl<T> $crate::op::Buffers<T> for $name<T> {
-            const BINDINGS: &'static [$crate::op::Binding] = &[
-                $($crate::op::Binding { name: stringify!($field), access: $crate::op::Access::$access }),*
+        impl<T> $crate::low_level::Buffers<T> for $name<T> {
+            const BINDINGS: &'static [$crate::low_level::Binding] = &[
+                $($crate::low_level::Binding { name: stringify!($field), access: $crate::low_level::Access::$access }),*
             ];
 
             fn all(value: T) -> Self
@@ -114,7 +114,7 @@ macro_rules! params {
         #[derive(Debug, Clone, Copy)]
         $vis struct $name { $($(#[$of])* pub(crate) $field: $kind),* }
 
-        impl $crate::op::Uniform for $name {
+        impl $crate::low_level::Uniform for $name {
             const FIELDS: &'static [(&'static str, &'static str)] = &[$((stringify!($field), stringify!($kind))),*];
 
             fn write(&self, bytes: &mut Vec<u8>) {
@@ -158,7 +158,7 @@ pub trait Op: Copy + Debug + PartialEq + Send + Sync + 'static {
     /// Bytes that each buffer must hold; 0 for one that the sizes leave out, which is then bound to nothing of the caller's.
     fn bytes(&self) -> Self::Args<u64>;
 
-    /// FLOPs and bytes, by the rules of [`crate::cost`].
+    /// FLOPs and bytes, by the rules of [`Cost`].
     fn cost(&self) -> Cost;
 }
 
@@ -320,10 +320,10 @@ pub fn anything<O>(_: &O, _: &PlanContext, _: &Plan) -> Result<(), &'static str>
 macro_rules! vary {
     ($of:ident { $($field:ident),* $(,)? }) => {
         #[cfg(feature = "check")]
-        impl $crate::sample::Vary for $of {
+        impl $crate::low_level::Vary for $of {
             fn vary(&mut self, next: &mut dyn FnMut() -> u32) {
                 let $of { $($field),* } = self;
-                $($crate::sample::Vary::vary($field, next);)*
+                $($crate::low_level::Vary::vary($field, next);)*
             }
         }
     };

@@ -5,24 +5,19 @@
 mod common;
 
 use common::{Gpu, gpu, gpu_with, stored};
-use egmla::Error;
-use egmla::adapter::{AdapterClass, PlanContext, Tuning};
 use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens, Tokens,
 };
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use egmla::device::{Kernels, Region};
 use egmla::error::ArgumentError;
-use egmla::kernels::{Matmul, attention_decode, cache_append, matmul};
-use egmla::op::{Op, choose};
+use egmla::low_level::kernels::{Matmul, attention_decode, cache_append, matmul};
+use egmla::low_level::{AdapterClass, Op, PlanContext, Tuning, choose};
 use egmla::random::{Random, attention_weights};
 use egmla::readback;
-use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
-use egmla::storage::Storage;
 use egmla::weights::{AttentionWeights, Checkpoint};
-use egmla::wgpu;
+use egmla::{Error, Kernels, Recording, Region, Storage, wgpu};
 
 const HIDDEN: usize = 24;
 

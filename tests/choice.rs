@@ -4,13 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use egmla::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
-use egmla::kernels::attention_prefill::{QUERY_TILES, tile_q};
-use egmla::kernels::matmul::Layout;
-use egmla::kernels::{AttentionAbsorbed, AttentionDecode, AttentionPrefill, Matmul, RooflineCooperative, shaders};
-use egmla::op::{Op, choose};
-use egmla::storage::Storage;
-use egmla::wgpu;
+use egmla::low_level::kernels::attention_prefill::{QUERY_TILES, tile_q};
+use egmla::low_level::kernels::matmul::Layout;
+use egmla::low_level::kernels::{
+    AttentionAbsorbed, AttentionDecode, AttentionPrefill, Matmul, RooflineCooperative, shaders,
+};
+use egmla::low_level::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, Op, PlanContext, Tuning, Tunings, choose};
+use egmla::{Storage, wgpu};
 
 const NONE: wgpu::Features = wgpu::Features::empty();
 const SUBGROUP: wgpu::Features = wgpu::Features::SUBGROUP;

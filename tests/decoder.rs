@@ -6,7 +6,6 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use egmla::Error;
 use egmla::attention::{CacheOptions, DecodePath, Mode, StepTokens};
 use egmla::config::DecoderConfig;
 use egmla::decoder::{
@@ -15,9 +14,8 @@ use egmla::decoder::{
 };
 use egmla::error::{ArgumentError, DataError, TensorError};
 use egmla::readback;
-use egmla::recording::Recording;
-use egmla::storage::Storage;
 use egmla::weights::Checkpoint;
+use egmla::{Error, Recording, Storage};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};

@@ -8,14 +8,12 @@ use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, Step, StepTokens, Tokens,
 };
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use egmla::device::{Kernels, Region};
 use egmla::error::{ArgumentError, BufferError};
-use egmla::kernels::{CacheCopy, cache_copy};
+use egmla::low_level::kernels::{CacheCopy, cache_copy};
 use egmla::random::{Random, attention_weights};
 use egmla::readback::{read, read_f32, wait};
-use egmla::recording::Recording;
 use egmla::reference::{History, Layer};
-use egmla::{Error, wgpu};
+use egmla::{Error, Kernels, Recording, Region, wgpu};
 
 /// Width and height of the picture: 64 pixels of 4 bytes are one row of a copy, 256 bytes.
 const SIDE: u32 = 64;

@@ -7,16 +7,13 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::gpu;
-use egmla::adapter::{AdapterClass, PlanContext};
 use egmla::check::capture::{Action, Blob, Blobs, Capture};
 use egmla::check::compare::{Tolerance, compare};
 use egmla::check::export::{CaseData, verdicts, webgpu};
 use egmla::check::guarded::{GUARD_WORDS, Guarded, POISON};
-use egmla::device::{Kernels, Region};
-use egmla::kernels::{REGISTRY, residual_add, shaders, swiglu};
-use egmla::op::Access;
-use egmla::recording::Recording;
-use egmla::registry::AnyOp;
+use egmla::low_level::kernels::{REGISTRY, residual_add, shaders, swiglu};
+use egmla::low_level::{Access, AdapterClass, AnyOp, PlanContext};
+use egmla::{Kernels, Recording, Region};
 
 fn words(blobs: &Blobs, blob: Blob, count: usize) -> Vec<u32> {
     match blob {

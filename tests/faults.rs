@@ -8,20 +8,16 @@ mod common;
 use std::time::Duration;
 
 use common::{adapter, gpu};
-use egmla::Error;
 use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens,
 };
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
-use egmla::device::{Kernels, Region};
 use egmla::error::{ArgumentError, DeviceError};
 use egmla::fault::Faults;
-use egmla::kernels::roofline_fma;
+use egmla::low_level::kernels::roofline_fma;
 use egmla::random::{Random, attention_weights};
 use egmla::readback;
-use egmla::recording::Recording;
-use egmla::storage::Storage;
-use egmla::wgpu;
+use egmla::{Error, Kernels, Recording, Region, Storage, wgpu};
 
 const HIDDEN: usize = 24;
 const VOCAB: u32 = 17;

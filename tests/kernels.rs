@@ -5,8 +5,8 @@
 mod common;
 
 use egmla::check::cases;
-use egmla::kernels::shaders;
-use egmla::op::Spec;
+use egmla::low_level::Spec;
+use egmla::low_level::kernels::shaders;
 
 /// Runs the cases of one kernel (or of the layer) and fails with a line for each that is wrong.
 fn run(kernel: &str) {
@@ -61,7 +61,7 @@ macro_rules! tests {
         $(
             #[test]
             fn $stem() {
-                for variant in <egmla::kernels::$op as egmla::op::Op>::VARIANTS {
+                for variant in <egmla::low_level::kernels::$op as egmla::low_level::Op>::VARIANTS {
                     run(variant.spec.name);
                 }
             }

@@ -7,8 +7,8 @@ mod shaders;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use egmla::kernels::{REGISTRY, attention_prefill, cache_read, shaders};
-use egmla::op::Access;
+use egmla::low_level::Access;
+use egmla::low_level::kernels::{REGISTRY, attention_prefill, cache_read, shaders};
 use shaders::{parse, path, read, webgpu_limits};
 
 /// Stems of the files of a folder that end in `.extension`.

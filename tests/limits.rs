@@ -7,24 +7,17 @@ mod common;
 use common::{Gpu, gpu, gpu_with, stored};
 use std::collections::BTreeMap;
 
-use egmla::Error;
-use egmla::adapter::{AdapterClass, PlanContext, Tuning};
 use egmla::attention::{Attention, AttentionOptions, CacheOptions, GateRows, LatentCache};
 use egmla::check::capture::{Action, Blob, Blobs};
 use egmla::check::cases;
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::decoder::{Decoder, ModelFolder};
-use egmla::device::Region;
 use egmla::error::DeviceError;
-use egmla::kernels::{attention_combine, attention_decode, residual_add, shaders};
-use egmla::op::Spec;
-use egmla::op::{Op, choose};
-use egmla::plan::Plan;
+use egmla::low_level::kernels::{attention_combine, attention_decode, residual_add, shaders};
+use egmla::low_level::{AdapterClass, Op, Plan, PlanContext, Spec, Tuning, choose};
 use egmla::random::attention_weights;
 use egmla::readback;
-use egmla::recording::Recording;
-use egmla::storage::Storage;
-use egmla::wgpu;
+use egmla::{Error, Recording, Region, Storage, wgpu};
 
 /// The table of limits in the WebGPU standard, where a compute shader meets one.
 #[test]

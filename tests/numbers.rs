@@ -5,12 +5,12 @@
 mod common;
 
 use common::gpu;
+use egmla::Storage;
 use egmla::attention::{DecodePath, GateRows};
 use egmla::check::compare::{Tolerance, compare};
 use egmla::check::long::{LENGTHS, LIMIT, SPREADS, Way, measure};
 use egmla::check::property::{Event, Ids, LayerCase, Prepared, Rope, Shape};
 use egmla::config::{Activation, GateConfig, GateNorm, GateSite};
-use egmla::storage::Storage;
 
 /// Every configuration and way over an f16 cache, up to 65 536 tokens.
 #[test]

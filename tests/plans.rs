@@ -6,22 +6,21 @@ mod shaders;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use egmla::Error;
-use egmla::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning};
 use egmla::error::KernelError;
-use egmla::kernels::attention_decode::SPLIT;
-use egmla::kernels::attention_grouped::Widths;
-use egmla::kernels::cache_append::Queries;
-use egmla::kernels::matmul::Layout;
-use egmla::kernels::{
+use egmla::low_level::kernels::attention_decode::SPLIT;
+use egmla::low_level::kernels::attention_grouped::Widths;
+use egmla::low_level::kernels::cache_append::Queries;
+use egmla::low_level::kernels::matmul::Layout;
+use egmla::low_level::kernels::{
     AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheCopy,
     CacheRead, Gate, Gather, Matmul, Norm, REGISTRY, RooflineCooperative, RooflineCopy, Rope, attention_grouped,
     shaders,
 };
-use egmla::op::Op;
-use egmla::plan::{Grid, Plan};
-use egmla::storage::{Segments, Storage};
+use egmla::low_level::{
+    AdapterClass, COOPERATIVE_FEATURES, Cooperative, Grid, Op, Plan, PlanContext, Segments, Tuning,
+};
 use egmla::wgpu::{CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
+use egmla::{Error, Storage};
 use naga::proc::Layouter;
 use naga::valid::ModuleInfo;
 use shaders::{CLASSES, each_case, large_limits, parse, sample, shader, validate, webgpu_limits};

@@ -9,12 +9,12 @@
 mod common;
 
 use common::{Gpu, gpu};
+use egmla::Storage;
 use egmla::attention::{DecodePath, GateRows};
 use egmla::check::compare::{F32_LIMIT, Tolerance, compare};
 use egmla::check::property::{Event, Failure, Ids, LayerCase, Prepared, Rope, Search, Shape, family, search, shrink};
 use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
 use egmla::random::{Random, attention_weights};
-use egmla::storage::Storage;
 use egmla::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 /// Cases of a run, over all parts; `EGMLA_PROPERTY_CASES` asks for another number.

@@ -5,14 +5,11 @@
 #[allow(dead_code, reason = "nothing is submitted here")]
 mod common;
 
-use egmla::Error;
 use egmla::attention::{CacheOptions, GateRows};
 use egmla::config::AttentionConfig;
-use egmla::device::Region;
 use egmla::error::{BufferError, KernelError};
-use egmla::kernels::{attention_decode, attention_grouped, cache_append, gate_project};
-use egmla::recording::Recording;
-use egmla::storage::Storage;
+use egmla::low_level::kernels::{attention_decode, attention_grouped, cache_append, gate_project};
+use egmla::{Error, Recording, Region, Storage};
 
 #[test]
 fn buffers_that_no_number_counts_are_refused() {

@@ -12,12 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 
-use egmla::adapter::PlanContext;
-use egmla::kernels::attention_grouped::Widths;
-use egmla::kernels::{AttentionGrouped, REGISTRY, attention_grouped, shaders};
-use egmla::op::{Access, Spec};
-use egmla::plan::Plan;
-use egmla::registry::AnyOp;
+use egmla::low_level::kernels::attention_grouped::Widths;
+use egmla::low_level::kernels::{AttentionGrouped, REGISTRY, attention_grouped, shaders};
+use egmla::low_level::{Access, AnyOp, Plan, PlanContext, Spec};
 use egmla::wgpu::Features;
 use naga::back::{hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};

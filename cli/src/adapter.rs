@@ -1,12 +1,11 @@
 //! Chooses an adapter and opens the program's device: the only place that does.
 
 use clap::{Args, ValueEnum};
-use egmla::adapter::Tunings;
-use egmla::device::Kernels;
 use egmla::fault::Faults;
 use egmla::files::read;
-use egmla::kernels::optional_features;
-use egmla::wgpu;
+use egmla::low_level::Tunings;
+use egmla::low_level::kernels::optional_features;
+use egmla::{Kernels, wgpu};
 
 use crate::cache_folder;
 use crate::console::{self, one_line};

@@ -6,8 +6,7 @@ use egmla::attention::{
 use egmla::config::DecoderConfig;
 use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderWeights, Logits};
 use egmla::readback;
-use egmla::recording::Recording;
-use egmla::storage::Storage;
+use egmla::{Recording, Storage};
 
 use crate::adapter::{Backend, Gpu};
 use crate::failure::Failure;

@@ -4,10 +4,10 @@ use std::io::{ErrorKind, Write};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use egmla::Storage;
 use egmla::attention::MemoryReport;
 use egmla::config::AttentionConfig;
 use egmla::decoder::{ModelFolder, Sampler, SamplingOptions, TextStream};
-use egmla::storage::Storage;
 
 use crate::adapter::{self, AdapterOption, Backend};
 use crate::console;

@@ -5,12 +5,11 @@ use std::path::Path;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
-use egmla::adapter::{AdapterClass, PlanContext, Tuning, Tunings};
 use egmla::config::{DecoderConfig, GateNorm};
 use egmla::files::{MOST_CONFIG, read_text};
-use egmla::kernels::REGISTRY;
-use egmla::storage::Storage;
-use egmla::wgpu;
+use egmla::low_level::kernels::REGISTRY;
+use egmla::low_level::{AdapterClass, PlanContext, Tuning, Tunings};
+use egmla::{Storage, wgpu};
 use serde::Serialize;
 
 use crate::adapter;
@@ -409,8 +408,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::{CacheTable, bookkeeping, variants};
-    use egmla::adapter::{AdapterClass, PlanContext};
-    use egmla::kernels::shaders;
+    use egmla::low_level::kernels::shaders;
+    use egmla::low_level::{AdapterClass, PlanContext};
 
     #[test]
     fn the_papers_cache_sizes() {

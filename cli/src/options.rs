@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use egmla::Storage;
 use egmla::attention::{DecodePath, GateRows};
-use egmla::storage::Storage;
 
 use crate::failure::Failure;
 

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use clap::Args;
 use comfy_table::Table;
-use egmla::adapter::Tunings;
 use egmla::bench::timer::Timer;
 use egmla::bench::tuning::{Tuned, tune};
 use egmla::bench::{self, Suite};
+use egmla::low_level::Tunings;
 
 use crate::adapter::{self, AdapterOption};
 use crate::bench::gpu;
@@ -94,8 +94,8 @@ fn table(tuned: &[Tuned]) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use egmla::adapter::Tunings;
     use egmla::bench::tuning::Tuned;
+    use egmla::low_level::Tunings;
 
     use super::kept_with;
 

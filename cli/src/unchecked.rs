@@ -1,8 +1,7 @@
 //! All `unsafe` of this crate: what wgpu hands out to those only who vouch for it, each behind a safe function that can. The
 //! library forbids `unsafe`, and a test looks for it everywhere else. `tests/common` and `tests/bench` take this file too.
 
-use egmla::adapter::COOPERATIVE_FEATURES;
-use egmla::adapter::Cooperative;
+use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative};
 use egmla::wgpu;
 
 /// What to open an adapter's device with for the kernels that multiply cooperative matrices, and which it has: nothing where

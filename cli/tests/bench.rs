@@ -9,17 +9,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use egmla::Error;
-use egmla::adapter::{Tuning, Tunings};
 use egmla::bench::report::Report;
 use egmla::bench::{Row, Stock, rows};
 use egmla::check::cases;
-use egmla::device::Kernels;
-use egmla::kernels::Matmul;
-use egmla::op::Op;
+use egmla::low_level::kernels::Matmul;
+use egmla::low_level::{Op, Tuning, Tunings};
 use egmla::readback;
-use egmla::storage::Storage;
-use egmla::wgpu;
+use egmla::{Error, Kernels, Storage, wgpu};
 use serde_json::Value;
 
 fn root() -> &'static Path {

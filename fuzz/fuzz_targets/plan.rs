@@ -5,12 +5,11 @@
 use std::collections::BTreeMap;
 
 use arbitrary::{Result, Unstructured};
-use egmla::adapter::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
+use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
 use egmla::attention::cost;
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
-use egmla::kernels::{self, REGISTRY, attention_grouped};
-use egmla::recording::Recording;
-use egmla::storage::Storage;
+use egmla::low_level::kernels::{self, REGISTRY, attention_grouped};
+use egmla::{Recording, Storage};
 use egmla_fuzz::{DEVICES, activation, class, norm, number, storage, wide};
 use libfuzzer_sys::fuzz_target;
 

@@ -4,10 +4,9 @@
 use std::sync::LazyLock;
 
 use arbitrary::{Result, Unstructured};
-use egmla::adapter::AdapterClass;
+use egmla::low_level::AdapterClass;
 use egmla::config::{Activation, AttentionConfig, GateNorm};
-use egmla::device::Kernels;
-use egmla::storage::Storage;
+use egmla::{Kernels, Storage};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -149,7 +148,7 @@ pub static DEVICES: LazyLock<Vec<Kernels>> = LazyLock::new(|| {
         min_storage_buffer_offset_alignment: 32,
         ..wgpu::Limits::default()
     };
-    let subgroups = egmla::kernels::optional_features();
+    let subgroups = egmla::low_level::kernels::optional_features();
     let open = |(limits, features, sizes): (wgpu::Limits, wgpu::Features, (u32, u32))| {
         let (device, queue) = device(limits, features, sizes);
         AdapterClass::ALL.map(|class| Kernels::with_class(&device, &queue, class).expect("kernels"))

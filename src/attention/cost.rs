@@ -1,4 +1,4 @@
-//! FLOPs and bytes of a whole layer, a decode step by either path and a prefill, by the rules of [`crate::cost`]; and what a
+//! FLOPs and bytes of a whole layer, a decode step by either path and a prefill, by the rules of [`Cost`]; and what a
 //! token takes in a cache.
 
 use super::widths::gated_segments;

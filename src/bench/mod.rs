@@ -2,7 +2,7 @@
 //!
 //! A [`Row`] is a kernel alone or one step of a layer. [`Row::prepare`] sets up its buffers and records it;
 //! [`schedule::measure`] times the recordings in turns, so that a machine that drifts drifts under every row alike.
-//! FLOPs and bytes are those of [`crate::cost`].
+//! FLOPs and bytes are those of [`Cost`].
 
 pub mod host;
 pub mod report;

@@ -5,10 +5,8 @@
 pub mod unchecked;
 
 use egmla::attention::AttentionOptions;
-use egmla::device::Kernels;
 use egmla::fault::Faults;
-use egmla::storage::Storage;
-use egmla::wgpu;
+use egmla::{Kernels, Storage, wgpu};
 
 pub struct Gpu {
     pub kernels: Kernels,
@@ -75,7 +73,9 @@ fn open(adapter: &wgpu::Adapter, required_limits: wgpu::Limits) -> Gpu {
     };
     let required_features = match Offer::from_env() {
         Offer::Default => wgpu::Features::empty(),
-        Offer::Features | Offer::Adapter => adapter.features() & egmla::kernels::optional_features() | cooperative,
+        Offer::Features | Offer::Adapter => {
+            adapter.features() & egmla::low_level::kernels::optional_features() | cooperative
+        }
     };
     let descriptor =
         wgpu::DeviceDescriptor { required_features, required_limits, experimental_features, ..Default::default() };

@@ -5,12 +5,9 @@
 use std::path::{Path, PathBuf};
 
 use egmla::Error;
-use egmla::adapter::{AdapterClass, Cooperative, PlanContext, Tuning};
 use egmla::error::KernelError;
-use egmla::kernels::{REGISTRY, shaders};
-use egmla::op::{Op, Spec, Variant};
-use egmla::plan::Plan;
-use egmla::sample::{Sample, Sampled};
+use egmla::low_level::kernels::{REGISTRY, shaders};
+use egmla::low_level::{AdapterClass, Cooperative, Op, Plan, PlanContext, Sample, Sampled, Spec, Tuning, Variant};
 use egmla::wgpu::{Features, Limits};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 

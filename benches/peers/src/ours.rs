@@ -1,17 +1,14 @@
 //! Our side: the only file that calls into egmla.
 
 use bytemuck::cast_slice;
-use egmla::adapter::{AdapterClass, Tuning};
+use egmla::low_level::{AdapterClass, Tuning};
 use egmla::attention::{absorbed_of, prefill_of};
-use egmla::device::{Kernels, Region};
-use egmla::kernels::attention_decode::{DecodeSequence, SPLIT};
-use egmla::kernels::attention_prefill::QueryTile;
-use egmla::kernels::cache_read::SequenceRow;
-use egmla::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
+use egmla::{Kernels, Recording, Region, Storage, wgpu};
+use egmla::low_level::kernels::attention_decode::{DecodeSequence, SPLIT};
+use egmla::low_level::kernels::attention_prefill::QueryTile;
+use egmla::low_level::kernels::cache_read::SequenceRow;
+use egmla::low_level::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
 use egmla::readback;
-use egmla::recording::Recording;
-use egmla::storage::Storage;
-use egmla::wgpu;
 
 use crate::problem::{Matmul, MlaDecode, Prefill, side_by_side, swap_axes};
 use crate::{Failure, Side};

@@ -4,13 +4,11 @@ use std::time::Instant;
 
 use egmla::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, StepTokens};
 use egmla::config::AttentionConfig;
-use egmla::device::Region;
 use egmla::readback;
-use egmla::recording::Recording;
 use egmla::reference::layer::{History, Layer};
 use egmla::sequences::Sequences;
-use egmla::storage::Storage;
 use egmla::weights::AttentionWeights;
+use egmla::{Recording, Region, Storage};
 
 use super::schedule::{Planned, Schedule};
 use super::{Phase, Summary};

@@ -14,8 +14,7 @@ use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use egmla::check::export::webgpu;
 use egmla::config::DecoderConfig;
 use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderWeights, Logits, ModelFolder};
-use egmla::recording::Recording;
-use egmla::storage::Storage;
+use egmla::{Recording, Storage};
 use serde::Serialize;
 
 use super::{write as write_files, write_json};
