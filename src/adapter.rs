@@ -128,6 +128,9 @@ pub struct PlanContext {
 pub struct Tunings(pub BTreeMap<String, usize>);
 
 impl PlanContext {
+    /// Most bytes of a binding: shaders index elements with 32 bits, and drivers want multiples of 256.
+    pub(crate) const MOST_BINDING: u64 = (1 << 32) - 256;
+
     /// WebGPU's default limits, on a class of adapter: what every device offers.
     pub fn webgpu_defaults(class: AdapterClass) -> Self {
         PlanContext::new(wgpu::Limits::default(), class)

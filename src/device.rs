@@ -149,8 +149,7 @@ impl Kernels {
                 limit: "max_storage_buffers_per_shader_stage",
             });
         }
-        // Shaders index elements with 32 bits.
-        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !255);
+        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(PlanContext::MOST_BINDING);
         let (features, info) = (device.features(), device.adapter_info());
         // wgpu's Metal backend tells the smallest and largest of all GPUs; Apple's have simdgroups of 32.
         let apple = info.backend == wgpu::Backend::Metal && AdapterClass::of(&info) == AdapterClass::Apple;

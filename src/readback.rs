@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use crate::attention::LatentCache;
 use crate::device::{Kernels, Region, alive, scoped};
 use crate::error::{DeviceError, Error, Result};
 
@@ -128,6 +129,16 @@ pub fn finish_within(kernels: &Kernels, queue: &wgpu::Queue, timeout: Duration) 
 pub async fn read_f32(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -> Result<Vec<Vec<f32>>> {
     let bytes = read(kernels, queue, regions).await?;
     Ok(bytes.into_iter().map(|bytes| bytemuck::pod_collect_to_vec(&bytes)).collect())
+}
+
+/// A sequence of a cache as bytes: reads its rows back and hands them to [`LatentCache::save_sequence`].
+///
+/// # Errors
+/// `ArgumentError::OutOfRange` when there is no such sequence; as [`read`].
+pub async fn save_sequence(cache: &LatentCache, sequence: usize) -> Result<Vec<u8>> {
+    let regions = cache.sequence_regions(sequence)?;
+    let rows = read(cache.kernels(), cache.kernels().queue(), &regions.iter().collect::<Vec<_>>()).await?;
+    cache.save_sequence(sequence, &rows)
 }
 
 /// Runs one of the futures above to its end; on native backends they are ready at once.

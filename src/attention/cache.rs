@@ -15,9 +15,8 @@ use crate::adapter::PlanContext;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
-use crate::kernels::{attention_grouped, cache_copy};
-use crate::recording::Recording;
-use crate::storage::{Storage, product};
+use crate::kernels::attention_grouped;
+use crate::storage::Storage;
 #[cfg(feature = "check")]
 use crate::weights::HostTensor;
 
@@ -81,18 +80,18 @@ impl Default for CacheOptions {
 /// nothing on the device.
 #[derive(Debug)]
 pub struct LatentCache {
-    kernels: Kernels,
-    config: AttentionConfig,
-    widths: Widths,
-    options: CacheOptions,
+    pub(super) kernels: Kernels,
+    pub(super) config: AttentionConfig,
+    pub(super) widths: Widths,
+    pub(super) options: CacheOptions,
     /// How the layers' weights are stored.
-    weights: Storage,
-    gate_rows: GateRows,
+    pub(super) weights: Storage,
+    pub(super) gate_rows: GateRows,
     layout: CacheLayout,
-    layers: Vec<LayerCache>,
-    lists: Option<Lists>,
+    pub(super) layers: Vec<LayerCache>,
+    pub(super) lists: Option<Lists>,
     workspace: Workspace,
-    lengths: Vec<u32>,
+    pub(super) lengths: Vec<u32>,
     /// Angle per position of every rotary pair, and the factor on cos and sin.
     frequencies: Vec<f64>,
     amplitude: f64,
@@ -108,8 +107,18 @@ impl LatentCache {
     /// # Errors
     /// Extents of 0 or over 2^31 rows, a buffer over the device's limits before any is allocated, or no memory left.
     pub fn new(attention: &Attention, options: CacheOptions) -> Result<Self> {
-        let Attention { kernels, config, widths, storage: weights, gate_rows, .. } = attention;
-        let (widths, gate_rows) = (*widths, *gate_rows);
+        let Attention { kernels, config, storage, gate_rows, .. } = attention;
+        LatentCache::with(kernels, config, (*storage, *gate_rows), options)
+    }
+
+    /// The same for layers with weights in a storage and gate rows from somewhere.
+    pub(super) fn with(
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        (weights, gate_rows): (Storage, GateRows),
+        options: CacheOptions,
+    ) -> Result<Self> {
+        let widths = Widths::of(config)?;
         let layout = CacheLayout::new(kernels.context(), config, &widths, &options, gate_rows)?;
         let lists = layout.lists.map(|lists| Lists::new(kernels, lists)).transpose()?;
         let workspace = Workspace::new(kernels, config, &widths, &options, layout.lists.as_ref())?;
@@ -120,7 +129,7 @@ impl LatentCache {
             config: config.clone(),
             widths,
             options,
-            weights: *weights,
+            weights,
             gate_rows,
             layout,
             layers,
@@ -375,7 +384,7 @@ impl LatentCache {
         Ok(())
     }
 
-    fn check_sequence(&self, sequence: usize) -> Result<()> {
+    pub(super) fn check_sequence(&self, sequence: usize) -> Result<()> {
         if sequence >= self.lengths.len() {
             let limit = self.lengths.len() as u64 - 1;
             return Err(Error::Argument(ArgumentError::OutOfRange {
@@ -417,55 +426,6 @@ impl LatentCache {
             lists.reset();
         }
         self.lengths.fill(0);
-    }
-
-    /// Records the copy of one sequence over another, in every layer; `to` then has the length of `from`.
-    ///
-    /// # Errors
-    /// `ArgumentError::OutOfRange` when there is no such sequence; what recording refuses. The cache is then unchanged.
-    pub fn copy_sequence(&mut self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
-        recording.kernels().same_device(&self.kernels, "the cache", "recording")?;
-        self.check_sequence(from)?;
-        self.check_sequence(to)?;
-        if from == to {
-            return Ok(());
-        }
-        self.settle();
-        let mark = recording.mark();
-        self.record_copy(recording, from, to).inspect_err(|_| recording.rewind(mark))?;
-        if let Some(lists) = &mut self.lists {
-            lists.copy(from as u32, to as u32);
-        }
-        self.lengths[to] = self.lengths[from];
-        Ok(())
-    }
-
-    fn record_copy(&self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
-        let stored = |width: u32| (self.options.storage.sized(width.into()) / 4) as u32;
-        let length = self.lengths[from];
-        let mut copy = |region: &Region, row_words: u32| {
-            let first = |sequence: usize| product(&[sequence as u32, self.options.capacity, row_words]);
-            // Every cache buffer is within a binding, so word indices fit 32 bits.
-            let problem = cache_copy::CacheCopy {
-                words: length * row_words,
-                from_word: first(from) as u32,
-                to_word: first(to) as u32,
-            };
-            recording.add(&problem, cache_copy::Args { cache: region })
-        };
-        for layer in &self.layers {
-            copy(&layer.latent, stored(self.widths.d_latent))?;
-            copy(&layer.rope_key, stored(self.widths.d_rope))?;
-            if let Some(statistics) = &layer.statistics {
-                copy(statistics, 2)?;
-            }
-        }
-        let Some(lists) = &self.lists else { return Ok(()) };
-        for (from_word, to_word, words) in lists.copies(from as u32, to as u32, length) {
-            let problem = cache_copy::CacheCopy { words, from_word, to_word };
-            recording.add(&problem, cache_copy::Args { cache: &Region::from(&lists.buffer) })?;
-        }
-        Ok(())
     }
 
     /// Bytes allocated on the device, by purpose.

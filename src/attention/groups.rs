@@ -93,6 +93,11 @@ impl Groups {
         Groups { layout, of_id, groups, ids, tiers: 0, chunks }
     }
 
+    /// Token id of every position.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
     /// Positions held.
     pub fn len(&self) -> u32 {
         self.ids.len() as u32

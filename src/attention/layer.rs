@@ -83,7 +83,9 @@ impl Attention {
         let widths = Widths::of(config)?;
         let (gate_rows, table) = match (config.up_projected_gate(), gate_rows) {
             (None, _) => (GateRows::Recompute, None),
-            (Some(gate), GateRows::Table) => (gate_rows, Some(GateTable::plan(kernels, gate, &widths, storage)?)),
+            (Some(gate), GateRows::Table) => {
+                (gate_rows, Some(GateTable::plan(kernels.context(), gate, &widths, storage)?))
+            }
             (Some(_), GateRows::Recompute | GateRows::Pool { .. }) => (gate_rows, None),
         };
         Ok(Attention {

@@ -1,6 +1,6 @@
 //! Group lists of a cache in device memory, and which gate rows are resident.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use bytemuck::cast;
 use serde::{Deserialize, Serialize};
@@ -31,22 +31,22 @@ pub enum GateRows {
 }
 
 /// Rows of the pool by id.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Pool {
     limit: usize,
     of_id: HashMap<u32, u32>,
     rows: Vec<PoolRow>,
+    /// Rows that no committed step has projected.
+    unfilled: BTreeSet<u32>,
     clock: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct PoolRow {
     id: u32,
     /// Sequences that hold the id.
     references: u32,
     last_used: u64,
-    /// A committed step has projected it.
-    filled: bool,
 }
 
 impl Pool {
@@ -56,7 +56,7 @@ impl Pool {
             self.rows[row as usize].references += 1;
             return row;
         }
-        let entry = PoolRow { id, references: 1, last_used: self.clock, filled: false };
+        let entry = PoolRow { id, references: 1, last_used: self.clock };
         let row = if self.rows.len() < self.limit {
             self.rows.push(entry);
             self.rows.len() - 1
@@ -68,7 +68,15 @@ impl Pool {
             row
         };
         self.of_id.insert(id, row as u32);
+        self.unfilled.insert(row as u32);
         row as u32
+    }
+
+    /// Ids that some sequence holds and whose rows no committed step has projected, and those rows.
+    fn due(&self) -> (Vec<u32>, Vec<u32>) {
+        let held =
+            |row: &u32| Some(&self.rows[*row as usize]).filter(|entry| entry.references > 0).map(|of| (of.id, *row));
+        self.unfilled.iter().filter_map(held).unzip()
     }
 
     fn release(&mut self, row: u32) {
@@ -81,7 +89,7 @@ impl Pool {
 }
 
 /// The group lists of a cache.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Lists {
     pub buffer: wgpu::Buffer,
     pub layout: ListLayout,
@@ -189,24 +197,17 @@ impl Lists {
         self.settle();
         let before = self.distinct();
         let mut step = ListStep::default();
-        let mut filled = HashSet::new();
         let mut next = ids.iter();
-        let pooled = matches!(self.layout.mode, GateRows::Pool { .. });
         for (sequence, &count) in (0..).zip(counts) {
             for &id in next.by_ref().take(count as usize) {
                 let position = self.sequences[sequence as usize].len();
                 step.patches.push([sequence * self.layout.capacity + position, id]);
                 let group = self.append(sequence, id, &mut step.patches);
                 self.dirty.insert((sequence, group));
-                let row = self.sequences[sequence as usize].gate_row(group);
-                step.token_rows.push(row);
-                let entry = self.pool.rows.get(row as usize).filter(|_| pooled);
-                if entry.is_some_and(|entry| !entry.filled) && filled.insert(row) {
-                    step.fills.0.push(id);
-                    step.fills.1.push(row);
-                }
+                step.token_rows.push(self.sequences[sequence as usize].gate_row(group));
             }
         }
+        step.fills = self.pool.due();
         self.pending = Some((counts.to_vec(), before));
         let count_of = |&(sequence, group): &(u32, u32)| {
             self.sequences[sequence as usize].count_patch(group, self.layout.base(sequence))
@@ -278,8 +279,8 @@ impl Lists {
 
     /// Keeps the tokens that a step appended: its patches repeat every count that was in doubt.
     pub fn commit(&mut self, step: &ListStep) {
-        for &row in &step.fills.1 {
-            self.pool.rows[row as usize].filled = true;
+        for row in &step.fills.1 {
+            self.pool.unfilled.remove(row);
         }
         self.dirty.clear();
         self.pending = None;
@@ -333,6 +334,28 @@ impl Lists {
         self.dirty.retain(|(sequence, _)| *sequence != to);
         let doubts: Vec<u32> = self.dirty.iter().filter(|key| key.0 == from).map(|key| key.1).collect();
         self.dirty.extend(doubts.into_iter().map(|group| (to, group)));
+    }
+
+    /// Ids of a sequence's tokens, those of a step that is not committed left out.
+    pub fn ids_of(&self, sequence: usize, length: u32) -> &[u32] {
+        &self.sequences[sequence].ids()[..length as usize]
+    }
+
+    /// Gives a sequence other tokens: the words of the lists that say so. Rows of the pool that it needs are projected by the
+    /// next step.
+    pub fn replace(&mut self, sequence: u32, ids: &[u32]) -> Vec<Patch> {
+        self.truncate(sequence, 0);
+        let (first_slot, base) = (sequence * self.layout.capacity, self.layout.base(sequence));
+        let mut patches = Vec::new();
+        for (position, &id) in (0..).zip(ids) {
+            patches.push([first_slot + position, id]);
+            self.append(sequence, id, &mut patches);
+        }
+        let groups = &self.sequences[sequence as usize];
+        patches.extend((0..groups.groups()).filter_map(|group| groups.count_patch(group, base)));
+        // All of its counts are among the patches.
+        self.dirty.retain(|(of, _)| *of != sequence);
+        patches
     }
 
     /// Distinct ids of every sequence, those of a step that is not committed left out.

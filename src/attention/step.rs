@@ -124,7 +124,11 @@ pub struct Step {
     pub(super) stamp: (u64, u64),
 }
 
-static IDENTITIES: AtomicU64 = AtomicU64::new(0);
+/// A number that no other step or transfer has.
+pub(super) fn identity() -> u64 {
+    static IDENTITIES: AtomicU64 = AtomicU64::new(0);
+    IDENTITIES.fetch_add(1, Ordering::Relaxed)
+}
 
 impl LatentCache {
     /// Checks new tokens and works out what every layer needs to know of them. Their ids enter the cache's lists, where
@@ -179,7 +183,7 @@ impl LatentCache {
             lists,
             tables,
             has_ids: ids.is_some(),
-            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
+            identity: identity(),
             lengths_after,
             stamp: self.stamp(),
         };

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::frame::Frame;
 use super::widths::Widths;
+use crate::adapter::PlanContext;
 use crate::config::GateConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::gate_project;
 use crate::storage::Storage;
 
@@ -41,16 +42,15 @@ impl GateTable {
     /// Sizes of the table of a layer.
     ///
     /// # Errors
-    /// A table over two bindings, with both numbers.
-    pub fn plan(kernels: &Kernels, gate: &GateConfig, widths: &Widths, storage: Storage) -> Result<TablePlan> {
+    /// A table of which two bindings do not hold a half each.
+    pub fn plan(context: &PlanContext, gate: &GateConfig, widths: &Widths, storage: Storage) -> Result<TablePlan> {
         let (vocab_size, row_bytes) = (gate.vocab_size, storage.sized(widths.d_kv().into()));
-        // Each shard holds whole rows: two may hold less than two bindings.
-        let shard = (kernels.context().largest_binding() / row_bytes.max(1)).min(vocab_size.into()) as u32;
-        let (needed, allowed) = (row_bytes.saturating_mul(vocab_size.into()), 2 * row_bytes * u64::from(shard));
-        if needed > allowed {
-            let what = format!("a gate table of {vocab_size} rows of {row_bytes} bytes, in two bindings");
-            return Err(Error::Limit { what, needed, allowed, limit: "max_storage_buffer_binding_size" });
-        }
+        let half = row_bytes.saturating_mul(vocab_size.div_ceil(2).into());
+        let what =
+            || format!("half of a gate table of {vocab_size} rows of {row_bytes} bytes, which has two bindings,");
+        context.check_binding(half, what)?;
+        // Each shard holds whole rows.
+        let shard = (context.largest_binding() / row_bytes.max(1)).min(vocab_size.into()) as u32;
         Ok(TablePlan { shard, vocab_size, row_bytes })
     }
 

@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::widths::{Widths, gated_segments};
+use crate::adapter::PlanContext;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result, TensorError};
@@ -165,8 +166,8 @@ impl<'a> Upload<'a> {
     ///
     /// # Errors
     /// [`Error::Limit`] with the bytes needed and the bytes allowed.
-    pub fn check(&self, kernels: &Kernels, storage: Storage) -> Result<()> {
-        kernels.context().check_binding(storage.tensor_bytes(self.elements), || {
+    pub fn check(&self, context: &PlanContext, storage: Storage) -> Result<()> {
+        context.check_binding(storage.tensor_bytes(self.elements), || {
             let tensors = if self.parts.len() == 1 { "tensor" } else { "tensors" };
             format!("{tensors} {} in {}", self.names(), storage.name())
         })
@@ -178,7 +179,7 @@ impl<'a> Upload<'a> {
     /// `TensorError::OutOfF16Range` when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
     /// allocation refuses.
     pub fn upload(&self, kernels: &Kernels, storage: Storage) -> Result<Region> {
-        self.check(kernels, storage)?;
+        self.check(kernels.context(), storage)?;
         Ok(Region::from(&kernels.upload(&self.names(), &self.stored(storage)?)?))
     }
 
@@ -265,8 +266,11 @@ impl<T> LayerWeights<T> {
 
 impl<'a> LayerWeights<Upload<'a>> {
     /// Where each tensor goes; the weights have been checked against the configuration.
-    fn plan(
-        kernels: &Kernels,
+    ///
+    /// # Errors
+    /// [`Error::Limit`] of the first tensor that a binding does not hold.
+    pub fn plan(
+        context: &PlanContext,
         config: &AttentionConfig,
         weights: &'a AttentionWeights,
         storage: Storage,
@@ -295,7 +299,7 @@ impl<'a> LayerWeights<Upload<'a>> {
                 let bias = a_bias.as_ref().map(|bias| vector(bias, rank()));
                 let query_down = DownProjection { first: 0, columns: widths.rank, proj, bias };
                 let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
-                let down = if both <= kernels.context().largest_binding() {
+                let down = if both <= context.largest_binding() {
                     vec![query_down.and(kv_down)]
                 } else {
                     vec![query_down, kv_down]
@@ -334,7 +338,7 @@ impl<'a> LayerWeights<Upload<'a>> {
             o_bias: weights.o_bias.as_ref().map(|bias| vector(bias, hidden())),
             gate,
         };
-        planned.map(|upload| upload.check(kernels, storage)).map(|_| planned)
+        planned.map(|upload| upload.check(context, storage)).map(|_| planned)
     }
 }
 
@@ -349,7 +353,7 @@ pub(crate) fn check_weights(
     weights: &AttentionWeights,
     storage: Storage,
 ) -> Result<()> {
-    LayerWeights::plan(kernels, config, weights, storage).map(drop)
+    LayerWeights::plan(kernels.context(), config, weights, storage).map(drop)
 }
 
 impl LayerWeights<Region> {
@@ -363,7 +367,7 @@ impl LayerWeights<Region> {
         weights: &AttentionWeights,
         storage: Storage,
     ) -> Result<Self> {
-        LayerWeights::plan(kernels, config, weights, storage)?.map(|upload| upload.upload(kernels, storage))
+        LayerWeights::plan(kernels.context(), config, weights, storage)?.map(|upload| upload.upload(kernels, storage))
     }
 }
 

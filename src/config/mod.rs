@@ -116,7 +116,7 @@ fn default_norm_eps() -> f64 {
 }
 
 /// One attention layer, MLA or EG-MLA.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AttentionConfig {
     /// d, the model width.
     pub hidden_size: u32,

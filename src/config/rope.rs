@@ -1,10 +1,12 @@
 //! Rotary position embedding: frequencies, YaRN and linear scaling, and how checkpoints spell them.
 
+use serde::Serialize;
+
 use super::keys::Keys;
 use crate::error::{Error, Result};
 
 /// How positions are stretched beyond the length a model was trained at.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub enum RopeScaling {
     /// Frequencies as they are.
     #[default]
@@ -34,7 +36,7 @@ pub enum RopeScaling {
 }
 
 /// Rotary position embedding of the `d_rope` part of queries and keys.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct RopeConfig {
     /// Base of the frequencies, `rope_theta`.
     pub theta: f64,

@@ -142,7 +142,7 @@ impl Decoder {
             (norms, &layer.attention, up, matrix(&layer.down_proj, hidden(), inner()))
         });
         let layers: Vec<_> = layers.collect();
-        let check = |upload: &Upload<'_>| upload.check(kernels, storage);
+        let check = |upload: &Upload<'_>| upload.check(kernels.context(), storage);
         [&embedding, &norm].into_iter().chain(&lm_head).try_for_each(check)?;
         for (norms, attention, up, down) in &layers {
             norms.iter().chain(up).chain([down]).try_for_each(check)?;

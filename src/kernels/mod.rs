@@ -22,6 +22,7 @@ macro_rules! for_each_operation {
             attention_prefill: AttentionPrefill,
             cache_append: CacheAppend,
             cache_copy: CacheCopy,
+            cache_move: CacheMove,
             cache_read: CacheRead,
             gate: Gate,
             gate_project: GateProject,
