@@ -26,7 +26,10 @@ pub struct CheckArgs {
     /// Only the cases whose id contains S
     #[arg(long, value_name = "S")]
     filter: Option<String>,
-    /// Print one JSON object instead of a table
+    /// Print every comparison, not only a line per kernel and what failed
+    #[arg(long, short, conflicts_with = "json")]
+    verbose: bool,
+    /// Print one JSON object instead
     #[arg(long)]
     json: bool,
     /// Instead: the error of every way to attend at up to 65 536 cached tokens
@@ -115,24 +118,19 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     if let Some(case) = replayed {
         return random::replay(gpu, &case);
     }
-    let mut rows = Vec::new();
-    for case in &cases {
-        rows.extend(run_case(gpu, case)?);
-    }
+    let rows = run_cases(gpu, &cases, !args.json)?;
     let skipped = rows.iter().filter(|row| row.skipped).count();
     let failed = rows.iter().filter(|row| row.failed()).count();
     let report = Report { adapter, passed: rows.len() - failed - skipped, failed, skipped, rows };
-    let text = if args.json {
-        serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n"
-    } else {
-        format!(
-            "{}\n{} passed, {failed} failed, {skipped} skipped of {} in {} cases\n",
-            table(&report.rows),
-            report.passed,
-            report.rows.len(),
-            cases.len()
-        )
+    let mut text = match (args.json, args.verbose) {
+        (true, _) => serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n",
+        (false, true) => format!("{}\n", table(&report.rows)),
+        (false, false) => String::new(),
     };
+    if !args.json {
+        let (passed, of, cases) = (report.passed, report.rows.len(), cases.len());
+        text += &format!("{passed} passed, {failed} failed, {skipped} skipped of {of} in {cases} cases\n");
+    }
     console::print(&text)?;
     conclude(&report.rows)
 }
@@ -164,6 +162,61 @@ fn conclude(rows: &[Row]) -> Result<(), Failure> {
         first.tuning,
         first.problem.as_deref().unwrap_or_default()
     )))
+}
+
+/// Runs the cases kernel by kernel; with `tell`, prints a line for each kernel that is done, and what failed in it.
+fn run_cases(gpu: &Gpu, cases: &[egmla::check::Case], tell: bool) -> Result<Vec<Row>, Failure> {
+    let mut kernels: Vec<&str> = Vec::new();
+    for case in cases {
+        if !kernels.contains(&case.kernel()) {
+            kernels.push(case.kernel());
+        }
+    }
+    let width = kernels.iter().map(|kernel| kernel.len()).max().unwrap_or(0);
+    let bar = console::progress(cases.len() as u64, "cases");
+    let mut rows = Vec::new();
+    for kernel in kernels {
+        bar.set_message(kernel.to_owned());
+        let (first, start) = (rows.len(), Instant::now());
+        for case in cases.iter().filter(|case| case.kernel() == kernel) {
+            rows.extend(run_case(gpu, case)?);
+            bar.inc(1);
+        }
+        if tell {
+            let text = summary(kernel, width, &rows[first..], start.elapsed().as_secs_f64());
+            bar.suspend(|| console::print(&text))?;
+        }
+    }
+    bar.finish_and_clear();
+    Ok(rows)
+}
+
+/// A line of what a kernel's comparisons came to, and one for each that failed.
+fn summary(kernel: &str, width: usize, rows: &[Row], seconds: f64) -> String {
+    let compared = rows.iter().filter(|row| !row.skipped).count();
+    let failed: Vec<_> = rows.iter().filter(|row| row.failed()).collect();
+    let worst = rows.iter().filter(|row| row.passed).map(|row| row.error / row.tolerance.max(f64::MIN_POSITIVE));
+    let worst = 100.0 * worst.fold(0.0, f64::max);
+    let mut text = match (compared, failed.len()) {
+        (0, _) => format!("{kernel:width$}  not run"),
+        (_, 0) => format!(
+            "{kernel:width$}  ok, {compared} comparisons, worst at {worst:.0} % of its tolerance, {seconds:.1} s"
+        ),
+        (_, failed) => format!("{kernel:width$}  FAILED, {failed} of {compared} comparisons, {seconds:.1} s"),
+    };
+    // Each reason once.
+    let mut reasons: Vec<_> = rows.iter().filter(|row| row.skipped).filter_map(|row| row.problem.as_deref()).collect();
+    let skipped = reasons.len();
+    reasons.sort();
+    reasons.dedup();
+    if skipped > 0 {
+        text += &format!("; {skipped} {}", reasons.join(", "));
+    }
+    text.push('\n');
+    for row in failed {
+        text += &format!("    {} ({}): {}\n", row.id, row.tuning, row.problem.as_deref().unwrap_or_default());
+    }
+    text
 }
 
 /// What a kernel refuses is a failed row; a lost device ends the run, since every later case would fail with it.
@@ -226,7 +279,7 @@ fn table(rows: &[Row]) -> Table {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use super::{Row, conclude};
+    use super::{Row, conclude, summary};
 
     fn row(problem: Option<&str>) -> Row {
         Row {
@@ -240,6 +293,20 @@ mod tests {
             problem: problem.map(str::to_owned),
             seconds: None,
         }
+    }
+
+    #[test]
+    fn a_kernel_has_one_line_and_every_failure_its_own() {
+        let rows = [row(None), row(Some("a NaN")), row(Some("skipped: a feature")), row(Some("skipped: a feature"))];
+        assert_eq!(
+            summary("matmul", 8, &rows, 0.25),
+            "matmul    FAILED, 1 of 2 comparisons, 0.2 s; 2 skipped: a feature\n    matmul/1 (auto): a NaN\n"
+        );
+        assert_eq!(
+            summary("matmul", 6, &rows[..1], 2.0),
+            "matmul  ok, 1 comparisons, worst at 0 % of its tolerance, 2.0 s\n"
+        );
+        assert_eq!(summary("matmul", 6, &rows[2..], 2.0), "matmul  not run; 2 skipped: a feature\n");
     }
 
     #[test]
