@@ -7,8 +7,8 @@ use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepTokens,
 };
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
-use egmla::{Kernels, Recording, Region};
 use egmla::random;
+use egmla::{Kernels, Recording, Region};
 use egmla_fuzz::{DEVICES, activation, bounded_beside, norm, number, storage};
 use libfuzzer_sys::fuzz_target;
 

@@ -5,10 +5,10 @@
 use std::collections::BTreeMap;
 
 use arbitrary::{Result, Unstructured};
-use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
 use egmla::attention::cost;
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
 use egmla::low_level::kernels::{self, REGISTRY, attention_grouped};
+use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
 use egmla::{Recording, Storage};
 use egmla_fuzz::{DEVICES, activation, class, norm, number, storage, wide};
 use libfuzzer_sys::fuzz_target;

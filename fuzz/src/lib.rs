@@ -4,8 +4,8 @@
 use std::sync::LazyLock;
 
 use arbitrary::{Result, Unstructured};
-use egmla::low_level::AdapterClass;
 use egmla::config::{Activation, AttentionConfig, GateNorm};
+use egmla::low_level::AdapterClass;
 use egmla::{Kernels, Storage};
 use peak_alloc::PeakAlloc;
 

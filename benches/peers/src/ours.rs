@@ -1,14 +1,12 @@
 //! Our side: the only file that calls into egmla.
 
 use bytemuck::cast_slice;
-use egmla::low_level::{AdapterClass, Tuning};
-use egmla::attention::{absorbed_of, prefill_of};
-use egmla::{Kernels, Recording, Region, Storage, wgpu};
 use egmla::low_level::kernels::attention_decode::{DecodeSequence, SPLIT};
 use egmla::low_level::kernels::attention_prefill::QueryTile;
 use egmla::low_level::kernels::cache_read::SequenceRow;
-use egmla::low_level::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul, matmul_subgroup, matmul_vec4};
+use egmla::low_level::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul};
 use egmla::readback;
+use egmla::{Kernels, Recording, Region, Storage, wgpu};
 
 use crate::problem::{Matmul, MlaDecode, Prefill, side_by_side, swap_axes};
 use crate::{Failure, Side};
@@ -19,7 +17,8 @@ type Encode = Box<dyn Fn(&mut Recording) -> egmla::Result<()>>;
 /// A case with its inputs on the device.
 pub struct Ours {
     kernels: Kernels,
-    queue: wgpu::Queue,
+    /// Kept: from the second run on nothing of the device is made anew.
+    recording: Recording,
     encode: Encode,
     output: Region,
     /// From the kernel's order of results to the problem's.
@@ -28,14 +27,14 @@ pub struct Ours {
 
 impl Side for Ours {
     fn run(&mut self) -> Result<(), Failure> {
-        let mut recording = Recording::new(&self.kernels);
-        (self.encode)(&mut recording)?;
-        readback::submit(&recording, &self.queue)?;
+        self.recording.clear();
+        (self.encode)(&mut self.recording)?;
+        readback::submit(&mut self.recording, self.kernels.queue())?;
         finish(&self.kernels)
     }
 
     fn result(&self) -> Result<Vec<f32>, Failure> {
-        let read = readback::wait(readback::read_f32(&self.kernels, &self.queue, &[&self.output]))?;
+        let read = readback::wait(readback::read_f32(&self.kernels, self.kernels.queue(), &[&self.output]))?;
         Ok((self.reorder)(read.concat()))
     }
 }
@@ -48,12 +47,11 @@ fn finish(kernels: &Kernels) -> Result<(), Failure> {
 /// Kernels without a compiled pipeline, and the buffers of one case.
 struct Bench {
     kernels: Kernels,
-    queue: wgpu::Queue,
 }
 
 impl Bench {
     fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> egmla::Result<Self> {
-        Ok(Bench { kernels: Kernels::new(device)?, queue: queue.clone() })
+        Ok(Bench { kernels: Kernels::new(device, queue)? })
     }
 
     fn floats(&self, values: &[f32]) -> egmla::Result<Region> {
@@ -74,12 +72,12 @@ impl Bench {
         encode: impl Fn(&mut Recording) -> egmla::Result<()> + 'static,
         reorder: impl Fn(Vec<f32>) -> Vec<f32> + 'static,
     ) -> Result<Box<dyn Side>, Failure> {
-        let Bench { kernels, queue } = self;
+        let Bench { kernels } = self;
         // Uploads travel with the next submission: not with the first that is timed.
-        queue.submit([]);
+        kernels.queue().submit([]);
         finish(&kernels)?;
-        let (encode, reorder) = (Box::new(encode), Box::new(reorder));
-        Ok(Box::new(Ours { kernels, queue, encode, output: output.clone(), reorder }))
+        let (recording, encode, reorder) = (Recording::new(&kernels), Box::new(encode), Box::new(reorder));
+        Ok(Box::new(Ours { kernels, recording, encode, output: output.clone(), reorder }))
     }
 }
 
@@ -90,18 +88,9 @@ pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Re
     let bias = bench.kernels.absent();
     let (rows, inner, cols) = (inputs.rows as u32, inputs.inner as u32, inputs.cols as u32);
     let problem = matmul::Matmul::linear(rows, inner, cols, false, Storage::F32);
-    // As the attention layer chooses.
-    let context = bench.kernels.context();
-    let shuffles = context.class == AdapterClass::Software && matmul_subgroup::SPEC.missing(context).is_none();
     let output = y.clone();
-    let encode = move |recording: &mut Recording| {
-        let args = matmul::Args { x: &x, w: &w, bias: &bias, y: &y };
-        if shuffles {
-            matmul_subgroup::encode(recording, &matmul_subgroup::Problem(problem), args, Tuning::Auto)
-        } else {
-            matmul_vec4::encode(recording, &matmul_vec4::Problem(problem), args, Tuning::Auto)
-        }
-    };
+    let encode =
+        move |recording: &mut Recording| recording.add(&problem, matmul::Args { x: &x, w: &w, bias: &bias, y: &y });
     bench.ready(&output, encode, |values| values)
 }
 
@@ -112,9 +101,8 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
     let q = bench.floats(&by_token(&inputs.q))?;
     let kv = bench.floats(&side_by_side(&by_token(&inputs.k), width, &by_token(&inputs.v), width))?;
     let rope_cache = bench.kernels.absent();
-    let context = bench.kernels.context();
-    let tile_q = attention_prefill::tile_q(context, Tuning::Auto)?;
-    let slices = attention_prefill::slices(context, Tuning::Auto, width as u32)?;
+    let tile_q = attention_prefill::tile_q(bench.kernels.context());
+    let slices = attention_prefill::slices(width as u32);
     let count = tokens as u32;
     let tiles: Vec<QueryTile> = (0..count)
         .step_by(tile_q as usize)
@@ -128,6 +116,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
     let problem = attention_prefill::AttentionPrefill {
         tokens: count,
         query_tiles: tiles.len() as u32,
+        tile_q,
         n_sequence: 1,
         n_head: heads as u32,
         d_nope: width as u32,
@@ -139,6 +128,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
         first: true,
         last: true,
         scale: inputs.scale(),
+        weights: Storage::F32,
         storage: Storage::F32,
     };
     let output = values.clone();
@@ -152,7 +142,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
             values: &values,
             softmax: &softmax,
         };
-        prefill_of(recording, problem, Storage::F32, args)
+        recording.add(&problem, args)
     };
     bench.ready(&output, encode, move |values| swap_axes(&values, heads, width))
 }
@@ -196,7 +186,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
         };
-        absorbed_of(recording, attend, args)?;
+        recording.add(&attend, args)?;
         let args = attention_combine::Args {
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
