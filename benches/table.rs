@@ -28,7 +28,7 @@ fn run(criterion: &mut Criterion) -> Result<(), Failure> {
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
     println!("adapter: {:?}", adapter.get_info());
     let kernels = Kernels::new(&device, &queue)?;
-    let timer = Timer::new(&kernels, &queue)?;
+    let timer = Timer::new(&kernels)?;
     let mut stock = Stock::default();
     for row in rows().iter().filter(|row| row.is_in(Suite::Quick)) {
         let mut prepared = match row.prepare(&kernels, &mut stock) {

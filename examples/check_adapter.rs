@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             continue;
         }
         let (compared, skipped, worst) = verdicts.entry(case.kernel()).or_default();
-        for outcome in case.run(&kernels, &queue)? {
+        for outcome in case.run(&kernels)? {
             *compared += outcome.comparisons;
             *skipped += usize::from(outcome.skipped);
             *worst = worst.max(outcome.error / outcome.tolerance.max(f64::MIN_POSITIVE));

@@ -32,11 +32,11 @@ impl Model {
             layer.forward(&mut self.recording, &self.cache, &step, index, &stream, &delta)?;
             self.recording.add(&ResidualAdd { elements }, residual_add::Args { delta: &delta, stream: &stream })?;
         }
-        readback::submit(&mut self.recording, self.kernels.queue())?;
+        readback::submit(&mut self.recording)?;
         // Consumes the step: the tokens are part of the cache, once.
         self.cache.commit(step)?;
         println!("{mode:?} {counts:?}: {} dispatches, lengths {:?}", self.recording.dispatches(), self.cache.lengths());
-        Ok(readback::wait(readback::read_f32(&self.kernels, self.kernels.queue(), &[&stream]))?.remove(0))
+        Ok(readback::wait(readback::read_f32(&self.kernels, &[&stream]))?.remove(0))
     }
 }
 

@@ -88,7 +88,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     drop(pass);
     queue.submit([encoder.finish()]);
 
-    let numbers = readback::wait(readback::read_f32(&kernels, &queue, &[&out]))?.remove(0);
+    let numbers = readback::wait(readback::read_f32(&kernels, &[&out]))?.remove(0);
     println!(
         "{} dispatches and a render pass, one submission; out[0][..4] = {:.3?}",
         recording.dispatches(),

@@ -90,8 +90,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut recording = Recording::new(&kernels);
     attention.prefill(&mut recording, &mut cache, Tokens { counts: &[3], ids: None, hidden, out: out.clone() })?;
     recording.add(&SoftCap { elements: 3 * 64, limit: 0.5 }, Args { values: &out })?;
-    readback::submit(&mut recording, &queue)?;
-    let values = readback::wait(readback::read_f32(&kernels, &queue, &[&out]))?.remove(0);
+    readback::submit(&mut recording)?;
+    let values = readback::wait(readback::read_f32(&kernels, &[&out]))?.remove(0);
     println!("{}", recording.kernel_names().collect::<Vec<_>>().join(", "));
     println!("{:.3?} …, none beyond ±0.5: {}", &values[..4], values.iter().all(|value| value.abs() <= 0.5));
     Ok(())

@@ -39,8 +39,8 @@ impl Layer {
         let tokens = Tokens { counts: &[ids.len() as u32], ids: Some(ids), hidden, out: out.clone() };
         let mut recording = Recording::new(&self.kernels);
         self.attention.prefill(&mut recording, &mut self.cache, tokens)?;
-        readback::submit(&mut recording, self.kernels.queue())?;
-        let all = readback::wait(readback::read_f32(&self.kernels, self.kernels.queue(), &[&out]))?.remove(0);
+        readback::submit(&mut recording)?;
+        let all = readback::wait(readback::read_f32(&self.kernels, &[&out]))?.remove(0);
         Ok(all[64 * (ids.len() - 1)..].to_vec())
     }
 }
@@ -51,7 +51,7 @@ fn go_on(file: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let mut layer = Layer::new(128)?;
     let mut recording = Recording::new(&layer.kernels);
     layer.cache.restore_sequence(&mut recording, 0, &std::fs::read(file)?)?;
-    readback::submit(&mut recording, layer.kernels.queue())?;
+    readback::submit(&mut recording)?;
     println!("restored {} tokens", layer.cache.lengths()[0]);
     println!("next: {:.6?}", &layer.feed(&[42])?[..4]);
     Ok(())

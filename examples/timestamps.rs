@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut recording = Recording::new(&kernels);
     let (hidden, out) = region(500)?;
     attention.prefill(&mut recording, &mut cache, Tokens { counts: &[500], ids: None, hidden, out })?;
-    readback::submit(&mut recording, &queue)?;
+    readback::submit(&mut recording)?;
 
     let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
         label: Some("time"),
@@ -68,7 +68,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         drop(pass);
         encoder.resolve_query_set(&queries, 0..2, &times.buffer, 0);
         queue.submit([encoder.finish()]);
-        let ticks = readback::wait(readback::read(&kernels, &queue, &[&times]))?.remove(0);
+        let ticks = readback::wait(readback::read(&kernels, &[&times]))?.remove(0);
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&ticks);
         let micros = (ticks[1] - ticks[0]) as f64 * f64::from(queue.get_timestamp_period()) / 1e3;
         println!("step {step}: {} dispatches, {micros:.0} µs on {}", recording.dispatches(), adapter.get_info().name);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::attention::LatentCache;
 use crate::device::{Kernels, Region, alive, scoped};
 use crate::error::{DeviceError, Error, Result};
+use crate::recording::Recording;
 
 /// A map request's answer, and who waits for it.
 #[derive(Default)]
@@ -23,9 +24,9 @@ struct Answer {
 /// Works in a browser too: there the future is woken by the page's event loop.
 ///
 /// # Errors
-/// `DeviceError::Lost`, `DeviceError::OutOfMemory`; `DeviceError::Validation` for a region of another device (a queue of another one
-/// tells the handler of its own). Never a number that the device did not write.
-pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -> Result<Vec<Vec<u8>>> {
+/// `DeviceError::Lost`, `DeviceError::OutOfMemory`; `DeviceError::Validation` for a region of another device. Never a number that
+/// the device did not write.
+pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>> {
     let what = "reading back";
     let device = kernels.device();
     // Copies are whole words.
@@ -49,7 +50,7 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
             encoder.copy_buffer_to_buffer(&region.buffer, region.offset, &staging, at, padded(region));
             at += padded(region);
         }
-        let submission = queue.submit([encoder.finish()]);
+        let submission = kernels.queue().submit([encoder.finish()]);
         // Within the scope: what wgpu has against a mapping it tells the scope, too.
         staging.map_async(wgpu::MapMode::Read, .., move |result| {
             let waker = {
@@ -100,11 +101,11 @@ pub async fn read(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -
 ///
 /// # Errors
 /// `DeviceError::Timeout`, `DeviceError::Lost`. What was submitted still runs: wait again, or read what it wrote.
-pub fn finish_within(kernels: &Kernels, queue: &wgpu::Queue, timeout: Duration) -> Result<()> {
+pub fn finish_within(kernels: &Kernels, timeout: Duration) -> Result<()> {
     let (device, what) = (kernels.device(), "waiting for the device");
     let done = Arc::new(AtomicBool::new(false));
     let sender = done.clone();
-    scoped(device, what, || queue.on_submitted_work_done(move || sender.store(true, Ordering::Release)))?;
+    scoped(device, what, || kernels.queue().on_submitted_work_done(move || sender.store(true, Ordering::Release)))?;
     if cfg!(target_arch = "wasm32") {
         return Ok(());
     }
@@ -126,8 +127,8 @@ pub fn finish_within(kernels: &Kernels, queue: &wgpu::Queue, timeout: Duration) 
 ///
 /// # Errors
 /// As [`read`].
-pub async fn read_f32(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region]) -> Result<Vec<Vec<f32>>> {
-    let bytes = read(kernels, queue, regions).await?;
+pub async fn read_f32(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<f32>>> {
+    let bytes = read(kernels, regions).await?;
     Ok(bytes.into_iter().map(|bytes| bytemuck::pod_collect_to_vec(&bytes)).collect())
 }
 
@@ -137,7 +138,7 @@ pub async fn read_f32(kernels: &Kernels, queue: &wgpu::Queue, regions: &[&Region
 /// `ArgumentError::OutOfRange` when there is no such sequence; as [`read`].
 pub async fn save_sequence(cache: &LatentCache, sequence: usize) -> Result<Vec<u8>> {
     let regions = cache.sequence_regions(sequence)?;
-    let rows = read(cache.kernels(), cache.kernels().queue(), &regions.iter().collect::<Vec<_>>()).await?;
+    let rows = read(cache.kernels(), &regions.iter().collect::<Vec<_>>()).await?;
     cache.save_sequence(sequence, &rows)
 }
 
@@ -160,12 +161,13 @@ pub fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 /// # Errors
 /// What [`Recording::record`](crate::recording::Recording::record) meets: nothing is then submitted. A device that is lost after
 /// that is told by what is read back.
-pub fn submit(recording: &mut crate::recording::Recording, queue: &wgpu::Queue) -> Result<()> {
-    let device = &recording.kernels().device().clone();
+pub fn submit(recording: &mut Recording) -> Result<()> {
+    let kernels = recording.kernels().clone();
+    let device = kernels.device();
     scoped(device, "submitting", || {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla") });
         recording.encode(&mut encoder)?;
-        queue.submit([encoder.finish()]);
+        kernels.queue().submit([encoder.finish()]);
         Ok(())
     })?
 }

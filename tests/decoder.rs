@@ -346,8 +346,8 @@ fn step(
 ) -> Vec<f32> {
     let mut recording = Recording::new(&gpu.kernels);
     let region = decoder.advance(&mut recording, cache, state, new, logits).unwrap();
-    readback::submit(&mut recording, &gpu.queue).unwrap();
-    let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region])).unwrap().remove(0);
+    readback::submit(&mut recording).unwrap();
+    let read = readback::wait(readback::read_f32(&gpu.kernels, &[&region])).unwrap().remove(0);
     gpu.assert_no_errors();
     read
 }

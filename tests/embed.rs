@@ -222,8 +222,8 @@ impl Model {
         self.cache.prepare(mode, StepTokens { counts, ids: Some(ids) }).unwrap()
     }
 
-    fn f32(&self, app: &App, regions: &[&Region]) -> Vec<Vec<f32>> {
-        wait(read_f32(&self.kernels, &app.queue, regions)).unwrap()
+    fn f32(&self, regions: &[&Region]) -> Vec<Vec<f32>> {
+        wait(read_f32(&self.kernels, regions)).unwrap()
     }
 }
 
@@ -261,7 +261,7 @@ fn a_prefill_between_two_render_passes_in_one_submission() {
         picture.copy_out(&mut encoder);
         app.queue.submit([encoder.finish()]);
 
-        let pixels = wait(read(&model.kernels, &app.queue, &[&Region::from(&picture.pixels)])).unwrap().remove(0);
+        let pixels = wait(read(&model.kernels, &[&Region::from(&picture.pixels)])).unwrap().remove(0);
         for (index, pixel) in (0..).zip(pixels.chunks_exact(4)) {
             let column = index % SIDE;
             let drawn = !(SIDE / 2..3 * SIDE / 4).contains(&column);
@@ -274,7 +274,7 @@ fn a_prefill_between_two_render_passes_in_one_submission() {
         let (first, second) = hidden.split_at(7 * model.config.hidden_size as usize);
         let mut expected = model.reference.forward(first, &ids[..7], &mut History::default());
         expected.extend(model.reference.forward(second, &ids[7..], &mut History::default()));
-        assert_close(&model.f32(&app, &[&output])[0], &expected);
+        assert_close(&model.f32(&[&output])[0], &expected);
         assert_eq!(model.cache.lengths(), [7, 5]);
     }
     app.assert_no_errors();
@@ -313,7 +313,7 @@ fn two_steps_in_one_submission_equal_two_submissions() {
             recording.encode(&mut encoder).unwrap();
             app.queue.submit([encoder.finish()]);
             assert_eq!(model.cache.lengths(), [5, 3]);
-            model.f32(&app, &[&past_out, &new_out])
+            model.f32(&[&past_out, &new_out])
         };
         let (together, apart) = (run(true), run(false));
         assert!(together.iter().flatten().all(|value| value.is_finite()));
@@ -342,7 +342,7 @@ fn one_recording_holds_several_steps() {
     let outputs: Vec<_> = rows.iter().map(|(_, output)| output).collect();
     let hidden: Vec<f64> = hidden.iter().copied().map(f64::from).collect();
     let expected = model.reference.forward(&hidden, &ids, &mut History::default());
-    assert_close(&model.f32(&app, &outputs).concat(), &expected);
+    assert_close(&model.f32(&outputs).concat(), &expected);
     assert_eq!(model.cache.lengths(), [0, 5]);
     app.assert_no_errors();
 }
@@ -488,12 +488,12 @@ fn nothing_is_submitted_for_the_caller() {
     recording.encode(&mut encoder).unwrap();
     // Recorded and dropped: the output is what it was.
     drop(encoder);
-    assert!(model.f32(&app, &[&output])[0].iter().all(|value| value.is_nan()));
+    assert!(model.f32(&[&output])[0].iter().all(|value| value.is_nan()));
     // The same recording serves another encoder.
     let mut encoder = app.encoder();
     recording.encode(&mut encoder).unwrap();
     app.queue.submit([encoder.finish()]);
-    assert!(model.f32(&app, &[&output])[0].iter().all(|value| value.is_finite()));
+    assert!(model.f32(&[&output])[0].iter().all(|value| value.is_finite()));
     model.cache.commit(step).unwrap();
     assert_eq!(model.cache.lengths(), [3, 0]);
     app.assert_no_errors();
@@ -540,7 +540,7 @@ fn what_commands_hold_does_not_change_with_the_recording() {
     copy(&mut recording, 14, 46);
     recording.encode(&mut encoder).unwrap();
     app.queue.submit([encoder.finish()]);
-    let got: Vec<u32> = bytemuck::pod_collect_to_vec(&wait(read(&kernels, &app.queue, &[&cache])).unwrap()[0]);
+    let got: Vec<u32> = bytemuck::pod_collect_to_vec(&wait(read(&kernels, &[&cache])).unwrap()[0]);
     assert_eq!(got, expected);
     app.assert_no_errors();
 }

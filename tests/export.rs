@@ -81,7 +81,7 @@ fn the_smallest_case_of_every_kernel_is_whole() {
     let mut skipped = BTreeSet::new();
     for case in egmla::check::cases() {
         if case.kernel() != "layer" && seen.insert(case.kernel()) {
-            let (data, blobs) = case.export(&gpu.kernels, &gpu.queue, webgpu(Some((8, 8)))).unwrap();
+            let (data, blobs) = case.export(&gpu.kernels, webgpu(Some((8, 8)))).unwrap();
             assert_eq!((data.id.as_str(), data.kernel), (case.id(), case.kernel()));
             assert_whole(&data, &blobs);
             if data.variants.iter().any(|variant| variant.skipped.is_some()) {
@@ -102,7 +102,7 @@ fn layers_of_both_kinds_are_whole() {
     for id in ["layer/mla_odd_widths/f16", "layer/up_projected_tanh_layernorm/f32"] {
         let cases = egmla::check::cases();
         let case = cases.iter().find(|case| case.id() == id).expect(id);
-        let (data, blobs) = case.export(&gpu.kernels, &gpu.queue, webgpu(None)).unwrap();
+        let (data, blobs) = case.export(&gpu.kernels, webgpu(None)).unwrap();
         assert_whole(&data, &blobs);
         let dispatches = data.actions.iter().filter(|action| matches!(action, Action::Dispatch { .. })).count();
         assert!(dispatches > 100 && data.variants.len() >= 7, "{dispatches} dispatches, {} ways", data.variants.len());
@@ -116,7 +116,7 @@ fn an_export_is_the_same_bytes_every_time() {
     let cases = egmla::check::cases();
     let case = cases.iter().find(|case| case.id() == "layer/up_projected_tanh_rmsnorm/f16").unwrap();
     let once = || {
-        let (data, blobs) = case.export(&gpu.kernels, &gpu.queue, webgpu(None)).unwrap();
+        let (data, blobs) = case.export(&gpu.kernels, webgpu(None)).unwrap();
         (serde_json::to_string(&data).unwrap(), blobs.bytes().to_vec())
     };
     let first = once();
@@ -132,7 +132,7 @@ fn swiglu(kernels: &Kernels, recording: &mut Recording, elements: u32, y: &Regio
 #[test]
 fn a_buffer_that_the_host_wrote_to_between_kernels_is_refused() {
     let gpu = gpu();
-    let capture = Capture::new(&gpu.kernels, &gpu.queue, PlanContext::webgpu_defaults(AdapterClass::Discrete));
+    let capture = Capture::new(&gpu.kernels, PlanContext::webgpu_defaults(AdapterClass::Discrete));
     let kernels = capture.kernels();
     let y = kernels.allocate("y", 64).unwrap();
     let step = || {
@@ -142,7 +142,7 @@ fn a_buffer_that_the_host_wrote_to_between_kernels_is_refused() {
     };
     step().unwrap();
     step().unwrap();
-    gpu.queue.write_buffer(&y, 8, &[1, 2, 3, 4]);
+    gpu.kernels.queue().write_buffer(&y, 8, &[1, 2, 3, 4]);
     let problem = step().unwrap_err().to_string();
     assert!(problem.contains("the host wrote to a buffer"), "{problem}");
 }
@@ -151,7 +151,7 @@ fn a_buffer_that_the_host_wrote_to_between_kernels_is_refused() {
 fn only_words_may_differ_between_recordings_of_one_shape() {
     let gpu = gpu();
     let record = |elements: u32, delta: &[f32]| {
-        let capture = Capture::new(&gpu.kernels, &gpu.queue, webgpu(None));
+        let capture = Capture::new(&gpu.kernels, webgpu(None));
         let delta = Guarded::filled(&gpu.kernels, "delta", bytemuck::cast_slice(delta)).unwrap();
         let stream = Guarded::filled(&gpu.kernels, "stream", &[0; 8]).unwrap();
         let mut recording = Recording::new(capture.kernels());

@@ -84,16 +84,16 @@ impl Rig {
     }
 
     /// One step, recorded, submitted, committed and read back; committed only where it was submitted.
-    fn step(&mut self, queue: &wgpu::Queue, input: Input<'_>, hidden: &[f32]) -> egmla::Result<Vec<f32>> {
+    fn step(&mut self, input: Input<'_>, hidden: &[f32]) -> egmla::Result<Vec<f32>> {
         let kernels = self.cache.kernels().clone();
         let x = Region::from(&kernels.upload("hidden", bytemuck::cast_slice(hidden))?);
         let y = Region::from(&kernels.allocate("out", 4 * hidden.len() as u64)?);
         let step = self.cache.prepare(input.0, input.1)?;
         self.recording.clear();
         self.attention.forward(&mut self.recording, &self.cache, &step, 0, &x, &y)?;
-        readback::submit(&mut self.recording, queue)?;
+        readback::submit(&mut self.recording)?;
         self.cache.commit(step)?;
-        Ok(readback::wait(readback::read_f32(&kernels, queue, &[&y]))?.remove(0)[..hidden.len()].to_vec())
+        Ok(readback::wait(readback::read_f32(&kernels, &[&y]))?.remove(0)[..hidden.len()].to_vec())
     }
 
     fn record(&self, step: &Step, x: &Region, y: &Region) -> egmla::Result<Recording> {
@@ -111,7 +111,7 @@ fn input<'a>(mode: Mode, counts: &'a [u32], ids: Option<&'a [u32]>) -> Input<'a>
 }
 
 /// Two sequences' prompts, then two tokens of each from the cache; everything that a run puts out.
-fn run(kernels: &Kernels, queue: &wgpu::Queue, config: &AttentionConfig, seed: u64) -> egmla::Result<Vec<f32>> {
+fn run(kernels: &Kernels, config: &AttentionConfig, seed: u64) -> egmla::Result<Vec<f32>> {
     let mut rig = Rig::new(kernels, config, POOL)?;
     let mut random = Random::new(seed);
     let mut all = Vec::new();
@@ -121,7 +121,7 @@ fn run(kernels: &Kernels, queue: &wgpu::Queue, config: &AttentionConfig, seed: u
         let tokens = counts.iter().sum::<u32>() as usize;
         let (hidden, ids) = (random.values(tokens * HIDDEN, 1.0), random.ids(tokens, VOCAB));
         let ids = config.gate.is_some().then_some(&ids[..]);
-        all.extend(rig.step(queue, input(mode, &counts, ids), &hidden)?);
+        all.extend(rig.step(input(mode, &counts, ids), &hidden)?);
     }
     Ok(all)
 }
@@ -154,7 +154,7 @@ fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
         let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
         let ids = site.map(|_| &ids[..]);
         let prompt = input(Mode::Prefill, &[5, 4], ids);
-        rig.step(&queue, prompt, &hidden).unwrap();
+        rig.step(prompt, &hidden).unwrap();
         let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
         let next = input(Mode::Decode, &[1, 1], ids.map(|ids| &ids[..2]));
         let x = Region::from(&kernels.upload("x", bytemuck::cast_slice(&hidden)).unwrap());
@@ -162,8 +162,8 @@ fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
         let step = rig.cache.prepare(next.0, next.1).unwrap();
         let mut fresh = rig.record(&step, &x, &y).unwrap();
         let mut warm = rig.record(&step, &x, &y).unwrap();
-        readback::submit(&mut warm, &queue).unwrap();
-        readback::finish_within(&kernels, &queue, Duration::from_secs(300)).unwrap();
+        readback::submit(&mut warm).unwrap();
+        readback::finish_within(&kernels, Duration::from_secs(300)).unwrap();
 
         device.destroy();
         lost(kernels.allocate("a", 64), "allocate");
@@ -175,24 +175,24 @@ fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
         lost(rig.record(&step, &x, &y), "record");
         // Twice: what was made on a lost device is not taken for good.
         for _ in 0..2 {
-            lost(readback::submit(&mut fresh, &queue), "submit");
+            lost(readback::submit(&mut fresh), "submit");
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             lost(fresh.encode(&mut encoder), "encode");
         }
         lost(rig.record(&step, &x, &y).and_then(|mut recording| recording.compile()), "compile");
         warm.clear();
         rig.attention.forward(&mut warm, &rig.cache, &step, 0, &x, &y).unwrap();
-        readback::submit(&mut warm, &queue).unwrap();
-        lost(readback::wait(readback::read(&kernels, &queue, &[&x])), "read");
-        lost(readback::finish_within(&kernels, &queue, Duration::from_secs(1)), "finish_within");
+        readback::submit(&mut warm).unwrap();
+        lost(readback::wait(readback::read(&kernels, &[&x])), "read");
+        lost(readback::finish_within(&kernels, Duration::from_secs(1)), "finish_within");
         assert_eq!((rig.cache.lengths(), rig.cache.distinct_ids()), (&lengths[..], distinct));
 
         // All that the host kept is fed to a new device.
         let (device, queue) = bare();
         let mut again = Rig::new(&Kernels::new(&device, &queue).unwrap(), &config, POOL).unwrap();
-        again.step(&queue, prompt, &hidden).unwrap();
+        again.step(prompt, &hidden).unwrap();
         assert_eq!(again.cache.lengths(), lengths);
-        let got = again.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap();
+        let got = again.step(next, &hidden[..2 * HIDDEN]).unwrap();
         assert!(got.iter().all(|value| value.is_finite()));
         assert_eq!(again.cache.lengths(), [6, 5]);
     }
@@ -205,9 +205,9 @@ fn a_device_that_is_lost_while_it_computes_returns_no_numbers() {
     let kernels = Kernels::new(&device, &queue).unwrap();
     let mut work = Work::new(&kernels, 2);
     assert!(faults.check().is_ok() && !faults.is_lost());
-    readback::submit(&mut work.recording, &queue).unwrap();
+    readback::submit(&mut work.recording).unwrap();
     device.destroy();
-    lost(readback::wait(readback::read(&kernels, &queue, &[&work.out])), "read");
+    lost(readback::wait(readback::read(&kernels, &[&work.out])), "read");
     // The callback comes with a poll, and the answer stays.
     device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
     assert!(faults.is_lost());
@@ -237,7 +237,7 @@ fn a_device_that_wgpu_gives_up_is_lost_with_its_reason() {
     let faults = Faults::watch(&device);
     let kernels = Kernels::new(&device, &queue).unwrap();
     let buffer = Region::from(&kernels.upload("a", &[1; 64]).unwrap());
-    lost(readback::wait(readback::read(&kernels, &queue, &[&buffer])), "read");
+    lost(readback::wait(readback::read(&kernels, &[&buffer])), "read");
     lost(kernels.allocate("b", 64), "allocate");
     match faults.check() {
         Err(Error::Device(DeviceError::Lost { message, .. })) => assert_eq!(message, "Out of memory"),
@@ -278,8 +278,8 @@ fn what_is_not_done_in_time_is_an_error_and_can_be_read_later() {
     }
     let mut work = Work::new(&gpu.kernels, 1);
     work.recording.compile().unwrap();
-    readback::submit(&mut work.recording, &gpu.queue).unwrap();
-    match readback::finish_within(&gpu.kernels, &gpu.queue, Duration::from_millis(1)) {
+    readback::submit(&mut work.recording).unwrap();
+    match readback::finish_within(&gpu.kernels, Duration::from_millis(1)) {
         Err(error @ Error::Device(DeviceError::Timeout { seconds: 0.001, .. })) => {
             assert_eq!(
                 error.to_string(),
@@ -288,8 +288,8 @@ fn what_is_not_done_in_time_is_an_error_and_can_be_read_later() {
         }
         other => panic!("{other:?}"),
     }
-    readback::finish_within(&gpu.kernels, &gpu.queue, Duration::from_secs(300)).unwrap();
-    let bytes = readback::wait(readback::read(&gpu.kernels, &gpu.queue, &[&work.out])).unwrap();
+    readback::finish_within(&gpu.kernels, Duration::from_secs(300)).unwrap();
+    let bytes = readback::wait(readback::read(&gpu.kernels, &[&work.out])).unwrap();
     // Each of the twelve chains has long come to b / (1 − a).
     let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes[0]);
     assert_eq!(values.len(), work.x.len());
@@ -336,7 +336,7 @@ fn no_memory_left_is_an_error_that_the_device_the_layer_and_the_cache_survive() 
     let (hidden, ids) = (random.values(9 * HIDDEN, 1.0), random.ids(9, VOCAB));
     let prompt = input(Mode::Prefill, &[5, 4], Some(&ids));
     let next = input(Mode::Decode, &[1, 1], Some(&ids[..2]));
-    rig.step(&queue, prompt, &hidden).unwrap();
+    rig.step(prompt, &hidden).unwrap();
 
     let (lengths, distinct) = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
     let size = kernels.context().limits.max_buffer_size & !15;
@@ -345,13 +345,13 @@ fn no_memory_left_is_an_error_that_the_device_the_layer_and_the_cache_survive() 
     }
     assert_eq!((rig.cache.lengths(), rig.cache.distinct_ids()), (&lengths[..], distinct));
 
-    let got = rig.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap();
+    let got = rig.step(next, &hidden[..2 * HIDDEN]).unwrap();
     assert_eq!(rig.cache.lengths(), [6, 5]);
     let (device, queue) = open(None).1.unwrap();
     let kernels = Kernels::new(&device, &queue).unwrap();
     let mut good = Rig::new(&kernels, &config, POOL).unwrap();
-    good.step(&queue, prompt, &hidden).unwrap();
-    assert_eq!(got, good.step(&queue, next, &hidden[..2 * HIDDEN]).unwrap(), "as on a device that never was full");
+    good.step(prompt, &hidden).unwrap();
+    assert_eq!(got, good.step(next, &hidden[..2 * HIDDEN]).unwrap(), "as on a device that never was full");
 }
 
 /// A step that does not come to be leaves lengths, groups and pool as they were, and the next one is right.
@@ -375,7 +375,7 @@ fn a_step_that_fails_is_as_if_it_had_not_been() {
             for (mode, first, tokens) in [(Mode::Prefill, 0, 6), (Mode::Decode, 6, 1), (Mode::Decode, 7, 2)] {
                 if fail {
                     let before = (rig.cache.lengths().to_vec(), rig.cache.distinct_ids());
-                    let refused = rig.step(&gpu.queue, input(Mode::Prefill, &[200], Some(&many)), &long);
+                    let refused = rig.step(input(Mode::Prefill, &[200], Some(&many)), &long);
                     assert!(matches!(refused, Err(Error::Limit { limit: "max_buffer_size", .. })), "{refused:?}");
                     assert_eq!((rig.cache.lengths().to_vec(), rig.cache.distinct_ids()), before);
                     // Prepared, and then given up.
@@ -385,7 +385,7 @@ fn a_step_that_fails_is_as_if_it_had_not_been() {
                 }
                 let counts = [tokens as u32];
                 let new = input(mode, &counts, Some(&ids[first..first + tokens]));
-                all.extend(rig.step(&gpu.queue, new, &hidden[first * HIDDEN..(first + tokens) * HIDDEN]).unwrap());
+                all.extend(rig.step(new, &hidden[first * HIDDEN..(first + tokens) * HIDDEN]).unwrap());
             }
             all
         };
@@ -457,17 +457,17 @@ fn refuses_objects_of(
         }
         other => panic!("{other:?}"),
     };
-    refused(readback::submit(&mut recording, &queue));
+    refused(readback::submit(&mut recording));
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     refused(recording.encode(&mut encoder));
     queue.submit([encoder.finish()]);
-    refused(readback::wait(readback::read(&kernels, &queue, &[&foreign])).map(drop));
+    refused(readback::wait(readback::read(&kernels, &[&foreign])).map(drop));
     // The step is still good.
     let mut recording = here.record(&step, &x, &y).unwrap();
-    readback::submit(&mut recording, &queue).unwrap();
+    readback::submit(&mut recording).unwrap();
     here.cache.commit(step).unwrap();
     assert_eq!(here.cache.lengths(), [1, 1]);
-    let out = readback::wait(readback::read_f32(&kernels, &queue, &[&y])).unwrap();
+    let out = readback::wait(readback::read_f32(&kernels, &[&y])).unwrap();
     assert!(out[0].iter().all(|value| value.is_finite()) && out[0].iter().any(|&value| value != 0.0));
 }
 
@@ -494,7 +494,7 @@ fn errors_outside_of_any_scope_come_to_the_owner() {
     // Errors that scopes catch do not come here.
     let (other, other_queue) = open();
     let foreign = Region::from(&Kernels::new(&other, &other_queue).unwrap().allocate("b", 64).unwrap());
-    readback::wait(readback::read(&kernels, &queue, &[&foreign])).unwrap_err();
+    readback::wait(readback::read(&kernels, &[&foreign])).unwrap_err();
     faults.check().unwrap();
 }
 
@@ -520,7 +520,7 @@ fn eight_threads_on_one_device_give_the_bits_of_one() {
     let gpu = gpu();
     let sites = [None, Some(GateSite::UpProjected), Some(GateSite::Latent)];
     let one = |kernels: &Kernels, thread: usize| {
-        run(kernels, &gpu.queue, &config(sites[thread % sites.len()]), 10 + thread as u64).unwrap()
+        run(kernels, &config(sites[thread % sites.len()]), 10 + thread as u64).unwrap()
     };
     let alone: Vec<_> = (0..8).map(|thread| one(&gpu.kernels, thread)).collect();
     assert!(alone.iter().flatten().all(|value| value.is_finite()) && alone[0] != alone[3]);

@@ -17,7 +17,7 @@ fn run(kernel: &str) {
     let mut wide = 0;
     let mut worst = 0.0f64;
     for case in cases().iter().filter(|case| case.kernel() == kernel) {
-        match case.run(&gpu.kernels, &gpu.queue) {
+        match case.run(&gpu.kernels) {
             Err(error) => wrong.push(format!("{}: {error}", case.id())),
             Ok(outcomes) => {
                 assert!(!outcomes.is_empty(), "{} ran nothing", case.id());

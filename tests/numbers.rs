@@ -16,7 +16,7 @@ use egmla::config::{Activation, GateConfig, GateNorm, GateSite};
 #[test]
 fn errors_stay_low_and_do_not_grow_with_the_cache() {
     let gpu = gpu();
-    let curves = measure(&gpu.kernels, &gpu.queue, &LENGTHS, |what| println!("{what}")).unwrap();
+    let curves = measure(&gpu.kernels, &LENGTHS, |what| println!("{what}")).unwrap();
     gpu.assert_no_errors();
     let mut problems = Vec::new();
     for curve in &curves {
@@ -102,7 +102,7 @@ fn equal_input_gives_equal_bits_run_after_run() {
                 let case = history(shape(gate, storage), gate_rows);
                 let bits = |gpu: &common::Gpu, case: &LayerCase| -> Vec<u32> {
                     let layer = Prepared::new(&case.shape).unwrap();
-                    let outputs = case.outputs(&gpu.kernels, &gpu.queue, &layer).unwrap();
+                    let outputs = case.outputs(&gpu.kernels, &layer).unwrap();
                     outputs.into_iter().map(f32::to_bits).collect()
                 };
                 let first = bits(&devices[0], &case);
@@ -140,7 +140,7 @@ fn a_sequence_decodes_alone_as_in_a_batch() {
                     ..history(shape(gate, Storage::F32), GateRows::Recompute)
                 };
                 let layer = Prepared::new(&case.shape).unwrap();
-                let outputs = case.outputs(&gpu.kernels, &gpu.queue, &layer).unwrap();
+                let outputs = case.outputs(&gpu.kernels, &layer).unwrap();
                 // The first sequence's part of either step; hidden states are drawn sequence after sequence.
                 let prefilled = 40 * 24;
                 let decoded = (40 * (1 + others) + 20 * others) as usize * 24;

@@ -36,7 +36,7 @@ fn part(index: usize) {
     let cases = (index + 1) * cases / PARTS - index * cases / PARTS;
     let seed = (seed * PARTS + index) as u64;
     let start = std::time::Instant::now();
-    let report = search(&gpu.kernels, &gpu.queue, Search { seed, configurations: CONFIGURATIONS, cases }).unwrap();
+    let report = search(&gpu.kernels, Search { seed, configurations: CONFIGURATIONS, cases }).unwrap();
     gpu.assert_no_errors();
     if let Some(failure) = report.failure {
         panic!(
@@ -79,7 +79,7 @@ fn replay() {
     let case = std::env::var("EGMLA_PROPERTY_CASE").unwrap_or_else(|_| FIXED.to_owned());
     let case = LayerCase::from_json(&case).unwrap();
     let gpu = gpu();
-    let comparison = case.run(&gpu.kernels, &gpu.queue).unwrap();
+    let comparison = case.run(&gpu.kernels).unwrap();
     gpu.assert_no_errors();
     comparison.verdict.unwrap_or_else(|problem| panic!("{problem}\n{}", case.to_json()));
     println!("relative error {:.1e}", comparison.relative_error);
@@ -130,7 +130,7 @@ fn outputs(gpu: &Gpu, case: &LayerCase, change: impl FnOnce(&mut AttentionConfig
     let mut weights = attention_weights(&config, case.shape.kv_a_norm, case.shape.seed).unwrap();
     change(&mut config, &mut weights);
     let layer = Prepared::of(config, weights);
-    let outputs = case.outputs(&gpu.kernels, &gpu.queue, &layer).unwrap();
+    let outputs = case.outputs(&gpu.kernels, &layer).unwrap();
     gpu.assert_no_errors();
     outputs
 }

@@ -83,7 +83,7 @@ impl Model {
             cache.commit(step).unwrap();
         });
         drop(pass);
-        gpu.queue.submit([encoder.finish()]);
+        gpu.kernels.queue().submit([encoder.finish()]);
         device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
         used
     }
@@ -130,7 +130,7 @@ fn shapes_may_take_turns() {
         }
         recording.encode(&mut encoder).unwrap();
         cache.commit(step).unwrap();
-        gpu.queue.submit([encoder.finish()]);
+        gpu.kernels.queue().submit([encoder.finish()]);
         device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
     };
     prefill(&mut model);

@@ -105,9 +105,9 @@ impl Model {
             layer.forward(&mut recording, cache, &step, index, &hidden, out).unwrap();
         }
         cache.commit(step).unwrap();
-        readback::submit(&mut recording, &gpu.queue).unwrap();
+        readback::submit(&mut recording).unwrap();
         let regions: Vec<_> = outs.iter().collect();
-        let values = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &regions)).unwrap();
+        let values = readback::wait(readback::read_f32(&gpu.kernels, &regions)).unwrap();
         gpu.assert_no_errors();
         values.into_iter().map(|values| values[..text.hidden.len()].to_vec()).collect()
     }
@@ -146,7 +146,7 @@ fn models(gpu: &Gpu) -> Vec<Model> {
 }
 
 fn submit(gpu: &Gpu, mut recording: Recording) {
-    readback::submit(&mut recording, &gpu.queue).unwrap();
+    readback::submit(&mut recording).unwrap();
     gpu.assert_no_errors();
 }
 

@@ -46,7 +46,6 @@ pub struct Gpu {
     /// What wgpu says of the adapter.
     pub info: wgpu::AdapterInfo,
     /// The queue that the program submits to.
-    pub queue: wgpu::Queue,
     /// The kernels, with their device.
     pub kernels: Kernels,
     /// The driver's cache of compiled pipelines, and what it began with.
@@ -235,5 +234,5 @@ fn open_device(adapter: &wgpu::Adapter, offer: LimitsOption) -> Result<Gpu, Fail
         Ok(tuned) => kernels = tuned,
         Err(error) => tracing::warn!("measured tile settings are not used: {error}; run `egmla tune` again"),
     }
-    Ok(Gpu { info, queue, kernels, pipelines, faults })
+    Ok(Gpu { info, kernels, pipelines, faults })
 }

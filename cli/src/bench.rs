@@ -80,7 +80,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     let gpu = gpu(&backend)?;
     console::note(format_args!("adapter: {}", backend.describe()));
     gpu.note_tunings();
-    let timer = Timer::new(&gpu.kernels, &gpu.queue)?;
+    let timer = Timer::new(&gpu.kernels)?;
     console::note(format_args!("times: {}", timer.clock().describe()));
     let roofline = Roofline::measure(&gpu.kernels, &timer)?;
     gpu.check()?;

@@ -222,7 +222,7 @@ fn summary(kernel: &str, width: usize, rows: &[Row], seconds: f64) -> String {
 /// What a kernel refuses is a failed row; a lost device ends the run, since every later case would fail with it.
 fn run_case(gpu: &Gpu, case: &egmla::check::Case) -> Result<Vec<Row>, Failure> {
     let start = Instant::now();
-    let outcomes = case.run(&gpu.kernels, &gpu.queue);
+    let outcomes = case.run(&gpu.kernels);
     let seconds = start.elapsed().as_secs_f64();
     gpu.check()?;
     let row = |tuning: String, error, tolerance, skipped, problem: Option<String>| Row {

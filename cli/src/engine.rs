@@ -223,9 +223,9 @@ impl<'a> Engine<'a> {
                 }
                 recording.clear();
                 let region = decoder.forward(recording, cache, &step, state, logits)?;
-                readback::submit(recording, &gpu.queue)?;
+                readback::submit(recording)?;
                 cache.commit(step.into_step())?;
-                let read = readback::wait(readback::read_f32(&gpu.kernels, &gpu.queue, &[&region]));
+                let read = readback::wait(readback::read_f32(&gpu.kernels, &[&region]));
                 gpu.check()?;
                 Ok(read?.into_iter().next().unwrap_or_default())
             }

@@ -98,7 +98,7 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
     let mut listed = Vec::new();
     for (number, case) in cases.iter().enumerate() {
         interrupt::check()?;
-        let (data, blobs) = case.export(&gpu.kernels, &gpu.queue, webgpu(args.subgroups))?;
+        let (data, blobs) = case.export(&gpu.kernels, webgpu(args.subgroups))?;
         gpu.check()?;
         let file = format!("{number:04}");
         total += write(&folder, &file, &data, &blobs)?;

@@ -46,7 +46,7 @@ pub fn run(args: TuneArgs) -> Result<(), Failure> {
     // The shortest caches are all overhead: what is chosen there would be noise.
     let rows: Vec<_> =
         bench::rows().into_iter().filter(|row| row.is_in(Suite::Quick) && !row.id().ends_with("/t1024")).collect();
-    let timer = Timer::new(&gpu.kernels, &gpu.queue)?;
+    let timer = Timer::new(&gpu.kernels)?;
     let bar = console::progress(0, "kernels");
     let limit = Duration::from_secs(args.time_limit);
     let tuned = tune(&gpu.kernels, &timer, &rows, limit, |progress| {

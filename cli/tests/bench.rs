@@ -214,9 +214,9 @@ fn a_decode_row_is_one_step_that_can_run_again() {
     prepared.recording.compile().unwrap();
     let mut results = Vec::new();
     for _ in 0..2 {
-        readback::submit(&mut prepared.recording, &gpu.queue).unwrap();
-        prepared.verify(&gpu.queue).unwrap();
-        results.push(readback::wait(readback::read(&gpu.kernels, &gpu.queue, &[&prepared.output])).unwrap());
+        readback::submit(&mut prepared.recording).unwrap();
+        prepared.verify().unwrap();
+        results.push(readback::wait(readback::read(&gpu.kernels, &[&prepared.output])).unwrap());
     }
     assert_eq!(results[0], results[1]);
     assert!(results[0][0].iter().any(|&byte| byte != 0));
@@ -244,7 +244,7 @@ fn a_pipeline_cache_of_another_device_does_no_harm() {
     let case = cases().into_iter().find(|case| case.kernel() == "swiglu").unwrap();
     for cache in [make(&device), make(&other)] {
         let kernels = Kernels::new(&device, &queue).unwrap().with_pipeline_cache(cache);
-        for outcome in case.run(&kernels, &queue).unwrap() {
+        for outcome in case.run(&kernels).unwrap() {
             outcome.verdict.unwrap();
         }
     }

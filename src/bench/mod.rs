@@ -96,8 +96,8 @@ impl Prepared {
     ///
     /// # Errors
     /// `DataError::NonFinite` for one that is not a number: what is not computed rightly is not worth timing.
-    pub fn verify(&self, queue: &wgpu::Queue) -> Result<()> {
-        let values = readback::wait(readback::read_f32(self.recording.kernels(), queue, &[&self.output]))?
+    pub fn verify(&self) -> Result<()> {
+        let values = readback::wait(readback::read_f32(self.recording.kernels(), &[&self.output]))?
             .into_iter()
             .next()
             .unwrap_or_default();

@@ -131,7 +131,7 @@ fn start<'a>(row: &'a Row, kernels: &Kernels, timer: &Timer, stock: &mut Stock) 
     let first_device_us = timer.run(&mut prepared.recording)?.device_us;
     let longest = cold.elapsed();
     let first_us = longest.as_secs_f64() * 1e6;
-    prepared.verify(timer.queue())?;
+    prepared.verify()?;
     let cpu_reference_us = prepared.reference.as_ref().map(|reference| {
         let start = Instant::now();
         reference();

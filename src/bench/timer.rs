@@ -40,7 +40,6 @@ pub struct Elapsed {
 #[derive(Debug)]
 pub struct Timer {
     kernels: Kernels,
-    queue: wgpu::Queue,
     timestamps: Option<Timestamps>,
 }
 
@@ -56,7 +55,7 @@ impl Timer {
     ///
     /// # Errors
     /// `DeviceError::Driver` when the device has no memory left or is lost.
-    pub fn new(kernels: &Kernels, queue: &wgpu::Queue) -> Result<Self> {
+    pub fn new(kernels: &Kernels) -> Result<Self> {
         let device = kernels.device();
         let timestamps = device.features().contains(wgpu::Features::TIMESTAMP_QUERY).then(|| {
             scoped(device, "timestamps", || Timestamps {
@@ -71,15 +70,10 @@ impl Timer {
                     usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
                     mapped_at_creation: false,
                 }),
-                nanoseconds: f64::from(queue.get_timestamp_period()),
+                nanoseconds: f64::from(kernels.queue().get_timestamp_period()),
             })
         });
-        Ok(Timer { kernels: kernels.clone(), queue: queue.clone(), timestamps: timestamps.transpose()? })
-    }
-
-    /// The queue that it submits to.
-    pub fn queue(&self) -> &wgpu::Queue {
-        &self.queue
+        Ok(Timer { kernels: kernels.clone(), timestamps: timestamps.transpose()? })
     }
 
     /// What `device_us` is.
@@ -109,7 +103,7 @@ impl Timer {
         let wall_us = scoped(device, "timing", || {
             let commands = encoder.finish();
             let start = Instant::now();
-            let submission = self.queue.submit([commands]);
+            let submission = self.kernels.queue().submit([commands]);
             let waited = device.poll(wgpu::PollType::Wait { submission_index: Some(submission), timeout: None });
             waited.map(|_| start.elapsed().as_secs_f64() * 1e6).map_err(|error| Error::device("timing", error))
         })??;
@@ -122,10 +116,7 @@ impl Timer {
 
     fn read(&self, timestamps: &Timestamps) -> Result<f64> {
         let region = Region::from(&timestamps.resolved);
-        let bytes = readback::wait(readback::read(&self.kernels, &self.queue, &[&region]))?
-            .into_iter()
-            .next()
-            .unwrap_or_default();
+        let bytes = readback::wait(readback::read(&self.kernels, &[&region]))?.into_iter().next().unwrap_or_default();
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
         let elapsed = match ticks[..] {
             [begin, end, ..] => end.saturating_sub(begin),

@@ -193,7 +193,6 @@ struct State {
 #[derive(Debug)]
 pub struct Capture {
     kernels: Kernels,
-    queue: wgpu::Queue,
     state: RefCell<State>,
 }
 
@@ -212,8 +211,8 @@ pub struct Captured {
 
 impl Capture {
     /// Plans are made for `context`, which need not be that of the device; buffers live on the device.
-    pub fn new(kernels: &Kernels, queue: &wgpu::Queue, context: PlanContext) -> Self {
-        Capture { kernels: kernels.planned_for(context), queue: queue.clone(), state: RefCell::default() }
+    pub fn new(kernels: &Kernels, context: PlanContext) -> Self {
+        Capture { kernels: kernels.planned_for(context), state: RefCell::default() }
     }
 
     /// The kernels to record with.
@@ -382,7 +381,7 @@ impl Capture {
 
     fn content(&self, buffer: &wgpu::Buffer) -> Result<Vec<u32>> {
         let whole = Region::from(buffer);
-        let bytes = readback::wait(readback::read(&self.kernels, &self.queue, &[&whole]))?;
+        let bytes = readback::wait(readback::read(&self.kernels, &[&whole]))?;
         Ok(bytes.iter().flat_map(|bytes| bytemuck::pod_collect_to_vec::<u8, u32>(bytes)).collect())
     }
 }

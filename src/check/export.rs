@@ -57,9 +57,9 @@ impl Case {
     ///
     /// # Errors
     /// What the kernels refuse, a comparison that was made elsewhere than in the case's own list, or a lost device.
-    pub fn export(&self, kernels: &Kernels, queue: &wgpu::Queue, context: PlanContext) -> Result<(CaseData, Blobs)> {
-        let capture = Capture::new(kernels, queue, context);
-        let outcomes = (self.run)(&Lab { kernels: capture.kernels(), queue, capture: Some(&capture) })?;
+    pub fn export(&self, kernels: &Kernels, context: PlanContext) -> Result<(CaseData, Blobs)> {
+        let capture = Capture::new(kernels, context);
+        let outcomes = (self.run)(&Lab { kernels: capture.kernels(), capture: Some(&capture) })?;
         let captured = capture.finish();
         let named: usize = outcomes.iter().map(|outcome| outcome.comparisons).sum();
         if named != captured.comparisons.len() {

@@ -60,9 +60,9 @@ impl Guarded {
     ///
     /// # Errors
     /// A guard word that changed, or a lost device.
-    pub fn read(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Vec<u32>> {
+    pub fn read(&self, kernels: &Kernels) -> Result<Vec<u32>> {
         let whole = Region::from(&self.region.buffer);
-        let bytes = readback::wait(readback::read(kernels, queue, &[&whole]))?;
+        let bytes = readback::wait(readback::read(kernels, &[&whole]))?;
         let all: Vec<u32> = bytes.iter().flat_map(|bytes| bytemuck::pod_collect_to_vec::<u8, u32>(bytes)).collect();
         let end = GUARD_WORDS + self.words;
         let guards = (0..GUARD_WORDS).chain(end..end + GUARD_WORDS);
@@ -84,7 +84,7 @@ impl Guarded {
     ///
     /// # Errors
     /// As [`Guarded::read`].
-    pub fn read_f32(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Vec<f32>> {
-        Ok(self.read(kernels, queue)?.into_iter().map(f32::from_bits).collect())
+    pub fn read_f32(&self, kernels: &Kernels) -> Result<Vec<f32>> {
+        Ok(self.read(kernels)?.into_iter().map(f32::from_bits).collect())
     }
 }

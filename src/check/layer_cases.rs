@@ -422,7 +422,7 @@ fn run(
     let mut cache = LatentCache::new(attention, options)?;
     for buffer in cache.buffers() {
         let poison = vec![POISON; buffer.size() as usize / 4];
-        lab.queue.write_buffer(buffer, 0, bytemuck::cast_slice(&poison));
+        lab.kernels.queue().write_buffer(buffer, 0, bytemuck::cast_slice(&poison));
     }
 
     let first_of: Vec<u32> = lengths

@@ -134,17 +134,12 @@ fn configurations() -> [(&'static str, AttentionConfig); 3] {
 ///
 /// # Errors
 /// A lost device, or one without the memory for the longest cache.
-pub fn measure(
-    kernels: &Kernels,
-    queue: &wgpu::Queue,
-    lengths: &[u32],
-    mut progress: impl FnMut(&str),
-) -> Result<Vec<Curve>> {
+pub fn measure(kernels: &Kernels, lengths: &[u32], mut progress: impl FnMut(&str)) -> Result<Vec<Curve>> {
     let mut curves = Vec::new();
     for spread in SPREADS {
         for (name, config) in configurations() {
             progress(&format!("{name}, logits of deviation {spread}"));
-            curves.extend(of_configuration(kernels, queue, name, &config, spread, lengths)?);
+            curves.extend(of_configuration(kernels, name, &config, spread, lengths)?);
         }
         let errors = lengths.iter().map(|&tokens| (tokens, half_sums(tokens, spread))).collect();
         curves.push(Curve { configuration: "MLA", way: Way::HalfSums, spread, errors });
@@ -154,7 +149,6 @@ pub fn measure(
 
 fn of_configuration(
     kernels: &Kernels,
-    queue: &wgpu::Queue,
     name: &'static str,
     config: &AttentionConfig,
     spread: f32,
@@ -232,8 +226,8 @@ fn of_configuration(
             let mut recording = Recording::new(kernels);
             let (from, to) = (&input.region, &out.region);
             attention.forward(&mut recording, &cache, &step, 0, from, to)?;
-            readback::submit(&mut recording, queue)?;
-            got.push(widen(&out.read_f32(kernels, queue)?));
+            readback::submit(&mut recording)?;
+            got.push(widen(&out.read_f32(kernels)?));
         }
         let past = past as usize;
         let own_ids = &past_ids[..past];

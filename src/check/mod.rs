@@ -4,7 +4,7 @@
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
 //! let kernels = egmla::Kernels::new(device, queue)?;
 //! for case in egmla::check::cases() {
-//!     for outcome in case.run(&kernels, queue)? {
+//!     for outcome in case.run(&kernels)? {
 //!         // A variant whose feature the device lacks is `Err("skipped: …")`, never `Ok`.
 //!         println!("{} {}: {:?}", case.id(), outcome.tuning, outcome.verdict);
 //!     }
@@ -94,8 +94,8 @@ impl Case {
     ///
     /// # Errors
     /// What the kernels refuse, a guard word that was overwritten, or a lost device. A wrong result is an [`Outcome`].
-    pub fn run(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Vec<Outcome>> {
-        (self.run)(&Lab { kernels, queue, capture: None })
+    pub fn run(&self, kernels: &Kernels) -> Result<Vec<Outcome>> {
+        (self.run)(&Lab { kernels, capture: None })
     }
 }
 
@@ -109,7 +109,6 @@ pub fn cases() -> Vec<Case> {
 /// A device to run cases on, or to write down what they would run.
 struct Lab<'a> {
     kernels: &'a Kernels,
-    queue: &'a wgpu::Queue,
     /// Takes the place of the device: what is launched, read and compared is written down.
     capture: Option<&'a Capture>,
 }
@@ -148,13 +147,13 @@ impl Lab<'_> {
 
     fn submit(&self, recording: &mut Recording) -> Result<()> {
         match self.capture {
-            None => readback::submit(recording, self.queue),
+            None => readback::submit(recording),
             Some(capture) => capture.submit(recording),
         }
     }
 
     fn read(&self, region: &Guarded) -> Result<Words> {
-        let words = region.read(self.kernels, self.queue)?;
+        let words = region.read(self.kernels)?;
         let number = self.capture.map_or(Ok(0), |capture| capture.read(region))?;
         Ok(Words { words, number })
     }

@@ -416,16 +416,16 @@ impl LayerCase {
     ///
     /// # Errors
     /// What the library refuses of a case that it should take, or a lost device.
-    pub fn run(&self, kernels: &Kernels, queue: &wgpu::Queue) -> Result<Comparison> {
-        self.run_on(kernels, queue, &Prepared::new(&self.shape)?)
+    pub fn run(&self, kernels: &Kernels) -> Result<Comparison> {
+        self.run_on(kernels, &Prepared::new(&self.shape)?)
     }
 
     /// The same with the layer at hand.
     ///
     /// # Errors
     /// As [`LayerCase::run`].
-    pub fn run_on(&self, kernels: &Kernels, queue: &wgpu::Queue, layer: &Prepared) -> Result<Comparison> {
-        let (got, lengths, distinct) = self.on_device(kernels, queue, layer)?;
+    pub fn run_on(&self, kernels: &Kernels, layer: &Prepared) -> Result<Comparison> {
+        let (got, lengths, distinct) = self.on_device(kernels, layer)?;
         // After the GPU, so that nothing of it can leak into a result.
         let (expected, held) = self.in_f64(&layer.reference);
         let own: Vec<u32> = held.iter().map(|ids| ids.len() as u32).collect();
@@ -447,17 +447,12 @@ impl LayerCase {
     ///
     /// # Errors
     /// As [`LayerCase::run`].
-    pub fn outputs(&self, kernels: &Kernels, queue: &wgpu::Queue, layer: &Prepared) -> Result<Vec<f32>> {
-        self.on_device(kernels, queue, layer).map(|(got, ..)| got)
+    pub fn outputs(&self, kernels: &Kernels, layer: &Prepared) -> Result<Vec<f32>> {
+        self.on_device(kernels, layer).map(|(got, ..)| got)
     }
 
     /// Outputs of every step, one after another, then lengths and distinct ids.
-    fn on_device(
-        &self,
-        kernels: &Kernels,
-        queue: &wgpu::Queue,
-        layer: &Prepared,
-    ) -> Result<(Vec<f32>, Vec<u32>, Vec<u32>)> {
+    fn on_device(&self, kernels: &Kernels, layer: &Prepared) -> Result<(Vec<f32>, Vec<u32>, Vec<u32>)> {
         let Prepared { config, weights, .. } = layer;
         let LayerCase { batch, capacity, tile_rows, .. } = *self;
         let storage = self.shape.storage;
@@ -474,7 +469,7 @@ impl LayerCase {
         let mut cache = LatentCache::new(&attention, options)?;
         for buffer in cache.buffers() {
             let poison = vec![POISON; buffer.size() as usize / 4];
-            queue.write_buffer(buffer, 0, bytemuck::cast_slice(&poison));
+            kernels.queue().write_buffer(buffer, 0, bytemuck::cast_slice(&poison));
         }
         let mut got = Vec::new();
         for event in &self.events {
@@ -486,7 +481,7 @@ impl LayerCase {
                 }
                 Event::Copy { from, to } => {
                     cache.copy_sequence(&mut recording, *from, *to)?;
-                    readback::submit(&mut recording, queue)?;
+                    readback::submit(&mut recording)?;
                 }
                 Event::Reset => cache.reset(),
                 Event::Prefill { counts, seed }
@@ -507,8 +502,8 @@ impl LayerCase {
                     if !matches!(event, Event::GiveUp { .. }) {
                         cache.commit(step)?;
                     }
-                    readback::submit(&mut recording, queue)?;
-                    got.extend(out.read_f32(kernels, queue)?);
+                    readback::submit(&mut recording)?;
+                    got.extend(out.read_f32(kernels)?);
                 }
             }
         }
@@ -746,7 +741,7 @@ pub struct Failure {
 ///
 /// # Errors
 /// A lost device. A case that the library refuses is a [`Failure`].
-pub fn search(kernels: &Kernels, queue: &wgpu::Queue, search: Search) -> Result<SearchReport> {
+pub fn search(kernels: &Kernels, search: Search) -> Result<SearchReport> {
     let mut report = SearchReport::default();
     let configurations = search.configurations.max(1);
     for (index, shape) in family(search.seed, configurations).enumerate() {
@@ -761,9 +756,9 @@ pub fn search(kernels: &Kernels, queue: &wgpu::Queue, search: Search) -> Result<
                     break case;
                 }
             };
-            let result = case.run_on(kernels, queue, &layer);
+            let result = case.run_on(kernels, &layer);
             if let Some(problem) = problem_of(&result)? {
-                let (small, problem) = shrink(case.clone(), problem, |case| problem_of(&case.run(kernels, queue)))?;
+                let (small, problem) = shrink(case.clone(), problem, |case| problem_of(&case.run(kernels)))?;
                 report.failure = Some(Failure { case: small, problem, drawn: case });
                 return Ok(report);
             }

@@ -10,7 +10,6 @@ use egmla::{Kernels, Storage, wgpu};
 
 pub struct Gpu {
     pub kernels: Kernels,
-    pub queue: wgpu::Queue,
     pub faults: Faults,
 }
 
@@ -82,7 +81,7 @@ fn open(adapter: &wgpu::Adapter, required_limits: wgpu::Limits) -> Gpu {
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     let faults = Faults::watch(&device);
     println!("adapter: {:?}, {:?}, EGMLA_LIMITS: {:?}", adapter.get_info(), device.features(), Offer::from_env());
-    Gpu { kernels: Kernels::new(&device, &queue).expect("kernels").with_cooperative(matrices), queue, faults }
+    Gpu { kernels: Kernels::new(&device, &queue).expect("kernels").with_cooperative(matrices), faults }
 }
 
 #[allow(dead_code, reason = "the tests that take this need a part of it")]

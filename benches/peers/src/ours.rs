@@ -29,12 +29,12 @@ impl Side for Ours {
     fn run(&mut self) -> Result<(), Failure> {
         self.recording.clear();
         (self.encode)(&mut self.recording)?;
-        readback::submit(&mut self.recording, self.kernels.queue())?;
+        readback::submit(&mut self.recording)?;
         finish(&self.kernels)
     }
 
     fn result(&self) -> Result<Vec<f32>, Failure> {
-        let read = readback::wait(readback::read_f32(&self.kernels, self.kernels.queue(), &[&self.output]))?;
+        let read = readback::wait(readback::read_f32(&self.kernels, &[&self.output]))?;
         Ok((self.reorder)(read.concat()))
     }
 }
@@ -50,7 +50,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> egmla::Result<Self> {
+    fn new(device: &wgpu::Device) -> egmla::Result<Self> {
         Ok(Bench { kernels: Kernels::new(device, queue)? })
     }
 
@@ -81,7 +81,7 @@ impl Bench {
     }
 }
 
-pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Result<Box<dyn Side>, Failure> {
+pub fn matmul(device: &wgpu::Device, inputs: &Matmul) -> Result<Box<dyn Side>, Failure> {
     let bench = Bench::new(device, queue)?;
     let (x, w) = (bench.floats(&inputs.x)?, bench.floats(&inputs.w)?);
     let y = bench.output(inputs.rows * inputs.cols)?;
@@ -94,7 +94,7 @@ pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Re
     bench.ready(&output, encode, |values| values)
 }
 
-pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> Result<Box<dyn Side>, Failure> {
+pub fn prefill(device: &wgpu::Device, inputs: &Prefill) -> Result<Box<dyn Side>, Failure> {
     let bench = Bench::new(device, queue)?;
     let &Prefill { heads, tokens, width, .. } = inputs;
     let by_token = |values: &[f32]| swap_axes(values, tokens, width);
@@ -147,7 +147,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
     bench.ready(&output, encode, move |values| swap_axes(&values, heads, width))
 }
 
-pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode) -> Result<Box<dyn Side>, Failure> {
+pub fn mla_decode(device: &wgpu::Device, inputs: &MlaDecode) -> Result<Box<dyn Side>, Failure> {
     let bench = Bench::new(device, queue)?;
     let &MlaDecode { heads, latent, rope, cached, .. } = inputs;
     let (absorbed, q) = (bench.floats(&inputs.q_latent)?, bench.floats(&inputs.q_rope)?);

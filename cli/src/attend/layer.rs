@@ -61,10 +61,10 @@ pub fn on_gpu(
                 break;
             }
             interrupt::check()?;
-            let submitted = steps.iter().map(|step| layer.submit(gpu, input, step));
+            let submitted = steps.iter().map(|step| layer.submit(input, step));
             let outputs = submitted.collect::<Result<Vec<_>, _>>()?;
             let regions: Vec<_> = outputs.iter().collect();
-            let read = readback::wait(readback::read_f32(kernels, &gpu.queue, &regions))?;
+            let read = readback::wait(readback::read_f32(kernels, &regions))?;
             gpu.check()?;
             for (step, rows) in steps.iter().zip(&read) {
                 scatter(rows, &step.rows, input.width, &mut hidden);
@@ -86,7 +86,7 @@ struct DeviceLayer<'a> {
 
 impl DeviceLayer<'_> {
     /// Submits one step; its output can be read once the queue has come to it.
-    fn submit(&mut self, gpu: &Gpu, input: &Sequences, step: &Planned) -> egmla::Result<Region> {
+    fn submit(&mut self, input: &Sequences, step: &Planned) -> egmla::Result<Region> {
         let kernels = self.recording.kernels();
         let rows = gather(&input.hidden, &step.rows, input.width);
         let hidden = Region::from(&kernels.upload("egmla.attend.input", bytemuck::cast_slice(&rows))?);
@@ -97,7 +97,7 @@ impl DeviceLayer<'_> {
         let prepared = self.cache.prepare(step.mode, tokens)?;
         self.recording.clear();
         self.attention.forward(&mut self.recording, &self.cache, &prepared, 0, &hidden, &out)?;
-        readback::submit(&mut self.recording, &gpu.queue)?;
+        readback::submit(&mut self.recording)?;
         self.cache.commit(prepared)?;
         Ok(out)
     }

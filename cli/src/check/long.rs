@@ -27,7 +27,7 @@ pub fn run(gpu: &Gpu, json: bool, svg: Option<&Path>) -> Result<(), Failure> {
         plots::check(folder)?;
     }
     let bar = console::progress(3 * SPREADS.len() as u64, "configurations");
-    let curves = measure(&gpu.kernels, &gpu.queue, &LENGTHS, |what| {
+    let curves = measure(&gpu.kernels, &LENGTHS, |what| {
         bar.set_message(what.to_owned());
         bar.inc(1);
     })

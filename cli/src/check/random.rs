@@ -12,8 +12,7 @@ const CASES_A_CONFIGURATION: usize = 40;
 /// Draws, runs and compares; what fails is printed as it shrank.
 pub fn search(gpu: &Gpu, seed: u64, cases: usize) -> Result<(), Failure> {
     let configurations = cases.div_ceil(CASES_A_CONFIGURATION).max(4).min(cases);
-    let report =
-        property::search(&gpu.kernels, &gpu.queue, Search { seed, configurations, cases }).map_err(Failure::run)?;
+    let report = property::search(&gpu.kernels, Search { seed, configurations, cases }).map_err(Failure::run)?;
     gpu.check()?;
     if let Some(failure) = report.failure {
         console::note(format_args!("drawn as {}", failure.drawn.to_json()));
@@ -38,7 +37,7 @@ pub fn read(case: &str) -> Result<LayerCase, Failure> {
 
 /// Runs one case.
 pub fn replay(gpu: &Gpu, case: &LayerCase) -> Result<(), Failure> {
-    let comparison = case.run(&gpu.kernels, &gpu.queue).map_err(Failure::run)?;
+    let comparison = case.run(&gpu.kernels).map_err(Failure::run)?;
     gpu.check()?;
     comparison.verdict.map_err(Failure::run)?;
     console::print(&format!("right, with a relative error of {:.1e}\n", comparison.relative_error))

@@ -164,11 +164,11 @@ impl Source {
 /// Writes `layer.json`, `layer.bin` and the recordings; returns their bytes.
 pub fn write(gpu: &Gpu, source: Source, out: &Path) -> Result<u64, Failure> {
     let Source { model, config, weights } = source;
-    let capture = Capture::new(&gpu.kernels, &gpu.queue, webgpu(None));
+    let capture = Capture::new(&gpu.kernels, webgpu(None));
     let options = AttentionOptions { storage: Storage::F16, gate_rows: GateRows::Recompute };
     let decoder = Decoder::new(capture.kernels(), &config, &weights, options)?;
     // Takes the recordings that only tell where the ids stand.
-    let probe = Capture::new(&gpu.kernels, &gpu.queue, webgpu(None));
+    let probe = Capture::new(&gpu.kernels, webgpu(None));
     let programs = out.join("layer");
     std::fs::create_dir_all(&programs).map_err(|error| Failure::run(format!("{}: {error}", programs.display())))?;
 
