@@ -5,15 +5,14 @@ use std::io::{self, IsTerminal as _, Write as _};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::failure::Failure;
-
-/// What is shown unless `RUST_LOG` says otherwise: our own warnings, other crates' errors.
-const DEFAULT_FILTER: &str = "error,egmla=warn";
 
 /// Writes a result to stdout. A reader that has gone away is no error: the program ends as if all had been read.
 pub fn print(text: &str) -> Result<(), Failure> {
@@ -44,11 +43,12 @@ pub fn one_line(text: &str) -> String {
 pub fn start_logging() {
     // Set but empty is as good as not set: warnings must not vanish by it.
     let wanted = std::env::var("RUST_LOG").ok().filter(|filter| !filter.trim().is_empty());
-    let filter = wanted.and_then(|filter| EnvFilter::try_new(filter).ok());
-    let filter = filter.unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).event_format(Line).with_writer(io::stderr);
+    // Unless it says otherwise: our own warnings, other crates' errors.
+    let default = || Targets::new().with_default(Level::ERROR).with_target("egmla", Level::WARN);
+    let filter = wanted.and_then(|filter| filter.parse().ok()).unwrap_or_else(default);
+    let lines = tracing_subscriber::fmt::layer().event_format(Line).with_writer(io::stderr);
     // Fails only where a subscriber is set already, and then there is one.
-    let _ = subscriber.try_init();
+    let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
 }
 
 /// `warning: message`, or the level's own name below warnings.
