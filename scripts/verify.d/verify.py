@@ -124,9 +124,10 @@ def lavapipe():
 
 @functools.cache
 def egmla():
-    """The program, as the tests build it."""
+    """The program, as its own tests build it, and the tests of the library that are run here."""
     program = ROOT / "target" / "debug" / "egmla"
-    process = run(["cargo", "test", "--quiet", "--no-run", "--test", "translation", "--test", "attention", "--test", "faults", "--test", "validation"])
+    tests = [part for name in ("cli", "translation", "attention", "faults", "validation") for part in ("--test", name)]
+    process = run(["cargo", "test", "--quiet", "--no-run", *tests])
     if process.returncode != 0:
         # No part says anything without it.
         raise SystemExit(f"error: cargo test --no-run: {process.stderr[-4000:]}")
