@@ -1,7 +1,7 @@
-//! `egmla bench`: the adapter's ceilings, then every row against them; plots; and the README's table from kept results.
+//! `egmla bench`: the adapter's ceilings, then every row against them; plots; and the table of `docs/speed.md` from kept results.
 
+mod page;
 pub mod plots;
-mod readme;
 
 use std::path::{Path, PathBuf};
 
@@ -36,9 +36,9 @@ pub struct BenchArgs {
     /// Write plots to DIR as SVG
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
-    /// Measure nothing: put the table of these results into README.md of the current folder, and plots beside them
+    /// Measure nothing: put the table of these results into docs/speed.md of the current folder, and plots beside them
     #[arg(long, value_name = "RESULTS", num_args = 1.., conflicts_with_all = ["suite", "filter", "json", "svg", "adapter"])]
-    readme: Vec<PathBuf>,
+    page: Vec<PathBuf>,
 }
 
 /// `--suite`
@@ -62,8 +62,8 @@ impl From<SuiteOption> for Suite {
 
 /// Measures, prints and writes.
 pub fn run(args: BenchArgs) -> Result<(), Failure> {
-    if !args.readme.is_empty() {
-        return readme::update(Path::new("README.md"), &args.readme);
+    if !args.page.is_empty() {
+        return page::update(Path::new("docs/speed.md"), &args.page);
     }
     let suite = Suite::from(args.suite);
     let filter = args.filter.as_deref().unwrap_or_default();

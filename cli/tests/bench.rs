@@ -1,4 +1,4 @@
-//! Measuring: rows, tuning, compiled pipelines that are kept, and the README's table.
+//! Measuring: rows, tuning, compiled pipelines that are kept, and the table of `docs/speed.md`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -52,8 +52,16 @@ fn results() -> Vec<String> {
     files
 }
 
+/// The page that holds the table.
+const PAGE: &str = "docs/speed.md";
+
+fn copy_page(folder: &Path) {
+    std::fs::create_dir(folder.join("docs")).unwrap();
+    std::fs::copy(root().join(PAGE), folder.join(PAGE)).unwrap();
+}
+
 #[test]
-fn the_readme_and_its_plots_are_what_the_kept_results_say() {
+fn the_page_and_its_plots_are_what_the_kept_results_say() {
     let folder = tempfile::tempdir().unwrap();
     let kept = folder.path().join("benches/results");
     std::fs::create_dir_all(&kept).unwrap();
@@ -63,14 +71,14 @@ fn the_readme_and_its_plots_are_what_the_kept_results_say() {
             std::fs::copy(&file, kept.join(file.file_name().unwrap())).unwrap();
         }
     }
-    std::fs::copy(root().join("README.md"), folder.path().join("README.md")).unwrap();
+    copy_page(folder.path());
     let files = results();
     assert!(!files.is_empty());
-    let arguments: Vec<_> = ["bench", "--readme"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    let arguments: Vec<_> = ["bench", "--page"].into_iter().chain(files.iter().map(String::as_str)).collect();
     done(egmla(folder.path(), &arguments));
-    let again = "run `cargo run --release -- bench --readme benches/results/*.json`";
+    let again = "run `cargo run --release -- bench --page benches/results/*.json`";
     let read = |base: &Path, name: &str| std::fs::read_to_string(base.join(name)).unwrap();
-    assert!(read(folder.path(), "README.md") == read(root(), "README.md"), "README.md: {again}");
+    assert!(read(folder.path(), PAGE) == read(root(), PAGE), "{PAGE}: {again}");
     let mut plots = 0;
     for entry in std::fs::read_dir(&kept).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
@@ -89,28 +97,29 @@ fn the_readme_and_its_plots_are_what_the_kept_results_say() {
 }
 
 #[test]
-fn a_readme_without_the_block_is_left_alone() {
+fn a_page_without_the_block_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("README.md"), "text").unwrap();
+    std::fs::create_dir(folder.path().join("docs")).unwrap();
+    std::fs::write(folder.path().join(PAGE), "text").unwrap();
     let kept = root().join(&results()[0]);
     let file = folder.path().join("results.json");
     std::fs::copy(kept, &file).unwrap();
-    let output = egmla(folder.path(), &["bench", "--readme", "results.json"]);
+    let output = egmla(folder.path(), &["bench", "--page", "results.json"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("no block from"));
-    assert_eq!(std::fs::read_to_string(folder.path().join("README.md")).unwrap(), "text");
+    assert_eq!(std::fs::read_to_string(folder.path().join(PAGE)).unwrap(), "text");
 }
 
 /// A file of results may hold any number.
 #[test]
 fn results_of_any_size_are_drawn() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::copy(root().join("README.md"), folder.path().join("README.md")).unwrap();
+    copy_page(folder.path());
     let mut report: Value = serde_json::from_slice(&std::fs::read(root().join(&results()[0])).unwrap()).unwrap();
     for (key, value) in [("gflop_s", 1.5e308), ("median_us", 1e-320)] {
         report["rows"].as_array_mut().unwrap().iter_mut().for_each(|row| row[key] = value.into());
         std::fs::write(folder.path().join("results.json"), report.to_string()).unwrap();
-        done(egmla(folder.path(), &["bench", "--readme", "results.json"]));
+        done(egmla(folder.path(), &["bench", "--page", "results.json"]));
     }
 }
 

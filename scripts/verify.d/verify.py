@@ -699,13 +699,13 @@ def recorded():
     return [found[name] for name in PARTS if name in found]
 
 
-def write_readme():
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+def write_page():
+    page = ROOT / "docs" / "trust.md"
+    text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"error: README.md has no block between {BEGIN} and {END}")
+        raise SystemExit(f"error: {page.name} has no block between {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n\n{table(recorded())}{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{table(recorded())}{END}{after}")
 
 
 def main():
@@ -718,13 +718,13 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", help="only these parts")
     parser.add_argument("--quick", action="store_true", help=f"what fits CI: {', '.join(QUICK)}; each override value once, drivers without the layer tests")
     parser.add_argument("--record", action="store_true", help="keep the results in tests/verified, one file a part")
-    parser.add_argument("--readme", action="store_true", help="write what is kept in tests/verified into README.md, and run nothing")
+    parser.add_argument("--page", action="store_true", help="write what is kept in tests/verified into docs/trust.md, and run nothing")
     given = parser.parse_args()
     unknown = [name for name in given.parts if name not in PARTS]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    if given.readme:
-        write_readme()
+    if given.page:
+        write_page()
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
     TOOLS.mkdir(exist_ok=True)

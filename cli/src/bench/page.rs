@@ -1,4 +1,4 @@
-//! The README's measured table, from results that are kept in files.
+//! The measured table of `docs/speed.md`, from results that are kept in files.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -62,8 +62,8 @@ fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, Failure> {
     serde_json::from_slice(&bytes).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
 }
 
-/// Replaces the README's block, and the plots beside the results.
-pub fn update(readme: &Path, files: &[PathBuf]) -> Result<(), Failure> {
+/// Replaces the page's block, and the plots beside the results.
+pub fn update(page: &Path, files: &[PathBuf]) -> Result<(), Failure> {
     let name = |file: &&PathBuf| file.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
     let mut block = String::new();
     for file in files.iter().filter(|file| !name(file).starts_with("peers-")) {
@@ -74,11 +74,11 @@ pub fn update(readme: &Path, files: &[PathBuf]) -> Result<(), Failure> {
         }
         section(&mut block, file, &report, &Peers::beside(file, &report)?, &plots);
     }
-    let text = egmla::files::read_text(readme, MOST_RESULTS)?;
+    let text = egmla::files::read_text(page, MOST_RESULTS)?;
     let marked = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
     let (before, after) =
-        marked.ok_or_else(|| Failure::usage(format!("{}: no block from `{BEGIN}` to `{END}`", readme.display())))?;
-    write(readme, &format!("{before}{BEGIN}\n{block}{END}{after}"))
+        marked.ok_or_else(|| Failure::usage(format!("{}: no block from `{BEGIN}` to `{END}`", page.display())))?;
+    write(page, &format!("{before}{BEGIN}\n{block}{END}{after}"))
 }
 
 fn section(block: &mut String, file: &Path, report: &Report, peers: &Peers, plots: &[(String, String)]) {
@@ -116,8 +116,9 @@ fn section(block: &mut String, file: &Path, report: &Report, peers: &Peers, plot
     for row in &report.rows {
         line(cells(row, peers));
     }
-    let folder = file.parent().map(|folder| folder.to_string_lossy().replace('\\', "/")).unwrap_or_default();
-    let place = |name: &str| if folder.is_empty() { name.to_owned() } else { format!("{folder}/{name}") };
+    // The page is one folder below the current one, and links are relative to the page.
+    let up = if file.is_absolute() { Path::new("") } else { Path::new("..") };
+    let place = |name: &str| up.join(file.with_file_name(name)).to_string_lossy().replace('\\', "/");
     line(String::new());
     for (name, _) in plots {
         let what = name.trim_end_matches(".svg").rsplit('-').next().unwrap_or_default();
