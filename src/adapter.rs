@@ -1,4 +1,4 @@
-//! What a plan may know of a device: its limits, its class, its features, and what was measured on it.
+//! What plans depend on: a device's limits, class and features, and the settings measured on it.
 
 use std::collections::BTreeMap;
 
@@ -6,16 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What kind of machine the tile sizes are for.
+/// The kind of machine that tile sizes are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdapterClass {
-    /// Shaders run on the CPU: barriers and workgroup memory cost, few wide workgroups win.
+    /// Shaders run on the CPU: barriers and workgroup memory are slow, few wide workgroups are fast.
     Software,
     /// Shares memory with the CPU.
     Integrated,
     /// Has its own memory.
     Discrete,
-    /// Shares memory with the CPU, has simdgroups of 32 and more room a workgroup than others that share it.
+    /// Shares memory with the CPU, with simdgroups of 32 and more workgroup memory than other such GPUs.
     Apple,
 }
 
@@ -27,7 +27,7 @@ impl AdapterClass {
     pub const ALL: [AdapterClass; 4] =
         [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple];
 
-    /// Reads the class off what wgpu tells of an adapter.
+    /// The class of an adapter, from wgpu's description of it.
     pub fn of(info: &wgpu::AdapterInfo) -> Self {
         // Metal also drives the AMD and Intel GPUs of older machines; Apple's own are reached through Vulkan, too.
         if info.vendor == APPLE_VENDOR || info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
@@ -52,7 +52,7 @@ const LARGEST_SUBGROUP: u32 = 64;
 
 /// Square cooperative matrices, by their size: f16 factors, f32 sums.
 ///
-/// A device does not tell which it has. Its adapter does: [`Cooperative::of`].
+/// wgpu reports them for an adapter ([`Cooperative::of`]), not for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cooperative {
     /// 16 × 16 × 16.
@@ -61,9 +61,8 @@ pub struct Cooperative {
     pub by_8: bool,
 }
 
-/// What the kernels that multiply cooperative matrices need of a device. wgpu hands the first out to those only who accept its
-/// experiments (`wgpu::ExperimentalFeatures`); [`Kernels::with_cooperative`](crate::device::Kernels::with_cooperative) takes
-/// the sizes.
+/// Features that a device must have for cooperative matrices. wgpu grants the first only with
+/// `wgpu::ExperimentalFeatures`; [`Kernels::with_cooperative`](crate::device::Kernels::with_cooperative) takes the sizes.
 pub const COOPERATIVE_FEATURES: wgpu::Features =
     wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
 
@@ -96,13 +95,13 @@ impl Cooperative {
         named.into_iter().filter_map(|(has, name)| has.then_some(name)).collect()
     }
 
-    /// What is here and not in `offered`.
+    /// Sizes of `self` that `offered` lacks.
     pub(crate) fn without(self, offered: Self) -> Self {
         Cooperative { by_16: self.by_16 && !offered.by_16, by_8: self.by_8 && !offered.by_8 }
     }
 }
 
-/// What a plan may know of the device.
+/// What plans depend on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlanContext {
     /// The device's limits.
@@ -115,14 +114,14 @@ pub struct PlanContext {
     pub subgroup_min_size: u32,
     /// The largest.
     pub subgroup_max_size: u32,
-    /// Cooperative matrices that the caller knows the adapter to have.
+    /// Cooperative matrices of the adapter, as the caller says.
     pub cooperative: Cooperative,
-    /// What `Tuning::Auto` takes instead, where it was measured.
+    /// Measured settings, which `Tuning::Auto` prefers.
     pub tunings: Tunings,
 }
 
-/// Measured choices: by kernel, the number of the tile settings that `Tuning::Auto` takes instead of those for the
-/// adapter's class. Nothing here measures: `egmla tune` does when it is asked, and applications may.
+/// Measured tile settings by kernel: `Tuning::Auto` takes them instead of those for the adapter's class. The library measures
+/// nothing unasked: `egmla tune` does, and applications may.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Tunings(pub BTreeMap<String, usize>);
@@ -166,12 +165,12 @@ impl PlanContext {
         Ok(())
     }
 
-    /// The largest subgroup, within what wgpu promises: a context may be of a caller's own making.
+    /// The largest subgroup, within wgpu's bounds: a caller may have built the context.
     pub(crate) fn widest_subgroup(&self) -> u32 {
         self.subgroup_max_size.clamp(SMALLEST_SUBGROUP, wgpu::MAXIMUM_SUBGROUP_MAX_SIZE)
     }
 
-    /// The most lanes, a power of two up to `most`, that are sure to lie in one subgroup.
+    /// The most lanes, a power of two up to `most`, that every subgroup has.
     pub(crate) fn lanes(&self, most: u32) -> u32 {
         1 << self.subgroup_min_size.clamp(SMALLEST_SUBGROUP, most).ilog2()
     }
@@ -196,7 +195,7 @@ impl Tuning {
     /// The index into a kernel's list of `count` settings.
     pub(crate) fn choose(self, kernel: &'static str, count: usize, auto: usize) -> Result<usize> {
         match self {
-            // A measured choice may be of another version, or of a caller's own making.
+            // A measured choice may come from another version, or from the caller.
             Tuning::Auto if auto < count => Ok(auto),
             Tuning::Forced(index) if index < count => Ok(index),
             Tuning::Auto => Err(no_tuning(kernel, auto, count)),

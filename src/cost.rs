@@ -1,4 +1,4 @@
-//! FLOPs and bytes of every kernel, as benches and reports print them; [`crate::attention::cost`] sums those of a layer.
+//! FLOPs and bytes of every kernel, for benches and reports; [`crate::attention::cost`] sums those of a layer.
 
 use std::iter::Sum;
 use std::ops::Add;
@@ -10,17 +10,17 @@ use crate::storage::product;
 /// Counting rules:
 ///
 /// - A multiply-add is 2 FLOPs; any other addition, multiplication, division, comparison, root, exponential, logarithm or
-///   tanh is 1; a change of sign is none. What the formula in the shader's header needs is counted, not what a schedule
+///   tanh is 1; a change of sign is none. The count is that of the formula in the shader's header, without what a schedule
 ///   computes twice.
 /// - Attention counts the multiply-adds of its two products, as the literature does: its softmax is not counted.
-/// - Bytes are compulsory traffic: each input element that takes part is read once, each output element is written once,
-///   and what changes in place is both. Weights and caches count at their storage size, everything else at 4 bytes.
+/// - Bytes are compulsory traffic: each input element in use is read once, each output element is written once, and an element
+///   changed in place counts as both. Weights and caches count at their storage size, everything else at 4 bytes.
 /// - A cached latent counts once: MLA's values are a part of its keys.
-/// - Where an [`Op`](crate::low_level::Op) does not know how much of its input takes part, the count is the bound that follows
-///   from its sizes: `attention_prefill` knows neither positions nor lengths, so it counts every query with every row of the
-///   key tile (one sequence without a past computes about half of that, a ragged batch less); `cache_read`,
-///   `attention_decode` and `attention_absorbed` count the padded rows of a step, but never more than the cache has;
-///   `gather` counts a table row for every id, but never more than the table has.
+/// - An [`Op`](crate::low_level::Op) that does not know the part of its input in use counts the bound of its sizes:
+///   `attention_prefill` knows neither positions nor lengths, so it counts every query with every key of the tile (one sequence
+///   without a past computes about half of that, a ragged batch less); `cache_read`, `attention_decode` and
+///   `attention_absorbed` count the padded cache rows of a step, but never more than the cache has; `gather` counts an embedding
+///   per id, but never more than the table has.
 /// - Counts saturate instead of overflowing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
@@ -99,7 +99,7 @@ mod tests {
         let dense = Matmul::linear(4, 8, 16, false, Storage::F32);
         let f16 = Matmul { storage: Storage::F16, ..dense };
         assert_eq!(dense.cost().bytes - f16.cost().bytes, 8 * 16 * 2);
-        // A batch that shares its weights reads them once.
+        // A batch with shared weights reads them once.
         let shared = Matmul { batch: 3, x: Layout { batch: 32, ..dense.x }, ..dense };
         assert_eq!(shared.cost(), Cost { flops: 3 * 1024, bytes: 3 * 128 + 512 + 3 * 256 });
         let empty = Matmul::linear(0, 8, 16, true, Storage::F32);

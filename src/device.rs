@@ -1,4 +1,4 @@
-//! The kernels of a device: pipelines, buffers, and what goes wrong with either.
+//! The kernels of a device: pipelines, buffers, and their errors.
 //!
 //! Nothing here submits, polls or maps for reading.
 
@@ -35,7 +35,7 @@ impl Region {
 }
 
 impl Region {
-    /// Refuses a region that does not hold `needed` bytes, or that a shader cannot be given.
+    /// Refuses a region that is too small for `needed` bytes, or that no shader can bind.
     ///
     /// # Errors
     /// `BufferError::Usage`, `BufferError::Offset`, `BufferError::Size`, or [`Error::Limit`] for more bytes than a binding
@@ -85,7 +85,7 @@ pub(crate) struct Pipeline {
 
 type PipelineKey = (&'static str, Vec<(&'static str, u64)>);
 
-/// What a pipeline is made of.
+/// Source, bindings and constants of a pipeline.
 #[derive(Debug, Clone)]
 pub(crate) struct Shader {
     pub spec: &'static Spec,
@@ -101,41 +101,41 @@ impl Shader {
     }
 }
 
-/// From one unbound output of a dispatch to the next; a multiple of every device's storage offset alignment.
+/// Bytes from one absent output of a dispatch to the next; a multiple of every device's storage offset alignment.
 const SINK_PITCH: u64 = 256;
 
 #[derive(Debug)]
 struct Inner {
     device: wgpu::Device,
     queue: wgpu::Queue,
-    /// Shared by kernels that come from one call of [`Kernels::new`], and thus are of one device.
+    /// Shared by all kernels from one call of [`Kernels::new`], and so of one device.
     family: u64,
     context: PlanContext,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
-    /// The driver's own cache of what it compiled, when the caller brought one.
+    /// The driver's pipeline cache, if the caller brought one.
     pipeline_cache: Option<wgpu::PipelineCache>,
-    /// Bound where a kernel's optional input is absent.
+    /// Bound in place of an absent optional input.
     absent: wgpu::Buffer,
-    /// Bound where a kernel's optional output is absent.
+    /// Bound in place of an absent optional output.
     sink: wgpu::Buffer,
 }
 
-/// The kernels of one device: pipelines are compiled at first use and kept. Cloning shares them.
+/// The kernels of one device: pipelines compile at first use and are kept. Cloning shares them.
 #[derive(Debug, Clone)]
 pub struct Kernels(Arc<Inner>);
 
 impl Kernels {
-    /// Takes the caller's device and its queue, which recordings write their parameters through. Nothing is compiled yet.
+    /// Takes the caller's device and its queue, through which recordings write parameters. Compiles nothing yet.
     ///
     /// # Errors
-    /// `DeviceError::Lost` or `DeviceError::OutOfMemory` of the device, [`Error::Limit`] when it offers fewer storage buffers than
-    /// WebGPU promises.
+    /// `DeviceError::Lost`, `DeviceError::OutOfMemory`; [`Error::Limit`] if the device has fewer storage buffers than WebGPU
+    /// promises.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self> {
         Self::with_class(device, queue, AdapterClass::of(&device.adapter_info()))
     }
 
-    /// The same, with tile sizes for another class of adapter than the device's own: to compare them, or to check here what
-    /// will run there.
+    /// The same, with tile sizes for another class of adapter: to compare classes, or to check on this device what another will
+    /// run.
     ///
     /// # Errors
     /// As [`Kernels::new`].
@@ -151,7 +151,7 @@ impl Kernels {
         }
         limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(PlanContext::MOST_BINDING);
         let (features, info) = (device.features(), device.adapter_info());
-        // wgpu's Metal backend tells the smallest and largest of all GPUs; Apple's have simdgroups of 32.
+        // wgpu's Metal backend reports the extremes over all GPUs; Apple's have simdgroups of 32.
         let apple = info.backend == wgpu::Backend::Metal && AdapterClass::of(&info) == AdapterClass::Apple;
         let (subgroup_min_size, subgroup_max_size) =
             if apple { (32, 32) } else { (info.subgroup_min_size, info.subgroup_max_size) };
@@ -175,14 +175,13 @@ impl Kernels {
         Ok(Kernels(Arc::new(Inner { device, queue, family, context, pipelines, pipeline_cache, absent, sink })))
     }
 
-    /// The same device and choices, with nothing compiled yet and no pipeline cache: to measure a first use.
+    /// The same device and settings, nothing compiled, no pipeline cache: to measure a first use.
     pub fn uncompiled(&self) -> Self {
         self.with(self.0.context.clone(), None)
     }
 
-    /// The same, with the cooperative matrices of the adapter: a device does not tell which it has, and the kernels that
-    /// multiply by them are used only where the caller says so, for weights and caches in f16. Take what
-    /// [`Cooperative::of`] finds in `wgpu::Adapter::cooperative_matrix_properties`, and open the device with
+    /// The same, with the adapter's cooperative matrices, for f16 weights and caches. A device does not report its sizes: pass
+    /// [`Cooperative::of`] of `wgpu::Adapter::cooperative_matrix_properties`, and open the device with
     /// [`COOPERATIVE_FEATURES`]; without those features this changes nothing.
     pub fn with_cooperative(&self, matrices: Cooperative) -> Self {
         let opened = self.0.context.features.contains(COOPERATIVE_FEATURES);
@@ -190,16 +189,16 @@ impl Kernels {
         self.with(PlanContext { cooperative, ..self.0.context.clone() }, self.0.pipeline_cache.clone())
     }
 
-    /// The same, with pipelines that come from and go to the driver's cache. The caller makes it of the bytes that an
-    /// earlier run kept (`wgpu::Device::create_pipeline_cache`, which needs `Features::PIPELINE_CACHE`; name their file by
+    /// The same, with a driver's pipeline cache. The caller makes it from the bytes of an earlier run
+    /// (`wgpu::Device::create_pipeline_cache`, which needs `Features::PIPELINE_CACHE`; name their file by
     /// `wgpu::util::pipeline_cache_key`) and keeps its bytes afterwards (`wgpu::PipelineCache::get_data`).
     ///
-    /// A cache that the device refuses costs time, not results: the pipeline is then compiled without it.
+    /// A cache that the device refuses costs time, not results: pipelines then compile without it.
     pub fn with_pipeline_cache(&self, cache: wgpu::PipelineCache) -> Self {
         self.with(self.0.context.clone(), Some(cache))
     }
 
-    /// The same, with measured tile settings wherever `Tuning::Auto` chooses.
+    /// The same, with measured tile settings for `Tuning::Auto`.
     ///
     /// # Errors
     /// [`Error::Config`] for a kernel or a setting that does not exist.
@@ -208,7 +207,7 @@ impl Kernels {
         Ok(self.with(PlanContext { tunings, ..self.0.context.clone() }, self.0.pipeline_cache.clone()))
     }
 
-    /// The same device and buffers with plans for another device: to record what is to run there. Here it may not run.
+    /// The same device and buffers with plans for another device: to export recordings, which may not run here.
     #[cfg(feature = "check")]
     pub(crate) fn planned_for(&self, context: PlanContext) -> Self {
         self.with(context, None)
@@ -238,18 +237,17 @@ impl Kernels {
         &self.0.queue
     }
 
-    /// What plans are made for.
+    /// The context of plans.
     pub fn context(&self) -> &PlanContext {
         &self.0.context
     }
 
-    /// A region to name where an operation leaves a buffer out.
+    /// The region of an absent buffer of an operation.
     pub fn absent(&self) -> Region {
         Region::from(&self.0.absent)
     }
 
-    /// A region to bind where an optional output is absent, one for each number of a binding; the kernel's override keeps it
-    /// from being written.
+    /// The region bound for an absent optional output, one per binding number; the kernel's override keeps it unwritten.
     pub(crate) fn sink(&self, binding: usize) -> Region {
         Region::new(&self.0.sink, SINK_PITCH * binding as u64, 16)
     }
@@ -257,8 +255,7 @@ impl Kernels {
     /// Allocates a storage buffer that can be copied from and to; at least 16 bytes.
     ///
     /// # Errors
-    /// [`Error::Limit`] above `max_buffer_size`, `DeviceError::OutOfMemory` when the device has no memory left,
-    /// `DeviceError::Lost` when it is lost.
+    /// [`Error::Limit`] above `max_buffer_size`, `DeviceError::OutOfMemory`, `DeviceError::Lost`.
     pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         let buffer = self.buffer(label, self.allocation(label, bytes)?, STORAGE_USAGE)?;
         alive(&self.0.device, label).map(|()| buffer)
@@ -270,7 +267,7 @@ impl Kernels {
         scoped(device, label, || device.create_buffer(&descriptor))
     }
 
-    /// Fails where `of` belongs to another device: wgpu would refuse it much later, in the caller's own encoder.
+    /// Refuses `of` of another device, which wgpu would refuse much later, in the caller's own encoder.
     ///
     /// # Errors
     /// `ArgumentError::OtherDevice`.
@@ -294,7 +291,7 @@ impl Kernels {
                 usage: STORAGE_USAGE,
                 mapped_at_creation: true,
             });
-            // What no scope was told of and is not mapped either is a lost device's.
+            // No error in any scope, yet not mapped: the device is lost.
             buffer
                 .get_mapped_range_mut(..)
                 .map_err(|error| Error::lost(label, error))?
@@ -319,8 +316,7 @@ impl Kernels {
         self.0.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pipelines of these dispatches, in their order; those that are new are compiled at once, on as many threads as
-    /// the machine has.
+    /// The pipelines of these dispatches, in order. New ones compile now, on as many threads as the machine has.
     pub(crate) fn pipelines<'a>(
         &self,
         shaders: impl Iterator<Item = &'a Shader> + Clone,
@@ -361,7 +357,7 @@ impl Kernels {
         if threads < 2 {
             return missing.iter().map(|shader| self.pipeline(shader)).collect();
         }
-        // Kernels differ in what they cost to compile: each thread takes the next one that nobody has.
+        // Compile times differ: each thread takes the next free kernel.
         let next = AtomicUsize::new(0);
         let work = || {
             let take = || missing.get(next.fetch_add(1, Ordering::Relaxed));
@@ -379,8 +375,8 @@ impl Kernels {
         missing.iter().map(of).collect()
     }
 
-    /// Compiles with the driver's cache, and without it when that is refused: one of another device or driver poisons
-    /// every pipeline that is made with it.
+    /// Compiles with the driver's cache, or without it if the device refuses it: a cache of another device or driver poisons every
+    /// pipeline made with it.
     fn pipeline(&self, shader: &Shader) -> Result<Arc<Pipeline>> {
         let pipeline = match &self.0.pipeline_cache {
             None => self.compile(shader, None)?,
@@ -441,18 +437,18 @@ impl Kernels {
 const STORAGE_USAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
-/// Runs `create` and turns what wgpu has to say about it into an error value.
+/// Runs `create` and turns wgpu's errors into an error value.
 ///
 /// On native backends the answer is there at once. In a browser it comes later, to the page's own error handler.
 pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce() -> T) -> Result<T> {
     let scopes = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory]
         .map(|filter| device.push_error_scope(filter));
     let created = create();
-    // The last pushed is popped first. Without memory there is no object, and validation complains of it: the cause comes first.
+    // The last scope is popped first. Without memory there is no object, and validation refuses it: the cause comes first.
     let errors: Vec<_> = scopes.into_iter().rev().map(|scope| ready(scope.pop()).flatten()).collect();
     match errors.into_iter().flatten().next() {
         None => Ok(created),
-        // Of a lost device wgpu says nothing, and then refuses what was not made on it.
+        // wgpu reports nothing on a lost device, and later refuses the object.
         Some(error @ wgpu::Error::Validation { .. }) => {
             Err(alive(device, what).err().unwrap_or(Error::wgpu(what, &error)))
         }
@@ -460,11 +456,11 @@ pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce()
     }
 }
 
-/// Fails on a lost device, where creating, submitting and polling report success. Only what maps a buffer tells: here one that
-/// wgpu maps at its creation, as [`Kernels::upload`] does. In a browser that succeeds, too: there the page's own promise tells.
+/// Fails on a lost device, where creating, submitting and polling report success. Only mapping a buffer fails: this maps one at
+/// its creation, as [`Kernels::upload`] does. In a browser even that succeeds; there the page's own promise reports the loss.
 ///
 /// # Errors
-/// `DeviceError::Lost`; `DeviceError::OutOfMemory` where there is no room for 4 bytes.
+/// `DeviceError::Lost`; `DeviceError::OutOfMemory` without room for 4 bytes.
 pub(crate) fn alive(device: &wgpu::Device, what: &str) -> Result<()> {
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let probe = device.create_buffer(&wgpu::BufferDescriptor {
@@ -487,15 +483,15 @@ fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
     }
 }
 
-/// Whether two devices that compare as equal are one. Natively wgpu compares their numbers, which begin anew in every instance: an
-/// error on the one that the other's scope catches tells.
+/// Whether two devices that compare as equal are one. Natively wgpu compares numbers that restart in every instance, so this
+/// causes an error on one device and looks for it in a scope of the other.
 fn one_device(a: &wgpu::Device, b: &wgpu::Device) -> bool {
     if cfg!(target_arch = "wasm32") {
         return true;
     }
     let outer = a.push_error_scope(wgpu::ErrorFilter::Validation);
     let inner = b.push_error_scope(wgpu::ErrorFilter::Validation);
-    // Refused before anything is done: a buffer of no use.
+    // Refused before anything happens: a buffer without any usage.
     drop(a.create_buffer(&wgpu::BufferDescriptor {
         label: Some("egmla.one_device"),
         size: 4,

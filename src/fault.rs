@@ -1,8 +1,8 @@
-//! What a device reports outside of any call, kept for its owner.
+//! Faults that a device reports between calls, kept for its owner.
 //!
-//! Who meets which fault:
+//! Which fault appears where:
 //!
-//! | fault | who meets it | as |
+//! | fault | where | as |
 //! |---|---|---|
 //! | out of memory | whatever allocates, at once (error scopes) | `DeviceError::OutOfMemory` |
 //! | refused by validation, or by the driver | whatever creates, at once (error scopes) | `DeviceError::Validation`, `DeviceError::Driver` |
@@ -11,12 +11,12 @@
 //! | an error in the owner's own encoder or pass | the owner alone: [`Faults`] | `DeviceError::Validation`, `DeviceError::OutOfMemory` |
 //! | a device that hangs | who waits: [`crate::readback::finish_within`] | `DeviceError::Timeout` |
 //!
-//! After a loss wgpu creates, submits and polls as if all were well: a library that does none of the last two learns of it
-//! when it maps a buffer, and the owner by the callback. In a browser error scopes answer later and mapping at creation
-//! succeeds: there the owner's [`Faults`] and what is read back tell.
+//! On a lost device wgpu creates, submits and polls with success: the library detects the loss when it maps a buffer, the owner
+//! by the callback. In a browser error scopes answer later and mapping at creation succeeds: there the owner's [`Faults`] and
+//! reading back report it.
 //!
-//! A failed call leaves the host's state as it was: a recording what it held, a cache its lengths. The memory of a lost device
-//! is gone: open a new device, make the same objects on it, and feed the tokens again.
+//! A failed call leaves the host's state unchanged: a recording's dispatches, a cache's lengths. The memory of a lost device is
+//! gone: open a new device, make the same objects on it, and feed the tokens again.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 struct State {
     /// Why the device was lost.
     lost: Option<String>,
-    /// Errors that no scope caught, in their order.
+    /// Errors that no scope caught, in order.
     uncaptured: Vec<Error>,
 }
 
@@ -35,8 +35,8 @@ struct State {
 pub struct Faults(Arc<Mutex<State>>);
 
 impl Faults {
-    /// Watches a device from now on. Its owner alone may: this takes the place of the handlers that the device has, and without
-    /// any, wgpu panics on an error outside of all scopes.
+    /// Watches a device from now on. Only its owner may call it: it replaces the device's handlers. Without a handler wgpu panics
+    /// on an error outside of all scopes.
     pub fn watch(device: &wgpu::Device) -> Self {
         let faults = Faults::default();
         let uncaptured = faults.clone();
@@ -63,11 +63,11 @@ impl Faults {
         self.state().lost.is_some()
     }
 
-    /// Fails once the device is lost, and for each error that no scope caught. Ask after every submission and before numbers are
-    /// believed: it costs a lock.
+    /// Fails once the device is lost, and once per error that no scope caught. Call it after every submission, before trusting
+    /// results: it costs a lock.
     ///
     /// # Errors
-    /// `DeviceError::Lost`, now and ever after; else the oldest error that was not told yet.
+    /// `DeviceError::Lost`, from the loss on; else the oldest error that was not returned yet.
     pub fn check(&self) -> Result<()> {
         let mut state = self.state();
         if let Some(message) = &state.lost {

@@ -1,5 +1,5 @@
-//! Files that nobody vouches for: regular ones only, so that no reader waits for a pipe or reads a device without end, and
-//! read into no more memory than what stands in them justifies.
+//! Readers of untrusted files. They accept regular files only, so that none waits for a pipe or reads a device without end, and
+//! take no more memory than the content justifies.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,10 +13,10 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::json::{Walk, next_key};
 
-/// Most bytes of a `config.json`. Those of published models have some thousands.
+/// Most bytes of a `config.json`; published ones have some thousands.
 pub const MOST_CONFIG: u64 = 4 << 20;
 
-/// Most bytes of a `tokenizer.json`. Those of published models have some tens of millions.
+/// Most bytes of a `tokenizer.json`; published ones have some tens of millions.
 pub const MOST_TOKENIZER: u64 = 256 << 20;
 
 /// Most bytes of a safetensors header, as the format's own reader has it.
@@ -28,8 +28,8 @@ const LENGTH: usize = 8;
 /// Reads a whole file of `most` bytes at most.
 ///
 /// # Errors
-/// `DataError::Io` for what is no regular file or cannot be read, `ArgumentError::OutOfRange` in [`Error::File`] for a file that is
-/// larger.
+/// `DataError::Io` for a path that is no regular file or cannot be read, `ArgumentError::OutOfRange` in [`Error::File`] for a
+/// larger file.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let (file, length) = open(path)?;
     let refused = |found| {
@@ -42,7 +42,7 @@ pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     append(&mut bytes, file, most.saturating_add(1))
         .map_err(|source| Error::from(DataError::Io(source)).in_file(path))?;
-    // It may have grown since, or be a file of the kernel's, which have no length.
+    // The file may have grown since, or be one of the kernel's, which report no length.
     match bytes.len() as u64 {
         found if found > most => Err(refused(found)),
         _ => Ok(bytes),
@@ -58,15 +58,15 @@ pub fn read_text(path: &Path, most: u64) -> Result<String> {
         .map_err(|error| Error::Data(DataError::Utf8 { byte: error.utf8_error().valid_up_to() }).in_file(path))
 }
 
-/// Reads a whole safetensors file; its tensors only once its header is found to fit its length.
+/// Reads a whole safetensors file: the header first, its tensors only if the header fits the file's length.
 ///
 /// # Errors
-/// `DataError::Io` as [`read()`]; `DataError::Safetensors` in [`Error::File`] for a header that is none or does not fit.
+/// `DataError::Io` as [`read()`]; `DataError::Safetensors` in [`Error::File`] for a header that is invalid or does not fit.
 pub fn read_safetensors(path: &Path) -> Result<Vec<u8>> {
     let (mut file, length, mut bytes) = open_safetensors(path)?;
     let rest = length - bytes.len() as u64;
     append(&mut bytes, &mut file, rest).map_err(|source| Error::from(DataError::Io(source)).in_file(path))?;
-    // Shorter where it was cut meanwhile: then its tensors end past it, which `tensors` refuses.
+    // The file may have been cut meanwhile: its tensors then end past it, which `tensors` refuses.
     Ok(bytes)
 }
 
@@ -90,8 +90,8 @@ pub(crate) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
     SafeTensors::deserialize(bytes).map_err(|error| Error::Data(DataError::Safetensors(error.to_string())))
 }
 
-/// A regular file and its length. Asked for before it is opened, since opening a pipe waits for its other end, and again
-/// after, since the name may stand for another file by then.
+/// A regular file and its length. The type is checked before opening, because opening a pipe waits for its other end, and again
+/// after, because the name may then point to another file.
 fn open(path: &Path) -> Result<(File, u64)> {
     let io = |source| Error::from(DataError::Io(source)).in_file(path);
     let regular = |found: std::fs::Metadata| match (found.is_file(), found.is_dir()) {
@@ -117,7 +117,7 @@ fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>)> {
     Ok((file, length, bytes))
 }
 
-/// Reads `count` bytes more, or what there is of them.
+/// Reads `count` more bytes, or as many as there are.
 fn append(bytes: &mut Vec<u8>, file: impl Read, count: u64) -> io::Result<()> {
     file.take(count).read_to_end(bytes).map(drop)
 }
@@ -136,8 +136,8 @@ fn header_length(first: Option<&[u8; LENGTH]>, whole: u64) -> Result<usize> {
     Ok(header as usize)
 }
 
-/// Checks that a header names each tensor once and that the tensors take `data` bytes, no more and no fewer. What each says
-/// of itself is left to the format's own reader, which adds ends up without looking whether the sum still fits a number.
+/// Checks that a header names each tensor once and that the tensors take exactly `data` bytes. The format's own reader checks
+/// each tensor, but adds their ends up without checking for overflow.
 fn check_header(header: &[u8], data: u64) -> Result<()> {
     let invalid = |problem: String| Err(Error::Data(DataError::Safetensors(problem)));
     let text = match std::str::from_utf8(header) {

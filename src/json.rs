@@ -1,5 +1,5 @@
-//! JSON whose objects name each key once: serde_json keeps the last of several and says nothing, so that two readers of one
-//! file could see two different things.
+//! JSON whose objects name each key once. serde_json silently keeps the last of several, so two readers of one file could see
+//! different values.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 /// Walks over a JSON text and shows every key to `seen`.
 ///
 /// # Errors
-/// What the text itself says, or that an object names a key twice.
+/// Invalid JSON, or an object that names a key twice.
 pub(crate) fn walk(text: &[u8], seen: &mut dyn FnMut(&str)) -> serde_json::Result<()> {
     let mut json = serde_json::Deserializer::from_slice(text);
     Walk(seen).deserialize(&mut json)?;
@@ -19,7 +19,7 @@ pub(crate) fn walk(text: &[u8], seen: &mut dyn FnMut(&str)) -> serde_json::Resul
 /// The next key of an object.
 ///
 /// # Errors
-/// What the text itself says, or that `known` holds the key already.
+/// Invalid JSON, or a key that `known` holds already.
 pub(crate) fn next_key<'de, A: MapAccess<'de>>(
     map: &mut A,
     known: &mut HashSet<String>,
@@ -31,7 +31,7 @@ pub(crate) fn next_key<'de, A: MapAccess<'de>>(
     Ok(Some(key))
 }
 
-/// Any value, of which nothing is kept.
+/// Any value; its content is dropped.
 pub(crate) struct Walk<'a>(pub &'a mut dyn FnMut(&str));
 
 impl<'de> DeserializeSeed<'de> for Walk<'_> {

@@ -1,17 +1,17 @@
 //! Portable GPU kernels for Multi-head Latent Attention (MLA) and Embedding-Gated MLA (EG-MLA, arXiv 2509.16686), in WGSL
 //! on wgpu.
 //!
-//! The caller brings a [`wgpu::Device`]; kernels are recorded into the caller's encoder or pass; outside of [`readback`],
-//! `check` and `bench` nothing here submits, polls or maps for reading.
+//! The caller brings a [`wgpu::Device`]; kernels are recorded into the caller's encoder or pass. Only [`readback`], `check` and
+//! `bench` submit, poll or map for reading.
 //!
 //! Start with [`Attention`] and [`LatentCache`]; the README's example puts a layer into an application's frame, and
 //! `examples/` goes on from there.
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`], [`weights`] | what a model is, and a checkpoint's tensors |
-//! | [`attention`] | cache and layer, and what they cost |
-//! | [`error`], [`fault`] | what went wrong, and what a device reports between calls |
+//! | [`config`], [`weights`] | a model's configuration, and a checkpoint's tensors |
+//! | [`attention`] | cache and layer, and their costs |
+//! | [`error`], [`fault`] | errors, and faults that a device reports between calls |
 //! | [`readback`] | submits, waits and reads, for programs without a frame of their own |
 //! | [`low_level`] | single kernels, plans, and operations of your own in the same recording |
 //!
@@ -22,7 +22,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `wgpu_default` | wgpu's default features, so all of its backends; without it they are the application's choice |
-//! | `check` | `reference`, the definitions in plain f64; `check`, whether kernels are right on an adapter; `bench`, how fast |
+//! | `check` | `reference`, the definitions in plain f64; `check`, which compares an adapter with them; `bench`, which times it |
 //! | `decoder` | `decoder`, the small language model around the layer, with its tokenizer; `reference` |
 
 #![forbid(unsafe_code)]

@@ -1,8 +1,8 @@
 //! An operation is a type, a variant is a value.
 //!
-//! An [`Op`] holds the sizes of one operation and says what its buffers are, what its shaders are told, and what it costs.
-//! Its [`Variant`]s are the shaders that compute it, best first, in one list. [`choose`] is the one place that decides which
-//! of them runs; [`Recording::add`](crate::recording::Recording::add) asks it. An application may add operations of its own.
+//! An [`Op`] holds the sizes of one operation and names its buffers, the parameters of its shaders, and its cost. Its
+//! [`Variant`]s are its shaders, best first, in one list. [`choose`] is the one place that picks a variant;
+//! [`Recording::add`](crate::recording::Recording::add) calls it. An application may add operations of its own.
 
 use std::fmt::Debug;
 
@@ -29,10 +29,10 @@ pub struct Binding {
     pub access: Access,
 }
 
-/// Most storage buffers of an operation: what WebGPU promises.
+/// Most storage buffers of an operation: WebGPU's default limit.
 pub const MAX_BINDINGS: usize = 8;
 
-/// One value for each buffer of an operation: regions, or the bytes that they must hold. Declared with [`args!`](crate::args).
+/// One value per buffer of an operation: its region, or the bytes that it must hold. Declared with [`args!`](crate::args).
 pub trait Buffers<T> {
     /// The buffers, inputs first.
     const BINDINGS: &'static [Binding];
@@ -46,7 +46,7 @@ pub trait Buffers<T> {
     fn each(self, visit: &mut dyn FnMut(usize, T));
 }
 
-/// Declares the buffers of an operation once: the struct that is filled in, the bindings of its shaders and their order.
+/// Declares the buffers of an operation once: the struct of arguments, the bindings of its shaders and their order.
 ///
 /// ```
 /// egmla::args! {
@@ -129,7 +129,7 @@ pub trait Op: Copy + Debug + PartialEq + Send + Sync + 'static {
     /// Its buffers; declared with [`args!`](crate::args).
     type Args<T: Copy>: Buffers<T> + Copy;
 
-    /// What its shaders are told; declared with [`params!`](crate::params).
+    /// The parameters of its shaders; declared with [`params!`](crate::params).
     type Params: Uniform;
 
     /// The stem of its files, labels and bench rows; variants carry it as a prefix.
@@ -138,53 +138,53 @@ pub trait Op: Copy + Debug + PartialEq + Send + Sync + 'static {
     /// The shaders that compute it, best first.
     const VARIANTS: &'static [Variant<Self>];
 
-    /// Widths that a shader may walk element by element: none of them is longer than a loop may be, so that their sums and
-    /// pitches fit 32 bits.
+    /// Widths that a shader may loop over element by element. Planning refuses those over
+    /// [`MAX_ITERATIONS`](crate::plan::MAX_ITERATIONS); sums and pitches of the others fit 32 bits.
     fn widths(&self) -> [(&'static str, u32); 4] {
         [("", 0); 4]
     }
 
-    /// What no variant can do, in words with the number.
+    /// Refuses problems that no variant can compute.
     ///
     /// # Errors
-    /// The words.
+    /// The reason, with the number.
     fn validate(&self) -> Result<(), String> {
         Ok(())
     }
 
-    /// What the shader is told.
+    /// The parameters of a plan.
     fn params(&self, plan: &Plan) -> Self::Params;
 
-    /// Bytes that each buffer must hold; 0 for one that the sizes leave out, which is then bound to nothing of the caller's.
+    /// Bytes that each buffer must hold; 0 for an absent one, which binds none of the caller's buffers.
     fn bytes(&self) -> Self::Args<u64>;
 
     /// FLOPs and bytes, by the rules of [`Cost`].
     fn cost(&self) -> Cost;
 }
 
-/// What is constant of a shader, whatever its operation.
+/// The constants of a shader.
 #[derive(Debug, Clone, Copy)]
 pub struct Spec {
     /// The stem: `shaders/<name>.wgsl`, label `egmla.<name>`.
     pub name: &'static str,
     /// The file that runs.
     pub source: &'static str,
-    /// How many settings `Tuning::Forced` can choose from.
+    /// Number of settings, for `Tuning::Forced`.
     pub tunings: usize,
-    /// What the device must have beside WebGPU's core.
+    /// Features beyond WebGPU's core that the device must have.
     pub features: wgpu::Features,
-    /// The fewest invocations of a subgroup that it is right for; 0 where it has nothing to do with them.
+    /// The fewest invocations per subgroup that it is right for; 0 without subgroup operations.
     pub subgroup: u32,
     /// The cooperative matrices that it computes with.
     pub cooperative: Cooperative,
 }
 
 impl Spec {
-    /// What it needs that a device lacks, by name; `None` when it can run.
+    /// Names of the features that a device lacks for it; `None` when it can run.
     pub fn missing(&self, device: &PlanContext) -> Option<String> {
         let features = self.features - device.features;
         let narrow = device.subgroup_min_size < self.subgroup;
-        // Asked before every dispatch: only what is missing is put into words.
+        // Called before every dispatch: only a missing feature is formatted.
         let subgroup = narrow.then(|| format!("subgroups of {} invocations and more", self.subgroup));
         let matrices = self.cooperative.without(device.cooperative);
         if features.is_empty() && subgroup.is_none() && matrices == Cooperative::NONE {
@@ -199,21 +199,20 @@ impl Spec {
 /// A shader of an operation.
 #[derive(Debug, Clone, Copy)]
 pub struct Variant<O: 'static> {
-    /// What is constant of it.
+    /// Its constants.
     pub spec: Spec,
-    /// The setting for the class of adapter, where none was measured.
+    /// The setting for the class of adapter, unless one was measured.
     pub auto: fn(&O, &PlanContext) -> usize,
-    /// The dispatch of one of its settings, or why the shader cannot do it.
+    /// The dispatch of one setting, or why the shader cannot compute it.
     pub draft: fn(&O, &PlanContext, usize) -> Result<Draft, String>,
-    /// Whether it is the right one where it can run; the list of variants is asked in order.
+    /// Whether it is the right one if it can run; the variants are asked in order.
     pub preferred: fn(&O, &PlanContext) -> bool,
-    /// What the shader takes for granted of every plan: the first of it that a plan does not keep.
+    /// The shader's assumptions about every plan; returns the first that a plan breaks.
     pub assumes: fn(&O, &PlanContext, &Plan) -> Result<(), &'static str>,
 }
 
 impl<O: Op> Variant<O> {
-    /// A shader that needs nothing beside WebGPU's core, whose first setting is for every adapter, and that is preferred
-    /// wherever it is asked for.
+    /// A shader for WebGPU's core that takes its first setting on every adapter and is always preferred.
     pub const fn new(
         (name, source): (&'static str, &'static str),
         tunings: usize,
@@ -237,7 +236,7 @@ impl<O: Op> Variant<O> {
         self
     }
 
-    /// The same where it is preferred only sometimes.
+    /// The same, preferred only if `preferred` says so.
     pub const fn preferred(mut self, preferred: fn(&O, &PlanContext) -> bool) -> Self {
         self.preferred = preferred;
         self
@@ -260,8 +259,8 @@ impl<O: Op> Variant<O> {
     /// The plan of a problem.
     ///
     /// # Errors
-    /// `KernelError::Problem` for what the operation or the shader cannot do, or a setting that does not exist; [`Error::Limit`]
-    /// for what the device does not hold.
+    /// `KernelError::Problem` for a problem that the operation or the shader cannot compute, or a setting that does not exist;
+    /// [`Error::Limit`] for a limit of the device.
     pub fn plan(&self, op: &O, context: &PlanContext, tuning: Tuning) -> Result<Plan> {
         let possible = check_widths(&op.widths()).and_then(|()| op.validate());
         possible.map_err(|problem| Error::problem(O::NAME, problem))?;
@@ -272,11 +271,11 @@ impl<O: Op> Variant<O> {
     }
 }
 
-/// Which shader runs: the first variant that the device offers, that is preferred, and whose plan the device takes, at the
-/// setting for it or at the first other one within its limits.
+/// Picks the shader that runs: the first variant that the device supports, that is preferred, and whose plan is within the
+/// limits, at its own setting or else at the first other one within them.
 ///
 /// # Errors
-/// What the last of these refuses.
+/// The refusal of the last candidate.
 pub fn choose<O: Op>(op: &O, context: &PlanContext) -> Result<(&'static Variant<O>, Plan)> {
     let mut refusal = None;
     for variant in O::VARIANTS {
@@ -298,15 +297,15 @@ pub fn choose<O: Op>(op: &O, context: &PlanContext) -> Result<(&'static Variant<
     Err(refusal.unwrap_or_else(|| Error::problem(O::NAME, "no shader of it runs on this device")))
 }
 
-/// The first of several assumptions that does not hold.
+/// Checks assumptions in order.
 ///
 /// # Errors
-/// Its words.
+/// The words of the first that does not hold.
 pub fn hold(assumptions: &[(bool, &'static str)]) -> Result<(), &'static str> {
     assumptions.iter().find(|(holds, _)| !holds).map_or(Ok(()), |(_, words)| Err(*words))
 }
 
-/// Of shaders that take any plan.
+/// No assumptions: for shaders that take any plan.
 ///
 /// # Errors
 /// None.
@@ -314,7 +313,7 @@ pub fn anything<O>(_: &O, _: &PlanContext, _: &Plan) -> Result<(), &'static str>
     Ok(())
 }
 
-/// Lets the checks draw every number of a problem anew; a field that is left out does not compile.
+/// Lets the checks redraw every number of a problem; a missing field does not compile.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! vary {

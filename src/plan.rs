@@ -1,42 +1,42 @@
-//! From a problem and a device's limits to what is dispatched: pure, tested without a GPU.
+//! From a problem and a device's limits to a dispatch: pure functions, tested without a GPU.
 //!
 //! A variant drafts a dispatch from the sizes of its operation; [`Draft::checked`] holds the draft against the device's
-//! limits, folds its grid where one dimension does not hold it, and refuses loops that some driver would cut short.
+//! limits, folds a grid over one dimension's limit, and refuses loops that some driver would cut short.
 
 use crate::error::{Error, Result};
 use crate::storage::product;
 
-/// Most iterations of a loop whose end is not known when a shader is compiled: an older software driver ends such a loop
-/// there, without a word.
+/// Most iterations of a loop whose end is unknown at compile time: an older software driver ends such loops after 65 535
+/// iterations and reports nothing.
 pub const MAX_ITERATIONS: u32 = 65_534;
 
-/// Indices have 32 bits, and a folded grid overshoots: below this it cannot wrap around to the first elements.
+/// Indices have 32 bits and a folded grid overshoots: below this bound no index wraps around.
 const MAX_INDEX: u64 = 1 << 31;
 
 /// What a dispatch covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grid {
-    /// `items` in workgroups of `each`, folded into x and y: the shader finds its workgroup at `y · num_workgroups.x + x` and
-    /// ignores those past the end.
+    /// `items` in workgroups of `each`, folded into x and y: the shader's workgroup is `y · num_workgroups.x + x`, and it
+    /// ignores indices past the end.
     Folded {
-        /// What is covered.
+        /// Elements to cover.
         items: u64,
-        /// Items of a workgroup.
+        /// Elements per workgroup.
         each: u32,
     },
-    /// Extents in x, y and z, cut into tiles. Where a dimension does not hold the tiles they fold: the shader finds the tile of
+    /// Extents in x, y and z, cut into tiles. Tiles over a dimension's limit fold: the shader finds the tile of
     /// workgroup `i = y · num_workgroups.x + x` at `(i mod tiles.x, i / tiles.x mod tiles.y, i / (tiles.x · tiles.y))`.
     Tiled {
-        /// What is covered.
+        /// Extents to cover.
         size: [u32; 3],
-        /// Extents of a workgroup's tile.
+        /// Tile of one workgroup.
         tile: [u32; 3],
     },
-    /// `x` workgroups, `rows` times: the rows fold into y and z.
+    /// `rows` lines of `x` workgroups: the lines fold into y and z.
     Columns {
-        /// Workgroups of a row.
+        /// Workgroups per line.
         x: u32,
-        /// Rows.
+        /// Lines.
         rows: u32,
     },
 }
@@ -44,20 +44,20 @@ pub enum Grid {
 /// A loop of the shader that a parameter bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Loop {
-    /// What is walked, for the error.
+    /// Name of the extent, for the error.
     pub name: &'static str,
-    /// How much of it.
+    /// Elements that the loop covers.
     pub extent: u32,
-    /// How much an iteration takes.
+    /// Elements per iteration.
     pub step: u32,
 }
 
-/// What a variant makes of a problem, before it meets a device's limits.
+/// A variant's dispatch for a problem, before the device's limits are checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Draft {
     /// Values of the shader's `override` constants.
     pub overrides: Vec<(&'static str, f64)>,
-    /// What it covers.
+    /// Its grid.
     pub grid: Grid,
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
@@ -73,7 +73,7 @@ impl Draft {
         Draft { overrides: Vec::new(), grid, workgroup_size, workgroup_bytes: 0, loops: Vec::new() }
     }
 
-    /// One invocation an element.
+    /// One invocation per element.
     pub fn elements(workgroup_size: u32, elements: u64) -> Self {
         Draft::new(workgroup_size, Grid::Folded { items: elements, each: workgroup_size })
             .with([("WORKGROUP", workgroup_size)])
@@ -91,17 +91,17 @@ impl Draft {
         self
     }
 
-    /// The same with a loop over `extent`, `step` an iteration.
+    /// The same with a loop over `extent`, `step` elements per iteration.
     pub fn walks(mut self, name: &'static str, extent: u32, step: u32) -> Self {
         self.loops.push(Loop { name, extent, step });
         self
     }
 
-    /// Holds the draft of a kernel against the device's limits.
+    /// Checks the draft of a kernel against the device's limits.
     ///
     /// # Errors
-    /// [`Error::Limit`] with the number needed and the number allowed; `KernelError::Problem` for a loop that is too long, or more
-    /// than a shader can number.
+    /// [`Error::Limit`] with the number needed and the number allowed; `KernelError::Problem` for a loop that is too long, or for
+    /// more elements than 32 bits index.
     pub fn checked(self, kernel: &'static str, limits: &wgpu::Limits) -> Result<Plan> {
         for &Loop { name, extent, step } in &self.loops {
             check_iterations(name, extent, step).map_err(|problem| Error::problem(kernel, problem))?;
@@ -179,9 +179,9 @@ impl Grid {
 pub struct Plan {
     /// Values of the shader's `override` constants.
     pub overrides: Vec<(&'static str, f64)>,
-    /// Workgroups in x, y and z; a zero anywhere means that there is nothing to do.
+    /// Workgroups in x, y and z; a zero means an empty dispatch.
     pub grid: [u32; 3],
-    /// The same before it was folded, for a kernel of tiles; its parameters carry it. Zeros for the other kernels.
+    /// Tiles before folding, which the shader's parameters carry; zeros unless the grid is [`Grid::Tiled`].
     pub tiles: [u32; 3],
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
@@ -202,13 +202,13 @@ impl Plan {
         }
     }
 
-    /// Value of an override; 0 for one that the plan does not set. They are whole numbers.
+    /// Value of an override, a whole number; 0 if the plan does not set it.
     pub fn value(&self, name: &str) -> u64 {
         self.overrides.iter().find(|(found, _)| *found == name).map_or(0, |(_, value)| *value as u64)
     }
 }
 
-/// Lays `groups` workgroups out over x and y, since one dimension holds 65 535 at most.
+/// Folds `groups` workgroups into x and y: one dimension holds 65 535 at most.
 ///
 /// # Errors
 /// [`Error::Limit`] when x and y together do not hold them.
@@ -233,7 +233,7 @@ fn check_index(kernel: &'static str, count: u64, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Refuses an extent that a shader's loop would walk, `step` at a time, in more iterations than any driver is sure to make.
+/// Refuses an extent whose loop, `step` elements per iteration, takes more than [`MAX_ITERATIONS`].
 fn check_iterations(name: &str, extent: u32, step: u32) -> Result<(), String> {
     if extent.div_ceil(step.max(1)) > MAX_ITERATIONS {
         let most = u64::from(MAX_ITERATIONS) * u64::from(step);
@@ -242,7 +242,7 @@ fn check_iterations(name: &str, extent: u32, step: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// Refuses widths that a shader may walk element by element; below the bound their sums and pitches fit 32 bits.
+/// Refuses widths over the longest loop of a shader: narrower ones have sums and pitches of 32 bits.
 pub(crate) fn check_widths(widths: &[(&'static str, u32)]) -> Result<(), String> {
     widths.iter().try_for_each(|&(name, width)| check_iterations(name, width, 1))
 }
@@ -255,7 +255,7 @@ pub fn check_nonzero(extents: &[(&'static str, u32)]) -> Result<(), String> {
     }
 }
 
-/// Refuses extents and offsets that are no multiples of `of`: rows are whole 16-byte loads, padded with zeros.
+/// Refuses extents and offsets that are no multiples of `of`: shaders read whole 16-byte loads.
 ///
 /// # Errors
 /// The first such extent.

@@ -21,7 +21,7 @@ impl Random {
         (radius * (std::f64::consts::TAU * self.0.f64()).cos()) as f32
     }
 
-    /// One value from 0 to 1, 1 left out.
+    /// One value in [0, 1).
     pub fn unit(&mut self) -> f64 {
         self.0.f64()
     }

@@ -1,4 +1,4 @@
-//! Reads device memory back: the one place, beside the program, that submits and maps.
+//! Reads device memory back: the one module of the library, with `check` and `bench`, that submits and maps.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -12,16 +12,16 @@ use crate::device::{Kernels, Region, alive, scoped};
 use crate::error::{DeviceError, Error, Result};
 use crate::recording::Recording;
 
-/// A map request's answer, and who waits for it.
+/// The answer to a map request, and the waker that it wakes.
 #[derive(Default)]
 struct Answer {
     result: Option<Result<(), wgpu::BufferAsyncError>>,
     waker: Option<Waker>,
 }
 
-/// Copies regions to the host, in one submission after everything that was submitted before.
+/// Copies regions to the host, in one submission after all earlier ones.
 ///
-/// Works in a browser too: there the future is woken by the page's event loop.
+/// Works in a browser too: the page's event loop wakes the future.
 ///
 /// # Errors
 /// `DeviceError::Lost`, `DeviceError::OutOfMemory`; `DeviceError::Validation` for a region of another device. Never a number that
@@ -51,14 +51,14 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
             at += padded(region);
         }
         let submission = kernels.queue().submit([encoder.finish()]);
-        // Within the scope: what wgpu has against a mapping it tells the scope, too.
+        // Within the scope, which also catches wgpu's errors about the mapping.
         staging.map_async(wgpu::MapMode::Read, .., move |result| {
             let waker = {
                 let mut answer = sender.lock().unwrap_or_else(PoisonError::into_inner);
                 answer.result = Some(result);
                 answer.waker.take()
             };
-            // Outside of the lock: whoever is woken may ask for the answer at once.
+            // Outside of the lock: the woken task may ask for the answer at once.
             if let Some(waker) = waker {
                 waker.wake();
             }
@@ -78,7 +78,7 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
         }
     })
     .await
-    // What was submitted without complaint fails to map on a lost device alone.
+    // After a valid submission, mapping fails only on a lost device.
     .map_err(|error| Error::lost(what, error))?;
     let bytes = {
         let view = staging.get_mapped_range(..).map_err(|error| Error::lost(what, error))?;
@@ -96,11 +96,11 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
     Ok(bytes)
 }
 
-/// Waits until all that was submitted is done, and no longer than `timeout`: for callers who would rather open a new device than
-/// wait for one that hangs. In a browser, which has its own watch over the GPU, it returns at once.
+/// Waits until all submitted work is done, for at most `timeout`: for callers who would rather open a new device than wait for
+/// one that hangs. In a browser, which watches over the GPU itself, it returns at once.
 ///
 /// # Errors
-/// `DeviceError::Timeout`, `DeviceError::Lost`. What was submitted still runs: wait again, or read what it wrote.
+/// `DeviceError::Timeout`, `DeviceError::Lost`. After a timeout the work still runs: wait again, or read its results.
 pub fn finish_within(kernels: &Kernels, timeout: Duration) -> Result<()> {
     let (device, what) = (kernels.device(), "waiting for the device");
     let done = Arc::new(AtomicBool::new(false));
@@ -110,7 +110,7 @@ pub fn finish_within(kernels: &Kernels, timeout: Duration) -> Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    // wgpu's own wait has a timeout, too, which Mesa's software Vulkan does not keep.
+    // wgpu's own wait has a timeout, which Mesa's software Vulkan does not keep.
     while !done.load(Ordering::Acquire) {
         device
             .poll(wgpu::PollType::Poll)
@@ -135,14 +135,14 @@ pub async fn read_f32(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<
 /// A sequence of a cache as bytes: reads its rows back and hands them to [`LatentCache::save_sequence`].
 ///
 /// # Errors
-/// `ArgumentError::OutOfRange` when there is no such sequence; as [`read`].
+/// `ArgumentError::OutOfRange` for a sequence that does not exist; as [`read`].
 pub async fn save_sequence(cache: &LatentCache, sequence: usize) -> Result<Vec<u8>> {
     let regions = cache.sequence_regions(sequence)?;
     let rows = read(cache.kernels(), &regions.iter().collect::<Vec<_>>()).await?;
     cache.save_sequence(sequence, &rows)
 }
 
-/// Runs one of the futures above to its end; on native backends they are ready at once.
+/// Runs one of the futures above to its end; on native backends it is ready at once.
 ///
 /// # Errors
 /// Those of the future.
@@ -159,8 +159,8 @@ pub fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 /// Submits a recording and waits for nothing.
 ///
 /// # Errors
-/// What [`Recording::record`](crate::recording::Recording::record) meets: nothing is then submitted. A device that is lost after
-/// that is told by what is read back.
+/// As [`Recording::record`](crate::recording::Recording::record); nothing is then submitted. Reading back reports a device that
+/// is lost later.
 pub fn submit(recording: &mut Recording) -> Result<()> {
     let kernels = recording.kernels().clone();
     let device = kernels.device();

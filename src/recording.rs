@@ -1,11 +1,10 @@
-//! A recording collects dispatches, checked as they are added, and writes them into a compute pass of the caller's: nothing
-//! here submits, polls or maps for reading, and a recording that met an error has recorded nothing.
+//! A recording checks dispatches as they are added and writes them into a compute pass of the caller. Nothing here submits, polls
+//! or maps for reading; a call that fails records nothing.
 //!
-//! Steps of one shape are recorded over and over. A recording remembers what it held: a dispatch that returns as it was, at its
-//! place, is neither planned nor bound again. Parameters stand in one uniform buffer, one slot per dispatch, and what a step
-//! knows beside them in tables; both are written through the queue when the recording goes into a pass. Commands read these
-//! buffers when they run, so a cleared recording leaves them to the commands until their work is done and goes on with
-//! others: a frame is one such set.
+//! Steps of one shape are recorded over and over. A recording remembers its dispatches: one that returns unchanged in the same
+//! place is neither planned nor bound again. One uniform buffer holds the parameters, one slot per dispatch; tables hold a step's
+//! other data. The queue writes both when the recording goes into a pass. Commands read these buffers when they run, so a
+//! cleared recording leaves them alone until the work is done and uses another set: a frame is one such set.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -21,10 +20,10 @@ use crate::op::{Access, Binding, Buffers, MAX_BINDINGS, Op, Spec, Uniform, Varia
 use crate::plan::Plan;
 use crate::storage::padded;
 
-/// A dispatch, and what was made of it.
+/// A dispatch and its objects on the device.
 #[derive(Debug)]
 struct Dispatch {
-    /// The operation, of whatever type, and the setting that was forced.
+    /// The operation, of any type, and the forced setting.
     op: Box<dyn Any + Send + Sync>,
     forced: Option<(&'static str, Tuning)>,
     spec: &'static Spec,
@@ -38,32 +37,32 @@ struct Dispatch {
     written: bool,
 }
 
-/// A dispatch as it was recorded, for those who write it down instead of running it.
+/// A recorded dispatch, for hosts that export it instead of running it.
 #[cfg(feature = "check")]
 pub(crate) struct Dispatched<'a> {
     pub spec: &'static Spec,
     pub bindings: &'static [Binding],
     pub overrides: &'a [(&'static str, f64)],
     pub params: &'a [u8],
-    /// Buffer, offset, bytes; by binding number, params left out.
+    /// Buffer, offset, bytes; by binding number, without params.
     pub regions: Vec<(wgpu::Buffer, u64, u64)>,
     pub grid: [u32; 3],
 }
 
-/// What the steps of a recording write: tables one after another.
+/// A buffer of tables.
 #[derive(Debug)]
 struct Chunk {
     buffer: wgpu::Buffer,
-    /// What the host has written; the buffer has the same but for `unwritten`.
+    /// Bytes on the host; the buffer has the same, except `unwritten`.
     bytes: Vec<u8>,
     used: usize,
     unwritten: Range<usize>,
 }
 
-/// The regions of a dispatch by binding number, params left out; `None` for what its operation does not touch.
+/// The regions of a dispatch by binding number, without params; `None` for those that its operation does not touch.
 type Given = [Option<Region>; MAX_BINDINGS];
 
-/// A bind group with what it was made of.
+/// A bind group and the objects that it binds.
 #[derive(Debug)]
 struct Group {
     pipeline: Arc<Pipeline>,
@@ -74,19 +73,19 @@ struct Group {
 /// Dispatches and the buffers that they read.
 #[derive(Debug, Default)]
 struct Frame {
-    /// The first ones are recorded; those behind them were, once.
+    /// The first `len` of the recording are current, the others of an earlier step.
     dispatches: Vec<Dispatch>,
     params: Option<wgpu::Buffer>,
-    /// By a hash of what they were made of.
+    /// By a hash of the objects that they bind.
     groups: HashMap<u64, Vec<Group>>,
     chunks: Vec<Chunk>,
-    /// Bytes of tables that its largest step has had.
+    /// Most bytes of tables in a step so far.
     most_tables: u64,
     /// Shared with commands that have not run yet.
     in_flight: Arc<()>,
-    /// Dispatches that such commands may hold.
+    /// Dispatches that such commands may contain.
     in_commands: usize,
-    /// Bytes for the uniform buffer, put together.
+    /// Bytes of the uniform buffer.
     scratch: Vec<u8>,
 }
 
@@ -96,10 +95,10 @@ impl Frame {
     }
 }
 
-/// Dispatches that are checked and ready to be written into a pass, with their parameters in one buffer.
+/// Checked dispatches, ready for a pass, with their parameters in one buffer.
 ///
-/// One step, one recording: what it holds is written again by every [`Recording::record`] until [`Recording::clear`]. A recording
-/// keeps what it needs to record such a step again at once, the buffers of the step among it: drop it to release them.
+/// One step, one recording: every [`Recording::record`] writes the dispatches again, until [`Recording::clear`]. A recording
+/// keeps bind groups and buffers for the next step of the same shape: drop it to release them.
 #[derive(Debug)]
 pub struct Recording {
     kernels: Kernels,
@@ -107,11 +106,11 @@ pub struct Recording {
     parked: Vec<Frame>,
     /// Dispatches recorded.
     len: usize,
-    /// What was recorded once for several layers, and before which dispatch.
+    /// Keys of work that several layers share, and the dispatch that each precedes.
     once: Vec<((u64, u64), usize)>,
-    /// What to set when the work is done, and behind which dispatch.
+    /// Flags to set when the work is done, and the dispatch that each follows.
     done: Vec<(Arc<AtomicBool>, usize)>,
-    /// Where tables stand.
+    /// Regions of tables.
     tables: Vec<((u64, u64), Region)>,
 }
 
@@ -134,12 +133,12 @@ impl Recording {
         Recording { kernels: kernels.clone(), frame, parked, len: 0, once, done, tables }
     }
 
-    /// The kernels that it records with.
+    /// The kernels of its device.
     pub fn kernels(&self) -> &Kernels {
         &self.kernels
     }
 
-    /// How many dispatches it holds.
+    /// Number of dispatches.
     pub fn dispatches(&self) -> usize {
         self.len
     }
@@ -168,14 +167,14 @@ impl Recording {
         Mark { dispatches: self.len }
     }
 
-    /// Drops what was added since `mark`.
+    /// Drops the dispatches since `mark`.
     pub fn rewind(&mut self, mark: Mark) {
         self.len = self.len.min(mark.dispatches);
         self.once.retain(|(_, at)| *at < mark.dispatches);
         self.done.retain(|(_, at)| *at <= mark.dispatches);
     }
 
-    /// Whether what `key` stands for is still to be recorded, now: the next call says no, until it is rewound or cleared.
+    /// True the first time `key` is seen since the last clear, or since a rewind to before it.
     pub(crate) fn once(&mut self, key: (u64, u64)) -> bool {
         let first = self.once.iter().all(|(known, _)| *known != key);
         if first {
@@ -201,7 +200,7 @@ impl Recording {
             self.parked.push(std::mem::replace(&mut self.frame, next));
         }
         self.frame.in_commands = 0;
-        // What took several chunks takes one the next time.
+        // Several chunks become one the next time.
         if self.frame.chunks.len() > 1 {
             self.frame.most_tables = self.frame.chunks.iter().map(|chunk| chunk.bytes.len() as u64).sum();
             self.frame.chunks.clear();
@@ -209,7 +208,8 @@ impl Recording {
         self.frame.chunks.iter_mut().for_each(|chunk| chunk.used = 0);
     }
 
-    /// Where what `key` stands for is in a storage buffer of the recording's, from the first call to [`Recording::clear`].
+    /// The region of the table `key` in the recording's storage buffer, written on the first call and valid until
+    /// [`Recording::clear`].
     ///
     /// # Errors
     /// As [`Kernels::allocate`].
@@ -248,8 +248,8 @@ impl Recording {
     /// Adds an operation, with the shader that [`choose`] picks for it.
     ///
     /// # Errors
-    /// What the plan refuses, a region that is too small or begins at a wrong offset, or one buffer that is read and written.
-    /// The recording is then as it was.
+    /// A plan that is refused, a region that is too small or misaligned, or one buffer both read and written. The recording is
+    /// then unchanged.
     pub fn add<O: Op>(&mut self, op: &O, args: O::Args<&Region>) -> Result<()> {
         if self.repeats(op, None, args) {
             return Ok(());
@@ -261,7 +261,7 @@ impl Recording {
     /// Adds an operation with one of its shaders, at one of its settings.
     ///
     /// # Errors
-    /// As [`Recording::add`], and `KernelError::Feature` where the device lacks what the shader needs.
+    /// As [`Recording::add`], and `KernelError::Feature` if the device lacks a feature of the shader.
     pub fn add_variant<O: Op>(
         &mut self,
         variant: &'static Variant<O>,
@@ -281,12 +281,12 @@ impl Recording {
         self.push(&variant.spec, op, forced, plan, args)
     }
 
-    /// Whether the dispatch that stood here before is the one to add; it then is.
+    /// Reuses the previous dispatch at this place if it is the one to add; returns whether it was.
     fn repeats<O: Op>(&mut self, op: &O, forced: Option<(&'static str, Tuning)>, args: O::Args<&Region>) -> bool {
         let Some(known) = self.frame.dispatches.get(self.len) else { return false };
         let mut same = known.forced == forced && known.op.downcast_ref() == Some(op);
         if same {
-            // What was not touched before is not touched now.
+            // A binding left out before is left out now.
             let is_known =
                 |index: usize, region: &Region| known.given[index].as_ref().is_none_or(|given| given == region);
             args.each(&mut |index, region| same &= is_known(index, region));
@@ -337,8 +337,8 @@ impl Recording {
         Ok(())
     }
 
-    /// What is bound: as much of a region as a binding holds, so that a bind group serves every size of a problem. What a problem
-    /// does not touch is bound to nothing of the caller's.
+    /// The bound ranges: as much of a region as a binding holds, so that one bind group serves every size of a problem. An absent
+    /// buffer binds none of the caller's.
     fn bound(&self, dispatch: &Dispatch) -> Vec<(wgpu::Buffer, u64, u64)> {
         let largest = self.kernels.context().limits.max_storage_buffer_binding_size;
         let bound = |(index, binding): (usize, &Binding)| {
@@ -361,8 +361,8 @@ impl Recording {
         self.len = self.frame.dispatches.len();
     }
 
-    /// Compiles what is not compiled yet, in parallel, and waits for it. [`Recording::record`] does the same: calling this
-    /// before, from a thread that may wait, keeps a first step quick.
+    /// Compiles the missing pipelines in parallel and waits for them, as [`Recording::record`] would. Call it ahead, from a
+    /// thread that may wait, to keep a first step quick.
     ///
     /// # Errors
     /// `DeviceError::Validation` or `DeviceError::Driver` when the device refuses a kernel, `DeviceError::Lost` when it is lost.
@@ -382,9 +382,9 @@ impl Recording {
     /// Writes the dispatches into the caller's pass, and their parameters through the caller's queue. The caller submits.
     ///
     /// # Errors
-    /// `DeviceError::Lost`, `DeviceError::OutOfMemory`, `DeviceError::Validation` where wgpu refuses a kernel or a buffer of another
-    /// device, `DeviceError::Driver` where the driver fails. The pass is then unchanged. A step of a shape that was recorded before
-    /// makes nothing on the device and asks it nothing: of a device that is lost by then only reading results back tells.
+    /// `DeviceError::Lost`, `DeviceError::OutOfMemory`; `DeviceError::Validation` if wgpu refuses a kernel or a buffer of another
+    /// device, `DeviceError::Driver` if the driver fails. The pass is then unchanged. A step of a known shape makes no call that
+    /// detects a lost device: reading results back reports it.
     pub fn record(&mut self, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         if self.len == 0 {
             return Ok(());
@@ -400,7 +400,7 @@ impl Recording {
         }
         let in_flight = Arc::clone(&self.frame.in_flight);
         let done: Vec<_> = self.done.iter().map(|(done, _)| Arc::clone(done)).collect();
-        // Dropped without a call with commands that are never submitted.
+        // The callback is dropped without a call if the commands are never submitted.
         pass.on_submitted_work_done(move || {
             done.iter().for_each(|done| done.store(true, Ordering::Release));
             drop(in_flight);
@@ -409,12 +409,12 @@ impl Recording {
         Ok(())
     }
 
-    /// Makes the uniform buffer and the bind groups that are missing.
+    /// Makes the missing uniform buffer and bind groups.
     fn make(&mut self) -> Result<()> {
         let device = self.kernels.device();
         let frame = &mut self.frame;
         let size = SLOT * self.len as u64;
-        // What commands may still read stays as it is: there they go on with a buffer of their own.
+        // Commands may still read the old buffer: they keep it.
         let changed = frame.dispatches[..self.len].iter().position(|dispatch| !dispatch.written);
         let shared = changed.is_some_and(|first| first < frame.in_commands) && !frame.is_free();
         if shared || frame.params.as_ref().is_none_or(|params| params.size() < size) {
@@ -457,7 +457,7 @@ impl Recording {
             self.frame.dispatches[index].group = Some(group);
         }
         if made {
-            // Of a lost device each record tells until it goes: what was made on it is not kept.
+            // A lost device fails every call until it is dropped: none of its objects is kept.
             alive(device, "bind groups").inspect_err(|_| {
                 self.frame.params = None;
                 self.frame.groups.clear();
@@ -501,7 +501,7 @@ impl Recording {
     }
 }
 
-/// Bind groups that a recording keeps for the steps that it has met; with more it begins anew.
+/// Most bind groups of a recording; over it, all are dropped.
 const MOST_GROUPS: usize = 1 << 16;
 
 fn key_of(pipeline: &Arc<Pipeline>, given: &Given) -> u64 {

@@ -1,4 +1,4 @@
-//! Operations in lists of several, whatever their types.
+//! Operations of different types in one list.
 
 #[cfg(feature = "check")]
 use crate::cost::Cost;
@@ -22,7 +22,7 @@ pub trait Registered: Op {}
 #[cfg(not(feature = "check"))]
 impl<O: Op> Registered for O {}
 
-/// An operation of the registry, whatever its type.
+/// An operation of the registry, of any type.
 pub trait AnyOp: Sync {
     /// The stem of its files, labels and bench rows.
     fn name(&self) -> &'static str;
@@ -36,7 +36,7 @@ pub trait AnyOp: Sync {
     /// Its shaders, best first.
     fn shaders(&self) -> Vec<&'static Spec>;
 
-    /// Problems at every size that a tile may get wrong, and with every switch.
+    /// Problems around every tile size, and with every switch.
     #[cfg(feature = "check")]
     fn samples(&self) -> Vec<Box<dyn Sample>>;
 
@@ -49,7 +49,7 @@ pub trait AnyOp: Sync {
     fn drawn(&self, next: &mut dyn FnMut() -> u32) -> Option<Box<dyn Sample>>;
 }
 
-/// The operation `O`, in lists of several.
+/// The operation `O`, as an [`AnyOp`].
 #[derive(Debug)]
 pub struct Of<O>(std::marker::PhantomData<fn() -> O>);
 

@@ -1,5 +1,5 @@
-//! Problems of every operation, for the checks: the registry hands them out whatever their type, so that no test, fuzz target
-//! or table lists the operations a second time.
+//! Sample problems of every operation, for the checks. The registry hands them out regardless of type, so no test, fuzz target or
+//! table lists the operations a second time.
 
 use std::fmt::Debug;
 
@@ -13,28 +13,28 @@ use crate::plan::Plan;
 use crate::recording::Recording;
 use crate::storage::Storage;
 
-/// An operation with problems to check it by.
+/// An operation with sample problems.
 pub trait Sampled: Op + Vary {
-    /// Problems at every size that a tile may get wrong, and with every switch.
+    /// Problems around every tile size, and with every switch.
     fn samples() -> Vec<Self>;
 
     /// Problems with their cost, counted by hand.
     fn counted() -> Vec<(Self, Cost)>;
 }
 
-/// Something whose every number can be drawn anew.
+/// A value whose every number can be redrawn.
 pub trait Vary {
-    /// Replaces every number by what `next` makes of it.
+    /// Replaces every number by one from `next`.
     fn vary(&mut self, next: &mut dyn FnMut() -> u32);
 }
 
-/// Nothing, one, and the neighbourhood of every workgroup size; then more than one dimension of workgroups holds.
+/// 0, 1, and the neighbourhood of every workgroup size; then sizes over one dimension of workgroups.
 pub(crate) const ELEMENTS: [u32; 10] = [0, 1, 63, 64, 65, 255, 256, 257, 65_536 * 64, 65_536 * 256 + 1];
 
-/// Nothing, one, and the neighbourhood of what a dimension of workgroups holds.
+/// 0, 1, 2, and the neighbourhood of the limit of one dimension of workgroups.
 pub(crate) const ROWS: [u32; 7] = [0, 1, 2, 65_535, 65_536, 131_071, 10_000_000];
 
-/// One, and the neighbourhood of the heads that share a workgroup.
+/// 1, and the neighbourhood of the heads per workgroup.
 pub(crate) const HEADS: [u32; 6] = [1, 3, 4, 5, 9, 63];
 
 impl Vary for u32 {
@@ -103,7 +103,7 @@ pub trait Sample: Debug + Send + Sync {
     /// The shaders of its operation.
     fn shaders(&self) -> Vec<&'static Spec>;
 
-    /// Widths that a shader may walk element by element.
+    /// Widths that a shader may loop over element by element.
     fn widths(&self) -> [(&'static str, u32); 4];
 
     /// The plan of one of them.
@@ -112,7 +112,7 @@ pub trait Sample: Debug + Send + Sync {
     /// What the plan refuses.
     fn plan(&self, shader: usize, context: &PlanContext, tuning: Tuning) -> Result<Plan>;
 
-    /// What a plan does not keep of what the shader takes for granted.
+    /// The first assumption of the shader that a plan breaks.
     ///
     /// # Errors
     /// Its words.

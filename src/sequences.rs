@@ -1,4 +1,4 @@
-//! Sequences of hidden states in one file: what `egmla attend` runs a layer over.
+//! Sequences of hidden states in one file: the input of `egmla attend`.
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -21,12 +21,12 @@ pub struct Sequences {
 }
 
 impl Sequences {
-    /// Takes the tensors `hidden_states`, `token_ids` and `sequence_lengths` out of a safetensors file and checks them against
-    /// the layer. NaN and infinities are kept and warned of.
+    /// Takes the tensors `hidden_states`, `token_ids` and `sequence_lengths` from a safetensors file and checks them against the
+    /// layer. NaN and infinities are kept, with a warning.
     ///
     /// # Errors
-    /// `DataError::Safetensors` when the bytes are no safetensors file; `DataError::Input` or `ArgumentError::TokenId` with what is
-    /// missing, not expected, or of another shape, type or range.
+    /// `DataError::Safetensors` when the bytes are no safetensors file; `DataError::Input` or `ArgumentError::TokenId` for a
+    /// tensor that is missing, not expected, or of another shape, type or range.
     pub fn from_safetensors(bytes: &[u8], config: &AttentionConfig) -> Result<Self> {
         let tensors = files::tensors(bytes)?;
         let mut names = tensors.names();
@@ -89,7 +89,7 @@ fn refused<T>(problem: String) -> Result<T> {
     Err(Error::Data(DataError::Input(problem)))
 }
 
-/// The ids, checked; `None` without a gate, which is all that looks at them.
+/// The ids, checked; `None` without a gate, their only user.
 fn token_ids(tensors: &SafeTensors<'_>, config: &AttentionConfig, tokens: usize) -> Result<Option<Vec<u32>>> {
     let view = match (tensors.tensor("token_ids"), &config.gate) {
         (Err(_), None) => return Ok(None),

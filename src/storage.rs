@@ -1,9 +1,9 @@
-//! How numbers are stored on the device, and the arithmetic of sizes: it saturates, so that no size wraps around.
+//! Storage types of the device, and saturating arithmetic of sizes: no size wraps around.
 
 use serde::{Deserialize, Serialize};
 
-/// How weights and caches are stored on the device. Activations, accumulators, maxima and sums are always f32; kernels by
-/// cooperative matrices round the factors of a product to f16.
+/// Storage of weights and caches on the device. Activations, accumulators, maxima and sums are always f32; cooperative
+/// matrices round the factors of a product to f16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
@@ -44,7 +44,7 @@ impl Storage {
     /// Elements from one cache row to the next: rows begin on 16-byte boundaries, so that a row is read in whole
     /// 16-byte loads and two rows never share a word.
     pub fn row_pitch(self, width: u32) -> u32 {
-        // A width without a pitch is beyond every device: what follows from it is refused.
+        // Overflow → u32::MAX, which the limit check refuses.
         width.checked_next_multiple_of(self.of_load()).unwrap_or(u32::MAX)
     }
 
@@ -70,15 +70,15 @@ impl Storage {
 /// Elements that the widths of weights and caches are padded to, with zeros: whole 16-byte loads in either storage.
 pub const UNIT: u32 = 8;
 
-/// A width with its padding; one that has none is beyond every device, and what follows from it is refused.
+/// A width with its padding; overflow gives `u32::MAX`, which the limit check refuses.
 pub fn padded_width(width: u32) -> u32 {
     width.checked_next_multiple_of(UNIT).unwrap_or(u32::MAX)
 }
 
-/// A row of `count` times two parts, keys and values of every head say, each padded with zeros to [`UNIT`] elements.
+/// `count` times two parts, as keys and values of every head, each padded with zeros to [`UNIT`] elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Segments {
-    /// How often the parts repeat.
+    /// Repeats of the two parts.
     pub count: u32,
     /// Elements of the first part and of the second, without padding.
     pub parts: [u32; 2],
@@ -101,12 +101,12 @@ impl Segments {
         [first, first.saturating_add(second)]
     }
 
-    /// Elements of a row with its padding.
+    /// Elements of all parts with their padding.
     pub fn width(&self) -> u32 {
         saturated(product(&[self.count, self.padded_parts()[1]]))
     }
 
-    /// Whether a part has any.
+    /// Whether a part has padding.
     pub(crate) fn is_padded(&self) -> bool {
         self.parts.iter().any(|part| !part.is_multiple_of(UNIT))
     }
@@ -118,8 +118,7 @@ fn saturated(count: u64) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// Bytes or elements, rounded up; saturates, so that every later comparison with a limit fails: a number that wrapped around
-/// would pass them all.
+/// Bytes or elements, rounded up. Overflow saturates and fails every later comparison with a limit; a wrapped number would pass.
 pub(crate) fn padded(count: u64, to: u64) -> u64 {
     count.checked_next_multiple_of(to).unwrap_or(u64::MAX)
 }
@@ -134,7 +133,7 @@ pub(crate) fn product(extents: &[u32]) -> u64 {
     extents.iter().fold(1, |total: u64, &extent| total.saturating_mul(extent.into()))
 }
 
-/// Elements behind `offset` that rows of `width`, `pitch` apart, reach.
+/// End, in elements, of rows of `width` that begin at `offset`, `pitch` apart.
 pub(crate) fn rows_end(offset: u32, rows: u32, pitch: u32, width: u32) -> u64 {
     u64::from(offset) + product(&[rows.saturating_sub(1), pitch]) + u64::from(width)
 }

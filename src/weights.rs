@@ -25,7 +25,7 @@ impl HostTensor {
     }
 }
 
-/// A checkpoint that tensors are taken from by name, and that knows which were never asked for.
+/// A checkpoint: tensors are taken by name, and it tracks those never asked for.
 pub struct Checkpoint<'a> {
     tensors: SafeTensors<'a>,
     taken: std::cell::RefCell<std::collections::BTreeSet<String>>,
@@ -45,7 +45,7 @@ impl<'a> Checkpoint<'a> {
         self.tensors.tensor(name).is_ok()
     }
 
-    /// Takes one tensor (f32, f16 or bf16), checking its shape. NaN and infinities are kept and warned of.
+    /// Takes one tensor (f32, f16 or bf16) and checks its shape. NaN and infinities are kept, with a warning.
     ///
     /// # Errors
     /// `TensorError::Missing`, `TensorError::Shape` or `TensorError::Type`.
@@ -161,7 +161,7 @@ impl AttentionWeights {
     /// Takes one layer's weights from a checkpoint; `prefix` as `model.layers.0.self_attn.` or empty.
     ///
     /// # Errors
-    /// A tensor that is missing, of another shape or type, or that stands under the prefix without a place in `config`.
+    /// A tensor that is missing, has another shape or type, or is under the prefix without a place in `config`.
     pub fn load(checkpoint: &Checkpoint<'_>, prefix: &str, config: &AttentionConfig) -> Result<Self> {
         config.validate()?;
         let take = |name: &str, shape: &[u32]| {
@@ -176,7 +176,7 @@ impl AttentionWeights {
     /// Checks weights that were built by hand against a configuration.
     ///
     /// # Errors
-    /// A configuration that contradicts itself; a tensor that is missing, has no place, or is of another shape or length.
+    /// A configuration that contradicts itself; a tensor that is missing, has no place, or has another shape or length.
     pub fn check(&self, config: &AttentionConfig) -> Result<()> {
         config.validate()?;
         let expected = Self::build(config, self.kv_a_norm.is_some(), |name, shape| {
@@ -203,7 +203,7 @@ impl AttentionWeights {
                     if found.shape != expected {
                         return Err(Error::Tensor(TensorError::Shape { name, expected, found: found.shape.clone() }));
                     }
-                    // The shape says one thing, the elements another.
+                    // The shape and the number of elements disagree.
                     if found.data.len() != expected.iter().product::<usize>() {
                         return Err(Error::Tensor(TensorError::Shape {
                             name,
@@ -245,7 +245,7 @@ impl AttentionWeights {
         ]
     }
 
-    /// The one list of names and shapes: `make(name, shape)` is asked for each tensor that `config` has.
+    /// The one list of names and shapes: calls `make(name, shape)` for each tensor of `config`.
     pub(crate) fn build(
         config: &AttentionConfig,
         kv_a_norm: bool,

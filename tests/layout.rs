@@ -151,7 +151,7 @@ fn functions_of_one_name_are_the_same_text() {
     assert!(shared > 0 && known.contains_key("decode"), "no shared function was found: {known:?}");
 }
 
-/// The parts of a shader, in the order that the README's "Add a kernel" gives them.
+/// The parts of a shader, in the order of `docs/kernels.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Header,

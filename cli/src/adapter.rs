@@ -1,4 +1,4 @@
-//! Chooses an adapter and opens the program's device: the only place that does.
+//! Chooses an adapter and opens the program's device; no other module does.
 
 use clap::{Args, ValueEnum};
 use egmla::fault::Faults;
@@ -80,7 +80,7 @@ impl Gpu {
     }
 }
 
-/// Keeps what was compiled for the next run. Where that fails the next run compiles again.
+/// Keeps compiled pipelines for the next run. If that fails, the next run compiles again.
 impl Drop for Gpu {
     fn drop(&mut self) {
         let Some((cache, before)) = &self.pipelines else { return };
@@ -202,13 +202,13 @@ pub fn limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
     }
 }
 
-/// What the kernels' variants can use of what the adapter offers.
+/// Features of the adapter that some variant uses.
 pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
     adapter.features() & optional_features()
 }
 
 fn open_device(adapter: &wgpu::Adapter, offer: LimitsOption) -> Result<Gpu, Failure> {
-    // Neither changes what a kernel computes: one measures, the other makes a second start quicker.
+    // Neither changes a result: one measures, the other makes a second start quicker.
     let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
     let (required_limits, wanted, (cooperative, experimental_features, matrices)) = match offer {
         LimitsOption::Adapter => (limits(adapter), wanted, unchecked::cooperative(adapter)),

@@ -48,7 +48,7 @@ pub struct AttendArgs {
     path: PathOptions,
 }
 
-/// What a run tells of itself.
+/// The report of a run.
 struct Summary {
     prefill: Phase,
     decode: Phase,

@@ -71,7 +71,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     if rows.is_empty() && !host::IDS.iter().any(|id| id.contains(filter)) {
         return Err(Failure::usage(format!("no row of this suite contains `{filter}` (--filter)")));
     }
-    // What cannot be written is known before anything is measured for it.
+    // Outputs are checked before anything is measured.
     let json = args.json.as_deref().map(Output::check_with_folders).transpose()?;
     if let Some(folder) = &args.svg {
         plots::check(folder)?;
@@ -107,7 +107,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         host,
         skipped,
     };
-    // A reader who has gone away leaves the files to be written, and a file that cannot be leaves the table to be read.
+    // A closed stdout does not keep the files from being written, nor a failed file the table from being printed.
     let printed = console::print(&text(&report));
     if let Some(file) = json {
         let text = serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n";
@@ -132,7 +132,7 @@ pub fn gpu(backend: &Backend) -> Result<&Gpu, Failure> {
     }
 }
 
-/// Writes a file, whole or not at all, and the folders that it stands in.
+/// Writes a file, whole or not at all, and makes its folders.
 pub fn write(path: &Path, text: &str) -> Result<(), Failure> {
     Output::check_with_folders(path)?.write(text.as_bytes())
 }

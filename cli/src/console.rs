@@ -23,7 +23,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Writes a line about the run to stderr. Where nobody reads stderr there is nobody to tell.
+/// Writes a line about the run to stderr, and ignores a closed stderr.
 pub fn note(text: impl fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }

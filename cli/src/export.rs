@@ -86,7 +86,7 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
     };
     let folder = args.out.join("cases");
     std::fs::create_dir_all(&folder).map_err(|error| Failure::usage(format!("{}: {error}", folder.display())))?;
-    // Where the list stands, the rest is whole: that of an earlier export goes first, the new one comes last.
+    // A list means that the rest is whole: the earlier list is removed first, the new one is written last.
     let list = args.out.join("index.json");
     match std::fs::remove_file(&list) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

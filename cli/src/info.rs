@@ -1,4 +1,4 @@
-//! `egmla info`: what this machine offers, what is chosen on it, and what a cache costs.
+//! `egmla info`: the machine's adapters, the settings chosen on them, and cache sizes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -240,7 +240,7 @@ impl Shape {
     /// MHA, then MLA of latent width `mla`, then EG-MLA of the others, each compared with the first two.
     fn rows(&self, mla: u32, gated: &[u32]) -> Vec<CacheRow> {
         let layers = u64::from(self.n_layer);
-        // A configuration may tell of more layers than elements can be counted of.
+        // The layers of a configuration may overflow the count of elements.
         let of_layers = |elements: u64| layers.saturating_mul(elements);
         let of_head = u64::from(self.d_nope) + u64::from(self.d_value);
         let mha = of_layers(u64::from(self.n_head).saturating_mul(of_head));
@@ -329,7 +329,7 @@ impl CacheTable {
     }
 }
 
-/// One id of 4 bytes a token for all layers, mean and reciprocal deviation of 4 bytes each a token and layer.
+/// 4 bytes of id per token, and 8 bytes of mean and reciprocal deviation per token and layer.
 fn bookkeeping(n_layer: u32, ids: bool, statistics: bool) -> u64 {
     4 * u64::from(ids) + 8 * u64::from(n_layer) * u64::from(statistics)
 }
@@ -359,7 +359,7 @@ impl Report {
         parts.join("\n\n") + "\n"
     }
 
-    /// One column an adapter.
+    /// One column per adapter.
     fn adapter_table(&self) -> Table {
         let mut table = new_table(
             std::iter::once("adapter".to_owned()).chain(self.adapters.iter().map(|adapter| adapter.name.clone())),

@@ -1,4 +1,4 @@
-//! Ctrl-C: the step at hand is finished, the terminal and the files are left as they were found, and the exit status is 130.
+//! Ctrl-C: finishes the step at hand, restores the terminal, keeps older files, and exits with status 130.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};

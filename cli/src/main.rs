@@ -1,6 +1,6 @@
 //! The command-line program `egmla`: the only owner of a device in this crate.
 //!
-//! Exit 0 is done, 2 is bad usage or input, 1 failed while running, 130 was interrupted. Every error is one line on stderr that
+//! Exit status: 0 done, 2 bad usage or input, 1 failed while running, 130 interrupted. Every error is one line on stderr that
 //! begins `error:`.
 
 mod adapter;
@@ -56,7 +56,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // A defect of ours must not look like a crash to a script: one line, exit 1.
+    // A defect must not look like a crash to a script: one line, exit 1.
     std::panic::set_hook(Box::new(|info| {
         if !egmla::decoder::panics_are_caught() {
             console::error(&format!("internal error: {info}"));

@@ -59,7 +59,7 @@ pub struct PathOptions {
     #[arg(long, value_name = "PATH", value_enum, default_value_t)]
     pub decode: DecodeOption,
     /// Where the absorbed decode takes gate rows from, with the gate at `up_projected`: recompute, table (the whole vocabulary)
-    /// or pool:N (N rows a layer)
+    /// or pool:N (N gate rows per layer)
     #[arg(long, value_name = "ROWS", default_value = "recompute", value_parser = gate_rows)]
     pub gate_rows: GateRows,
 }

@@ -73,7 +73,7 @@ impl Output {
             file.write_all(bytes)?;
             file.sync_all()
         });
-        // Up to here the old file stands, and whoever interrupts the run keeps it.
+        // Until here an interrupted run keeps the old file.
         let replaced = match written {
             Ok(()) if interrupt::asked() => Err(Failure::Interrupted),
             Ok(()) => fs::rename(&self.partial, &self.path).map_err(|error| self.not_written(&error)),

@@ -1,11 +1,11 @@
-//! All `unsafe` of this crate: what wgpu hands out to those only who vouch for it, each behind a safe function that can. The
-//! library forbids `unsafe`, and a test looks for it everywhere else. `tests/common` and `tests/bench` take this file too.
+//! All `unsafe` of the program: wgpu's unchecked functions, each behind a safe function that upholds its conditions. The library
+//! forbids `unsafe`, and a test looks for it everywhere else. `tests/common` and `tests/bench` include this file.
 
 use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative};
 use egmla::wgpu;
 
-/// What to open an adapter's device with for the kernels that multiply cooperative matrices, and which it has: nothing where
-/// it has none that they use.
+/// The features to open a device with for cooperative matrices, and the adapter's sizes; nothing if the kernels use none of
+/// them.
 pub fn cooperative(adapter: &wgpu::Adapter) -> (wgpu::Features, wgpu::ExperimentalFeatures, Cooperative) {
     let matrices = Cooperative::of(&adapter.cooperative_matrix_properties());
     let info = adapter.get_info();
@@ -23,7 +23,7 @@ pub fn cooperative(adapter: &wgpu::Adapter) -> (wgpu::Features, wgpu::Experiment
     (COOPERATIVE_FEATURES, accepted, matrices)
 }
 
-/// What opens a device without them.
+/// The same without cooperative matrices.
 pub fn none() -> (wgpu::Features, wgpu::ExperimentalFeatures, Cooperative) {
     (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled(), Cooperative::NONE)
 }

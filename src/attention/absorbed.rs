@@ -1,4 +1,4 @@
-//! Attention over the latents themselves.
+//! Attention over the latents themselves: the absorbed path of MLA and of the gate at `latent`.
 
 use super::frame::Frame;
 use super::step::Table;
@@ -12,7 +12,7 @@ impl Frame<'_> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
         let widths = &layer.widths;
         let (n_head, d_latent, d_nope, d_value) = (widths.n_head, widths.d_latent, widths.d_nope, widths.d_value);
-        // Rows of kv_b_proj that belong to one head.
+        // Weight rows of kv_b_proj per head.
         let head_weights = (d_nope + d_value) * d_latent;
         let latents = Layout { offset: 0, row: n_head * d_latent, inner: 1, batch: d_latent };
         let kv_b_proj = &layer.weights.kv_b_proj;

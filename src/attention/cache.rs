@@ -22,34 +22,34 @@ use crate::weights::HostTensor;
 
 /// Extents of a [`LatentCache`], and of the buffers for intermediate results that it owns.
 ///
-/// Beside what these bound, a decode step keeps the partial results of every split of the cache until they are combined:
+/// A decode step also keeps the partial results of every split of the cache until they are combined:
 /// `n_head · max(d_value, d_latent) · 4` bytes per 256 cache rows (`d_value` alone with the gate at `up_projected`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheOptions {
-    /// Layers that share it.
+    /// Layers that share the cache.
     pub n_layer: u32,
     /// Sequences.
     pub batch: u32,
-    /// Tokens of each sequence.
+    /// Tokens that each sequence has room for.
     pub capacity: u32,
     /// How latents and rotary keys are stored.
     pub storage: Storage,
     /// Most new tokens of a step, over all sequences.
     pub max_tokens: u32,
-    /// Most new tokens of a sequence in a decode step, up to [`super::MOST_DECODED`]: each has partial results of its own.
+    /// Most new tokens per sequence in a decode step, up to [`super::MOST_DECODED`]: each has its own partial results.
     pub decode_tokens: u32,
-    /// Cached rows whose keys and values are rebuilt at once, up to 2^19; rounded up to the split length. More rows mean fewer
-    /// dispatches, fewer rows mean less memory.
+    /// Cache rows whose keys and values are rebuilt at once, up to 2^19, rounded up to the split length. More rows take fewer
+    /// dispatches, fewer rows less memory.
     pub tile_rows: u32,
     /// How decode steps attend to the cache.
     pub decode_path: DecodePath,
 }
 
 impl CacheOptions {
-    /// Bytes that a cache of these extents takes on a device, by purpose, before it is made.
+    /// Bytes of such a cache on a device, by purpose, before it is made.
     ///
     /// # Errors
-    /// What [`LatentCache::new`] refuses of extents and limits.
+    /// As [`LatentCache::new`], for extents and limits.
     pub fn memory(&self, context: &PlanContext, config: &AttentionConfig, gate_rows: GateRows) -> Result<MemoryReport> {
         config.validate()?;
         let layout = CacheLayout::new(context, config, &Widths::of(config)?, self, gate_rows)?;
@@ -73,11 +73,10 @@ impl Default for CacheOptions {
     }
 }
 
-/// Latents, rotary keys, and for the gate at `up_projected` token ids and norm statistics, of `batch` sequences of up to
-/// `capacity` tokens, for every layer of a model. Sequence s holds cache rows `[s·capacity, s·capacity + length)`.
+/// Latents and rotary keys of every layer of a model, for `batch` sequences of up to `capacity` tokens; with the gate at
+/// `up_projected` also token ids and norm statistics. Sequence s holds cache rows `[s·capacity, s·capacity + length)`.
 ///
-/// Lengths live on the host: an append that does not fit is an error before anything is recorded, and rolling back costs
-/// nothing on the device.
+/// Lengths live on the host: a full cache is an error before anything is recorded, and rolling back costs nothing on the device.
 #[derive(Debug)]
 pub struct LatentCache {
     pub(super) kernels: Kernels,
@@ -95,23 +94,23 @@ pub struct LatentCache {
     /// Angle per position of every rotary pair, and the factor on cos and sin.
     frequencies: Vec<f64>,
     amplitude: f64,
-    /// Tells caches apart, so that a step of one is refused by another.
+    /// Identifies the cache: it refuses a step of another.
     identity: u64,
-    /// Counts changes of the state, so that a step made before a change is refused after it.
+    /// Counts changes of the state: a step made before a change is stale.
     generation: u64,
 }
 
 impl LatentCache {
-    /// Allocates a cache for a layer, or for several that are like it.
+    /// Allocates a cache for a layer, or for several of its configuration.
     ///
     /// # Errors
-    /// Extents of 0 or over 2^31 rows, a buffer over the device's limits before any is allocated, or no memory left.
+    /// Extents of 0 or over 2^31 cache rows; a buffer over the device's limits, before any is allocated; no memory left.
     pub fn new(attention: &Attention, options: CacheOptions) -> Result<Self> {
         let Attention { kernels, config, storage, gate_rows, .. } = attention;
         LatentCache::with(kernels, config, (*storage, *gate_rows), options)
     }
 
-    /// The same for layers with weights in a storage and gate rows from somewhere.
+    /// The same by the layers' storage of weights and source of gate rows.
     pub(super) fn with(
         kernels: &Kernels,
         config: &AttentionConfig,
@@ -143,17 +142,17 @@ impl LatentCache {
         })
     }
 
-    /// Extents it was made with.
+    /// The extents.
     pub fn options(&self) -> CacheOptions {
         self.options
     }
 
-    /// The attention that it caches for.
+    /// The layers' configuration.
     pub fn config(&self) -> &AttentionConfig {
         &self.config
     }
 
-    /// The kernels that it was made with.
+    /// The kernels of its device.
     pub fn kernels(&self) -> &Kernels {
         &self.kernels
     }
@@ -196,7 +195,7 @@ impl LatentCache {
         self.options.decode_path = path;
     }
 
-    /// Most new tokens of a step: `max_tokens` of the options, or every row of a smaller cache.
+    /// Most new tokens of a step: `max_tokens` of the options, or every cache row of a smaller cache.
     pub fn max_tokens(&self) -> u32 {
         self.workspace.max_tokens
     }
@@ -217,11 +216,10 @@ impl LatentCache {
         rotations.resize(end, [1.0, 0.0]);
     }
 
-    /// The path that the decode path of the options stands for in a step: [`DecodePath::Auto`] is the one with fewer FLOPs by
-    /// [`crate::attention::cost`].
+    /// The path of a step by the options: [`DecodePath::Auto`] is the one with fewer FLOPs by [`crate::attention::cost`].
     ///
     /// # Errors
-    /// [`DecodePath::Absorbed`] where the device's workgroup memory holds no head of these widths.
+    /// [`DecodePath::Absorbed`] if the device's workgroup memory holds no head of these widths.
     pub(super) fn path_of(&self, step: &Step) -> Result<DecodePath> {
         let possible = || match &self.lists {
             Some(_) => attention_grouped::tiling(self.kernels.context(), self.widths.grouped()).map(drop),
@@ -280,7 +278,7 @@ impl LatentCache {
         (self.identity, self.generation)
     }
 
-    /// A change of the state: steps that were made before it are stale, and what they appended is taken back.
+    /// Marks a change of the state: steps made before it are stale, and their appended tokens are rolled back.
     pub(super) fn settle(&mut self) {
         if let Some(lists) = &mut self.lists {
             lists.settle();
@@ -288,10 +286,10 @@ impl LatentCache {
         self.generation += 1;
     }
 
-    /// Makes the tokens of a step part of the cache, once its layers are recorded.
+    /// Makes the tokens of a step part of the cache. Call it once all layers are recorded.
     ///
     /// # Errors
-    /// [`Error::StaleStep`] when the step is of another cache, or the cache has changed since.
+    /// [`Error::StaleStep`] for a step of another cache, or after a change of the cache.
     pub fn commit(&mut self, step: Step) -> Result<()> {
         if step.stamp != self.stamp() {
             return Err(Error::StaleStep);
@@ -304,21 +302,21 @@ impl LatentCache {
         Ok(())
     }
 
-    /// Fills the one sequence of a one-layer cache with tokens of these ids and latents from `value`, of order 1: what a
-    /// prefill would leave there, without its time. For benches: the numbers are finite and mean nothing.
+    /// Fills the one sequence of a one-layer cache with tokens of these ids and latents from `value`, of order 1, in place of a
+    /// prefill. For benches: the numbers are finite and mean nothing.
     #[cfg(feature = "check")]
     pub(crate) fn fill(&mut self, ids: &[u32], mut value: impl FnMut() -> f32) -> Result<()> {
         let mut rows = |width: u32| (0..ids.len() * width as usize).map(|_| value()).collect::<Vec<_>>();
         let (latent, rope_key) = (rows(self.config.d_latent), rows(self.config.d_rope));
-        // μ = 0, ρ = 1 in every row.
+        // μ = 0, ρ = 1 in every cache row.
         self.fill_with(ids, &latent, &rope_key, &vec![[0.0, 1.0]; ids.len()])
     }
 
     /// Fills the one sequence of a one-layer cache with tokens of these ids, latents `[tokens, d_latent]`, rotated keys
-    /// `[tokens, d_rope]` and norm statistics `[tokens]`: what a prefill of them would leave there.
+    /// `[tokens, d_rope]` and norm statistics `[tokens]`, as a prefill of them would.
     ///
     /// # Errors
-    /// Another cache than that, counts that differ, more tokens than it holds, or no memory left.
+    /// A cache of several sequences or layers, counts that differ, more tokens than it has room for, or no memory left.
     #[cfg(feature = "check")]
     pub(crate) fn fill_with(
         &mut self,
@@ -354,7 +352,7 @@ impl LatentCache {
                 }));
             }
         }
-        // The rows to the capacity stay 0: nothing reads them before they are written.
+        // Cache rows past the last token stay 0: nothing reads them before they are written.
         let rows = |name: &str, columns: Axis, values: &[f32]| {
             let (name, shape) = (name.to_owned(), vec![tokens, values.len() / tokens.max(1)]);
             let tensor = HostTensor { name, shape, data: values.to_vec() };
@@ -399,7 +397,7 @@ impl LatentCache {
     /// Rolls a sequence back to its first `length` tokens.
     ///
     /// # Errors
-    /// `ArgumentError::OutOfRange` when there is no such sequence or it is shorter.
+    /// `ArgumentError::OutOfRange` for a sequence that does not exist or is shorter.
     pub fn truncate(&mut self, sequence: usize, length: u32) -> Result<()> {
         self.check_sequence(sequence)?;
         let limit = self.lengths[sequence];

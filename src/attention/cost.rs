@@ -409,7 +409,7 @@ mod tests {
         assert_eq!(mla, split * (2 * 120 * 32 + attention) + 159);
         let latent = slope(|cached| decode_expanded(&config(Some(GateSite::Latent)), cached, Storage::F32));
         assert_eq!(latent, mla);
-        // T · D · (d_latent + d_gate) multiply-adds, and the gate itself: 8 FLOPs an element, 4 a row.
+        // T · D · (d_latent + d_gate) multiply-adds, and the gate itself: 8 FLOPs per element, 4 per token.
         let gated = slope(|cached| decode_expanded(&config(Some(GateSite::UpProjected)), cached, Storage::F32));
         assert_eq!(gated, split * (2 * 120 * (32 + 10) + 8 * 120 + 4 + attention) + 159);
     }
@@ -440,7 +440,7 @@ mod tests {
         }
     }
 
-    /// EG-MLA absorbed with a table: 98 304 multiply-adds a distinct id and 2 304 a position, every cached row read once.
+    /// EG-MLA absorbed with a table: 98 304 multiply-adds per distinct id and 2 304 per position, every cache row read once.
     #[test]
     fn grouped_decode_costs_its_groups_and_its_positions() {
         let work =

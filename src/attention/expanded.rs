@@ -1,4 +1,4 @@
-//! Attention over keys and values that are rebuilt from the cache, a tile of rows at a time.
+//! Attention over keys and values that are rebuilt from the cache, one tile of cache rows at a time.
 
 use super::frame::{Frame, Latents, Statistics};
 use super::step::{Mode, Table};
@@ -131,7 +131,7 @@ impl<'a> Frame<'a> {
         Ok(&workspace.kv_gated)
     }
 
-    /// Joins the partial results of the kernels that split the cache by rows.
+    /// Combines the partial results of the kernels that split the cache by rows.
     pub fn combine(&mut self, width: u32, values: &Region) -> Result<()> {
         let (step, workspace) = (self.step, self.workspace);
         let n_head = self.layer.widths.n_head;

@@ -1,4 +1,4 @@
-//! One layer of a step while it is recorded: what all of its stages share.
+//! One layer of a step while it is recorded: the state that its stages share.
 
 use super::cache::LatentCache;
 use super::layer::Attention;
@@ -15,20 +15,20 @@ use crate::kernels::matmul::{self, Matmul};
 use crate::kernels::{gate, gather};
 use crate::recording::Recording;
 
-/// Rows of latents: where they stand.
+/// Placement of latents in a buffer.
 #[derive(Clone, Copy)]
 pub(super) struct Latents<'a> {
     pub region: &'a Region,
     /// First element.
     pub offset: u32,
-    /// From one to the next.
+    /// Elements from one latent to the next.
     pub row: u32,
 }
 
-/// Where the statistics of the gate's norm go.
+/// Target of the gate's norm statistics.
 #[derive(Clone, Copy)]
 pub(super) struct Statistics<'a> {
-    /// The row of each, `u32::MAX` for none.
+    /// Cache row of each, `u32::MAX` for none.
     pub slots: &'a Region,
     pub to: &'a Region,
     pub rows: u32,
@@ -41,10 +41,10 @@ pub(super) struct Frame<'a> {
     pub cached: &'a LayerCache,
     pub step: &'a Step,
     pub workspace: &'a Workspace,
-    /// Where the step's tables stand in the recording's buffers.
+    /// The step's tables in the recording's buffers.
     pub tables: Region,
     pub recording: &'a mut Recording,
-    /// For the buffers that a problem leaves out.
+    /// Bound in place of absent buffers.
     pub absent: Region,
 }
 
@@ -81,7 +81,7 @@ impl<'a> Frame<'a> {
         self.recording.add(&op, gather::Args { table: &self.gate_weights()?.embedding, ids, y })
     }
 
-    /// `y = Norm(x ⊙ act(gate_b_proj · embeddings))` of rows whose embeddings stand in the workspace.
+    /// `y = Norm(x ⊙ act(gate_b_proj · embeddings))`, with the embeddings in the workspace.
     pub fn gate(
         &mut self,
         config: &GateConfig,

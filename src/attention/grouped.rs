@@ -23,7 +23,7 @@ struct GateSource {
 }
 
 impl<'a> Frame<'a> {
-    /// What a step changes in the lists of the cache, once for all layers, and the gate rows that the layer is to keep.
+    /// Updates the lists of the cache, once for all layers, and projects the gate rows that the layer keeps.
     pub fn begin(&mut self) -> Result<()> {
         let (Some(lists), step) = (self.cache.lists(), self.step) else { return Ok(()) };
         self.fill_table()?;
@@ -77,7 +77,7 @@ impl<'a> Frame<'a> {
         self.recording.add(op, gate_project::Args { gate_embedding, gate_b_proj, ids, targets, y })
     }
 
-    /// Where the grouped kernels find gate rows, those of the first pass where they are projected.
+    /// Gate rows for the grouped kernels; projected ones are those of the first pass.
     fn gate_source(&self, lists: &Lists) -> GateSource {
         let (cache_storage, weights_storage) = (self.cache.options().storage, self.layer.storage);
         let more = self.workspace.group_gates.clone();
@@ -106,8 +106,8 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// The latents `[tokens, d_latent]` of a step's new tokens with the values that the cache holds, which an f16 cache has rounded:
-    /// the statistics of a norm must be those of the keys and values that the latents stand for, as a prefill leaves them.
+    /// The latents `[tokens, d_latent]` of a step's new tokens as cached, so rounded in an f16 cache: norm statistics must match
+    /// the keys and values of the cached latents, as in a prefill.
     fn as_cached(&mut self, latents: Latents<'a>) -> Result<Latents<'a>> {
         let (width, storage) = (self.layer.widths.d_latent, self.cache.options().storage);
         if storage == Storage::F32 {
@@ -132,7 +132,7 @@ impl<'a> Frame<'a> {
             let more = match (lists.layout.mode, grouped.projected) {
                 (GateRows::Table, _) => gate.vocab_size - source.resident,
                 (_, true) => groups + step.tokens,
-                // A row that is not read, so that a pool has one pipeline, whether a step needs others or not.
+                // A gate row that is not read: a pool then has one pipeline, whether a step projects rows or not.
                 (_, false) => 1,
             };
             if grouped.projected {

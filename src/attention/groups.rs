@@ -1,17 +1,16 @@
-//! Cached positions by token id: what the grouped decode walks over, kept up to date token by token.
+//! Cached positions by token id, updated per token: the lists that the grouped decode walks over.
 //!
-//! Keys and values of EG-MLA depend on the token id beyond the latent only through the gate, so positions of one id share
-//! their absorbed query. The lists live in device memory, in a region of words for every sequence:
+//! The gate of EG-MLA depends on the token id alone, so positions of one id share their absorbed query. The lists are in device
+//! memory, one region of words per sequence:
 //!
 //! ```text
 //! headers   [capacity][8]   id, count, gate row, word of tier 1, word of tier 2, positions 0 … 2 of the group
 //! tiers     [4 · capacity]  13 words for positions 3 … 15 of a group, 48 words for positions 16 … 63
-//! chunks    [capacity / 65][4 + 256]  group, index of its first position, 2 unused; then positions 64 … of a group, 256 a chunk
+//! chunks    [capacity / 65][4 + 256]  group, index of its first position, 2 unused; then positions 64 … of a group, 256 per chunk
 //! ```
 //!
-//! A position that is appended changes a few words of it, whatever the length: the host keeps the same lists without the
-//! positions, and a step uploads (word, value) pairs. Everything is allocated first in, last out, so that taking tokens back
-//! frees exactly what they took.
+//! An appended position changes a few words, whatever the length: the host keeps the same lists without the positions, and a
+//! step uploads (word, value) pairs. Allocation is first in, last out: a roll back frees exactly what its tokens took.
 
 use std::collections::HashMap;
 
@@ -19,7 +18,7 @@ use crate::kernels::attention_grouped::{
     CHUNK_HEADER, CHUNK_POSITIONS, HEADER_WORDS, INLINE_POSITIONS, TIER_1, TIER_2, TILE_POSITIONS,
 };
 
-/// Stands where a group has no row of its own among the resident gate rows.
+/// Marks a group without a resident gate row.
 pub(crate) const NO_ROW: u32 = u32::MAX;
 
 /// A word of the lists and its new value.
@@ -45,7 +44,7 @@ impl Layout {
         Some(Layout { tiers, chunks, words })
     }
 
-    /// Chunks that there is room for.
+    /// Most chunks.
     pub fn most_chunks(&self) -> u32 {
         (self.words - self.chunks) / (CHUNK_HEADER + CHUNK_POSITIONS)
     }
@@ -61,29 +60,29 @@ struct Group {
     gate_row: u32,
     tier_1: u32,
     tier_2: u32,
-    /// The chunk that its last position is in.
+    /// Chunk of its last position.
     chunk: u32,
 }
 
-/// The group lists of one sequence, as the host knows them.
+/// The group lists of one sequence on the host.
 #[derive(Debug, Clone)]
 pub(crate) struct Groups {
     layout: Layout,
     of_id: HashMap<u32, u32>,
     groups: Vec<Group>,
-    /// Token id of every position, to take them back one by one.
+    /// Token id of every position, for roll back.
     ids: Vec<u32>,
     /// Words of the tiers that are taken.
     tiers: u32,
-    /// The chunk that each chunk's group had before it.
+    /// Previous chunk of each chunk's group.
     chunks: Vec<u32>,
 }
 
-/// What taking a position back changed.
+/// Changes of rolling one position back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Popped {
     pub group: u32,
-    /// Gate row of the group, when it is gone with its last position.
+    /// Gate row of the group, if the group ended with this position.
     pub gone: Option<u32>,
 }
 
@@ -117,8 +116,8 @@ impl Groups {
         self.groups[group as usize].gate_row
     }
 
-    /// Adds the next position. `gate_row` is asked for when the id is new; the words that change go to `patches`, counted
-    /// from `base`, all but the group's count, which is due once a step ([`Groups::count_patch`]).
+    /// Adds the next position. A new id asks for its `gate_row`. Changed words go to `patches`, counted from `base`, except the
+    /// group's count, which is due once per step ([`Groups::count_patch`]).
     pub fn append(&mut self, id: u32, gate_row: impl FnOnce() -> u32, base: u32, patches: &mut Vec<Patch>) -> u32 {
         let position = self.len();
         self.ids.push(id);
@@ -167,7 +166,7 @@ impl Groups {
         index
     }
 
-    /// Takes the last position back.
+    /// Rolls the last position back.
     pub fn pop(&mut self) -> Option<Popped> {
         let id = self.ids.pop()?;
         let index = *self.of_id.get(&id)?;
@@ -184,18 +183,18 @@ impl Groups {
         if i > 0 {
             return Some(Popped { group: index, gone: None });
         }
-        // The last group to come is the first to go: its first position was the last position.
+        // The newest group ends first: its first position was the last position.
         self.of_id.remove(&id);
         Some(Popped { group: index, gone: self.groups.pop().map(|group| group.gate_row) })
     }
 
-    /// The word that repeats what the host knows of a group's count.
+    /// The patch with the host's count of a group.
     pub fn count_patch(&self, group: u32, base: u32) -> Option<Patch> {
         let known = self.groups.get(group as usize)?;
         Some([base + group * HEADER_WORDS + 1, known.count])
     }
 
-    /// Ranges of words, within the region, that hold something.
+    /// Used ranges of words within the region.
     pub fn used(&self) -> [(u32, u32); 3] {
         let chunks = self.chunks.len() as u32 * (CHUNK_HEADER + CHUNK_POSITIONS);
         [(0, self.groups.len() as u32 * HEADER_WORDS), (self.layout.tiers, self.tiers), (self.layout.chunks, chunks)]
@@ -300,7 +299,7 @@ mod tests {
         }
     }
 
-    /// The worst that each part of the region can come to.
+    /// Worst case of each part of the region.
     #[test]
     fn every_part_holds_its_worst_case() {
         let layout = Layout::new(CAPACITY).unwrap();

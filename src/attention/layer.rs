@@ -21,26 +21,26 @@ use crate::weights::AttentionWeights;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecodePath {
-    /// Whichever of the two does less work for the step at hand, by [`crate::attention::cost`].
+    /// The one with fewer FLOPs in the step at hand, by [`crate::attention::cost`].
     #[default]
     Auto,
-    /// Keys and values are rebuilt from the cache, tile by tile: every configuration.
+    /// Rebuilds keys and values from the cache, tile by tile. Serves every configuration.
     Expanded,
-    /// The query is taken through the key projection and meets the latents themselves: once for MLA and the gate at `latent`,
+    /// Takes the query through the key projection and scores the latents themselves: once for MLA and the gate at `latent`,
     /// once per distinct token id for the gate at `up_projected`.
     Absorbed,
 }
 
-/// How a layer's weights are kept.
+/// Storage of a layer's weights and source of its gate rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AttentionOptions {
-    /// How weights are stored.
+    /// Storage of the weights.
     pub storage: Storage,
-    /// Where the absorbed decode takes gate rows from; matters for the gate at `up_projected` alone.
+    /// Source of gate rows in the absorbed decode; used by the gate at `up_projected` alone.
     pub gate_rows: GateRows,
 }
 
-/// New tokens of a layer with a cache of its own: sequence 0's, then sequence 1's, and so on.
+/// New tokens of one layer with a cache of its own: those of sequence 0, then of sequence 1, and so on.
 #[derive(Debug, Clone)]
 pub struct Tokens<'a> {
     /// New tokens of each sequence of the cache; 0 leaves a sequence out.
@@ -66,7 +66,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Uploads a layer's weights. With [`GateRows::Table`] the first step that is recorded projects the table, too.
+    /// Uploads a layer's weights. With [`GateRows::Table`] the first recorded step also projects the table.
     ///
     /// # Errors
     /// A configuration that contradicts itself or the weights; a tensor over the device's binding limit, or a gate table over
@@ -109,13 +109,13 @@ impl Attention {
         self.table.as_ref().map_or(0, GateTable::bytes)
     }
 
-    /// The same layer with plans of other kernels of its device.
+    /// The same layer, planned by other kernels of its device.
     #[cfg(feature = "check")]
     pub(crate) fn with_kernels(&self, kernels: &Kernels) -> Self {
         Attention { kernels: kernels.clone(), ..self.clone() }
     }
 
-    /// Takes the gate table as projected: for recordings that never run, and for benches, where numbers mean nothing.
+    /// Marks the gate table as projected: for recordings that never run, and for benches, whose numbers mean nothing.
     #[cfg(feature = "check")]
     pub(crate) fn assume_table(&self) {
         if let Some(table) = &self.table {
@@ -123,23 +123,22 @@ impl Attention {
         }
     }
 
-    /// [`Attention::new`] has checked that a gate in the configuration has its weights.
+    /// [`Attention::new`] has checked that a gate of the configuration has its weights.
     pub(super) fn gate_weights(&self) -> Result<&GateWeights<Region>> {
         self.weights.gate.as_ref().ok_or(Error::Argument(ArgumentError::Empty { what: "the gate's weights" }))
     }
 
-    /// Records and commits new tokens of a cache of one layer; any number per sequence.
+    /// Records and commits any number of new tokens per sequence, on a cache of one layer.
     ///
-    /// The tokens count as cached from here on: a caller whose submission fails later takes them back with
-    /// [`LatentCache::truncate`].
+    /// The tokens count as cached at once: if the submission fails later, roll them back with [`LatentCache::truncate`].
     ///
     /// # Errors
-    /// What [`LatentCache::prepare`] and [`Attention::forward`] refuse; recording and cache are then as they were.
+    /// As [`LatentCache::prepare`] and [`Attention::forward`]; recording and cache are then unchanged.
     pub fn prefill(&self, recording: &mut Recording, cache: &mut LatentCache, tokens: Tokens<'_>) -> Result<()> {
         self.advance(recording, cache, Mode::Prefill, tokens)
     }
 
-    /// Records and commits up to [`MOST_DECODED`](super::MOST_DECODED) new tokens of each sequence, on a cache of one layer.
+    /// Records and commits up to [`MOST_DECODED`](super::MOST_DECODED) new tokens per sequence, on a cache of one layer.
     ///
     /// # Errors
     /// As [`Attention::prefill`].
@@ -156,7 +155,7 @@ impl Attention {
     ) -> Result<()> {
         let n_layer = cache.options().n_layer;
         if n_layer != 1 {
-            // Committed after one layer, the step would never reach the others.
+            // A commit after one layer would lose the others.
             let what = "layers of the cache (with several, use prepare, forward and commit)";
             return Err(Error::Argument(ArgumentError::Count { what, expected: 1, found: n_layer.into() }));
         }
@@ -166,14 +165,14 @@ impl Attention {
         cache.commit(step)
     }
 
-    /// Records this layer's part of a step: appends the new tokens to layer `layer` of the cache's buffers and writes the
-    /// attention's output. The cache's lengths change with [`LatentCache::commit`].
+    /// Records this layer's part of a step: appends the new tokens to layer `layer` of the cache and writes the attention's
+    /// output. [`LatentCache::commit`] then changes the cache's lengths.
     ///
     /// `hidden` and `out` are `[step.tokens(), hidden_size]` f32, in different buffers.
     ///
     /// # Errors
-    /// Objects of another device, a step of another cache, a cache of another layer, buffers that do not fit, or what a kernel
-    /// refuses. The recording is then as it was.
+    /// Objects of another device, a step of another cache, a cache of another configuration, buffers that do not fit, or a kernel
+    /// that cannot run. The recording is then unchanged.
     pub fn forward(
         &self,
         recording: &mut Recording,
@@ -188,7 +187,7 @@ impl Attention {
         for (name, region) in [("hidden", hidden), ("out", out)] {
             region.check("attention", name, needed, &self.kernels.context().limits)?;
         }
-        // No dispatch binds both, but a caller who passes one buffer twice would lose the input.
+        // No dispatch binds both, but one buffer for both would lose the input.
         if hidden.buffer == out.buffer {
             return Err(Error::Buffer(BufferError::Aliased { kernel: "attention", first: "hidden", second: "out" }));
         }
@@ -202,7 +201,7 @@ impl Attention {
         )
     }
 
-    /// [`Attention::forward`] with rows of any width from `hidden_size` to that with its padding, in buffers that are checked.
+    /// [`Attention::forward`] for checked buffers, at any width from `hidden_size` to its padded width.
     pub(crate) fn forward_rows(
         &self,
         recording: &mut Recording,

@@ -1,4 +1,4 @@
-//! Bytes of a cache and of its parts: everything that is refused is refused here, before anything is allocated.
+//! Bytes of a cache and of its parts: every limit is checked here, before anything is allocated.
 
 use super::cache::CacheOptions;
 use super::groups;
@@ -12,7 +12,7 @@ use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_grouped::{SEQUENCE_WORDS, Tiling, tiling};
 use crate::storage::{padded, product, words};
 
-/// One layer's latents, rotary keys and statistics, in one buffer one after another: one binding for kernels that need all.
+/// One layer's latents, rotary keys and statistics, in one buffer: one binding for kernels that need all.
 #[derive(Debug)]
 pub(super) struct LayerCache {
     pub whole: Region,
@@ -22,18 +22,18 @@ pub(super) struct LayerCache {
     pub pool: Option<Region>,
 }
 
-/// Where things stand in the group lists.
+/// Offsets within the group lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ListLayout {
     pub mode: GateRows,
     pub batch: u32,
     pub capacity: u32,
-    /// First word of the sequence table: token ids of all cache rows stand before it.
+    /// First word of the sequence table, after the token ids of all cache rows.
     pub table: u32,
     pub words: u32,
-    /// Most groups whose rows are projected at once.
+    /// Most groups whose gate rows are projected at once.
     pub pass_groups: u32,
-    /// `None` where the device holds no head of these widths.
+    /// `None` if the device's workgroup memory holds no head of these widths.
     pub tiling: Option<Tiling>,
     pub region: groups::Layout,
 }
@@ -88,7 +88,7 @@ impl ListLayout {
     }
 }
 
-/// Where things stand in a cache.
+/// Offsets within a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct CacheLayout {
     latent: u64,
@@ -106,7 +106,7 @@ pub(super) struct CacheLayout {
 
 impl CacheLayout {
     /// # Errors
-    /// Extents of 0 or over 2^31 rows; a buffer, of the cache or of its intermediate results, over the device's limits.
+    /// Extents of 0 or over 2^31 cache rows; a buffer of the cache or of its intermediate results over the device's limits.
     pub fn new(
         context: &PlanContext,
         config: &AttentionConfig,
@@ -140,7 +140,7 @@ impl CacheLayout {
         };
         let stored = |width: u32| options.storage.sized(width.into()).saturating_mul(rows);
         let gate = config.up_projected_gate();
-        // Each part begins where a binding may begin.
+        // Each part begins at a binding's alignment.
         let alignment = u64::from(context.limits.min_storage_buffer_offset_alignment.max(16));
         let latent = bytes("latent cache", stored(widths.d_latent))?;
         let rope_byte = padded(latent, alignment);
@@ -207,8 +207,8 @@ pub struct MemoryReport {
     pub lists: u64,
     /// Cached norm statistics of all layers.
     pub statistics: u64,
-    /// Gate rows that are kept: the pools of all layers, or their tables ([`super::Attention::gate_table_bytes`]) where the
-    /// caller has added them.
+    /// Kept gate rows: the pools of all layers, or their tables ([`super::Attention::gate_table_bytes`]) if the caller has
+    /// added them.
     pub gate_rows: u64,
     /// Intermediate results of one step, shared by the layers.
     pub workspace: u64,
@@ -227,7 +227,7 @@ impl MemoryReport {
         ]
     }
 
-    /// All of it.
+    /// The sum.
     pub fn total(&self) -> u64 {
         self.lines().iter().map(|(_, bytes)| bytes).sum()
     }

@@ -1,4 +1,4 @@
-//! Group lists of a cache in device memory, and which gate rows are resident.
+//! Group lists of a cache in device memory, and the resident gate rows.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -12,21 +12,21 @@ use crate::error::Result;
 use crate::kernels::attention_grouped::{GroupedSequence, SEQUENCE_WORDS, Tiling};
 use crate::storage::words;
 
-/// Where the absorbed decode of the gate at `up_projected` takes gate rows from: memory for time.
+/// Source of gate rows in the absorbed decode of the gate at `up_projected`: memory for time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GateRows {
     /// Projected from the gate table at every step, for every distinct id of the cached tokens: no memory beside the
-    /// workspace, `d_kv · d_gate` multiply-adds a distinct id and step.
+    /// workspace, `d_kv · d_gate` multiply-adds per distinct id and step.
     #[default]
     Recompute,
-    /// The rows of up to `rows` ids stay on the device, for every layer; an id that no sequence holds any more leaves when
-    /// its row is needed, the least recently used first. Ids that find no row are projected at every step.
+    /// The gate rows of up to `rows` ids stay on the device, for every layer. An id that no sequence holds leaves when its place
+    /// is needed, the least recently used first. Ids without a place are projected at every step.
     Pool {
-        /// Rows a layer.
+        /// Gate rows per layer.
         rows: u32,
     },
-    /// A row for every id of the vocabulary, projected by the first step that is recorded.
+    /// A gate row per id of the vocabulary, projected by the first step that is recorded.
     Table,
 }
 
@@ -72,7 +72,7 @@ impl Pool {
         row as u32
     }
 
-    /// Ids that some sequence holds and whose rows no committed step has projected, and those rows.
+    /// Ids of some sequence whose gate rows no committed step has projected, and those rows.
     fn due(&self) -> (Vec<u32>, Vec<u32>) {
         let held =
             |row: &u32| Some(&self.rows[*row as usize]).filter(|entry| entry.references > 0).map(|of| (of.id, *row));
@@ -97,14 +97,14 @@ pub(super) struct Lists {
     pool: Pool,
     /// Groups, over all sequences, without a resident row.
     projected: u64,
-    /// Groups (sequence, group) whose count on the device may differ from the host's: taken back, or of a step that was never
-    /// committed. In order, so that the same tokens are recorded as the same bytes.
+    /// Groups (sequence, group) whose count on the device may differ from the host's, after a roll back or a step that was never
+    /// committed. Ordered, so that equal tokens record equal bytes.
     dirty: BTreeSet<(u32, u32)>,
     /// Tokens of each sequence that a step has appended and not committed, and the distinct ids before.
     pending: Option<(Vec<u32>, Vec<u32>)>,
 }
 
-/// What a step changes in the lists, and what it takes from them.
+/// Changes of a step to the lists, and what it reads from them.
 #[derive(Debug, Default)]
 pub(super) struct ListStep {
     pub patches: Vec<Patch>,
@@ -169,7 +169,7 @@ impl Lists {
         sequences[sequence as usize].append(id, gate_row, base, patches)
     }
 
-    /// Takes the last tokens of a sequence back.
+    /// Rolls a sequence back by its last tokens.
     fn pop(&mut self, sequence: u32, tokens: u32) {
         for _ in 0..tokens {
             let Some(popped) = self.sequences[sequence as usize].pop() else { return };
@@ -182,7 +182,7 @@ impl Lists {
         }
     }
 
-    /// Takes the tokens of a step that was not committed back.
+    /// Rolls back the tokens of a step that was not committed.
     pub fn settle(&mut self) {
         if let Some((counts, _)) = self.pending.take() {
             for (sequence, count) in (0..).zip(counts) {
@@ -191,8 +191,8 @@ impl Lists {
         }
     }
 
-    /// Appends new tokens, until [`Lists::commit`] keeps them. `counts` and `ids` have been checked; with `decode`, the sequence
-    /// table too.
+    /// Appends new tokens, pending until [`Lists::commit`]. `counts` and `ids` have been checked; `decode` also makes the
+    /// sequence table.
     pub fn prepare(&mut self, counts: &[u32], ids: &[u32], decode: bool) -> ListStep {
         self.settle();
         let before = self.distinct();
@@ -277,7 +277,7 @@ impl Lists {
         Some(step)
     }
 
-    /// Keeps the tokens that a step appended: its patches repeat every count that was in doubt.
+    /// Keeps the tokens that a step appended. Nothing is dirty after it: the step's patches repeat every dirty count.
     pub fn commit(&mut self, step: &ListStep) {
         for row in &step.fills.1 {
             self.pool.unfilled.remove(row);
@@ -330,19 +330,18 @@ impl Lists {
             }
         }
         self.sequences[to as usize] = copied;
-        // What the host doubts of one it doubts of the copy, and of nothing else there.
+        // The copy is dirty exactly where its source is.
         self.dirty.retain(|(sequence, _)| *sequence != to);
         let doubts: Vec<u32> = self.dirty.iter().filter(|key| key.0 == from).map(|key| key.1).collect();
         self.dirty.extend(doubts.into_iter().map(|group| (to, group)));
     }
 
-    /// Ids of a sequence's tokens, those of a step that is not committed left out.
+    /// Ids of a sequence's committed tokens.
     pub fn ids_of(&self, sequence: usize, length: u32) -> &[u32] {
         &self.sequences[sequence].ids()[..length as usize]
     }
 
-    /// Gives a sequence other tokens: the words of the lists that say so. Rows of the pool that it needs are projected by the
-    /// next step.
+    /// Gives a sequence other tokens, and returns the words of its lists. The next step projects the gate rows that it needs.
     pub fn replace(&mut self, sequence: u32, ids: &[u32]) -> Vec<Patch> {
         self.truncate(sequence, 0);
         let (first_slot, base) = (sequence * self.layout.capacity, self.layout.base(sequence));
@@ -358,7 +357,7 @@ impl Lists {
         patches
     }
 
-    /// Distinct ids of every sequence, those of a step that is not committed left out.
+    /// Distinct ids of every sequence, committed tokens only.
     pub fn distinct(&self) -> Vec<u32> {
         match &self.pending {
             Some((_, before)) => before.clone(),

@@ -8,10 +8,9 @@
 //!                                                            └──────────── absorbed ─────────────┘
 //! ```
 //!
-//! A [`LatentCache`] serves every layer of a model. [`LatentCache::prepare`] checks new tokens and works out what all
-//! layers need to know of them; [`Attention::forward`] records one layer of that [`Step`];
-//! [`LatentCache::commit`] makes the tokens part of the cache. [`Attention::prefill`] and [`Attention::decode`] do the
-//! three for a cache of one layer.
+//! A [`LatentCache`] serves every layer of a model. [`LatentCache::prepare`] checks new tokens and makes the tables that all
+//! layers share; [`Attention::forward`] records one layer of that [`Step`]; [`LatentCache::commit`] makes the tokens part of
+//! the cache. [`Attention::prefill`] and [`Attention::decode`] do all three for a cache of one layer.
 
 mod absorbed;
 mod cache;

@@ -1,4 +1,4 @@
-//! From hidden states to queries and to new rows of the cache.
+//! From hidden states to queries and to new cache rows, and from values to the output.
 
 use super::frame::{Frame, Latents};
 use super::step::Table;
@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::matmul::{Layout, Matmul};
 use crate::kernels::{cache_append, norm};
 
-/// Rows of hidden states of the caller's: how many elements count, and from one to the next.
+/// Hidden states of the caller: elements per token, and elements from one token to the next.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Hidden<'a> {
     pub region: &'a Region,
@@ -17,8 +17,8 @@ pub(crate) struct Hidden<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// `q [tokens, n_head, d_nope + d_rope]`, not rotated yet, and the latents and rotary keys of the new tokens, normed. Returns
-    /// the latents.
+    /// Projects `q [tokens, n_head, d_nope + d_rope]`, not yet rotated, and the normed latents and rotary keys of the new tokens.
+    /// Returns the latents.
     pub fn project(&mut self, hidden: Hidden<'_>) -> Result<Latents<'a>> {
         let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
         let (widths, config, weights) = (&layer.widths, &layer.config, &layer.weights);
@@ -31,7 +31,7 @@ impl<'a> Frame<'a> {
             let op = Matmul { y, ..of_hidden(*columns) };
             self.product(&op, hidden.region, proj, bias.as_ref(), &workspace.down)?;
         }
-        // Segments that are normed, from the row's begin.
+        // Normed segments, in order from the first element.
         let rank = config.d_q_latent.unwrap_or(0);
         let latent = if weights.has_kv_a_norm { config.d_latent } else { 0 };
         if let Some(weight) = &weights.down_norm {
@@ -64,8 +64,8 @@ impl<'a> Frame<'a> {
         })
     }
 
-    /// Latents, gated where the configuration says so, and rotary keys of the new tokens into the cache; the queries are rotated
-    /// on the way. Returns those latents, before an f16 cache rounds them: [`Frame::as_cached`] has them after.
+    /// Gates the latents if the configuration says so, appends latents and rotary keys to the cache, and rotates the queries.
+    /// Returns the latents before an f16 cache rounds them; [`Frame::as_cached`] returns them after.
     pub fn append(&mut self, mut latents: Latents<'a>) -> Result<Latents<'a>> {
         let (layer, workspace, step) = (self.layer, self.workspace, self.step);
         let widths = &layer.widths;

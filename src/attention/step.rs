@@ -1,4 +1,4 @@
-//! New tokens of a batch, checked, with what every layer needs to know of them.
+//! New tokens of a batch, checked, with the tables that every layer needs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,15 +20,15 @@ use crate::recording::Recording;
 pub enum Mode {
     /// Any number of new tokens per sequence.
     Prefill,
-    /// Up to [`MOST_DECODED`] new tokens per sequence: one, or the candidates of speculative decoding. Each sees those before
-    /// it.
+    /// Up to [`MOST_DECODED`] new tokens per sequence: one, or the candidates of speculative decoding. Each token sees those
+    /// before it.
     Decode,
 }
 
-/// Most new tokens of a sequence in a decode step.
+/// Most new tokens per sequence in a decode step.
 pub const MOST_DECODED: u32 = 16;
 
-/// New tokens of a step: sequence 0's, then sequence 1's, and so on.
+/// New tokens of a step: those of sequence 0, then of sequence 1, and so on.
 #[derive(Debug, Clone, Copy)]
 pub struct StepTokens<'a> {
     /// New tokens of each sequence of the cache; 0 leaves a sequence out.
@@ -37,10 +37,10 @@ pub struct StepTokens<'a> {
     pub ids: Option<&'a [u32]>,
 }
 
-/// Tables of a step, in the order in which they stand: those whose size changes from step to step come last.
+/// Tables of a step in memory order: those whose size changes from step to step come last.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Table {
-    /// `[tokens]` u32 rows of the cache.
+    /// `[tokens]` u32: cache rows.
     Slots,
     /// `[tokens, d_rope / 2, 2]` f32: cos and sin.
     Rotations,
@@ -81,7 +81,7 @@ impl Tables {
         let mut parts = [(0, 0); TABLES];
         let mut end = 0;
         for (part, table) in parts.iter_mut().zip(tables) {
-            // In powers of two: the next step's stand at the same places, and are bound as these are.
+            // Sizes are powers of two: the next step's tables get the same offsets and bindings.
             let (offset, size) = (end, table.len().max(16).next_power_of_two());
             *part = (offset as u64, size as u64);
             end = (offset + size).next_multiple_of(alignment as usize);
@@ -94,16 +94,16 @@ impl Tables {
     }
 }
 
-/// What all layers of a model share of one step. Made by [`LatentCache::prepare`], spent by [`LatentCache::commit`].
+/// The part of a step that all layers share. [`LatentCache::prepare`] makes it, [`LatentCache::commit`] consumes it.
 #[derive(Debug)]
 pub struct Step {
     pub(super) mode: Mode,
-    /// Of a decode step: how it attends to the cache.
+    /// The path of a decode step.
     pub(super) path: DecodePath,
     pub(super) tokens: u32,
     /// Rows of the step's numbering: every sequence padded to a multiple of the split length.
     pub(super) rows: u32,
-    /// Rows up to the last sequence's end: past it there is nothing but padding.
+    /// Rows up to the end of the last sequence; only padding follows.
     pub(super) used_rows: u32,
     pub(super) n_sequence: u32,
     pub(super) query_tiles: u32,
@@ -113,7 +113,7 @@ pub struct Step {
     pub(super) most_tokens: u32,
     /// Partial results of the kernels that split the cache by rows.
     pub(super) partials: u32,
-    /// Query-position pairs, for the choice of a path.
+    /// Pairs of query and position, for the choice of a path.
     pub(super) expected_positions: u64,
     pub(super) lists: ListStep,
     tables: Tables,
@@ -131,12 +131,12 @@ pub(super) fn identity() -> u64 {
 }
 
 impl LatentCache {
-    /// Checks new tokens and works out what every layer needs to know of them. Their ids enter the cache's lists, where
-    /// [`LatentCache::commit`] keeps them and the next step takes them back: of two steps, the first is stale.
+    /// Checks new tokens and makes the tables that every layer needs. The ids enter the cache's lists: [`LatentCache::commit`]
+    /// keeps them, and a second `prepare` rolls them back and makes the first step stale.
     ///
     /// # Errors
-    /// [`Error::CacheFull`], `ArgumentError::TokenId`, a wrong number of counts or ids, no new token at all, more than `max_tokens`
-    /// or `decode_tokens` allow, or a decode path that the device cannot take. The cache is then as it was.
+    /// [`Error::CacheFull`], `ArgumentError::TokenId`, a wrong number of counts or ids, no new token at all, more of them than
+    /// `max_tokens` or `decode_tokens`, or a decode path that the device cannot run. The cache is then unchanged.
     pub fn prepare(&mut self, mode: Mode, tokens: StepTokens<'_>) -> Result<Step> {
         let StepTokens { counts, ids } = tokens;
         let lengths_after = self.check_counts(mode, counts)?;
@@ -200,7 +200,7 @@ impl LatentCache {
         Ok(step)
     }
 
-    /// The lengths that the sequences will have.
+    /// Lengths of the sequences after the step.
     fn check_counts(&self, mode: Mode, counts: &[u32]) -> Result<Vec<u32>> {
         let options = self.options();
         if counts.len() != options.batch as usize {
@@ -251,7 +251,7 @@ impl LatentCache {
     }
 }
 
-/// The step's numbering of cached rows, and the tables that speak of it.
+/// The step's numbering of cache rows, and the tables in that numbering.
 #[derive(Default)]
 struct Rows {
     slots: Vec<u32>,
@@ -332,12 +332,12 @@ impl Rows {
 }
 
 impl Step {
-    /// New tokens of all sequences: rows of the step's activations.
+    /// New tokens of all sequences.
     pub fn tokens(&self) -> u32 {
         self.tokens
     }
 
-    /// How the step attends to the cache; of a prefill, [`DecodePath::Expanded`].
+    /// The path of the step; [`DecodePath::Expanded`] for a prefill.
     pub fn path(&self) -> DecodePath {
         self.path
     }
@@ -347,23 +347,23 @@ impl Step {
         &self.lengths_after
     }
 
-    /// Bytes that a recording of the step uploads; in decode they do not depend on how much is cached.
+    /// Bytes that a recording of the step uploads; those of a decode step do not depend on the cached tokens.
     pub fn uploaded_bytes(&self) -> u64 {
         self.tables.bytes.len() as u64
     }
 
-    /// Tells steps apart.
+    /// Identifies the step.
     pub(crate) fn identity(&self) -> u64 {
         self.identity
     }
 
-    /// A table, where all of them stand in `whole`.
+    /// A table's region within `whole`, the region of all tables.
     pub(super) fn table(&self, whole: &Region, table: Table) -> Region {
         let (offset, size) = self.tables.parts[table as usize];
         Region::new(&whole.buffer, whole.offset + offset, size)
     }
 
-    /// Where the tables stand in a recording.
+    /// The tables in a recording's buffer.
     ///
     /// # Errors
     /// No memory left for them, or a lost device.
@@ -371,7 +371,7 @@ impl Step {
         recording.table((self.identity, 0), &self.tables.bytes)
     }
 
-    /// `[tokens]` u32: the ids of the new tokens in device memory, for what a recording adds beside the attention.
+    /// `[tokens]` u32: ids of the new tokens in device memory, for other operations of the recording.
     ///
     /// # Errors
     /// `ArgumentError::Empty` when the step was prepared without ids; no memory left, or a lost device.
@@ -387,7 +387,7 @@ impl Step {
     }
 }
 
-/// The partial results of a query token, (first, count), are combined one after another.
+/// Partial results of each query token as (first, count), in combining order.
 fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
     match ranges.iter().map(|[_, count]| *count).max() {
         Some(most) if most > MAX_ITERATIONS => Err(Error::Argument(ArgumentError::OutOfRange {

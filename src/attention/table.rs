@@ -1,4 +1,4 @@
-//! Gate rows of a whole vocabulary.
+//! The gate table: gate rows of a whole vocabulary.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use crate::storage::Storage;
 /// Gate rows before their activation, in one shard or two.
 #[derive(Debug, Clone)]
 pub(super) struct GateTable {
-    /// Rows of the first shard.
+    /// Gate rows of the first shard.
     pub rows: u32,
     pub low: Region,
     pub high: Option<Region>,
@@ -33,7 +33,7 @@ pub(super) struct TablePlan {
     row_bytes: u64,
 }
 
-/// Rows that a dispatch projects, so that none runs for long: any number of tiles begins where a binding may.
+/// Gate rows per dispatch, so that none runs for long; tiles begin at a binding's alignment.
 const TILE: u32 = 4096;
 
 static IDENTITIES: AtomicU64 = AtomicU64::new(0);
@@ -42,14 +42,14 @@ impl GateTable {
     /// Sizes of the table of a layer.
     ///
     /// # Errors
-    /// A table of which two bindings do not hold a half each.
+    /// A table over two bindings.
     pub fn plan(context: &PlanContext, gate: &GateConfig, widths: &Widths, storage: Storage) -> Result<TablePlan> {
         let (vocab_size, row_bytes) = (gate.vocab_size, storage.sized(widths.d_kv().into()));
         let half = row_bytes.saturating_mul(vocab_size.div_ceil(2).into());
         let what =
             || format!("half of a gate table of {vocab_size} rows of {row_bytes} bytes, which has two bindings,");
         context.check_binding(half, what)?;
-        // Each shard holds whole rows.
+        // Each shard holds whole gate rows.
         let shard = (context.largest_binding() / row_bytes.max(1)).min(vocab_size.into()) as u32;
         Ok(TablePlan { shard, vocab_size, row_bytes })
     }
@@ -84,7 +84,7 @@ impl TablePlan {
 }
 
 impl Frame<'_> {
-    /// Projects the layer's gate table, unless a submission that is done has. Until one is, every recording does.
+    /// Projects the layer's gate table in every recording, until a finished submission has.
     pub fn fill_table(&mut self) -> Result<()> {
         let Some(table) = &self.layer.table else { return Ok(()) };
         if table.filled.load(Ordering::Acquire) || !self.recording.once((table.identity, u64::MAX)) {

@@ -19,7 +19,7 @@ struct Run {
     len: u32,
 }
 
-/// Where the rows, or the columns, of a tensor go.
+/// Placement of a tensor's weight rows, or of its columns, in device memory.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Axis {
     runs: Vec<Run>,
@@ -46,8 +46,8 @@ impl Axis {
         self.end_part(extent)
     }
 
-    /// A further padded part of rotary elements. The shaders turn the pairs (2i, 2i+1): pairs that stand half a part apart are
-    /// brought together.
+    /// A further padded part of rotary elements. Shaders rotate the pairs (2i, 2i+1): pairs half a part apart are moved
+    /// together.
     pub fn rotary(mut self, extent: u32, interleave: bool) -> Self {
         if interleave {
             return self.part(extent);
@@ -69,13 +69,13 @@ impl Axis {
         (0..n_head).fold(Axis::default(), |axis, _| part(axis))
     }
 
-    /// Where each of them goes, and where it comes from.
+    /// Target and source of each element.
     fn elements(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.runs.iter().flat_map(|run| (0..run.len).map(|i| (run.to + i, run.from + i)))
     }
 }
 
-/// A tensor and where it goes: `[rows, cols]`, a vector being one row.
+/// A tensor and its placement: `[rows, cols]`; a vector is `[1, cols]`.
 #[derive(Debug)]
 struct Placed<'a> {
     tensor: &'a HostTensor,
@@ -88,7 +88,7 @@ impl Placed<'_> {
         product(&[self.rows.to, self.cols.to])
     }
 
-    /// Writes it as it is stored; the padding is not touched.
+    /// Writes the tensor as it is stored, without its padding.
     fn write(&self, storage: Storage, to: &mut [u8]) -> Result<()> {
         let Placed { tensor, rows, cols } = self;
         for (to_row, from_row) in rows.elements() {
@@ -162,7 +162,7 @@ impl<'a> Upload<'a> {
         self.parts.iter().map(|(_, placed)| format!("`{}`", placed.tensor.name)).collect::<Vec<_>>().join(", ")
     }
 
-    /// Refuses what one binding does not hold.
+    /// Refuses a buffer over the limit of one binding.
     ///
     /// # Errors
     /// [`Error::Limit`] with the bytes needed and the bytes allowed.
@@ -230,7 +230,7 @@ pub(super) struct GateWeights<T> {
 pub(super) struct LayerWeights<T> {
     /// `q_proj`, or `q_b_proj` of a low-rank query.
     pub query: T,
-    /// `q_a_proj`, with a low-rank query, and `kv_a_proj_with_mqa`: one behind the other where a binding holds both.
+    /// `q_a_proj`, with a low-rank query, and `kv_a_proj_with_mqa`: fused if one binding holds both.
     pub down: Vec<DownProjection<T>>,
     /// `q_a_layernorm`, with a low-rank query, then `kv_a_layernorm`, where there is one.
     pub down_norm: Option<T>,
@@ -242,7 +242,7 @@ pub(super) struct LayerWeights<T> {
 }
 
 impl<T> LayerWeights<T> {
-    /// The same layer of something else.
+    /// The same layer with every tensor mapped.
     fn map<U>(&self, of: impl Fn(&T) -> Result<U>) -> Result<LayerWeights<U>> {
         let optional = |part: &Option<T>| part.as_ref().map(&of).transpose();
         let down = self.down.iter().map(|DownProjection { first, columns, proj, bias }| {
@@ -265,10 +265,10 @@ impl<T> LayerWeights<T> {
 }
 
 impl<'a> LayerWeights<Upload<'a>> {
-    /// Where each tensor goes; the weights have been checked against the configuration.
+    /// Placement of each tensor; the weights have been checked against the configuration.
     ///
     /// # Errors
-    /// [`Error::Limit`] of the first tensor that a binding does not hold.
+    /// [`Error::Limit`] of the first tensor over the limit of a binding.
     pub fn plan(
         context: &PlanContext,
         config: &AttentionConfig,
@@ -342,10 +342,10 @@ impl<'a> LayerWeights<Upload<'a>> {
     }
 }
 
-/// Refuses weights of which a tensor does not fit: before any of them takes memory.
+/// Checks every tensor against the device's limits, before any is allocated.
 ///
 /// # Errors
-/// [`Error::Limit`] of the first such tensor.
+/// [`Error::Limit`] of the first tensor over a limit.
 #[cfg(feature = "decoder")]
 pub(crate) fn check_weights(
     kernels: &Kernels,

@@ -1,4 +1,4 @@
-//! The widths that the shaders see: those of a configuration, each padded with zeros to [`UNIT`](crate::storage::UNIT) elements.
+//! Widths as shaders see them: each width of a configuration, padded with zeros to [`UNIT`](crate::storage::UNIT) elements.
 
 use crate::config::{AttentionConfig, GateConfig, GateSite};
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ impl Widths {
     /// The widths of a configuration that has been validated.
     ///
     /// # Errors
-    /// Rows that 32 bits do not index once they are padded.
+    /// Padded widths that 32 bits do not index.
     pub fn of(config: &AttentionConfig) -> Result<Self> {
         let widths = Widths {
             n_head: config.n_head,
@@ -65,7 +65,7 @@ impl Widths {
         self.n_head * self.d_value
     }
 
-    /// Width of query latent, latent and rotary key: what the projections down give of a token.
+    /// Width of query latent, latent and rotary key: the outputs of the down projections per token.
     pub fn down(&self) -> u32 {
         self.rank + self.d_latent + self.d_rope
     }
@@ -77,7 +77,7 @@ impl Widths {
     }
 }
 
-/// What a gate and its norm span: keys and values of every head, or the latent.
+/// Width of a gate and its norm: keys and values of every head, or the latent.
 pub(crate) fn gated_segments(config: &AttentionConfig, gate: &GateConfig) -> Segments {
     match gate.site {
         GateSite::UpProjected => Segments { count: config.n_head, parts: [config.d_nope, config.d_value] },

@@ -14,11 +14,10 @@ use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::attention_prefill;
 use crate::storage::{product, words};
 
-/// Keys that the prefill kernels walk in one dispatch without too long a loop.
+/// Most keys per dispatch of the prefill kernels: their loops stay within the limit.
 const MOST_TILE_ROWS: u32 = 1 << 19;
 
-/// Intermediate results of one step. Layers use them one after another, and so do steps in flight on one queue, since their
-/// commands run in order.
+/// Intermediate results of one step. Layers share them, and so do steps in flight on one queue, since commands run in order.
 #[derive(Debug)]
 pub(super) struct Workspace<T = Region> {
     pub max_tokens: u32,
@@ -48,16 +47,16 @@ pub(super) struct Workspace<T = Region> {
     pub group_gates: T,
     /// Partial results of the grouped attention: values, then (m, l).
     pub grouped: T,
-    /// Partial results that it has room for.
+    /// Most partial results of the grouped attention.
     pub grouped_partials: u32,
     bytes: u64,
 }
 
 impl Workspace<()> {
-    /// Refuses buffers over the device's limits; else the bytes of all.
+    /// Bytes of all buffers, each checked against the device's limits.
     ///
     /// # Errors
-    /// [`Error::Limit`](crate::Error::Limit) of the first.
+    /// [`Error::Limit`](crate::Error::Limit) of the first over a limit.
     pub fn check(
         context: &PlanContext,
         config: &AttentionConfig,
@@ -121,7 +120,7 @@ impl Workspace {
 }
 
 impl<T> Workspace<T> {
-    /// A workspace whose buffers `place` makes, by name, extents and bytes.
+    /// A workspace whose buffers `place` makes from name, extents and bytes.
     fn placed(
         config: &AttentionConfig,
         widths: &Widths,
@@ -144,7 +143,7 @@ impl<T> Workspace<T> {
             Some(gate) if gate.site == GateSite::Latent => (tokens, widths.d_latent, widths.d_gate),
             Some(_) => (tile_rows, widths.d_kv(), widths.d_gate),
         };
-        // Groups of a pass, then the new tokens: gate rows that are not resident.
+        // Gate rows that are not resident: those of a pass's groups, then of the new tokens.
         let projected = match lists {
             Some(lists) if lists.mode != GateRows::Table => lists.pass_groups + decoding,
             _ => 0,
@@ -163,7 +162,7 @@ impl<T> Workspace<T> {
 
         let mut bytes = 0;
         let mut allocate = |what: &'static str, extents: &[u32]| {
-            // No buffer is smaller.
+            // The smallest buffer of `Kernels::allocate`.
             let needed = words(product(extents)).max(16);
             bytes += needed;
             place(what, extents, needed)

@@ -1,7 +1,7 @@
-//! Host time of a decode step: what an app's thread spends before the device has anything to do.
+//! Host time of a decode step: time of the application's thread before the device has anything to do.
 //!
-//! A row is one token through 12 layers behind 4 096 others, from the begin of the step (preparing it) to the end of
-//! the compute pass and the commit; what wgpu takes to finish the encoder stands beside it. Nothing is submitted, so the device's speed does not matter and no GPU is needed.
+//! A bench row is one token through 12 layers after 4 096 others, from preparing the step to the end of the compute pass and the
+//! commit; the time that wgpu takes to finish the encoder is reported beside it. Nothing is submitted, so no GPU is needed.
 
 use std::time::Instant;
 
@@ -42,7 +42,7 @@ pub struct HostRow {
     pub host_us: f64,
     /// Fastest step.
     pub min_us: f64,
-    /// Median microseconds that wgpu then takes to finish the encoder: it checks every command, whoever recorded it.
+    /// Median microseconds that wgpu then takes to finish the encoder, which checks every command.
     #[serde(default)]
     pub finish_us: f64,
     /// Dispatches of a step.
@@ -122,7 +122,7 @@ impl Model {
             ..CacheOptions::default()
         };
         let mut cache = LatentCache::new(first, options)?;
-        // The past is prepared and committed, and never computed: what stands in the cache does not matter to the host.
+        // Past tokens are prepared and committed, never computed: the cache's content does not matter to the host.
         let past = tokens::text_like(CACHED as usize, SEED);
         for chunk in past.chunks(256) {
             let counts = [chunk.len() as u32];

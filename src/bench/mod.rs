@@ -1,8 +1,8 @@
 //! The one table of measured rows: what `egmla bench`, `egmla tune` and the criterion benches time.
 //!
 //! A [`Row`] is a kernel alone or one step of a layer. [`Row::prepare`] sets up its buffers and records it;
-//! [`schedule::measure`] times the recordings in turns, so that a machine that drifts drifts under every row alike.
-//! FLOPs and bytes are those of [`Cost`].
+//! [`schedule::measure`] times the recordings in turns, so that a drift of the machine affects every row alike. FLOPs and
+//! bytes are those of [`Cost`].
 
 pub mod host;
 pub mod report;
@@ -33,7 +33,7 @@ pub enum Suite {
     Full,
 }
 
-/// One row: a name, and how to set it up.
+/// One bench row: a name, and its set-up.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     id: String,
@@ -95,7 +95,7 @@ impl Prepared {
     /// Reads the results of an earlier submission.
     ///
     /// # Errors
-    /// `DataError::NonFinite` for one that is not a number: what is not computed rightly is not worth timing.
+    /// `DataError::NonFinite` for one that is not finite: a wrong result is not worth timing.
     pub fn verify(&self) -> Result<()> {
         let values = readback::wait(readback::read_f32(self.recording.kernels(), &[&self.output]))?
             .into_iter()

@@ -1,4 +1,4 @@
-//! What was measured, as it is written to a file and read back.
+//! A report of measurements, as written to a file and read back.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +24,7 @@ pub struct Report {
     pub egmla: String,
     /// Which rows were asked for.
     pub suite: Suite,
-    /// What `first_us`, `min_us` and `median_us` are of; `first_us` is always wall time.
+    /// Clock of `min_us` and `median_us`; `first_us` is always wall time.
     pub clock: Clock,
     /// Measured choices that were in force; empty where every kernel took the one for its class.
     pub tunings: Tunings,
@@ -78,9 +78,9 @@ pub struct Measured {
     pub bytes: u64,
     /// Operations of a step, by the rules of `cost`.
     pub flops: u64,
-    /// 10⁹ bytes a second.
+    /// 10⁹ bytes per second.
     pub gb_s: f64,
-    /// 10⁹ FLOPs a second.
+    /// 10⁹ FLOPs per second.
     pub gflop_s: f64,
     /// Per cent of the copy kernel's rate.
     pub pct_copy: f64,
@@ -101,7 +101,7 @@ pub struct Skipped {
     pub why: String,
 }
 
-/// Times of a row, before they are set against anything.
+/// Times of a row, before rates are computed.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Times {
     pub first_us: f64,

@@ -1,4 +1,4 @@
-//! What the adapter reaches at best: the ceilings that rows are set against.
+//! The adapter's ceilings, which bench rows are compared with.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,14 +10,14 @@ use crate::kernels::{roofline_cooperative, roofline_copy, roofline_fma};
 use crate::op::Op as _;
 use crate::recording::Recording;
 
-/// Ceilings of an adapter, and what a dispatch and a submission cost before they do anything.
+/// Ceilings of an adapter, and the overhead of a dispatch and of a submission.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Roofline {
-    /// Bytes read and written by the copy kernel, 10⁹ a second.
+    /// Bytes read and written by the copy kernel, 10⁹ per second.
     pub copy_gb_s: f64,
-    /// f32 multiply-adds in registers, 10⁹ FLOPs a second.
+    /// f32 multiply-adds in registers, 10⁹ FLOPs per second.
     pub fma_gflop_s: f64,
-    /// Products of cooperative f16 matrices, 10⁹ FLOPs a second; null where none was measured.
+    /// Products of cooperative f16 matrices, 10⁹ FLOPs per second; null if not measured.
     pub cooperative_f16_gflop_s: Option<f64>,
     /// A dispatch of one workgroup with nothing to do, behind others in one pass.
     pub empty_dispatch_us: f64,
@@ -28,7 +28,7 @@ pub struct Roofline {
 /// Runs of each setting; the fastest counts, since a ceiling is what is reached at best.
 const RUNS: usize = 5;
 
-/// Dispatches that are timed together to tell one from the pass around it.
+/// Dispatches timed together, so that the pass around them does not count.
 const DISPATCHES: u32 = 256;
 
 impl Roofline {
@@ -48,7 +48,7 @@ impl Roofline {
         })
     }
 
-    /// The rate that a kernel of this many FLOPs a byte can reach, 10⁹ FLOPs a second.
+    /// The highest rate of a kernel of this many FLOPs per byte, 10⁹ FLOPs per second.
     pub fn ceiling(&self, flops_per_byte: f64) -> f64 {
         self.fma_gflop_s.min(self.copy_gb_s * flops_per_byte)
     }
@@ -69,7 +69,7 @@ fn fastest(tunings: usize, mut run: impl FnMut(Tuning) -> Result<f64>) -> Result
     (0..tunings).try_fold(f64::INFINITY, |best, tuning| Ok(best.min(run(Tuning::Forced(tuning))?)))
 }
 
-/// 10⁹ of something a second, of a count and microseconds.
+/// 10⁹ per second, from a count and microseconds.
 pub(super) fn giga_per_second(count: u64, microseconds: f64) -> f64 {
     if microseconds > 0.0 { count as f64 / microseconds / 1e3 } else { 0.0 }
 }

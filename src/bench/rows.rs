@@ -1,4 +1,4 @@
-//! The rows themselves: ids, sizes, buffers, and what each records.
+//! The bench rows: ids, sizes, buffers and recordings.
 
 use std::collections::HashSet;
 use std::rc::Rc;
@@ -50,7 +50,7 @@ pub(super) enum Work {
     DecodeLayer { config: AttentionConfig, cached: u32, path: LayerPath },
 }
 
-/// How a layer's decode step attends.
+/// The decode path of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LayerPath {
     /// Keys and values rebuilt.
@@ -451,7 +451,7 @@ fn absorbed_attention(
     };
     let stored = |width: u32| inputs.stored((cache_rows * storage.row_pitch(width)) as usize, 1.0, storage);
     let (latents, keys) = (stored(d_latent)?, stored(d_rope)?);
-    // Absorbed queries this small leave the softmax spread over many rows.
+    // Absorbed queries this small spread the softmax over many cache rows.
     let absorbed = inputs.stored((batch * n_head * d_latent) as usize, 0.1, Storage::F32)?;
     let q = inputs.stored((batch * n_head * (d_nope + d_rope)) as usize, 0.1, Storage::F32)?;
     let line = |token: u32| DecodeSequence {
@@ -494,7 +494,7 @@ fn absorbed_attention(
     Ok(Prepared { recording, cost: problem.cost() + combined, output, reference })
 }
 
-/// Joins the splits of each query token, `each` of them.
+/// Combines the splits of each query token, `each` of them.
 fn combine(
     recording: &mut Recording,
     inputs: &Inputs<'_>,
@@ -512,7 +512,7 @@ fn combine(
     Ok(problem.cost())
 }
 
-/// Rows of the pool: more than the longest cache has distinct ids.
+/// Gate rows of the pool: more than the longest cache has distinct ids.
 const POOL_ROWS: u32 = 8192;
 
 /// Room for one sequence of `capacity` tokens in f16, `max_tokens` of them new.
@@ -653,7 +653,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
     let kv = inputs.output(2 * width as usize)?;
     cost = cost + linear(&mut recording, 2 * width, &hidden, &kv_proj, &kv)?;
     cost = cost + rotate(&mut recording, 2 * d_head, &kv)?;
-    // The new token's row is the last of the last tile.
+    // The new token's cache row is the last of the last tile.
     if let Some((first, tile)) = tiles.last() {
         let row = 2 * width;
         let problem = cache_append::CacheAppend {

@@ -1,4 +1,4 @@
-//! Measures rows in turns.
+//! Measures bench rows in turns.
 
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ const LEAST_RUNS: usize = 5;
 /// A row's turn: runs until this much is spent.
 const TURN: Duration = Duration::from_millis(40);
 
-/// Where a measurement stands.
+/// Progress of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Progress<'a> {
     /// The row at hand.

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::readback;
 use crate::recording::Recording;
 
-/// What the times are of.
+/// The clock of the times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Clock {
@@ -36,7 +36,7 @@ pub struct Elapsed {
     pub wall_us: f64,
 }
 
-/// Submits and waits, and says how long it took.
+/// Submits, waits, and measures the time.
 #[derive(Debug)]
 pub struct Timer {
     kernels: Kernels,

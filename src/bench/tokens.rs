@@ -1,4 +1,4 @@
-//! Token ids with the statistics of real text: how many distinct ids a text holds decides what the gate costs.
+//! Token ids with the statistics of real text: the number of distinct ids decides the cost of the gate.
 //!
 //! Ids follow the law of Zipf and Mandelbrot: the k-th most frequent of 50 304 has weight `(k + 8)^-1.41`. Fitted to the
 //! counts of distinct ids in English drama under the GPT-2 tokenizer, tokens per distinct id 3.9 at 4096 tokens, 5.0 at
@@ -63,7 +63,7 @@ mod tests {
     fn equal_seeds_give_equal_texts() {
         assert_eq!(text_like(100, 7), text_like(100, 7));
         assert_ne!(text_like(100, 7), text_like(100, 8));
-        // A longer text begins as the shorter one.
+        // A longer text begins like the shorter one.
         assert_eq!(text_like(100, 7)[..50], text_like(50, 7));
     }
 }

@@ -1,4 +1,4 @@
-//! Finds the fastest tile settings of each kernel on one adapter, when it is asked to.
+//! Finds the fastest tile settings of each kernel on one adapter, on request.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ const ROWS: usize = 3;
 /// A candidate must be this much faster than the setting for the class: less is the machine's noise.
 const GAIN: f64 = 0.95;
 
-/// What tuning one kernel came to.
+/// The tuning result of one kernel.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tuned {
     /// Stem of the kernel.
@@ -37,7 +37,7 @@ pub struct Tuned {
     pub choice: Option<usize>,
 }
 
-/// Where tuning stands.
+/// Progress of tuning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// The kernel at hand.
@@ -110,7 +110,7 @@ pub fn tune(
     Ok(tuned)
 }
 
-/// How many settings a kernel has.
+/// Number of settings of a kernel.
 fn settings(kernel: &str) -> usize {
     shaders().find(|spec| spec.name == kernel).map_or(0, |spec| spec.tunings)
 }

@@ -1,9 +1,8 @@
-//! Writes recordings down instead of running them, for a host without Rust: which shader, override constants, grid and
-//! bindings, and what every buffer holds before anything runs.
+//! Exports recordings instead of running them, for a host without Rust: shaders, override constants, grids and bindings, and the
+//! first content of every buffer.
 //!
-//! Nothing is described twice. A [`Capture`] takes what the library itself records, and reads the first content of its
-//! buffers back from the device. Nothing runs on the device; host and kernels may therefore not take turns in writing to a
-//! buffer: one that the host wrote to after its first use is refused.
+//! A [`Capture`] takes the library's own recordings, so that nothing is described twice, and reads the first content of their
+//! buffers back from the device. No kernel runs, so a buffer that the host writes after its first use is refused.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -20,14 +19,14 @@ use crate::op::Access;
 use crate::readback;
 use crate::recording::Recording;
 
-/// Bytes that are written down once, however often they are needed.
+/// Bytes, each content stored once.
 #[derive(Debug, Default)]
 pub struct Blobs {
     bytes: Vec<u8>,
     known: HashMap<Vec<u8>, usize>,
 }
 
-/// A piece of [`Blobs::bytes`], or one word over and over.
+/// A piece of [`Blobs::bytes`], or one repeated word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Blob {
@@ -63,7 +62,7 @@ impl Blobs {
         Blob::At { at, bytes: bytes.len() }
     }
 
-    /// Adds whole words; what is one word over and over takes no room.
+    /// Adds whole words; one repeated word takes no room.
     pub fn add_words(&mut self, words: &[u32]) -> Blob {
         match words.first() {
             Some(&fill) if words.iter().all(|&word| word == fill) => Blob::Fill { fill },
@@ -72,7 +71,7 @@ impl Blobs {
     }
 }
 
-/// A buffer, as it is before anything runs.
+/// A buffer before anything runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct BufferData {
     /// Its size in bytes.
@@ -96,7 +95,7 @@ pub struct BindingData {
     pub size: u64,
 }
 
-/// What a host does, in order.
+/// An action of the host.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Action {
@@ -104,7 +103,7 @@ pub enum Action {
     Dispatch {
         /// Stem of `shaders/<kernel>.wgsl`.
         kernel: &'static str,
-        /// Whether the file needs `enable subgroups;`, which this crate's own WGSL compiler neither needs nor takes.
+        /// Whether the file needs `enable subgroups;`, which naga neither needs nor accepts.
         subgroups: bool,
         /// Values of the override constants.
         overrides: Vec<(&'static str, f64)>,
@@ -115,7 +114,7 @@ pub enum Action {
         /// Storage bindings.
         bindings: Vec<BindingData>,
     },
-    /// Reads a region back and requires that the guard words around it are as they were.
+    /// Reads a region back and checks that the guard words around it are unchanged.
     Read {
         /// Index of the buffer.
         buffer: usize,
@@ -126,7 +125,7 @@ pub enum Action {
     },
 }
 
-/// What stands in a dispatch beside the buffers' numbers.
+/// A dispatch without the numbers of its buffers.
 type Constant<'a> = (&'static str, &'a [(&'static str, f64)], [u32; 3], &'a [u8], Vec<(u32, bool, u64, u64)>);
 
 impl Action {
@@ -139,7 +138,7 @@ impl Action {
     }
 }
 
-/// A word that two recordings begin with differently.
+/// A word whose first content differs between two recordings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Difference {
     /// Index of the buffer, in the first.
@@ -152,7 +151,7 @@ pub struct Difference {
     pub there: u32,
 }
 
-/// A comparison: views of what was read, one after another, with what is expected there.
+/// A comparison: views of readings, one after another, and the values expected there.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ComparisonData {
     /// Number of the reading, and what of it.
@@ -189,14 +188,14 @@ struct State {
     comparisons: Vec<ComparisonData>,
 }
 
-/// Takes recordings in the place of a device.
+/// Takes recordings in place of a device.
 #[derive(Debug)]
 pub struct Capture {
     kernels: Kernels,
     state: RefCell<State>,
 }
 
-/// What was captured.
+/// The captured data.
 #[derive(Debug)]
 pub struct Captured {
     /// Every buffer that was used.
@@ -358,7 +357,7 @@ impl Capture {
     /// The index of a buffer; a new one is written down.
     fn buffer(&self, buffer: &wgpu::Buffer) -> Result<usize> {
         let index = self.state.borrow().known.iter().position(|(known, _)| known == buffer);
-        // What is bound for an optional argument cannot be read, and is not read by the kernels either.
+        // The buffer of an absent argument cannot be read back, and no kernel reads it.
         let words = match buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
             true => self.content(buffer)?,
             false => vec![0; buffer.size() as usize / 4],

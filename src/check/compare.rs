@@ -1,4 +1,4 @@
-//! The comparator: what it means that a kernel's result is right. `tests/compare.rs` shows it lies.
+//! The comparator: when a kernel's result is right. `tests/compare.rs` feeds it wrong results, each of which it must refuse.
 
 /// Unit roundoff of f32: half the distance from 1 to the next number.
 pub const UNIT_ROUNDOFF: f64 = 1.0 / 16_777_216.0;
@@ -23,12 +23,12 @@ impl Tolerance {
     /// Data that is only moved: every bit must arrive.
     pub const EXACT: Tolerance = Tolerance { relative: 0.0 };
 
-    /// For results that end a chain of f32 sums of the given lengths.
+    /// For results of a chain of f32 sums of the given lengths.
     ///
     /// Rounding errors of a sum of n terms behave as a random walk: its relative error is about √n · u with unit roundoff
     /// u (Higham and Mary 2019, doi 10.1137/18M1226312, whose bound holds with a factor λ of a few; 4 here). Divisions,
     /// square roots and exponentials of the chain add the few u that WGSL grants them (exp: 3 + 2|x| units in the last
-    /// place); 8 u stand for those.
+    /// place); 8 u cover those.
     pub fn sums(lengths: &[usize]) -> Self {
         let roots: f64 = lengths.iter().map(|&length| (length as f64).sqrt()).sum();
         Tolerance { relative: (4.0 * UNIT_ROUNDOFF * (roots + 8.0)).min(F32_LIMIT) }

@@ -1,4 +1,4 @@
-//! The case table as data: what a host without Rust needs to run a case and to judge it.
+//! The case table as data, for a host without Rust that runs the cases and judges them.
 
 use serde::Serialize;
 
@@ -12,7 +12,7 @@ use crate::device::Kernels;
 use crate::error::{ArgumentError, Error, Result};
 use crate::random::Random;
 
-/// A case: buffers, what to do with them, and for every variant what to compare.
+/// A case: buffers, actions, and the comparisons of every variant.
 #[derive(Debug, Serialize)]
 pub struct CaseData {
     /// [`Case::id`]
@@ -32,16 +32,16 @@ pub struct CaseData {
 pub struct VariantData {
     /// As [`super::Outcome::tuning`].
     pub tuning: String,
-    /// Why it is not there, for a variant whose feature the plans were made without; it has no comparisons then.
+    /// Why the variant was not planned, for want of a feature; it then has no comparisons.
     pub skipped: Option<String>,
     /// All must hold.
     pub comparisons: Vec<ComparisonData>,
 }
 
-/// What plans for a page may count on: WebGPU's default limits and, where the host enables the feature `subgroups`, subgroups
-/// that all have from `.0` to `.1` invocations.
+/// The context of plans for a page: WebGPU's default limits and, if the host enables the feature `subgroups`, subgroups of `.0` to
+/// `.1` invocations.
 pub fn webgpu(subgroups: Option<(u32, u32)>) -> PlanContext {
-    // A browser does not tell what kind of adapter it has.
+    // A browser does not report its kind of adapter.
     let plain = PlanContext::webgpu_defaults(AdapterClass::Discrete);
     match subgroups {
         None => plain,
@@ -52,8 +52,8 @@ pub fn webgpu(subgroups: Option<(u32, u32)>) -> PlanContext {
 }
 
 impl Case {
-    /// Writes the case down with the bytes that it names, with plans for `context`. Nothing runs: buffers are allocated on
-    /// the device of `kernels` to read their first content back.
+    /// Exports the case and its bytes, planned for `context`. No kernel runs: buffers are allocated on the device of `kernels` to
+    /// read their first content back.
     ///
     /// # Errors
     /// What the kernels refuse, a comparison that was made elsewhere than in the case's own list, or a lost device.
@@ -84,7 +84,7 @@ impl Case {
     }
 }
 
-/// What another comparator must agree with: results, lies among them, and the verdict of this crate's own.
+/// Results, right and wrong ones, with this crate's verdicts: another comparator must agree.
 #[derive(Debug, Serialize)]
 pub struct Verdicts {
     /// A word that nobody wrote.

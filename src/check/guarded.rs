@@ -5,7 +5,7 @@ use crate::error::{Error, KernelError, Result};
 use crate::readback;
 use crate::storage::Storage;
 
-/// A quiet NaN with a payload: what outputs hold before a launch, and what stands beside every buffer.
+/// A quiet NaN with a payload: fills outputs before a launch, and the guard words around every buffer.
 pub const POISON: u32 = 0x7fc0_dead;
 
 /// Two f16 NaNs in a word.

@@ -15,7 +15,7 @@ use crate::reference::{History, Layer};
 use crate::storage::Storage;
 use crate::weights::{AttentionWeights, QueryWeights};
 
-/// How the tokens of a sequence reach the cache.
+/// How the tokens of a sequence enter the cache.
 #[derive(Debug, Clone, Copy)]
 struct Schedule {
     name: &'static str,
@@ -24,7 +24,7 @@ struct Schedule {
     /// Most tokens of a sequence in one prefill.
     chunk: u32,
     path: DecodePath,
-    /// New tokens of a sequence in a decode step.
+    /// New tokens per sequence in a decode step.
     decode: u32,
     gate_rows: GateRows,
 }
@@ -116,7 +116,7 @@ pub(super) fn cases() -> Vec<Case> {
             let id = format!("{name}/{}", storage.name());
             cases.push(Case::new("layer", id, move |lab| layer(lab, &config, kv_a_norm, storage, &[7, 1, 33, 0], 16)));
         }
-        // Longer than a split and than a tile of rebuilt rows, in one sequence and in several.
+        // Longer than a split and than a tile of rebuilt cache rows, in one sequence and in several.
         for (name, config) in [
             ("long_mla", base()),
             (
@@ -141,7 +141,7 @@ pub(super) fn cases() -> Vec<Case> {
                     move |lab: &Lab<'_>| compared(lab, &config, !extreme.unnormed(), storage, sizes, &ends_of(33));
                 cases.push(Case::new("layer", id, run));
             }
-            // The most candidates a step, from an empty cache on: 16, 16, then what is left.
+            // The most candidates per step, from an empty cache: 16, 16, then the rest.
             let (id, config) = (format!("{name}_16_tokens/{}", storage.name()), config.clone());
             let sizes = Sizes { lengths: &[40, 16, 270, 1], tile_rows: 256, law: Ids::Any, extreme: None };
             let run = move |lab: &Lab<'_>| compared(lab, &config, true, storage, sizes, &sixteen());
@@ -229,7 +229,7 @@ impl Extreme {
         }
     }
 
-    /// Hidden states of one sequence, `width` values a token.
+    /// Hidden states of one sequence, `width` values per token.
     fn of_hidden(self, hidden: &mut [f32], width: usize) {
         let scale = |rows: &mut [f32], by: f32| rows.iter_mut().for_each(|value| *value *= by);
         match self {
@@ -258,7 +258,7 @@ fn ends_of(longest: u32) -> Vec<Schedule> {
     ]
 }
 
-/// Sixteen tokens a step from the first one on.
+/// Sixteen tokens per step from the first one on.
 fn sixteen() -> Vec<Schedule> {
     [("expanded", DecodePath::Expanded), ("absorbed", DecodePath::Absorbed)]
         .map(|(name, path)| Schedule { name, prefill: 0, chunk: 0, path, decode: 16, gate_rows: GateRows::Recompute })
@@ -408,7 +408,7 @@ fn run(
     let config = attention.config();
     let width = config.hidden_size as usize;
     let longest = lengths.iter().copied().max().unwrap_or(0);
-    // A row to spare, so that sequences do not touch.
+    // One spare cache row, so that sequences do not touch.
     let options = CacheOptions {
         n_layer: 1,
         batch: lengths.len() as u32,

@@ -1,8 +1,8 @@
-//! What a long context costs in accuracy: every way to attend, at cache lengths up to 65 536, against f64 over the same cache.
+//! Accuracy of a long context: every decode path and prefill, at cache lengths up to 65 536, against f64 over the same cache.
 //!
-//! The cache holds latents in f16, as a prefill would have left them; weights are f32, so that what is measured is the
-//! arithmetic of the kernels. What rounding the cache to f16 costs is a curve of its own, in f64 throughout, and so is the
-//! control: the same attention with running sums in f16, which a long context ruins.
+//! The cache holds latents in f16, as after a prefill. Weights are f32, so the error is that of the kernels' arithmetic. Two curves
+//! are for comparison: rounding the cache to f16, in f64 throughout, and the control, running sums in f16, which a long context
+//! ruins.
 
 use half::f16;
 use serde::Serialize;
@@ -23,7 +23,7 @@ use crate::weights::QueryWeights;
 /// Cached tokens that are measured at.
 pub const LENGTHS: [u32; 7] = [1024, 2048, 4096, 8192, 16_384, 32_768, 65_536];
 
-/// Standard deviations of the logits: about equal weights, and weights of which few keys take all.
+/// Standard deviations of the logits: about equal weights, and nearly all weight on few keys.
 pub const SPREADS: [f32; 2] = [1.0, 10.0];
 
 /// The largest relative error that is accepted at any length.
@@ -38,7 +38,7 @@ pub const DRIFT: f64 = 2.0;
 /// Queries of a measurement: the last tokens of the cache.
 const QUERIES: usize = 16;
 
-/// What a curve shows.
+/// The subject of a curve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Way {
@@ -48,7 +48,7 @@ pub enum Way {
     Expanded,
     /// A chunk of a prefill.
     Prefill,
-    /// What it costs that the cache is f16, by itself: f64 over the rounded cache against f64 over the unrounded one.
+    /// Rounding of the cache to f16 alone: f64 over the rounded cache against f64 over the unrounded one.
     Rounding,
     /// The control: a running sum in f16, on the host.
     HalfSums,
@@ -87,7 +87,7 @@ impl Curve {
     /// What is wrong with it: an error over [`LIMIT`], or one that grows with the length.
     pub fn problem(&self) -> Option<String> {
         let name = format!("{} {}, logits of deviation {}", self.configuration, self.way.name(), self.spread);
-        // Not a number is over any limit.
+        // NaN is over any limit.
         if let Some((tokens, error)) = self.errors.iter().find(|(_, error)| error.is_nan() || *error > LIMIT) {
             return Some(format!(
                 "{name}: relative error {error:.1e} at {tokens} tokens, at most {LIMIT:.0e} is right"
@@ -130,7 +130,7 @@ fn configurations() -> [(&'static str, AttentionConfig); 3] {
     ]
 }
 
-/// Every configuration, every way, every spread, at these lengths (at least 64 each); `progress` is told what is measured.
+/// Every configuration, path and spread, at these lengths (at least 64 each); reports each measurement to `progress`.
 ///
 /// # Errors
 /// A lost device, or one without the memory for the longest cache.
@@ -198,7 +198,7 @@ fn of_configuration(
     let mut cache = LatentCache::new(&attention, options)?;
     cache.fill_with(past_ids, &exact, &exact_rope, &statistics)?;
 
-    // The longest first: rolling the cache back leaves every shorter one.
+    // The longest first: roll back then gives every shorter one.
     let mut descending = lengths.to_vec();
     descending.sort_unstable_by(|a, b| b.cmp(a));
     let mut curves = [Way::Absorbed, Way::Expanded, Way::Prefill, Way::Rounding].map(|way| Curve {
@@ -219,7 +219,7 @@ fn of_configuration(
             };
             let ids = config.gate.is_some().then_some(new_ids);
             cache.set_decode_path(path);
-            // Never committed: the next one stands where this stood.
+            // Never committed: the next step overwrites this one.
             let step = cache.prepare(mode, StepTokens { counts: &[new], ids })?;
             let input = Guarded::filled(kernels, "hidden", bytemuck::cast_slice(&hidden))?;
             let out = Guarded::poisoned(kernels, "out", hidden.len())?;
@@ -298,7 +298,7 @@ mod tests {
         }
     }
 
-    /// The control of the measurement: what loses f32 sums is told from what keeps them.
+    /// Control of the measurement: it tells f16 sums from f32 sums.
     #[test]
     fn sums_in_f16_are_found_out() {
         let errors = |spread| LENGTHS.iter().map(|&tokens| (tokens, half_sums(tokens, spread))).collect();

@@ -1,4 +1,4 @@
-//! The one table of named cases: every kernel and the layer against the f64 reference, on the caller's own adapter.
+//! The one table of named cases: every kernel and the layer against the f64 reference, on the caller's adapter.
 //!
 //! ```no_run
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
@@ -12,10 +12,10 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, the padding of used ones the largest
-//! half, guard words stand around every buffer, and the GPU runs before the reference.
+//! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, the padding of used cache rows holds
+//! the largest half, guard words surround every buffer, and the GPU runs before the reference.
 //!
-//! [`cases`] are named; [`property`] draws layers at random, and [`long`] measures what a long cache costs in accuracy.
+//! [`cases`] are named, [`property`] draws layers at random, and [`long`] measures the accuracy of long caches.
 
 pub mod capture;
 mod cases;
@@ -48,7 +48,7 @@ pub struct Case {
 
 type Run = dyn Fn(&Lab<'_>) -> Result<Vec<Outcome>> + Send + Sync;
 
-/// What one variant of a case came to.
+/// The result of one variant of a case.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// `auto`, the number of a forced tuning, or the way a layer was run.
@@ -57,11 +57,11 @@ pub struct Outcome {
     pub error: f64,
     /// The largest that is accepted.
     pub tolerance: f64,
-    /// One line that says what is wrong. `Err` also where nothing was run: see `skipped`.
+    /// `Err` with one line that says what is wrong, also for a variant that was not run: see `skipped`.
     pub verdict: Result<(), String>,
-    /// The device lacks a feature of this variant, which was not run: neither right nor wrong.
+    /// The device lacks a feature of this variant: not run, neither right nor wrong.
     pub skipped: bool,
-    /// How many comparisons it is the worst of; 0 where nothing was run.
+    /// Number of comparisons, of which this is the worst; 0 if not run.
     pub comparisons: usize,
 }
 
@@ -93,7 +93,7 @@ impl Case {
     /// Runs every tuning of the case on a device, and waits.
     ///
     /// # Errors
-    /// What the kernels refuse, a guard word that was overwritten, or a lost device. A wrong result is an [`Outcome`].
+    /// A kernel that cannot run, an overwritten guard word, or a lost device. A wrong result is an [`Outcome`].
     pub fn run(&self, kernels: &Kernels) -> Result<Vec<Outcome>> {
         (self.run)(&Lab { kernels, capture: None })
     }
@@ -106,14 +106,14 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// A device to run cases on, or to write down what they would run.
+/// A device to run cases on, or a capture that exports them.
 struct Lab<'a> {
     kernels: &'a Kernels,
-    /// Takes the place of the device: what is launched, read and compared is written down.
+    /// Takes the place of the device: exports launches, readings and comparisons.
     capture: Option<&'a Capture>,
 }
 
-/// Words of a region that were read back. Where nothing ran they are those that the region began with.
+/// Words of a region that were read back; the first content of the region if nothing ran.
 struct Words {
     words: Vec<u32>,
     /// Of a capture: the number of the reading.
@@ -164,7 +164,7 @@ impl Lab<'_> {
         Ok(self.compare_views(&[(&words, View::all(Reading::F32, words.words.len()))], expected, tolerance))
     }
 
-    /// Compares what views show, one after another. Every comparison of a case is made here: a capture misses none.
+    /// Compares views, one after another. Every comparison of a case is made here, so a capture misses none.
     fn compare_views(&self, parts: &[(&Words, View)], expected: &[f64], tolerance: Tolerance) -> Comparison {
         if let Some(capture) = self.capture {
             let parts = parts.iter().map(|(words, view)| (words.number, *view)).collect();
@@ -192,13 +192,13 @@ pub(crate) fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
     }
 }
 
-/// What stands for the outcomes of a variant that the device does not offer; `None` where it can run.
+/// The outcomes of a variant that the device does not support; `None` if it can run.
 fn skipped(spec: &Spec, kernels: &Kernels) -> Option<Vec<Outcome>> {
     let missing = spec.missing(kernels.context())?;
     Some(vec![not_run(format!("{missing} not offered"))])
 }
 
-/// What stands for the outcomes of a case that the device is not offered, with the reason.
+/// The outcomes of a case that was not run, with the reason.
 fn not_run(reason: String) -> Outcome {
     Outcome {
         tuning: "-".to_owned(),

@@ -1,8 +1,8 @@
-//! Random layer cases: a configuration and a history of prefills, decode steps, roll backs, copies and steps that were given up,
-//! against the f64 reference. A case is a line of JSON that runs again anywhere, and shrinks to a smaller one that still fails.
+//! Random layer cases: a configuration and a history of prefills, decode steps, roll backs, copies and abandoned steps, against
+//! the f64 reference. A case is one line of JSON that runs again anywhere, and shrinks to a smaller one that still fails.
 //!
-//! Pipelines are keyed by override constants and cost far more to compile than a case costs to run. So configurations come as a
-//! [`family`], each of which many histories are drawn for; what shrinks a case may leave the family.
+//! Pipelines are keyed by override constants, and compiling one takes far longer than running a case. So configurations come as a
+//! [`family`], with many histories each; shrinking may leave the family.
 //!
 //! ```no_run
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
@@ -32,7 +32,7 @@ use crate::reference::{History, Layer};
 use crate::storage::Storage;
 use crate::weights::AttentionWeights;
 
-/// How positions turn queries and keys.
+/// How positions rotate queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rope {
@@ -69,7 +69,7 @@ pub struct Shape {
     pub seed: u64,
 }
 
-/// What happens to the cache.
+/// An event of the cache's history.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
@@ -145,9 +145,9 @@ pub struct LayerCase {
     pub batch: u32,
     /// Tokens of each sequence.
     pub capacity: u32,
-    /// Cached rows whose keys and values are rebuilt at once.
+    /// Cache rows whose keys and values are rebuilt at once.
     pub tile_rows: u32,
-    /// Where gate rows come from.
+    /// Source of gate rows.
     pub gate_rows: GateRows,
     /// The law of the token ids.
     pub ids: Ids,
@@ -185,7 +185,7 @@ impl Shape {
         }
     }
 
-    /// Refuses what would take more memory than a case is worth.
+    /// Refuses cases that would take too much memory.
     fn check_size(&self, batch: u32, capacity: u32) -> Result<()> {
         let Shape { hidden_size, n_head, d_latent, d_q_latent, d_nope, d_rope, d_value, .. } = *self;
         let product = |extents: &[u32]| extents.iter().fold(1, |all: u64, &extent| all.saturating_mul(extent.into()));
@@ -301,11 +301,11 @@ struct Tokens {
 }
 
 impl LayerCase {
-    /// A history for a layer: ragged, chunked, with tokens taken back, copied and given up.
+    /// A history for a layer: ragged and chunked, with roll backs, copies and abandoned steps.
     pub fn draw(shape: Shape, random: &mut Random) -> LayerCase {
         let mut below = |limit: u32| random.ids(1, limit.max(1))[0];
         let batch = 1 + below(4);
-        // Mostly shorter than a split of 256 rows, now and then two or three of them.
+        // Mostly shorter than a split of 256 cache rows, now and then two or three splits.
         let capacity = if below(12) == 0 { 250 + below(400) } else { 1 + below(48) };
         let gate_rows = match below(4) {
             0 => GateRows::Table,
@@ -345,7 +345,7 @@ impl LayerCase {
                     }
                 }
             };
-            // What says nothing, as a step without tokens, is left out.
+            // Events without effect, as a step without tokens, are left out.
             if let Some(after) = event.applied(&lengths, capacity) {
                 lengths = after;
                 events.push(event);
@@ -356,7 +356,7 @@ impl LayerCase {
 
     /// One line that [`LayerCase::from_json`] reads.
     pub fn to_json(&self) -> String {
-        // Plain structs of numbers and names: there is nothing that serialising could refuse.
+        // Plain structs of numbers and names: serialising cannot fail.
         serde_json::to_string(self).unwrap_or_default()
     }
 
@@ -415,7 +415,7 @@ impl LayerCase {
     /// from the events.
     ///
     /// # Errors
-    /// What the library refuses of a case that it should take, or a lost device.
+    /// A case that the library wrongly refuses, or a lost device.
     pub fn run(&self, kernels: &Kernels) -> Result<Comparison> {
         self.run_on(kernels, &Prepared::new(&self.shape)?)
     }
@@ -510,7 +510,7 @@ impl LayerCase {
         Ok((got, cache.lengths().to_vec(), cache.distinct_ids()))
     }
 
-    /// What the outputs are by definition, and the ids that each sequence holds in the end.
+    /// The outputs by definition, and the final ids of each sequence.
     fn in_f64(&self, reference: &Layer) -> (Vec<f64>, Vec<Vec<u32>>) {
         let mut held: Vec<(History, Vec<u32>)> = vec![Default::default(); self.batch as usize];
         let mut expected = Vec::new();
@@ -720,7 +720,7 @@ pub struct SearchReport {
     pub compared: usize,
     /// New tokens in them.
     pub tokens: u64,
-    /// The largest error as a part of what is allowed, and the case that shows it.
+    /// The largest error over its tolerance, and its case.
     pub worst: Option<(f64, LayerCase)>,
     /// The first case that failed, shrunk. The search ends with it.
     pub failure: Option<Failure>,
@@ -789,7 +789,7 @@ fn problem_of(result: &Result<Comparison>) -> Result<Option<String>> {
 /// Most runs that shrinking takes: widths that nothing has compiled for cost seconds each.
 const SHRINKING_RUNS: usize = 400;
 
-/// The smallest case that still fails, by greedy steps; `problem` tells what is wrong with one.
+/// The smallest case that still fails, by greedy steps; `problem` says what is wrong with a case.
 ///
 /// # Errors
 /// Those of `problem`.

@@ -1,4 +1,4 @@
-//! What of a region is compared, as data: another host reads the same elements in the same way.
+//! The compared elements of a region, as data: another host reads the same elements in the same way.
 
 use serde::Serialize;
 

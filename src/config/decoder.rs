@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// A small decoder-only language model: RMSNorm, attention, RMSNorm, SwiGLU, tied or separate output embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
-    /// Rows of the token embedding.
+    /// Entries of the token embedding.
     pub vocab_size: u32,
     /// Width of the SwiGLU's inner part.
     pub intermediate_size: u32,
@@ -15,7 +15,7 @@ pub struct DecoderConfig {
     pub n_layer: u32,
     /// `eps` of the decoder's RMSNorms.
     pub rms_norm_eps: f64,
-    /// Tokens the model was trained to see at once.
+    /// Longest context of the training.
     pub max_position_embeddings: u32,
     /// The output embedding is the input embedding.
     pub tie_word_embeddings: bool,
@@ -35,7 +35,7 @@ const DECODER_KEYS: &[&str] = &[
     "vocab_size",
 ];
 
-/// Decoder keys that change nothing of what is computed.
+/// Decoder keys without effect on the result.
 const IGNORED_DECODER_KEYS: &[&str] = &[
     "architectures",
     "attention_dropout",
@@ -86,7 +86,7 @@ impl DecoderConfig {
         Ok(config)
     }
 
-    /// Checks what the fields say against each other.
+    /// Checks that the fields fit each other.
     ///
     /// # Errors
     /// [`Error::Config`] with the checkpoint key that does not fit.

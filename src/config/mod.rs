@@ -27,7 +27,7 @@ use keys::{Keys, parse_object};
 pub use decoder::DecoderConfig;
 pub use rope::{RopeConfig, RopeScaling};
 
-/// Where the embedding gate is applied (EG-MLA; the paper leaves it open, see the README).
+/// Where the embedding gate acts (EG-MLA; the paper leaves it open, see `docs/definition.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GateSite {
@@ -92,18 +92,18 @@ impl GateNorm {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GateConfig {
-    /// Rows of the gate table (token ids are below it).
+    /// Entries of the gate table; token ids are below it.
     pub vocab_size: u32,
-    /// Width of a row, d_e in the paper.
+    /// Width of an entry, d_e in the paper.
     #[serde(rename = "embed_dim")]
     pub d_gate: u32,
     /// Where the gate acts.
     #[serde(default)]
     pub site: GateSite,
-    /// What is applied to the projected row.
+    /// Applied to the projected gate row.
     #[serde(default)]
     pub activation: Activation,
-    /// What follows the product.
+    /// Norm after the product.
     #[serde(default)]
     pub norm: GateNorm,
     /// `eps` of that norm.
@@ -140,7 +140,7 @@ pub struct AttentionConfig {
     pub rope: RopeConfig,
 }
 
-/// `eps` of `q_a_layernorm` and `kv_a_layernorm`, whatever the checkpoint's `rms_norm_eps` says of the decoder's norms.
+/// `eps` of `q_a_layernorm` and `kv_a_layernorm`; the checkpoint's `rms_norm_eps` is that of the decoder's norms.
 pub const LOW_RANK_NORM_EPS: f64 = 1e-6;
 
 /// Keys of DeepSeek-style checkpoints that say nothing about one attention layer.
@@ -206,8 +206,8 @@ const ATTENTION_KEYS: &[&str] = &[
 impl AttentionConfig {
     /// Reads the checkpoint keys of one attention layer from the text of a `config.json`.
     ///
-    /// Keys of the wider model are passed over; keys that are in neither list are refused, so that a misspelt
-    /// option cannot pass as its default.
+    /// Keys of the wider model are ignored; keys in neither list are refused, so that a misspelt option cannot pass as its
+    /// default.
     ///
     /// # Errors
     /// `DataError::Json` or [`Error::Config`] with the key.
@@ -242,7 +242,7 @@ impl AttentionConfig {
         Ok(config)
     }
 
-    /// Checks what the fields say against each other.
+    /// Checks that the fields fit each other.
     ///
     /// # Errors
     /// [`Error::Config`] with the checkpoint key that does not fit.
@@ -305,7 +305,7 @@ impl AttentionConfig {
     }
 
     fn validate_rope(&self) -> Result<()> {
-        // In f32, which the device computes with: what vanishes or overflows there would be NaN in every result.
+        // In f32, the device's type: a value that becomes 0 or infinite there would make every result NaN.
         let above = |key: &str, value: f64, bound: f32| {
             let single = value as f32;
             if single.is_finite() && single > bound {
@@ -340,7 +340,7 @@ impl AttentionConfig {
                         ));
                     }
                 }
-                // Each may be sound and the square of what they give too large.
+                // Each may be valid and the square of their result too large.
                 above("rope_scaling.mscale", self.rope.amplitude(), 0.0)?;
                 above("rope_scaling.mscale_all_dim", self.scale(), 0.0)
             }

@@ -1,4 +1,4 @@
-//! The decoder in f64 on the CPU, from the kernels' definitions: the judge in tests, and what runs where there is no GPU.
+//! The decoder in f64 on the CPU, from the kernels' definitions: the reference of tests, and the fallback without a GPU.
 
 use std::num::NonZero;
 
@@ -77,8 +77,8 @@ impl CpuDecoder {
         })
     }
 
-    /// At most so many bytes are taken, beside the weights, by a state of `cached` tokens, and by computing `new` ones at once
-    /// and the logits of `rows` of them.
+    /// Most bytes, beside the weights, of a state of `cached` tokens and of computing `new` ones at once with the logits of
+    /// `rows` of them.
     pub fn bytes(config: &DecoderConfig, cached: u64, new: u64, rows: u64) -> u64 {
         let wide = |value: u32| u64::from(value);
         let state = Layer::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));

@@ -1,4 +1,4 @@
-//! How well a model predicts a text: sliding windows, loss, bits per character.
+//! Scores a model on a text: sliding windows, loss, bits per character.
 //!
 //! The text is tokenised once; its first token is context only. Windows of W = `max_position_embeddings` tokens begin W/2
 //! apart: the window that begins at s is fed tokens `[s, min(s + W, n − 1))` and scores the next-token targets that no
@@ -12,7 +12,7 @@ use crate::error::{ArgumentError, DataError, Error, Result};
 /// Tokens to feed at once, and which of their predictions count.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
-    /// Indices of the tokens that are fed.
+    /// Indices of the tokens to feed.
     pub inputs: Range<usize>,
     /// Indices of the tokens that are scored: the one at `t` is predicted by the logits of input `t − 1`.
     pub targets: Range<usize>,

@@ -8,7 +8,7 @@ use crate::error::{DataError, Error, Result};
 use crate::files;
 use crate::weights::{AttentionWeights, Checkpoint, HostTensor};
 
-/// A model in Hugging Face layout: configuration and tokenizer read, weights read when they are asked for.
+/// A model in Hugging Face layout: configuration and tokenizer are read at once, weights on request.
 pub struct ModelFolder {
     path: PathBuf,
     config: DecoderConfig,
@@ -55,12 +55,12 @@ impl ModelFolder {
         &self.path
     }
 
-    /// What `config.json` says.
+    /// The content of `config.json`.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
-    /// What `tokenizer.json` says.
+    /// The content of `tokenizer.json`.
     pub fn tokenizer(&self) -> &TextTokenizer {
         &self.tokenizer
     }
@@ -73,11 +73,12 @@ impl ModelFolder {
         self.tokenizer.encode(text).map_err(|error| error.in_file(self.path.join("tokenizer.json")))
     }
 
-    /// Reads all weights, widened to f32. The file's bytes are in memory beside them until it returns: mapping them instead
-    /// would end the process where another one shortens the file.
+    /// Reads all weights, widened to f32. The file's bytes are in memory beside them until it returns: with a mapping instead,
+    /// another process that shortens the file would end this one.
     ///
     /// # Errors
-    /// `DataError::Io` where the file cannot be read any more, [`Error::File`] with a tensor that is missing, of another shape or type, or has no place in the configuration.
+    /// `DataError::Io` if the file cannot be read any more, [`Error::File`] with a tensor that is missing, has another shape or
+    /// type, or has no place in the configuration.
     pub fn weights(&self) -> Result<DecoderWeights> {
         Checkpoint::new(&files::read_safetensors(&self.weights_path)?)
             .and_then(|checkpoint| DecoderWeights::load(&checkpoint, &self.config))

@@ -7,7 +7,7 @@
 //!
 //! [`ModelFolder`] reads a model in Hugging Face layout, [`Decoder`] records it into the caller's commands,
 //! [`CpuDecoder`] is the same model in f64 from [`crate::reference`]. [`Sampler`] picks tokens, [`TextStream`] turns them
-//! into text as they come, [`Windows`] and [`Score`] say how good the model is.
+//! into text as they come, [`Windows`] and [`Score`] measure the model on a text.
 
 mod cpu;
 mod evaluate;

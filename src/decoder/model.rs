@@ -19,9 +19,9 @@ use crate::storage::{Storage, padded_width, product};
 pub enum Logits {
     /// None: the tokens only go into the cache.
     None,
-    /// One row for each sequence with new tokens: its last token's.
+    /// Those of the last new token of each sequence that has new tokens.
     Last,
-    /// A row for each new token.
+    /// Those of every new token.
     All,
 }
 
@@ -70,7 +70,7 @@ pub struct DecoderState {
     stream: Region,
     /// `[tokens, hidden]`
     normed: Region,
-    /// `[tokens, hidden]`: what is added to the stream.
+    /// `[tokens, hidden]`: summand of the residual stream.
     delta: Region,
     /// `[tokens, intermediate]`
     gate: Region,
@@ -89,7 +89,7 @@ pub struct DecoderState {
 pub struct DecoderStep {
     step: Step,
     vocab_size: u32,
-    /// Row of each sequence's last new token.
+    /// Last new token of each sequence, in the step's numbering.
     last_rows: Vec<u32>,
 }
 
@@ -104,7 +104,7 @@ impl DecoderStep {
         self.step
     }
 
-    /// Rows of logits that `logits` stands for in this step.
+    /// Number of logit vectors of `logits` in this step.
     pub fn logit_rows(&self, logits: Logits) -> u32 {
         match logits {
             Logits::None => 0,
@@ -197,8 +197,8 @@ impl Decoder {
         self.layers.iter().map(|layer| layer.attention.gate_table_bytes()).sum()
     }
 
-    /// Allocates the buffers for steps on `cache`; with `all_logits` there is room for a row of logits for every new token of a
-    /// step ([`Logits::All`]), not just for every sequence.
+    /// Allocates the buffers for steps on `cache`. `all_logits` makes room for logits of every new token of a step
+    /// ([`Logits::All`]), not just of every sequence.
     ///
     /// # Errors
     /// A buffer over the device's limits, before any is allocated; no memory left, or a lost device.
@@ -240,7 +240,7 @@ impl Decoder {
         })
     }
 
-    /// Checks new tokens and works out what every layer needs to know of them.
+    /// Checks new tokens and makes the tables that every layer needs.
     ///
     /// # Errors
     /// No token ids, ids beyond the vocabulary (also of a model without a gate), or what [`LatentCache::prepare`] refuses.
@@ -259,7 +259,7 @@ impl Decoder {
     /// Records and commits new tokens; returns the region of their logits, as [`Decoder::forward`].
     ///
     /// # Errors
-    /// What [`Decoder::prepare`] and [`Decoder::forward`] refuse; recording and cache are then as they were.
+    /// As [`Decoder::prepare`] and [`Decoder::forward`]; recording and cache are then unchanged.
     pub fn advance(
         &self,
         recording: &mut Recording,
@@ -276,12 +276,12 @@ impl Decoder {
 
     /// Records a step through all layers. The cache's lengths change with [`LatentCache::commit`].
     ///
-    /// Returns where the logits will be: `[step.logit_rows(logits), vocab]` f32, in a buffer of `state` that the next
-    /// step overwrites.
+    /// Returns the region of the logits: `[step.logit_rows(logits), vocab]` f32, in a buffer of `state` that the next step
+    /// overwrites.
     ///
     /// # Errors
-    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, or what a
-    /// kernel refuses. The recording is then as it was.
+    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, or a kernel that
+    /// cannot run. The recording is then unchanged.
     pub fn forward(
         &self,
         recording: &mut Recording,

@@ -28,8 +28,8 @@ thread_local! {
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether a panic of this thread, now, is one of the tokenizers library that comes back as `DataError::Tokenizer`: a panic hook
-/// has nothing to tell of it. A tokenizer of settings that contradict each other makes that library panic in several places.
+/// Whether a panic of this thread now would be one of the tokenizers library, returned as `DataError::Tokenizer`: a panic hook then
+/// prints nothing. Contradictory settings of a tokenizer make that library panic in several places.
 pub fn panics_are_caught() -> bool {
     CAUGHT.get()
 }
@@ -37,8 +37,8 @@ pub fn panics_are_caught() -> bool {
 /// Calls into the tokenizers library.
 fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = CAUGHT.replace(true);
-    // What it panics out of is not used again: reading failed, or a text was not encoded or decoded. Its caches are behind
-    // locks that it passes over where they are poisoned.
+    // After a panic no value is used again: reading failed, or a text was not encoded or decoded. The library ignores poisoned
+    // locks of its caches.
     let result = std::panic::catch_unwind(AssertUnwindSafe(call));
     CAUGHT.set(before);
     result.unwrap_or_else(|cause| {
@@ -54,8 +54,7 @@ fn error(error: impl std::fmt::Display) -> Error {
 }
 
 impl TextTokenizer {
-    /// Reads the content of a `tokenizer.json`. Truncation and padding that stand in it are switched off: a text is
-    /// encoded whole.
+    /// Reads the content of a `tokenizer.json`. Its truncation and padding are switched off: a text is encoded whole.
     ///
     /// # Errors
     /// `DataError::Tokenizer` when the bytes are no tokenizer, or one of more than 16 regular expressions.
@@ -75,7 +74,7 @@ impl TextTokenizer {
         })
     }
 
-    /// One more than the highest id: rows that a model's embedding must have.
+    /// One more than the highest id: the fewest entries of a model's embedding.
     pub fn vocab_size(&self) -> u64 {
         self.vocab_size
     }
@@ -110,8 +109,8 @@ impl TextTokenizer {
     }
 }
 
-/// Text that grows token by token and is handed out only where it is complete: a character whose bytes are spread over
-/// tokens is held back until the last of them.
+/// Text that grows token by token and is returned once complete: a character whose bytes span several tokens is held back until
+/// the last of them.
 #[derive(Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a TextTokenizer,
@@ -120,7 +119,7 @@ pub struct TextStream<'a> {
 }
 
 impl<'a> TextStream<'a> {
-    /// A stream that continues `context`, whose own text is not handed out.
+    /// A stream that continues `context` and does not return its text.
     ///
     /// # Errors
     /// As [`TextTokenizer::decode`].
@@ -150,7 +149,7 @@ impl<'a> TextStream<'a> {
     }
 
     fn emit(&mut self, text: &str) -> String {
-        // What was handed out cannot be taken back: a decoder that rewrites the past adds nothing.
+        // Returned text is final: a decoder that rewrites the past adds nothing.
         let new = text.strip_prefix(self.emitted.as_str()).unwrap_or_default().to_owned();
         self.emitted.push_str(&new);
         new

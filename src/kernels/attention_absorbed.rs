@@ -1,4 +1,4 @@
-//! Attention of few queries per sequence straight over the cached latents, split over the cache.
+//! Attention of up to 16 queries per sequence over the cached latents themselves, split over the cache.
 
 use super::attention_decode::SPLIT;
 use crate::adapter::{AdapterClass, PlanContext};
@@ -40,11 +40,11 @@ crate::args! {
 pub struct AttentionAbsorbed {
     /// Query tokens.
     pub tokens: u32,
-    /// Lines of the sequence table.
+    /// Entries of the sequence table.
     pub n_sequence: u32,
-    /// Most query tokens of a sequence.
+    /// Most query tokens per sequence.
     pub most_tokens: u32,
-    /// Splits of all sequences: the step's rows over [`SPLIT`].
+    /// Splits of all sequences: the step's cache rows, padding included, over [`SPLIT`].
     pub splits: u32,
     /// Partial results: splits times query tokens, summed over the sequences.
     pub partials: u32,
@@ -52,20 +52,20 @@ pub struct AttentionAbsorbed {
     pub n_head: u32,
     /// Width of a latent.
     pub d_latent: u32,
-    /// Content part of `q`, which stands before its rotary part.
+    /// Width of the content part of `q`; the rotary part follows it.
     pub d_nope: u32,
-    /// Rotary part.
+    /// Width of the rotary part.
     pub d_rope: u32,
-    /// Rows of the cache.
+    /// Cache rows.
     pub cache_rows: u32,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
-    /// How the cache is stored.
+    /// Storage of the cache.
     pub storage: Storage,
 }
 
 impl AttentionAbsorbed {
-    /// Whether rows of the queries, like those of the cache, begin on 16-byte boundaries.
+    /// Whether queries begin on 16-byte boundaries, as cache rows do.
     pub fn aligned(&self) -> bool {
         [self.d_latent, self.d_nope, self.d_rope].iter().all(|width| width.is_multiple_of(4))
     }
@@ -78,7 +78,7 @@ impl AttentionAbsorbed {
         Err(format!("d_latent {d_latent}, d_nope {d_nope} and d_rope {d_rope} must be multiples of 4"))
     }
 
-    /// A draft with `heads` heads a workgroup.
+    /// A draft with `heads` heads per workgroup.
     fn draft(&self, workgroup_size: u32, heads: u32) -> Draft {
         let grid = Grid::Tiled { size: [self.splits, self.n_head, self.most_tokens], tile: [1, heads, 1] };
         Draft::new(workgroup_size, grid).with([("STORAGE_F16", self.storage.constant())]).with([("SPLIT", SPLIT)])
@@ -148,10 +148,10 @@ impl Op for AttentionAbsorbed {
     }
 }
 
-/// Through workgroup memory, any widths. HEADS: heads of a workgroup.
+/// Through workgroup memory, any widths. HEADS: heads per workgroup.
 pub(crate) const PLAIN: Variant<AttentionAbsorbed> = {
     const TUNINGS: &[u32] = &[4, 8];
-    /// 16-byte loads of a key whose query elements are staged at once.
+    /// 16-byte loads per key whose query elements are staged at once.
     const CHUNK: u32 = 8;
     Variant::<AttentionAbsorbed>::new(
         ("attention_absorbed", include_str!("../../shaders/attention_absorbed.wgsl")),
@@ -165,14 +165,14 @@ pub(crate) const PLAIN: Variant<AttentionAbsorbed> = {
         },
         |_, _, plan| hold(&[(plan.tile() == [1, plan.value("HEADS"), 1], "a workgroup has a split of HEADS heads")]),
     )
-    // Eight heads read a row half as often, where they are not heads past the end.
+    // Eight heads per workgroup halve the reads of a cache row, unless most of them are past the last head.
     .auto(|op, _| usize::from((op.n_head - 1) % 8 >= 4))
 };
 
-/// A workgroup is one subgroup, without barriers: for adapters without fast workgroup memory. Most lanes of a workgroup.
+/// One subgroup per workgroup, no barriers: for adapters without fast workgroup memory. Tuning: most lanes per workgroup.
 pub(crate) const SUBGROUP: Variant<AttentionAbsorbed> = {
     const TUNINGS: &[u32] = &[16, 8];
-    /// Heads of a workgroup.
+    /// Heads per workgroup.
     const HEADS: u32 = 8;
     Variant::<AttentionAbsorbed>::new(
         ("attention_absorbed_subgroup", include_str!("../../shaders/attention_absorbed_subgroup.wgsl")),
@@ -193,22 +193,22 @@ pub(crate) const SUBGROUP: Variant<AttentionAbsorbed> = {
     .preferred(|op, context| op.aligned() && context.class == AdapterClass::Software && wide_enough(context))
 };
 
-/// In software, subgroups of 4 leave more to loads than shuffles save.
+/// In software, shuffles in subgroups of 4 save less than their loads cost.
 pub(super) fn wide_enough(context: &PlanContext) -> bool {
     context.class != AdapterClass::Software || context.subgroup_min_size >= 8
 }
 
-/// In registers, each row read once: for GPUs with subgroups. Most teams of a workgroup.
+/// In registers, each cache row read once: for GPUs with subgroups. Tuning: most teams per workgroup; a team shares a cache row.
 pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
     const TUNINGS: &[u32] = &[4, 1, 8];
-    /// Heads of a team.
+    /// Heads per team.
     const HEADS: u32 = 4;
-    /// Most lanes of a team.
+    /// Most lanes per team.
     const MOST_LANES: u32 = 32;
-    /// What a lane can keep of a row: 16-byte loads of the latent, words of the rotary key.
+    /// Part of a cache row that a lane holds: 16-byte loads of the latent, words of the rotary key.
     const MOST_LOADS: u32 = 4;
     const MOST_WORDS: u32 = 16;
-    /// Below this many workgroups of one team a workgroup of several would leave cores of a GPU without work.
+    /// Below this many teams, one team per workgroup: larger workgroups would leave cores of a GPU idle.
     const FEW: u32 = 512;
     Variant::<AttentionAbsorbed>::new(
         ("attention_absorbed_stream", include_str!("../../shaders/attention_absorbed_stream.wgsl")),
@@ -217,7 +217,7 @@ pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
             op.check_aligned()?;
             let AttentionAbsorbed { d_latent, d_rope, storage, .. } = *op;
             let teams = TUNINGS[setting].min(op.n_head.div_ceil(HEADS));
-            // No more lanes than a row has loads.
+            // No more lanes than a cache row has loads.
             let row_loads = storage.row_loads(d_latent);
             let lanes = context.lanes(MOST_LANES).min(row_loads.next_power_of_two().max(4));
             let loads = row_loads.div_ceil(lanes);

@@ -1,4 +1,4 @@
-//! Combines the splits of every query.
+//! Combines the partial results of every query, one per split.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};

@@ -1,4 +1,4 @@
-//! Attention of few queries per sequence over rebuilt or cached keys and values, split over the cache.
+//! Attention of up to 16 queries per sequence over rebuilt or cached keys and values, split over the cache.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -8,10 +8,10 @@ use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero};
 use crate::storage::{Storage, padded, product, words};
 
-/// Rows of the cache that one workgroup attends to, here and in `attention_absorbed`.
+/// Cache rows per workgroup, here and in `attention_absorbed`.
 pub const SPLIT: u32 = 256;
 
-/// One line of the sequence table of a decode step: [`super::cache_read::SequenceRow`], and where results go.
+/// One entry of the sequence table of a decode step: [`super::cache_read::SequenceRow`], and the place of its results.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct DecodeSequence {
@@ -21,7 +21,7 @@ pub struct DecodeSequence {
     pub first_slot: u32,
     /// Tokens, those of this step included.
     pub length: u32,
-    /// Row of the sequence's first query token in the step's activations.
+    /// First query token of the sequence, in the step's numbering of new tokens.
     pub token: u32,
     /// Query tokens: each sees those before it.
     pub tokens: u32,
@@ -29,7 +29,7 @@ pub struct DecodeSequence {
     pub partial: u32,
     /// Splits of the sequence.
     pub splits: u32,
-    /// Fills the line up.
+    /// Padding to 32 bytes.
     pub unused: u32,
 }
 
@@ -64,17 +64,17 @@ crate::args! {
 pub struct AttentionDecode {
     /// Query tokens.
     pub tokens: u32,
-    /// Most query tokens of a sequence.
+    /// Most query tokens per sequence.
     pub most_tokens: u32,
     /// Partial results: splits times query tokens, summed over the sequences.
     pub partials: u32,
-    /// Lines of the sequence table.
+    /// Entries of the sequence table.
     pub n_sequence: u32,
     /// Query heads.
     pub n_head: u32,
-    /// Content part of query and key. It and `d_value` are whole 16-byte loads in `kv_storage`, `d_rope` in `storage`.
+    /// Width of the content part. It and `d_value` are whole 16-byte loads in `kv_storage`, `d_rope` in `storage`.
     pub d_nope: u32,
-    /// Rotary part.
+    /// Width of the rotary part.
     pub d_rope: u32,
     /// Value width.
     pub d_value: u32,
@@ -82,7 +82,7 @@ pub struct AttentionDecode {
     pub kv_first: u32,
     /// Rows of the key tile; a multiple of [`SPLIT`].
     pub kv_rows: u32,
-    /// Rows of the rope cache.
+    /// Cache rows of the rope cache.
     pub cache_rows: u32,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
@@ -136,7 +136,7 @@ impl Op for AttentionDecode {
 
     fn cost(&self) -> Cost {
         let AttentionDecode { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, kv_storage, .. } = *self;
-        // A row belongs to one sequence, and so meets that one's queries.
+        // A cache row belongs to one sequence: only that sequence's queries attend to it.
         let rows = kv_rows.min(self.cache_rows);
         let met = rows.saturating_mul(self.most_tokens);
         let splits = kv_rows.div_ceil(SPLIT).saturating_mul(self.most_tokens);
@@ -156,11 +156,11 @@ impl Op for AttentionDecode {
     }
 }
 
-/// In 16-byte loads. (WORKGROUP, LANES, COLUMNS): LANES invocations share the scores of a row, COLUMNS its values. In
-/// software whole rows.
+/// In 16-byte loads. (WORKGROUP, LANES, COLUMNS): LANES invocations share the scores of a cache row, COLUMNS its values; one
+/// each in software.
 pub(crate) const LANES: Variant<AttentionDecode> = {
     const TUNINGS: &[(u32, u32, u32)] = &[(64, 1, 8), (128, 8, 8), (256, 8, 8), (128, 4, 16)];
-    /// Rows that an invocation takes at a time.
+    /// Cache rows per invocation at a time.
     const QUAD: u32 = 4;
     Variant::<AttentionDecode>::new(
         ("attention_decode", include_str!("../../shaders/attention_decode.wgsl")),
@@ -168,7 +168,7 @@ pub(crate) const LANES: Variant<AttentionDecode> = {
         |op, _, setting| {
             let AttentionDecode { d_nope, d_rope, d_value, storage, kv_storage, .. } = *op;
             let (workgroup, most_lanes, most_columns) = TUNINGS[setting];
-            // No more invocations than a row has loads; fewer than four lanes per row would find no rows.
+            // No more lanes than a cache row has loads; with fewer than four lanes per row, some would have no row.
             let key_loads = (d_nope / kv_storage.of_load()).max(d_rope / storage.of_load());
             let lanes = most_lanes.min(key_loads.next_power_of_two());
             let columns = most_columns.min((d_value / kv_storage.of_load()).next_power_of_two().max(4));

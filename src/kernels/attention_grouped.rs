@@ -1,6 +1,6 @@
 //! Attention over the cached latents with one absorbed query per distinct token id: decode for the gate at `up_projected`.
 //!
-//! The step's tables are made for a [`Tiling`], and with it for a variant: each has the same meaning, lists and partial results.
+//! A [`Tiling`] shapes the step's tables and selects the variant: all have the same meaning, lists and partial results.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -14,19 +14,19 @@ use crate::storage::{Storage, padded, product, words};
 
 /// Words of a group's header.
 pub const HEADER_WORDS: u32 = 8;
-/// Positions that stand in the header itself.
+/// Positions within the header itself.
 pub const INLINE_POSITIONS: u32 = 3;
 /// Positions of a group's first tier.
 pub const TIER_1: u32 = 13;
-/// Positions of its second.
+/// Positions of a group's second tier.
 pub const TIER_2: u32 = 48;
-/// Positions of a group that a tile takes; further ones come in chunks.
+/// Positions per group within a tile; chunks take the others.
 pub const TILE_POSITIONS: u32 = INLINE_POSITIONS + TIER_1 + TIER_2;
 /// Words before the positions of a chunk.
 pub const CHUNK_HEADER: u32 = 4;
 /// Positions of a chunk.
 pub const CHUNK_POSITIONS: u32 = 256;
-/// Words of a line of the sequence table.
+/// Words per entry of the sequence table.
 pub const SEQUENCE_WORDS: u32 = 16;
 
 crate::params! {
@@ -61,7 +61,7 @@ crate::args! {
     }
 }
 
-/// One line of the sequence table, at word [`AttentionGrouped::table`] of `lists`.
+/// One entry of the sequence table, at word [`AttentionGrouped::table`] of `lists`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable, Default)]
 pub struct GroupedSequence {
@@ -77,7 +77,7 @@ pub struct GroupedSequence {
     pub first_slot: u32,
     /// Position of the first query token.
     pub position: u32,
-    /// Row of the first query token in the step's activations.
+    /// First query token, in the step's numbering of new tokens.
     pub token: u32,
     /// Query tokens.
     pub tokens: u32,
@@ -93,21 +93,21 @@ pub struct GroupedSequence {
     pub chunk_word: u32,
     /// Entries of chunks.
     pub chunk_entries: u32,
-    /// Fills the line up.
+    /// Padding.
     pub unused: [u32; 2],
 }
 
-/// How many groups share a tile, and how many tiles an entry: what the step's tables are made for.
+/// Groups per tile and tiles per entry: the shape of the step's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiling {
-    /// Groups of a tile.
+    /// Groups per tile.
     pub groups: u32,
-    /// Tiles of an entry.
+    /// Tiles per entry.
     pub span: u32,
 }
 
 impl Tiling {
-    /// Groups of an entry: sequences begin at multiples of it in the step's numbering, and so do passes.
+    /// Groups per entry: sequences and passes begin at multiples of it in the step's numbering.
     pub fn entry_groups(&self) -> u32 {
         self.groups.saturating_mul(self.span)
     }
@@ -126,7 +126,7 @@ pub struct Widths {
     pub d_value: u32,
 }
 
-/// Where gate rows are found, as the shaders' SOURCES count it: what is never read is not compiled either.
+/// Sources of gate rows, as the shaders' SOURCES counts them: a source that is never read is not compiled.
 pub(super) fn sources(resident: u32, more: u32) -> f64 {
     match (resident, more) {
         (0, _) => 2.0,
@@ -135,8 +135,8 @@ pub(super) fn sources(resident: u32, more: u32) -> f64 {
     }
 }
 
-/// The tiling for these widths on a device, and with it the variant: the one in registers where it is offered and suits them,
-/// else as many groups as workgroup memory holds.
+/// The tiling for these widths on a device, and with it the variant: in registers if the device and the widths allow it, else
+/// with as many groups as workgroup memory holds.
 ///
 /// # Errors
 /// [`Error::Limit`] when one head of one group does not fit.
@@ -147,8 +147,8 @@ pub fn tiling(context: &PlanContext, widths: Widths) -> Result<Tiling> {
     }
 }
 
-/// The tiling of the variant that keeps a tile in registers; `None` where another is needed: without subgroups of 8 and more,
-/// for wider latents or rotary keys than 64, wider values than 128, or heads that are no whole blocks of 8.
+/// The tiling of the variant that keeps a tile in registers. `None` without subgroups of 8 and more, for latents or rotary keys
+/// over 64 wide, values over 128, or head widths that are no multiples of 8.
 pub fn tiling_in_registers(context: &PlanContext, widths: Widths) -> Option<Tiling> {
     let span = match context.class {
         AdapterClass::Software => 2,
@@ -185,37 +185,37 @@ pub fn tiling_in_workgroup(context: &PlanContext, widths: Widths) -> Result<Tili
 pub struct AttentionGrouped {
     /// Query tokens.
     pub tokens: u32,
-    /// Most query tokens of a sequence.
+    /// Most query tokens per sequence.
     pub most_tokens: u32,
-    /// Lines of the sequence table.
+    /// Entries of the sequence table.
     pub n_sequence: u32,
     /// Entries of all sequences.
     pub entries: u32,
     /// Partial results of all passes.
     pub partials: u32,
-    /// Partial results that `partial` has room for.
+    /// Most partial results of `partial`.
     pub most_partials: u32,
     /// Query heads.
     pub n_head: u32,
     /// Widths of a head and of the latent.
     pub widths: Widths,
-    /// How the step's tables were made.
+    /// The shape of the step's tables.
     pub tiling: Tiling,
     /// Word of the sequence table in `lists`.
     pub table: u32,
     /// Words of `lists`.
     pub list_words: u32,
-    /// Rows of the cache.
+    /// Cache rows.
     pub cache_rows: u32,
     /// Byte in the layer's cache where the rotary keys begin; the latents begin at 0.
     pub rope_byte: u64,
     /// Byte where the statistics begin.
     pub statistics_byte: u64,
-    /// Rows of `gates`; further rows are those of `gates_more`.
+    /// Gate rows of `gates`; higher numbers are those of `gates_more`.
     pub resident: u32,
     /// How `gates` is stored.
     pub gates_storage: Storage,
-    /// Rows of `gates_more` that are bound.
+    /// Bound gate rows of `gates_more`.
     pub more: u32,
     /// How `gates_more` is stored.
     pub more_storage: Storage,
@@ -233,9 +233,9 @@ pub struct AttentionGrouped {
     pub norm: GateNorm,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
-    /// Groups that the pass is expected to meet, summed over the query tokens; for the cost alone.
+    /// Expected groups of the pass, summed over the query tokens; for the cost alone.
     pub expected_groups: u64,
-    /// Positions that it is expected to meet, likewise.
+    /// Expected positions, likewise.
     pub expected_positions: u64,
     /// How the cache is stored.
     pub cache_storage: Storage,
@@ -249,7 +249,7 @@ impl AttentionGrouped {
         self.n_head * (self.widths.d_nope + self.widths.d_value)
     }
 
-    /// A draft with workgroups of `heads` heads of `lanes` invocations, entries folded into y and z.
+    /// A draft with `heads` heads per workgroup and `lanes` invocations per head, entries folded into y and z.
     fn draft(&self, heads: u32, lanes: u32) -> Draft {
         let x = self.n_head.div_ceil(heads).saturating_mul(self.most_tokens);
         Draft::new(heads * lanes, Grid::Columns { x, rows: self.entries })
@@ -266,12 +266,12 @@ impl AttentionGrouped {
     }
 }
 
-/// Word of the (m, l) pairs in the partial results: a binding may begin there.
+/// Word of the (m, l) pairs in the partial results, at a binding's alignment.
 pub fn softmax_word(partials: u32, n_head: u32, d_value: u32) -> u64 {
     padded(product(&[partials, n_head, d_value]), 64)
 }
 
-/// First element of β in `affine`: a binding may begin there in either storage.
+/// First element of β in `affine`, at a binding's alignment in either storage.
 pub fn beta_element(d_kv: u32) -> u32 {
     d_kv.next_multiple_of(128)
 }
@@ -384,7 +384,7 @@ impl Op for AttentionGrouped {
         let each = |count: u64, size: u64| count.saturating_mul(size);
         Cost::of(
             &[
-                // Absorption of keys and values for every group, score and sum of every position.
+                // Absorption of keys and values per group, score and sum per position.
                 each(expected_groups, kv(2).saturating_mul(d_latent.into())),
                 each(expected_positions, times(4, &[n_head, d_latent]).saturating_add(times(2, &[n_head, d_rope]))),
             ],
@@ -393,7 +393,7 @@ impl Op for AttentionGrouped {
                 kv(self.storage.bytes()).saturating_mul(d_latent.into()),
                 each(affine, self.storage.bytes()),
                 each(once(expected_groups), d_kv.saturating_mul(gate_bytes)),
-                // A header of every group, a position of every row, the row itself and its statistics.
+                // A header per group; a position, its cache row and its statistics per cached token.
                 each(once(expected_groups), 32),
                 each(once(expected_positions), 4 + statistics + row * self.cache_storage.bytes()),
                 times(4, &[self.partials, n_head, d_value]),
@@ -403,12 +403,12 @@ impl Op for AttentionGrouped {
     }
 }
 
-/// vec4s of `width` elements, an even number, so that one 16-byte load of f16 is two of them.
+/// vec4s of `width` elements, an even number: one 16-byte load of f16 is two of them.
 fn pairs_of_four(width: u32) -> u32 {
     width.div_ceil(8) * 2
 }
 
-/// Vectors that hold a head's gated query, and after it the gate of its values.
+/// Vectors of a head's gated query, later of the gate of its values.
 fn room(d_nope: u32, d_value: u32) -> u32 {
     d_nope.max(d_value).checked_next_multiple_of(4).unwrap_or(u32::MAX)
 }
@@ -426,7 +426,7 @@ fn workgroup_bytes(widths: Widths, groups: u32, heads: u32) -> u64 {
     vectors.saturating_add(4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256)
 }
 
-/// A tile in workgroup memory, any widths. (HEADS, LANES): heads of a workgroup and invocations of a head.
+/// A tile in workgroup memory, any widths. (HEADS, LANES): heads per workgroup and invocations per head.
 pub(crate) const WORKGROUP: Variant<AttentionGrouped> = {
     const TUNINGS: &[(u32, u32)] = &[(1, 8), (4, 8), (1, 16)];
     Variant::<AttentionGrouped>::new(
@@ -439,7 +439,7 @@ pub(crate) const WORKGROUP: Variant<AttentionGrouped> = {
                 return Err(format!("tiles of {groups} groups, up to {WORKGROUP_GROUPS} fit"));
             }
             let (mut heads, lanes) = TUNINGS[setting];
-            // Fewer heads where the widths leave no room for more in what every device offers.
+            // As many heads as fit WebGPU's default workgroup memory at these widths.
             while heads > 1 && workgroup_bytes(op.widths, groups, heads) > 16384 {
                 heads /= 2;
             }
@@ -463,10 +463,10 @@ pub(crate) const WORKGROUP: Variant<AttentionGrouped> = {
     .preferred(|op, _| op.tiling.groups <= WORKGROUP_GROUPS)
 };
 
-/// Most groups of a tile of the variant in workgroup memory.
+/// Most groups per tile of the variant in workgroup memory.
 const WORKGROUP_GROUPS: u32 = 4;
 
-/// Groups of a tile, and invocations of a head, of the variant in registers.
+/// Groups per tile, and invocations per head, of the variant in registers.
 const SUBGROUP_GROUPS: u32 = 8;
 
 fn suit_registers(Widths { d_latent, d_nope, d_rope, d_value }: Widths) -> bool {
@@ -474,10 +474,10 @@ fn suit_registers(Widths { d_latent, d_nope, d_rope, d_value }: Widths) -> bool 
     whole && d_latent <= 64 && d_rope <= 64 && d_value <= 128
 }
 
-/// A tile in registers and subgroup shuffles, for latents of up to 64 columns. (HEADS, AHEAD): heads of a workgroup, eight
-/// invocations each, and positions whose rows are asked for at once. AHEAD divides 8.
+/// A tile in registers and subgroup shuffles, for latents of up to 64 columns. (HEADS, AHEAD): heads per workgroup, eight
+/// invocations each, and positions whose cache rows are loaded ahead. AHEAD divides 8.
 ///
-/// A GPU waits for memory at every position that it did not ask for ahead; a software adapter does not wait, it compiles.
+/// A GPU waits for memory at every position that was not loaded ahead; a software adapter only compiles longer.
 pub(crate) const SUBGROUP: Variant<AttentionGrouped> = {
     const TUNINGS: &[(u32, u32)] = &[(1, 1), (4, 4), (8, 4), (4, 2)];
     Variant::<AttentionGrouped>::new(
@@ -579,7 +579,7 @@ impl crate::sample::Sampled for AttentionGrouped {
             cache_storage: f16,
             storage: f16,
         };
-        // In workgroup memory from one group a tile to four, then in registers.
+        // In workgroup memory from one group per tile to four, then in registers.
         let shapes = [
             ((64, 64, 64, 64), (4, 2)),
             ((13, 0, 0, 11), (4, 4)),

@@ -12,7 +12,7 @@ use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero, flag};
 use crate::storage::{Storage, product, words};
 
-/// (ROWS, CHUNK, VALUE_ROWS) of the kernel that stages tiles: 8 lanes share 4 queries, ROWS times. A query tile is as long.
+/// (ROWS, CHUNK, VALUE_ROWS) of the kernel that stages tiles: 8 lanes share 4 queries, ROWS times, which is the query tile.
 const TUNINGS: &[(u32, u32, u32)] = &[(8, 8, 16), (16, 4, 8), (4, 8, 8)];
 
 /// Lanes that share a row of 4 queries there.
@@ -21,10 +21,10 @@ const LANES: u32 = 8;
 /// Most queries of a [`QueryTile`], for each setting of the kernel that stages tiles.
 pub const QUERY_TILES: [u32; 3] = [32, 64, 16];
 
-/// Keys of an iteration of the kernel that takes the fewest.
+/// Fewest keys per iteration of any variant.
 const LEAST_KEYS: u32 = 16;
 
-/// Value columns of a workgroup.
+/// Value columns per workgroup.
 const SLICE: u32 = 128;
 
 crate::params! {
@@ -59,13 +59,13 @@ crate::args! {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct QueryTile {
-    /// Row of the first query in the step's activations.
+    /// First query, in the step's numbering of new tokens.
     pub first_token: u32,
     /// Queries; at least 1.
     pub count: u32,
     /// Position of the first query in its sequence.
     pub position: u32,
-    /// Line of the sequence table.
+    /// Entry of the sequence table.
     pub sequence: u32,
 }
 
@@ -74,11 +74,11 @@ pub struct QueryTile {
 pub struct AttentionPrefill {
     /// Query tokens.
     pub tokens: u32,
-    /// Lines of the query table.
+    /// Entries of the query table.
     pub query_tiles: u32,
-    /// Most queries of a line, one of [`QUERY_TILES`]: [`tile_q`] for a step.
+    /// Most queries per entry, one of [`QUERY_TILES`]: [`tile_q`] for a step.
     pub tile_q: u32,
-    /// Lines of the sequence table.
+    /// Entries of the sequence table.
     pub n_sequence: u32,
     /// Query heads.
     pub n_head: u32,
@@ -92,7 +92,7 @@ pub struct AttentionPrefill {
     pub kv_first: u32,
     /// Rows of the key tile.
     pub kv_rows: u32,
-    /// Rows of the rope cache.
+    /// Cache rows of the rope cache.
     pub cache_rows: u32,
     /// Start from the empty state: the first key tile.
     pub first: bool,
@@ -100,7 +100,7 @@ pub struct AttentionPrefill {
     pub last: bool,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
-    /// How the layer's weights are stored: cooperative matrices round keys and values, so only where weights are rounded too.
+    /// Storage of the layer's weights: cooperative matrices round keys and values, so they need f16 weights.
     pub weights: Storage,
     /// How the rope cache is stored.
     pub storage: Storage,
@@ -110,7 +110,7 @@ pub struct AttentionPrefill {
 pub fn tile_q(context: &PlanContext) -> u32 {
     let wide = TUNINGS[1].0 * LANES <= context.limits.max_compute_invocations_per_workgroup;
     let auto = usize::from(context.class == AdapterClass::Discrete && wide);
-    // A measured setting that does not exist is refused when a step is planned.
+    // Planning refuses a measured setting that does not exist.
     QUERY_TILES.get(context.auto("attention_prefill", auto)).copied().unwrap_or(QUERY_TILES[auto])
 }
 
@@ -120,7 +120,7 @@ pub fn slices(d_value: u32) -> u32 {
 }
 
 impl AttentionPrefill {
-    /// A draft whose query tiles are shared by `parts` workgroups.
+    /// A draft with `parts` workgroups per query tile.
     fn draft(&self, workgroup_size: u32, parts: u32) -> Draft {
         let size = [self.query_tiles.saturating_mul(parts), self.n_head, self.d_value];
         Draft::new(workgroup_size, Grid::Tiled { size, tile: [1, 1, SLICE] }).walks("kv_rows", self.kv_rows, LEAST_KEYS)
@@ -183,8 +183,8 @@ impl Op for AttentionPrefill {
 
     fn cost(&self) -> Cost {
         let AttentionPrefill { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
-        // The state is written by every tile and read by all but the first. One (m, l) a query and head: a schedule that
-        // splits the value width keeps more.
+        // Every tile writes the state, and all but the first read it. One (m, l) per query and head: a schedule that splits
+        // the value width keeps more.
         let state = if self.first { 1 } else { 2 };
         Cost::of(
             &[
@@ -209,7 +209,7 @@ impl Op for AttentionPrefill {
 
 /// Tiles of queries and keys through workgroup memory, 16 bytes at a time.
 pub(crate) const TILES: Variant<AttentionPrefill> = {
-    /// Keys of a block.
+    /// Keys per block.
     const TILE_KV: u32 = 32;
     Variant::<AttentionPrefill>::new(
         ("attention_prefill", include_str!("../../shaders/attention_prefill.wgsl")),
@@ -242,14 +242,14 @@ pub(crate) const TILES: Variant<AttentionPrefill> = {
     .auto(|op, _| QUERY_TILES.iter().position(|&tile| tile == op.tile_q).unwrap_or(0))
 };
 
-/// The work shared by subgroups. (whether queries and keys go through workgroup memory, most teams of a workgroup).
+/// Teams of lanes within subgroups. (whether queries and keys go through workgroup memory, most teams per workgroup).
 pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
     const TUNINGS: &[(bool, u32)] = &[(false, 1), (true, 8), (true, 4)];
-    /// Queries of a team.
+    /// Queries per team.
     const QUERIES: u32 = 8;
-    /// Vectors of 4 elements that are staged at once.
+    /// vec4s staged at once.
     const CHUNK: u32 = 4;
-    /// Most lanes of a team: with 16, 128 value columns are two vectors of 4 per lane.
+    /// Most lanes per team: with 16, 128 value columns are two vec4s per lane.
     const MOST_LANES: u32 = 16;
     Variant::<AttentionPrefill>::new(
         ("attention_prefill_subgroup", include_str!("../../shaders/attention_prefill_subgroup.wgsl")),
@@ -282,13 +282,13 @@ pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
     .preferred(|_, context| wide_enough(context))
 };
 
-/// Fewest queries of a tile, on average, for cooperative matrices: they take 32 at a time.
+/// Fewest queries per tile, on average, for cooperative matrices, which take 32 at a time.
 const COOPERATIVE_QUERIES: u32 = 16;
 
 /// By cooperative matrices of 16 × 16.
 ///
-/// Queries, keys, values and weights are rounded to f16, sums and the softmax are f32: for caches in f16 only, whose rounding
-/// is as coarse. A score is off by about 2⁻¹¹ of its terms, a weight by 2⁻¹¹ of itself. Queries, keys and values beyond
+/// Queries, keys, values and weights are rounded to f16, sums and the softmax are f32: for f16 caches only, whose rounding is
+/// as coarse. A score is off by about 2⁻¹¹ of its terms, a weight by 2⁻¹¹ of itself. Queries, keys and values beyond
 /// ±65 504 become infinite, as in any f16.
 pub(crate) const COOPERATIVE: Variant<AttentionPrefill> = Variant::<AttentionPrefill>::new(
     ("attention_prefill_cooperative", include_str!("../../shaders/attention_prefill_cooperative.wgsl")),
@@ -309,17 +309,17 @@ pub(crate) const COOPERATIVE_8: Variant<AttentionPrefill> = Variant::<AttentionP
 .cooperative(Cooperative::BY_8)
 .preferred(rounds_as_weights_do);
 
-/// Queries, and keys, of a workgroup of matrices at a time.
+/// Queries, and keys, per workgroup of matrices at a time.
 const MATRIX_TILE: u32 = 32;
 
-/// The draft of either kernel; their staged halves take the same room.
+/// The draft of either kernel; both stage the same bytes.
 fn by_matrices(op: &AttentionPrefill, context: &PlanContext) -> Result<Draft, String> {
     if op.storage != Storage::F16 {
         return Err("the cache must be stored in f16".to_owned());
     }
     let parts = op.tile_q.div_ceil(MATRIX_TILE);
     let workgroup = four_subgroups(context).max(MATRIX_TILE);
-    // Value columns of a subgroup; half of them where that is enough.
+    // Value columns per subgroup; half of them if that is enough.
     let columns = if op.d_value <= SLICE / 2 { SLICE / 8 } else { SLICE / 4 };
     Ok(op
         .draft(workgroup, parts)
@@ -343,7 +343,7 @@ fn whole_subgroups(op: &AttentionPrefill, context: &PlanContext, plan: &Plan) ->
 }
 
 fn rounds_as_weights_do(op: &AttentionPrefill, context: &PlanContext) -> bool {
-    // Cooperative matrices round queries, keys and values: only where weights and cache are rounded, too.
+    // Cooperative matrices round queries, keys and values: only for f16 weights and caches.
     let halves = op.weights == Storage::F16 && op.storage == Storage::F16;
     let many = op.tokens >= op.query_tiles.saturating_mul(COOPERATIVE_QUERIES);
     halves && many && context.class != AdapterClass::Software
@@ -372,7 +372,7 @@ crate::vary!(AttentionPrefill {
 impl crate::sample::Sampled for AttentionPrefill {
     fn samples() -> Vec<Self> {
         let mut all = Vec::new();
-        // Every number of value columns and slices that a lane or workgroup has.
+        // Every number of value columns per lane and of slices per workgroup.
         let widths = [4, 28, 32, 36, 64, 68, 96, 100, 124, 128, 132, 256, 260].map(|d_value| (4, 8, d_value));
         for (n_head, query_tiles) in
             crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 5].map(|tiles| (n_head, tiles)))

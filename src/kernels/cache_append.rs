@@ -1,4 +1,4 @@
-//! Writes latents and rotary keys of new tokens to their rows of the latent cache, and rotates keys and queries.
+//! Writes latents and rotary keys of new tokens to their cache rows, and rotates keys and queries.
 
 use crate::adapter::AdapterClass;
 use crate::cost::{Cost, times};
@@ -26,7 +26,7 @@ crate::args! {
         rope_key: Read,
         /// `[tokens, d_rope / 2, 2]` f32: cos and sin of each pair; not bound where nothing is rotated.
         rotations: Read,
-        /// `[tokens]` u32 rows of the cache, all different.
+        /// `[tokens]` u32 cache rows, all different.
         slots: Read,
         /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
         cache: Write,
@@ -38,7 +38,7 @@ crate::args! {
 /// Query heads that are rotated in place, in elements of `q`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Queries {
-    /// Heads of a token; 0 for none.
+    /// Heads per token; 0 for none.
     pub n_head: u32,
     /// First element that is rotated.
     pub offset: u32,
@@ -53,9 +53,9 @@ pub struct Queries {
 pub struct CacheAppend {
     /// New tokens.
     pub tokens: u32,
-    /// Rows of the cache; the caller has checked that every slot is below it.
+    /// Cache rows; the caller has checked that every slot is below it.
     pub cache_rows: u32,
-    /// Width of a latent. It, `d_rope` and every offset and pitch are multiples of 4, the two widths of 8 for a cache in f16.
+    /// Width of a latent. Widths, offsets and pitches are multiples of 4; the two widths of 8 for an f16 cache.
     pub d_latent: u32,
     /// First element of `latent`.
     pub latent_offset: u32,
@@ -67,11 +67,11 @@ pub struct CacheAppend {
     pub rope_offset: u32,
     /// From one token of `rope_key` to the next.
     pub rope_row: u32,
-    /// Turns the pairs (2i, 2i+1) of keys and queries.
+    /// Rotates the pairs (2i, 2i+1) of keys and queries.
     pub rotate: bool,
     /// Queries to rotate.
     pub queries: Queries,
-    /// Byte of `cache` where the rotary keys begin, behind the latents.
+    /// Byte of `cache` where the rotary keys begin, after the latents.
     pub rope_byte: u64,
     /// How the cache is stored.
     pub storage: Storage,
@@ -124,7 +124,7 @@ impl Op for CacheAppend {
             rope_offset: self.rope_offset,
             rope_row: self.rope_row,
             rope_words: self.row_words(self.d_rope),
-            // Within a binding, so words are counted in 32 bits.
+            // Within a binding, so 32 bits count the words.
             rope_cache: (self.rope_byte / 4) as u32,
             q_heads: self.rotated_heads(),
             q_offset: self.queries.offset,
@@ -171,7 +171,7 @@ impl Op for CacheAppend {
     }
 }
 
-/// In 16-byte loads and stores. (WORKGROUP, LANES): LANES invocations share a row.
+/// In 16-byte loads and stores. (WORKGROUP, LANES): LANES invocations share a cache row.
 pub(crate) const ROWS: Variant<CacheAppend> = {
     const TUNINGS: &[(u32, u32)] = &[(8, 1), (64, 16), (256, 16)];
     Variant::<CacheAppend>::new(
@@ -249,7 +249,7 @@ impl crate::sample::Sampled for CacheAppend {
         vec![
             // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
             (of((5, 2), Queries::default()), Cost { flops: 18, bytes: 24 + 84 + 12 + 3 * 32 }),
-            // A pair of 2 heads per token more than of keys: 6 FLOPs a pair, read and written.
+            // One more pair for 2 heads per token: 6 FLOPs per pair, read and written.
             (
                 of((8, 8), Queries { n_head: 2, offset: 0, row: 16, head: 8 }),
                 Cost { flops: 3 * 4 * 6 + 6 * 4 * 6, bytes: 3 * (32 + 32 + 32 + 4 + 32) + 6 * 64 },

@@ -1,4 +1,4 @@
-//! Copies the rows of one sequence of a cache to another's, within one buffer.
+//! Copies the cache rows of one sequence over those of another, within one buffer.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};

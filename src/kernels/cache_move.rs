@@ -1,4 +1,4 @@
-//! Copies the rows of a sequence from one cache to another, or from bytes that were saved.
+//! Copies the cache rows of a sequence from one cache to another, or from saved bytes.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};

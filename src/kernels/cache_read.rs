@@ -1,4 +1,4 @@
-//! Reads a tile of cached latents, cache rows and gate embeddings, for the kernels that rebuild keys and values.
+//! Reads a tile of cached latents, with their cache rows and gate embeddings, for the kernels that rebuild keys and values.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -29,19 +29,19 @@ crate::args! {
         latent: Write,
         /// `[rows, d_gate]` f32, written; not bound without a table.
         embedding: Write,
-        /// `[rows]` u32 rows of the cache, `u32::MAX` past a sequence's end; written.
+        /// `[rows]` u32 cache rows, `u32::MAX` past a sequence's end; written.
         slots: Write,
     }
 }
 
-/// The table of gate embeddings, rows padded to 16 bytes.
+/// The table of gate embeddings, each padded to 16 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Table {
     /// Width of an embedding.
     pub d_gate: u32,
-    /// Rows of the table; the caller has checked that every id is below it.
+    /// Embeddings of the table; the caller has checked that every id is below it.
     pub vocab_size: u32,
-    /// How it is stored.
+    /// Its storage.
     pub storage: Storage,
 }
 
@@ -51,7 +51,7 @@ impl Table {
     }
 }
 
-/// One line of the sequence table of a step: the sequences' rows stand one after another in one numbering.
+/// One entry of the sequence table of a step, which numbers the cache rows of all sequences one after another.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct SequenceRow {
@@ -61,24 +61,24 @@ pub struct SequenceRow {
     pub first_slot: u32,
     /// Tokens, those of this step included.
     pub length: u32,
-    /// Row of the sequence's first new token in the step's activations.
+    /// First new token of the sequence, in the step's numbering of new tokens.
     pub token: u32,
 }
 
-/// A tile of rows to read.
+/// A tile of cache rows to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheRead {
     /// First row of the tile, in the step's numbering.
     pub first_row: u32,
     /// Rows of the tile.
     pub rows: u32,
-    /// Rows of the cache.
+    /// Cache rows.
     pub cache_rows: u32,
     /// Width of a latent.
     pub d_latent: u32,
-    /// Lines of the sequence table; at least 1.
+    /// Entries of the sequence table; at least 1.
     pub n_sequence: u32,
-    /// The embedding of each row's token id is read too.
+    /// The embedding of each cached token id is read too.
     pub table: Option<Table>,
     /// How the cache is stored.
     pub storage: Storage,
@@ -134,7 +134,7 @@ impl Op for CacheRead {
                 times(16, &[n_sequence]),
                 times(4, &[rows, d_latent]),
                 times(4, &[rows]),
-                // An id a row, each embedding once at most.
+                // One id per cache row, each embedding once at most.
                 table.map_or(0, |table| {
                     let ids = times(4, &[cached]);
                     let read = times(table.storage.bytes(), &[cached.min(table.vocab_size), table.d_gate]);

@@ -114,10 +114,10 @@ impl Op for Gate {
     }
 }
 
-/// From this many rows on an invocation takes several: enough workgroups are left for every core.
+/// From this many tokens on, several per invocation: workgroups still outnumber the cores.
 const MANY_ROWS: u32 = 512;
 
-/// In 16-byte loads and stores. (WORKGROUP, LANES, ROWS): those of `norm`, then several rows per invocation.
+/// In 16-byte loads and stores. (WORKGROUP, LANES, ROWS): settings of `norm`, then several tokens per invocation.
 pub(crate) const ROWS: Variant<Gate> = {
     const TUNINGS: &[(u32, u32, u32)] = &[(8, 1, 1), (64, 16, 1), (64, 64, 1), (256, 256, 1), (8, 1, 4)];
     Variant::<Gate>::new(
@@ -125,7 +125,7 @@ pub(crate) const ROWS: Variant<Gate> = {
         TUNINGS.len(),
         |op, context, setting| {
             let (workgroup, lanes, rows) = TUNINGS[setting];
-            // A GPU has the row in its cache and arithmetic to spare.
+            // A GPU has the token's elements in its cache and arithmetic to spare.
             let stash = context.class == AdapterClass::Software;
             Ok(Draft::new(workgroup, Grid::Folded { items: op.rows.into(), each: workgroup / lanes * rows })
                 .with([
@@ -181,7 +181,7 @@ impl crate::sample::Sampled for Gate {
         vec![
             // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).
             (of(7, Activation::Sigmoid, GateNorm::LayerNorm, 9), Cost { flops: 231 + 12, bytes: 252 + 28 + 36 }),
-            // A product an element; x, g and y.
+            // One product per element; x, g and y.
             (of(8, Activation::Identity, GateNorm::None, 0), Cost { flops: 24, bytes: 288 }),
         ]
     }

@@ -1,4 +1,4 @@
-//! Gate rows by token id, to be kept: a pool of recent ids, or a table of the whole vocabulary.
+//! Projects gate rows by token id, to be kept: in a pool of recent ids, or in a table of the whole vocabulary.
 
 use crate::adapter::AdapterClass;
 use crate::cost::{Cost, times, when};
@@ -109,7 +109,7 @@ impl Op for GateProject {
     }
 }
 
-/// WORKGROUP: an invocation has four columns of four rows.
+/// WORKGROUP: four columns of four gate rows per invocation.
 pub(crate) const ROWS: Variant<GateProject> = {
     const TUNINGS: &[u32] = &[64, 32, 8];
     Variant::<GateProject>::new(

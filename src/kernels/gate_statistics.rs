@@ -1,4 +1,4 @@
-//! Statistics of the gate's norm for new tokens: what the grouped decode needs of their keys and values.
+//! Statistics of the gate's norm for new tokens, which the grouped decode needs.
 
 use super::attention_grouped::sources;
 use super::norm::{ROW_LANES, row_lanes, whole_rows};
@@ -24,9 +24,9 @@ crate::args! {
         gates: Read,
         /// `[more, pitch of width]` in `more_storage`.
         gates_more: Read,
-        /// `[tokens]` u32 gate rows; `u32::MAX` for row `more_first + t` of `gates_more`.
+        /// `[tokens]` u32 gate rows; `u32::MAX` for gate row `more_first + t` of `gates_more`.
         rows: Read,
-        /// `[tokens]` u32 rows of the cache.
+        /// `[tokens]` u32 cache rows.
         slots: Read,
         /// `[cache_rows, 2]` f32 (μ, ρ), written at the slots.
         statistics: Write,
@@ -40,13 +40,13 @@ pub struct GateStatistics {
     pub tokens: u32,
     /// What the norm spans; `width` is that of its rows.
     pub segments: Segments,
-    /// Rows of `gates`; further rows are those of `gates_more`.
+    /// Gate rows of `gates`; higher numbers are those of `gates_more`.
     pub resident: u32,
-    /// Rows of `gates_more` that are bound.
+    /// Bound gate rows of `gates_more`.
     pub more: u32,
-    /// Row of `gates_more` of the first token.
+    /// Gate row of `gates_more` of the first token.
     pub more_first: u32,
-    /// Rows of the cache.
+    /// Cache rows.
     pub cache_rows: u32,
     /// Added to the mean square or variance.
     pub eps: f32,
@@ -122,7 +122,7 @@ impl Op for GateStatistics {
     }
 }
 
-/// Index into [`ROW_LANES`]: 64 invocations a row.
+/// Index into [`ROW_LANES`]: 64 invocations per token.
 const WIDE: usize = 2;
 
 pub(crate) const ROWS: Variant<GateStatistics> = Variant::<GateStatistics>::new(
@@ -145,7 +145,7 @@ pub(crate) const ROWS: Variant<GateStatistics> = Variant::<GateStatistics>::new(
     },
     whole_rows,
 )
-// One invocation walks a row alone where that is fast, unless its loop would be too long.
+// One invocation per token where that is fast, unless its loop would be too long.
 .auto(|op, context| match row_lanes(context, op.segments.width()) {
     0 if op.segments.width() > MAX_ITERATIONS => WIDE,
     other => other,

@@ -1,4 +1,4 @@
-//! Rows of an embedding table by token id.
+//! Looks embeddings up in a table by token id.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};
@@ -22,16 +22,16 @@ crate::args! {
     }
 }
 
-/// Rows to look up.
+/// Embeddings to look up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gather {
     /// Ids.
     pub rows: u32,
-    /// Width of a table row.
+    /// Width of an embedding.
     pub width: u32,
-    /// Elements from one row of the table to the next.
+    /// Elements from one embedding of the table to the next.
     pub table_row: u32,
-    /// Rows of the table; the caller has checked that every id is below it.
+    /// Embeddings of the table; the caller has checked that every id is below it.
     pub vocab_size: u32,
     /// How the table is stored.
     pub storage: Storage,

@@ -1,4 +1,4 @@
-//! Token ids whose gate rows a pass has to project: groups, then new tokens, where no resident row holds them.
+//! Lists the token ids without a resident gate row, whose gate rows a pass projects: ids of groups, then of new tokens.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};
@@ -33,7 +33,7 @@ pub struct GroupIds {
     pub first_group: u32,
     /// Groups.
     pub groups: u32,
-    /// Lines of the sequence table.
+    /// Entries of the sequence table.
     pub n_sequence: u32,
     /// Word of the sequence table in `lists`.
     pub table: u32,

@@ -1,4 +1,4 @@
-//! Matrix product: of many rows in tiles, of few rows a column at a time.
+//! Matrix product: in tiles for many rows of `x`, per column (GEMV) for few.
 
 use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::cost::{Cost, times, when};
@@ -31,7 +31,7 @@ crate::args! {
     }
 }
 
-/// Where the elements of an operand stand, in elements.
+/// Layout of an operand, in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Layout {
     /// First element.
@@ -87,13 +87,13 @@ pub struct Matmul {
     pub storage: Storage,
 }
 
-/// Most rows that the kernels for few rows are preferred for.
+/// Most rows of `x` that the GEMV variants are preferred for.
 const FEW_ROWS: u32 = 8;
 
-/// Fewest rows for cooperative matrices: half the rows of their smallest tile on most adapters.
+/// Fewest rows of `x` for cooperative matrices: half their smallest tile on most adapters.
 const COOPERATIVE_ROWS: u32 = 32;
 
-/// Workgroups of the larger tiles that keep a GPU busy; with fewer, smaller tiles spread the work further.
+/// Fewest workgroups of the larger tiles that keep a GPU busy; below it, smaller tiles make more workgroups.
 const FULL: u64 = 128;
 
 impl Matmul {
@@ -112,7 +112,7 @@ impl Matmul {
         }
     }
 
-    /// Whether every row of `x` and of `w` is a whole number of 16-byte loads that begin on 16-byte boundaries.
+    /// Whether rows of `x` and of `w` are whole 16-byte loads on 16-byte boundaries.
     pub fn in_vec4(&self) -> bool {
         let whole = |layout: Layout, elements: u32| {
             layout.inner == 1
@@ -120,7 +120,7 @@ impl Matmul {
                     .iter()
                     .all(|step| step.is_multiple_of(elements))
         };
-        // An empty row would bind less than one load.
+        // With no inner element, a binding would be smaller than one load.
         self.inner > 0 && whole(self.x, 4) && whole(self.w, 16 / self.storage.bytes() as u32)
     }
 
@@ -188,7 +188,7 @@ impl Op for Matmul {
 
     fn cost(&self) -> Cost {
         let Matmul { rows, inner, cols, batch, bias, storage, .. } = *self;
-        // A stride of 0 means that every product of the batch reads the same operand.
+        // A stride of 0: every product of the batch reads the same operand.
         let matrices = |layout: Layout| if layout.batch == 0 { batch.min(1) } else { batch };
         Cost::of(
             &[times(2, &[rows, inner, cols, batch]), when(bias, times(1, &[rows, cols, batch]))],
@@ -202,7 +202,7 @@ impl Op for Matmul {
     }
 }
 
-/// Many rows, any strides: a tile of the result per workgroup. (WG_X, WG_Y, TILE_K): an invocation owns 4 × 4 results.
+/// Many rows, any strides: a tile of the result per workgroup. (WG_X, WG_Y, TILE_K): 4 × 4 results per invocation.
 pub(crate) const TILES: Variant<Matmul> = {
     const TUNINGS: &[(u32, u32, u32)] = &[(16, 16, 16), (16, 8, 16), (8, 8, 32), (32, 4, 8)];
     Variant::<Matmul>::new(
@@ -227,7 +227,7 @@ pub(crate) const TILES: Variant<Matmul> = {
     })
 };
 
-/// Many rows in 16-byte loads. (WG_X, WG_Y): an invocation owns 8 × 8 results.
+/// Many rows in 16-byte loads. (WG_X, WG_Y): 8 × 8 results per invocation.
 pub(crate) const VEC4: Variant<Matmul> = {
     const TUNINGS: &[(u32, u32)] = &[(8, 8), (16, 16)];
     Variant::<Matmul>::new(
@@ -263,13 +263,13 @@ pub(crate) const VEC4: Variant<Matmul> = {
     .preferred(|op, _| op.in_vec4())
 };
 
-/// Many rows in registers alone, rows of `x` shared by subgroup shuffles: for adapters without fast workgroup memory.
+/// Many rows in registers alone, with `x` shared by subgroup shuffles: for adapters without fast workgroup memory.
 pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
     ("matmul_subgroup", include_str!("../../shaders/matmul_subgroup.wgsl")),
     1,
     |op, context, _| {
         op.check_vec4()?;
-        // Rows along x: workgroups that start one after another read the same weights. Eight rows and 32 columns each.
+        // Rows of y along the grid's x: neighbouring workgroups read the same weights. Eight rows and 32 columns each.
         let grid = Grid::Tiled { size: [op.rows, op.cols, op.batch], tile: [8, 32, 1] };
         Ok(Draft { grid, ..op.tiled(8, [8, 32]) }
             .with([("SPREAD", if context.subgroup_min_size >= 8 { 8 } else { 4 })])
@@ -288,8 +288,8 @@ pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
 
 /// Many rows by cooperative matrices of 16 × 16, f16 weights and f32 sums.
 ///
-/// `x` is rounded to f16 before it is multiplied: for f16 weights only, whose rounding is as coarse. Values of `x` beyond
-/// ±65 504 become infinite, as in any f16.
+/// `x` is rounded to f16 first, so this needs f16 weights, whose rounding is as coarse. Values of `x` beyond ±65 504 become
+/// infinite, as in any f16.
 pub(crate) const COOPERATIVE: Variant<Matmul> = Variant::<Matmul>::new(
     ("matmul_cooperative", include_str!("../../shaders/matmul_cooperative.wgsl")),
     FRAGMENTS.len(),
@@ -311,10 +311,10 @@ pub(crate) const COOPERATIVE_8: Variant<Matmul> = Variant::<Matmul>::new(
 .auto(|op, _| usize::from(product(&matrix_grid(op, 8, FRAGMENTS[0])) < FULL))
 .preferred(rounds_as_weights_do);
 
-/// Matrices along each side of a subgroup's tile, of which a workgroup has 2 × 2.
+/// Matrices along each side of a subgroup's tile; a workgroup has 2 × 2 such tiles.
 const FRAGMENTS: &[u32] = &[4, 2];
 
-/// Fours of `x`, and of `w`, that a step stages, whatever the tile.
+/// vec4s of `x`, and of `w`, staged per step, whatever the tile.
 const QUADS: u32 = 512;
 
 fn matrix_grid(op: &Matmul, side: u32, fragments: u32) -> [u32; 3] {
@@ -335,12 +335,12 @@ fn by_matrices(op: &Matmul, side: u32, context: &PlanContext, setting: usize) ->
     Ok(Draft::new(workgroup_size, grid)
         .with([("HAS_BIAS", flag(op.bias))])
         .with([("WORKGROUP", workgroup_size), ("FRAGMENTS", fragments)])
-        // Staged halves, and a matrix of sums for each subgroup.
+        // Staged halves, and a matrix of sums per subgroup.
         .bytes(2 * 2 * tile * (tile_k + 8) + 4 * 4 * side * side)
         .walks("inner", op.inner, tile_k))
 }
 
-/// Invocations of four subgroups at least: whole ones, whatever their size.
+/// Invocations of at least four whole subgroups of any size.
 pub(super) fn four_subgroups(context: &PlanContext) -> u32 {
     4 * context.widest_subgroup()
 }
@@ -355,12 +355,12 @@ fn whole_subgroups(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), 
     ])
 }
 
-/// A software adapter gains nothing by cooperative matrices.
+/// Software adapters gain nothing by cooperative matrices.
 fn rounds_as_weights_do(op: &Matmul, context: &PlanContext) -> bool {
     op.storage == Storage::F16 && op.rows >= COOPERATIVE_ROWS && context.class != AdapterClass::Software
 }
 
-/// Few rows, any strides: every weight is read once for up to four rows. (WORKGROUP, LANES): LANES invocations share a column.
+/// Few rows, any strides: each weight is read once per four rows of `x`. (WORKGROUP, LANES): LANES invocations share a column.
 pub(crate) const GEMV: Variant<Matmul> = {
     const TUNINGS: &[(u32, u32)] = &[(64, 8), (64, 1), (128, 32), (256, 16)];
     Variant::<Matmul>::new(
@@ -378,7 +378,7 @@ pub(crate) const GEMV: Variant<Matmul> = {
     )
     .auto(|op, context| match context.class {
         AdapterClass::Software => 1,
-        // Neighbouring columns stand side by side: neighbouring lanes read them.
+        // Neighbouring columns are adjacent in memory: neighbouring lanes read them.
         _ if op.w.row == 1 => 1,
         AdapterClass::Integrated | AdapterClass::Apple => 0,
         AdapterClass::Discrete => 2,
@@ -411,7 +411,7 @@ pub(crate) const GEMV_VEC4: Variant<Matmul> = {
     .preferred(|op, _| op.in_vec4() && op.few())
 };
 
-/// `each` columns for LANES invocations.
+/// `each` columns per LANES invocations.
 fn whole_columns(each: u64, plan: &Plan) -> Result<(), &'static str> {
     let (workgroup, lanes) = (plan.value("WORKGROUP"), plan.value("LANES"));
     hold(&[
@@ -441,7 +441,7 @@ pub(crate) const GEMV_SUBGROUP: Variant<Matmul> = {
     .auto(|op, context| match context.class {
         AdapterClass::Software | AdapterClass::Apple => 1,
         AdapterClass::Integrated => 0,
-        // A row that gives every invocation several loads.
+        // Long enough for several loads per invocation.
         AdapterClass::Discrete => {
             if op.inner >= 4096 {
                 2
@@ -464,7 +464,7 @@ impl crate::sample::Sampled for Matmul {
         let mut all = Vec::new();
         for (m, n) in rows.iter().flat_map(|&m| cols.map(|n| (m, n))) {
             for (storage, bias) in Storage::ALL.into_iter().flat_map(|s| [false, true].map(|bias| (s, bias))) {
-                // Odd rows, rows of whole loads, and weights that are read across.
+                // Odd lengths, whole loads, and weights that are read across.
                 let of = |inner| Matmul { batch: 3, ..Matmul::linear(m, inner, n, bias, storage) };
                 let across = Layout { offset: 0, row: 1, inner: n, batch: 5 * n };
                 all.extend([of(5), of(24), Matmul { w: across, ..of(5) }]);

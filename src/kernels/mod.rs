@@ -1,8 +1,8 @@
-//! The operations: one module each, one line of [`for_each_operation`](crate::for_each_operation).
+//! The operations: one module each, and one line each in [`for_each_operation`](crate::for_each_operation).
 //!
 //! A module holds the sizes of its operation, its buffers, its cost and its shaders, best first. The shader of the same name
-//! documents the formula and every binding's shape; `reference` holds its definition in f64. Activations are f32 in memory.
-//! `storage` says how weights and caches are stored.
+//! documents the formula and every binding's shape; `reference` holds the definition in f64. Activations are f32 in memory;
+//! `storage` is the type of weights and caches.
 
 use crate::adapter::Tunings;
 use crate::error::{Error, Result};
@@ -58,8 +58,8 @@ pub fn shaders() -> impl Iterator<Item = &'static Spec> {
     REGISTRY.iter().flat_map(|op| op.shaders())
 }
 
-/// Every feature that some shader makes use of, beside experimental ones: what to ask of an adapter that has them. A device
-/// without them runs the other shaders.
+/// Every feature that some shader uses, experimental ones excepted: request those that the adapter has. A device without them
+/// runs the other shaders.
 pub fn optional_features() -> wgpu::Features {
     let experimental = wgpu::Features::all_experimental_mask();
     let needed = shaders().map(|spec| spec.features).filter(|features| !features.intersects(experimental));

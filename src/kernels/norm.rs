@@ -1,4 +1,4 @@
-//! RMSNorm and LayerNorm of rows.
+//! RMSNorm and LayerNorm of vectors.
 
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::cost::{Cost, times};
@@ -36,14 +36,14 @@ pub enum Kind {
     Layer,
 }
 
-/// Rows to normalise.
+/// Vectors to normalise, one per row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Norm {
     /// Rows.
     pub rows: u32,
     /// Elements that a norm spans.
     pub width: u32,
-    /// Elements of a second segment, behind the first and its padding, with a norm of its own; 0 for none.
+    /// Elements of a second segment with its own norm, after the first and its padding; 0 for none.
     pub second: u32,
     /// First element of `x`; a multiple of 4.
     pub x_offset: u32,
@@ -115,12 +115,11 @@ impl Op for Norm {
     }
 }
 
-/// (WORKGROUP, LANES) of the kernels whose invocations share a row in 16-byte loads; powers of two, as putting the parts of a
-/// row together needs.
+/// (WORKGROUP, LANES) of the kernels whose LANES invocations share a vector in 16-byte loads; powers of two, as the reduction
+/// needs.
 pub(super) const ROW_LANES: &[(u32, u32)] = &[(8, 1), (64, 16), (64, 64), (256, 256)];
 
-/// Index into [`ROW_LANES`]: on a CPU every lane of a vector has a row of its own and nothing is put together; on a GPU
-/// an invocation has a few loads.
+/// Index into [`ROW_LANES`]: on a CPU one invocation per vector, without a reduction; on a GPU a few loads per invocation.
 pub(super) fn row_lanes(context: &PlanContext, width: u32) -> usize {
     match (context.class, width) {
         (AdapterClass::Software, _) => 0,
@@ -130,7 +129,7 @@ pub(super) fn row_lanes(context: &PlanContext, width: u32) -> usize {
     }
 }
 
-/// What the kernels of [`ROW_LANES`] take for granted.
+/// Assumptions of the kernels of [`ROW_LANES`].
 pub(super) fn whole_rows<O>(_: &O, _: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
     let lanes = plan.value("LANES");
     hold(&[

@@ -1,4 +1,4 @@
-//! Products of cooperative matrices in registers, for the rate of an adapter.
+//! Products of cooperative matrices in registers: the adapter's f16 rate.
 
 use crate::adapter::{Cooperative, PlanContext};
 use crate::cost::{Cost, times};
@@ -9,7 +9,7 @@ use crate::storage::{product, words};
 /// Matrices of `x`: two left factors, four right ones.
 pub const FACTORS: u32 = 6;
 
-/// Matrices of `y` that a group writes: as many products an iteration.
+/// Matrices of `y` per workgroup, and products per iteration.
 pub const PRODUCTS: u32 = 8;
 
 crate::params! {
@@ -30,7 +30,7 @@ crate::args! {
 /// Eight sums of `iterations` equal products, `groups` times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RooflineCooperative {
-    /// Workgroups, each of a subgroup.
+    /// Workgroups of one subgroup each.
     pub groups: u32,
     /// Iterations of the loop.
     pub iterations: u32,

@@ -1,4 +1,4 @@
-//! Copy of a buffer, for the memory rate of an adapter.
+//! Copy of a buffer: the adapter's memory rate.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};
@@ -54,7 +54,7 @@ impl Op for RooflineCopy {
     }
 }
 
-/// (WORKGROUP, EACH): vectors of an invocation.
+/// (WORKGROUP, EACH): EACH vectors per invocation.
 pub(crate) const VECTORS: Variant<RooflineCopy> = {
     const TUNINGS: &[(u32, u32)] = &[(256, 1), (256, 4), (64, 16)];
     Variant::<RooflineCopy>::new(

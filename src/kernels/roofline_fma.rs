@@ -1,11 +1,11 @@
-//! Multiply-adds in registers, for the f32 rate of an adapter.
+//! Multiply-adds in registers: the adapter's f32 rate.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};
 use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
 use crate::storage::words;
 
-/// Multiply-adds of an iteration: four on each of twelve chains.
+/// Multiply-adds per iteration: four on each of twelve chains.
 pub const FMA_PER_ITERATION: u32 = 48;
 
 crate::params! {
@@ -16,7 +16,7 @@ crate::params! {
 crate::args! {
     /// Buffers of one dispatch, each `[elements]` f32.
     pub struct Args {
-        /// Where the chains begin.
+        /// First values of the chains.
         x: Read,
         /// Their sums, written.
         y: Write,

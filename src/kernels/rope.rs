@@ -25,9 +25,9 @@ crate::args! {
 pub struct Rope {
     /// Tokens.
     pub tokens: u32,
-    /// Heads of a token; 1 for the shared key.
+    /// Heads per token; 1 for the shared key.
     pub n_head: u32,
-    /// Elements of a head that are rotated; even, may be 0.
+    /// Rotated elements per head; even, may be 0.
     pub d_rope: u32,
     /// First element that is rotated.
     pub offset: u32,
@@ -68,7 +68,7 @@ impl Op for Rope {
 
     fn cost(&self) -> Cost {
         let Rope { tokens, n_head, d_rope, .. } = *self;
-        // Four products and two sums a pair. cos and sin are read once a token, whatever the heads.
+        // Four products and two sums per pair. cos and sin are read once per token, whatever the heads.
         Cost::of(
             &[times(3, &[tokens, n_head, d_rope])],
             &[times(4, &[tokens, d_rope]), times(8, &[tokens, n_head, d_rope])],

@@ -1,4 +1,4 @@
-//! The inner product of a SwiGLU.
+//! The elementwise product of a SwiGLU.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};
@@ -13,7 +13,7 @@ crate::params! {
 crate::args! {
     /// Buffers of one dispatch, each `[elements]` f32.
     pub struct Args {
-        /// Goes through silu.
+        /// Argument of silu.
         gate: Read,
         /// Its factor.
         up: Read,

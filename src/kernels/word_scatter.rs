@@ -1,4 +1,4 @@
-//! Writes single words: what one step changes in the group lists of a cache.
+//! Writes single words: the changes of one step to the group lists of a cache.
 
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, anything};

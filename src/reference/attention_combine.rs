@@ -1,4 +1,4 @@
-//! Splits of one token's attention into one result.
+//! Combines the splits of one token's attention into one result.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! Attention over expanded keys and values, cut into splits that `attention_combine` puts together.
+//! Attention over expanded keys and values, in splits that `attention_combine` combines.
 
 use std::ops::Range;
 

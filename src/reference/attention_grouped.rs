@@ -1,4 +1,4 @@
-//! Attention over the latent cache where a gate by token id stands between latent and key: one absorbed query per id.
+//! Attention over the latent cache with a gate per token id between latent and key: one absorbed query per id.
 
 use super::attention_prefill::{exponentials, weighted_sum};
 use super::matmul::dot;

@@ -1,4 +1,4 @@
-//! New rows into the cache.
+//! Writes new cache rows.
 
 /// `cache[slots[i]] = rows[i]`: `cache` `[capacity, width]`, `rows` `[tokens, width]`, `slots` `[tokens]`.
 pub fn cache_append(cache: &mut [f64], rows: &[f64], width: usize, slots: &[u32]) {

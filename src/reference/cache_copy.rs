@@ -1,4 +1,4 @@
-//! Rows from one place of the cache to another.
+//! Copies cache rows within a cache.
 
 /// `cache[to + i] = cache[from + i]` for `i < rows`, as if read whole before it is written: `cache` `[capacity, width]`.
 pub fn cache_copy(cache: &mut [f64], width: usize, from: usize, to: usize, rows: usize) {

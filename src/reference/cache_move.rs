@@ -1,4 +1,4 @@
-//! Rows from one cache to another.
+//! Copies cache rows from one cache to another.
 
 /// `sink[to + i] = source[from + i]` for `i < rows`: both `[capacity, width]`.
 pub fn cache_move(source: &[f64], sink: &mut [f64], width: usize, from: usize, to: usize, rows: usize) {

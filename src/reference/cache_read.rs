@@ -1,4 +1,4 @@
-//! Rows out of the cache.
+//! Reads cache rows.
 
 /// `y[i] = cache[slots[i]]`: `cache` `[capacity, width]`, `slots` `[rows]`; returns `[rows, width]`.
 pub fn cache_read(cache: &[f64], width: usize, slots: &[u32]) -> Vec<f64> {

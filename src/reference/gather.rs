@@ -1,4 +1,4 @@
-//! Rows of a table by id.
+//! Looks embeddings up by id.
 
 /// `y[i] = table[ids[i]]`: `table` `[vocab, width]`, `ids` `[tokens]`; returns `[tokens, width]`.
 pub fn gather(table: &[f64], width: usize, ids: &[u32]) -> Vec<f64> {

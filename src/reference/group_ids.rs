@@ -1,4 +1,4 @@
-//! Ids whose gate rows are not resident.
+//! Lists ids without a resident gate row.
 
 /// The ids of `entries` (an id and whether its row is resident; `None` is padding), `u32::MAX` where nothing is to do.
 pub fn group_ids(entries: &[Option<(u32, bool)>]) -> Vec<u32> {

@@ -197,7 +197,7 @@ impl Layer {
         self.output(&attended.values, tokens)
     }
 
-    /// What the cache holds of some tokens, the first of which stands at `first_position`; arguments as in
+    /// The cache rows of tokens from `first_position` on; arguments as in
     /// [`Layer::forward`].
     pub fn latents(&self, hidden: &[f64], token_ids: &[u32], first_position: u32) -> Latents {
         self.keys_and_values(hidden, token_ids, first_position).0
@@ -366,7 +366,7 @@ impl Layer {
         }
     }
 
-    /// RoPE on the last `d_rope` of each head; the first token stands at `first_position`.
+    /// RoPE on the last `d_rope` of each head; the first token is at `first_position`.
     fn rotate(&self, values: &mut [f64], first_position: u32, n_head: usize, d_head: usize) {
         let d_rope = self.config.d_rope as usize;
         let tokens = values.len() / (n_head * d_head).max(1);

@@ -1,4 +1,4 @@
-//! The residual stream's addition.
+//! Adds to the residual stream.
 
 /// `y = stream + delta`; all of one length.
 pub fn residual_add(stream: &[f64], delta: &[f64]) -> Vec<f64> {

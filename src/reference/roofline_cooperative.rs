@@ -1,4 +1,4 @@
-//! The products of halves that benches measure cooperative matrices by.
+//! Products of halves, for the bench of cooperative matrices.
 
 /// `iterations · f16(x[i]) · f16(x[2 + j])` for i = 0, 1 and j = 0 … 3, with matrices `x` `[6, side, side]`; returns
 /// `[2, 4, side, side]`.

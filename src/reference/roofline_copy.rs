@@ -1,4 +1,4 @@
-//! The copy that benches measure memory by.
+//! A copy, for the bench of memory.
 
 /// `y = x`
 pub fn roofline_copy(x: &[f64]) -> Vec<f64> {

@@ -1,4 +1,4 @@
-//! The multiply-adds that benches measure arithmetic by.
+//! Multiply-adds, for the bench of arithmetic.
 
 /// For every x the sum of twelve chains: the k-th begins as `x + k` and takes `4 · iterations` steps `z ← a · z + b`.
 pub fn roofline_fma(x: &[f64], iterations: usize, a: f64, b: f64) -> Vec<f64> {

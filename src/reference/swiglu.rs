@@ -1,4 +1,4 @@
-//! SwiGLU's product.
+//! The elementwise product of a SwiGLU.
 
 /// `y = silu(gate) ⊙ up` with `silu(x) = x / (1 + e^-x)`; all of one length.
 pub fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {

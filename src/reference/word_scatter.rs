@@ -1,4 +1,4 @@
-//! Single words of a buffer.
+//! Writes single words of a buffer.
 
 /// `words[word] = value` for every `(word, value)`.
 pub fn word_scatter(words: &mut [u32], patches: &[[u32; 2]]) {

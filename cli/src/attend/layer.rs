@@ -103,7 +103,7 @@ impl DeviceLayer<'_> {
     }
 }
 
-/// Runs the f64 reference. It keeps keys and values themselves, so storage and decode path say nothing to it.
+/// Runs the f64 reference. It keeps keys and values themselves, so storage and decode path do not apply.
 pub fn on_cpu(
     config: AttentionConfig,
     weights: &AttentionWeights,

@@ -1,4 +1,4 @@
-//! Which tokens go into which step.
+//! Divides the tokens into steps.
 
 use egmla::attention::Mode;
 
@@ -28,7 +28,7 @@ pub struct Planned {
     pub mode: Mode,
     /// New tokens of each sequence.
     pub counts: Vec<u32>,
-    /// Where they stand among all tokens, in the order of the step.
+    /// Their indices among all tokens, in the order of the step.
     pub rows: Vec<usize>,
 }
 

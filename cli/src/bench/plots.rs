@@ -1,5 +1,4 @@
-//! Plots of a report as SVG. The background is left out and every colour is of middling lightness, so that they read on a
-//! light page and on a dark one.
+//! Plots of a report as SVG, without a background and in colours of middling lightness: readable on light and dark pages.
 
 use std::path::Path;
 
@@ -25,7 +24,7 @@ pub const COLOURS: [RGBColor; 6] = [
     RGBColor(200, 70, 130),
 ];
 
-/// The decode paths that are set against each other: part of the id, and what a reader calls it.
+/// The compared decode paths: part of the id, and a reader's name.
 const DECODE: [(&str, &str); 6] = [
     ("mha_120m", "MHA, keys and values of every head"),
     ("mla_120m_r256", "MLA r 256, absorbed"),
@@ -96,7 +95,7 @@ pub enum Mark {
     Line(u32),
     Dashed(u32),
     Point(i32, ShapeStyle),
-    /// A line of text that goes on with what stands above it.
+    /// A line of text that continues the line above.
     Nothing,
 }
 

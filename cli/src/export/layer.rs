@@ -1,10 +1,10 @@
-//! A model's first layer as data: for every length of a text up to a limit, what the library records to prefill all tokens
-//! but the last and to decode that one, by either path.
+//! A model's first layer as data: for every length of a text up to a limit, the recordings that prefill all tokens but the last
+//! and decode that one, by either path.
 //!
-//! A recording depends on how many tokens there are and on their ids. The number is taken care of by one recording each.
-//! Ids are data in the uploaded words, so the export finds the places that hold them: it records three times, with ids that
-//! all differ, and requires that words differ exactly where the id of one token stands, in all three. Group lists are then
-//! those of distinct ids. With ids that repeat, two groups have the same id: twice the work, the same sum.
+//! A recording depends on the number of tokens and on their ids. Each number has its own recording. Ids are data in the uploaded
+//! words, and the export finds their places: it records three times, with ids that all differ, and requires that exactly the
+//! words of ids differ. Group lists are then those of distinct ids. With repeated ids two groups have the same id: twice the
+//! work, the same sum.
 
 use std::path::Path;
 
@@ -114,7 +114,7 @@ impl Model<'_> {
         Ok(capture.take_actions())
     }
 
-    /// Records texts of one length, and finds where their ids stand.
+    /// Records texts of one length, and finds the places of their ids.
     fn program(&mut self, (capture, probe): (&Capture, &Capture), tokens: usize) -> Result<Program, Failure> {
         let vocab = self.decoder.config().vocab_size;
         let text = |first: u32, step: u32| (0..tokens as u32).map(|i| (first + i * step) % vocab).collect::<Vec<_>>();
@@ -167,7 +167,7 @@ pub fn write(gpu: &Gpu, source: Source, out: &Path) -> Result<u64, Failure> {
     let capture = Capture::new(&gpu.kernels, webgpu(None));
     let options = AttentionOptions { storage: Storage::F16, gate_rows: GateRows::Recompute };
     let decoder = Decoder::new(capture.kernels(), &config, &weights, options)?;
-    // Takes the recordings that only tell where the ids stand.
+    // Takes the recordings that only locate the ids.
     let probe = Capture::new(&gpu.kernels, webgpu(None));
     let programs = out.join("layer");
     std::fs::create_dir_all(&programs).map_err(|error| Failure::run(format!("{}: {error}", programs.display())))?;

@@ -1,4 +1,4 @@
-//! Sequences of a step in its row numbering: their cache rows, what their queries see, and their partial results.
+//! Sequences of a step in its row numbering: their cache rows, the keys that their queries see, and their partial results.
 
 use std::ops::Range;
 
@@ -97,7 +97,7 @@ impl Batch {
 /// Heads, content, rotary and value widths.
 pub(super) type Widths = (usize, usize, usize, usize);
 
-/// Up to `most` new tokens a sequence, and a split behind the last one that holds no row at all.
+/// Up to `most` new tokens per sequence, and a last split that holds no cache row.
 pub(super) fn few_new(lengths: &[u32], most: u32) -> Batch {
     let counts = (0..).zip(lengths).map(|(index, &length)| (length, (most - index % 2).clamp(1, length)));
     let mut batch = Batch::new(&counts.map(|(length, new)| (length - new, new)).collect::<Vec<_>>(), 3);
@@ -150,8 +150,8 @@ pub(super) fn few_sizes() -> impl Iterator<Item = (&'static str, &'static [u32],
     })
 }
 
-/// What stands behind the last element of a cache row here. `cache_append` writes zeros there; that nothing but zeros of a query
-/// or of a weight meets them, whatever finite number they are, is what the kernels promise.
+/// Padding of cache rows in these cases. `cache_append` pads with zeros; kernels promise right results with any finite padding,
+/// because the padding of queries and weights is zero and the products vanish.
 pub(super) const HOSTILE_PADDING: f32 = 65_504.0;
 
 /// Rows of a cache, spread to their pitch, as the device stores them; the padding is hostile, other rows are NaN.
@@ -174,7 +174,7 @@ pub(super) fn row_words(width: u32, storage: Storage) -> usize {
     (u64::from(storage.row_pitch(width)) * storage.bytes() / 4) as usize
 }
 
-/// Rows of a cache as they lie on the device from a word on: padding left out.
+/// Cache rows in device memory from a word on, without their padding.
 pub(super) fn unpack(first_word: usize, rows: u32, width: u32, storage: Storage) -> View {
     let reading = match storage {
         Storage::F32 => Reading::F32,

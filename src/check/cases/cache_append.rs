@@ -1,4 +1,4 @@
-//! Cases of `cache_append`: turned and as they are, in rows that stand apart, and how latents become halves.
+//! Cases of `cache_append`: keys rotated and not, inputs with gaps, and the rounding of latents to f16.
 
 use super::batch::{row_words, unpack};
 use super::{SEED, widen};
@@ -27,7 +27,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     cases.push(Case::new("cache_append", "rounding/f16", halves));
 }
 
-/// Four elements stand between rows, and four words before the rotary keys of the cache.
+/// Gaps: four elements between input vectors, four words before the rotary keys of the cache.
 fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Storage) -> Result<Vec<Outcome>> {
     let step = 4;
     // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
@@ -53,7 +53,7 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
         // Some more where there is none: a binding holds something.
         let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 4]);
         let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
-        // Heads of queries, each behind a content part, in rows that stand apart.
+        // Heads of queries, each after a content part, with gaps.
         let (n_head, d_nope) = (3, 2 * step);
         let queries = cache_append::Queries {
             n_head,

@@ -1,4 +1,4 @@
-//! Inputs at the ends of what attention may meet, and what is allowed there.
+//! Extreme inputs of attention, and their tolerances.
 
 use crate::check::compare::{Tolerance, UNIT_ROUNDOFF};
 use crate::storage::Storage;
@@ -57,7 +57,7 @@ impl Extreme {
         }
     }
 
-    /// `width` values a row.
+    /// `width` values per row.
     pub(super) fn of_keys(self, values: &mut [f32], width: usize, storage: Storage) {
         match self {
             Extreme::Plain | Extreme::HugeScores | Extreme::EqualScores => {}

@@ -44,7 +44,7 @@ fn gate_case((activation, norm, rows, segments): (Activation, GateNorm, u32, Seg
         let tolerance = Tolerance::sums(&[width, width]);
         every_tuning(gate::ROWS.spec.tunings, tolerance, |tuning| {
             let mut random = Random::new(SEED);
-            // Rows stand apart, behind an offset.
+            // Gaps between vectors, after an offset.
             let (offset, pitch) = (4, whole + 12);
             let dense = random.values(rows as usize * width, 1.0);
             let mut x_values = random.values((offset + rows * pitch) as usize, 1.0);

@@ -1,4 +1,4 @@
-//! A step of the grouped decode: token ids, where their gate rows are, and the lists that the host writes of them.
+//! A step of the grouped decode: token ids, their gate rows, and the lists that the host writes.
 
 use std::ops::Range;
 
@@ -68,7 +68,7 @@ pub(super) struct GroupedBatch {
 }
 
 impl GroupedBatch {
-    /// `sequences` are lengths, the last `queries` tokens of each are new; resident rows stand at their id.
+    /// `sequences` are lengths; the last `queries` tokens of each are new; a resident gate row has the number of its id.
     pub(super) fn new(
         sequences: &[(u32, Ids)],
         (queries, passes): (u32, u32),

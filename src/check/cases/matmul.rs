@@ -1,4 +1,4 @@
-//! Cases of `matmul`: tails of every tile, the layouts of the absorbed path, and operands that stand apart.
+//! Cases of `matmul`: tails of every tile, the layouts of the absorbed path, and operands with gaps.
 
 use super::{SEED, widen};
 use crate::adapter::Cooperative;
@@ -139,7 +139,7 @@ fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
     }
 }
 
-/// Aligned operands that stand apart, three matrices of them.
+/// Aligned operands with gaps, three matrices each.
 fn apart(rows: u32, storage: Storage) -> matmul::Matmul {
     matmul::Matmul {
         rows,

@@ -1,6 +1,6 @@
 //! Cases of the single kernels: tails of every tile, odd head counts, both storages.
 //!
-//! One file per operation, named like it; what several of them need stands in `batch`, `grouped_batch` and `extreme`.
+//! One file per operation, named like it; `batch`, `grouped_batch` and `extreme` hold shared parts.
 
 mod batch;
 mod extreme;
