@@ -108,7 +108,7 @@ pub struct PlanContext {
     pub limits: wgpu::Limits,
     /// The class that `Tuning::Auto` chooses for.
     pub class: AdapterClass,
-    /// What the device was opened with.
+    /// The device's features.
     pub features: wgpu::Features,
     /// The smallest subgroup that a shader may run in.
     pub subgroup_min_size: u32,

@@ -375,8 +375,8 @@ impl Kernels {
         missing.iter().map(of).collect()
     }
 
-    /// Compiles with the driver's cache, or without it if the device refuses it: a cache of another device or driver poisons every
-    /// pipeline made with it.
+    /// Compiles with the driver's cache, or without it if the device refuses it: a cache of another device or driver poisons
+    /// every pipeline made with it.
     fn pipeline(&self, shader: &Shader) -> Result<Arc<Pipeline>> {
         let pipeline = match &self.0.pipeline_cache {
             None => self.compile(shader, None)?,
@@ -466,7 +466,7 @@ pub(crate) fn alive(device: &wgpu::Device, what: &str) -> Result<()> {
     let probe = device.create_buffer(&wgpu::BufferDescriptor {
         label: Some("egmla.alive"),
         size: 4,
-        // Mapped itself: no second buffer stands in for it.
+        // Mapped itself, without a staging buffer.
         usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
         mapped_at_creation: true,
     });

@@ -151,7 +151,7 @@ fn check_header(header: &[u8], data: u64) -> Result<()> {
     }
 }
 
-/// Where the last tensor ends.
+/// End of the last tensor.
 struct Header {
     end: u64,
 }
@@ -213,7 +213,7 @@ mod tests {
         format!(r#""{name}":{{"dtype":"U8","shape":{shape},"data_offsets":{offsets}}}"#)
     }
 
-    /// What is wrong with a file, which reading it from memory and from a folder both have to say.
+    /// The defect of a file: reading it from memory and from a folder must report the same.
     fn refused(bytes: &[u8]) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("w");

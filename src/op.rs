@@ -11,7 +11,7 @@ use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::plan::{Draft, Plan, check_widths};
 
-/// How a shader sees a binding.
+/// Access of a shader to a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// `var<storage, read>`
@@ -25,7 +25,7 @@ pub enum Access {
 pub struct Binding {
     /// Name of the variable in the shader.
     pub name: &'static str,
-    /// How it is bound.
+    /// Its access.
     pub access: Access,
 }
 

@@ -13,7 +13,7 @@ pub const MAX_ITERATIONS: u32 = 65_534;
 /// Indices have 32 bits and a folded grid overshoots: below this bound no index wraps around.
 const MAX_INDEX: u64 = 1 << 31;
 
-/// What a dispatch covers.
+/// The grid of a dispatch: extents, and elements per workgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grid {
     /// `items` in workgroups of `each`, folded into x and y: the shader's workgroup is `y · num_workgroups.x + x`, and it
@@ -187,7 +187,7 @@ pub struct Plan {
     pub workgroup_size: u32,
     /// Workgroup memory in bytes.
     pub workgroup_bytes: u32,
-    /// What the grid covers.
+    /// The grid before folding.
     pub covers: Grid,
     /// Loops that parameters bound.
     pub loops: Vec<Loop>,

@@ -109,7 +109,7 @@ pub trait Sample: Debug + Send + Sync {
     /// The plan of one of them.
     ///
     /// # Errors
-    /// What the plan refuses.
+    /// As planning.
     fn plan(&self, shader: usize, context: &PlanContext, tuning: Tuning) -> Result<Plan>;
 
     /// The first assumption of the shader that a plan breaks.
@@ -133,7 +133,7 @@ pub trait Sample: Debug + Send + Sync {
     /// Records it with one region bound to every name.
     ///
     /// # Errors
-    /// What recording refuses.
+    /// As recording.
     fn record(&self, shader: usize, recording: &mut Recording, region: &Region, tuning: Tuning) -> Result<()>;
 }
 

@@ -31,7 +31,7 @@ impl Storage {
         f64::from(u8::from(self == Storage::F16))
     }
 
-    /// Bytes of so many elements.
+    /// Bytes of `elements` elements.
     pub(crate) fn sized(self, elements: u64) -> u64 {
         elements.saturating_mul(self.bytes())
     }
@@ -123,7 +123,7 @@ pub(crate) fn padded(count: u64, to: u64) -> u64 {
     count.checked_next_multiple_of(to).unwrap_or(u64::MAX)
 }
 
-/// Bytes of so many words.
+/// Bytes of `count` words.
 pub(crate) fn words(count: u64) -> u64 {
     count.saturating_mul(4)
 }

@@ -30,7 +30,7 @@ pub enum LimitsOption {
     Adapter,
 }
 
-/// What computes.
+/// The backend that computes.
 pub enum Backend {
     /// The f64 reference on the CPU.
     Cpu {
@@ -43,14 +43,14 @@ pub enum Backend {
 
 /// An open device.
 pub struct Gpu {
-    /// What wgpu says of the adapter.
+    /// wgpu's description of the adapter.
     pub info: wgpu::AdapterInfo,
     /// The queue that the program submits to.
     /// The kernels, with their device.
     pub kernels: Kernels,
     /// The driver's cache of compiled pipelines, and what it began with.
     pipelines: Option<(wgpu::PipelineCache, Option<Pipelines>)>,
-    /// What the device reports between calls; the program must not go on after an error.
+    /// Faults of the device between calls; the program must stop after one.
     faults: Faults,
 }
 
@@ -192,7 +192,7 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
 }
 
 /// WebGPU's default limits, with all of the adapter's buffer sizes: a checkpoint's largest tensor decides what is needed.
-/// Where an adapter offers less than the defaults, what it offers: plans check the limits they depend on.
+/// An adapter below the defaults gives its own limits: plans check those they depend on.
 pub fn limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
     let offered = adapter.limits();
     wgpu::Limits {

@@ -22,13 +22,13 @@ pub fn folder() -> Option<PathBuf> {
     base.map(|base| base.join("egmla"))
 }
 
-/// Where measured tile settings of an adapter and its driver are kept.
+/// File of the measured tile settings of an adapter and its driver.
 pub fn tunings_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
     let name = slug(&format!("{} {:?} {} {}", info.name, info.backend, info.driver, info.driver_info));
     folder().map(|folder| folder.join(format!("tunings-{name}.json")))
 }
 
-/// Where compiled pipelines of an adapter are kept; `None` where its backend has no cache.
+/// File of the compiled pipelines of an adapter; `None` if its backend has no cache.
 pub fn pipelines_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
     let name = wgpu::util::pipeline_cache_key(info)?;
     folder().map(|folder| folder.join(name))

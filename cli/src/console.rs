@@ -1,4 +1,4 @@
-//! What the program writes: results to stdout, everything else to stderr, one line each.
+//! Output of the program: results on stdout, everything else on stderr, one line each.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal as _, Write as _};

@@ -58,14 +58,14 @@ pub enum Engine<'a> {
         cache: Box<LatentCache>,
         /// Buffers of a step.
         state: Box<DecoderState>,
-        /// What steps are recorded into.
+        /// The recording of the steps.
         recording: Box<Recording>,
-        /// How the last decode step attended.
+        /// Path of the last decode step.
         used: DecodePath,
     },
 }
 
-/// What the engine is asked for.
+/// Options of the engine.
 pub struct EngineOptions {
     /// Storage on a device.
     pub storage: Storage,

@@ -35,7 +35,7 @@ pub struct EvalArgs {
     pub json: bool,
 }
 
-/// What `--json` writes.
+/// The output of `--json`.
 #[derive(serde::Serialize)]
 struct Report {
     bits_per_character: f64,

@@ -49,7 +49,7 @@ struct Index {
     version: &'static str,
     /// Sizes of subgroups that the plans count on; null where none use them.
     subgroups: Option<(u32, u32)>,
-    /// What guard words hold.
+    /// The guard word.
     poison: u32,
     cases: Vec<IndexedCase>,
     /// Whether `layer.json` is there.

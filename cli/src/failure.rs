@@ -1,4 +1,4 @@
-//! How the program ends: exit 2 for bad usage or input, exit 1 for what fails while it runs, exit 130 where it is interrupted.
+//! Exit status of the program: 2 for bad usage or input, 1 for a failure while running, 130 for an interrupt.
 
 use std::fmt::Display;
 
@@ -24,7 +24,7 @@ impl Failure {
         Failure::Run(message.to_string())
     }
 
-    /// What went wrong, without the `error: `.
+    /// The message, without `error: `.
     pub fn message(&self) -> &str {
         match self {
             Failure::Usage(message) | Failure::Run(message) => message,

@@ -48,7 +48,7 @@ pub struct GenerateArgs {
     pub json: bool,
 }
 
-/// What `--json` writes.
+/// The output of `--json`.
 #[derive(Debug, serde::Serialize)]
 struct Report<'a> {
     prompt: &'a str,

@@ -59,12 +59,12 @@ struct Adapter {
     /// Cooperative matrices that the kernels use.
     cooperative: Vec<&'static str>,
     pipeline_cache: bool,
-    /// What `egmla tune` kept for this adapter and driver.
+    /// Settings that `egmla tune` kept for this adapter and driver.
     tunings: Tunings,
     variants: Vec<Variant>,
 }
 
-/// What `Tuning::Auto` makes of a sample problem.
+/// The plan of `Tuning::Auto` for a sample problem.
 #[derive(Debug, Serialize)]
 struct Variant {
     kernel: &'static str,

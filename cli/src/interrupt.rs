@@ -8,10 +8,10 @@ use crate::failure::Failure;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// What must be undone where the step at hand does not end in time.
+/// Undone if the step at hand does not end in time.
 static UNDO: Mutex<Vec<Box<dyn FnOnce() + Send>>> = Mutex::new(Vec::new());
 
-/// How long the step at hand has to end by itself.
+/// Time for the step at hand to end by itself.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// From here on Ctrl-C asks the run to end. A run that does not within two seconds (a kernel that is being compiled, a long step)

@@ -49,7 +49,7 @@ impl From<DecodeOption> for DecodePath {
     }
 }
 
-/// How a decode step is stored and computed.
+/// Storage, path and gate rows of a decode step.
 #[derive(Args, Debug, Clone, Copy)]
 pub struct PathOptions {
     /// How weights and cache are stored on the device
@@ -94,7 +94,7 @@ pub struct ModelOption {
     pub model: Option<PathBuf>,
 }
 
-/// Where the project keeps its model.
+/// Folder of the repository's model.
 const COMMITTED: &str = "models/shakespeare";
 
 impl ModelOption {

@@ -66,7 +66,7 @@ impl Output {
     /// Puts the file there.
     pub fn write(&self, bytes: &[u8]) -> Result<(), Failure> {
         let written = self.create().and_then(|mut file| {
-            // Who could read the file before can read it after, and nobody else.
+            // The new file has the old one's permissions.
             if let Ok(old) = fs::metadata(&self.path) {
                 file.set_permissions(old.permissions())?;
             }
@@ -89,7 +89,7 @@ impl Output {
         File::create_new(&self.partial)
     }
 
-    /// What cannot be removed was not written.
+    /// A file that cannot be removed was not written.
     fn remove(&self) {
         let _ = fs::remove_file(&self.partial);
     }

@@ -34,7 +34,7 @@ pub fn none() -> (wgpu::Features, wgpu::ExperimentalFeatures, Cooperative) {
 pub struct Pipelines(Vec<u8>);
 
 impl Pipelines {
-    /// What a cache holds now.
+    /// The present content of a cache.
     pub fn of(cache: &wgpu::PipelineCache) -> Option<Self> {
         cache.get_data().map(Pipelines)
     }

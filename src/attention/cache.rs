@@ -32,7 +32,7 @@ pub struct CacheOptions {
     pub batch: u32,
     /// Tokens that each sequence has room for.
     pub capacity: u32,
-    /// How latents and rotary keys are stored.
+    /// Storage of latents and rotary keys.
     pub storage: Storage,
     /// Most new tokens of a step, over all sequences.
     pub max_tokens: u32,
@@ -41,7 +41,7 @@ pub struct CacheOptions {
     /// Cache rows whose keys and values are rebuilt at once, up to 2^19, rounded up to the split length. More rows take fewer
     /// dispatches, fewer rows less memory.
     pub tile_rows: u32,
-    /// How decode steps attend to the cache.
+    /// Path of decode steps.
     pub decode_path: DecodePath,
 }
 
@@ -83,7 +83,7 @@ pub struct LatentCache {
     pub(super) config: AttentionConfig,
     pub(super) widths: Widths,
     pub(super) options: CacheOptions,
-    /// How the layers' weights are stored.
+    /// Storage of the layers' weights.
     pub(super) weights: Storage,
     pub(super) gate_rows: GateRows,
     layout: CacheLayout,
@@ -190,7 +190,7 @@ impl LatentCache {
         self.gate_rows
     }
 
-    /// How decode steps attend to the cache, from the next step on.
+    /// Sets the path of decode steps, from the next step on.
     pub fn set_decode_path(&mut self, path: DecodePath) {
         self.options.decode_path = path;
     }
@@ -238,7 +238,7 @@ impl LatentCache {
         }
     }
 
-    /// What a decode step attends to.
+    /// The work of a decode step.
     fn work(&self, step: &Step) -> cost::DecodeWork {
         let grouped = step.grouped();
         cost::DecodeWork {

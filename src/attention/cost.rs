@@ -18,7 +18,7 @@ use crate::kernels::{
 use crate::op::Op as _;
 use crate::storage::{Segments, Storage};
 
-/// What the new tokens of a decode step attend to.
+/// The work of a decode step: what its new tokens attend to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeWork {
     /// New tokens.
@@ -31,7 +31,7 @@ pub struct DecodeWork {
     pub groups: u64,
     /// Ids whose gate rows are projected at this step: none where the rows of all are resident.
     pub projected: u32,
-    /// How the cache is stored.
+    /// Storage of the cache.
     pub cache_storage: Storage,
 }
 
@@ -219,7 +219,7 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         cache_storage: work.cache_storage,
         storage,
     };
-    // What an f16 cache has made of the latents is read back.
+    // Latents rounded by an f16 cache are read back.
     let cached = Gather {
         rows: if work.cache_storage == Storage::F16 { work.tokens } else { 0 },
         width: config.d_latent,
@@ -247,7 +247,7 @@ fn merged(tokens: u32, n_head: u32, width: u32, splits: u32) -> Cost {
 
 /// `tokens` new tokens of one sequence without a past through one whole layer.
 ///
-/// A query meets itself and the tokens before it, `tokens · (tokens + 1) / 2` pairs; otherwise as [`decode_expanded`].
+/// A query sees itself and the tokens before it, `tokens · (tokens + 1) / 2` pairs; otherwise as [`decode_expanded`].
 pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
     let attention = AttentionPrefill {
@@ -271,7 +271,7 @@ pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
     projections(config, tokens, storage) + rebuilding(config, tokens, storage, storage) + causal(&attention)
 }
 
-/// What a prefill attention costs when no query meets a key behind it: one sequence without a past, in one tile.
+/// Cost of a causal prefill attention: one sequence without a past, in one tile.
 pub fn causal(problem: &AttentionPrefill) -> Cost {
     let Cost { flops, bytes } = problem.cost();
     // Of tokens² pairs, (tokens² + tokens) / 2; a token alone has one.
@@ -295,7 +295,7 @@ fn gated(config: &GateConfig, rows: u32, segments: Segments, statistics_rows: u3
     linear(rows, config.d_gate, segments.used(), false, storage) + gate.cost()
 }
 
-/// What every path does for new tokens: queries, latents and rotary keys into the cache, outputs.
+/// Cost of new tokens on every path: queries, latents and rotary keys into the cache, outputs.
 fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost {
     let AttentionConfig { hidden_size, n_head, d_latent, d_rope, attention_bias: bias, .. } = *config;
     let d_q = n_head * config.d_query();
@@ -349,7 +349,7 @@ pub struct CacheLine {
 }
 
 impl CacheLine {
-    /// How much less than `other` it caches, in per cent.
+    /// Saving against `other`, in per cent.
     pub fn saving(&self, other: &CacheLine) -> f64 {
         100.0 * (1.0 - self.elements as f64 / other.elements as f64)
     }

@@ -17,7 +17,7 @@ use crate::recording::Recording;
 use crate::storage::{Storage, product, words};
 use crate::weights::AttentionWeights;
 
-/// How a decode step attends to the cache.
+/// Path of a decode step over the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecodePath {

@@ -169,7 +169,7 @@ impl CacheLayout {
         self.statistics_byte + self.statistics
     }
 
-    /// Bytes of a cache of so many layers.
+    /// Bytes of a cache of `n_layer` layers.
     pub fn memory(&self, n_layer: u32) -> MemoryReport {
         let of_layers = |bytes: u64| bytes.saturating_mul(n_layer.into());
         MemoryReport {

@@ -57,7 +57,7 @@ pub const IDS: [&str; 2] = ["host/mla_120m_12l", "host/egmla_120m_12l_table"];
 /// Measures the rows whose id contains `filter`, in turns: a step of one, then of the next.
 ///
 /// # Errors
-/// What the device refuses.
+/// An object that the device refuses.
 pub fn measure(kernels: &Kernels, filter: &str) -> Result<Vec<HostRow>> {
     let mut models = IDS
         .into_iter()

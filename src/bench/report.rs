@@ -64,7 +64,7 @@ pub struct Measured {
     pub id: String,
     /// Kernel or decode path.
     pub path: String,
-    /// How weights and cache are stored.
+    /// Storage of weights and cache.
     pub storage: String,
     /// Measured runs; the first, cold one is not among them. With 0 the times are of that one: there was no time for more.
     pub runs: usize,

@@ -35,7 +35,7 @@ impl Roofline {
     /// Measures it: a second or so.
     ///
     /// # Errors
-    /// What the device refuses.
+    /// An object that the device refuses.
     pub fn measure(kernels: &Kernels, timer: &Timer) -> Result<Self> {
         let software = kernels.context().class == AdapterClass::Software;
         Ok(Roofline {

@@ -27,7 +27,7 @@ use crate::storage::{Segments, Storage};
 /// Seed of every row's inputs.
 const SEED: u64 = 20;
 
-/// What a row does.
+/// The work of a bench row.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Work {
     /// A dense product.

@@ -9,7 +9,7 @@ use super::{Prepared, Row, Stock, Suite};
 use crate::device::Kernels;
 use crate::error::{DataError, Error, Result};
 
-/// How long a row is measured.
+/// Time limits of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
     /// A row with at least five runs that took this long together is done.

@@ -76,7 +76,7 @@ impl Timer {
         Ok(Timer { kernels: kernels.clone(), timestamps: timestamps.transpose()? })
     }
 
-    /// What `device_us` is.
+    /// The clock of `device_us`.
     pub fn clock(&self) -> Clock {
         if self.timestamps.is_some() { Clock::Timestamps } else { Clock::Wall }
     }

@@ -76,7 +76,7 @@ impl Blobs {
 pub struct BufferData {
     /// Its size in bytes.
     pub bytes: u64,
-    /// What it holds.
+    /// Its content.
     pub first: Blob,
 }
 
@@ -145,9 +145,9 @@ pub struct Difference {
     pub buffer: usize,
     /// Its word.
     pub word: usize,
-    /// What the first begins with.
+    /// First content in the first recording.
     pub here: u32,
-    /// What the other begins with.
+    /// First content in the other.
     pub there: u32,
 }
 
@@ -158,7 +158,7 @@ pub struct ComparisonData {
     pub parts: Vec<(usize, View)>,
     /// The reference's result, in f64.
     pub expected: Blob,
-    /// What is allowed.
+    /// The tolerance.
     pub tolerance: ToleranceData,
 }
 
@@ -200,9 +200,9 @@ pub struct Capture {
 pub struct Captured {
     /// Every buffer that was used.
     pub buffers: Vec<BufferData>,
-    /// What to do with them.
+    /// Actions, in order.
     pub actions: Vec<Action>,
-    /// What to compare.
+    /// Comparisons.
     pub comparisons: Vec<ComparisonData>,
     /// The bytes.
     pub blobs: Blobs,

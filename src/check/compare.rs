@@ -12,7 +12,7 @@ pub const F32_LIMIT: f64 = 2e-5;
 /// The same with weights or cache rounded to f16, against a reference that was not.
 pub const F16_LIMIT: f64 = 5e-3;
 
-/// What a comparison allows.
+/// The tolerance of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
     /// Largest relative error of the whole tensor: ‖got − expected‖₂ / ‖expected‖₂.
@@ -41,7 +41,7 @@ impl Tolerance {
     }
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
     /// ‖got − expected‖₂ / ‖expected‖₂; infinite where that is not a number.

@@ -21,7 +21,7 @@ pub struct CaseData {
     pub kernel: &'static str,
     /// Every buffer that is used.
     pub buffers: Vec<BufferData>,
-    /// What to do, in order.
+    /// Actions, in order.
     pub actions: Vec<Action>,
     /// Its variants.
     pub variants: Vec<VariantData>,
@@ -38,8 +38,8 @@ pub struct VariantData {
     pub comparisons: Vec<ComparisonData>,
 }
 
-/// The context of plans for a page: WebGPU's default limits and, if the host enables the feature `subgroups`, subgroups of `.0` to
-/// `.1` invocations.
+/// The context of plans for a page: WebGPU's default limits and, if the host enables the feature `subgroups`, subgroups of `.0`
+/// to `.1` invocations.
 pub fn webgpu(subgroups: Option<(u32, u32)>) -> PlanContext {
     // A browser does not report its kind of adapter.
     let plain = PlanContext::webgpu_defaults(AdapterClass::Discrete);
@@ -56,7 +56,7 @@ impl Case {
     /// read their first content back.
     ///
     /// # Errors
-    /// What the kernels refuse, a comparison that was made elsewhere than in the case's own list, or a lost device.
+    /// A kernel that cannot run, a comparison outside of the case's own list, or a lost device.
     pub fn export(&self, kernels: &Kernels, context: PlanContext) -> Result<(CaseData, Blobs)> {
         let capture = Capture::new(kernels, context);
         let outcomes = (self.run)(&Lab { kernels: capture.kernels(), capture: Some(&capture) })?;
@@ -95,12 +95,12 @@ pub struct Verdicts {
     pub results: Vec<ResultData>,
 }
 
-/// What a view shows.
+/// A view and its elements.
 #[derive(Debug, Serialize)]
 pub struct ViewData {
     /// Words of a region.
     pub words: Blob,
-    /// What of them.
+    /// The view of them.
     pub view: View,
     /// As f32.
     pub shows: Blob,
@@ -109,13 +109,13 @@ pub struct ViewData {
 /// A result and what the comparator says of it.
 #[derive(Debug, Serialize)]
 pub struct ResultData {
-    /// What is wrong with it, in words.
+    /// Its defect, in words.
     pub what: &'static str,
     /// f32
     pub got: Blob,
     /// f64
     pub expected: Blob,
-    /// What is allowed.
+    /// The tolerance.
     pub tolerance: ToleranceData,
     /// The relative error; null where it is not a number.
     pub error: Option<f64>,

@@ -26,7 +26,7 @@ impl Guarded {
     /// A region that holds `content`.
     ///
     /// # Errors
-    /// What the allocation refuses.
+    /// As [`Kernels::allocate`].
     pub fn filled(kernels: &Kernels, label: &str, content: &[u32]) -> Result<Self> {
         let mut all = vec![POISON; GUARD_WORDS];
         all.extend_from_slice(content);
@@ -39,7 +39,7 @@ impl Guarded {
     /// A region of NaN.
     ///
     /// # Errors
-    /// What the allocation refuses.
+    /// As [`Kernels::allocate`].
     pub fn poisoned(kernels: &Kernels, label: &str, words: usize) -> Result<Self> {
         Self::filled(kernels, label, &vec![POISON; words])
     }
@@ -47,7 +47,7 @@ impl Guarded {
     /// A region of NaN in the given storage.
     ///
     /// # Errors
-    /// What the allocation refuses.
+    /// As [`Kernels::allocate`].
     pub fn poisoned_as(kernels: &Kernels, label: &str, words: usize, storage: Storage) -> Result<Self> {
         let poison = match storage {
             Storage::F32 => POISON,

@@ -170,7 +170,7 @@ enum Ids {
     Third,
 }
 
-/// What a case runs on.
+/// Layer and input of a case.
 #[derive(Clone, Copy)]
 struct Sizes {
     lengths: &'static [u32],
@@ -179,7 +179,7 @@ struct Sizes {
     extreme: Option<Extreme>,
 }
 
-/// Layers at the ends of what attention may meet.
+/// Layers with extreme inputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Extreme {
     /// Scores of ±1e4.
@@ -393,7 +393,7 @@ fn compared(
         .collect())
 }
 
-/// What the steps read back, and where: together the output of every token, in the order of the input.
+/// Readings of the steps and their views: together the output of every token, in the order of the input.
 #[expect(clippy::too_many_arguments, reason = "a schedule and what it is run on")]
 fn run(
     lab: &Lab<'_>,

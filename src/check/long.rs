@@ -1,8 +1,8 @@
 //! Accuracy of a long context: every decode path and prefill, at cache lengths up to 65 536, against f64 over the same cache.
 //!
-//! The cache holds latents in f16, as after a prefill. Weights are f32, so the error is that of the kernels' arithmetic. Two curves
-//! are for comparison: rounding the cache to f16, in f64 throughout, and the control, running sums in f16, which a long context
-//! ruins.
+//! The cache holds latents in f16, as after a prefill. Weights are f32, so the error is that of the kernels' arithmetic. Two
+//! curves are for comparison: rounding the cache to f16, in f64 throughout, and the control, running sums in f16, which a long
+//! context ruins.
 
 use half::f16;
 use serde::Serialize;
@@ -75,7 +75,7 @@ impl Way {
 pub struct Curve {
     /// `MLA`, `gate at latent` or `gate at up_projected`.
     pub configuration: &'static str,
-    /// What it shows.
+    /// Its subject.
     pub way: Way,
     /// Standard deviation of the logits.
     pub spread: f32,
@@ -84,7 +84,7 @@ pub struct Curve {
 }
 
 impl Curve {
-    /// What is wrong with it: an error over [`LIMIT`], or one that grows with the length.
+    /// Its defect, if any: an error over [`LIMIT`], or one that grows with the length.
     pub fn problem(&self) -> Option<String> {
         let name = format!("{} {}, logits of deviation {}", self.configuration, self.way.name(), self.spread);
         // NaN is over any limit.

@@ -102,7 +102,7 @@ pub enum Event {
     TakeBack {
         /// The sequence.
         sequence: usize,
-        /// How many.
+        /// Number of tokens.
         tokens: u32,
     },
     /// One sequence becomes a copy of another.
@@ -363,8 +363,8 @@ impl LayerCase {
     /// Reads a case.
     ///
     /// # Errors
-    /// `DataError::Json` for another text, [`Error::Config`] for a case that cannot be, `ArgumentError::OutOfRange` for one that is too
-    /// large.
+    /// `DataError::Json` for another text, [`Error::Config`] for an impossible case, `ArgumentError::OutOfRange` for one that is
+    /// too large.
     pub fn from_json(text: &str) -> Result<LayerCase> {
         let case: LayerCase = serde_json::from_str(text)?;
         case.shape.config().validate()?;
@@ -702,7 +702,7 @@ impl Event {
     }
 }
 
-/// What to search.
+/// Extent of a search.
 #[derive(Debug, Clone, Copy)]
 pub struct Search {
     /// Of the configurations and histories: equal seeds, equal cases.
@@ -713,7 +713,7 @@ pub struct Search {
     pub cases: usize,
 }
 
-/// What a search found.
+/// The result of a search.
 #[derive(Debug, Default)]
 pub struct SearchReport {
     /// Cases that were run and compared.
@@ -731,7 +731,7 @@ pub struct SearchReport {
 pub struct Failure {
     /// As small as it became.
     pub case: LayerCase,
-    /// What is wrong with it.
+    /// Its defect, in words.
     pub problem: String,
     /// As it was drawn.
     pub drawn: LayerCase,
@@ -775,7 +775,7 @@ pub fn search(kernels: &Kernels, search: Search) -> Result<SearchReport> {
     Ok(report)
 }
 
-/// What is wrong with a result; a lost device is nobody's case.
+/// The defect of a result; a lost device is an error, not a defect.
 fn problem_of(result: &Result<Comparison>) -> Result<Option<String>> {
     match result {
         Ok(comparison) => Ok(comparison.verdict.clone().err()),

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::guarded::POISON;
 
-/// How an element is made of the region's words.
+/// Decoding of an element from the region's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reading {
@@ -25,7 +25,7 @@ pub enum Reading {
 /// A table of elements in a region: element (i, j) begins at `first + i · strides[0] + j · strides[1]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct View {
-    /// How an element is read.
+    /// Decoding of an element.
     pub reading: Reading,
     /// The first element: in halves for f16, else in words.
     pub first: usize,

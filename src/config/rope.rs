@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::keys::Keys;
 use crate::error::{Error, Result};
 
-/// How positions are stretched beyond the length a model was trained at.
+/// Context extension: scaling of positions beyond the length of the training.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub enum RopeScaling {
     /// Frequencies as they are.

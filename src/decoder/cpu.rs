@@ -103,8 +103,8 @@ impl CpuDecoder {
     /// token, for the last, or none, as `logits` says.
     ///
     /// # Errors
-    /// `ArgumentError::Empty` without tokens, `ArgumentError::TokenId` beyond the vocabulary, `ArgumentError::Count` for the state of a
-    /// decoder with another number of layers; the state is then unchanged.
+    /// `ArgumentError::Empty` without tokens, `ArgumentError::TokenId` beyond the vocabulary, `ArgumentError::Count` for the state
+    /// of a decoder with another number of layers; the state is then unchanged.
     pub fn forward(&self, token_ids: &[u32], state: &mut CpuState, logits: Logits) -> Result<Vec<f64>> {
         check_ids(token_ids, self.config.vocab_size)?;
         if state.layers.len() != self.layers.len() {

@@ -119,7 +119,7 @@ impl Score {
         self.nats / self.tokens as f64
     }
 
-    /// Bits per character of a scored text of that many characters.
+    /// Bits per character, by the number of characters of the scored text.
     pub fn bits_per_character(&self, characters: u64) -> f64 {
         self.nats / std::f64::consts::LN_2 / characters as f64
     }

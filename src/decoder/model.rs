@@ -178,7 +178,7 @@ impl Decoder {
         &self.config
     }
 
-    /// How its weights are stored.
+    /// Storage of its weights.
     pub fn storage(&self) -> Storage {
         self.storage
     }
@@ -280,8 +280,8 @@ impl Decoder {
     /// overwrites.
     ///
     /// # Errors
-    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, or a kernel that
-    /// cannot run. The recording is then unchanged.
+    /// A step of another cache or vocabulary, a cache of another model, more tokens or logits than `state` holds, or a kernel
+    /// that cannot run. The recording is then unchanged.
     pub fn forward(
         &self,
         recording: &mut Recording,

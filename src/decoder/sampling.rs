@@ -2,7 +2,7 @@
 
 use crate::error::{ArgumentError, DataError, Error, Result};
 
-/// How a token is drawn.
+/// Rules of drawing a token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SamplingOptions {
     /// Divides the logits; 0 takes the most likely token.

@@ -28,8 +28,8 @@ thread_local! {
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether a panic of this thread now would be one of the tokenizers library, returned as `DataError::Tokenizer`: a panic hook then
-/// prints nothing. Contradictory settings of a tokenizer make that library panic in several places.
+/// Whether a panic of this thread now would be one of the tokenizers library, returned as `DataError::Tokenizer`: a panic hook
+/// then prints nothing. Contradictory settings of a tokenizer make that library panic in several places.
 pub fn panics_are_caught() -> bool {
     CAUGHT.get()
 }

@@ -86,9 +86,9 @@ pub struct AttentionDecode {
     pub cache_rows: u32,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
-    /// How the rope cache is stored.
+    /// Storage of the rope cache.
     pub storage: Storage,
-    /// How keys and values are stored.
+    /// Storage of keys and values.
     pub kv_storage: Storage,
 }
 

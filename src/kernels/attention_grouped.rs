@@ -213,11 +213,11 @@ pub struct AttentionGrouped {
     pub statistics_byte: u64,
     /// Gate rows of `gates`; higher numbers are those of `gates_more`.
     pub resident: u32,
-    /// How `gates` is stored.
+    /// Storage of `gates`.
     pub gates_storage: Storage,
     /// Bound gate rows of `gates_more`.
     pub more: u32,
-    /// How `gates_more` is stored.
+    /// Storage of `gates_more`.
     pub more_storage: Storage,
     /// First group of the pass.
     pub first_group: u32,
@@ -237,9 +237,9 @@ pub struct AttentionGrouped {
     pub expected_groups: u64,
     /// Expected positions, likewise.
     pub expected_positions: u64,
-    /// How the cache is stored.
+    /// Storage of the cache.
     pub cache_storage: Storage,
-    /// How weights are stored.
+    /// Storage of weights.
     pub storage: Storage,
 }
 

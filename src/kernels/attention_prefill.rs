@@ -102,7 +102,7 @@ pub struct AttentionPrefill {
     pub scale: f32,
     /// Storage of the layer's weights: cooperative matrices round keys and values, so they need f16 weights.
     pub weights: Storage,
-    /// How the rope cache is stored.
+    /// Storage of the rope cache.
     pub storage: Storage,
 }
 

@@ -73,7 +73,7 @@ pub struct CacheAppend {
     pub queries: Queries,
     /// Byte of `cache` where the rotary keys begin, after the latents.
     pub rope_byte: u64,
-    /// How the cache is stored.
+    /// Storage of the cache.
     pub storage: Storage,
 }
 

@@ -80,7 +80,7 @@ pub struct CacheRead {
     pub n_sequence: u32,
     /// The embedding of each cached token id is read too.
     pub table: Option<Table>,
-    /// How the cache is stored.
+    /// Storage of the cache.
     pub storage: Storage,
 }
 

@@ -41,7 +41,7 @@ crate::args! {
 pub struct Gate {
     /// Rows.
     pub rows: u32,
-    /// What the gate and its norm span.
+    /// Segments that the gate and its norm span.
     pub segments: Segments,
     /// First element of `x`; a multiple of 4.
     pub x_offset: u32,
@@ -55,7 +55,7 @@ pub struct Gate {
     pub norm: GateNorm,
     /// Rows of the statistics buffer; 0 when none are written.
     pub statistics_rows: u32,
-    /// How weight and bias are stored.
+    /// Storage of weight and bias.
     pub storage: Storage,
 }
 

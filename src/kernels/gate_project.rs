@@ -46,9 +46,9 @@ pub struct GateProject {
     pub targets: bool,
     /// Rows of `y`; the caller has checked that every target is below it.
     pub y_rows: u32,
-    /// How table and projection are stored.
+    /// Storage of table and projection.
     pub storage: Storage,
-    /// How `y` is stored.
+    /// Storage of `y`.
     pub y_storage: Storage,
 }
 

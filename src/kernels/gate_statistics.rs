@@ -38,7 +38,7 @@ crate::args! {
 pub struct GateStatistics {
     /// New tokens.
     pub tokens: u32,
-    /// What the norm spans; `width` is that of its rows.
+    /// Segments that the norm spans.
     pub segments: Segments,
     /// Gate rows of `gates`; higher numbers are those of `gates_more`.
     pub resident: u32,
@@ -54,9 +54,9 @@ pub struct GateStatistics {
     pub activation: Activation,
     /// `layer_norm` or `rms_norm`: without a norm there are no statistics.
     pub norm: GateNorm,
-    /// How `gates` is stored.
+    /// Storage of `gates`.
     pub storage: Storage,
-    /// How `gates_more` is stored.
+    /// Storage of `gates_more`.
     pub more_storage: Storage,
 }
 

@@ -33,7 +33,7 @@ pub struct Gather {
     pub table_row: u32,
     /// Embeddings of the table; the caller has checked that every id is below it.
     pub vocab_size: u32,
-    /// How the table is stored.
+    /// Storage of the table.
     pub storage: Storage,
 }
 

@@ -83,7 +83,7 @@ pub struct Matmul {
     pub y: Layout,
     /// A bias of `cols` elements is added.
     pub bias: bool,
-    /// How `w` and `bias` are stored.
+    /// Storage of `w` and `bias`.
     pub storage: Storage,
 }
 

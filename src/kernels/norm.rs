@@ -55,7 +55,7 @@ pub struct Norm {
     pub kind: Kind,
     /// A bias is added.
     pub bias: bool,
-    /// How weight and bias are stored.
+    /// Storage of weight and bias.
     pub storage: Storage,
 }
 

@@ -20,7 +20,7 @@ crate::args! {
     }
 }
 
-/// What to rotate, in elements of `values`.
+/// The elements of `values` to rotate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rope {
     /// Tokens.

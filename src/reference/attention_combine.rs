@@ -7,7 +7,7 @@ use super::{Attended, Partial};
 /// `M = max_s max_s`, `L = Σ_s sum_s exp(max_s − M)`, `o = Σ_s exp(max_s − M) values_s / L`, `lse = M + ln L`.
 ///
 /// `partial` holds `[splits, n_head]` and `[splits, n_head, d_value]`; `ranges` `[tokens]`: the splits of each token.
-/// Where no split holds a row, `o` is 0 and `lse` is −∞; the GPU kernel writes the lowest finite f32 in its place.
+/// Without any key `o` is 0 and `lse` is −∞, for which the GPU kernel writes the lowest finite f32.
 pub fn attention_combine(partial: &Partial, ranges: &[Range<usize>], n_head: usize, d_value: usize) -> Attended {
     let mut attended = Attended { values: Vec::new(), lse: Vec::new() };
     for range in ranges {

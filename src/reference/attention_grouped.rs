@@ -4,7 +4,7 @@ use super::attention_prefill::{exponentials, weighted_sum};
 use super::matmul::dot;
 use super::{Heads, Partial};
 
-/// What the cache and the weights hold for [`attention_grouped`].
+/// Cache and weights for [`attention_grouped`].
 #[derive(Debug, Clone, Copy)]
 pub struct Grouped<'a> {
     /// Rotated queries `[tokens, n_head, d_nope + d_rope]`.
@@ -25,7 +25,7 @@ pub struct Grouped<'a> {
     pub statistics: &'a [[f64; 2]],
 }
 
-/// What one partial result is made of.
+/// Groups and positions of one partial result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupedItem {
     /// The query token.

@@ -81,7 +81,7 @@ impl History {
     }
 }
 
-/// What the latent cache holds of some tokens.
+/// Cache rows of some tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Latents {
     /// c `[tokens, d_latent]`, normed; gated at site `latent`, ungated at site `up_projected`.
@@ -162,7 +162,7 @@ impl Layer {
         Layer { cache: storage, ..self }
     }
 
-    /// At most so many bytes are taken by the keys and values of `cached` tokens, and by computing `new` ones at once.
+    /// Most bytes of the keys and values of `cached` tokens, and of computing `new` ones at once.
     pub fn bytes(config: &AttentionConfig, cached: u64, new: u64) -> u64 {
         let wide = |value: u32| u64::from(value);
         let AttentionConfig { hidden_size, n_head, d_latent, d_q_latent, d_rope, d_value, .. } = *config;
@@ -327,7 +327,7 @@ impl Layer {
         q
     }
 
-    /// What is cached of the tokens, and their keys and values `[tokens, n_head, d_nope + d_value]`.
+    /// Cache rows of the tokens, and their keys and values `[tokens, n_head, d_nope + d_value]`.
     fn keys_and_values(&self, hidden: &[f64], token_ids: &[u32], first_position: u32) -> (Latents, Vec<f64>) {
         let (heads, tokens, width) = (self.heads(), self.tokens(hidden), self.config.hidden_size as usize);
         let d_latent = self.config.d_latent as usize;

@@ -45,9 +45,9 @@ struct LayerData {
     hidden_size: u32,
     buffers: Vec<BufferData>,
     variants: Vec<VariantData>,
-    /// What the page's own tokenizer must agree with.
+    /// Ids that the page's tokenizer must reproduce.
     tokenizer: Vec<TextData>,
-    /// What the page's own f64 must agree with.
+    /// Logits that the page's f64 must reproduce.
     reference: ReferenceData,
 }
 

@@ -34,7 +34,7 @@ struct GroupedSizes {
 }
 
 impl GroupedSizes {
-    /// The cases at the ends of what attention may meet: chunks, tiles, a sequence of one token.
+    /// The extreme cases of attention: chunks, tiles, a sequence of one token.
     fn extremes(self) -> Vec<(String, GroupedSizes)> {
         let sequences = &[(330, Ids::Skewed), (1, Ids::Equal), (340, Ids::Equal)];
         Extreme::ALL

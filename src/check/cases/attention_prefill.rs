@@ -39,7 +39,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         };
     let every = SEQUENCES.map(|(name, _)| name);
     for variant in [&attention_prefill::TILES, &attention_prefill::SUBGROUP] {
-        // Every width meets the chunk, every sequence the plain width; the rest would repeat both.
+        // Every width with the chunk, every sequence with the plain width; the rest would repeat both.
         add(variant, &every, (3, 16, 8, 16), &Storage::ALL);
         for widths in [(1, 8, 4, 8), (9, 4, 12, 32), (2, 0, 8, 16), (63, 4, 4, 4)] {
             add(variant, &["chunk"], widths, &Storage::ALL);

@@ -58,7 +58,7 @@ impl Batch {
         })
     }
 
-    /// What each new token attends to, as places.
+    /// Places that each new token attends to.
     pub(super) fn visible(&self) -> Vec<Range<usize>> {
         (0..self.sequences.len())
             .flat_map(|index| {
@@ -138,7 +138,7 @@ pub(super) fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
         .collect()
 }
 
-/// Lengths and widths of the kernels over few queries: every width meets the ragged batch, every batch the plain width.
+/// Lengths and widths for the kernels over few queries: every width with the ragged batch, every batch with the plain width.
 pub(super) fn few_sizes() -> impl Iterator<Item = (&'static str, &'static [u32], Widths)> {
     let lengths: [(&str, &[u32]); 4] =
         [("t1", &[1]), ("t257", &[257]), ("ragged", &[255, 1, 256, 300]), ("t1030", &[1030])];

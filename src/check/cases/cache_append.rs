@@ -45,7 +45,7 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
         let mut values = random.values((tokens * row) as usize, 1.0);
         // Beyond f16: stored as its largest value.
         values[0] = 1e6;
-        // What is not a number stays so: a clamp would hide it.
+        // NaN stays NaN: a clamp would hide it.
         values[((tokens - 1) * row) as usize] = f32::NAN;
         let source = lab.floats(&values)?;
         let slot_words = lab.words(&slots)?;
@@ -127,7 +127,7 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
     })
 }
 
-/// How latents become halves: where a value lies between two, one of them is right. Integers round as IEEE 754 does, to the
+/// Rounding of latents to halves: of the two around a value, one is right. Integers round as IEEE 754 does, to the
 /// nearest and of two to the even one; `pack2x16float` rounds as the driver does, and may take numbers below 2^-14 for 0.
 fn halves(lab: &Lab<'_>) -> Result<Vec<Outcome>> {
     if lab.capture.is_some() {

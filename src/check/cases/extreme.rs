@@ -3,7 +3,7 @@
 use crate::check::compare::{Tolerance, UNIT_ROUNDOFF};
 use crate::storage::Storage;
 
-/// Inputs at the ends of what attention may meet.
+/// Extreme inputs of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Extreme {
     /// None of it.

@@ -28,7 +28,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     let whole = whole.map(|(rows, width)| (rows, Segments::one(width)));
     for storage in Storage::ALL {
         let every = Activation::ALL.into_iter().flat_map(|activation| norms(activation, 35, heads(1, 24, 16)));
-        // What counts of a padded row depends on the norm alone.
+        // The padding matters to the norm alone.
         let cut = norms(Activation::Silu, 5, heads(3, 7, 4));
         for sizes in every.chain(cut).chain(padded.map(normed)).chain(whole.map(normed)) {
             cases.push(gate_case(sizes, storage));
@@ -52,7 +52,7 @@ fn gate_case((activation, norm, rows, segments): (Activation, GateNorm, u32, Seg
                 x_values[offset as usize + row * pitch as usize..][..values.len()].copy_from_slice(values);
             }
             let mut g_values = random.values(rows as usize * width, 1.0);
-            // Where exponentials overflow and tanh saturates.
+            // Exponentials overflow and tanh saturates here.
             let ends = [95.0, -95.0].into_iter().cycle();
             g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
             let (x, g) = (lab.floats(&x_values)?, lab.floats(&spread(&g_values, &segments.parts, || 0.5))?);

@@ -36,7 +36,7 @@ fn measure(lab: &Lab<'_>, tokens: u32, segments: Segments, storage: Storage) -> 
             let mut random = Random::new(SEED);
             let (more_first, cached) = (2, tokens + 2);
             let kv_values = random.values((tokens * width) as usize, 1.0);
-            // What the padding holds does not count.
+            // The content of the padding does not count.
             let pitched = |values: &[f32], storage: Storage| pack(&spread(values, &segments.parts, || 0.5), storage);
             let gate_values = random.values((resident * width) as usize, 1.0);
             let more_rows = if further { more_first + tokens } else { 0 };

@@ -33,7 +33,7 @@ impl Ids {
     }
 }
 
-/// Where gate rows are found.
+/// Sources of gate rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sources {
     /// Those of odd ids are resident.
