@@ -1,5 +1,5 @@
-//! FLOPs and bytes of a whole layer, a decode step by either path and a prefill, by the rules of [`Cost`]; and what a
-//! token takes in a cache.
+//! FLOPs and bytes of a whole layer, for a decode step by either path and a prefill, by the rules of [`Cost`]; and the cache
+//! elements of a token.
 
 use super::widths::gated_segments;
 use crate::config::{AttentionConfig, GateConfig, GateNorm};
@@ -23,20 +23,20 @@ use crate::storage::{Segments, Storage};
 pub struct DecodeWork {
     /// New tokens.
     pub tokens: u32,
-    /// Cached rows that are attended to, the new ones included.
+    /// Cache rows that are attended to, the new ones included.
     pub rows: u32,
-    /// Pairs of a new token and a row that it sees.
+    /// Pairs of a new token and a cache row that it sees.
     pub positions: u64,
     /// Distinct token ids of each new token's sequence, summed over the new tokens.
     pub groups: u64,
-    /// Ids whose gate rows are projected at this step: none where the rows of all are resident.
+    /// Ids whose gate rows are projected at this step; 0 if all are resident.
     pub projected: u32,
     /// Storage of the cache.
     pub cache_storage: Storage,
 }
 
 impl DecodeWork {
-    /// One new token behind `cached − 1` others, `groups` distinct ids among them all.
+    /// One new token after `cached − 1` others, with `groups` distinct ids among them all.
     pub fn one(cached: u32, groups: u32, projected: u32, cache_storage: Storage) -> Self {
         DecodeWork {
             tokens: 1,
@@ -51,13 +51,13 @@ impl DecodeWork {
 
 /// One new token of one sequence through one whole layer, keys and values rebuilt from the cache.
 ///
-/// `cached` tokens are attended to, the new one included. The sum of the layer's dispatches with every row needed and none of
-/// the padding: each weight counts once, however many tiles read it. Weights and cache in `storage`.
+/// `cached` tokens are attended to, the new one included. The sum of the layer's dispatches over all cache rows, without padding:
+/// each weight counts once, however many tiles read it. Weights and cache in `storage`.
 pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) -> Cost {
     projections(config, 1, storage) + attend_expanded(config, &DecodeWork::one(cached, 0, 0, storage), storage)
 }
 
-/// One new token of one sequence through one whole layer, straight over the cached latents.
+/// One new token of one sequence through one whole layer, over the cached latents themselves.
 ///
 /// `cached` tokens of `groups` distinct ids are attended to, the new one included; the gate rows of `projected` ids are
 /// projected first. The two matter with the gate at `up_projected` alone. Otherwise as [`decode_expanded`].
@@ -66,7 +66,7 @@ pub fn decode_absorbed(config: &AttentionConfig, cached: u32, groups: u32, proje
     projections(config, 1, storage) + attend_absorbed(config, &work, storage)
 }
 
-/// The expanded path's part of a step: keys and values of `work.rows` rows for `rows · D · (d_latent + d_gate)` multiply-adds,
+/// The expanded path's part of a step: keys and values of `work.rows` cache rows for `rows · D · (d_latent + d_gate)` multiply-adds,
 /// the second term only with the gate at `up_projected`, and the attention over them.
 pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
@@ -186,7 +186,7 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         storage: if projected > 0 { Storage::F32 } else { storage },
         more_storage,
     };
-    // One partial result for sixteen groups: what an item has in software; on a GPU it has fewer.
+    // One partial result per sixteen groups: an entry in software; fewer on a GPU.
     let partials = u32::try_from(work.groups.div_ceil(16)).unwrap_or(u32::MAX);
     let attention = AttentionGrouped {
         tokens: work.tokens,
@@ -274,7 +274,7 @@ pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
 /// Cost of a causal prefill attention: one sequence without a past, in one tile.
 pub fn causal(problem: &AttentionPrefill) -> Cost {
     let Cost { flops, bytes } = problem.cost();
-    // Of tokens² pairs, (tokens² + tokens) / 2; a token alone has one.
+    // (tokens² + tokens) / 2 of tokens² pairs; one for a single token.
     let one = flops / u64::from(problem.tokens.max(1));
     Cost { flops: (flops.saturating_add(one)) / 2, bytes }
 }
@@ -307,7 +307,7 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
     let d_kv_a = d_latent + d_rope;
     let down = match config.d_q_latent {
         None => linear(tokens, hidden_size, d_q, false, storage) + linear(tokens, hidden_size, d_kv_a, bias, storage),
-        // Both go down in one product.
+        // Both down projections are one product.
         Some(rank) => {
             linear(tokens, hidden_size, rank + d_kv_a, bias, storage)
                 + rms(rank)
@@ -339,7 +339,7 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         + linear(tokens, n_head * config.d_value, hidden_size, bias, storage)
 }
 
-/// A line of the cache table.
+/// An entry of the cache table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheLine {
     /// Width of the cached latent; `None` for multi-head attention, which caches keys and values.
@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn expanded_decode_rebuilds_keys_and_values() {
-        // D = 3 · (16 + 24) = 120. A split adds 3 · (2·24 + 5) to the merge.
+        // D = 3 · (16 + 24) = 120. A split adds 3 · (2·24 + 5) to the combine.
         let split = u64::from(SPLIT);
         let attention = 2 * 3 * (16 + 8 + 24);
         let mla = slope(|cached| decode_expanded(&config(None), cached, Storage::F32));
@@ -416,7 +416,7 @@ mod tests {
 
     #[test]
     fn absorbed_decode_meets_the_latents() {
-        // T · n_head · (2·d_latent + d_rope) multiply-adds; a split adds 3 · (2·32 + 5) to the merge.
+        // T · n_head · (2·d_latent + d_rope) multiply-adds; a split adds 3 · (2·32 + 5) to the combine.
         let absorbed = |cached| decode_absorbed(&config(None), cached, 0, 0, Storage::F32);
         assert_eq!(slope(absorbed), u64::from(SPLIT) * 2 * 3 * (2 * 32 + 8) + 207);
         // Cache bytes: every latent and every rotary key once; a split's partial results written and read.
@@ -446,10 +446,10 @@ mod tests {
         let work =
             |cached, groups| attend_absorbed(&paper(), &DecodeWork::one(cached, groups, 0, Storage::F16), Storage::F16);
         let (few, more, longer) = (work(8192, 1600), work(8192, 1616), work(8448, 1600));
-        // Sixteen groups more: their multiply-adds, and one more partial result to merge, 12 · (2·64 + 5).
+        // Sixteen groups more: their multiply-adds, and one more partial result to combine, 12 · (2·64 + 5).
         assert_eq!(more.flops - few.flops, 16 * 2 * 98_304 + 1596);
         assert_eq!(longer.flops - few.flops, 256 * 2 * 2_304);
-        // A row of 128 halves, its statistics and its place in a list.
+        // A cache row of 128 halves, its statistics and its place in a list.
         assert_eq!(longer.bytes - few.bytes, 256 * (256 + 8 + 4));
         let (groups, cached) = (1640, 8192);
         let (grouped, _) = AttentionGrouped::counted()[0];
@@ -461,7 +461,7 @@ mod tests {
             ..grouped
         });
         assert!(attention.flops <= 2 * (98_304 * groups + 2_304 * cached));
-        // An f32 cache has 256 bytes more a row, and the new token's latent need not be read back from it.
+        // An f32 cache has 256 bytes more per cache row, and the new token's latent need not be read back from it.
         let wide = attend_absorbed(&paper(), &DecodeWork::one(cached as u32, 1600, 0, Storage::F32), Storage::F16);
         assert_eq!(wide.bytes - few.bytes, cached * 256 - (64 * 2 + 4 + 64 * 4));
         // Projecting the gate rows first costs 1536 · 256 multiply-adds each, the new token's among them.
@@ -470,7 +470,7 @@ mod tests {
         assert_eq!(projected, 1601 * 2 * 1536 * 256);
     }
 
-    /// Where all ids differ and the latent is wide, rebuilding is cheaper; with the ids of text it never is.
+    /// With all ids different and a wide latent, rebuilding is cheaper; with the ids of text it never is.
     #[test]
     fn the_cheaper_path_depends_on_how_many_ids_differ() {
         let wide = AttentionConfig { d_latent: 512, ..paper() };
@@ -489,17 +489,17 @@ mod tests {
 
     #[test]
     fn a_whole_layer_counts_its_projections() {
-        // One token behind nothing, by hand. q 96·72, rope 6·4 pairs · (3 heads + 1 key), kv_a 96·40, norm 4·32 + 3,
+        // A first token, by hand. q 96·72, rope 6·4 pairs · (3 heads + 1 key), kv_a 96·40, norm 4·32 + 3,
         // o 72·96.
         let shared = 2 * 96 * 72 + 6 * 4 * 4 + 2 * 96 * 40 + 131 + 2 * 72 * 96;
-        // W_K 3·16·32, one key 3·(2·32 + 8), merge 3·(2·32 + 5) + 3·(32 + 3), W_V 3·32·24.
+        // W_K 3·16·32, one key 3·(2·32 + 8), combine 3·(2·32 + 5) + 3·(32 + 3), W_V 3·32·24.
         let absorbed = 2 * 3 * 16 * 32 + 2 * 3 * 72 + 207 + 105 + 2 * 3 * 32 * 24;
         assert_eq!(decode_absorbed(&config(None), 1, 0, 0, Storage::F32).flops, shared + absorbed);
-        // kv_b 32·120, one key 3·48, merge 3·(2·24 + 5) + 3·(24 + 3).
+        // kv_b 32·120, one key 3·48, combine 3·(2·24 + 5) + 3·(24 + 3).
         let expanded = 2 * 32 * 120 + 2 * 3 * 48 + 159 + 81;
         assert_eq!(decode_expanded(&config(None), 1, Storage::F32).flops, shared + expanded);
         // Every weight once: f16 halves weights and cache, and nothing else. Elements: q, kv_a, norm, kv_b, o, and the
-        // new row of the cache, which is written by the append and read by the attention (40 elements both times).
+        // new cache row, which the append writes and the attention reads (40 elements each).
         let f32 = decode_absorbed(&config(None), 1, 0, 0, Storage::F32).bytes;
         let f16 = decode_absorbed(&config(None), 1, 0, 0, Storage::F16).bytes;
         assert_eq!(f32 - f16, 2 * (96 * 72 + 96 * 40 + 32 + 32 * 120 + 72 * 96 + 40 + 40));
@@ -507,7 +507,7 @@ mod tests {
 
     #[test]
     fn prefill_counts_each_causal_pair_once() {
-        // One token is a decode step behind nothing, without the merge of its one split: 159 + 81.
+        // One token is a decode step of a first token, without the combine of its one split: 159 + 81.
         let config = config(Some(GateSite::UpProjected));
         let one = prefill(&config, 1, Storage::F32).flops;
         assert_eq!(one, decode_expanded(&config, 1, Storage::F32).flops - 159 - 81);
