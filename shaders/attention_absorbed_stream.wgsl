@@ -44,28 +44,40 @@ struct Params {
     tiles_z: u32,
 }
 
+// A line of the sequence table.
+struct DecodeSequence {
+    first_row: u32,    // in the step's numbering of cache rows, a multiple of SPLIT
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first query token
+    tokens: u32,       // query tokens: each sees those before it
+    partial: u32,      // first partial result: split s of query token i is number partial + i · splits + s
+    splits: u32,
+    unused: u32,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> absorbed: array<vec4<f32>>;               // [tokens, n_head, d_latent / 4]
 @group(0) @binding(2) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
 @group(0) @binding(3) var<storage, read> latent_cache: array<vec4<u32>>;           // [cache rows, latent_loads]
 @group(0) @binding(4) var<storage, read> rope_cache: array<vec4<u32>>;             // [cache rows, rope_loads]
-@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
+@group(0) @binding(5) var<storage, read> sequences: array<DecodeSequence>;         // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> partial_values: array<vec4<f32>>;   // [partials, n_head, d_latent / 4]
 @group(0) @binding(7) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
-// Line of the last sequence that begins at or before `row`.
-fn line_of(row: u32, n_sequence: u32) -> u32 {
+// Index of the last sequence that begins at or before `row`.
+fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     var low = 0u;
     var high = n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (sequences[2u * middle].x <= row) {
+        if (sequences[middle].first_row <= row) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return 2u * low;
+    return low;
 }
 
 // The first four weights of a load.
@@ -108,18 +120,16 @@ fn main(
         return;
     }
     let row0 = work.x * SPLIT;
-    let line = line_of(row0, params.n_sequence);
-    let sequence = sequences[line];
-    let queries = sequences[line + 1u];
+    let sequence = sequences[sequence_of(row0, params.n_sequence)];
     let token = work.z;
-    let position0 = row0 - sequence.x;
+    let position0 = row0 - sequence.first_row;
     // The padding behind the last sequence is no split of it.
-    if (token >= queries.x || position0 / SPLIT >= queries.z) {
+    if (token >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
-    let length = sequence.z + 1u + token - queries.x;
+    let length = sequence.length + 1u + token - sequence.tokens;
     let count = min(max(length, position0) - position0, SPLIT);
-    let slot0 = sequence.y + position0;
+    let slot0 = sequence.first_slot + position0;
     let fours = params.d_latent / 4u;
     // Neighbours in a workgroup of one dimension are neighbours in a subgroup: a team is LANES of both.
     let lane = member % LANES;
@@ -132,7 +142,7 @@ fn main(
     // Heads past the end repeat the last one and are not stored; loads past the end repeat the last one, against zeros.
     let head0 = (work.y * TEAMS + local / LANES) * 4u;
     let heads = min(max(params.n_head, head0) - head0, 4u);
-    let head = (sequence.w + token) * params.n_head + min(head0 + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.n_head - 1u));
+    let head = (sequence.token + token) * params.n_head + min(head0 + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.n_head - 1u));
     var query: array<mat4x4<f32>, 8>;
     var acc: array<mat4x4<f32>, 8>;
     for (var c = 0u; c < LOADS; c++) {
@@ -232,7 +242,7 @@ fn main(
 
     sum += subgroupShuffleXor(sum, 1u);
     sum += subgroupShuffleXor(sum, 2u);
-    let split = (queries.y + token * queries.z + position0 / SPLIT) * params.n_head + head0;
+    let split = (sequence.partial + token * sequence.splits + position0 / SPLIT) * params.n_head + head0;
     for (var c = 0u; c < LOADS; c++) {
         for (var half = 0u; half < FOURS; half++) {
             let at = (lane + c * LANES) * FOURS + half;

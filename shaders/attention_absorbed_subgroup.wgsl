@@ -41,31 +41,43 @@ struct Params {
     tiles_z: u32,
 }
 
+// A line of the sequence table.
+struct DecodeSequence {
+    first_row: u32,    // in the step's numbering of cache rows, a multiple of SPLIT
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first query token
+    tokens: u32,       // query tokens: each sees those before it
+    partial: u32,      // first partial result: split s of query token i is number partial + i · splits + s
+    splits: u32,
+    unused: u32,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> absorbed: array<vec4<f32>>;               // [tokens, n_head, d_latent / 4]
 @group(0) @binding(2) var<storage, read> q: array<vec4<f32>>;                      // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(3) var<storage, read> latent_cache: array<vec4<u32>>;           // [cache rows, latent_loads]
 @group(0) @binding(4) var<storage, read> rope_cache: array<vec4<u32>>;             // [cache rows, rope_loads]
-@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
+@group(0) @binding(5) var<storage, read> sequences: array<DecodeSequence>;         // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> partial_values: array<vec4<f32>>;   // [partials, n_head, d_latent / 4]
 @group(0) @binding(7) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
 // [row, 2] scores of 8 heads, then their exponentials. Each is read by the lane that wrote it alone: no barrier is needed.
 var<workgroup> sh_score: array<vec4<f32>, SPLIT * 2u>;
 
-// Line of the last sequence that begins at or before `row`.
-fn line_of(row: u32, n_sequence: u32) -> u32 {
+// Index of the last sequence that begins at or before `row`.
+fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     var low = 0u;
     var high = n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (sequences[2u * middle].x <= row) {
+        if (sequences[middle].first_row <= row) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return 2u * low;
+    return low;
 }
 
 // The first four weights of a load.
@@ -135,20 +147,18 @@ fn main(
         return;
     }
     let row0 = work.x * SPLIT;
-    let line = line_of(row0, params.n_sequence);
-    let sequence = sequences[line];
-    let queries = sequences[line + 1u];
+    let sequence = sequences[sequence_of(row0, params.n_sequence)];
     let query = work.z;
     let head0 = work.y * 8u;
-    let position0 = row0 - sequence.x;
+    let position0 = row0 - sequence.first_row;
     // The padding behind the last sequence is no split of it.
-    if (query >= queries.x || position0 / SPLIT >= queries.z) {
+    if (query >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
-    let length = sequence.z + 1u + query - queries.x;
+    let length = sequence.length + 1u + query - sequence.tokens;
     let count = min(max(length, position0) - position0, SPLIT);
-    let slot0 = sequence.y + position0;
-    let token = sequence.w + query;
+    let slot0 = sequence.first_slot + position0;
+    let token = sequence.token + query;
     let fours = params.d_latent / 4u;
 
     let own = head0 + lane % SPREAD;
@@ -218,7 +228,7 @@ fn main(
     }
 
     let heads = min(params.n_head - head0, 8u);
-    let split = (queries.y + query * queries.z + position0 / SPLIT) * params.n_head + head0;
+    let split = (sequence.partial + query * sequence.splits + position0 / SPLIT) * params.n_head + head0;
     for (var load0 = 0u; load0 < params.latent_loads; load0 += LANES) {
         let load = min(load0 + lane, params.latent_loads - 1u);
         var low: array<vec4<f32>, 8>;

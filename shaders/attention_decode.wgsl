@@ -39,11 +39,23 @@ struct Params {
     tiles_z: u32,
 }
 
+// A line of the sequence table.
+struct DecodeSequence {
+    first_row: u32,    // in the step's numbering of cache rows, a multiple of SPLIT
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first query token
+    tokens: u32,       // query tokens: each sees those before it
+    partial: u32,      // first partial result: split s of query token i is number partial + i · splits + s
+    splits: u32,
+    unused: u32,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;                      // [tokens, n_head, d_nope + d_rope] / 4, rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<u32>>;                     // [kv rows, n_head, d_nope + d_value] / 4, f16: / 8
 @group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;             // [cache rows, rope_pitch] / 4, f16: / 8
-@group(0) @binding(4) var<storage, read> sequences: array<vec4<u32>>;              // [n_sequence, 2] (first row, first cache row, length, token), (tokens, first partial, splits, 0)
+@group(0) @binding(4) var<storage, read> sequences: array<DecodeSequence>;         // [n_sequence]
 @group(0) @binding(5) var<storage, read_write> partial_values: array<vec4<f32>>;   // [partials, n_head, d_value] / 4
 @group(0) @binding(6) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
@@ -51,19 +63,19 @@ var<workgroup> sh_part: array<vec4<f32>, SHARED>;    // four rows' parts of a sc
 var<workgroup> sh_score: array<vec4<f32>, QUADS>;    // four rows
 var<workgroup> sh_state: array<vec2<f32>, TEAMS>;    // (m, l) of a team
 
-// Line of the last sequence that begins at or before `row`.
-fn line_of(row: u32, n_sequence: u32) -> u32 {
+// Index of the last sequence that begins at or before `row`.
+fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     var low = 0u;
     var high = n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (sequences[2u * middle].x <= row) {
+        if (sequences[middle].first_row <= row) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return 2u * low;
+    return low;
 }
 
 // The first four elements of 16 bytes of f32 or f16.
@@ -119,19 +131,17 @@ fn main(
         return;
     }
     let row0 = params.kv_first + work.x * SPLIT;
-    let line = line_of(row0, params.n_sequence);
-    let sequence = sequences[line];
-    let queries = sequences[line + 1u];
+    let sequence = sequences[sequence_of(row0, params.n_sequence)];
     let head = work.y;
     let query = work.z;
-    let position0 = row0 - sequence.x;
+    let position0 = row0 - sequence.first_row;
     // The padding behind the last sequence is no split of it.
-    if (query >= queries.x || position0 / SPLIT >= queries.z) {
+    if (query >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
-    let length = sequence.z + 1u + query - queries.x;
+    let length = sequence.length + 1u + query - sequence.tokens;
     let count = min(max(length, position0) - position0, SPLIT);
-    let slot0 = sequence.y + position0;
+    let slot0 = sequence.first_slot + position0;
 
     // In loads, but queries in vectors of four.
     let kv_width = 4u + 4u * KV_F16;
@@ -142,7 +152,7 @@ fn main(
     let rope_row = params.rope_pitch / rope_width;
     let kv_row = params.n_head * (nope_loads + value_loads);
     let key = work.x * SPLIT * kv_row + head * (nope_loads + value_loads);
-    let q_nope = ((sequence.w + query) * params.n_head + head) * ((params.d_nope + params.d_rope) / 4u);
+    let q_nope = ((sequence.token + query) * params.n_head + head) * ((params.d_nope + params.d_rope) / 4u);
     let q_rope = q_nope + params.d_nope / 4u;
 
     let lane = local % LANES;
@@ -212,7 +222,7 @@ fn main(
 
     let team = local / COLUMNS;
     let column = local % COLUMNS;
-    let split = (queries.y + query * queries.z + position0 / SPLIT) * params.n_head + head;
+    let split = (sequence.partial + query * sequence.splits + position0 / SPLIT) * params.n_head + head;
     var of_rows = vec4<f32>(LOWEST);
     for (var quad = team; 4u * quad < count; quad += TEAMS) {
         of_rows = max(of_rows, sh_score[quad]);

@@ -35,12 +35,40 @@ override ROOM: u32 = 64u;        // the larger of D_NOPE and D_VALUE rounded up 
 override WORKGROUP: u32 = HEADS * LANES;
 
 const LOWEST: f32 = -3.4028234e38;
-const HEADER: u32 = 8u;          // words of a group's header
-const TILE: u32 = 64u;           // positions of a group in a tile
-const CHUNK: u32 = 256u;         // positions of a chunk; GROUPS · TILE is not more
-const CHUNK_WORDS: u32 = 260u;
-const SEQUENCE: u32 = 16u;       // words of a line of the sequence table
 const NO_ROW: u32 = 0xffffffffu;
+// Words of `lists`: a group's header.
+const HEADER_WORDS: u32 = 8u;
+const HEADER_COUNT: u32 = 1u;
+const HEADER_GATE_ROW: u32 = 2u;
+const HEADER_TIER_1: u32 = 3u;
+const HEADER_TIER_2: u32 = 4u;
+const HEADER_POSITIONS: u32 = 5u;
+// A chunk of a group's positions.
+const CHUNK_WORDS: u32 = 260u;
+const CHUNK_GROUP: u32 = 0u;
+const CHUNK_FIRST: u32 = 1u;
+const CHUNK_POSITIONS: u32 = 4u;
+// A line of the sequence table.
+const SEQUENCE_WORDS: u32 = 16u;
+const SEQUENCE_FIRST_ENTRY: u32 = 0u;
+const SEQUENCE_TILES: u32 = 1u;
+const SEQUENCE_GROUPS: u32 = 2u;
+const SEQUENCE_BASE: u32 = 3u;
+const SEQUENCE_FIRST_SLOT: u32 = 4u;
+const SEQUENCE_POSITION: u32 = 5u;
+const SEQUENCE_TOKEN: u32 = 6u;
+const SEQUENCE_TOKENS: u32 = 7u;
+const SEQUENCE_PARTIAL: u32 = 8u;
+const SEQUENCE_TILE_ENTRIES: u32 = 9u;
+const SEQUENCE_FIRST_GROUP: u32 = 10u;
+const SEQUENCE_CHUNKS: u32 = 11u;
+const SEQUENCE_CHUNK_WORD: u32 = 12u;
+const SEQUENCE_CHUNK_ENTRIES: u32 = 13u;
+// Positions of a group: in its header, in its first tier, in a tile, in a chunk.
+const INLINE_LENGTH: u32 = 3u;
+const TIER_1_LENGTH: u32 = 13u;
+const TILE_LENGTH: u32 = 64u;
+const CHUNK_LENGTH: u32 = 256u;   // GROUPS · TILE_LENGTH is not more
 
 struct Params {
     n_head: u32,
@@ -84,9 +112,9 @@ var<workgroup> sh_rope: array<vec4<f32>, HEADS * ROPE4>;                 // scal
 var<workgroup> sh_gate: array<vec4<f32>, HEADS * ROOM>;                  // gated query, then g_V: a component a group
 var<workgroup> sh_latent: array<vec4<f32>, GROUPS * HEADS * LATENT4>;    // a[u,h], then S[u,h]
 var<workgroup> sh_value: array<vec4<f32>, HEADS * VALUE4>;               // values so far
-var<workgroup> sh_score: array<f32, HEADS * 256u>;
-var<workgroup> sh_slot: array<u32, 256u>;                                // u32 max: not seen by the query
-var<workgroup> sh_statistics: array<vec2<f32>, 256u>;                    // (μ, ρ)
+var<workgroup> sh_score: array<f32, HEADS * CHUNK_LENGTH>;
+var<workgroup> sh_slot: array<u32, CHUNK_LENGTH>;                        // u32 max: not seen by the query
+var<workgroup> sh_statistics: array<vec2<f32>, CHUNK_LENGTH>;            // (μ, ρ)
 
 // Word that holds element i of a tensor of weights.
 fn weight_word(i: u32) -> u32 {
@@ -203,35 +231,35 @@ fn gate_at(row: u32, i: u32) -> f32 {
 
 // Gate row of a group of the sequence whose lists begin at `base`.
 fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
-    let row = lists[base + group * HEADER + 2u];
+    let row = lists[base + group * HEADER_WORDS + HEADER_GATE_ROW];
     return select(row, params.resident + group_row - params.first_group, row == NO_ROW);
 }
 
-// Position i of a group, one of its first 64.
+// Position i of a group, one of those in a tile.
 fn position_of(base: u32, group: u32, i: u32) -> u32 {
-    let header = base + group * HEADER;
-    if (i < 3u) {
-        return lists[header + 5u + i];
+    let header = base + group * HEADER_WORDS;
+    if (i < INLINE_LENGTH) {
+        return lists[header + HEADER_POSITIONS + i];
     }
-    if (i < 16u) {
-        return lists[base + lists[header + 3u] + i - 3u];
+    if (i < INLINE_LENGTH + TIER_1_LENGTH) {
+        return lists[base + lists[header + HEADER_TIER_1] + i - INLINE_LENGTH];
     }
-    return lists[base + lists[header + 4u] + i - 16u];
+    return lists[base + lists[header + HEADER_TIER_2] + i - INLINE_LENGTH - TIER_1_LENGTH];
 }
 
-// First word of the line of the last sequence that begins at or before `entry`.
-fn first_word_of(entry: u32) -> u32 {
+// First word of the last line of the sequence table whose word `field` is at most `value`.
+fn line_of(field: u32, value: u32) -> u32 {
     var low = 0u;
     var high = params.n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (lists[params.table + middle * SEQUENCE] <= entry) {
+        if (lists[params.table + middle * SEQUENCE_WORDS + field] <= value) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return params.table + low * SEQUENCE;
+    return params.table + low * SEQUENCE_WORDS;
 }
 
 // Products of eight columns of four weight rows with those of a group's weighted latents.
@@ -248,7 +276,7 @@ fn fold8(at: u32, w0: Eight, w1: Eight, w2: Eight, w3: Eight) -> vec4<f32> {
 
 // e^(s_j − m) of entry e; 0 for one that the query does not see.
 fn weight_of(local_head: u32, e: u32, best: f32) -> f32 {
-    return select(0.0, exp(sh_score[local_head * 256u + e] - best), sh_slot[e] != NO_ROW);
+    return select(0.0, exp(sh_score[local_head * CHUNK_LENGTH + e] - best), sh_slot[e] != NO_ROW);
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
@@ -263,27 +291,27 @@ fn main(
     if (entry >= params.entries) {
         return;
     }
-    let line = first_word_of(entry);
-    let tiles = lists[line + 1u];
-    let groups = lists[line + 2u];
-    let base = lists[line + 3u];
-    let first_slot = lists[line + 4u];
+    let line = line_of(SEQUENCE_FIRST_ENTRY, entry);
+    let tiles = lists[line + SEQUENCE_TILES];
+    let groups = lists[line + SEQUENCE_GROUPS];
+    let base = lists[line + SEQUENCE_BASE];
+    let first_slot = lists[line + SEQUENCE_FIRST_SLOT];
     // The query token sees itself and what is before it.
-    let last = lists[line + 5u] + query;
-    let token = lists[line + 6u] + query;
-    if (query >= lists[line + 7u]) {
+    let last = lists[line + SEQUENCE_POSITION] + query;
+    let token = lists[line + SEQUENCE_TOKEN] + query;
+    if (query >= lists[line + SEQUENCE_TOKENS]) {
         return;
     }
-    let tile_entries = lists[line + 9u];
-    let first_group = lists[line + 10u];
-    let chunks = lists[line + 11u];
-    let first_chunk = base + lists[line + 12u];
-    let chunk_entries = lists[line + 13u];
-    let own_entry = entry - lists[line];
+    let tile_entries = lists[line + SEQUENCE_TILE_ENTRIES];
+    let first_group = lists[line + SEQUENCE_FIRST_GROUP];
+    let chunks = lists[line + SEQUENCE_CHUNKS];
+    let first_chunk = base + lists[line + SEQUENCE_CHUNK_WORD];
+    let chunk_entries = lists[line + SEQUENCE_CHUNK_ENTRIES];
+    let own_entry = entry - lists[line + SEQUENCE_FIRST_ENTRY];
     // Tiles belong to one pass, which alone writes their partial result; the chunks of an entry may belong to several, and
     // each pass writes one.
     let of_chunks = own_entry >= tile_entries;
-    var index = lists[line + 8u] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
+    var index = lists[line + SEQUENCE_PARTIAL] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
     var tile0 = own_entry * SPAN;
     var tile1 = min(tile0 + SPAN, tiles);
     if (of_chunks) {
@@ -341,20 +369,20 @@ fn main(
         var group = tile * GROUPS;
         var end = vec4<u32>(0u);
         var skipped = 0u;
-        var positions = 0u;
+        var chunk = 0u;
         if (!of_chunks) {
             var total = 0u;
             for (var g = 0u; g < 4u; g++) {
                 if (g < GROUPS && group + g < groups) {
-                    total += min(lists[base + (group + g) * HEADER + 1u], TILE);
+                    total += min(lists[base + (group + g) * HEADER_WORDS + HEADER_COUNT], TILE_LENGTH);
                 }
                 end[g] = total;
             }
         } else {
-            positions = first_chunk + tile * CHUNK_WORDS;
-            group = lists[positions];
-            skipped = lists[positions + 1u];
-            end = vec4<u32>(min(lists[base + group * HEADER + 1u] - skipped, CHUNK));
+            chunk = first_chunk + tile * CHUNK_WORDS;
+            group = lists[chunk + CHUNK_GROUP];
+            skipped = lists[chunk + CHUNK_FIRST];
+            end = vec4<u32>(min(lists[base + group * HEADER_WORDS + HEADER_COUNT] - skipped, CHUNK_LENGTH));
         }
         let row = first_group + group;
         if (row < params.first_group || row - params.first_group >= params.groups) {
@@ -368,7 +396,7 @@ fn main(
                 let before = select(0u, end[max(g, 1u) - 1u], g > 0u);
                 position = position_of(base, group + g, e - before);
             } else {
-                position = lists[positions + 4u + e];
+                position = lists[chunk + CHUNK_POSITIONS + e];
             }
             sh_slot[e] = select(NO_ROW, first_slot + position, position <= last);
             if (NORM != 2u) {
@@ -464,14 +492,14 @@ fn main(
                 content = sh_statistics[e].y * (content - sh_statistics[e].x * query_gamma);
             }
             let score = select(LOWEST, content + rotary, visible);
-            sh_score[local_head * 256u + e] = score;
+            sh_score[local_head * CHUNK_LENGTH + e] = score;
         }
         workgroupBarrier();
 
         // Every invocation goes over all scores of its head: that costs less than the barriers of a reduction.
         let before = best;
         for (var e = 0u; e < count; e++) {
-            best = max(best, sh_score[local_head * 256u + e]);
+            best = max(best, sh_score[local_head * CHUNK_LENGTH + e]);
         }
         let kept = exp(before - best);
         sum *= kept;

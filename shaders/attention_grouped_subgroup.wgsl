@@ -36,12 +36,39 @@ override WORKGROUP: u32 = HEADS * 8u;
 
 const LOWEST: f32 = -3.4028234e38;
 const GROUPS: u32 = 8u;          // slots of a turn, and invocations of a head
-const HEADER: u32 = 8u;          // words of a group's header
-const TILE: u32 = 64u;           // positions of a group in a tile
-const CHUNK: u32 = 256u;         // positions of a chunk
-const CHUNK_WORDS: u32 = 260u;
-const SEQUENCE: u32 = 16u;       // words of a line of the sequence table
 const NO_ROW: u32 = 0xffffffffu;
+// Words of `lists`: a group's header.
+const HEADER_WORDS: u32 = 8u;
+const HEADER_COUNT: u32 = 1u;
+const HEADER_GATE_ROW: u32 = 2u;
+const HEADER_TIER_1: u32 = 3u;
+const HEADER_TIER_2: u32 = 4u;
+const HEADER_POSITIONS: u32 = 5u;
+// A chunk of a group's positions.
+const CHUNK_WORDS: u32 = 260u;
+const CHUNK_GROUP: u32 = 0u;
+const CHUNK_FIRST: u32 = 1u;
+const CHUNK_POSITIONS: u32 = 4u;
+// A line of the sequence table.
+const SEQUENCE_WORDS: u32 = 16u;
+const SEQUENCE_FIRST_ENTRY: u32 = 0u;
+const SEQUENCE_GROUPS: u32 = 2u;
+const SEQUENCE_BASE: u32 = 3u;
+const SEQUENCE_FIRST_SLOT: u32 = 4u;
+const SEQUENCE_POSITION: u32 = 5u;
+const SEQUENCE_TOKEN: u32 = 6u;
+const SEQUENCE_TOKENS: u32 = 7u;
+const SEQUENCE_PARTIAL: u32 = 8u;
+const SEQUENCE_TILE_ENTRIES: u32 = 9u;
+const SEQUENCE_FIRST_GROUP: u32 = 10u;
+const SEQUENCE_CHUNKS: u32 = 11u;
+const SEQUENCE_CHUNK_WORD: u32 = 12u;
+const SEQUENCE_CHUNK_ENTRIES: u32 = 13u;
+// Positions of a group: in its header, in its first tier, in a tile, in a chunk.
+const INLINE_LENGTH: u32 = 3u;
+const TIER_1_LENGTH: u32 = 13u;
+const TILE_LENGTH: u32 = 64u;
+const CHUNK_LENGTH: u32 = 256u;
 
 struct Params {
     n_head: u32,
@@ -238,42 +265,42 @@ fn plus(sums: Eight, x: f32, w: Eight) -> Eight {
 
 // Gate row of a group of the sequence whose lists begin at `base`.
 fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
-    let row = lists[base + group * HEADER + 2u];
+    let row = lists[base + group * HEADER_WORDS + HEADER_GATE_ROW];
     return select(row, params.resident + group_row - params.first_group, row == NO_ROW);
 }
 
-// Position i of a group, one of its first 64.
+// Position i of a group, one of those in a tile.
 fn position_of(base: u32, group: u32, i: u32) -> u32 {
-    let header = base + group * HEADER;
-    if (i < 3u) {
-        return lists[header + 5u + i];
+    let header = base + group * HEADER_WORDS;
+    if (i < INLINE_LENGTH) {
+        return lists[header + HEADER_POSITIONS + i];
     }
-    if (i < 16u) {
-        return lists[base + lists[header + 3u] + i - 3u];
+    if (i < INLINE_LENGTH + TIER_1_LENGTH) {
+        return lists[base + lists[header + HEADER_TIER_1] + i - INLINE_LENGTH];
     }
-    return lists[base + lists[header + 4u] + i - 16u];
+    return lists[base + lists[header + HEADER_TIER_2] + i - INLINE_LENGTH - TIER_1_LENGTH];
 }
 
-// First word of the line of the last sequence that begins at or before `entry`.
-fn first_word_of(entry: u32) -> u32 {
+// First word of the last line of the sequence table whose word `field` is at most `value`.
+fn line_of(field: u32, value: u32) -> u32 {
     var low = 0u;
     var high = params.n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (lists[params.table + middle * SEQUENCE] <= entry) {
+        if (lists[params.table + middle * SEQUENCE_WORDS + field] <= value) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    return params.table + low * SEQUENCE;
+    return params.table + low * SEQUENCE_WORDS;
 }
 
 // What a slot holds: a group's first positions, or a chunk of its further ones.
 struct Slot {
     group: u32,
     count: u32,      // positions; 0: none of this pass
-    word: u32,       // of a group's header, or of a chunk's positions
+    word: u32,       // of a group's header, or of a chunk
 }
 
 // Number `index` of the tiles' groups or of the chunks, of those below `end`.
@@ -282,18 +309,19 @@ fn slot_of(line: u32, of_chunks: bool, index: u32, end: u32) -> Slot {
     if (index >= end) {
         return slot;
     }
-    let base = lists[line + 3u];
+    let base = lists[line + SEQUENCE_BASE];
     if (of_chunks) {
-        let chunk = base + lists[line + 12u] + index * CHUNK_WORDS;
-        slot.group = lists[chunk];
-        slot.count = min(lists[base + slot.group * HEADER + 1u] - lists[chunk + 1u], CHUNK);
-        slot.word = chunk + 4u;
+        let chunk = base + lists[line + SEQUENCE_CHUNK_WORD] + index * CHUNK_WORDS;
+        slot.word = chunk;
+        slot.group = lists[chunk + CHUNK_GROUP];
+        let count = lists[base + slot.group * HEADER_WORDS + HEADER_COUNT];
+        slot.count = min(count - lists[chunk + CHUNK_FIRST], CHUNK_LENGTH);
     } else {
         slot.group = index;
-        slot.word = base + index * HEADER;
-        slot.count = min(lists[slot.word + 1u], TILE);
+        slot.word = base + index * HEADER_WORDS;
+        slot.count = min(lists[slot.word + HEADER_COUNT], TILE_LENGTH);
     }
-    let row = lists[line + 10u] + slot.group;
+    let row = lists[line + SEQUENCE_FIRST_GROUP] + slot.group;
     if (row < params.first_group || row - params.first_group >= params.groups) {
         slot.count = 0u;
     }
@@ -303,7 +331,7 @@ fn slot_of(line: u32, of_chunks: bool, index: u32, end: u32) -> Slot {
 // Position i of a slot.
 fn position_in(base: u32, of_chunks: bool, slot: Slot, i: u32) -> u32 {
     if (of_chunks) {
-        return lists[slot.word + i];
+        return lists[slot.word + CHUNK_POSITIONS + i];
     }
     return position_of(base, slot.group, i);
 }
@@ -321,25 +349,25 @@ fn main(
     if (entry >= params.entries) {
         return;
     }
-    let line = first_word_of(entry);
-    let groups = lists[line + 2u];
-    let base = lists[line + 3u];
-    let first_slot = lists[line + 4u];
+    let line = line_of(SEQUENCE_FIRST_ENTRY, entry);
+    let groups = lists[line + SEQUENCE_GROUPS];
+    let base = lists[line + SEQUENCE_BASE];
+    let first_slot = lists[line + SEQUENCE_FIRST_SLOT];
     // The query token sees itself and what is before it.
-    let last = lists[line + 5u] + query;
-    let token = lists[line + 6u] + query;
-    if (query >= lists[line + 7u]) {
+    let last = lists[line + SEQUENCE_POSITION] + query;
+    let token = lists[line + SEQUENCE_TOKEN] + query;
+    if (query >= lists[line + SEQUENCE_TOKENS]) {
         return;
     }
-    let tile_entries = lists[line + 9u];
-    let first_group = lists[line + 10u];
-    let chunks = lists[line + 11u];
-    let chunk_entries = lists[line + 13u];
-    let own_entry = entry - lists[line];
+    let tile_entries = lists[line + SEQUENCE_TILE_ENTRIES];
+    let first_group = lists[line + SEQUENCE_FIRST_GROUP];
+    let chunks = lists[line + SEQUENCE_CHUNKS];
+    let chunk_entries = lists[line + SEQUENCE_CHUNK_ENTRIES];
+    let own_entry = entry - lists[line + SEQUENCE_FIRST_ENTRY];
     // Tiles belong to one pass, which alone writes their partial result; the chunks of an entry may belong to several, and
     // each pass writes one.
     let of_chunks = own_entry >= tile_entries;
-    var index = lists[line + 8u] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
+    var index = lists[line + SEQUENCE_PARTIAL] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
     var begin = own_entry * SPAN * GROUPS;
     var end = min(begin + SPAN * GROUPS, groups);
     if (of_chunks) {

@@ -46,12 +46,28 @@ struct Params {
     tiles_z: u32,
 }
 
+// A line of the query table: consecutive queries of one sequence.
+struct QueryTile {
+    first_token: u32,
+    count: u32,
+    position: u32,     // of the first query
+    sequence: u32,     // line of the sequence table
+}
+
+// A line of the sequence table.
+struct SequenceRow {
+    first_row: u32,    // in the step's numbering of cache rows
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first new token
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
 @group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes an element
-@group(0) @binding(4) var<storage, read> queries: array<vec4<u32>>;         // [query tiles] (first token, count, its position, sequence)
-@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;       // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
+@group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> values: array<vec4<f32>>;    // [tokens, n_head, d_value / 4]
 @group(0) @binding(7) var<storage, read_write> softmax: array<vec2<f32>>;   // [tokens, n_head, slices] (m, l)
 
@@ -91,7 +107,7 @@ fn main(
         return;
     }
     let tile = queries[work.x];
-    let sequence = sequences[tile.w];
+    let sequence = sequences[tile.sequence];
     let head = work.y;
     // Widths and pitches in fours.
     let nope = params.d_nope / 4u;
@@ -104,18 +120,18 @@ fn main(
     let lane = local % LANES;
     let row = local / LANES;               // queries 4·row to 4·row + 3 of the tile
     let own = row * 4u;
-    let position = vec4<u32>(tile.z + own) + vec4<u32>(0u, 1u, 2u, 3u);
-    let last = tile.y - 1u;
-    let token = vec4<u32>(tile.x) + min(vec4<u32>(own, own + 1u, own + 2u, own + 3u), vec4<u32>(last));
+    let position = vec4<u32>(tile.position + own) + vec4<u32>(0u, 1u, 2u, 3u);
+    let last = tile.count - 1u;
+    let token = vec4<u32>(tile.first_token) + min(vec4<u32>(own, own + 1u, own + 2u, own + 3u), vec4<u32>(last));
     let state = (token * params.n_head + head) * params.tiles_z + work.z;
     let out = (token * params.n_head + head) * value_width + column0 + lane;
 
     // Keys of this tile that belong to the sequence and that the last query of the tile may see.
     let tile_end = params.kv_first + params.kv_rows;
-    let begin = max(params.kv_first, sequence.x) - sequence.x;
+    let begin = max(params.kv_first, sequence.first_row) - sequence.first_row;
     var end = 0u;
-    if (tile_end > sequence.x) {
-        end = min(min(tile_end - sequence.x, sequence.z), tile.z + tile.y);
+    if (tile_end > sequence.first_row) {
+        end = min(min(tile_end - sequence.first_row, sequence.length), tile.position + tile.count);
     }
 
     var best = vec4<f32>(LOWEST);
@@ -148,7 +164,7 @@ fn main(
     }
 
     for (var key0 = begin; key0 < end; key0 += TILE_KV) {
-        let kv_base = (sequence.x + key0 - params.kv_first) * kv_row + head * (nope + value_width);
+        let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + head * (nope + value_width);
         // Scores of the 4 queries with the keys lane, lane + 8, lane + 16 and lane + 24.
         var score0 = vec4<f32>(0.0);
         var score1 = vec4<f32>(0.0);
@@ -159,8 +175,8 @@ fn main(
                 let d = d0 + e % CHUNK;
                 let r = e / CHUNK;
                 var four = vec4<f32>(0.0);
-                if (d < width && r < tile.y) {
-                    four = params.scale * q[((tile.x + r) * params.n_head + head) * width + d];
+                if (d < width && r < tile.count) {
+                    four = params.scale * q[((tile.first_token + r) * params.n_head + head) * width + d];
                 }
                 sh_stage[r * CHUNK_PITCH + e % CHUNK] = four;
             }
@@ -172,7 +188,7 @@ fn main(
                     if (d < nope) {
                         four = kv[kv_base + r * kv_row + d];
                     } else {
-                        four = rope_four((sequence.y + key0 + r) * params.rope_pitch + 4u * (d - nope));
+                        four = rope_four((sequence.first_slot + key0 + r) * params.rope_pitch + 4u * (d - nope));
                     }
                 }
                 sh_stage[(TILE_Q + r) * CHUNK_PITCH + e % CHUNK] = four;

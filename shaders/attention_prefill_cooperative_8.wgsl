@@ -53,12 +53,28 @@ struct Params {
     tiles_z: u32,
 }
 
+// A line of the query table: consecutive queries of one sequence.
+struct QueryTile {
+    first_token: u32,
+    count: u32,
+    position: u32,     // of the first query
+    sequence: u32,     // line of the sequence table
+}
+
+// A line of the sequence table.
+struct SequenceRow {
+    first_row: u32,    // in the step's numbering of cache rows
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first new token
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
 @group(0) @binding(3) var<storage, read> rope_cache: array<vec4<f16>>;      // [cache rows, rope_pitch / 4]
-@group(0) @binding(4) var<storage, read> queries: array<vec4<u32>>;         // [query tiles] (first token, count, its position, sequence)
-@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;       // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
+@group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> values: array<f32>;          // [tokens, n_head, d_value]
 @group(0) @binding(7) var<storage, read_write> softmax: array<vec2<f32>>;   // [tokens, n_head, slices] (m, l)
 
@@ -144,7 +160,7 @@ fn main(
         return;
     }
     let tile = queries[work.x / PARTS];
-    let sequence = sequences[tile.w];
+    let sequence = sequences[tile.sequence];
     let head = work.y;
     // Widths and pitches in fours.
     let nope = params.d_nope / 4u;
@@ -155,9 +171,9 @@ fn main(
 
     // This workgroup's queries, of the tile's.
     let skipped = work.x % PARTS * TILE_Q;
-    let count = min(max(tile.y, skipped) - skipped, TILE_Q);
-    let token0 = tile.x + skipped;
-    let position0 = tile.z + skipped;
+    let count = min(max(tile.count, skipped) - skipped, TILE_Q);
+    let token0 = tile.first_token + skipped;
+    let position0 = tile.position + skipped;
     let out = (token0 * params.n_head + head) * params.d_value;
     let own = subgroup % 4u;
 
@@ -168,10 +184,10 @@ fn main(
 
     // Keys of this tile that belong to the sequence and that the last query may see.
     let tile_end = params.kv_first + params.kv_rows;
-    let begin = max(params.kv_first, sequence.x) - sequence.x;
+    let begin = max(params.kv_first, sequence.first_row) - sequence.first_row;
     var end = 0u;
-    if (tile_end > sequence.x && count > 0u) {
-        end = min(min(tile_end - sequence.x, sequence.z), position0 + count);
+    if (tile_end > sequence.first_row && count > 0u) {
+        end = min(min(tile_end - sequence.first_row, sequence.length), position0 + count);
     }
 
     var best = LOWEST;
@@ -225,8 +241,8 @@ fn main(
     let score_at = own / 2u * 16u * SCORE_PITCH + own % 2u * 16u;
 
     for (var key0 = begin; key0 < end; key0 += TILE_KV) {
-        let kv_base = (sequence.x + key0 - params.kv_first) * kv_row + head * (nope + value_width);
-        let rope_base = (sequence.y + key0) * params.rope_pitch / 4u;
+        let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + head * (nope + value_width);
+        let rope_base = (sequence.first_slot + key0) * params.rope_pitch / 4u;
         // Some query does not see some key.
         let ragged = key0 + TILE_KV > position0 + 1u;
         if (local < TILE_KV) {

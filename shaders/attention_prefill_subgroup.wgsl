@@ -57,12 +57,28 @@ struct Params {
     tiles_z: u32,
 }
 
+// A line of the query table: consecutive queries of one sequence.
+struct QueryTile {
+    first_token: u32,
+    count: u32,
+    position: u32,     // of the first query
+    sequence: u32,     // line of the sequence table
+}
+
+// A line of the sequence table.
+struct SequenceRow {
+    first_row: u32,    // in the step's numbering of cache rows
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first new token
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
 @group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes an element
-@group(0) @binding(4) var<storage, read> queries: array<vec4<u32>>;         // [query tiles] (first token, count, its position, sequence)
-@group(0) @binding(5) var<storage, read> sequences: array<vec4<u32>>;       // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
+@group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> values: array<vec4<f32>>;    // [tokens, n_head, d_value / 4]
 @group(0) @binding(7) var<storage, read_write> softmax: array<vec2<f32>>;   // [tokens, n_head, slices] (m, l)
 
@@ -138,14 +154,14 @@ fn main(
         return;
     }
     let tile = queries[work.x / PARTS];
-    let sequence = sequences[tile.w];
+    let sequence = sequences[tile.sequence];
     let head = work.y;
     // Queries of this workgroup: from own0 on, those of the tile that are left.
     let own0 = work.x % PARTS * TEAMS * 8u;
-    if (own0 >= tile.y) {
+    if (own0 >= tile.count) {
         return;
     }
-    let own_count = min(tile.y - own0, TEAMS * 8u);
+    let own_count = min(tile.count - own0, TEAMS * 8u);
     // Widths and pitches in fours.
     let nope = params.d_nope / 4u;
     let width = (params.d_nope + params.d_rope) / 4u;
@@ -158,23 +174,23 @@ fn main(
     let lane = member % LANES;
     let base = member - lane;
     let own = own0 + local / LANES * 8u;   // first query of the team
-    let rows = min(max(tile.y, own) - own, 8u);
-    let last = tile.y - 1u;
-    let position0 = vec4<u32>(tile.z + own) + vec4<u32>(0u, 1u, 2u, 3u);
+    let rows = min(max(tile.count, own) - own, 8u);
+    let last = tile.count - 1u;
+    let position0 = vec4<u32>(tile.position + own) + vec4<u32>(0u, 1u, 2u, 3u);
     let position1 = position0 + 4u;
-    let q_row = tile.x + min(vec2<u32>(own, own + 4u) + lane % SPREAD, vec2<u32>(last));
+    let q_row = tile.first_token + min(vec2<u32>(own, own + 4u) + lane % SPREAD, vec2<u32>(last));
     let q_at = (q_row * params.n_head + head) * width;
-    let state0 = ((tile.x + own) * params.n_head + head) * params.tiles_z + work.z;
+    let state0 = ((tile.first_token + own) * params.n_head + head) * params.tiles_z + work.z;
     let state_pitch = params.n_head * params.tiles_z;
-    let out0 = ((tile.x + own) * params.n_head + head) * value_width + column0;
+    let out0 = ((tile.first_token + own) * params.n_head + head) * value_width + column0;
     let out_pitch = params.n_head * value_width;
 
     // Keys of this tile that belong to the sequence and that the last query of the workgroup may see.
     let tile_end = params.kv_first + params.kv_rows;
-    let begin = max(params.kv_first, sequence.x) - sequence.x;
+    let begin = max(params.kv_first, sequence.first_row) - sequence.first_row;
     var end = 0u;
-    if (tile_end > sequence.x) {
-        end = min(min(tile_end - sequence.x, sequence.z), tile.z + own0 + own_count);
+    if (tile_end > sequence.first_row) {
+        end = min(min(tile_end - sequence.first_row, sequence.length), tile.position + own0 + own_count);
     }
 
     // Of queries 0 to 3 and 4 to 7 of the team; the sums over the keys of this lane.
@@ -190,8 +206,8 @@ fn main(
     }
     for (var key0 = begin; key0 < end; key0 += KEYS) {
         let count = min(end - key0, KEYS);
-        let kv_base = (sequence.x + key0 - params.kv_first) * kv_row + head * (nope + value_width);
-        let rope_base = (sequence.y + key0) * params.rope_pitch;
+        let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + head * (nope + value_width);
+        let rope_base = (sequence.first_slot + key0) * params.rope_pitch;
         let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
         // A query a vector, a key of this lane a component.
         var s: array<vec4<f32>, 8>;
@@ -205,7 +221,7 @@ fn main(
                     let r = e / CHUNK;
                     var four = vec4<f32>(0.0);
                     if (d < width && r < own_count) {
-                        four = params.scale * q[((tile.x + own0 + r) * params.n_head + head) * width + d];
+                        four = params.scale * q[((tile.first_token + own0 + r) * params.n_head + head) * width + d];
                     }
                     sh_stage[r * PITCH + e % CHUNK] = four;
                 }
@@ -284,7 +300,7 @@ fn main(
 
         // Keys that all queries see. The others are added only where they are seen: a value that is not a number must not
         // reach a query before it, and 0 · NaN would.
-        let full = STAGED * min(max(tile.z + own0 + 1u, key0) - key0, count);
+        let full = STAGED * min(max(tile.position + own0 + 1u, key0) - key0, count);
         for (var c = 0u; c < columns; c++) {
             var sums = acc[0];
             for (var i = 0u; i < 4u; i++) {

@@ -1,7 +1,7 @@
 // Reads a tile of cached latents, with their cache rows and the gate embeddings of their token ids, for the kernels that rebuild
 // keys and values.
 //
-// The sequences of a step stand one after another in one row numbering; each begins at `sequences[s].x`, a multiple of
+// The sequences of a step stand one after another in one row numbering; each begins at `sequences[s].first_row`, a multiple of
 // the split length, so rows past a sequence's end exist: they read as latent 0, embedding 0 and slot u32 max.
 //
 //   latent[r, :] = latent_cache[slot(first_row + r), :]    embedding[r, :] = gate_embedding[id_cache[slot(first_row + r)], :]
@@ -22,10 +22,18 @@ struct Params {
     table_row: u32,       // elements from one row of gate_embedding to the next
 }
 
+// A line of the sequence table.
+struct SequenceRow {
+    first_row: u32,    // in the step's numbering of cache rows
+    first_slot: u32,   // cache row of position 0
+    length: u32,       // tokens, those of this step included
+    token: u32,        // first new token
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> latent_cache: array<u32>;        // [cache rows, latent_pitch]
 @group(0) @binding(2) var<storage, read> id_cache: array<u32>;            // [cache rows]
-@group(0) @binding(3) var<storage, read> sequences: array<vec4<u32>>;     // [n_sequence] (first row, first cache row, length, token)
+@group(0) @binding(3) var<storage, read> sequences: array<SequenceRow>;    // [n_sequence]
 @group(0) @binding(4) var<storage, read> gate_embedding: array<u32>;      // [vocab, table_row]
 @group(0) @binding(5) var<storage, read_write> latent: array<f32>;        // [rows, d_latent]
 @group(0) @binding(6) var<storage, read_write> embedding: array<f32>;     // [rows, d_gate]
@@ -60,7 +68,7 @@ fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     var high = n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (sequences[middle].x <= row) {
+        if (sequences[middle].first_row <= row) {
             low = middle;
         } else {
             high = middle;
@@ -84,9 +92,9 @@ fn main(
     }
     let at = params.first_row + row;
     let sequence = sequences[sequence_of(at, params.n_sequence)];
-    let position = at - sequence.x;
-    let valid = position < sequence.z;
-    let slot = sequence.y + position;
+    let position = at - sequence.first_row;
+    let valid = position < sequence.length;
+    let slot = sequence.first_slot + position;
     var value = 0.0;
     if (column >= params.d_latent) {
         let i = column - params.d_latent;

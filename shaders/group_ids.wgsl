@@ -8,9 +8,16 @@
 
 override WORKGROUP: u32 = 64u;
 
-const HEADER: u32 = 8u;      // words of a group's header
-const SEQUENCE: u32 = 16u;   // words of a line of the sequence table
 const NO_ROW: u32 = 0xffffffffu;
+// Words of `lists`: a group's header.
+const HEADER_WORDS: u32 = 8u;
+const HEADER_ID: u32 = 0u;
+const HEADER_GATE_ROW: u32 = 2u;
+// A line of the sequence table.
+const SEQUENCE_WORDS: u32 = 16u;
+const SEQUENCE_GROUPS: u32 = 2u;
+const SEQUENCE_BASE: u32 = 3u;
+const SEQUENCE_FIRST_GROUP: u32 = 10u;
 
 struct Params {
     tokens: u32,
@@ -26,25 +33,30 @@ struct Params {
 @group(0) @binding(3) var<storage, read> lists: array<u32>;        // group lists and sequence table
 @group(0) @binding(4) var<storage, read_write> ids: array<u32>;    // [groups + tokens]
 
-// Id of a group without a resident row.
-fn id_of_group(row: u32) -> u32 {
+// First word of the last line of the sequence table whose word `field` is at most `value`.
+fn line_of(field: u32, value: u32) -> u32 {
     var low = 0u;
     var high = params.n_sequence;
     while (high - low > 1u) {
         let middle = (low + high) / 2u;
-        if (lists[params.table + middle * SEQUENCE + 10u] <= row) {
+        if (lists[params.table + middle * SEQUENCE_WORDS + field] <= value) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    let line = params.table + low * SEQUENCE;
-    let group = row - lists[line + 10u];
-    if (group >= lists[line + 2u]) {
+    return params.table + low * SEQUENCE_WORDS;
+}
+
+// Id of a group without a resident row; u32 max for the padding behind a sequence's groups and for any other group.
+fn id_of_group(number: u32) -> u32 {
+    let line = line_of(SEQUENCE_FIRST_GROUP, number);
+    let group = number - lists[line + SEQUENCE_FIRST_GROUP];
+    if (group >= lists[line + SEQUENCE_GROUPS]) {
         return NO_ROW;
     }
-    let header = lists[line + 3u] + group * HEADER;
-    return select(NO_ROW, lists[header], lists[header + 2u] == NO_ROW);
+    let header = lists[line + SEQUENCE_BASE] + group * HEADER_WORDS;
+    return select(NO_ROW, lists[header + HEADER_ID], lists[header + HEADER_GATE_ROW] == NO_ROW);
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)

@@ -5,10 +5,15 @@
 mod shaders;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem::offset_of;
 use std::path::{Path, PathBuf};
 
+use egmla::low_level::kernels::attention_decode::DecodeSequence;
+use egmla::low_level::kernels::attention_grouped::{self, GroupChunk, GroupHeader, GroupedSequence};
+use egmla::low_level::kernels::attention_prefill::QueryTile;
+use egmla::low_level::kernels::cache_read::SequenceRow;
+use egmla::low_level::kernels::{REGISTRY, shaders};
 use egmla::low_level::Access;
-use egmla::low_level::kernels::{REGISTRY, attention_prefill, cache_read, shaders};
 use shaders::{parse, path, read, webgpu_limits};
 
 /// Stems of the files of a folder that end in `.extension`.
@@ -109,9 +114,310 @@ fn params_have_the_layout_that_naga_computes() {
         assert_eq!(found, operation.params(), "{}", spec.name);
         assert_eq!(4 * found.len(), *span as usize, "{}: no padding", spec.name);
     }
-    // Lines of the tables are one vec4<u32>.
-    assert_eq!(size_of::<cache_read::SequenceRow>(), 16);
-    assert_eq!(size_of::<attention_prefill::QueryTile>(), 16);
+}
+
+/// A host table: its name, its bytes, and the name, offset and bytes of each field.
+struct Table {
+    name: &'static str,
+    size: usize,
+    fields: Vec<(&'static str, usize, usize)>,
+}
+
+fn size_of_field<T, F>(_: fn(&T) -> &F) -> usize {
+    size_of::<F>()
+}
+
+/// The table of a `repr(C)` struct; a field that is left out does not compile.
+macro_rules! table {
+    ($type:ident { $($field:ident),* $(,)? }) => {{
+        let _ = |$type { $($field: _),* }: $type| {};
+        Table {
+            name: stringify!($type),
+            size: size_of::<$type>(),
+            fields: vec![$((
+                stringify!($field),
+                offset_of!($type, $field),
+                size_of_field(|table: &$type| &table.$field),
+            )),*],
+        }
+    }};
+}
+
+/// Tables with a binding of their own: a struct of the shader, one line after another.
+fn bound_tables() -> [Table; 3] {
+    [
+        table!(SequenceRow { first_row, first_slot, length, token }),
+        table!(DecodeSequence { first_row, first_slot, length, token, tokens, partial, splits, unused }),
+        table!(QueryTile { first_token, count, position, sequence }),
+    ]
+}
+
+/// Parts of `lists`, which is one binding of words: constants of the shader by their prefix.
+fn word_tables() -> [(&'static str, Table); 3] {
+    [
+        ("HEADER", table!(GroupHeader { id, count, gate_row, tier_1, tier_2, positions })),
+        ("CHUNK", table!(GroupChunk { group, first, unused, positions })),
+        (
+            "SEQUENCE",
+            table!(GroupedSequence {
+                first_entry,
+                tiles,
+                groups,
+                base,
+                first_slot,
+                position,
+                token,
+                tokens,
+                partial,
+                tile_entries,
+                first_group,
+                chunks,
+                chunk_word,
+                chunk_entries,
+                unused,
+            }),
+        ),
+    ]
+}
+
+/// The bindings that hold tables of the host.
+const TABLES: [&str; 3] = ["lists", "queries", "sequences"];
+
+/// What a shader's structs say otherwise than the host's; `met` are the tables that it binds.
+fn struct_differences(module: &naga::Module, met: &mut BTreeSet<&'static str>) -> Vec<String> {
+    let mut differences = Vec::new();
+    for (_, variable) in module.global_variables.iter() {
+        let naga::AddressSpace::Storage { .. } = variable.space else { continue };
+        let name = variable.name.as_deref().unwrap();
+        let naga::TypeInner::Array { base, stride, .. } = module.types[variable.ty].inner else {
+            differences.push(format!("{name} is no array"));
+            continue;
+        };
+        let line = &module.types[base];
+        let naga::TypeInner::Struct { members, span } = &line.inner else {
+            if ["queries", "sequences"].contains(&name) {
+                differences.push(format!("{name} is no array of structs"));
+            }
+            continue;
+        };
+        let tables = bound_tables();
+        let Some(table) = tables.iter().find(|table| Some(table.name) == line.name.as_deref()) else {
+            differences.push(format!("{name}: the host has no {:?}", line.name));
+            continue;
+        };
+        met.insert(table.name);
+        let found: Vec<_> = members
+            .iter()
+            .map(|member| {
+                let size = module.types[member.ty].inner.size(module.to_ctx());
+                (member.name.as_deref().unwrap(), member.offset as usize, size as usize)
+            })
+            .collect();
+        if found != table.fields || [*span, stride] != [table.size as u32; 2] {
+            differences.push(format!("{}: {found:?}, {span} bytes; the host has {:?}", table.name, table.fields));
+        }
+    }
+    differences
+}
+
+/// What the host knows a constant of this name to be.
+fn host_constants() -> BTreeMap<String, naga::Literal> {
+    let mut known: BTreeMap<String, u32> = BTreeMap::new();
+    for (prefix, table) in word_tables() {
+        known.insert(format!("{prefix}_WORDS"), table.size as u32 / 4);
+        for (field, offset, _) in table.fields {
+            known.insert(format!("{prefix}_{}", field.to_uppercase()), offset as u32 / 4);
+        }
+    }
+    for (name, value) in [
+        ("INLINE_LENGTH", attention_grouped::INLINE_LENGTH),
+        ("TIER_1_LENGTH", attention_grouped::TIER_1_LENGTH),
+        ("TIER_2_LENGTH", attention_grouped::TIER_2_LENGTH),
+        ("TILE_LENGTH", attention_grouped::TILE_LENGTH),
+        ("CHUNK_LENGTH", attention_grouped::CHUNK_LENGTH),
+        ("GROUPS", attention_grouped::SUBGROUP_GROUPS),
+        ("NO_ROW", u32::MAX),
+    ] {
+        assert_eq!(known.insert(name.to_owned(), value), None, "{name} is a field and a length");
+    }
+    let known = known.into_iter().map(|(name, value)| (name, naga::Literal::U32(value)));
+    known.chain([("LOWEST".to_owned(), naga::Literal::F32(f32::MIN))]).collect()
+}
+
+/// The constants of a shader, as naga evaluates them, that are not what the host knows; of a shader that reads `lists`, those
+/// that the host does not know, too.
+fn constant_differences(module: &naga::Module) -> Vec<String> {
+    let known = host_constants();
+    let reads_lists = module.global_variables.iter().any(|(_, variable)| variable.name.as_deref() == Some("lists"));
+    let mut differences = Vec::new();
+    for (_, constant) in module.constants.iter() {
+        let Some(name) = constant.name.as_deref() else { continue };
+        let value = &module.global_expressions[constant.init];
+        match known.get(name) {
+            Some(&host) if *value == naga::Expression::Literal(host) => {}
+            Some(host) => differences.push(format!("{name} is {value:?}, the host has {host:?}")),
+            None if reads_lists => differences.push(format!("{name}: the host has no constant of that name")),
+            None => {}
+        }
+    }
+    differences
+}
+
+#[test]
+fn tables_have_the_layout_that_naga_computes() {
+    let mut met = BTreeSet::new();
+    let mut constants = BTreeSet::new();
+    for spec in shaders() {
+        let (module, _) = parse(spec);
+        let differences = [struct_differences(&module, &mut met), constant_differences(&module)].concat();
+        assert!(differences.is_empty(), "{}: {differences:?}", spec.name);
+        let named = module.constants.iter().filter_map(|(_, constant)| constant.name.clone());
+        let named: BTreeSet<_> = named.collect();
+        let declared = spec.source.lines().filter_map(|line| line.strip_prefix("const ")?.split(':').next());
+        assert_eq!(named, declared.map(str::to_owned).collect(), "{}: a constant that naga leaves out", spec.name);
+        constants.extend(named);
+    }
+    assert_eq!(met, bound_tables().iter().map(|table| table.name).collect(), "a table that no shader binds");
+    // One field of each table at least, and what no struct says.
+    for name in ["HEADER_COUNT", "CHUNK_FIRST", "SEQUENCE_FIRST_GROUP", "TIER_1_LENGTH", "CHUNK_LENGTH", "NO_ROW"] {
+        assert!(constants.contains(name), "{name}");
+    }
+}
+
+/// The text of a shader with a fault in it.
+fn planted(name: &str, old: &str, new: &str) -> naga::Module {
+    let spec = shaders().find(|spec| spec.name == name).unwrap();
+    assert_eq!(spec.source.matches(old).count(), 1, "{name}: {old}");
+    naga::front::wgsl::parse_str(&spec.source.replace(old, new)).unwrap()
+}
+
+#[test]
+fn a_swapped_field_is_seen() {
+    let group_ids = planted("group_ids", "SEQUENCE_GROUPS: u32 = 2u", "SEQUENCE_GROUPS: u32 = 1u");
+    assert_eq!(constant_differences(&group_ids).len(), 1);
+    let unknown = planted("group_ids", "const NO_ROW", "const NONE: u32 = 1u;\nconst NO_ROW");
+    assert_eq!(constant_differences(&unknown).len(), 1);
+    for (name, line, swapped) in [
+        ("cache_read", "    token: u32,        // first new token", "    first_token: u32,"),
+        ("attention_prefill", "    count: u32,\n    position: u32,", "    position: u32,\n    count: u32,"),
+        ("attention_decode", "    splits: u32,\n    unused: u32,", "    unused: u32,\n    splits: u32,"),
+        ("attention_absorbed", "    unused: u32,\n", ""),
+    ] {
+        let module = planted(name, line, swapped);
+        assert_eq!(struct_differences(&module, &mut BTreeSet::new()).len(), 1, "{name}: {line}");
+    }
+}
+
+/// Bare numbers in the indices of tables, whether they stand in the brackets, in a `let` before them or in a call of the
+/// function that has them: what is added, subtracted or multiplied there has a name.
+fn bare_numbers(module: &naga::Module) -> Vec<String> {
+    use naga::{Expression, Function, Handle, Statement};
+
+    let functions: Vec<(Option<Handle<Function>>, &Function)> = module
+        .functions
+        .iter()
+        .map(|(handle, function)| (Some(handle), function))
+        .chain(module.entry_points.iter().map(|entry| (None, &entry.function)))
+        .collect();
+    let mut found = BTreeSet::new();
+    // Arguments that are part of an index.
+    let mut arguments: BTreeSet<(Handle<Function>, u32)> = BTreeSet::new();
+    let mut look = |(handle, function): (Option<Handle<Function>>, &Function), index, arguments: &mut BTreeSet<_>| {
+        let name = function.name.as_deref().unwrap_or("main");
+        let mut terms = vec![(index, true)];
+        while let Some((term, is_sum)) = terms.pop() {
+            match function.expressions[term] {
+                Expression::Binary { op: naga::BinaryOperator::Add | naga::BinaryOperator::Subtract, left, right }
+                    if is_sum =>
+                {
+                    terms.extend([(left, true), (right, true)]);
+                }
+                Expression::Binary { op: naga::BinaryOperator::Multiply, left, right } if is_sum => {
+                    terms.extend([(left, false), (right, false)]);
+                }
+                Expression::Literal(literal) => {
+                    found.insert(format!("{name}: {literal:?}"));
+                }
+                Expression::FunctionArgument(argument) => {
+                    arguments.extend(handle.map(|handle| (handle, argument)));
+                }
+                _ => {}
+            }
+        }
+    };
+    let is_table = |function: &Function, base: Handle<Expression>| {
+        let Expression::GlobalVariable(variable) = function.expressions[base] else { return false };
+        module.global_variables[variable].name.as_deref().is_some_and(|name| TABLES.contains(&name))
+    };
+    for &(handle, function) in &functions {
+        for (_, expression) in function.expressions.iter() {
+            match *expression {
+                Expression::Access { base, index } if is_table(function, base) => {
+                    look((handle, function), index, &mut arguments);
+                }
+                Expression::AccessIndex { base, index } if is_table(function, base) => {
+                    return vec![format!("{:?}: [{index}]", function.name)];
+                }
+                _ => {}
+            }
+        }
+    }
+    // Calls of functions whose arguments are part of an index, until there is no further argument.
+    loop {
+        let before = arguments.len();
+        for &(handle, function) in &functions {
+            let mut blocks = vec![&function.body];
+            while let Some(block) = blocks.pop() {
+                for statement in block {
+                    match statement {
+                        Statement::Block(inner) => blocks.push(inner),
+                        Statement::If { accept, reject, .. } => blocks.extend([accept, reject]),
+                        Statement::Switch { cases, .. } => blocks.extend(cases.iter().map(|case| &case.body)),
+                        Statement::Loop { body, continuing, .. } => blocks.extend([body, continuing]),
+                        Statement::Call { function: called, arguments: given, .. } => {
+                            for (number, &index) in (0..).zip(given) {
+                                if arguments.contains(&(*called, number)) {
+                                    look((handle, function), index, &mut arguments);
+                                }
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+        if arguments.len() == before {
+            return found.into_iter().collect();
+        }
+    }
+}
+
+#[test]
+fn indices_of_tables_have_no_bare_numbers() {
+    let mut tables = BTreeSet::new();
+    for spec in shaders() {
+        let (module, _) = parse(spec);
+        assert_eq!(bare_numbers(&module), Vec::<String>::new(), "{}: name them, as host_constants does", spec.name);
+        let bound = module.global_variables.iter().filter_map(|(_, variable)| variable.name.clone());
+        tables.extend(bound.filter(|name| TABLES.contains(&name.as_str())));
+    }
+    assert_eq!(tables.len(), TABLES.len(), "{tables:?}");
+    for (name, old, new) in [
+        ("group_ids", "lists[line + SEQUENCE_GROUPS]", "lists[line + 2u]"),
+        ("group_ids", "lists[line + SEQUENCE_GROUPS]", "lists[2u]"),
+        (
+            "group_ids",
+            "lists[line + SEQUENCE_BASE] + group * HEADER_WORDS;",
+            "lists[line + SEQUENCE_BASE] + group * 8u;",
+        ),
+        ("group_ids", "line_of(SEQUENCE_FIRST_GROUP, number);", "line_of(10u, number);"),
+        ("group_ids", "line_of(SEQUENCE_FIRST_GROUP, number);", "line_of(SEQUENCE_FIRST_GROUP, number) + 1u;"),
+        ("cache_read", "sequences[middle].first_row", "sequences[2u * middle].first_row"),
+        ("attention_grouped", "lists[chunk + CHUNK_POSITIONS + e]", "lists[chunk + 4u + e]"),
+        ("attention_prefill", "sequences[tile.sequence]", "sequences[tile.sequence + 1u]"),
+    ] {
+        assert_ne!(bare_numbers(&planted(name, old, new)), Vec::<String>::new(), "{name}: {new}");
+    }
 }
 
 /// Top-level functions other than the entry: name, and text with the comment above it.
@@ -184,11 +490,11 @@ fn shaders_are_in_the_one_order() {
             } else if line.starts_with("override ") {
                 assert!(line.contains(" = "), "{here}: no default");
                 Part::Override
-            } else if line.starts_with("const ") {
+            } else if line.starts_with("const ") || line.starts_with("alias ") {
                 Part::Constant
             } else if line.starts_with("struct ") {
-                // Any other is a helper's.
-                if line == "struct Params {" { Part::Params } else { Part::Function }
+                // Those of tables stand before the bindings, those of helpers among the functions.
+                if at <= Part::Params { Part::Params } else { Part::Function }
             } else if line.starts_with("@group(0) @binding(") {
                 let shape = line.split_once("; ").map_or("", |(_, comment)| comment.trim());
                 let params = line.contains("var<uniform>");

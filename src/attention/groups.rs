@@ -13,12 +13,28 @@
 //! step uploads (word, value) pairs. Allocation is first in, last out: a roll back frees exactly what its tokens took.
 
 use std::collections::HashMap;
+use std::mem::offset_of;
 
 use crate::kernels::attention_grouped::{
-    CHUNK_HEADER, CHUNK_POSITIONS, HEADER_WORDS, INLINE_POSITIONS, TIER_1, TIER_2, TILE_POSITIONS,
+    CHUNK_LENGTH, CHUNK_WORDS, GroupChunk, GroupHeader, HEADER_WORDS, INLINE_LENGTH, TIER_1_LENGTH, TIER_2_LENGTH,
+    TILE_LENGTH, word,
 };
 
-/// Marks a group without a resident gate row.
+const HEADER_ID: u32 = word(offset_of!(GroupHeader, id));
+const HEADER_COUNT: u32 = word(offset_of!(GroupHeader, count));
+const HEADER_GATE_ROW: u32 = word(offset_of!(GroupHeader, gate_row));
+const HEADER_TIER_1: u32 = word(offset_of!(GroupHeader, tier_1));
+const HEADER_TIER_2: u32 = word(offset_of!(GroupHeader, tier_2));
+const HEADER_POSITIONS: u32 = word(offset_of!(GroupHeader, positions));
+const CHUNK_GROUP: u32 = word(offset_of!(GroupChunk, group));
+const CHUNK_FIRST: u32 = word(offset_of!(GroupChunk, first));
+const CHUNK_POSITIONS: u32 = word(offset_of!(GroupChunk, positions));
+/// Positions that come before those of the second tier.
+const BEFORE_TIER_2: u32 = INLINE_LENGTH + TIER_1_LENGTH;
+/// Words of tiers that a position may take.
+const TIER_WORDS: u32 = 4;
+
+/// Stands where a group has no row of its own among the resident gate rows.
 pub(crate) const NO_ROW: u32 = u32::MAX;
 
 /// A word of the lists and its new value.
@@ -37,20 +53,19 @@ impl Layout {
     pub fn new(capacity: u32) -> Option<Self> {
         let tiers = capacity.checked_mul(HEADER_WORDS)?;
         // A group of n positions has taken 13 words from n = 4 on and 61 from n = 17 on: below 4 a position.
-        let chunks = tiers.checked_add(capacity.checked_mul(4)?)?;
+        let chunks = tiers.checked_add(capacity.checked_mul(TIER_WORDS)?)?;
         // A group of n positions has a chunk from n = 65 on, and one more every 256.
-        let words =
-            chunks.checked_add((capacity / (TILE_POSITIONS + 1)).checked_mul(CHUNK_HEADER + CHUNK_POSITIONS)?)?;
+        let words = chunks.checked_add((capacity / (TILE_LENGTH + 1)).checked_mul(CHUNK_WORDS)?)?;
         Some(Layout { tiers, chunks, words })
     }
 
     /// Most chunks.
     pub fn most_chunks(&self) -> u32 {
-        (self.words - self.chunks) / (CHUNK_HEADER + CHUNK_POSITIONS)
+        (self.words - self.chunks) / CHUNK_WORDS
     }
 
     fn chunk(&self, index: u32) -> u32 {
-        self.chunks + index * (CHUNK_HEADER + CHUNK_POSITIONS)
+        self.chunks + index * CHUNK_WORDS
     }
 }
 
@@ -128,39 +143,39 @@ impl Groups {
         if new {
             let gate_row = gate_row();
             self.groups.push(Group { count: 0, gate_row, tier_1: 0, tier_2: 0, chunk: 0 });
-            patches.push([header, id]);
-            patches.push([header + 2, gate_row]);
+            patches.push([header + HEADER_ID, id]);
+            patches.push([header + HEADER_GATE_ROW, gate_row]);
         }
         let group = &mut self.groups[index as usize];
         let i = group.count;
         group.count += 1;
-        let word = if i < INLINE_POSITIONS {
-            header + 5 + i
-        } else if i < INLINE_POSITIONS + TIER_1 {
-            if i == INLINE_POSITIONS {
+        let word = if i < INLINE_LENGTH {
+            header + HEADER_POSITIONS + i
+        } else if i < BEFORE_TIER_2 {
+            if i == INLINE_LENGTH {
                 group.tier_1 = self.layout.tiers + self.tiers;
-                self.tiers += TIER_1;
-                patches.push([header + 3, group.tier_1]);
+                self.tiers += TIER_1_LENGTH;
+                patches.push([header + HEADER_TIER_1, group.tier_1]);
             }
-            base + group.tier_1 + i - INLINE_POSITIONS
-        } else if i < TILE_POSITIONS {
-            if i == INLINE_POSITIONS + TIER_1 {
+            base + group.tier_1 + i - INLINE_LENGTH
+        } else if i < TILE_LENGTH {
+            if i == BEFORE_TIER_2 {
                 group.tier_2 = self.layout.tiers + self.tiers;
-                self.tiers += TIER_2;
-                patches.push([header + 4, group.tier_2]);
+                self.tiers += TIER_2_LENGTH;
+                patches.push([header + HEADER_TIER_2, group.tier_2]);
             }
-            base + group.tier_2 + i - INLINE_POSITIONS - TIER_1
+            base + group.tier_2 + i - BEFORE_TIER_2
         } else {
-            let within = (i - TILE_POSITIONS) % CHUNK_POSITIONS;
+            let within = (i - TILE_LENGTH) % CHUNK_LENGTH;
             if within == 0 {
                 let chunk = self.chunks.len() as u32;
                 self.chunks.push(group.chunk);
                 group.chunk = chunk;
                 let words = base + self.layout.chunk(chunk);
-                patches.push([words, index]);
-                patches.push([words + 1, i]);
+                patches.push([words + CHUNK_GROUP, index]);
+                patches.push([words + CHUNK_FIRST, i]);
             }
-            base + self.layout.chunk(group.chunk) + CHUNK_HEADER + within
+            base + self.layout.chunk(group.chunk) + CHUNK_POSITIONS + within
         };
         patches.push([word, position]);
         index
@@ -173,11 +188,11 @@ impl Groups {
         let group = self.groups.get_mut(index as usize)?;
         group.count -= 1;
         let i = group.count;
-        if i == INLINE_POSITIONS {
-            self.tiers -= TIER_1;
-        } else if i == INLINE_POSITIONS + TIER_1 {
-            self.tiers -= TIER_2;
-        } else if i >= TILE_POSITIONS && (i - TILE_POSITIONS).is_multiple_of(CHUNK_POSITIONS) {
+        if i == INLINE_LENGTH {
+            self.tiers -= TIER_1_LENGTH;
+        } else if i == BEFORE_TIER_2 {
+            self.tiers -= TIER_2_LENGTH;
+        } else if i >= TILE_LENGTH && (i - TILE_LENGTH).is_multiple_of(CHUNK_LENGTH) {
             group.chunk = self.chunks.pop().unwrap_or_default();
         }
         if i > 0 {
@@ -191,12 +206,12 @@ impl Groups {
     /// The patch with the host's count of a group.
     pub fn count_patch(&self, group: u32, base: u32) -> Option<Patch> {
         let known = self.groups.get(group as usize)?;
-        Some([base + group * HEADER_WORDS + 1, known.count])
+        Some([base + group * HEADER_WORDS + HEADER_COUNT, known.count])
     }
 
     /// Used ranges of words within the region.
     pub fn used(&self) -> [(u32, u32); 3] {
-        let chunks = self.chunks.len() as u32 * (CHUNK_HEADER + CHUNK_POSITIONS);
+        let chunks = self.chunks.len() as u32 * CHUNK_WORDS;
         [(0, self.groups.len() as u32 * HEADER_WORDS), (self.layout.tiers, self.tiers), (self.layout.chunks, chunks)]
     }
 }
@@ -216,24 +231,25 @@ mod tests {
         let layout = Layout::new(CAPACITY).unwrap();
         let mut lists: Vec<(u32, Vec<u32>)> = (0..groups)
             .map(|group| {
-                let header = (BASE + group * HEADER_WORDS) as usize;
-                let (id, count) = (words[header], words[header + 1]);
+                let header = BASE + group * HEADER_WORDS;
+                let of_header = |field: u32| words[(header + field) as usize];
                 let position = |i: u32| {
                     let word = match i {
-                        0..3 => header as u32 + 5 + i,
-                        3..16 => BASE + words[header + 3] + i - 3,
-                        _ => BASE + words[header + 4] + i - 16,
+                        0..INLINE_LENGTH => header + HEADER_POSITIONS + i,
+                        INLINE_LENGTH..BEFORE_TIER_2 => BASE + of_header(HEADER_TIER_1) + i - INLINE_LENGTH,
+                        _ => BASE + of_header(HEADER_TIER_2) + i - BEFORE_TIER_2,
                     };
                     words[word as usize]
                 };
-                (id, (0..count.min(TILE_POSITIONS)).map(position).collect())
+                (of_header(HEADER_ID), (0..of_header(HEADER_COUNT).min(TILE_LENGTH)).map(position).collect())
             })
             .collect();
         for chunk in 0..chunks {
-            let first = (BASE + layout.chunk(chunk)) as usize;
-            let (group, from) = (words[first] as usize, words[first + 1]);
-            let count = words[(BASE + group as u32 * HEADER_WORDS) as usize + 1] - from;
-            let positions = &words[first + CHUNK_HEADER as usize..][..count.min(CHUNK_POSITIONS) as usize];
+            let first = BASE + layout.chunk(chunk);
+            let of_chunk = |field: u32| words[(first + field) as usize];
+            let (group, from) = (of_chunk(CHUNK_GROUP) as usize, of_chunk(CHUNK_FIRST));
+            let count = words[(BASE + group as u32 * HEADER_WORDS + HEADER_COUNT) as usize] - from;
+            let positions = &words[(first + CHUNK_POSITIONS) as usize..][..count.min(CHUNK_LENGTH) as usize];
             assert_eq!(lists[group].1.len() as u32, from, "chunks of a group come in order");
             lists[group].1.extend(positions);
         }

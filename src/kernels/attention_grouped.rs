@@ -12,22 +12,27 @@ use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_nonzero};
 use crate::storage::{Storage, padded, product, words};
 
-/// Words of a group's header.
-pub const HEADER_WORDS: u32 = 8;
-/// Positions within the header itself.
-pub const INLINE_POSITIONS: u32 = 3;
+/// Positions that stand in a group's header.
+pub const INLINE_LENGTH: u32 = 3;
 /// Positions of a group's first tier.
-pub const TIER_1: u32 = 13;
-/// Positions of a group's second tier.
-pub const TIER_2: u32 = 48;
-/// Positions per group within a tile; chunks take the others.
-pub const TILE_POSITIONS: u32 = INLINE_POSITIONS + TIER_1 + TIER_2;
-/// Words before the positions of a chunk.
-pub const CHUNK_HEADER: u32 = 4;
+pub const TIER_1_LENGTH: u32 = 13;
+/// Positions of its second.
+pub const TIER_2_LENGTH: u32 = 48;
+/// Positions of a group that a tile takes; further ones come in chunks.
+pub const TILE_LENGTH: u32 = INLINE_LENGTH + TIER_1_LENGTH + TIER_2_LENGTH;
 /// Positions of a chunk.
-pub const CHUNK_POSITIONS: u32 = 256;
-/// Words per entry of the sequence table.
-pub const SEQUENCE_WORDS: u32 = 16;
+pub const CHUNK_LENGTH: u32 = 256;
+/// Words of a [`GroupHeader`].
+pub const HEADER_WORDS: u32 = word(size_of::<GroupHeader>());
+/// Words of a [`GroupChunk`].
+pub const CHUNK_WORDS: u32 = word(size_of::<GroupChunk>());
+/// Words of a [`GroupedSequence`].
+pub const SEQUENCE_WORDS: u32 = word(size_of::<GroupedSequence>());
+
+/// The word that begins at a byte.
+pub(crate) const fn word(byte: usize) -> u32 {
+    (byte / 4) as u32
+}
 
 crate::params! {
     /// Uniform parameters, as in the shaders.
@@ -61,7 +66,39 @@ crate::args! {
     }
 }
 
-/// One entry of the sequence table, at word [`AttentionGrouped::table`] of `lists`.
+/// Header of a group in the lists of its sequence.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupHeader {
+    /// Token id.
+    pub id: u32,
+    /// Positions of the group.
+    pub count: u32,
+    /// Resident gate row; `u32::MAX` for none.
+    pub gate_row: u32,
+    /// First word of the first tier, from the sequence's `base`.
+    pub tier_1: u32,
+    /// First word of the second tier, likewise.
+    pub tier_2: u32,
+    /// The first positions.
+    pub positions: [u32; INLINE_LENGTH as usize],
+}
+
+/// Positions of a group that its tile does not take.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupChunk {
+    /// The group.
+    pub group: u32,
+    /// Index, within the group, of the first position here.
+    pub first: u32,
+    /// Fills the words before the positions up.
+    pub unused: [u32; 2],
+    /// The positions; those past the group's last are not written.
+    pub positions: [u32; CHUNK_LENGTH as usize],
+}
+
+/// One line of the sequence table, at word [`AttentionGrouped::table`] of `lists`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable, Default)]
 pub struct GroupedSequence {
@@ -393,8 +430,8 @@ impl Op for AttentionGrouped {
                 kv(self.storage.bytes()).saturating_mul(d_latent.into()),
                 each(affine, self.storage.bytes()),
                 each(once(expected_groups), d_kv.saturating_mul(gate_bytes)),
-                // A header per group; a position, its cache row and its statistics per cached token.
-                each(once(expected_groups), 32),
+                // A header of every group, a position of every row, the row itself and its statistics.
+                each(once(expected_groups), size_of::<GroupHeader>() as u64),
                 each(once(expected_positions), 4 + statistics + row * self.cache_storage.bytes()),
                 times(4, &[self.partials, n_head, d_value]),
                 times(8, &[self.partials, n_head]),
@@ -423,7 +460,7 @@ fn workgroup_bytes(widths: Widths, groups: u32, heads: u32) -> u64 {
         product(&[heads, d_value.div_ceil(4)]),
     ];
     let vectors = vectors.into_iter().fold(0, u64::saturating_add).saturating_mul(16);
-    vectors.saturating_add(4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * 256)
+    vectors.saturating_add(4 * (product(&[heads, d_nope]) + 1) + 4 * (u64::from(heads) + 3) * u64::from(CHUNK_LENGTH))
 }
 
 /// A tile in workgroup memory, any widths. (HEADS, LANES): heads per workgroup and invocations per head.
@@ -466,8 +503,8 @@ pub(crate) const WORKGROUP: Variant<AttentionGrouped> = {
 /// Most groups per tile of the variant in workgroup memory.
 const WORKGROUP_GROUPS: u32 = 4;
 
-/// Groups per tile, and invocations per head, of the variant in registers.
-const SUBGROUP_GROUPS: u32 = 8;
+/// Groups of a tile, and invocations of a head, of the variant in registers.
+pub const SUBGROUP_GROUPS: u32 = 8;
 
 fn suit_registers(Widths { d_latent, d_nope, d_rope, d_value }: Widths) -> bool {
     let whole = d_nope.is_multiple_of(8) && d_value.is_multiple_of(8);
