@@ -80,7 +80,7 @@ fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     return low;
 }
 
-// The first four weights of a load.
+// The first four elements of a load.
 fn first_of(load: vec4<u32>) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));

@@ -86,8 +86,8 @@ fn first_four(load: vec4<u32>, f16: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(load);
 }
 
-// The other four of f16.
-fn other_four(load: vec4<u32>) -> vec4<f32> {
+// The other four of a load of f16.
+fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
@@ -95,7 +95,7 @@ fn other_four(load: vec4<u32>) -> vec4<f32> {
 fn product_with(first: vec4<f32>, second: vec4<f32>, load: vec4<u32>, f16: u32) -> f32 {
     let product = dot(first, first_four(load, f16));
     if (f16 == 1u) {
-        return product + dot(second, other_four(load));
+        return product + dot(second, second_of(load));
     }
     return product;
 }
@@ -242,8 +242,8 @@ fn main(
             first += p.x * first_four(loads[0], KV_F16) + p.y * first_four(loads[1], KV_F16);
             first += p.z * first_four(loads[2], KV_F16) + p.w * first_four(loads[3], KV_F16);
             if (KV_F16 == 1u) {
-                second += p.x * other_four(loads[0]) + p.y * other_four(loads[1]);
-                second += p.z * other_four(loads[2]) + p.w * other_four(loads[3]);
+                second += p.x * second_of(loads[0]) + p.y * second_of(loads[1]);
+                second += p.z * second_of(loads[2]) + p.w * second_of(loads[3]);
             }
         }
         sh_part[local] = first;

@@ -16,7 +16,7 @@
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
 
 override CACHE_F16: u32 = 0u;
-override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
+override STORAGE_F16: u32 = 0u;  // kv_b_proj, affine
 override GATES_F16: u32 = 0u;    // gates
 override MORE_F16: u32 = 0u;     // gates_more
 override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
@@ -116,14 +116,14 @@ var<workgroup> sh_score: array<f32, HEADS * CHUNK_LENGTH>;
 var<workgroup> sh_slot: array<u32, CHUNK_LENGTH>;                        // u32 max: not seen by the query
 var<workgroup> sh_statistics: array<vec2<f32>, CHUNK_LENGTH>;            // (μ, ρ)
 
-// Word that holds element i of a tensor of weights.
-fn weight_word(i: u32) -> u32 {
-    return select(i, i >> 1u, WEIGHTS_F16 == 1u);
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
 // Element i, given the word that holds it.
-fn weight(word: u32, i: u32) -> f32 {
-    if (WEIGHTS_F16 == 1u) {
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
         let pair = unpack2x16float(word);
         return select(pair.x, pair.y, (i & 1u) == 1u);
     }
@@ -143,7 +143,7 @@ struct Eight {
 // Columns 8i … 8i + 7 of a row of kv_b_proj; 0 past its end.
 fn weight8(row: u32, i: u32) -> Eight {
     let first = row * params.weight_pitch;
-    if (WEIGHTS_F16 == 1u) {
+    if (STORAGE_F16 == 1u) {
         let words = kv_b_proj[first + i];
         return Eight(halves(words.x, words.y), halves(words.z, words.w));
     }
@@ -200,7 +200,7 @@ fn activate(v: f32) -> f32 {
 }
 
 // Element i of `gates`.
-fn gate_element(i: u32) -> f32 {
+fn gate_at(i: u32) -> f32 {
     if (GATES_F16 == 1u) {
         let pair = unpack2x16float(gates[i >> 1u]);
         return select(pair.x, pair.y, (i & 1u) == 1u);
@@ -217,16 +217,20 @@ fn more_at(i: u32) -> f32 {
     return bitcast<f32>(gates_more[i]);
 }
 
+// Element i of a gate row, activated.
+fn gate_of(row: u32, i: u32) -> f32 {
+    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
+        return activate(gate_at(row * params.gate_pitch + i));
+    }
+    return activate(more_at((row - params.resident) * params.more_pitch + i));
+}
+
 // Element i of a gate row, activated; 0 for a group that is not there.
-fn gate_at(row: u32, i: u32) -> f32 {
+fn gate_or_zero(row: u32, i: u32) -> f32 {
     if (row == NO_ROW) {
         return 0.0;
     }
-    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
-        let at = row * params.gate_pitch + i;
-        return activate(gate_element(at));
-    }
-    return activate(more_at((row - params.resident) * params.more_pitch + i));
+    return gate_of(row, i);
 }
 
 // Gate row of a group of the sequence whose lists begin at `base`.
@@ -345,7 +349,7 @@ fn main(
         let i = head_row + d;
         var x = params.scale * q[query_row + d];
         if (NORM != 2u) {
-            x *= weight(affine[weight_word(i)], i);
+            x *= decode(affine[index_of(i)], i);
         }
         sh_query[local_head * D_NOPE + d] = x;
     }
@@ -414,7 +418,7 @@ fn main(
         }
         for (var i = own; i < 4u * D_NOPE; i += LANES) {
             let d = i / 4u;
-            let gate = gate_at(rows[i % 4u], head_row + d);
+            let gate = gate_or_zero(rows[i % 4u], head_row + d);
             sh_gate[local_head * ROOM + d][i % 4u] = sh_query[local_head * D_NOPE + d] * gate;
         }
         workgroupBarrier();
@@ -515,7 +519,7 @@ fn main(
         // Weighted latents of each group, over what the scores no longer need, and g_V over what the absorption did not.
         for (var i = own; i < 4u * D_VALUE; i += LANES) {
             let n = i / 4u;
-            sh_gate[local_head * ROOM + n][i % 4u] = gate_at(rows[i % 4u], head_row + D_NOPE + n);
+            sh_gate[local_head * ROOM + n][i % 4u] = gate_or_zero(rows[i % 4u], head_row + D_NOPE + n);
         }
         for (var i = own; 2u * i < LATENT4; i += LANES) {
             var e = 0u;
@@ -588,11 +592,11 @@ fn main(
         let n = head_row + D_NOPE + v;
         var out = sh_value[local_head * VALUE4 + v / 4u][v % 4u];
         if (NORM != 2u) {
-            out = (out - shift) * weight(affine[weight_word(n)], n);
+            out = (out - shift) * decode(affine[index_of(n)], n);
         }
         if (NORM == 0u) {
             let b = params.beta + n;
-            out += sum * weight(affine[weight_word(b)], b);
+            out += sum * decode(affine[index_of(b)], b);
         }
         partial[to * D_VALUE + v] = out;
     }

@@ -23,7 +23,7 @@
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
 
 override CACHE_F16: u32 = 0u;
-override WEIGHTS_F16: u32 = 0u;  // kv_b_proj, affine
+override STORAGE_F16: u32 = 0u;  // kv_b_proj, affine
 override GATES_F16: u32 = 0u;    // gates
 override MORE_F16: u32 = 0u;     // gates_more
 override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
@@ -107,14 +107,14 @@ struct Params {
 @group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table (see attention/groups.rs)
 @group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, d_value], then [partials, n_head, 2]
 
-// Word that holds element i of a tensor of weights.
-fn weight_word(i: u32) -> u32 {
-    return select(i, i >> 1u, WEIGHTS_F16 == 1u);
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
 // Element i, given the word that holds it.
-fn weight(word: u32, i: u32) -> f32 {
-    if (WEIGHTS_F16 == 1u) {
+fn decode(word: u32, i: u32) -> f32 {
+    if (STORAGE_F16 == 1u) {
         let pair = unpack2x16float(word);
         return select(pair.x, pair.y, (i & 1u) == 1u);
     }
@@ -134,7 +134,7 @@ struct Eight {
 // Columns 8i … 8i + 7 of a row of kv_b_proj; 0 past its end.
 fn weight8(row: u32, i: u32) -> Eight {
     let first = row * params.weight_pitch;
-    if (WEIGHTS_F16 == 1u) {
+    if (STORAGE_F16 == 1u) {
         let words = kv_b_proj[first + i];
         return Eight(halves(words.x, words.y), halves(words.z, words.w));
     }
@@ -437,7 +437,7 @@ fn main(
             var query_own = params.scale * q[query_row + d0 + own];
             if (NORM != 2u) {
                 let i = head_row + d0 + own;
-                query_own *= weight(affine[weight_word(i)], i);
+                query_own *= decode(affine[index_of(i)], i);
             }
             query_gamma += query_own;
             var gate = gate8(gate_row, (head_row + d0) / 8u);
@@ -573,11 +573,11 @@ fn main(
         let n = value_row + n0 + own;
         var out = select(low, high, n0 >= 64u)[n0 / 8u % 4u];
         if (NORM != 2u) {
-            out = (out - shift) * weight(affine[weight_word(n)], n);
+            out = (out - shift) * decode(affine[index_of(n)], n);
         }
         if (NORM == 0u) {
             let b = params.beta + n;
-            out += sum * weight(affine[weight_word(b)], b);
+            out += sum * decode(affine[index_of(b)], b);
         }
         partial[to * params.d_value + n0 + own] = out;
     }

@@ -38,6 +38,11 @@ const CHUNK_PITCH: u32 = QUADS + 2u;             // in fours: rows 16 bytes beyo
 const WEIGHT_PITCH: u32 = TILE_KV / 4u + 2u;
 const VALUES: u32 = TILE_Q * WEIGHT_PITCH;       // where staged values begin, behind the weights
 
+// Matrices of factors, and of sums.
+alias Left = coop_mat16x16<f16, A>;
+alias Right = coop_mat16x16<f16, B>;
+alias Sums = coop_mat16x16<f32, C>;
+
 struct Params {
     n_head: u32,
     d_nope: u32,
@@ -114,20 +119,20 @@ fn begin_values(i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32) 
 }
 
 // Multiplies the rows of each subgroup's matrix, of the i-th row of matrices, by their factors.
-fn scaled_16(sums: coop_mat16x16<f32, C>, i: u32, local: u32, own: u32) -> coop_mat16x16<f32, C> {
+fn scaled(sums: Sums, i: u32, local: u32, own: u32) -> Sums {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
         sh_scores[e] *= sh_factor[i * SIDE + e % MATRIX / SIDE];
     }
     workgroupBarrier();
-    let result = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    let result = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     return result;
 }
 
 // Writes each subgroup's matrix (i, j), times its rows' factors.
-fn end_values_16(sums: coop_mat16x16<f32, C>, i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32, own: u32) {
+fn end_values(sums: Sums, i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
@@ -198,19 +203,19 @@ fn main(
     }
     // valueIJ: rows I · SIDE, columns J · SIDE of the subgroup's.
     begin_values(0u, 0u, out, count, column0, local);
-    var value00 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value00 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(0u, 1u, out, count, column0, local);
-    var value01 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value01 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(1u, 0u, out, count, column0, local);
-    var value10 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value10 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(1u, 1u, out, count, column0, local);
-    var value11 = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value11 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
         sh_scores[e] = 0.0;
     }
     workgroupBarrier();
-    let zero = coopLoadT<coop_mat16x16<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    let zero = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     let score_at = own / 2u * 16u * SCORE_PITCH + own % 2u * 16u;
 
     for (var key0 = begin; key0 < end; key0 += TILE_KV) {
@@ -253,8 +258,8 @@ fn main(
             let q_at = own / 2u * 16u * CHUNK_PITCH;
             let k_at = (TILE_Q + own % 2u * 16u) * CHUNK_PITCH;
             for (var d = 0u; d < QUADS; d += SIDE / 4u) {
-                let a0 = coopLoadT<coop_mat16x16<f16, A>>(&sh_stage[q_at + d], CHUNK_PITCH);
-                let b0 = coopLoad<coop_mat16x16<f16, B>>(&sh_stage[k_at + d], CHUNK_PITCH);
+                let a0 = coopLoadT<Left>(&sh_stage[q_at + d], CHUNK_PITCH);
+                let b0 = coopLoad<Right>(&sh_stage[k_at + d], CHUNK_PITCH);
                 score00 = coopMultiplyAdd(a0, b0, score00);
             }
         }
@@ -314,11 +319,11 @@ fn main(
             stage_four(row * WEIGHT_PITCH + key / 4u, select(poisoned, zeros, unseen));
         }
         if (workgroupUniformLoad(&sh_scaled) == 1u) {
-            value00 = scaled_16(value00, 0u, local, own);
-            value10 = scaled_16(value10, 1u, local, own);
+            value00 = scaled(value00, 0u, local, own);
+            value10 = scaled(value10, 1u, local, own);
             if (COLUMNS == 32u) {
-                value01 = scaled_16(value01, 0u, local, own);
-                value11 = scaled_16(value11, 1u, local, own);
+                value01 = scaled(value01, 0u, local, own);
+                value11 = scaled(value11, 1u, local, own);
             }
         }
 
@@ -339,13 +344,13 @@ fn main(
             workgroupBarrier();
             let v_at = VALUES + own * COLUMNS / 4u;
             for (var k = 0u; k < VALUE_ROWS; k += SIDE) {
-                let a0 = coopLoadT<coop_mat16x16<f16, A>>(&sh_stage[(k0 + k) / 4u], WEIGHT_PITCH);
-                let a1 = coopLoadT<coop_mat16x16<f16, A>>(&sh_stage[(k0 + k) / 4u + SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
-                let b0 = coopLoadT<coop_mat16x16<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH], VALUE_PITCH);
+                let a0 = coopLoadT<Left>(&sh_stage[(k0 + k) / 4u], WEIGHT_PITCH);
+                let a1 = coopLoadT<Left>(&sh_stage[(k0 + k) / 4u + SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
+                let b0 = coopLoadT<Right>(&sh_stage[v_at + k * VALUE_PITCH], VALUE_PITCH);
                 value00 = coopMultiplyAdd(a0, b0, value00);
                 value10 = coopMultiplyAdd(a1, b0, value10);
                 if (COLUMNS == 32u) {
-                    let b1 = coopLoadT<coop_mat16x16<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH + SIDE / 4u], VALUE_PITCH);
+                    let b1 = coopLoadT<Right>(&sh_stage[v_at + k * VALUE_PITCH + SIDE / 4u], VALUE_PITCH);
                     value01 = coopMultiplyAdd(a0, b1, value01);
                     value11 = coopMultiplyAdd(a1, b1, value11);
                 }
@@ -371,10 +376,10 @@ fn main(
         }
     }
     workgroupBarrier();
-    end_values_16(value00, 0u, 0u, out, count, column0, local, own);
-    end_values_16(value10, 1u, 0u, out, count, column0, local, own);
+    end_values(value00, 0u, 0u, out, count, column0, local, own);
+    end_values(value10, 1u, 0u, out, count, column0, local, own);
     if (COLUMNS == 32u) {
-        end_values_16(value01, 0u, 1u, out, count, column0, local, own);
-        end_values_16(value11, 1u, 1u, out, count, column0, local, own);
+        end_values(value01, 0u, 1u, out, count, column0, local, own);
+        end_values(value11, 1u, 1u, out, count, column0, local, own);
     }
 }

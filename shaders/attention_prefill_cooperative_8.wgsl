@@ -37,6 +37,11 @@ const CHUNK_PITCH: u32 = QUADS * 4u + 8u;        // rows 16 bytes beyond a multi
 const WEIGHT_PITCH: u32 = TILE_KV + 8u;
 const VALUES: u32 = TILE_Q * WEIGHT_PITCH;       // where staged values begin, behind the weights
 
+// Matrices of factors, and of sums.
+alias Left = coop_mat8x8<f16, A>;
+alias Right = coop_mat8x8<f16, B>;
+alias Sums = coop_mat8x8<f32, C>;
+
 struct Params {
     n_head: u32,
     d_nope: u32,
@@ -117,20 +122,20 @@ fn begin_values(i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32) 
 }
 
 // Multiplies the rows of each subgroup's matrix, of the i-th row of matrices, by their factors.
-fn scaled_8(sums: coop_mat8x8<f32, C>, i: u32, local: u32, own: u32) -> coop_mat8x8<f32, C> {
+fn scaled(sums: Sums, i: u32, local: u32, own: u32) -> Sums {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
         sh_scores[e] *= sh_factor[i * SIDE + e % MATRIX / SIDE];
     }
     workgroupBarrier();
-    let result = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    let result = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     return result;
 }
 
 // Writes each subgroup's matrix (i, j), times its rows' factors.
-fn end_values_8(sums: coop_mat8x8<f32, C>, i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32, own: u32) {
+fn end_values(sums: Sums, i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
@@ -201,43 +206,43 @@ fn main(
     }
     // valueIJ: rows I · SIDE, columns J · SIDE of the subgroup's.
     begin_values(0u, 0u, out, count, column0, local);
-    var value00 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value00 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(0u, 1u, out, count, column0, local);
-    var value01 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value01 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(0u, 2u, out, count, column0, local);
-    var value02 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value02 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(0u, 3u, out, count, column0, local);
-    var value03 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value03 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(1u, 0u, out, count, column0, local);
-    var value10 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value10 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(1u, 1u, out, count, column0, local);
-    var value11 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value11 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(1u, 2u, out, count, column0, local);
-    var value12 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value12 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(1u, 3u, out, count, column0, local);
-    var value13 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value13 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(2u, 0u, out, count, column0, local);
-    var value20 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value20 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(2u, 1u, out, count, column0, local);
-    var value21 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value21 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(2u, 2u, out, count, column0, local);
-    var value22 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value22 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(2u, 3u, out, count, column0, local);
-    var value23 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value23 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(3u, 0u, out, count, column0, local);
-    var value30 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value30 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(3u, 1u, out, count, column0, local);
-    var value31 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value31 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(3u, 2u, out, count, column0, local);
-    var value32 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value32 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(3u, 3u, out, count, column0, local);
-    var value33 = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    var value33 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
         sh_scores[e] = 0.0;
     }
     workgroupBarrier();
-    let zero = coopLoadT<coop_mat8x8<f32, C>>(&sh_scores[MATRIX * own], SIDE);
+    let zero = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     let score_at = own / 2u * 16u * SCORE_PITCH + own % 2u * 16u;
 
     for (var key0 = begin; key0 < end; key0 += TILE_KV) {
@@ -283,10 +288,10 @@ fn main(
             let q_at = own / 2u * 16u * CHUNK_PITCH;
             let k_at = (TILE_Q + own % 2u * 16u) * CHUNK_PITCH;
             for (var d = 0u; d < 4u * QUADS; d += SIDE) {
-                let a0 = coopLoadT<coop_mat8x8<f16, A>>(&sh_stage[q_at + d], CHUNK_PITCH);
-                let a1 = coopLoadT<coop_mat8x8<f16, A>>(&sh_stage[q_at + SIDE * CHUNK_PITCH + d], CHUNK_PITCH);
-                let b0 = coopLoad<coop_mat8x8<f16, B>>(&sh_stage[k_at + d], CHUNK_PITCH);
-                let b1 = coopLoad<coop_mat8x8<f16, B>>(&sh_stage[k_at + SIDE * CHUNK_PITCH + d], CHUNK_PITCH);
+                let a0 = coopLoadT<Left>(&sh_stage[q_at + d], CHUNK_PITCH);
+                let a1 = coopLoadT<Left>(&sh_stage[q_at + SIDE * CHUNK_PITCH + d], CHUNK_PITCH);
+                let b0 = coopLoad<Right>(&sh_stage[k_at + d], CHUNK_PITCH);
+                let b1 = coopLoad<Right>(&sh_stage[k_at + SIDE * CHUNK_PITCH + d], CHUNK_PITCH);
                 score00 = coopMultiplyAdd(a0, b0, score00);
                 score01 = coopMultiplyAdd(a0, b1, score01);
                 score10 = coopMultiplyAdd(a1, b0, score10);
@@ -352,23 +357,23 @@ fn main(
             stage_each(row * WEIGHT_PITCH + key, select(poisoned, zeros, unseen));
         }
         if (workgroupUniformLoad(&sh_scaled) == 1u) {
-            value00 = scaled_8(value00, 0u, local, own);
-            value01 = scaled_8(value01, 0u, local, own);
-            value10 = scaled_8(value10, 1u, local, own);
-            value11 = scaled_8(value11, 1u, local, own);
-            value20 = scaled_8(value20, 2u, local, own);
-            value21 = scaled_8(value21, 2u, local, own);
-            value30 = scaled_8(value30, 3u, local, own);
-            value31 = scaled_8(value31, 3u, local, own);
+            value00 = scaled(value00, 0u, local, own);
+            value01 = scaled(value01, 0u, local, own);
+            value10 = scaled(value10, 1u, local, own);
+            value11 = scaled(value11, 1u, local, own);
+            value20 = scaled(value20, 2u, local, own);
+            value21 = scaled(value21, 2u, local, own);
+            value30 = scaled(value30, 3u, local, own);
+            value31 = scaled(value31, 3u, local, own);
             if (COLUMNS == 32u) {
-                value02 = scaled_8(value02, 0u, local, own);
-                value03 = scaled_8(value03, 0u, local, own);
-                value12 = scaled_8(value12, 1u, local, own);
-                value13 = scaled_8(value13, 1u, local, own);
-                value22 = scaled_8(value22, 2u, local, own);
-                value23 = scaled_8(value23, 2u, local, own);
-                value32 = scaled_8(value32, 3u, local, own);
-                value33 = scaled_8(value33, 3u, local, own);
+                value02 = scaled(value02, 0u, local, own);
+                value03 = scaled(value03, 0u, local, own);
+                value12 = scaled(value12, 1u, local, own);
+                value13 = scaled(value13, 1u, local, own);
+                value22 = scaled(value22, 2u, local, own);
+                value23 = scaled(value23, 2u, local, own);
+                value32 = scaled(value32, 3u, local, own);
+                value33 = scaled(value33, 3u, local, own);
             }
         }
 
@@ -389,12 +394,12 @@ fn main(
             workgroupBarrier();
             let v_at = VALUES + own * COLUMNS;
             for (var k = 0u; k < VALUE_ROWS; k += SIDE) {
-                let a0 = coopLoadT<coop_mat8x8<f16, A>>(&sh_stage[k0 + k], WEIGHT_PITCH);
-                let a1 = coopLoadT<coop_mat8x8<f16, A>>(&sh_stage[k0 + k + SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
-                let a2 = coopLoadT<coop_mat8x8<f16, A>>(&sh_stage[k0 + k + 2u * SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
-                let a3 = coopLoadT<coop_mat8x8<f16, A>>(&sh_stage[k0 + k + 3u * SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
-                let b0 = coopLoadT<coop_mat8x8<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH], VALUE_PITCH);
-                let b1 = coopLoadT<coop_mat8x8<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH + SIDE], VALUE_PITCH);
+                let a0 = coopLoadT<Left>(&sh_stage[k0 + k], WEIGHT_PITCH);
+                let a1 = coopLoadT<Left>(&sh_stage[k0 + k + SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
+                let a2 = coopLoadT<Left>(&sh_stage[k0 + k + 2u * SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
+                let a3 = coopLoadT<Left>(&sh_stage[k0 + k + 3u * SIDE * WEIGHT_PITCH], WEIGHT_PITCH);
+                let b0 = coopLoadT<Right>(&sh_stage[v_at + k * VALUE_PITCH], VALUE_PITCH);
+                let b1 = coopLoadT<Right>(&sh_stage[v_at + k * VALUE_PITCH + SIDE], VALUE_PITCH);
                 value00 = coopMultiplyAdd(a0, b0, value00);
                 value01 = coopMultiplyAdd(a0, b1, value01);
                 value10 = coopMultiplyAdd(a1, b0, value10);
@@ -404,8 +409,8 @@ fn main(
                 value30 = coopMultiplyAdd(a3, b0, value30);
                 value31 = coopMultiplyAdd(a3, b1, value31);
                 if (COLUMNS == 32u) {
-                    let b2 = coopLoadT<coop_mat8x8<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH + 2u * SIDE], VALUE_PITCH);
-                    let b3 = coopLoadT<coop_mat8x8<f16, B>>(&sh_stage[v_at + k * VALUE_PITCH + 3u * SIDE], VALUE_PITCH);
+                    let b2 = coopLoadT<Right>(&sh_stage[v_at + k * VALUE_PITCH + 2u * SIDE], VALUE_PITCH);
+                    let b3 = coopLoadT<Right>(&sh_stage[v_at + k * VALUE_PITCH + 3u * SIDE], VALUE_PITCH);
                     value02 = coopMultiplyAdd(a0, b2, value02);
                     value03 = coopMultiplyAdd(a0, b3, value03);
                     value12 = coopMultiplyAdd(a1, b2, value12);
@@ -437,22 +442,22 @@ fn main(
         }
     }
     workgroupBarrier();
-    end_values_8(value00, 0u, 0u, out, count, column0, local, own);
-    end_values_8(value01, 0u, 1u, out, count, column0, local, own);
-    end_values_8(value10, 1u, 0u, out, count, column0, local, own);
-    end_values_8(value11, 1u, 1u, out, count, column0, local, own);
-    end_values_8(value20, 2u, 0u, out, count, column0, local, own);
-    end_values_8(value21, 2u, 1u, out, count, column0, local, own);
-    end_values_8(value30, 3u, 0u, out, count, column0, local, own);
-    end_values_8(value31, 3u, 1u, out, count, column0, local, own);
+    end_values(value00, 0u, 0u, out, count, column0, local, own);
+    end_values(value01, 0u, 1u, out, count, column0, local, own);
+    end_values(value10, 1u, 0u, out, count, column0, local, own);
+    end_values(value11, 1u, 1u, out, count, column0, local, own);
+    end_values(value20, 2u, 0u, out, count, column0, local, own);
+    end_values(value21, 2u, 1u, out, count, column0, local, own);
+    end_values(value30, 3u, 0u, out, count, column0, local, own);
+    end_values(value31, 3u, 1u, out, count, column0, local, own);
     if (COLUMNS == 32u) {
-        end_values_8(value02, 0u, 2u, out, count, column0, local, own);
-        end_values_8(value03, 0u, 3u, out, count, column0, local, own);
-        end_values_8(value12, 1u, 2u, out, count, column0, local, own);
-        end_values_8(value13, 1u, 3u, out, count, column0, local, own);
-        end_values_8(value22, 2u, 2u, out, count, column0, local, own);
-        end_values_8(value23, 2u, 3u, out, count, column0, local, own);
-        end_values_8(value32, 3u, 2u, out, count, column0, local, own);
-        end_values_8(value33, 3u, 3u, out, count, column0, local, own);
+        end_values(value02, 0u, 2u, out, count, column0, local, own);
+        end_values(value03, 0u, 3u, out, count, column0, local, own);
+        end_values(value12, 1u, 2u, out, count, column0, local, own);
+        end_values(value13, 1u, 3u, out, count, column0, local, own);
+        end_values(value22, 2u, 2u, out, count, column0, local, own);
+        end_values(value23, 2u, 3u, out, count, column0, local, own);
+        end_values(value32, 3u, 2u, out, count, column0, local, own);
+        end_values(value33, 3u, 3u, out, count, column0, local, own);
     }
 }

@@ -39,8 +39,8 @@ struct SequenceRow {
 @group(0) @binding(6) var<storage, read_write> embedding: array<f32>;     // [rows, d_gate]
 @group(0) @binding(7) var<storage, read_write> slots: array<u32>;         // [rows]
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -106,7 +106,7 @@ fn main(
     }
     if (valid) {
         let i = slot * params.latent_pitch + column;
-        value = decode(latent_cache[word_of(i)], i);
+        value = decode(latent_cache[index_of(i)], i);
     }
     latent[row * params.d_latent + column] = value;
     if (column == 0u) {

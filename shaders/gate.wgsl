@@ -58,8 +58,8 @@ fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(load);
 }
 
-// Load that holds vector i.
-fn load_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -231,10 +231,10 @@ fn main(
         var w = vec4<f32>(1.0);
         var b = vec4<f32>(0.0);
         if (NORM != 2u) {
-            w = four_of(weight[load_of(i)], i);
+            w = four_of(weight[index_of(i)], i);
         }
         if (NORM == 0u) {
-            b = four_of(bias[load_of(i)], i);
+            b = four_of(bias[index_of(i)], i);
         }
         finish(row, i, m0, w, b);
         if (ROWS == 4u) {

@@ -6,7 +6,7 @@
 // and spread element by element and then joins them across lanes, as in norm.
 // grid: one workgroup for WORKGROUP / LANES tokens, folded into x and y.
 
-override STORAGE_F16: u32 = 0u;   // gates
+override GATES_F16: u32 = 0u;     // gates
 override MORE_F16: u32 = 0u;      // gates_more
 override SOURCES: u32 = 0u;       // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
 override ACTIVATION: u32 = 0u;    // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
@@ -44,18 +44,13 @@ struct Params {
 // (elements, mean, squared distances from it) of each invocation's part of a token.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
-    return select(i, i >> 1u, STORAGE_F16 == 1u);
-}
-
-// Element i, given the word that holds it.
-fn decode(word: u32, i: u32) -> f32 {
-    if (STORAGE_F16 == 1u) {
-        let pair = unpack2x16float(word);
+// Element i of `gates`.
+fn gate_at(i: u32) -> f32 {
+    if (GATES_F16 == 1u) {
+        let pair = unpack2x16float(gates[i >> 1u]);
         return select(pair.x, pair.y, (i & 1u) == 1u);
     }
-    return bitcast<f32>(word);
+    return bitcast<f32>(gates[i]);
 }
 
 // Element i of `gates_more`.
@@ -121,8 +116,7 @@ fn activate(v: f32) -> f32 {
 // Element i of a gate row, activated.
 fn gate_of(row: u32, i: u32) -> f32 {
     if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
-        let at = row * params.gate_pitch + i;
-        return activate(decode(gates[word_of(at)], at));
+        return activate(gate_at(row * params.gate_pitch + i));
     }
     return activate(more_at((row - params.resident) * params.more_pitch + i));
 }

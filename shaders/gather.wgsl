@@ -19,8 +19,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read> ids: array<u32>;         // [rows]
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [rows, width]
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -50,5 +50,5 @@ fn main(
         return;
     }
     let i = id * params.table_row + index % params.width;
-    y[index] = decode(table[word_of(i)], i);
+    y[index] = decode(table[index_of(i)], i);
 }

@@ -44,8 +44,8 @@ struct Params {
 var<workgroup> sh_x: array<f32, TILE_K * PITCH_M>;
 var<workgroup> sh_w: array<f32, TILE_K * PITCH_N>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -103,7 +103,7 @@ fn main(
             var value = 0.0;
             if (k0 + k < params.inner && col0 + n < params.cols) {
                 let i = w_base + (col0 + n) * params.w_col + (k0 + k) * params.w_inner;
-                value = decode(w[word_of(i)], i);
+                value = decode(w[index_of(i)], i);
             }
             sh_w[k * PITCH_N + n] = value;
         }
@@ -127,7 +127,7 @@ fn main(
             if (row < params.rows && col < params.cols) {
                 var value = acc[i][j];
                 if (HAS_BIAS == 1u) {
-                    value += decode(bias[word_of(col)], col);
+                    value += decode(bias[index_of(col)], col);
                 }
                 y[params.y_offset + work.z * params.y_batch + row * params.y_row + col] = value;
             }

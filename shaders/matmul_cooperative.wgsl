@@ -31,6 +31,11 @@ override PITCH: u32 = QUADS + 2u;
 const SIDE: u32 = 16u;
 const MATRIX: u32 = SIDE * SIDE;
 
+// Matrices of factors, and of sums.
+alias Left = coop_mat16x16<f16, A>;
+alias Right = coop_mat16x16<f16, B>;
+alias Sums = coop_mat16x16<f32, C>;
+
 struct Params {
     rows: u32,
     inner: u32,
@@ -102,7 +107,7 @@ fn begin_column(j: u32, col0: u32, local: u32) {
 }
 
 // Writes each subgroup's matrix (i, j).
-fn put_16(sums: coop_mat16x16<f32, C>, i: u32, j: u32, row0: u32, col0: u32, base: u32, local: u32, own: u32) {
+fn put(sums: Sums, i: u32, j: u32, row0: u32, col0: u32, base: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_y[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
@@ -144,25 +149,25 @@ fn main(
 
     // sumIJ: rows I · SIDE, columns J · SIDE of the quarter.
     begin_column(0u, col0, local);
-    var sum00 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum10 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum20 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum30 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
+    var sum00 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum10 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum20 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum30 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     begin_column(1u, col0, local);
-    var sum01 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum11 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum21 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum31 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
+    var sum01 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum11 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum21 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum31 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     begin_column(2u, col0, local);
-    var sum02 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum12 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum22 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum32 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
+    var sum02 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum12 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum22 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum32 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     begin_column(3u, col0, local);
-    var sum03 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum13 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum23 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
-    var sum33 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[MATRIX * own], SIDE);
+    var sum03 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum13 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum23 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    var sum33 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
 
     let e0 = local;
     let e1 = local + WORKGROUP;
@@ -197,19 +202,19 @@ fn main(
         w2 = w_quad(e2, col0, k0 + TILE_K, w_base);
         w3 = w_quad(e3, col0, k0 + TILE_K, w_base);
         for (var k = 0u; k < QUADS; k += SIDE / 4u) {
-            let a0 = coopLoadT<coop_mat16x16<f16, A>>(&sh_x[own_x + k], PITCH);
-            let a1 = coopLoadT<coop_mat16x16<f16, A>>(&sh_x[own_x + next + k], PITCH);
-            let b0 = coopLoad<coop_mat16x16<f16, B>>(&sh_w[own_w + k], PITCH);
-            let b1 = coopLoad<coop_mat16x16<f16, B>>(&sh_w[own_w + next + k], PITCH);
+            let a0 = coopLoadT<Left>(&sh_x[own_x + k], PITCH);
+            let a1 = coopLoadT<Left>(&sh_x[own_x + next + k], PITCH);
+            let b0 = coopLoad<Right>(&sh_w[own_w + k], PITCH);
+            let b1 = coopLoad<Right>(&sh_w[own_w + next + k], PITCH);
             sum00 = coopMultiplyAdd(a0, b0, sum00);
             sum01 = coopMultiplyAdd(a0, b1, sum01);
             sum10 = coopMultiplyAdd(a1, b0, sum10);
             sum11 = coopMultiplyAdd(a1, b1, sum11);
             if (FRAGMENTS == 4u) {
-                let a2 = coopLoadT<coop_mat16x16<f16, A>>(&sh_x[own_x + 2u * next + k], PITCH);
-                let a3 = coopLoadT<coop_mat16x16<f16, A>>(&sh_x[own_x + 3u * next + k], PITCH);
-                let b2 = coopLoad<coop_mat16x16<f16, B>>(&sh_w[own_w + 2u * next + k], PITCH);
-                let b3 = coopLoad<coop_mat16x16<f16, B>>(&sh_w[own_w + 3u * next + k], PITCH);
+                let a2 = coopLoadT<Left>(&sh_x[own_x + 2u * next + k], PITCH);
+                let a3 = coopLoadT<Left>(&sh_x[own_x + 3u * next + k], PITCH);
+                let b2 = coopLoad<Right>(&sh_w[own_w + 2u * next + k], PITCH);
+                let b3 = coopLoad<Right>(&sh_w[own_w + 3u * next + k], PITCH);
                 sum02 = coopMultiplyAdd(a0, b2, sum02);
                 sum03 = coopMultiplyAdd(a0, b3, sum03);
                 sum12 = coopMultiplyAdd(a1, b2, sum12);
@@ -227,22 +232,22 @@ fn main(
     }
     workgroupBarrier();
 
-    put_16(sum00, 0u, 0u, row0, col0, y_base, local, own);
-    put_16(sum01, 0u, 1u, row0, col0, y_base, local, own);
-    put_16(sum10, 1u, 0u, row0, col0, y_base, local, own);
-    put_16(sum11, 1u, 1u, row0, col0, y_base, local, own);
+    put(sum00, 0u, 0u, row0, col0, y_base, local, own);
+    put(sum01, 0u, 1u, row0, col0, y_base, local, own);
+    put(sum10, 1u, 0u, row0, col0, y_base, local, own);
+    put(sum11, 1u, 1u, row0, col0, y_base, local, own);
     if (FRAGMENTS == 4u) {
-        put_16(sum02, 0u, 2u, row0, col0, y_base, local, own);
-        put_16(sum03, 0u, 3u, row0, col0, y_base, local, own);
-        put_16(sum12, 1u, 2u, row0, col0, y_base, local, own);
-        put_16(sum13, 1u, 3u, row0, col0, y_base, local, own);
-        put_16(sum20, 2u, 0u, row0, col0, y_base, local, own);
-        put_16(sum21, 2u, 1u, row0, col0, y_base, local, own);
-        put_16(sum22, 2u, 2u, row0, col0, y_base, local, own);
-        put_16(sum23, 2u, 3u, row0, col0, y_base, local, own);
-        put_16(sum30, 3u, 0u, row0, col0, y_base, local, own);
-        put_16(sum31, 3u, 1u, row0, col0, y_base, local, own);
-        put_16(sum32, 3u, 2u, row0, col0, y_base, local, own);
-        put_16(sum33, 3u, 3u, row0, col0, y_base, local, own);
+        put(sum02, 0u, 2u, row0, col0, y_base, local, own);
+        put(sum03, 0u, 3u, row0, col0, y_base, local, own);
+        put(sum12, 1u, 2u, row0, col0, y_base, local, own);
+        put(sum13, 1u, 3u, row0, col0, y_base, local, own);
+        put(sum20, 2u, 0u, row0, col0, y_base, local, own);
+        put(sum21, 2u, 1u, row0, col0, y_base, local, own);
+        put(sum22, 2u, 2u, row0, col0, y_base, local, own);
+        put(sum23, 2u, 3u, row0, col0, y_base, local, own);
+        put(sum30, 3u, 0u, row0, col0, y_base, local, own);
+        put(sum31, 3u, 1u, row0, col0, y_base, local, own);
+        put(sum32, 3u, 2u, row0, col0, y_base, local, own);
+        put(sum33, 3u, 3u, row0, col0, y_base, local, own);
     }
 }

@@ -38,8 +38,8 @@ struct Params {
 
 var<workgroup> sh_acc: array<vec4<f32>, WORKGROUP>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -83,7 +83,7 @@ fn main(
         if (rows == 1u) {
             for (var k = part; k < params.inner; k += LANES) {
                 let i = w_base + k * params.w_inner;
-                acc.x += decode(w[word_of(i)], i) * x[x_base + k];
+                acc.x += decode(w[index_of(i)], i) * x[x_base + k];
             }
         } else {
             // Rows past the end repeat the last one; their sums are not stored.
@@ -92,7 +92,7 @@ fn main(
             let x3 = x_base + min(3u, rows - 1u) * params.x_row;
             for (var k = part; k < params.inner; k += LANES) {
                 let i = w_base + k * params.w_inner;
-                acc += decode(w[word_of(i)], i) * vec4<f32>(x[x_base + k], x[x1 + k], x[x2 + k], x[x3 + k]);
+                acc += decode(w[index_of(i)], i) * vec4<f32>(x[x_base + k], x[x1 + k], x[x2 + k], x[x3 + k]);
             }
         }
     }
@@ -103,7 +103,7 @@ fn main(
             acc += sh_acc[lane + p];
         }
         if (HAS_BIAS == 1u) {
-            acc += vec4<f32>(decode(bias[word_of(col)], col));
+            acc += vec4<f32>(decode(bias[index_of(col)], col));
         }
         let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + col;
         for (var m = 0u; m < rows; m++) {

@@ -41,8 +41,8 @@ struct Params {
 // sh_sums[4·s + j]: sums of subgroup s for column j, a row a component. Subgroups have 4 invocations at least.
 var<workgroup> sh_sums: array<vec4<f32>, WORKGROUP>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -55,7 +55,7 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// The first four weights of a load.
+// The first four elements of a load.
 fn first_of(load: vec4<u32>) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
@@ -182,7 +182,7 @@ fn main(
             sums += sh_sums[4u * s + lane];
         }
         if (HAS_BIAS == 1u) {
-            sums += vec4<f32>(decode(bias[word_of(n)], n));
+            sums += vec4<f32>(decode(bias[index_of(n)], n));
         }
         let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + n;
         for (var m = 0u; m < rows; m++) {

@@ -49,8 +49,8 @@ struct Params {
 
 var<workgroup> sh_acc: array<vec4<f32>, SUMS>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -63,7 +63,7 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// The first four weights of a load.
+// The first four elements of a load.
 fn first_of(load: vec4<u32>) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
@@ -170,7 +170,7 @@ fn main(
             if (n < params.cols) {
                 var sums = select(select(acc2, acc3, j == 3u), select(acc0, acc1, j == 1u), j < 2u);
                 if (HAS_BIAS == 1u) {
-                    sums += vec4<f32>(decode(bias[word_of(n)], n));
+                    sums += vec4<f32>(decode(bias[index_of(n)], n));
                 }
                 for (var m = 0u; m < rows; m++) {
                     y[y_base + m * params.y_row + n] = sums[m];
@@ -193,7 +193,7 @@ fn main(
                     sum += sh_acc[(e % COLS) * LANES + p][m];
                 }
                 if (HAS_BIAS == 1u) {
-                    sum += decode(bias[word_of(n)], n);
+                    sum += decode(bias[index_of(n)], n);
                 }
                 y[y_base + m * params.y_row + n] = sum;
             }

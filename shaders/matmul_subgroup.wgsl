@@ -49,8 +49,8 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<u32>;        // [cols]
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -63,7 +63,7 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// The first four weights of a load.
+// The first four elements of a load.
 fn first_of(load: vec4<u32>) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
@@ -83,7 +83,7 @@ fn store_row(row: u32, col0: u32, base: u32, sums: vec4<f32>) {
             if (col < params.cols) {
                 var value = sums[j];
                 if (HAS_BIAS == 1u) {
-                    value += decode(bias[word_of(col)], col);
+                    value += decode(bias[index_of(col)], col);
                 }
                 y[base + row * params.y_row + col] = value;
             }

@@ -51,8 +51,8 @@ struct Params {
 var<workgroup> sh_x: array<vec4<f32>, 16u * QUADS_M>;
 var<workgroup> sh_w: array<vec4<f32>, 16u * QUADS_N>;
 
-// Word that holds element i of a tensor in f32 or f16 storage.
-fn word_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -65,7 +65,7 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// The first four weights of a load.
+// The first four elements of a load.
 fn first_of(load: vec4<u32>) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
@@ -115,7 +115,7 @@ fn store_y(base: u32, row0: u32, col0: u32, block: mat4x4<f32>) {
             if (row < params.rows && col < params.cols) {
                 var value = block[i][j];
                 if (HAS_BIAS == 1u) {
-                    value += decode(bias[word_of(col)], col);
+                    value += decode(bias[index_of(col)], col);
                 }
                 y[base + row * params.y_row + col] = value;
             }

@@ -50,8 +50,8 @@ fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(load);
 }
 
-// Load that holds vector i.
-fn load_of(i: u32) -> u32 {
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
@@ -147,7 +147,7 @@ fn main(
     let centre = select(0.0, moments.y, CENTER == 1u);
     let scale = inverseSqrt(moments.z / f32(used) + params.eps);
     for (var i = part; i < vectors; i += LANES) {
-        let at = load_of(first + i);
+        let at = index_of(first + i);
         var value = (x[source + i] - centre) * scale * four_of(weight[at], first + i);
         if (HAS_BIAS == 1u) {
             value += four_of(bias[at], first + i);

@@ -13,6 +13,11 @@ override WORKGROUP: u32 = 32u;
 const SIDE: u32 = 16u;
 const MATRIX: u32 = SIDE * SIDE;
 
+// Matrices of factors, and of sums.
+alias Left = coop_mat16x16<f16, A>;
+alias Right = coop_mat16x16<f16, B>;
+alias Sums = coop_mat16x16<f32, C>;
+
 struct Params {
     groups: u32,
     iterations: u32,
@@ -42,20 +47,20 @@ fn main(
         sh_y[e] = 0.0;
     }
     workgroupBarrier();
-    let a0 = coopLoadT<coop_mat16x16<f16, A>>(&sh_x[0], SIDE);
-    let a1 = coopLoadT<coop_mat16x16<f16, A>>(&sh_x[MATRIX], SIDE);
-    let b0 = coopLoadT<coop_mat16x16<f16, B>>(&sh_x[2u * MATRIX], SIDE);
-    let b1 = coopLoadT<coop_mat16x16<f16, B>>(&sh_x[3u * MATRIX], SIDE);
-    let b2 = coopLoadT<coop_mat16x16<f16, B>>(&sh_x[4u * MATRIX], SIDE);
-    let b3 = coopLoadT<coop_mat16x16<f16, B>>(&sh_x[5u * MATRIX], SIDE);
-    var sum00 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum01 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum02 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum03 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum10 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum11 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum12 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
-    var sum13 = coopLoadT<coop_mat16x16<f32, C>>(&sh_y[0], SIDE);
+    let a0 = coopLoadT<Left>(&sh_x[0], SIDE);
+    let a1 = coopLoadT<Left>(&sh_x[MATRIX], SIDE);
+    let b0 = coopLoadT<Right>(&sh_x[2u * MATRIX], SIDE);
+    let b1 = coopLoadT<Right>(&sh_x[3u * MATRIX], SIDE);
+    let b2 = coopLoadT<Right>(&sh_x[4u * MATRIX], SIDE);
+    let b3 = coopLoadT<Right>(&sh_x[5u * MATRIX], SIDE);
+    var sum00 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum01 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum02 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum03 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum10 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum11 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum12 = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum13 = coopLoadT<Sums>(&sh_y[0], SIDE);
     for (var iteration = 0u; iteration < params.iterations; iteration += 1u) {
         sum00 = coopMultiplyAdd(a0, b0, sum00);
         sum01 = coopMultiplyAdd(a0, b1, sum01);

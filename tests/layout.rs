@@ -420,44 +420,7 @@ fn indices_of_tables_have_no_bare_numbers() {
     }
 }
 
-/// Top-level functions other than the entry: name, and text with the comment above it.
-fn functions(source: &str) -> Vec<(String, String)> {
-    let lines: Vec<&str> = source.lines().collect();
-    let mut found = Vec::new();
-    for (start, line) in lines.iter().enumerate() {
-        let Some(rest) = line.strip_prefix("fn ") else { continue };
-        let name = rest.split('(').next().unwrap();
-        if name == "main" {
-            continue;
-        }
-        let end = start + lines[start..].iter().position(|line| *line == "}").unwrap();
-        let comments = lines[..start].iter().rev().take_while(|line| line.starts_with("//")).count();
-        found.push((name.to_owned(), lines[start - comments..=end].join("\n")));
-    }
-    found
-}
-
-#[test]
-fn functions_of_one_name_are_the_same_text() {
-    let mut known: BTreeMap<String, (&str, String)> = BTreeMap::new();
-    let mut shared = 0;
-    for spec in shaders() {
-        for (name, text) in functions(spec.source) {
-            match known.get(&name) {
-                None => {
-                    known.insert(name, (spec.name, text));
-                }
-                Some((first, same)) => {
-                    assert_eq!(&text, same, "`{name}` differs between {first} and {}", spec.name);
-                    shared += 1;
-                }
-            }
-        }
-    }
-    assert!(shared > 0 && known.contains_key("decode"), "no shared function was found: {known:?}");
-}
-
-/// The parts of a shader, in the order of `docs/kernels.md`.
+/// The parts of a shader, in the order that the README's "Add a kernel" gives them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Header,

@@ -292,7 +292,7 @@ impl AttentionGrouped {
         Draft::new(heads * lanes, Grid::Columns { x, rows: self.entries })
             .with([
                 ("CACHE_F16", self.cache_storage.constant()),
-                ("WEIGHTS_F16", self.storage.constant()),
+                ("STORAGE_F16", self.storage.constant()),
                 ("GATES_F16", self.gates_storage.constant()),
                 ("MORE_F16", self.more_storage.constant()),
                 ("SOURCES", sources(self.resident, self.more)),

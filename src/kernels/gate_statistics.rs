@@ -132,7 +132,7 @@ pub(crate) const ROWS: Variant<GateStatistics> = Variant::<GateStatistics>::new(
         let (workgroup, lanes) = ROW_LANES[setting];
         Ok(Draft::new(workgroup, Grid::Folded { items: op.tokens.into(), each: workgroup / lanes })
             .with([
-                ("STORAGE_F16", op.storage.constant()),
+                ("GATES_F16", op.storage.constant()),
                 ("MORE_F16", op.more_storage.constant()),
                 ("SOURCES", sources(op.resident, op.more)),
                 ("ACTIVATION", f64::from(op.activation as u32)),
