@@ -1,17 +1,18 @@
-// Attention of few queries per sequence straight over the cached latents (weight absorption of DeepSeek-V2, §2.1.2): the
-// query is already multiplied by the key projection, and the weighted latents are multiplied by the value projection after.
+// Attention of a few queries per sequence straight over the cached latents (weight absorption of DeepSeek-V2, §2.1.2): the
+// queries come multiplied by the key projection; the value projection multiplies the weighted latents afterwards.
 //
 //   s_j = scale · (a[h] · c_j + q_R[h] · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values[h] = Σ_j e^(s_j−m) c_j
 //
-// HEADS heads share a workgroup, so that a row of the cache is read once for all of them. Scores: an invocation owns four
-// rows, and every 16 bytes of a row meet all heads. Values: an invocation owns four columns. Splits as in attention_decode.
-// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it: it meets zeros
-// of the query and sums of columns that are not stored.
+// HEADS heads share a workgroup, so that each cache row is read once for all of them. Scores: each invocation owns four rows
+// and multiplies every 16 bytes of a row with all heads. Values: each invocation owns four columns. Splits are those of
+// attention_decode.
+// Padding: cache rows end with finite values (0, as cache_append writes them). The query is 0 there, and the columns of the
+// padding are not stored.
 // grid: (splits of the step, ⌈n_head / HEADS⌉, most query tokens of a sequence)
 
 override STORAGE_F16: u32 = 0u;
 override HEADS: u32 = 4u;        // 4 or 8
-override CHUNK: u32 = 8u;        // 16-byte loads of a key whose query elements are staged at once
+override CHUNK: u32 = 8u;        // query elements staged at once, in 16-byte loads of a key
 override SPLIT: u32 = 256u;
 override WORKGROUP: u32 = SPLIT / 4u;
 
@@ -75,20 +76,19 @@ fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     return low;
 }
 
-// Element i of the absorbed query, or of its rotary part; 0 past the end. Heads past the end repeat the last one and are not
-// stored.
+// Element i of the absorbed query, or of its rotary part; 0 past the end. Heads past the last repeat it; they are not stored.
 fn query_element(token: u32, head: u32, rotary: bool, i: u32) -> f32 {
-    let row = token * params.n_head + min(head, params.n_head - 1u);
+    let query = token * params.n_head + min(head, params.n_head - 1u);
     if (rotary) {
         if (i >= params.d_rope) {
             return 0.0;
         }
-        return params.scale * q[row * (params.d_nope + params.d_rope) + params.d_nope + i];
+        return params.scale * q[query * (params.d_nope + params.d_rope) + params.d_nope + i];
     }
     if (i >= params.d_latent) {
         return 0.0;
     }
-    return params.scale * absorbed[row * params.d_latent + i];
+    return params.scale * absorbed[query * params.d_latent + i];
 }
 
 // 16 bytes of a key.
@@ -114,7 +114,7 @@ fn against(query: vec4<f32>, k0: vec4<f32>, k1: vec4<f32>, k2: vec4<f32>, k3: ve
     return vec4<f32>(dot(query, k0), dot(query, k1), dot(query, k2), dot(query, k3));
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -139,7 +139,7 @@ fn main(
     let query = work.z;
     let head0 = work.y * HEADS;
     let position0 = row0 - sequence.first_row;
-    // The padding behind the last sequence is no split of it.
+    // Behind the last sequence the step's row numbering is padding.
     if (query >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
@@ -148,10 +148,10 @@ fn main(
     let slot0 = sequence.first_slot + position0;
     let token = sequence.token + query;
 
-    // Rows past the end repeat the last one and are not scored.
+    // Rows past the end repeat the last one; they get no score.
     let last = max(count, 1u) - 1u;
     let slots = slot0 + min(vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * WORKGROUP, vec4<u32>(last));
-    // A component a row, a vector a head.
+    // One vector per head, one component per row.
     var a0 = vec4<f32>(0.0);
     var a1 = vec4<f32>(0.0);
     var a2 = vec4<f32>(0.0);
@@ -286,7 +286,7 @@ fn main(
                 v7 += more.w * c;
             }
         }
-        // A component a head, for one column after another.
+        // One component per head, column by column.
         for (var k = 0u; k < 4u; k++) {
             if (4u * column + k < params.d_latent) {
                 let of_low = vec4<f32>(v0[k], v1[k], v2[k], v3[k]);

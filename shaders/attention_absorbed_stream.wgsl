@@ -1,29 +1,30 @@
-// Attention of few queries per sequence straight over the cached latents: the meaning, the splits and the partial results of
-// attention_absorbed, for GPUs with subgroups: a row is read once into registers, for its scores and for its values, and
-// nothing waits at a barrier. Widths are multiples of 4.
+// Attention of a few queries per sequence straight over the cached latents, for GPUs with subgroups. Meaning, splits and partial
+// results are those of attention_absorbed. A cache row is read once into registers, for scores and values alike, and there are
+// no barriers. Widths are multiples of 4.
 //
 //   s_j = scale · (a[h] · c_j + q_R[h] · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values[h] = Σ_j e^(s_j−m) c_j
 //
-// A team of LANES invocations, all in one subgroup, has 4 heads and goes through the rows of a split, 4 at a time, with a
-// running softmax. A lane owns LOADS times 16 bytes of a latent, LANES apart, so that a team reads a row in whole lines: it
-// keeps those elements of 4 queries, and the sums of those columns for 4 heads, in registers: with 32 lanes 2 · 64 of them for
-// 512 columns, about 200 in all, which leaves room for 8 to 10 subgroups of 32 a core. Of the rotary key it owns ROPE words. Partial
-// scores meet by shuffles that halve the rows and then add the lanes, 12 floats a row for 4 heads, against 136 multiply-adds.
-// The TEAMS of a workgroup take other heads over the same rows side by side: a cache line comes from memory for the first of
-// them, and from the core's cache for the others.
-// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it: it meets zeros
-// of the query and sums of columns that are not stored.
+// A team is LANES invocations of one subgroup. It owns 4 heads and goes through the rows of a split, 4 at a time, with a running
+// softmax. Each lane owns LOADS times 16 bytes of a latent, LANES apart, so that a team reads whole cache lines. It keeps these
+// elements of 4 queries and the sums of these columns for 4 heads in registers: 2 · 64 of them with 32 lanes and 512 columns,
+// about 200 in all, which leaves room for 8 to 10 subgroups of 32 per core. It owns ROPE words of the rotary key, too.
+// Shuffles add partial scores: they halve the rows, then add the lanes, 12 floats per row for 4 heads, against 136 multiply-adds.
+// The TEAMS of a workgroup take other heads over the same rows side by side: the first team fetches a cache line from memory,
+// the others find it in the core's cache.
+// Padding: cache rows end with finite values (0, as cache_append writes them). The query is 0 there, and the columns of the
+// padding are not stored.
 // grid: (splits of the step, ⌈n_head / (4·TEAMS)⌉, most query tokens of a sequence)
 //
-// The floor: a row of d_latent + d_rope elements is read once for n_head · (2·d_latent + d_rope) multiply-adds: 30 FLOP a byte
-// for 16 heads over 512 + 64 in f16, 15 in f32. Above that ratio of FLOP/s to bytes/s a device can reach its copy rate; below
-// it the multiply-adds are the floor. Run on lavapipe alone so far, for correctness: there attention_absorbed_subgroup is faster.
+// Floor: a row of d_latent + d_rope elements is read once for n_head · (2·d_latent + d_rope) multiply-adds: 30 FLOP per byte
+// for 16 heads over 512 + 64 in f16, 15 in f32. A device with a higher ratio of FLOP/s to bytes/s can reach its copy rate; on
+// any other the multiply-adds are the floor. Run on lavapipe alone so far, for correctness: attention_absorbed_subgroup is
+// faster there.
 
 override STORAGE_F16: u32 = 0u;
 override LANES: u32 = 4u;                        // a power of two, at least 4
 override TEAMS: u32 = 4u;
-override LOADS: u32 = 4u;                        // 16-byte loads of a latent a lane; at most 4
-override ROPE: u32 = 16u;                        // words of a rotary key a lane; at most 16
+override LOADS: u32 = 4u;                        // 16-byte loads of a latent per lane; at most 4
+override ROPE: u32 = 16u;                        // words of a rotary key per lane; at most 16
 override SPLIT: u32 = 256u;
 override WORKGROUP: u32 = LANES * TEAMS;
 override FOURS: u32 = 1u + STORAGE_F16;          // vectors of 4 elements in 16 bytes
@@ -93,12 +94,12 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// What four elements of a row add to the sums of four heads, a head a column.
+// What four elements of a row add to the sums of four heads, one column per head.
 fn of_heads(weights: vec4<f32>, four: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(weights.x * four, weights.y * four, weights.z * four, weights.w * four);
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -123,7 +124,7 @@ fn main(
     let sequence = sequences[sequence_of(row0, params.n_sequence)];
     let token = work.z;
     let position0 = row0 - sequence.first_row;
-    // The padding behind the last sequence is no split of it.
+    // Behind the last sequence the step's row numbering is padding.
     if (token >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
@@ -131,15 +132,15 @@ fn main(
     let count = min(max(length, position0) - position0, SPLIT);
     let slot0 = sequence.first_slot + position0;
     let fours = params.d_latent / 4u;
-    // Neighbours in a workgroup of one dimension are neighbours in a subgroup: a team is LANES of both.
+    // Neighbours in a workgroup of one dimension are neighbours in a subgroup: LANES of them are a team.
     let lane = member % LANES;
     let base = member - lane;
-    // A lane after the exchange has the scores of row 2·(bit 0) + (bit 1) of the four.
+    // After the exchange a lane has the scores of row 2·(bit 0) + (bit 1) of the four.
     let odd = (lane & 1u) == 1u;
     let upper = (lane & 2u) == 2u;
     let own = 2u * (lane & 1u) + ((lane >> 1u) & 1u);
 
-    // Heads past the end repeat the last one and are not stored; loads past the end repeat the last one, against zeros.
+    // Heads past the last repeat it; they are not stored. Loads past the last repeat it; the query is 0 there.
     let head0 = (work.y * TEAMS + local / LANES) * 4u;
     let heads = min(max(params.n_head, head0) - head0, 4u);
     let head = (sequence.token + token) * params.n_head + min(head0 + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.n_head - 1u));
@@ -157,7 +158,7 @@ fn main(
             }
         }
     }
-    // One element a word in f32, two in f16: a vector each, a head a component.
+    // A word holds one element in f32, two in f16: one vector per element, one component per head.
     var rotary: array<vec4<f32>, 32>;
     for (var c = 0u; c < ROPE; c++) {
         for (var half = 0u; half < FOURS; half++) {
@@ -170,11 +171,11 @@ fn main(
         }
     }
 
-    // A head a component; the sum over the rows that are this lane's after the exchange.
+    // One component per head. The sum is over the rows that this lane has after the exchange.
     var best = vec4<f32>(LOWEST);
     var sum = vec4<f32>(0.0);
     for (var first = 0u; first < count; first += 4u) {
-        // A load of each of the four rows after the other. Rows past the end repeat the last one and weigh nothing.
+        // Loads of four rows. Rows past the end repeat the last one; their weight is 0.
         var loads: array<array<vec4<u32>, 4>, 4>;
         var s: array<vec4<f32>, 4>;
         for (var r = 0u; r < 4u; r++) {
@@ -203,7 +204,7 @@ fn main(
             }
         }
 
-        // Even lanes keep rows 0 and 1, odd ones 2 and 3; then each keeps one of its two.
+        // Even lanes keep rows 0 and 1, odd lanes 2 and 3; then each keeps one of its two.
         let low = select(s[0], s[2], odd) + subgroupShuffleXor(select(s[2], s[0], odd), 1u);
         let high = select(s[1], s[3], odd) + subgroupShuffleXor(select(s[3], s[1], odd), 1u);
         var score = select(low, high, upper) + subgroupShuffleXor(select(high, low, upper), 2u);
@@ -217,7 +218,7 @@ fn main(
         let weights = select(vec4<f32>(0.0), exp(score - next), seen);
         let shrink = exp(best - next);
         sum = sum * shrink + weights;
-        // The same in all lanes of a team: few blocks of a long split bring a new maximum.
+        // All lanes of a team agree. Few blocks of a long split bring a new maximum.
         if (any(next != best)) {
             for (var i = 0u; i < LOADS * FOURS; i++) {
                 acc[i] = mat4x4<f32>(

@@ -1,27 +1,27 @@
-// Attention of few queries per sequence straight over the cached latents: the meaning, the splits and the partial results of
-// attention_absorbed, in a workgroup of one subgroup and without barriers. Widths are multiples of 4.
+// Attention of a few queries per sequence straight over the cached latents, in workgroups of one subgroup without barriers.
+// Meaning, splits and partial results are those of attention_absorbed. Widths are multiples of 4.
 //
 //   s_j = scale · (a[h] · c_j + q_R[h] · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values[h] = Σ_j e^(s_j−m) c_j
 //
-// LANES invocations have 8 heads. Scores: a lane owns 4 rows of a block of 4·LANES and reads 16 bytes of each and of one
-// query; the others take the query from it by shuffles: 6 loads for 256 multiply-adds in f16, 5 for 128 in f32. Values: a lane
-// owns 16 bytes of the columns, and takes the weights of a row from the lane that owns it.
-// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it: it meets zeros
-// of the query and sums of columns that are not stored.
+// LANES invocations own 8 heads. Scores: each lane owns 4 rows of a block of 4·LANES and reads 16 bytes of each, and of one
+// query, which the others take by shuffles: 6 loads for 256 multiply-adds in f16, 5 for 128 in f32. Values: each lane owns 16
+// bytes of the columns and takes the weights of a row from the lane that owns it.
+// Padding: cache rows end with finite values (0, as cache_append writes them). The query is 0 there, and the columns of the
+// padding are not stored.
 // grid: (splits of the step, ⌈n_head / 8⌉, most query tokens of a sequence)
 //
-// For adapters without fast workgroup memory: on a GPU neighbouring lanes would read rows far apart.
+// For adapters without fast workgroup memory: on a GPU, neighbouring lanes would read rows that are far apart.
 //
 // Results, on lavapipe (Mesa 25, 2 cores shared with other work), CPU time of the process, in turns, 4096 rows of 512 + 64,
 // 16 heads:
 //   against attention_absorbed with 8 heads: 1.8 to 2.1 times as fast in f16, 1.7 to 2.0 in f32; first use in 0.2 to 0.3
-//   latents and rotary keys in loops of their own, 8 and 16 stores written out: 2.3 of the time to compile, no faster
+//   separate loops for latents and rotary keys, 8 and 16 stores written out: 2.3 of the time to compile, no faster
 //   both halves of a load of f16 written out instead of in a loop: 1.15 of the time to compile, 1.05 of the time
 
 override STORAGE_F16: u32 = 0u;
 override LANES: u32 = 4u;                        // a power of two from 4 to 16
 override SPLIT: u32 = 256u;
-// Rows of queries that one load of a team brings.
+// Queries that one load of a team brings.
 override SPREAD: u32 = min(LANES, 8u);
 override FOURS: u32 = 1u + STORAGE_F16;          // vec4s of 16 bytes
 
@@ -62,7 +62,7 @@ struct DecodeSequence {
 @group(0) @binding(6) var<storage, read_write> partial_values: array<vec4<f32>>;   // [partials, n_head, d_latent / 4]
 @group(0) @binding(7) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
-// [row, 2] scores of 8 heads, then their exponentials. Each is read by the lane that wrote it alone: no barrier is needed.
+// [row, 2] scores of 8 heads, then their exponentials. Only the lane that wrote one reads it: no barrier is needed.
 var<workgroup> sh_score: array<vec4<f32>, SPLIT * 2u>;
 
 // Index of the last sequence that begins at or before `row`.
@@ -93,8 +93,8 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// Adds the products of 8 rows with 4 keys of this lane, a component a key. Lane base + i of the subgroup holds 4 elements of
-// row i in a, or, where a team has 4 lanes, of row 4 + i in b.
+// Adds the products of 8 queries with 4 keys of this lane, one component per key. Lane base + i of the subgroup holds 4
+// elements of query i in a and, where a team has 4 lanes, of query 4 + i in b.
 fn meet(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
     (*sums)[0] += subgroupShuffle(a, base) * keys;
     (*sums)[1] += subgroupShuffle(a, base + 1u) * keys;
@@ -106,14 +106,14 @@ fn meet(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, ke
     (*sums)[7] += subgroupShuffle(b, base + 7u % SPREAD) * keys;
 }
 
-// Row r of 8, without an index into registers.
-fn row_of(rows: array<vec4<f32>, 8>, r: u32) -> vec4<f32> {
-    let even = select(select(rows[0], rows[2], r >= 2u), select(rows[4], rows[6], r >= 6u), r >= 4u);
-    let odd = select(select(rows[1], rows[3], r >= 2u), select(rows[5], rows[7], r >= 6u), r >= 4u);
-    return select(even, odd, (r & 1u) == 1u);
+// Vector i of 8, without an index into registers.
+fn nth(vectors: array<vec4<f32>, 8>, i: u32) -> vec4<f32> {
+    let even = select(select(vectors[0], vectors[2], i >= 2u), select(vectors[4], vectors[6], i >= 6u), i >= 4u);
+    let odd = select(select(vectors[1], vectors[3], i >= 2u), select(vectors[5], vectors[7], i >= 6u), i >= 4u);
+    return select(even, odd, (i & 1u) == 1u);
 }
 
-// Elements 4i to 4i + 3 of a query against a latent and a rotary key one behind the other, each padded to whole loads.
+// Elements 4i … 4i + 3 of a query: its latent part, then its rotary part, each padded to whole loads.
 fn query_part(head: u32, i: u32) -> vec4<f32> {
     let latents = params.latent_loads * FOURS;
     if (i >= latents) {
@@ -126,7 +126,7 @@ fn query_part(head: u32, i: u32) -> vec4<f32> {
     return vec4<f32>(0.0);
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -151,7 +151,7 @@ fn main(
     let query = work.z;
     let head0 = work.y * 8u;
     let position0 = row0 - sequence.first_row;
-    // The padding behind the last sequence is no split of it.
+    // Behind the last sequence the step's row numbering is padding.
     if (query >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
@@ -185,7 +185,7 @@ fn main(
                 let at = l_at + step;
                 w = array<vec4<u32>, 4>(latent_cache[at.x], latent_cache[at.y], latent_cache[at.z], latent_cache[at.w]);
             }
-            // The last load of a latent, or of a rotary key, may hold 4 elements.
+            // The last load of a latent or of a rotary key may hold 4 elements only.
             let step_end = min((step + 1u) * FOURS, select(fours, params.latent_loads * FOURS + params.d_rope / 4u, rotary));
             for (var i = step * FOURS; i < step_end; i++) {
                 let keys = mat4x4<f32>(first_of(w[0]), first_of(w[1]), first_of(w[2]), first_of(w[3]));
@@ -262,10 +262,10 @@ fn main(
         let at = (load0 + lane) * FOURS;
         for (var i = 0u; i < heads; i++) {
             if (at < fours) {
-                partial_values[(split + i) * fours + at] = row_of(low, i);
+                partial_values[(split + i) * fours + at] = nth(low, i);
             }
             if (STORAGE_F16 == 1u && at + 1u < fours) {
-                partial_values[(split + i) * fours + at + 1u] = row_of(high, i);
+                partial_values[(split + i) * fours + at + 1u] = nth(high, i);
             }
         }
     }

@@ -1,9 +1,9 @@
-// Joins the splits of a query: the softmax over all of them, from each split's maximum and sum.
+// Combines the partial results of a query: the softmax over all splits, from the maximum and the sum of each.
 //
 //   m = max_s m_s    l = Σ_s l_s e^(m_s−m)    values = Σ_s e^(m_s−m) values_s / l    lse = m + ln l (natural)
 //
 // A query without any key gives values 0 and lse = lowest f32.
-// grid: one workgroup a (token, head), folded into x and y.
+// grid: one workgroup per (token, head), folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 
@@ -28,9 +28,9 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = group.y * groups.x + group.x;
-    let token = row / params.n_head;
-    let head = row % params.n_head;
+    let index = group.y * groups.x + group.x;
+    let token = index / params.n_head;
+    let head = index % params.n_head;
     if (token >= params.tokens) {
         return;
     }
@@ -52,9 +52,9 @@ fn main(
             let i = split * params.n_head + head;
             value += exp(partial_softmax[i].x - best) * partial_values[i * params.width + column];
         }
-        values[row * params.width + column] = value * factor;
+        values[index * params.width + column] = value * factor;
     }
     if (lane == 0u) {
-        lse[row] = select(LOWEST, best + log(sum), sum > 0.0);
+        lse[index] = select(LOWEST, best + log(sum), sum > 0.0);
     }
 }

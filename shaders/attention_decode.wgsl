@@ -1,19 +1,19 @@
-// Attention of few queries per sequence over rebuilt keys and values, one split of the cache per workgroup, in 16-byte loads.
+// Attention of a few queries per sequence over rebuilt keys and values, one split of the cache per workgroup, in 16-byte loads.
 //
 //   s_j = scale · (q_C · k_C_j + q_R · k_R_j)    m = max_j s_j    l = Σ_j e^(s_j−m)    values = Σ_j e^(s_j−m) v_j
 //
 // Splits of SPLIT rows follow the step's row numbering (see cache_read) and never straddle two sequences; attention_combine
-// joins them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
-// Scores: LANES invocations share four rows at a time, so that they read a row in whole lines, and keep the query's elements of
-// their loads over all of those rows; parts of a score meet in workgroup memory. Values: COLUMNS invocations share four rows
-// and own 16 bytes of columns each; such a team has a maximum and a sum of its own, and the teams are joined at the end.
-// Query token i of n sees all of its sequence but the last n − 1 − i tokens. A row past the end is never read.
+// combines them. A split without a visible row gives m = lowest f32, l = 0, values = 0.
+// Scores: LANES invocations share four rows at a time, so that they read whole cache lines. They keep the query elements of
+// their loads over all of these rows, and add the parts of a score in workgroup memory. Values: a team of COLUMNS invocations
+// shares four rows; each invocation owns 16 bytes of columns. Each team has its own maximum and sum; the end combines the teams.
+// Query token i of n sees all of its sequence except the last n − 1 − i tokens. Rows past the end are never read.
 // grid: (splits of this key tile, n_head, most query tokens of a sequence)
 
 override STORAGE_F16: u32 = 0u;      // of the rope cache
 override KV_F16: u32 = 0u;
 override WORKGROUP: u32 = 128u;
-override LANES: u32 = 8u;            // a power of two, as COLUMNS: both divide WORKGROUP
+override LANES: u32 = 8u;            // a power of two, like COLUMNS: both divide WORKGROUP
 override COLUMNS: u32 = 8u;
 override EACH: u32 = 4u;             // ⌈rows of a split / 4 / (WORKGROUP / LANES)⌉, at most 4
 override SPLIT: u32 = 256u;
@@ -59,7 +59,7 @@ struct DecodeSequence {
 @group(0) @binding(5) var<storage, read_write> partial_values: array<vec4<f32>>;   // [partials, n_head, d_value] / 4
 @group(0) @binding(6) var<storage, read_write> partial_softmax: array<vec2<f32>>;  // [partials, n_head] (m, l)
 
-var<workgroup> sh_part: array<vec4<f32>, SHARED>;    // four rows' parts of a score, lanes side by side; then teams' sums
+var<workgroup> sh_part: array<vec4<f32>, SHARED>;    // parts of the scores of four rows, lanes side by side; then sums of the teams
 var<workgroup> sh_score: array<vec4<f32>, QUADS>;    // four rows
 var<workgroup> sh_state: array<vec2<f32>, TEAMS>;    // (m, l) of a team
 
@@ -91,7 +91,7 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// Products of a load's query elements, `second` of f16 alone, with one row's.
+// Product of one load of a row with its query elements; `second` is for f16 alone.
 fn product_with(first: vec4<f32>, second: vec4<f32>, load: vec4<u32>, f16: u32) -> f32 {
     let product = dot(first, first_four(load, f16));
     if (f16 == 1u) {
@@ -110,7 +110,7 @@ fn rows_of(quad: u32, count: u32) -> vec4<u32> {
     return min(vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(count - 1u));
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -135,7 +135,7 @@ fn main(
     let head = work.y;
     let query = work.z;
     let position0 = row0 - sequence.first_row;
-    // The padding behind the last sequence is no split of it.
+    // Behind the last sequence the step's row numbering is padding.
     if (query >= sequence.tokens || position0 / SPLIT >= sequence.splits) {
         return;
     }
@@ -143,7 +143,7 @@ fn main(
     let count = min(max(length, position0) - position0, SPLIT);
     let slot0 = sequence.first_slot + position0;
 
-    // In loads, but queries in vectors of four.
+    // Widths in loads; of queries, in vectors of four.
     let kv_width = 4u + 4u * KV_F16;
     let rope_width = 4u + 4u * STORAGE_F16;
     let nope_loads = params.d_nope / kv_width;
@@ -213,7 +213,7 @@ fn main(
     for (var quad = local; quad < QUADS; quad += WORKGROUP) {
         var sum = vec4<f32>(0.0);
         for (var part = 0u; part < LANES; part++) {
-            // Neighbours begin at different parts: the first parts of all quads stand in one bank.
+            // Neighbours begin at different parts: the first parts of all quads are in one bank.
             sum += sh_part[quad * LANES + (part + quad) % LANES];
         }
         sh_score[quad] = select(vec4<f32>(LOWEST), sum, seen_of(quad, count));
@@ -232,7 +232,7 @@ fn main(
         var first = vec4<f32>(0.0);
         var second = vec4<f32>(0.0);
         var sum = vec4<f32>(0.0);
-        // Columns past the end repeat the last ones and are not stored.
+        // Columns past the end repeat the last ones; they are not stored.
         let value = key + nope_loads + min(block + column, value_loads - 1u);
         for (var quad = team; 4u * quad < count; quad += TEAMS) {
             let p = select(vec4<f32>(0.0), exp(sh_score[quad] - best), seen_of(quad, count));

@@ -1,31 +1,32 @@
-// Attention straight over the cached latents where a gate by token id stands between latent and key: the query is absorbed
-// once per distinct id of the sequence (EG-MLA, gate site `up_projected`). With u(j) the group of position j:
+// Attention straight over the cached latents where a gate by token id is between latent and key (EG-MLA, gate site
+// `up_projected`): the query is absorbed once per distinct token id of the sequence. The positions of one id are a group, and
+// u(j) is the group of position j:
 //
 //   a[u,h] = scale · W_K[h]ᵀ (q_C[h] ⊙ γ_K ⊙ g_K[u,h])
 //   s_j    = ρ_j (a[u(j),h] · c_j − μ_j · scale · Σ(q_C ⊙ γ_K)) + scale · q_R · k_R_j      (+ q_C · β_K, the same for every j)
 //   m = max_j s_j    l = Σ_j e^(s_j−m)    w_j = e^(s_j−m) ρ_j    S[u,h] = Σ_{j in u} w_j c_j
 //   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
 //
-// A tile is up to GROUPS groups with their first 64 positions, or a chunk of 256 further positions of one group; absorbed
-// queries and sums of a tile stay in workgroup memory. An entry is SPAN tiles or SPAN chunks, joined on the way; attention_combine
-// joins entries. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected some at a time.
-// Each invocation owns eight latent columns (then four value columns) of one head, so a weight is read once for GROUPS groups.
-// On lavapipe eight columns an invocation against four: 16-byte loads of halves are then used whole.
-// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it; behind that of
-// a row of kv_b_proj stands 0, which it meets.
+// A tile is the first 64 positions of up to GROUPS groups; a chunk is 256 further positions of one group. Absorbed queries and
+// sums of a tile stay in workgroup memory. An entry is SPAN tiles or SPAN chunks with one running softmax; attention_combine
+// combines the entries. A pass covers the groups whose gate rows are at hand: all of them, unless they are projected in parts.
+// Each invocation owns eight latent columns (then four value columns) of one head, so that each weight is read once for GROUPS
+// groups. Eight columns, not four: then 16-byte loads of halves are used in full, which is faster on lavapipe.
+// Padding: cache rows end with finite values (0, as cache_append writes them), outputs of kv_b_proj with 0, so that the products
+// vanish.
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
 
 override CACHE_F16: u32 = 0u;
 override STORAGE_F16: u32 = 0u;  // kv_b_proj, affine
 override GATES_F16: u32 = 0u;    // gates
 override MORE_F16: u32 = 0u;     // gates_more
-override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
+override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates only, 2 gates_more only
 override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
-override HEADS: u32 = 2u;        // heads of a workgroup
-override LANES: u32 = 8u;        // invocations of a head
+override HEADS: u32 = 2u;        // heads per workgroup
+override LANES: u32 = 8u;        // invocations per head
 override GROUPS: u32 = 4u;       // groups of a tile, at most 4
-override SPAN: u32 = 4u;          // tiles of an entry
+override SPAN: u32 = 4u;          // tiles per entry
 override D_NOPE: u32 = 64u;
 override D_VALUE: u32 = 64u;
 override LATENT4: u32 = 16u;     // latent columns / 4, rounded up to an even number
@@ -80,15 +81,15 @@ struct Params {
     entries: u32,
     table: u32,            // first word of the sequence table in `lists`
     latent: u32,           // first vec4 of the latents in `cache`; rope and statistics likewise
-    latent_pitch: u32,     // vec4s of a row
+    latent_pitch: u32,     // vec4s of a cache row; rope_pitch likewise
     rope: u32,
     rope_pitch: u32,
     statistics: u32,
-    weight_pitch: u32,     // vec4s of a row of kv_b_proj
-    gate_pitch: u32,       // elements of a row of `gates`
-    more_pitch: u32,       // elements of a row of `gates_more`
-    resident: u32,         // rows of `gates`; rows from here on are those of `gates_more`
-    first_group: u32,      // of the pass: groups first_group … first_group + groups, in the step's numbering
+    weight_pitch: u32,     // vec4s of an output of kv_b_proj
+    gate_pitch: u32,       // elements of a gate row in `gates`
+    more_pitch: u32,       // elements of a gate row in `gates_more`
+    resident: u32,         // gate rows in `gates`; those from here on are in `gates_more`
+    first_group: u32,      // of the pass: first_group … first_group + groups, in the step's numbering
     groups: u32,
     pass_index: u32,
     passes: u32,
@@ -102,18 +103,18 @@ struct Params {
 @group(0) @binding(2) var<storage, read> kv_b_proj: array<vec4<u32>>;    // [n_head, D_NOPE + D_VALUE, weight_pitch]
 @group(0) @binding(3) var<storage, read> affine: array<u32>;             // γ [n_head, D_NOPE + D_VALUE], then β
 @group(0) @binding(4) var<storage, read> gates: array<u32>;              // [resident, gate_pitch], before the activation
-@group(0) @binding(5) var<storage, read> gates_more: array<u32>;         // [more rows, more_pitch]
+@group(0) @binding(5) var<storage, read> gates_more: array<u32>;         // [more gate rows, more_pitch]
 @group(0) @binding(6) var<storage, read> cache: array<vec4<u32>>;        // latents, rotary keys, (μ, ρ)
-@group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table (see attention/groups.rs)
+@group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table: see attention/groups.rs
 @group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, D_VALUE], then [partials, n_head, 2]
 
 var<workgroup> sh_query: array<f32, HEADS * D_NOPE + 1u>;                // scale · q_C ⊙ γ_K
 var<workgroup> sh_rope: array<vec4<f32>, HEADS * ROPE4>;                 // scale · q_R
-var<workgroup> sh_gate: array<vec4<f32>, HEADS * ROOM>;                  // gated query, then g_V: a component a group
+var<workgroup> sh_gate: array<vec4<f32>, HEADS * ROOM>;                  // gated query, then g_V: one component per group
 var<workgroup> sh_latent: array<vec4<f32>, GROUPS * HEADS * LATENT4>;    // a[u,h], then S[u,h]
 var<workgroup> sh_value: array<vec4<f32>, HEADS * VALUE4>;               // values so far
 var<workgroup> sh_score: array<f32, HEADS * CHUNK_LENGTH>;
-var<workgroup> sh_slot: array<u32, CHUNK_LENGTH>;                        // u32 max: not seen by the query
+var<workgroup> sh_slot: array<u32, CHUNK_LENGTH>;                        // u32 max: the query does not see it
 var<workgroup> sh_statistics: array<vec2<f32>, CHUNK_LENGTH>;            // (μ, ρ)
 
 // Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
@@ -140,9 +141,9 @@ struct Eight {
     high: vec4<f32>,
 }
 
-// Columns 8i … 8i + 7 of a row of kv_b_proj; 0 past its end.
-fn weight8(row: u32, i: u32) -> Eight {
-    let first = row * params.weight_pitch;
+// Columns 8i … 8i + 7 of an output of kv_b_proj; 0 past its end.
+fn weight8(output: u32, i: u32) -> Eight {
+    let first = output * params.weight_pitch;
     if (STORAGE_F16 == 1u) {
         let words = kv_b_proj[first + i];
         return Eight(halves(words.x, words.y), halves(words.z, words.w));
@@ -218,28 +219,28 @@ fn more_at(i: u32) -> f32 {
 }
 
 // Element i of a gate row, activated.
-fn gate_of(row: u32, i: u32) -> f32 {
-    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
-        return activate(gate_at(row * params.gate_pitch + i));
+fn gate_of(gate_row: u32, i: u32) -> f32 {
+    if (SOURCES == 1u || (SOURCES == 0u && gate_row < params.resident)) {
+        return activate(gate_at(gate_row * params.gate_pitch + i));
     }
-    return activate(more_at((row - params.resident) * params.more_pitch + i));
+    return activate(more_at((gate_row - params.resident) * params.more_pitch + i));
 }
 
-// Element i of a gate row, activated; 0 for a group that is not there.
-fn gate_or_zero(row: u32, i: u32) -> f32 {
-    if (row == NO_ROW) {
+// Element i of a gate row, activated; 0 where there is no group.
+fn gate_or_zero(gate_row: u32, i: u32) -> f32 {
+    if (gate_row == NO_ROW) {
         return 0.0;
     }
-    return gate_of(row, i);
+    return gate_of(gate_row, i);
 }
 
-// Gate row of a group of the sequence whose lists begin at `base`.
-fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
-    let row = lists[base + group * HEADER_WORDS + HEADER_GATE_ROW];
-    return select(row, params.resident + group_row - params.first_group, row == NO_ROW);
+// Gate row of a group, of the sequence whose lists begin at `base`; `number` is the group's in the step.
+fn gate_row_of(base: u32, group: u32, number: u32) -> u32 {
+    let gate_row = lists[base + group * HEADER_WORDS + HEADER_GATE_ROW];
+    return select(gate_row, params.resident + number - params.first_group, gate_row == NO_ROW);
 }
 
-// Position i of a group, one of those in a tile.
+// Position i of a group, for i below TILE_LENGTH.
 fn position_of(base: u32, group: u32, i: u32) -> u32 {
     let header = base + group * HEADER_WORDS;
     if (i < INLINE_LENGTH) {
@@ -266,8 +267,8 @@ fn line_of(field: u32, value: u32) -> u32 {
     return params.table + low * SEQUENCE_WORDS;
 }
 
-// Products of eight columns of four weight rows with those of a group's weighted latents.
-fn fold8(at: u32, w0: Eight, w1: Eight, w2: Eight, w3: Eight) -> vec4<f32> {
+// Products of eight columns of four outputs with those of a group's weighted latents.
+fn products8(at: u32, w0: Eight, w1: Eight, w2: Eight, w3: Eight) -> vec4<f32> {
     let low = sh_latent[at];
     let high = sh_latent[at + 1u];
     return vec4<f32>(
@@ -278,7 +279,7 @@ fn fold8(at: u32, w0: Eight, w1: Eight, w2: Eight, w3: Eight) -> vec4<f32> {
     );
 }
 
-// e^(s_j − m) of entry e; 0 for one that the query does not see.
+// e^(s_j − m) of position e of the tile; 0 for one that the query does not see.
 fn weight_of(local_head: u32, e: u32, best: f32) -> f32 {
     return select(0.0, exp(sh_score[local_head * CHUNK_LENGTH + e] - best), sh_slot[e] != NO_ROW);
 }
@@ -300,7 +301,7 @@ fn main(
     let groups = lists[line + SEQUENCE_GROUPS];
     let base = lists[line + SEQUENCE_BASE];
     let first_slot = lists[line + SEQUENCE_FIRST_SLOT];
-    // The query token sees itself and what is before it.
+    // A query token sees itself and the tokens before it.
     let last = lists[line + SEQUENCE_POSITION] + query;
     let token = lists[line + SEQUENCE_TOKEN] + query;
     if (query >= lists[line + SEQUENCE_TOKENS]) {
@@ -312,8 +313,8 @@ fn main(
     let first_chunk = base + lists[line + SEQUENCE_CHUNK_WORD];
     let chunk_entries = lists[line + SEQUENCE_CHUNK_ENTRIES];
     let own_entry = entry - lists[line + SEQUENCE_FIRST_ENTRY];
-    // Tiles belong to one pass, which alone writes their partial result; the chunks of an entry may belong to several, and
-    // each pass writes one.
+    // Tiles belong to one pass, which writes their partial result. The chunks of an entry may belong to several passes, each of
+    // which writes a partial result of its own.
     let of_chunks = own_entry >= tile_entries;
     var index = lists[line + SEQUENCE_PARTIAL] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
     var tile0 = own_entry * SPAN;
@@ -323,31 +324,31 @@ fn main(
         tile0 = (own_entry - tile_entries) * SPAN;
         tile1 = min(tile0 + SPAN, chunks);
     } else {
-        let row = first_group + tile0 * GROUPS;
-        if (row < params.first_group || row - params.first_group >= params.groups) {
+        let number = first_group + tile0 * GROUPS;
+        if (number < params.first_group || number - params.first_group >= params.groups) {
             return;
         }
     }
 
-    // With one head a workgroup this is 0 in a way that compilers see: what depends on it is the same in all invocations.
+    // With one head per workgroup this folds to the constant 0: compilers then see what is uniform.
     let local_head = select(lane / LANES, 0u, HEADS == 1u);
     let own = lane - local_head * LANES;
     let head_index = (workgroup.x % blocks) * HEADS + local_head;
-    // Heads past the end repeat the last one and are not stored.
+    // Heads past the last repeat it; they are not stored.
     let head = min(head_index, params.n_head - 1u);
-    let head_row = head * (D_NOPE + D_VALUE);
-    let query_row = (token * params.n_head + head) * (D_NOPE + params.d_rope);
+    let head_output = head * (D_NOPE + D_VALUE);
+    let query_at = (token * params.n_head + head) * (D_NOPE + params.d_rope);
 
     for (var i = own; i < 4u * ROPE4; i += LANES) {
         var element = 0.0;
         if (i < params.d_rope) {
-            element = params.scale * q[query_row + D_NOPE + i];
+            element = params.scale * q[query_at + D_NOPE + i];
         }
         sh_rope[local_head * ROPE4 + i / 4u][i % 4u] = element;
     }
     for (var d = own; d < D_NOPE; d += LANES) {
-        let i = head_row + d;
-        var x = params.scale * q[query_row + d];
+        let i = head_output + d;
+        var x = params.scale * q[query_at + d];
         if (NORM != 2u) {
             x *= decode(affine[index_of(i)], i);
         }
@@ -369,7 +370,7 @@ fn main(
     var sum = 0.0;       // l so far
     var shift = 0.0;     // Σ w_j μ_j so far
     for (var tile = tile0; tile < tile1; tile++) {
-        // Groups of this tile, and where each one's entries end.
+        // Groups of this tile, and where the positions of each end.
         var group = tile * GROUPS;
         var end = vec4<u32>(0u);
         var skipped = 0u;
@@ -388,8 +389,8 @@ fn main(
             skipped = lists[chunk + CHUNK_FIRST];
             end = vec4<u32>(min(lists[base + group * HEADER_WORDS + HEADER_COUNT] - skipped, CHUNK_LENGTH));
         }
-        let row = first_group + group;
-        if (row < params.first_group || row - params.first_group >= params.groups) {
+        let number = first_group + group;
+        if (number < params.first_group || number - params.first_group >= params.groups) {
             continue;
         }
         let count = end.w;
@@ -407,30 +408,30 @@ fn main(
                 sh_statistics[e] = statistics_of(first_slot + position);
             }
         }
-        var rows = vec4<u32>(NO_ROW);
-        rows.x = gate_row_of(base, group, row);
+        var gate_rows = vec4<u32>(NO_ROW);
+        gate_rows.x = gate_row_of(base, group, number);
         if (!of_chunks) {
             for (var g = 1u; g < GROUPS; g++) {
                 if (group + g < groups) {
-                    rows[g] = gate_row_of(base, group + g, row + g);
+                    gate_rows[g] = gate_row_of(base, group + g, number + g);
                 }
             }
         }
         for (var i = own; i < 4u * D_NOPE; i += LANES) {
             let d = i / 4u;
-            let gate = gate_or_zero(rows[i % 4u], head_row + d);
+            let gate = gate_or_zero(gate_rows[i % 4u], head_output + d);
             sh_gate[local_head * ROOM + d][i % 4u] = sh_query[local_head * D_NOPE + d] * gate;
         }
         workgroupBarrier();
 
-        // Absorb: every weight of W_K meets the four groups.
+        // Absorb W_K: each weight is multiplied with the four groups.
         for (var i = own; 2u * i < LATENT4; i += LANES) {
             var a0 = Eight();
             var a1 = Eight();
             var a2 = Eight();
             var a3 = Eight();
             for (var d = 0u; d < D_NOPE; d++) {
-                let w = weight8(head_row + d, i);
+                let w = weight8(head_output + d, i);
                 let x = sh_gate[local_head * ROOM + d];
                 a0.low += x.x * w.low;
                 a0.high += x.x * w.high;
@@ -463,7 +464,7 @@ fn main(
 
         // Scores.
         for (var e = own; e < count; e += LANES) {
-            // One that is not seen takes part as the first row of the sequence, with a score that gives it no weight.
+            // An unseen position reads the sequence's first row; its score gives it no weight.
             let visible = sh_slot[e] != NO_ROW;
             let slot = select(first_slot, sh_slot[e], visible);
             let g = u32(e >= end.x) + u32(e >= end.y) + u32(e >= end.z);
@@ -500,7 +501,7 @@ fn main(
         }
         workgroupBarrier();
 
-        // Every invocation goes over all scores of its head: that costs less than the barriers of a reduction.
+        // Every invocation goes over all scores of its head: the barriers of a reduction cost more.
         let before = best;
         for (var e = 0u; e < count; e++) {
             best = max(best, sh_score[local_head * CHUNK_LENGTH + e]);
@@ -516,10 +517,10 @@ fn main(
             }
         }
 
-        // Weighted latents of each group, over what the scores no longer need, and g_V over what the absorption did not.
+        // Weighted latents of each group replace the absorbed queries, and g_V replaces the gated query.
         for (var i = own; i < 4u * D_VALUE; i += LANES) {
             let n = i / 4u;
-            sh_gate[local_head * ROOM + n][i % 4u] = gate_or_zero(rows[i % 4u], head_row + D_NOPE + n);
+            sh_gate[local_head * ROOM + n][i % 4u] = gate_or_zero(gate_rows[i % 4u], head_output + D_NOPE + n);
         }
         for (var i = own; 2u * i < LATENT4; i += LANES) {
             var e = 0u;
@@ -544,31 +545,31 @@ fn main(
         }
         workgroupBarrier();
 
-        // Fold: value projection, then each group's gate.
+        // Absorb W_V: the value projection, then the gate of each group.
         for (var i = own; i < VALUE4; i += LANES) {
             var v0 = vec4<f32>(0.0);
             var v1 = vec4<f32>(0.0);
             var v2 = vec4<f32>(0.0);
             var v3 = vec4<f32>(0.0);
-            let value_row = head_row + D_NOPE;
-            let r0 = value_row + 4u * i;
-            // Columns past the last value repeat it and are not stored.
-            let r1 = value_row + min(4u * i + 1u, D_VALUE - 1u);
-            let r2 = value_row + min(4u * i + 2u, D_VALUE - 1u);
-            let r3 = value_row + min(4u * i + 3u, D_VALUE - 1u);
+            let value_output = head_output + D_NOPE;
+            let n0 = value_output + 4u * i;
+            // Columns past the last value repeat it; they are not stored.
+            let n1 = value_output + min(4u * i + 1u, D_VALUE - 1u);
+            let n2 = value_output + min(4u * i + 2u, D_VALUE - 1u);
+            let n3 = value_output + min(4u * i + 3u, D_VALUE - 1u);
             for (var k = 0u; 2u * k < LATENT4; k++) {
-                let w0 = weight8(r0, k);
-                let w1 = weight8(r1, k);
-                let w2 = weight8(r2, k);
-                let w3 = weight8(r3, k);
+                let w0 = weight8(n0, k);
+                let w1 = weight8(n1, k);
+                let w2 = weight8(n2, k);
+                let w3 = weight8(n3, k);
                 let at = local_head * LATENT4 + 2u * k;
-                v0 += fold8(at, w0, w1, w2, w3);
+                v0 += products8(at, w0, w1, w2, w3);
                 if (GROUPS > 1u) {
-                    v1 += fold8(at + HEADS * LATENT4, w0, w1, w2, w3);
+                    v1 += products8(at + HEADS * LATENT4, w0, w1, w2, w3);
                 }
                 if (GROUPS > 2u) {
-                    v2 += fold8(at + 2u * HEADS * LATENT4, w0, w1, w2, w3);
-                    v3 += fold8(at + 3u * HEADS * LATENT4, w0, w1, w2, w3);
+                    v2 += products8(at + 2u * HEADS * LATENT4, w0, w1, w2, w3);
+                    v3 += products8(at + 3u * HEADS * LATENT4, w0, w1, w2, w3);
                 }
             }
             var value = sh_value[local_head * VALUE4 + i] * kept;
@@ -589,7 +590,7 @@ fn main(
     }
     let to = index * params.n_head + head;
     for (var v = own; v < D_VALUE; v += LANES) {
-        let n = head_row + D_NOPE + v;
+        let n = head_output + D_NOPE + v;
         var out = sh_value[local_head * VALUE4 + v / 4u][v % 4u];
         if (NORM != 2u) {
             out = (out - shift) * decode(affine[index_of(n)], n);

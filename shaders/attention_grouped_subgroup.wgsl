@@ -5,37 +5,37 @@
 //   m = max_j s_j    l = Σ_j e^(s_j−m)    w_j = e^(s_j−m) ρ_j    S[u,h] = Σ_{j in u} w_j c_j
 //   values[h] = γ_V ⊙ ( Σ_u g_V[u,h] ⊙ (W_V[h] S[u,h]) − Σ_j w_j μ_j ) + l · β_V
 //
-// Items, tiles, chunks, passes and results are those of attention_grouped, with 8 slots: the groups of a tile, or all chunks of
-// an entry. Eight invocations are a head. Each owns 8 columns of everything that is as wide as a latent, so that they read a row
-// of weights or of the cache side by side, once for the 8 slots; and each owns the gate of one slot, which the others take by
-// shuffles. Positions are met one after another with a running maximum. No invocation waits for another.
-// Floor, in 16-byte loads an invocation: a tile of 8 groups of d_nope = d_value = 64 reads 128 rows of weights and 16 of gates,
-// a position 2; each load of weights is met by 64 multiply-adds.
+// Groups, tiles, chunks, entries, passes and partial results are those of attention_grouped. A round has 8 places: the groups of
+// a tile, or the chunks of an entry. Eight invocations share a head. Each owns 8 columns of everything that is as wide as a
+// latent, so that they read a cache row or an output's weights side by side, once for the 8 places. Each also owns the gate of
+// one place, which the others take by shuffles. Positions come one after another, with a running maximum. There are no barriers.
+// Floor, in 16-byte loads per invocation: a tile of 8 groups of d_nope = d_value = 64 reads 128 loads of weights and 16 of gates,
+// a position 2; each load of weights serves 64 multiply-adds.
 //
-// Results, on lavapipe (Mesa 25, 2 cores that other work shared), one layer of 12 heads, r 64, a table, 8192 cached tokens:
-// - against attention_grouped: 24 to 30 ms for 76 to 96, and half its time to compile.
-// - sums and queries of the slots in workgroup memory instead of registers that take turns: 1.4 times the time, twice to compile.
-// - sizes as overrides instead of parameters: the loops are unrolled, and compile for seconds.
+// Results, on lavapipe (Mesa 25, 2 cores shared with other work), one layer of 12 heads, r 64, a table, 8192 cached tokens:
+// - against attention_grouped: 24 to 30 ms for 76 to 96, and half the time to compile.
+// - sums and queries in workgroup memory instead of rotating registers: 1.4 times the time, twice the time to compile.
+// - sizes as overrides instead of parameters: loops are unrolled, and compile for seconds.
 //
 // Not run on a GPU yet.
-// Behind the last element of a cache row stands a finite number of the size of f16, 0 as cache_append writes it; behind that of
-// a row of kv_b_proj stands 0, which it meets.
+// Padding: cache rows end with finite values (0, as cache_append writes them), outputs of kv_b_proj with 0, so that the products
+// vanish.
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
 
 override CACHE_F16: u32 = 0u;
 override STORAGE_F16: u32 = 0u;  // kv_b_proj, affine
 override GATES_F16: u32 = 0u;    // gates
 override MORE_F16: u32 = 0u;     // gates_more
-override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
+override SOURCES: u32 = 0u;      // of gate rows: 0 gates and gates_more, 1 gates only, 2 gates_more only
 override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
-override HEADS: u32 = 2u;        // heads of a workgroup
-override SPAN: u32 = 2u;          // tiles of an entry; chunks of an entry, at most 8
-override AHEAD: u32 = 2u;        // positions whose rows are asked for at once, at most 4
+override HEADS: u32 = 2u;        // heads per workgroup
+override SPAN: u32 = 2u;          // tiles per entry; chunks per entry, at most 8
+override AHEAD: u32 = 2u;        // positions whose rows are loaded at once, at most 4
 override WORKGROUP: u32 = HEADS * 8u;
 
 const LOWEST: f32 = -3.4028234e38;
-const GROUPS: u32 = 8u;          // slots of a turn, and invocations of a head
+const GROUPS: u32 = 8u;          // places of a round, and invocations of a head
 const NO_ROW: u32 = 0xffffffffu;
 // Words of `lists`: a group's header.
 const HEADER_WORDS: u32 = 8u;
@@ -80,15 +80,15 @@ struct Params {
     entries: u32,
     table: u32,            // first word of the sequence table in `lists`
     latent: u32,           // first vec4 of the latents in `cache`; rope and statistics likewise
-    latent_pitch: u32,     // vec4s of a row
+    latent_pitch: u32,     // vec4s of a cache row; rope_pitch likewise
     rope: u32,
     rope_pitch: u32,
     statistics: u32,
-    weight_pitch: u32,     // vec4s of a row of kv_b_proj
-    gate_pitch: u32,       // elements of a row of `gates`
-    more_pitch: u32,       // elements of a row of `gates_more`
-    resident: u32,         // rows of `gates`; rows from here on are those of `gates_more`
-    first_group: u32,      // of the pass: groups first_group … first_group + groups, in the step's numbering
+    weight_pitch: u32,     // vec4s of an output of kv_b_proj
+    gate_pitch: u32,       // elements of a gate row in `gates`
+    more_pitch: u32,       // elements of a gate row in `gates_more`
+    resident: u32,         // gate rows in `gates`; those from here on are in `gates_more`
+    first_group: u32,      // of the pass: first_group … first_group + groups, in the step's numbering
     groups: u32,
     pass_index: u32,
     passes: u32,
@@ -102,9 +102,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read> kv_b_proj: array<vec4<u32>>;    // [n_head, d_nope + d_value, weight_pitch]
 @group(0) @binding(3) var<storage, read> affine: array<u32>;             // γ [n_head, d_nope + d_value], then β
 @group(0) @binding(4) var<storage, read> gates: array<vec4<u32>>;        // [resident, gate_pitch], before the activation
-@group(0) @binding(5) var<storage, read> gates_more: array<vec4<u32>>;   // [more rows, more_pitch]
+@group(0) @binding(5) var<storage, read> gates_more: array<vec4<u32>>;   // [more gate rows, more_pitch]
 @group(0) @binding(6) var<storage, read> cache: array<vec4<u32>>;        // latents, rotary keys, (μ, ρ)
-@group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table (see attention/groups.rs)
+@group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table: see attention/groups.rs
 @group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, d_value], then [partials, n_head, 2]
 
 // Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
@@ -131,9 +131,9 @@ struct Eight {
     high: vec4<f32>,
 }
 
-// Columns 8i … 8i + 7 of a row of kv_b_proj; 0 past its end.
-fn weight8(row: u32, i: u32) -> Eight {
-    let first = row * params.weight_pitch;
+// Columns 8i … 8i + 7 of an output of kv_b_proj; 0 past its end.
+fn weight8(output: u32, i: u32) -> Eight {
+    let first = output * params.weight_pitch;
     if (STORAGE_F16 == 1u) {
         let words = kv_b_proj[first + i];
         return Eight(halves(words.x, words.y), halves(words.z, words.w));
@@ -208,14 +208,14 @@ fn activate4(x: vec4<f32>) -> vec4<f32> {
     return vec4<f32>(activate(x.x), activate(x.y), activate(x.z), activate(x.w));
 }
 
-// Elements 8i … 8i + 7 of a gate row, activated; 0 for a slot that is empty.
-fn gate8(row: u32, i: u32) -> Eight {
+// Elements 8i … 8i + 7 of a gate row, activated; 0 for an empty place.
+fn gate8(gate_row: u32, i: u32) -> Eight {
     var gate = Eight();
-    if (row == NO_ROW) {
+    if (gate_row == NO_ROW) {
         return gate;
     }
-    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
-        let first = row * params.gate_pitch / select(4u, 8u, GATES_F16 == 1u);
+    if (SOURCES == 1u || (SOURCES == 0u && gate_row < params.resident)) {
+        let first = gate_row * params.gate_pitch / select(4u, 8u, GATES_F16 == 1u);
         if (GATES_F16 == 1u) {
             let words = gates[first + i];
             gate = Eight(halves(words.x, words.y), halves(words.z, words.w));
@@ -224,7 +224,7 @@ fn gate8(row: u32, i: u32) -> Eight {
             gate = Eight(bitcast<vec4<f32>>(gates[at]), bitcast<vec4<f32>>(gates[at + 1u]));
         }
     } else {
-        let first = (row - params.resident) * params.more_pitch / select(4u, 8u, MORE_F16 == 1u);
+        let first = (gate_row - params.resident) * params.more_pitch / select(4u, 8u, MORE_F16 == 1u);
         if (MORE_F16 == 1u) {
             let words = gates_more[first + i];
             gate = Eight(halves(words.x, words.y), halves(words.z, words.w));
@@ -236,7 +236,7 @@ fn gate8(row: u32, i: u32) -> Eight {
     return Eight(activate4(gate.low), activate4(gate.high));
 }
 
-// The elements of `x` one place on: what was second is first.
+// The elements of `x` moved down by one: the second becomes the first.
 fn next(x: Eight) -> Eight {
     return Eight(vec4<f32>(x.low.yzw, x.high.x), vec4<f32>(x.high.yzw, 0.0));
 }
@@ -245,7 +245,7 @@ fn dot8(a: Eight, b: Eight) -> f32 {
     return dot(a.low, b.low) + dot(a.high, b.high);
 }
 
-// Sum over the eight invocations of a head, the same bits in each.
+// Sum over the eight invocations of a head; all get the same bits.
 fn sum8(value: f32) -> f32 {
     var sum = value + subgroupShuffleXor(value, 1u);
     sum += subgroupShuffleXor(sum, 2u);
@@ -258,18 +258,18 @@ fn placed(value: f32, block: u32, first: u32) -> vec4<f32> {
     return select(vec4<f32>(0.0), vec4<f32>(value), here);
 }
 
-// The sums so far, and the product of one factor with eight columns.
+// The sums so far plus the product of one factor with eight columns.
 fn plus(sums: Eight, x: f32, w: Eight) -> Eight {
     return Eight(sums.low + x * w.low, sums.high + x * w.high);
 }
 
-// Gate row of a group of the sequence whose lists begin at `base`.
-fn gate_row_of(base: u32, group: u32, group_row: u32) -> u32 {
-    let row = lists[base + group * HEADER_WORDS + HEADER_GATE_ROW];
-    return select(row, params.resident + group_row - params.first_group, row == NO_ROW);
+// Gate row of a group, of the sequence whose lists begin at `base`; `number` is the group's in the step.
+fn gate_row_of(base: u32, group: u32, number: u32) -> u32 {
+    let gate_row = lists[base + group * HEADER_WORDS + HEADER_GATE_ROW];
+    return select(gate_row, params.resident + number - params.first_group, gate_row == NO_ROW);
 }
 
-// Position i of a group, one of those in a tile.
+// Position i of a group, for i below TILE_LENGTH.
 fn position_of(base: u32, group: u32, i: u32) -> u32 {
     let header = base + group * HEADER_WORDS;
     if (i < INLINE_LENGTH) {
@@ -296,44 +296,44 @@ fn line_of(field: u32, value: u32) -> u32 {
     return params.table + low * SEQUENCE_WORDS;
 }
 
-// What a slot holds: a group's first positions, or a chunk of its further ones.
-struct Slot {
+// What a place holds: a group's first positions, or a chunk of its further ones.
+struct Place {
     group: u32,
-    count: u32,      // positions; 0: none of this pass
+    count: u32,      // positions; 0: nothing of this pass
     word: u32,       // of a group's header, or of a chunk
 }
 
-// Number `index` of the tiles' groups or of the chunks, of those below `end`.
-fn slot_of(line: u32, of_chunks: bool, index: u32, end: u32) -> Slot {
-    var slot = Slot(0u, 0u, 0u);
+// Place of group `index` of the tiles, or of chunk `index`; empty from `end` on.
+fn place_of(line: u32, of_chunks: bool, index: u32, end: u32) -> Place {
+    var place = Place(0u, 0u, 0u);
     if (index >= end) {
-        return slot;
+        return place;
     }
     let base = lists[line + SEQUENCE_BASE];
     if (of_chunks) {
         let chunk = base + lists[line + SEQUENCE_CHUNK_WORD] + index * CHUNK_WORDS;
-        slot.word = chunk;
-        slot.group = lists[chunk + CHUNK_GROUP];
-        let count = lists[base + slot.group * HEADER_WORDS + HEADER_COUNT];
-        slot.count = min(count - lists[chunk + CHUNK_FIRST], CHUNK_LENGTH);
+        place.word = chunk;
+        place.group = lists[chunk + CHUNK_GROUP];
+        let count = lists[base + place.group * HEADER_WORDS + HEADER_COUNT];
+        place.count = min(count - lists[chunk + CHUNK_FIRST], CHUNK_LENGTH);
     } else {
-        slot.group = index;
-        slot.word = base + index * HEADER_WORDS;
-        slot.count = min(lists[slot.word + HEADER_COUNT], TILE_LENGTH);
+        place.group = index;
+        place.word = base + index * HEADER_WORDS;
+        place.count = min(lists[place.word + HEADER_COUNT], TILE_LENGTH);
     }
-    let row = lists[line + SEQUENCE_FIRST_GROUP] + slot.group;
-    if (row < params.first_group || row - params.first_group >= params.groups) {
-        slot.count = 0u;
+    let number = lists[line + SEQUENCE_FIRST_GROUP] + place.group;
+    if (number < params.first_group || number - params.first_group >= params.groups) {
+        place.count = 0u;
     }
-    return slot;
+    return place;
 }
 
-// Position i of a slot.
-fn position_in(base: u32, of_chunks: bool, slot: Slot, i: u32) -> u32 {
+// Position i of a place.
+fn position_in(base: u32, of_chunks: bool, place: Place, i: u32) -> u32 {
     if (of_chunks) {
-        return lists[slot.word + CHUNK_POSITIONS + i];
+        return lists[place.word + CHUNK_POSITIONS + i];
     }
-    return position_of(base, slot.group, i);
+    return position_of(base, place.group, i);
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
@@ -353,7 +353,7 @@ fn main(
     let groups = lists[line + SEQUENCE_GROUPS];
     let base = lists[line + SEQUENCE_BASE];
     let first_slot = lists[line + SEQUENCE_FIRST_SLOT];
-    // The query token sees itself and what is before it.
+    // A query token sees itself and the tokens before it.
     let last = lists[line + SEQUENCE_POSITION] + query;
     let token = lists[line + SEQUENCE_TOKEN] + query;
     if (query >= lists[line + SEQUENCE_TOKENS]) {
@@ -364,8 +364,8 @@ fn main(
     let chunks = lists[line + SEQUENCE_CHUNKS];
     let chunk_entries = lists[line + SEQUENCE_CHUNK_ENTRIES];
     let own_entry = entry - lists[line + SEQUENCE_FIRST_ENTRY];
-    // Tiles belong to one pass, which alone writes their partial result; the chunks of an entry may belong to several, and
-    // each pass writes one.
+    // Tiles belong to one pass, which writes their partial result. The chunks of an entry may belong to several passes, each of
+    // which writes a partial result of its own.
     let of_chunks = own_entry >= tile_entries;
     var index = lists[line + SEQUENCE_PARTIAL] + query * (tile_entries + params.passes * chunk_entries) + own_entry;
     var begin = own_entry * SPAN * GROUPS;
@@ -375,30 +375,30 @@ fn main(
         begin = (own_entry - tile_entries) * SPAN;
         end = min(begin + SPAN, chunks);
     } else {
-        let row = first_group + begin;
-        if (row < params.first_group || row - params.first_group >= params.groups) {
+        let number = first_group + begin;
+        if (number < params.first_group || number - params.first_group >= params.groups) {
             return;
         }
     }
 
-    // Invocation `own` of a head; the head's invocations are `first` to first + 7 of their subgroup. Subgroups take the
-    // invocations of a workgroup in order. Heads are not counted by subgroups: a driver may fill them half.
+    // This is invocation `own` of a head, whose invocations are `first` to first + 7 of their subgroup: subgroups take the
+    // invocations of a workgroup in order. Heads are not counted by subgroups, since a driver may half fill them.
     let own = member % GROUPS;
     let first = member - own;
     let head_index = (workgroup.x % blocks) * HEADS + lane / GROUPS;
-    // Heads past the end repeat the last one and are not stored.
+    // Heads past the last repeat it; they are not stored.
     let head = min(head_index, params.n_head - 1u);
-    let head_row = head * (params.d_nope + params.d_value);
-    let value_row = head_row + params.d_nope;
-    let query_row = (token * params.n_head + head) * (params.d_nope + params.d_rope);
-    // Columns past the last block repeat it as weights and are 0 in the cache.
+    let head_output = head * (params.d_nope + params.d_value);
+    let value_output = head_output + params.d_nope;
+    let query_at = (token * params.n_head + head) * (params.d_nope + params.d_rope);
+    // Columns past the last block repeat its weights; their latents count as 0.
     let column = min(own, (params.d_latent - 1u) / 8u);
     let absent = 8u * own >= params.d_latent;
-    // scale · q_R, own columns, and the block of the rotary keys that they meet.
+    // scale · q_R, own columns, and their block of the rotary keys.
     let rotary_column = min(own, (max(params.d_rope, 1u) - 1u) / 8u);
     var rotary = Eight();
     for (var k = 0u; k < 8u && 8u * own + k < params.d_rope; k++) {
-        let x = params.scale * q[query_row + params.d_nope + 8u * own + k];
+        let x = params.scale * q[query_at + params.d_nope + 8u * own + k];
         let here = vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(k % 4u);
         if (k < 4u) {
             rotary.low = select(rotary.low, vec4<f32>(x), here);
@@ -410,19 +410,19 @@ fn main(
     var best = LOWEST;   // m so far
     var sum = 0.0;       // l so far
     var shift = 0.0;     // Σ w_j μ_j so far
-    // Values so far: of block b the component b % 4 of valueB, B = b / 4; column 8b + own.
+    // Values so far: column 8b + own is component b % 4 of valueB, B = b / 4.
     var value0 = vec4<f32>(0.0);
     var value1 = vec4<f32>(0.0);
     var value2 = vec4<f32>(0.0);
     var value3 = vec4<f32>(0.0);
-    for (var turn = begin; turn < end; turn += GROUPS) {
-        let own_slot = slot_of(line, of_chunks, turn + own, end);
+    for (var round_first = begin; round_first < end; round_first += GROUPS) {
+        let own_place = place_of(line, of_chunks, round_first + own, end);
         var gate_row = NO_ROW;
-        if (own_slot.count > 0u) {
-            gate_row = gate_row_of(base, own_slot.group, first_group + own_slot.group);
+        if (own_place.count > 0u) {
+            gate_row = gate_row_of(base, own_place.group, first_group + own_place.group);
         }
 
-        // Absorb: every weight of W_K meets the eight slots.
+        // Absorb W_K: each weight is multiplied with the eight places.
         var a0 = Eight();
         var a1 = Eight();
         var a2 = Eight();
@@ -433,16 +433,16 @@ fn main(
         var a7 = Eight();
         var query_gamma = 0.0;   // scale · Σ(q_C ⊙ γ_K)
         for (var d0 = 0u; d0 < params.d_nope; d0 += 8u) {
-            // scale · q_C ⊙ γ_K, one element an invocation.
-            var query_own = params.scale * q[query_row + d0 + own];
+            // scale · q_C ⊙ γ_K, one element per invocation.
+            var query_own = params.scale * q[query_at + d0 + own];
             if (NORM != 2u) {
-                let i = head_row + d0 + own;
+                let i = head_output + d0 + own;
                 query_own *= decode(affine[index_of(i)], i);
             }
             query_gamma += query_own;
-            var gate = gate8(gate_row, (head_row + d0) / 8u);
+            var gate = gate8(gate_row, (head_output + d0) / 8u);
             for (var k = 0u; k < min(params.d_nope - d0, 8u); k++) {
-                let w = weight8(head_row + d0 + k, column);
+                let w = weight8(head_output + d0 + k, column);
                 let x = gate.low.x * subgroupShuffle(query_own, first + k);
                 a0 = plus(a0, subgroupShuffle(x, first), w);
                 a1 = plus(a1, subgroupShuffle(x, first + 1u), w);
@@ -457,31 +457,31 @@ fn main(
         }
         query_gamma = sum8(query_gamma);
 
-        // Scores and weighted latents, slot by slot: each takes the first absorbed query and leaves its sums as the last, so that
-        // after the eighth the sums stand where the queries stood.
-        let folded = best;         // m of the values so far
-        var best_then = LOWEST;    // m when the sums of the own slot were made
+        // Scores and weighted latents, place by place. Each takes the first absorbed query and puts its sums behind the last, so
+        // that after eight the sums have replaced the queries.
+        let best_before = best;    // m of the values so far
+        var best_then = LOWEST;    // m when the sums of the own place were made
         for (var g = 0u; g < GROUPS; g++) {
-            let slot = slot_of(line, of_chunks, turn + g, end);
+            let place = place_of(line, of_chunks, round_first + g, end);
             let a = a0;
             var s = Eight();
-            for (var e0 = 0u; e0 < slot.count; e0 += 8u) {
-                // One entry an invocation. One that is not seen takes part as the first row of the sequence, and weighs nothing.
-                let entries = min(slot.count - e0, 8u);
+            for (var e0 = 0u; e0 < place.count; e0 += 8u) {
+                // One position per invocation. An unseen one reads the sequence's first row; its weight is 0.
+                let count = min(place.count - e0, 8u);
                 var row = NO_ROW;
-                if (own < entries) {
-                    let position = position_in(base, of_chunks, slot, e0 + own);
+                if (own < count) {
+                    let position = position_in(base, of_chunks, place, e0 + own);
                     row = select(NO_ROW, first_slot + position, position <= last);
                 }
                 var pair = vec2<f32>(0.0, 1.0);
                 if (NORM != 2u) {
                     pair = statistics_of(select(row, first_slot, row == NO_ROW));
                 }
-                for (var i = 0u; i < entries; i += AHEAD) {
+                for (var i = 0u; i < count; i += AHEAD) {
                     var latents: array<Eight, 4>;
                     var rotaries: array<f32, 4>;
                     for (var j = 0u; j < AHEAD; j++) {
-                        // Past the last entry there is none that is seen.
+                        // Past the last position none is seen.
                         let found = subgroupShuffle(row, first + i + j);
                         let at = select(first_slot, found, found != NO_ROW);
                         latents[j] = latent8(at, column);
@@ -503,7 +503,7 @@ fn main(
                             score -= rho * mu * query_gamma;
                         }
                         score = select(LOWEST, score, visible);
-                        // One of the two is 1: one exponential.
+                        // One of the two factors is 1: one exponential is enough.
                         let other = exp(-abs(score - best));
                         let higher = score > best;
                         let shrink = select(1.0, other, higher);
@@ -530,20 +530,20 @@ fn main(
             best_then = select(best_then, best, own == g);
         }
 
-        // Fold: value projection, then each slot's gate. Every weight of W_V meets the eight slots.
-        let shrink = exp(folded - best);
+        // Absorb W_V: the value projection, then the gate of each place. Each weight is multiplied with the eight places.
+        let shrink = exp(best_before - best);
         value0 *= shrink;
         value1 *= shrink;
         value2 *= shrink;
         value3 *= shrink;
         let since = exp(best_then - best);
         for (var n0 = 0u; n0 < params.d_value; n0 += 8u) {
-            var gate = gate8(gate_row, (value_row + n0) / 8u);
+            var gate = gate8(gate_row, (value_output + n0) / 8u);
             gate.low *= since;
             gate.high *= since;
             var total = 0.0;
             for (var k = 0u; k < min(params.d_value - n0, 8u); k++) {
-                let w = weight8(value_row + n0 + k, column);
+                let w = weight8(value_output + n0 + k, column);
                 let g = gate.low.x;
                 var part = subgroupShuffle(g, first) * dot8(w, a0);
                 part += subgroupShuffle(g, first + 1u) * dot8(w, a1);
@@ -570,7 +570,7 @@ fn main(
     for (var n0 = 0u; n0 < params.d_value; n0 += 8u) {
         let low = select(value0, value1, n0 >= 32u);
         let high = select(value2, value3, n0 >= 96u);
-        let n = value_row + n0 + own;
+        let n = value_output + n0 + own;
         var out = select(low, high, n0 >= 64u)[n0 / 8u % 4u];
         if (NORM != 2u) {
             out = (out - shift) * decode(affine[index_of(n)], n);

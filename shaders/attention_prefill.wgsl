@@ -3,26 +3,26 @@
 //   s_j = scale · (q_C · k_C_j + q_R · k_R_j)   for keys at or before the query
 //   m' = max(m, max_j s_j)   l' = l·e^(m−m') + Σ_j e^(s_j−m')   values' = values·e^(m−m') + Σ_j e^(s_j−m') v_j
 //
-// The key tile holds rows [kv_first, kv_first + kv_rows) of the step's row numbering (see cache_read). Tiles follow one
+// The key tile holds rows [kv_first, kv_first + kv_rows) of the step's row numbering (see cache_read). Tiles come one after
 // another: the first starts from the empty state (m = lowest f32, l = 0), the last divides by l; a query without any key
 // gives 0. lse = m + ln l, natural logarithm. Widths are multiples of 4.
-// grid: (query tiles, n_head, ⌈d_value / 128⌉); 8 lanes share 4 queries: a lane owns 4 keys of a block of 32 and 4·COLUMNS
-// value columns, so that 8 loads of 16 bytes feed 64 multiply-adds of the scores, and 1 + COLUMNS feed 16·COLUMNS of the values.
+// grid: (query tiles, n_head, ⌈d_value / 128⌉); 8 lanes share 4 queries: each lane owns 4 keys of a block of 32 and 4·COLUMNS
+// value columns, so that 8 loads of 16 bytes serve 64 multiply-adds of the scores, and 1 + COLUMNS serve 16·COLUMNS of the values.
 //
 // Results, on lavapipe (Mesa 25, 2 cores shared with other work), medians in turns:
-//   4 × 4 scores a lane and 16-byte vectors, for 2 × 8 and single floats: 8× at 256 tokens, 16 heads × 128
+//   4 × 4 scores per lane and 16-byte vectors, for 2 × 8 and single floats: 8× at 256 tokens, 16 heads × 128
 //   ROWS 8 → 16: 0.6 to 0.8×, a causal tile of 64 wastes more; 8 → 4: 0.7 to 1.1×, shape by shape
 //   without workgroup memory, 8 × 16 scores per lane, all written out: 1.1 to 1.3×, not worth it
-//   loads at an index that is the same in all lanes: 1.2× a load, the driver gathers lane by lane all the same
+//   loads at an index that is the same in all lanes: 1.2× per load, the driver gathers lane by lane all the same
 
 override STORAGE_F16: u32 = 0u;
 override ROWS: u32 = 8u;                         // groups of 4 queries
 override CHUNK: u32 = 8u;                        // elements of queries and keys staged at once, in fours
-override VALUE_ROWS: u32 = 16u;                  // values staged at once; divides TILE_KV, and fits where the chunk was
-override COLUMNS: u32 = 4u;                      // value columns a lane, in fours; at most 4
+override VALUE_ROWS: u32 = 16u;                  // values staged at once; divides TILE_KV, and fits into the memory of the chunk
+override COLUMNS: u32 = 4u;                      // value columns per lane, in fours; at most 4
 override WORKGROUP: u32 = ROWS * 8u;
 override TILE_Q: u32 = ROWS * 4u;
-// One vector of padding: 8 lanes read, or write, one element of 8 rows each, and would all hit the same banks.
+// One vector of padding: 8 lanes that read or write one element each, a pitch apart, would hit the same banks.
 override CHUNK_PITCH: u32 = CHUNK + 1u;
 override ROWS_PITCH: u32 = ROWS + 1u;
 
@@ -65,7 +65,7 @@ struct SequenceRow {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
-@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes an element
+@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes per element
 @group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
 @group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> values: array<vec4<f32>>;    // [tokens, n_head, d_value / 4]
@@ -73,7 +73,7 @@ struct SequenceRow {
 
 // Queries, then keys, of a chunk; later a block of values.
 var<workgroup> sh_stage: array<vec4<f32>, (TILE_Q + TILE_KV) * CHUNK_PITCH>;
-// [key] e^(s − m) of 4 queries; before that [lane], for the maxima, and at the end the sums, over the lanes.
+// [key] e^(s − m) of 4 queries; before that [lane] maxima, and at the end [lane] sums.
 var<workgroup> sh_p: array<vec4<f32>, TILE_KV * ROWS_PITCH>;
 
 // Elements i to i + 3 of the rope cache; i is a multiple of 4.
@@ -86,7 +86,7 @@ fn rope_four(i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(rope_cache[i >> 2u]);
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -118,15 +118,15 @@ fn main(
     let column0 = work.z * columns;
 
     let lane = local % LANES;
-    let row = local / LANES;               // queries 4·row to 4·row + 3 of the tile
-    let own = row * 4u;
+    let four = local / LANES;              // queries 4·four to 4·four + 3 of the tile
+    let own = four * 4u;
     let position = vec4<u32>(tile.position + own) + vec4<u32>(0u, 1u, 2u, 3u);
     let last = tile.count - 1u;
     let token = vec4<u32>(tile.first_token) + min(vec4<u32>(own, own + 1u, own + 2u, own + 3u), vec4<u32>(last));
     let state = (token * params.n_head + head) * params.tiles_z + work.z;
     let out = (token * params.n_head + head) * value_width + column0 + lane;
 
-    // Keys of this tile that belong to the sequence and that the last query of the tile may see.
+    // Keys of this tile: those of the sequence, up to the last that a query of the tile may see.
     let tile_end = params.kv_first + params.kv_rows;
     let begin = max(params.kv_first, sequence.first_row) - sequence.first_row;
     var end = 0u;
@@ -174,24 +174,24 @@ fn main(
             for (var e = local; e < TILE_Q * CHUNK; e += WORKGROUP) {
                 let d = d0 + e % CHUNK;
                 let r = e / CHUNK;
-                var four = vec4<f32>(0.0);
+                var loaded = vec4<f32>(0.0);
                 if (d < width && r < tile.count) {
-                    four = params.scale * q[((tile.first_token + r) * params.n_head + head) * width + d];
+                    loaded = params.scale * q[((tile.first_token + r) * params.n_head + head) * width + d];
                 }
-                sh_stage[r * CHUNK_PITCH + e % CHUNK] = four;
+                sh_stage[r * CHUNK_PITCH + e % CHUNK] = loaded;
             }
             for (var e = local; e < TILE_KV * CHUNK; e += WORKGROUP) {
                 let d = d0 + e % CHUNK;
                 let r = e / CHUNK;
-                var four = vec4<f32>(0.0);
+                var loaded = vec4<f32>(0.0);
                 if (d < width && key0 + r < end) {
                     if (d < nope) {
-                        four = kv[kv_base + r * kv_row + d];
+                        loaded = kv[kv_base + r * kv_row + d];
                     } else {
-                        four = rope_four((sequence.first_slot + key0 + r) * params.rope_pitch + 4u * (d - nope));
+                        loaded = rope_four((sequence.first_slot + key0 + r) * params.rope_pitch + 4u * (d - nope));
                     }
                 }
-                sh_stage[(TILE_Q + r) * CHUNK_PITCH + e % CHUNK] = four;
+                sh_stage[(TILE_Q + r) * CHUNK_PITCH + e % CHUNK] = loaded;
             }
             workgroupBarrier();
             for (var d = 0u; d < CHUNK; d++) {
@@ -213,7 +213,7 @@ fn main(
             workgroupBarrier();
         }
 
-        // Keys of this block that each query sees, from its first: none for a query before the block.
+        // How many keys of this block each query sees, from the first: none for a query before the block.
         let seen = min(max(position + 1u, vec4<u32>(key0)) - key0, vec4<u32>(min(end - key0, TILE_KV)));
         let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
         let none = vec4<f32>(LOWEST);
@@ -221,7 +221,7 @@ fn main(
         score1 = select(none, score1, key < vec4<u32>(seen.y));
         score2 = select(none, score2, key < vec4<u32>(seen.z));
         score3 = select(none, score3, key < vec4<u32>(seen.w));
-        sh_p[lane * ROWS_PITCH + row] = vec4<f32>(
+        sh_p[lane * ROWS_PITCH + four] = vec4<f32>(
             max(max(score0.x, score0.y), max(score0.z, score0.w)),
             max(max(score1.x, score1.y), max(score1.z, score1.w)),
             max(max(score2.x, score2.y), max(score2.z, score2.w)),
@@ -230,10 +230,10 @@ fn main(
         workgroupBarrier();
         var next = best;
         for (var l = 0u; l < LANES; l++) {
-            next = max(next, sh_p[l * ROWS_PITCH + row]);
+            next = max(next, sh_p[l * ROWS_PITCH + four]);
         }
         workgroupBarrier();
-        // A masked key weighs 0, not e^0: the maximum of a query that has seen no key yet is its own score of nothing.
+        // A masked key has weight 0, not e^0: before its first key, the maximum of a query is the score of a masked key.
         let zero = vec4<f32>(0.0);
         let p0 = select(zero, exp(score0 - next.x), key < vec4<u32>(seen.x));
         let p1 = select(zero, exp(score1 - next.y), key < vec4<u32>(seen.y));
@@ -243,10 +243,10 @@ fn main(
         best = next;
         sum = sum * shrink + vec4<f32>(p0.x, p1.x, p2.x, p3.x) + vec4<f32>(p0.y, p1.y, p2.y, p3.y)
             + vec4<f32>(p0.z, p1.z, p2.z, p3.z) + vec4<f32>(p0.w, p1.w, p2.w, p3.w);
-        sh_p[key.x * ROWS_PITCH + row] = vec4<f32>(p0.x, p1.x, p2.x, p3.x);
-        sh_p[key.y * ROWS_PITCH + row] = vec4<f32>(p0.y, p1.y, p2.y, p3.y);
-        sh_p[key.z * ROWS_PITCH + row] = vec4<f32>(p0.z, p1.z, p2.z, p3.z);
-        sh_p[key.w * ROWS_PITCH + row] = vec4<f32>(p0.w, p1.w, p2.w, p3.w);
+        sh_p[key.x * ROWS_PITCH + four] = vec4<f32>(p0.x, p1.x, p2.x, p3.x);
+        sh_p[key.y * ROWS_PITCH + four] = vec4<f32>(p0.y, p1.y, p2.y, p3.y);
+        sh_p[key.z * ROWS_PITCH + four] = vec4<f32>(p0.z, p1.z, p2.z, p3.z);
+        sh_p[key.w * ROWS_PITCH + four] = vec4<f32>(p0.w, p1.w, p2.w, p3.w);
         for (var c = 0u; c < COLUMNS; c++) {
             acc0[c] *= shrink.x;
             acc1[c] *= shrink.y;
@@ -258,17 +258,17 @@ fn main(
             for (var e = local; e < VALUE_ROWS * columns; e += WORKGROUP) {
                 let r = k0 + e / columns;
                 let column = column0 + e % columns;
-                var four = vec4<f32>(0.0);
+                var loaded = vec4<f32>(0.0);
                 if (column < value_width && key0 + r < end) {
-                    four = kv[kv_base + r * kv_row + nope + column];
+                    loaded = kv[kv_base + r * kv_row + nope + column];
                 }
-                sh_stage[e] = four;
+                sh_stage[e] = loaded;
             }
             workgroupBarrier();
-            // The first of the queries sees the fewest keys. Past those a key is added only where it is seen: a value that
-            // is not a number must not reach a query before it, and 0 · NaN would.
+            // The first of the queries sees the fewest keys. Keys past those are added by query: a NaN among the values must
+            // not reach a query before it, and 0 · NaN would.
             for (var k = k0; k < min(seen.x, k0 + VALUE_ROWS); k++) {
-                let p = sh_p[k * ROWS_PITCH + row];
+                let p = sh_p[k * ROWS_PITCH + four];
                 for (var c = 0u; c < COLUMNS; c++) {
                     let v = sh_stage[(k - k0) * columns + lane + c * LANES];
                     acc0[c] += p.x * v;
@@ -278,7 +278,7 @@ fn main(
                 }
             }
             for (var k = max(seen.x, k0); k < min(seen.w, k0 + VALUE_ROWS); k++) {
-                let p = sh_p[k * ROWS_PITCH + row];
+                let p = sh_p[k * ROWS_PITCH + four];
                 for (var c = 0u; c < COLUMNS; c++) {
                     let v = sh_stage[(k - k0) * columns + lane + c * LANES];
                     acc1[c] += select(zero, p.y * v, k < seen.y);
@@ -290,11 +290,11 @@ fn main(
         }
     }
 
-    sh_p[lane * ROWS_PITCH + row] = sum;
+    sh_p[lane * ROWS_PITCH + four] = sum;
     workgroupBarrier();
     sum = vec4<f32>(0.0);
     for (var l = 0u; l < LANES; l++) {
-        sum += sh_p[l * ROWS_PITCH + row];
+        sum += sh_p[l * ROWS_PITCH + four];
     }
     var factor = vec4<f32>(1.0);
     if (params.last == 1u) {

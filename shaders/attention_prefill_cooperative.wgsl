@@ -1,20 +1,20 @@
 // Causal attention of a tile of queries over a tile of rebuilt keys and values by cooperative matrices of 16 × 16: f16 factors,
-// sums and softmax in f32. What it computes, its tables and its running state are those of attention_prefill:
+// sums and softmax in f32. Meaning, tables and running state are those of attention_prefill:
 //
 //   s_j = f16(scale · q) · f16(k_j)   p_j = e^(s_j−m)   l = Σ_j p_j   values = Σ_j f16(p_j) f16(v_j)
 //
-// The key tile holds rows [kv_first, kv_first + kv_rows) of the step's row numbering (see cache_read). m is not the largest
-// score but at most RESERVE below it: a matrix cannot be scaled row by row, so it goes through workgroup memory for that, and
-// with a reserve this is seldom. e^RESERVE is far below what f16 holds; (m, l) mean the same whatever m is, and lse = m + ln l.
-// A product of 0 with a value that is not finite is not 0: where some query of the tile does not see some key of the block,
-// such a value is staged as 0 and its weight as NaN, which then is in the result of those queries alone that see it.
-// grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉); a workgroup takes 32 queries of a tile, 32 keys at a time; each of
+// The key tile holds rows [kv_first, kv_first + kv_rows) of the step's row numbering (see cache_read). m may lie below the
+// largest score, by RESERVE at most: scaling the queries of a matrix apart takes a detour through workgroup memory, and the
+// reserve makes that seldom. f16 holds far more than e^RESERVE; (m, l) mean the same whatever m is, and lse = m + ln l.
+// The product of 0 and a value that is not finite is not 0. Where some query of the tile does not see some key of the block,
+// such a value is staged as 0 and its weight as NaN, which reaches only the queries that see it.
+// grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉); each workgroup takes 32 queries of a tile, 32 keys at a time; each of
 // four subgroups owns 16 × 16 of the scores and 32 × COLUMNS of the values. Further subgroups repeat one, and store the same.
 // Widths are multiples of 4.
 //
 // By reasoning, since no adapter here has these matrices (with 8 for 16 and half the tiles this is right on lavapipe): 32 keys
-// of 192 + 128 columns are 327 680 multiply-adds behind 14 barriers and 64 KiB of loads, 24 of them queries that the first
-// level of cache holds: 16 KiB of workgroup memory leave no room to keep those, or more keys, staged.
+// of 192 + 128 columns are 327 680 multiply-adds for 14 barriers and 64 KiB of loads, 24 of them queries from the first level of
+// cache: 16 KiB of workgroup memory leave no room to keep those, or more keys, staged.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -22,9 +22,9 @@ enable wgpu_cooperative_matrix;
 override WORKGROUP: u32 = 128u;                  // four subgroups or more, 32 to 256 invocations
 override PARTS: u32 = 1u;                        // workgroups of a query tile
 override COLUMNS: u32 = 32u;                     // value columns of a subgroup: 32 or 16
-override LANES: u32 = WORKGROUP / 32u;           // of a row of scores
+override LANES: u32 = WORKGROUP / 32u;           // per query
 override VALUE_ROWS: u32 = 512u / COLUMNS;       // values staged at once
-override VALUE_PITCH: u32 = COLUMNS + 2u;        // fours of a staged row of values; padded as the chunk is
+override VALUE_PITCH: u32 = COLUMNS + 2u;        // of a staged value, in fours; padded as the chunk is
 
 const LOWEST: f32 = -3.4028234e38;
 const RESERVE: f32 = 4.0;
@@ -34,7 +34,7 @@ const TILE_Q: u32 = 32u;
 const TILE_KV: u32 = 32u;
 const QUADS: u32 = 16u;                          // fours of a chunk of queries and keys, staged at once
 const SCORE_PITCH: u32 = TILE_KV + 4u;
-const CHUNK_PITCH: u32 = QUADS + 2u;             // in fours: rows 16 bytes beyond a multiple of 128 meet different banks
+const CHUNK_PITCH: u32 = QUADS + 2u;             // in fours: pitches 16 bytes beyond a multiple of 128 meet different banks
 const WEIGHT_PITCH: u32 = TILE_KV / 4u + 2u;
 const VALUES: u32 = TILE_Q * WEIGHT_PITCH;       // where staged values begin, behind the weights
 
@@ -86,10 +86,10 @@ struct SequenceRow {
 
 // A chunk of queries, then of keys; later weights [query, key], then values [key, column].
 var<workgroup> sh_stage: array<vec4<f16>, (TILE_Q + TILE_KV) * CHUNK_PITCH>;
-// [query, key] scores; a matrix of each subgroup's on its way from or to storage.
+// [query, key] scores; one matrix per subgroup on its way from or to storage.
 var<workgroup> sh_scores: array<f32, TILE_Q * SCORE_PITCH>;
 var<workgroup> sh_part: array<f32, WORKGROUP>;   // [query, lane] maxima, at the end sums
-var<workgroup> sh_factor: array<f32, TILE_Q>;    // what the values of a query are multiplied by
+var<workgroup> sh_factor: array<f32, TILE_Q>;    // factor on the values of a query
 var<workgroup> sh_poison: array<u32, TILE_KV>;   // 1: the value of this key is not finite
 var<workgroup> sh_scaled: u32;                   // 1: some factor is not 1
 
@@ -98,27 +98,27 @@ fn stage_four(at: u32, four: vec4<f32>) {
     sh_stage[at] = vec4<f16>(four);
 }
 
-// Which of four numbers round to halves that are not finite. By their bits: shaders may be compiled as if there were no NaN.
+// Which of four numbers round to halves that are not finite. Bits tell: compilers may assume that there is no NaN.
 fn overflows(four: vec4<f32>) -> vec4<bool> {
     return (bitcast<vec4<u32>>(four) & vec4<u32>(0x7fffffffu)) >= vec4<u32>(0x477ff000u);
 }
 
-// Fills each subgroup's matrix (i, j) of the running values; `column0` is the slice's first. Rows past `count` are 0.
+// Fills matrix (i, j) of each subgroup with the running values; `column0` is the slice's first. Queries past `count` are 0.
 fn begin_values(i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32) {
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
-        let row = i * SIDE + e % MATRIX / SIDE;
+        let query = i * SIDE + e % MATRIX / SIDE;
         let column = column0 + e / MATRIX * COLUMNS + j * SIDE + e % SIDE;
         var value = 0.0;
-        if (params.first == 0u && row < count && column < params.d_value) {
-            value = values[out + row * params.n_head * params.d_value + column];
+        if (params.first == 0u && query < count && column < params.d_value) {
+            value = values[out + query * params.n_head * params.d_value + column];
         }
         sh_scores[e] = value;
     }
     workgroupBarrier();
 }
 
-// Multiplies the rows of each subgroup's matrix, of the i-th row of matrices, by their factors.
+// Multiplies the queries of matrix (i, …) of each subgroup by their factors.
 fn scaled(sums: Sums, i: u32, local: u32, own: u32) -> Sums {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
@@ -131,15 +131,15 @@ fn scaled(sums: Sums, i: u32, local: u32, own: u32) -> Sums {
     return result;
 }
 
-// Writes each subgroup's matrix (i, j), times its rows' factors.
+// Writes matrix (i, j) of each subgroup, its queries multiplied by their factors.
 fn end_values(sums: Sums, i: u32, j: u32, out: u32, count: u32, column0: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
-        let row = i * SIDE + e % MATRIX / SIDE;
+        let query = i * SIDE + e % MATRIX / SIDE;
         let column = column0 + e / MATRIX * COLUMNS + j * SIDE + e % SIDE;
-        if (row < count && column < params.d_value) {
-            values[out + row * params.n_head * params.d_value + column] = sh_scores[e] * sh_factor[row];
+        if (query < count && column < params.d_value) {
+            values[out + query * params.n_head * params.d_value + column] = sh_scores[e] * sh_factor[query];
         }
     }
     workgroupBarrier();
@@ -152,8 +152,8 @@ fn main(
     @builtin(local_invocation_index) local: u32,
     @builtin(subgroup_id) subgroup: u32,
 ) {
-    // The tile of this workgroup: a grid over 65 535 comes folded into x and y. Values, not variables or a function: naga
-    // must see that every invocation goes on, since matrices are of whole subgroups.
+    // Tile of the workgroup: a grid over 65 535 is folded into x and y. Values, not variables or a function: naga
+    // must see that control flow is uniform, since matrices belong to whole subgroups.
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     let i = group.y * groups.x + group.x;
     let unfolded = vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
@@ -179,12 +179,12 @@ fn main(
     let out = (token0 * params.n_head + head) * params.d_value;
     let own = subgroup % 4u;
 
-    // A row of scores.
-    let row = local / LANES;
+    // Query of the workgroup whose scores this lane shares.
+    let query = local / LANES;
     let lane = local % LANES;
-    let state = ((token0 + row) * params.n_head + head) * params.tiles_z + work.z;
+    let state = ((token0 + query) * params.n_head + head) * params.tiles_z + work.z;
 
-    // Keys of this tile that belong to the sequence and that the last query may see.
+    // Keys of this tile: those of the sequence, up to the last that a query may see.
     let tile_end = params.kv_first + params.kv_rows;
     let begin = max(params.kv_first, sequence.first_row) - sequence.first_row;
     var end = 0u;
@@ -194,14 +194,14 @@ fn main(
 
     var best = LOWEST;
     var sum = 0.0;                         // over the keys of this lane
-    if (params.first == 0u && row < count) {
+    if (params.first == 0u && query < count) {
         let before = softmax[state];
         best = before.x;
         if (lane == 0u) {
             sum = before.y;
         }
     }
-    // valueIJ: rows I · SIDE, columns J · SIDE of the subgroup's.
+    // valueIJ: queries from I · SIDE, columns from J · SIDE of the subgroup's.
     begin_values(0u, 0u, out, count, column0, local);
     var value00 = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     begin_values(0u, 1u, out, count, column0, local);
@@ -277,22 +277,22 @@ fn main(
         }
         workgroupBarrier();
 
-        // Keys of this block that the query sees, from its first: none for a query before the block.
-        let seen = min(max(position0 + row + 1u, key0) - key0, min(end - key0, TILE_KV));
+        // How many keys of this block the query sees, from the first: none for a query before the block.
+        let seen = min(max(position0 + query + 1u, key0) - key0, min(end - key0, TILE_KV));
         var next = LOWEST;
         for (var key = 4u * lane; key < seen; key += 4u * LANES) {
             for (var k = key; k < min(key + 4u, seen); k++) {
-                next = max(next, sh_scores[row * SCORE_PITCH + k]);
+                next = max(next, sh_scores[query * SCORE_PITCH + k]);
             }
         }
         sh_part[local] = next;
         workgroupBarrier();
         for (var l = 0u; l < LANES; l++) {
-            next = max(next, sh_part[row * LANES + l]);
+            next = max(next, sh_part[query * LANES + l]);
         }
         var shrink = 1.0;
         if (next > best + RESERVE) {
-            // Of an empty state nothing is there to shrink.
+            // An empty state has nothing to shrink.
             shrink = select(exp(best - next), 1.0, best == LOWEST);
             best = next;
         }
@@ -300,23 +300,23 @@ fn main(
             sh_scaled = 1u;
         }
         if (lane == 0u) {
-            sh_factor[row] = shrink;
+            sh_factor[query] = shrink;
         }
         sum *= shrink;
-        // Not a constant, which may not be NaN.
+        // WGSL allows no constant that is NaN.
         let nan = bitcast<f32>(0x7fc00000u | params.first);
         for (var key = 4u * lane; key < TILE_KV; key += 4u * LANES) {
-            let at = row * SCORE_PITCH + key;
+            let at = query * SCORE_PITCH + key;
             let keys = vec4<u32>(key) + vec4<u32>(0u, 1u, 2u, 3u);
             let poison = vec4<u32>(sh_poison[key], sh_poison[key + 1u], sh_poison[key + 2u], sh_poison[key + 3u]);
             let scores = vec4<f32>(sh_scores[at], sh_scores[at + 1u], sh_scores[at + 2u], sh_scores[at + 3u]);
-            // A masked key weighs 0, not e^0.
+            // A masked key has weight 0, not e^0.
             let unseen = keys >= vec4<u32>(seen);
             let zeros = vec4<f32>(0.0);
             let p = select(exp(scores - best), zeros, unseen);
             sum += p.x + p.y + p.z + p.w;
             let poisoned = select(p, vec4<f32>(nan), poison == vec4<u32>(1u));
-            stage_four(row * WEIGHT_PITCH + key / 4u, select(poisoned, zeros, unseen));
+            stage_four(query * WEIGHT_PITCH + key / 4u, select(poisoned, zeros, unseen));
         }
         if (workgroupUniformLoad(&sh_scaled) == 1u) {
             value00 = scaled(value00, 0u, local, own);
@@ -363,15 +363,15 @@ fn main(
     workgroupBarrier();
     sum = 0.0;
     for (var l = 0u; l < LANES; l++) {
-        sum += sh_part[row * LANES + l];
+        sum += sh_part[query * LANES + l];
     }
     if (lane == 0u) {
         var factor = 1.0;
         if (params.last == 1u) {
             factor = select(0.0, 1.0 / sum, sum > 0.0);
         }
-        sh_factor[row] = factor;
-        if (row < count) {
+        sh_factor[query] = factor;
+        if (query < count) {
             softmax[state] = vec2<f32>(best, sum);
         }
     }

@@ -1,26 +1,26 @@
-// Causal attention of a tile of queries over a tile of rebuilt keys and values, with a running softmax in f32: the meaning,
-// the query tiles and the state of attention_prefill, the work shared by subgroups. Widths are multiples of 4.
+// Causal attention of a tile of queries over a tile of rebuilt keys and values, with a running softmax in f32, shared by
+// subgroups. Meaning, query tiles and state are those of attention_prefill. Widths are multiples of 4.
 //
 //   s_j = scale · (q_C · k_C_j + q_R · k_R_j)   for keys at or before the query
 //   m' = max(m, max_j s_j)   l' = l·e^(m−m') + Σ_j e^(s_j−m')   values' = values·e^(m−m') + Σ_j e^(s_j−m') v_j
 //
-// A team of LANES invocations, all in one subgroup, has 8 queries. Scores: a lane owns 4 keys of a block of 4·LANES, LANES
-// apart, for all 8 queries. Values: a lane owns COLUMNS vectors of 4 columns, and takes the weight of a key from the lane
+// A team is LANES invocations of one subgroup. It owns 8 queries. Scores: each lane owns 4 keys of a block of 4·LANES, LANES
+// apart, for all 8 queries. Values: each lane owns COLUMNS vectors of 4 columns, and takes the weight of a key from the lane
 // that owns it. Maxima and sums are butterflies of shuffles.
 // Not run on a GPU yet.
-// grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉), a workgroup has TEAMS · 8 queries of a tile
+// grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉), each workgroup takes TEAMS · 8 queries of a tile
 //
-// STAGED 0, for software: no workgroup memory and no barrier. A lane reads its keys from storage, and one query, which the
-// others take from it by shuffles: 5 loads of 16 bytes feed 128 multiply-adds. Right for every subgroup size from LANES up.
-// STAGED 1, for GPUs: queries and keys go through workgroup memory, CHUNK elements at a time, shared by all teams; reads of
-// a query there are the same in a whole team, which costs no more than one lane's. Values come from storage, neighbouring
-// lanes reading neighbouring 16 bytes, once for all teams where a cache holds 16 kB. With 16 lanes and d_value 128 that is
-// 12 reads of workgroup memory for 128 multiply-adds of the scores, and 1 load and 8 shuffles for 32 of the values.
+// STAGED 0, for software: no workgroup memory and no barrier. Each lane reads its keys from storage, and one query, which the
+// others take by shuffles: 5 loads of 16 bytes serve 128 multiply-adds. Right for every subgroup size from LANES up.
+// STAGED 1, for GPUs: queries and keys go through workgroup memory, CHUNK elements at a time, for all teams; all lanes of a team
+// read the same query element, which costs no more than one lane's read. Values come from storage: neighbouring lanes read
+// neighbouring 16 bytes, once for all teams where a cache holds 16 kB. With 16 lanes and d_value 128 that is 12 reads of
+// workgroup memory for 128 multiply-adds of the scores, and 1 load and 8 shuffles for 32 of the values.
 //
 // Results, on lavapipe (Mesa 25, 2 cores shared with other work), CPU time of the process, in turns:
 //   STAGED 0, 512 tokens, 16 heads × 128, against attention_prefill: 2.3 to 2.9× as fast, first use in 0.4 of its time
 //   all vectors of columns of a key at once: 1.08 of the time, 1.13 of the time to compile
-//   a loop of its own for the keys that all queries see, without selects: the same time, 1.2 of the time to compile
+//   a separate loop without selects for the keys that all queries see: the same time, 1.2 of the time to compile
 //   the 8 · COLUMNS stores at the end written out instead of in loops: 2.1 of the time to compile
 
 override STORAGE_F16: u32 = 0u;
@@ -32,14 +32,14 @@ override STAGED: u32 = 0u;
 override CHUNK: u32 = 4u;                        // elements of queries and keys staged at once, in fours
 override WORKGROUP: u32 = LANES * TEAMS;
 override KEYS: u32 = 4u * LANES;
-// Rows of queries that one load of a team brings.
+// Queries that one load of a team brings.
 override SPREAD: u32 = min(LANES, 8u);
-// One vector of padding: lanes that read one element of a row each would all hit the same banks.
+// One vector of padding: lanes that read one element each, a pitch apart, would hit the same banks.
 override PITCH: u32 = CHUNK + 1u;
 override STAGE: u32 = max(STAGED * (8u * TEAMS + KEYS) * PITCH, 1u);
 
 const LOWEST: f32 = -3.4028234e38;
-const SLICE: u32 = 32u;                          // fours of value columns a workgroup
+const SLICE: u32 = 32u;                          // value columns per workgroup, in fours
 
 struct Params {
     n_head: u32,
@@ -76,7 +76,7 @@ struct SequenceRow {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
-@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes an element
+@group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes per element
 @group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
 @group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
 @group(0) @binding(6) var<storage, read_write> values: array<vec4<f32>>;    // [tokens, n_head, d_value / 4]
@@ -95,8 +95,8 @@ fn rope_four(i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(rope_cache[i >> 2u]);
 }
 
-// Adds the products of 8 rows with 4 keys of this lane, a component a key. Lane base + i of the subgroup holds 4 elements of
-// row i in a, or, where a team has 4 lanes, of row 4 + i in b.
+// Adds the products of 8 queries with 4 keys of this lane, one component per key. Lane base + i of the subgroup holds 4
+// elements of query i in a and, where a team has 4 lanes, of query 4 + i in b.
 fn meet(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
     (*sums)[0] += subgroupShuffle(a, base) * keys;
     (*sums)[1] += subgroupShuffle(a, base + 1u) * keys;
@@ -116,23 +116,23 @@ fn total(v: vec4<f32>) -> f32 {
     return (v.x + v.y) + (v.z + v.w);
 }
 
-// Row r of 8, without an index into registers.
-fn row_of(rows: array<vec4<f32>, 8>, r: u32) -> vec4<f32> {
-    let even = select(select(rows[0], rows[2], r >= 2u), select(rows[4], rows[6], r >= 6u), r >= 4u);
-    let odd = select(select(rows[1], rows[3], r >= 2u), select(rows[5], rows[7], r >= 6u), r >= 4u);
-    return select(even, odd, (r & 1u) == 1u);
+// Vector i of 8, without an index into registers.
+fn nth(vectors: array<vec4<f32>, 8>, i: u32) -> vec4<f32> {
+    let even = select(select(vectors[0], vectors[2], i >= 2u), select(vectors[4], vectors[6], i >= 6u), i >= 4u);
+    let odd = select(select(vectors[1], vectors[3], i >= 2u), select(vectors[5], vectors[7], i >= 6u), i >= 4u);
+    return select(even, odd, (i & 1u) == 1u);
 }
 
-// Takes the first vector of columns out and puts `back` behind the last: COLUMNS turns bring all back to their places. The
-// loops over columns are not unrolled that way, which compiles faster, and each works on 8 vectors at a time.
-fn turn(sums: ptr<function, array<array<vec4<f32>, 8>, 8>>, back: array<vec4<f32>, 8>) {
+// Takes the first vector of columns out and puts `back` behind the last: COLUMNS calls bring all back to their places. That
+// keeps the loops over columns from being unrolled, which compiles faster, with 8 vectors at a time.
+fn rotate_columns(sums: ptr<function, array<array<vec4<f32>, 8>, 8>>, back: array<vec4<f32>, 8>) {
     for (var c = 0u; c + 1u < COLUMNS; c++) {
         (*sums)[c] = (*sums)[c + 1u];
     }
     (*sums)[COLUMNS - 1u] = back;
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -170,22 +170,22 @@ fn main(
     let column0 = work.z * SLICE;
     let columns = (min(value_width, SLICE) + LANES - 1u) / LANES;   // COLUMNS, unknown to the compiler
 
-    // Neighbours in a workgroup of one dimension are neighbours in a subgroup: a team is LANES of both.
+    // Neighbours in a workgroup of one dimension are neighbours in a subgroup: LANES of them are a team.
     let lane = member % LANES;
     let base = member - lane;
     let own = own0 + local / LANES * 8u;   // first query of the team
-    let rows = min(max(tile.count, own) - own, 8u);
+    let team_count = min(max(tile.count, own) - own, 8u);
     let last = tile.count - 1u;
     let position0 = vec4<u32>(tile.position + own) + vec4<u32>(0u, 1u, 2u, 3u);
     let position1 = position0 + 4u;
-    let q_row = tile.first_token + min(vec2<u32>(own, own + 4u) + lane % SPREAD, vec2<u32>(last));
-    let q_at = (q_row * params.n_head + head) * width;
+    let q_token = tile.first_token + min(vec2<u32>(own, own + 4u) + lane % SPREAD, vec2<u32>(last));
+    let q_at = (q_token * params.n_head + head) * width;
     let state0 = ((tile.first_token + own) * params.n_head + head) * params.tiles_z + work.z;
     let state_pitch = params.n_head * params.tiles_z;
     let out0 = ((tile.first_token + own) * params.n_head + head) * value_width + column0;
     let out_pitch = params.n_head * value_width;
 
-    // Keys of this tile that belong to the sequence and that the last query of the workgroup may see.
+    // Keys of this tile: those of the sequence, up to the last that a query of the workgroup may see.
     let tile_end = params.kv_first + params.kv_rows;
     let begin = max(params.kv_first, sequence.first_row) - sequence.first_row;
     var end = 0u;
@@ -209,7 +209,7 @@ fn main(
         let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + head * (nope + value_width);
         let rope_base = (sequence.first_slot + key0) * params.rope_pitch;
         let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
-        // A query a vector, a key of this lane a component.
+        // One vector per query, one component per key of this lane.
         var s: array<vec4<f32>, 8>;
         for (var i = 0u; i < 8u; i++) {
             s[i] = vec4<f32>(0.0);
@@ -249,7 +249,7 @@ fn main(
                 workgroupBarrier();
             }
         } else {
-            // Keys past the end repeat the last one; they weigh nothing.
+            // Keys past the end repeat the last one; their weight is 0.
             let k_row = min(key, vec4<u32>(count - 1u));
             let k = kv_base + k_row * kv_row;
             let rotary = rope_base + k_row * params.rope_pitch;
@@ -270,7 +270,7 @@ fn main(
             }
         }
 
-        // Keys of this block that each query sees, from its first: none for a query before the block.
+        // How many keys of this block each query sees, from the first: none for a query before the block.
         let seen0 = min(max(position0 + 1u, vec4<u32>(key0)) - key0, vec4<u32>(count));
         let seen1 = min(max(position1 + 1u, vec4<u32>(key0)) - key0, vec4<u32>(count));
         for (var i = 0u; i < 8u; i++) {
@@ -289,7 +289,7 @@ fn main(
         let shrink1 = exp(best1 - next1);
         best0 = next0;
         best1 = next1;
-        // A masked key weighs 0, not e^0: the maximum of a query that has seen no key yet is its own score of nothing.
+        // A masked key has weight 0, not e^0: before its first key, the maximum of a query is the score of a masked key.
         for (var i = 0u; i < 8u; i++) {
             let seen = select(seen0, seen1, i >= 4u)[i % 4u];
             let weights = exp(s[i] - select(next0, next1, i >= 4u)[i % 4u]);
@@ -298,8 +298,8 @@ fn main(
         sum0 = sum0 * shrink0 + vec4<f32>(total(s[0]), total(s[1]), total(s[2]), total(s[3]));
         sum1 = sum1 * shrink1 + vec4<f32>(total(s[4]), total(s[5]), total(s[6]), total(s[7]));
 
-        // Keys that all queries see. The others are added only where they are seen: a value that is not a number must not
-        // reach a query before it, and 0 · NaN would.
+        // Keys that all queries see. The others are added by query: a NaN among the values must not reach a query before it,
+        // and 0 · NaN would.
         let full = STAGED * min(max(tile.position + own0 + 1u, key0) - key0, count);
         for (var c = 0u; c < columns; c++) {
             var sums = acc[0];
@@ -332,7 +332,7 @@ fn main(
                     }
                 }
             }
-            turn(&acc, sums);
+            rotate_columns(&acc, sums);
         }
     }
 
@@ -340,14 +340,14 @@ fn main(
         sum0 += subgroupShuffleXor(sum0, step);
         sum1 += subgroupShuffleXor(sum1, step);
     }
-    // The state before this tile; each row is read and written by one lane alone.
+    // The state before this tile; only one lane reads and writes that of a query.
     var before = vec4<f32>(LOWEST, 0.0, LOWEST, 0.0);
     if (params.first == 0u) {
-        if (lane < rows) {
+        if (lane < team_count) {
             let state = softmax[state0 + lane * state_pitch];
             before = vec4<f32>(state, before.zw);
         }
-        if (SPREAD == 4u && lane + 4u < rows) {
+        if (SPREAD == 4u && lane + 4u < team_count) {
             before = vec4<f32>(before.xy, softmax[state0 + (lane + 4u) * state_pitch]);
         }
     }
@@ -364,17 +364,17 @@ fn main(
         }
         for (var c = 0u; c < columns; c++) {
             let column = lane + c * LANES;
-            if (r < rows && column0 + column < value_width) {
+            if (r < team_count && column0 + column < value_width) {
                 let at = out0 + r * out_pitch + column;
-                var value = factor.y * row_of(acc[0], r);
+                var value = factor.y * nth(acc[0], r);
                 if (params.first == 0u) {
                     value += factor.x * values[at];
                 }
                 values[at] = value;
             }
-            turn(&acc, acc[0]);
+            rotate_columns(&acc, acc[0]);
         }
-        if (r < rows && lane == r % SPREAD) {
+        if (r < team_count && lane == r % SPREAD) {
             softmax[state0 + r * state_pitch] = vec2<f32>(next, sum);
         }
     }

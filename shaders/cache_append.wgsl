@@ -1,21 +1,21 @@
-// Writes the latents and rotary keys of new tokens to their rows of the cache, rotates the keys on the way and the queries
-// in place, in 16-byte loads and stores.
+// Writes latents and rotary keys of new tokens to their cache rows. Rotates the keys on the way and the queries in place, in
+// 16-byte loads and stores.
 //
 //   latents[slots[t], :] = latent[t, :]    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    q_R[t, h] ← RoPE_t(q_R[t, h])
 //
-// RoPE turns the pairs (2i, 2i+1): a layer whose pairs stand half a head apart brings them together when it uploads its weights.
-// In f16 storage finite values beyond ±65504 are stored as ±65504; NaN stays NaN, so that a broken model shows.
-// grid: one workgroup for WORKGROUP / LANES rows, folded into x and y: a row is a token, then one is a head of a token.
+// RoPE rotates the pairs (2i, 2i+1): a layer whose pairs are half a head apart brings them together when it uploads its weights.
+// f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN, so that a broken model shows.
+// grid: one workgroup per WORKGROUP / LANES items, folded into x and y; items are the tokens, then the heads of all tokens.
 //
 // Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64, per cent of the copy kernel: in f16
-// 8 invocations with a row each 76, with keys turned 72; with pack2x16float in place of integers 55, before halves of
-// infinities and NaN were written as bits. f32 84. 8 invocations that share a row: 23 in f16, 73 in f32. Not run on a GPU yet.
+// 8 invocations with an item each 76, with rotation 72; with pack2x16float in place of integers 55, before halves of
+// infinities and NaN were written as bits. f32 84. 8 invocations that share an item: 23 in f16, 73 in f32. Not run on a GPU yet.
 
 override STORAGE_F16: u32 = 0u;
-override ROTATE: u32 = 0u;       // 1: keys and queries are turned
+override ROTATE: u32 = 0u;       // 1: keys and queries are rotated
 override WORKGROUP: u32 = 64u;
-override LANES: u32 = 16u;       // invocations that share a row; a power of two
-override INTEGERS: u32 = 0u;     // 1: halves are rounded in integers
+override LANES: u32 = 16u;       // invocations that share an item; a power of two
+override INTEGERS: u32 = 0u;     // 1: integer arithmetic rounds halves
 // 16-byte loads for one store.
 override LOADS: u32 = 1u + STORAGE_F16;
 
@@ -23,7 +23,7 @@ struct Params {
     tokens: u32,
     d_latent: u32,
     latent_offset: u32,
-    latent_row: u32,
+    latent_row: u32,     // elements from one token to the next; rope_row and q_row likewise
     latent_words: u32,   // words of a latent cache row
     d_rope: u32,
     rope_offset: u32,
@@ -40,13 +40,13 @@ struct Params {
 @group(0) @binding(1) var<storage, read> latent: array<vec4<f32>>;        // (latent_offset + t·latent_row + i) / 4
 @group(0) @binding(2) var<storage, read> rope_key: array<vec4<f32>>;      // (rope_offset + t·rope_row + i) / 4
 @group(0) @binding(3) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, d_rope / 4] (cos, sin) of two pairs
-@group(0) @binding(4) var<storage, read> slots: array<u32>;               // [tokens] rows of the cache
+@group(0) @binding(4) var<storage, read> slots: array<u32>;               // [tokens] cache rows
 @group(0) @binding(5) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, latent_words] / 4, [cache rows, rope_words] / 4
 @group(0) @binding(6) var<storage, read_write> q: array<vec4<f32>>;       // (q_offset + t·q_row + h·q_head + i) / 4
 
-// Two halves in a word. Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since
-// compilers take `v != v` for false, and written as bits, since WGSL leaves open what pack2x16float makes of them: one driver
-// takes infinities for NaN and lets a NaN reach the other half.
+// Two halves in a word; finite values beyond f16 become its largest. NaN and infinities stay what they are. Bits tell them apart,
+// since compilers take `v != v` for false, and bits are written, since WGSL leaves pack2x16float of them open: one driver takes
+// infinities for NaN and lets a NaN reach the other half.
 fn pack(a: f32, b: f32) -> u32 {
     let v = vec2<f32>(a, b);
     let bits = bitcast<vec2<u32>>(v);
@@ -58,16 +58,16 @@ fn pack(a: f32, b: f32) -> u32 {
     return packed | odd.x | (odd.y << 16u);
 }
 
-// Four halves in the low bits of words: what `pack` does where the driver rounds as IEEE 754 says, to the nearest and ties to
-// even, in integers, which is faster where it has no instruction for it.
+// Four halves in the low bits of words, by integer arithmetic: what `pack` gives where the driver rounds as IEEE 754 says, to
+// nearest and ties to even. Faster where the device has no instruction for it.
 fn halves_of(v: vec4<f32>) -> vec4<u32> {
     let bits = bitcast<vec4<u32>>(v);
     let size = bits & vec4<u32>(0x7fffffffu);
-    // Of the largest exponent: infinity, or not a number.
+    // The largest exponent: infinity or NaN.
     let odd = vec4<u32>(0x7c00u) | min(size - vec4<u32>(0x7f800000u), vec4<u32>(0x200u));
-    // Below 2^-14: 0.5 and the value have the last place of the smallest half in common, and their sum is rounded to even.
+    // Below 2^-14: the last place of 0.5 in f32 is that of the smallest half, so the addition rounds to even.
     let small = bitcast<vec4<u32>>(bitcast<vec4<f32>>(size) + vec4<f32>(0.5)) - vec4<u32>(0x3f000000u);
-    // Half a last place, less the smallest step where the last place is even: what lies between goes to the even one.
+    // Half a last place, less the smallest step where the last place is even: ties go to even.
     let up = vec4<u32>(0xfffu) + ((size >> vec4<u32>(13u)) & vec4<u32>(1u));
     let normal = min((size - vec4<u32>(0x38000000u) + up) >> vec4<u32>(13u), vec4<u32>(0x7bffu));
     let finite = select(normal, small, size < vec4<u32>(0x38800000u));
@@ -87,18 +87,18 @@ fn stored(v: vec4<f32>, more: vec4<f32>) -> vec4<u32> {
     return bitcast<vec4<u32>>(v);
 }
 
-// Pairs (x, y) and (z, w), turned by (cos, sin, cos, sin).
-fn turned(v: vec4<f32>, turn: vec4<f32>) -> vec4<f32> {
-    return v.xxzz * turn + v.yyww * turn.yxwz * vec4<f32>(-1.0, 1.0, -1.0, 1.0);
+// Pairs (x, y) and (z, w), rotated by (cos, sin, cos, sin).
+fn rotated(v: vec4<f32>, by: vec4<f32>) -> vec4<f32> {
+    return v.xxzz * by + v.yyww * by.yxwz * vec4<f32>(-1.0, 1.0, -1.0, 1.0);
 }
 
-// Vector i of a token's key, turned.
+// Vector i of a token's key, rotated.
 fn key(token: u32, i: u32) -> vec4<f32> {
     let v = rope_key[(params.rope_offset + token * params.rope_row) / 4u + i];
     if (ROTATE == 0u) {
         return v;
     }
-    return turned(v, rotations[token * (params.d_rope / 4u) + i]);
+    return rotated(v, rotations[token * (params.d_rope / 4u) + i]);
 }
 
 // Latent and rotary key of a token.
@@ -129,9 +129,9 @@ fn append(token: u32, part: u32) {
 // Rotary part of one head, in place.
 fn rotate_head(token: u32, head: u32, part: u32) {
     let base = (params.q_offset + token * params.q_row + head * params.q_head) / 4u;
-    let turns = token * (params.d_rope / 4u);
+    let rotation = token * (params.d_rope / 4u);
     for (var i = part; i < params.d_rope / 4u; i += LANES) {
-        q[base + i] = turned(q[base + i], rotations[turns + i]);
+        q[base + i] = rotated(q[base + i], rotations[rotation + i]);
     }
 }
 
@@ -141,13 +141,13 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
+    let item = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
     let part = lane % LANES;
-    if (row < params.tokens) {
-        append(row, part);
+    if (item < params.tokens) {
+        append(item, part);
         return;
     }
-    let head = row - params.tokens;
+    let head = item - params.tokens;
     if (head < params.tokens * params.q_heads) {
         rotate_head(head / params.q_heads, head % params.q_heads, part);
     }

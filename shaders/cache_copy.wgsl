@@ -1,8 +1,8 @@
-// Copies words within one buffer: the rows of one sequence of a cache to another's. The ranges do not overlap.
+// Copies words within one buffer: cache rows of one sequence to another. The ranges do not overlap.
 //
 //   cache[to + i] = cache[from + i],  i < words
 //
-// grid: one invocation a word, folded into x and y.
+// grid: one invocation per word, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 

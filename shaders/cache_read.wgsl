@@ -1,12 +1,12 @@
-// Reads a tile of cached latents, with their cache rows and the gate embeddings of their token ids, for the kernels that rebuild
-// keys and values.
+// Reads a tile of cached latents, their cache rows, and the gate embeddings of their token ids, for the kernels that rebuild keys
+// and values.
 //
-// The sequences of a step stand one after another in one row numbering; each begins at `sequences[s].first_row`, a multiple of
-// the split length, so rows past a sequence's end exist: they read as latent 0, embedding 0 and slot u32 max.
+// The step's row numbering counts the cache rows of its sequences, one sequence after another. Each begins at its first_row, a
+// multiple of the split length, so there are numbers past a sequence's end: these read as latent 0, embedding 0, slot u32 max.
 //
 //   latent[r, :] = latent_cache[slot(first_row + r), :]    embedding[r, :] = gate_embedding[id_cache[slot(first_row + r)], :]
 //
-// grid: one invocation an element of a row of latent and one of embedding, folded into x and y.
+// grid: one invocation per element of latent and of embedding, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
 override TABLE_F16: u32 = 0u;
@@ -19,7 +19,7 @@ struct Params {
     latent_pitch: u32,    // elements of a latent cache row
     n_sequence: u32,
     d_gate: u32,          // 0: no embeddings
-    table_row: u32,       // elements from one row of gate_embedding to the next
+    table_row: u32,       // elements from one embedding to the next
 }
 
 // A line of the sequence table.

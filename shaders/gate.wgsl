@@ -4,14 +4,13 @@
 //   y = (z − μ) · ρ · weight + bias
 //   layer_norm: μ = mean(z), ρ = 1/√(var(z) + eps)   rms_norm: μ = 0, ρ = 1/√(mean(z²) + eps)   none: y = z, μ = 0, ρ = 1
 //
-// A row is blocks of two parts, keys and values of a head say. Padding at the end of a part is 0 in x, weight and bias, and
-// does not count. One pass updates mean and spread vector by vector and then joins them across lanes, so that nothing
-// cancels as it does in E[z²] − mean².
-// grid: one workgroup for WORKGROUP / LANES · ROWS rows, folded into x and y.
+// A row is blocks of two parts, say keys and values of a head. Padding at the end of a part is 0 in x, weight and bias; the norm
+// does not count it. One pass updates mean and spread vector by vector, then joins them across lanes: E[z²] − mean² would cancel.
+// grid: one workgroup per WORKGROUP / LANES · ROWS rows, folded into x and y.
 //
 // Results, interleaved runs on lavapipe (2 cores), 1024 × 1536 in f32, sigmoid and layer_norm, per cent of the copy kernel:
-// 8 invocations with 4 rows each 73, with z computed again 53; with one row each 63. z in an array of the
-// invocation's own is slower than z computed again. Not run on a GPU yet.
+// 8 invocations with 4 rows each 73, with z computed again 53; with one row each 63. z in a private array is slower than z
+// computed again. Not run on a GPU yet.
 
 override STORAGE_F16: u32 = 0u;
 override ACTIVATION: u32 = 0u;         // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
@@ -20,7 +19,7 @@ override WRITE_STATISTICS: u32 = 0u;
 override PADDED: u32 = 0u;             // 1: parts end with padding
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 64u;             // invocations that share a row; a power of two
-override ROWS: u32 = 1u;               // rows of an invocation, which share its loads of weight and bias: 1 or 4
+override ROWS: u32 = 1u;               // rows per invocation, which share loads of weight and bias: 1 or 4
 override STASH: u32 = 0u;              // 1: the second pass finds z in y; 0: it computes z again
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 
@@ -42,14 +41,14 @@ struct Params {
 @group(0) @binding(2) var<storage, read> g: array<vec4<f32>>;                  // [rows, width] / 4
 @group(0) @binding(3) var<storage, read> weight: array<vec4<u32>>;             // [width] / 4, f16: / 8
 @group(0) @binding(4) var<storage, read> bias: array<vec4<u32>>;               // [width] / 4, f16: / 8
-@group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [rows] row of statistics; u32 max: none
+@group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [rows] where in statistics; u32 max: nowhere
 @group(0) @binding(6) var<storage, read_write> y: array<vec4<f32>>;            // [rows, width] / 4
 @group(0) @binding(7) var<storage, read_write> statistics: array<vec2<f32>>;   // [slots] (μ, ρ)
 
-// (elements, mean, squared distances from it) of each invocation's part of a row.
+// (elements, mean, squared distances from it) per invocation.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
 
-// Four elements of a tensor in f32 or f16 storage, of the load that holds vector i.
+// Vector i of a tensor in f32 or f16 storage, given the load that holds it.
 fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         let words = select(load.xy, load.zw, (i & 1u) == 1u);
@@ -63,14 +62,14 @@ fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
-// Elements, mean and squared distances of two sets together.
+// (elements, mean, squared distances) of the union of two sets.
 fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
     let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
     let apart = b.y - a.y;
     return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
 }
 
-// Those of all invocations of a row.
+// Those of the LANES invocations that share a row or a token, together.
 fn joined_lanes(lane: u32, own: vec4<f32>) -> vec4<f32> {
     if (LANES == 1u) {
         return own;
@@ -111,12 +110,12 @@ fn activate_four(v: vec4<f32>) -> vec4<f32> {
     }
 }
 
-// Vector i of z, of a row that begins at `x_base` in x and at `base` in g.
+// Vector i of z; the row begins at `x_base` in x and at `base` in g.
 fn gated(x_base: u32, base: u32, i: u32) -> vec4<f32> {
     return x[x_base + i] * activate_four(g[base + i]);
 }
 
-// Elements of vector i of a row that are no padding.
+// How many elements of vector i are no padding.
 fn used_of(i: u32) -> u32 {
     let at = 4u * i % params.block;
     let is_second = at >= params.first;
@@ -125,12 +124,12 @@ fn used_of(i: u32) -> u32 {
     return min(max(used, before) - before, 4u);
 }
 
-// Moments of one element, or its square alone.
+// (elements, mean, squared distances) of one element; of its square alone without `centred`.
 fn moments_of(v: f32, centred: bool) -> vec4<f32> {
     return select(vec4<f32>(1.0, 0.0, v * v, 0.0), vec4<f32>(1.0, v, 0.0, 0.0), centred);
 }
 
-// Moments of the first `count` elements of a vector, at most 3.
+// Those of the first `count` elements of a vector, at most 3.
 fn moments_of_cut(v: vec4<f32>, count: u32, centred: bool) -> vec4<f32> {
     var all = vec4<f32>(0.0);
     if (count > 0u) {
@@ -148,11 +147,11 @@ fn moments_of_cut(v: vec4<f32>, count: u32, centred: bool) -> vec4<f32> {
 // First pass over a row: μ and ρ.
 fn measured(lane: u32, row: u32) -> vec2<f32> {
     let part = lane % LANES;
-    // Past the last row, and without a norm, there is nothing to measure, but there are barriers to meet.
+    // Past the last row, and without a norm, there is nothing to measure, but the barriers need every invocation.
     let vectors = select(0u, params.width / 4u, row < params.rows && NORM != 2u);
     let x_base = (params.x_offset + row * params.x_row) / 4u;
     let base = row * (params.width / 4u);
-    // A component for every fourth element.
+    // One component per fourth element.
     var count = 0.0;
     var mean = vec4<f32>(0.0);
     var squares = vec4<f32>(0.0);

@@ -2,9 +2,9 @@
 //
 //   y[targets[r], n] = Σ_k gate_b_proj[n, k] · gate_embedding[ids[r], k]
 //
-// Without ids, row r is that of id first_id + r; without targets it goes to row r. u32 max, as an id, leaves a row out. Rows of
-// y are padded with zeros to 16 bytes. In f16 storage finite values beyond ±65504 are stored as ±65504; NaN stays NaN.
-// grid: (⌈width / (4 · WORKGROUP)⌉, ⌈rows / 4⌉ folded into y and z); an invocation owns four columns of four rows.
+// Without ids, entry r is id first_id + r; without targets it goes to gate row r. An id of u32 max leaves an entry out. Gate rows
+// are padded with zeros to 16 bytes. f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN.
+// grid: (⌈width / (4 · WORKGROUP)⌉, ⌈rows / 4⌉ folded into y and z); each invocation owns four columns of four entries.
 
 override STORAGE_F16: u32 = 0u;   // table and projection
 override Y_F16: u32 = 0u;
@@ -15,25 +15,25 @@ override WORKGROUP: u32 = 64u;
 const NO_ROW: u32 = 0xffffffffu;
 
 struct Params {
-    rows: u32,
+    rows: u32,         // entries
     width: u32,
-    gate_pitch: u32,      // vec4s of a row of gate_embedding and of gate_b_proj
-    y_words: u32,    // words of a row of y
+    gate_pitch: u32,   // vec4s of an embedding, and of an output of gate_b_proj
+    y_words: u32,      // words of a gate row
     first_id: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> gate_embedding: array<vec4<u32>>;   // [vocab, pitch]
-@group(0) @binding(2) var<storage, read> gate_b_proj: array<vec4<u32>>;      // [width, pitch]
+@group(0) @binding(1) var<storage, read> gate_embedding: array<vec4<u32>>;   // [vocab, gate_pitch]
+@group(0) @binding(2) var<storage, read> gate_b_proj: array<vec4<u32>>;      // [width, gate_pitch]
 @group(0) @binding(3) var<storage, read> ids: array<u32>;                    // [rows]
 @group(0) @binding(4) var<storage, read> targets: array<u32>;                // [rows]
-@group(0) @binding(5) var<storage, read_write> y: array<u32>;                // [rows of y, y_words]
+@group(0) @binding(5) var<storage, read_write> y: array<u32>;                // [gate rows, y_words]
 
 fn halves(low: u32, high: u32) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
 }
 
-// Products of 16 bytes of a weight row with those of four table rows.
+// Products of 16 bytes of an output with those of four embeddings.
 fn products(w: vec4<u32>, e0: vec4<u32>, e1: vec4<u32>, e2: vec4<u32>, e3: vec4<u32>) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         let low = halves(w.x, w.y);
@@ -54,9 +54,9 @@ fn products(w: vec4<u32>, e0: vec4<u32>, e1: vec4<u32>, e2: vec4<u32>, e3: vec4<
     );
 }
 
-// Two halves in a word. Beyond f16: its largest value. NaN and infinities stay what they are; they are told by their bits, since
-// compilers take `v != v` for false, and written as bits, since WGSL leaves open what pack2x16float makes of them: one driver
-// takes infinities for NaN and lets a NaN reach the other half.
+// Two halves in a word; finite values beyond f16 become its largest. NaN and infinities stay what they are. Bits tell them apart,
+// since compilers take `v != v` for false, and bits are written, since WGSL leaves pack2x16float of them open: one driver takes
+// infinities for NaN and lets a NaN reach the other half.
 fn pack(a: f32, b: f32) -> u32 {
     let v = vec2<f32>(a, b);
     let bits = bitcast<vec2<u32>>(v);
@@ -68,31 +68,31 @@ fn pack(a: f32, b: f32) -> u32 {
     return packed | odd.x | (odd.y << 16u);
 }
 
-// Id of a row; u32 max for one that is left out.
-fn id_of(row: u32) -> u32 {
-    if (row >= params.rows) {
+// Id of an entry; u32 max for one that is left out.
+fn id_of(entry: u32) -> u32 {
+    if (entry >= params.rows) {
         return NO_ROW;
     }
     if (HAS_IDS == 1u) {
-        return ids[row];
+        return ids[entry];
     }
-    return params.first_id + row;
+    return params.first_id + entry;
 }
 
-// Table row of an id; any will do for one that is left out.
-fn table_row(id: u32) -> u32 {
+// Where the embedding of an id begins; any will do for an entry that is left out.
+fn embedding_of(id: u32) -> u32 {
     return select(id * params.gate_pitch, 0u, id == NO_ROW);
 }
 
-fn store(row: u32, id: u32, column: u32, value: vec4<f32>) {
+fn store(entry: u32, id: u32, column: u32, value: vec4<f32>) {
     if (id == NO_ROW) {
         return;
     }
-    var to = row;
+    var to = entry;
     if (HAS_TARGETS == 1u) {
-        to = targets[row];
+        to = targets[entry];
     }
-    // Columns past the end are the padding.
+    // Columns past the end are padding.
     let inside = vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.width);
     let v = select(vec4<f32>(0.0), value, inside);
     if (Y_F16 == 1u) {
@@ -114,13 +114,13 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = (group.z * groups.y + group.y) * 4u;
+    let entry = (group.z * groups.y + group.y) * 4u;
     let column = (group.x * WORKGROUP + lane) * 4u;
     let columns = params.y_words * select(1u, 2u, Y_F16 == 1u);
-    let id0 = id_of(row);
-    let id1 = id_of(row + 1u);
-    let id2 = id_of(row + 2u);
-    let id3 = id_of(row + 3u);
+    let id0 = id_of(entry);
+    let id1 = id_of(entry + 1u);
+    let id2 = id_of(entry + 2u);
+    let id3 = id_of(entry + 3u);
     if (column >= columns || (id0 & id1 & id2 & id3) == NO_ROW) {
         return;
     }
@@ -130,11 +130,11 @@ fn main(
     let w1 = min(column + 1u, last) * params.gate_pitch;
     let w2 = min(column + 2u, last) * params.gate_pitch;
     let w3 = min(column + 3u, last) * params.gate_pitch;
-    let t0 = table_row(id0);
-    let t1 = table_row(id1);
-    let t2 = table_row(id2);
-    let t3 = table_row(id3);
-    // A component a row.
+    let t0 = embedding_of(id0);
+    let t1 = embedding_of(id1);
+    let t2 = embedding_of(id2);
+    let t3 = embedding_of(id3);
+    // One component per entry.
     var a0 = vec4<f32>(0.0);
     var a1 = vec4<f32>(0.0);
     var a2 = vec4<f32>(0.0);
@@ -149,8 +149,8 @@ fn main(
         a2 += products(gate_b_proj[w2 + k], e0, e1, e2, e3);
         a3 += products(gate_b_proj[w3 + k], e0, e1, e2, e3);
     }
-    store(row, id0, column, vec4<f32>(a0.x, a1.x, a2.x, a3.x));
-    store(row + 1u, id1, column, vec4<f32>(a0.y, a1.y, a2.y, a3.y));
-    store(row + 2u, id2, column, vec4<f32>(a0.z, a1.z, a2.z, a3.z));
-    store(row + 3u, id3, column, vec4<f32>(a0.w, a1.w, a2.w, a3.w));
+    store(entry, id0, column, vec4<f32>(a0.x, a1.x, a2.x, a3.x));
+    store(entry + 1u, id1, column, vec4<f32>(a0.y, a1.y, a2.y, a3.y));
+    store(entry + 2u, id2, column, vec4<f32>(a0.z, a1.z, a2.z, a3.z));
+    store(entry + 3u, id3, column, vec4<f32>(a0.w, a1.w, a2.w, a3.w));
 }

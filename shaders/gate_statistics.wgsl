@@ -2,13 +2,13 @@
 //
 //   z = kv ⊙ act(g)    layer_norm: μ = mean(z), ρ = 1/√(var(z) + eps)    rms_norm: μ = 0, ρ = 1/√(mean(z²) + eps)
 //
-// A row is blocks of two parts, keys and values of a head; padding at the end of a part does not count. One pass updates mean
-// and spread element by element and then joins them across lanes, as in norm.
-// grid: one workgroup for WORKGROUP / LANES tokens, folded into x and y.
+// The keys and values of a token are blocks of two parts, keys and values of a head. The norm does not count the padding at the
+// end of a part. One pass updates mean and spread element by element, then joins them across lanes, as in norm.
+// grid: one workgroup per WORKGROUP / LANES tokens, folded into x and y.
 
 override GATES_F16: u32 = 0u;     // gates
 override MORE_F16: u32 = 0u;      // gates_more
-override SOURCES: u32 = 0u;       // of gate rows: 0 gates and gates_more, 1 gates alone, 2 gates_more alone
+override SOURCES: u32 = 0u;       // of gate rows: 0 gates and gates_more, 1 gates only, 2 gates_more only
 override ACTIVATION: u32 = 0u;    // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;          // 0 layer_norm, 1 rms_norm
 override PADDED: u32 = 0u;        // 1: parts end with padding
@@ -21,27 +21,27 @@ const NO_ROW: u32 = 0xffffffffu;
 struct Params {
     tokens: u32,
     width: u32,         // padding included
-    used: u32,          // elements of a row without padding
+    used: u32,          // elements of a token without padding
     first: u32,         // elements of a block's first part, padding included
     block: u32,         // of both parts
     first_used: u32,    // elements of a block's first part without padding
     second_used: u32,
-    gate_pitch: u32,    // elements of a row of `gates`
-    more_pitch: u32,    // elements of a row of `gates_more`
-    resident: u32,      // rows of `gates`; rows from here on are those of `gates_more`
-    more_first: u32,    // row of `gates_more` of token 0, where its row is not resident
+    gate_pitch: u32,    // elements of a gate row in `gates`
+    more_pitch: u32,    // elements of a gate row in `gates_more`
+    resident: u32,      // gate rows in `gates`; those from here on are in `gates_more`
+    more_first: u32,    // gate row in `gates_more` of token 0; token t without a resident one has more_first + t
     eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> kv: array<f32>;                       // [tokens, width]
 @group(0) @binding(2) var<storage, read> gates: array<u32>;                    // [resident, gate_pitch], before the activation
-@group(0) @binding(3) var<storage, read> gates_more: array<u32>;               // [more rows, more_pitch]
-@group(0) @binding(4) var<storage, read> rows: array<u32>;                     // [tokens] gate row; u32 max: row more_first + t of gates_more
-@group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [tokens] rows of the cache
+@group(0) @binding(3) var<storage, read> gates_more: array<u32>;               // [more gate rows, more_pitch]
+@group(0) @binding(4) var<storage, read> rows: array<u32>;                     // [tokens] resident gate row; u32 max: none
+@group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [tokens] cache rows
 @group(0) @binding(6) var<storage, read_write> statistics: array<vec2<f32>>;   // [cache rows] (μ, ρ)
 
-// (elements, mean, squared distances from it) of each invocation's part of a token.
+// (elements, mean, squared distances from it) per invocation.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
 
 // Element i of `gates`.
@@ -62,14 +62,14 @@ fn more_at(i: u32) -> f32 {
     return bitcast<f32>(gates_more[i]);
 }
 
-// Elements, mean and squared distances of two sets together.
+// (elements, mean, squared distances) of the union of two sets.
 fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
     let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
     let apart = b.y - a.y;
     return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
 }
 
-// Those of all invocations of a row.
+// Those of the LANES invocations that share a row or a token, together.
 fn joined_lanes(lane: u32, own: vec4<f32>) -> vec4<f32> {
     if (LANES == 1u) {
         return own;
@@ -114,11 +114,11 @@ fn activate(v: f32) -> f32 {
 }
 
 // Element i of a gate row, activated.
-fn gate_of(row: u32, i: u32) -> f32 {
-    if (SOURCES == 1u || (SOURCES == 0u && row < params.resident)) {
-        return activate(gate_at(row * params.gate_pitch + i));
+fn gate_of(gate_row: u32, i: u32) -> f32 {
+    if (SOURCES == 1u || (SOURCES == 0u && gate_row < params.resident)) {
+        return activate(gate_at(gate_row * params.gate_pitch + i));
     }
-    return activate(more_at((row - params.resident) * params.more_pitch + i));
+    return activate(more_at((gate_row - params.resident) * params.more_pitch + i));
 }
 
 fn is_padding(i: u32) -> bool {
@@ -137,20 +137,20 @@ fn main(
 ) {
     let part = lane % LANES;
     let token = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
-    // Past the last token there is nothing to do, but barriers to meet.
+    // Past the last token there is nothing to do, but the barriers need every invocation.
     let known = token < params.tokens;
     let width = select(0u, params.width, known);
     let base = token * params.width;
-    var row = 0u;
+    var gate_row = 0u;
     if (known) {
-        row = select(rows[token], params.resident + params.more_first + token, rows[token] == NO_ROW);
+        gate_row = select(rows[token], params.resident + params.more_first + token, rows[token] == NO_ROW);
     }
     var own = vec4<f32>(0.0);
     for (var i = part; i < width; i += LANES) {
         if (PADDED == 1u && is_padding(i)) {
             continue;
         }
-        let z = kv[base + i] * gate_of(row, i);
+        let z = kv[base + i] * gate_of(gate_row, i);
         let apart = z - own.y;
         own.x += 1.0;
         if (NORM == 0u) {

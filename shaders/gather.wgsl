@@ -1,9 +1,9 @@
-// Rows of an embedding table by token id.
+// Embeddings by token id.
 //
-//   y[r, :] = table[ids[r], :]        u32 max, as an id, gives zeros
+//   y[r, :] = table[ids[r], :]        an id of u32 max gives zeros
 //
 // The host has checked every other id against the vocabulary.
-// grid: one invocation an element of y, folded into x and y.
+// grid: one invocation per element of y, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
 override WORKGROUP: u32 = 64u;
@@ -11,7 +11,7 @@ override WORKGROUP: u32 = 64u;
 struct Params {
     rows: u32,
     width: u32,
-    table_row: u32,   // elements from one row of the table to the next
+    table_row: u32,   // elements from one embedding to the next
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -40,11 +40,11 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = (group.y * groups.x + group.x) * WORKGROUP + lane;
-    let row = index / params.width;
-    if (row >= params.rows) {
+    let entry = index / params.width;
+    if (entry >= params.rows) {
         return;
     }
-    let id = ids[row];
+    let id = ids[entry];
     if (id == 0xffffffffu) {
         y[index] = 0.0;
         return;

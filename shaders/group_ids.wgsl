@@ -1,10 +1,10 @@
-// Token ids whose gate rows a pass has to project: those of its groups, in the step's numbering, then those of new tokens.
+// Token ids whose gate rows a pass projects: those of its groups, in the step's numbering, then those of the new tokens.
 //
-//   ids[r] = id of group first_group + r   where its header names no resident row
-//   ids[groups + t] = token_ids[t]           where token_rows[t] is no resident row
-//   and u32 max everywhere else: padding, groups that are resident
+//   ids[r] = id of group first_group + r    where its header names no resident gate row
+//   ids[groups + t] = token_ids[t]          where token_rows[t] is no resident gate row
+//   u32 max everywhere else: padding, and groups with a resident gate row
 //
-// grid: one invocation an entry, folded into x and y.
+// grid: one invocation per element of ids, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 
@@ -21,10 +21,10 @@ const SEQUENCE_FIRST_GROUP: u32 = 10u;
 
 struct Params {
     tokens: u32,
-    first_group: u32,    // first group, in the step's numbering
-    groups: u32,         // groups
+    first_group: u32,   // in the step's numbering
+    groups: u32,
     n_sequence: u32,
-    table: u32,        // first word of the sequence table in `lists`
+    table: u32,         // first word of the sequence table in `lists`
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -48,7 +48,7 @@ fn line_of(field: u32, value: u32) -> u32 {
     return params.table + low * SEQUENCE_WORDS;
 }
 
-// Id of a group without a resident row; u32 max for the padding behind a sequence's groups and for any other group.
+// Id of a group without a resident gate row; u32 max for any other, and for the padding behind the groups of a sequence.
 fn id_of_group(number: u32) -> u32 {
     let line = line_of(SEQUENCE_FIRST_GROUP, number);
     let group = number - lists[line + SEQUENCE_FIRST_GROUP];

@@ -1,9 +1,9 @@
-// Matrix product with a tile of y per workgroup, for many rows.
+// Matrix product with a tile of y per workgroup, for many matrix rows.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
 // Any strides: w is [cols, inner] as checkpoints store it (w_col = inner, w_inner = 1), or transposed (w_col = 1).
-// grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); an invocation owns 4 × 4 elements of y, WG_Y rows and WG_X columns apart.
+// grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); each invocation owns 4 × 4 elements of y, WG_Y and WG_X apart.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
@@ -12,14 +12,14 @@ override WG_Y: u32 = 16u;
 override TILE_K: u32 = 16u;
 override TILE_M: u32 = WG_Y * 4u;
 override TILE_N: u32 = WG_X * 4u;
-// One element of padding a row of k: the transposing store would hit one bank otherwise.
+// One element of padding per k: the transposing store would hit one bank otherwise.
 override PITCH_M: u32 = TILE_M + 1u;
 override PITCH_N: u32 = TILE_N + 1u;
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -58,7 +58,7 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -80,20 +80,20 @@ fn main(
     }
     let lane = local.y * WG_X + local.x;
     let lanes = WG_X * WG_Y;
-    let row0 = work.y * TILE_M;
-    let col0 = work.x * TILE_N;
+    let m0 = work.y * TILE_M;
+    let n0 = work.x * TILE_N;
     let x_base = params.x_offset + work.z * params.x_batch;
     let w_base = params.w_offset + work.z * params.w_batch;
 
-    // acc[i][j] is row row0 + local.y + i·WG_Y, column col0 + local.x + j·WG_X.
+    // acc[i][j] is y[m0 + local.y + i·WG_Y, n0 + local.x + j·WG_X].
     var acc: array<vec4<f32>, 4>;
     for (var k0 = 0u; k0 < params.inner; k0 += TILE_K) {
         for (var e = lane; e < TILE_K * TILE_M; e += lanes) {
             let k = e % TILE_K;
             let m = e / TILE_K;
             var value = 0.0;
-            if (k0 + k < params.inner && row0 + m < params.rows) {
-                value = x[x_base + (row0 + m) * params.x_row + k0 + k];
+            if (k0 + k < params.inner && m0 + m < params.rows) {
+                value = x[x_base + (m0 + m) * params.x_row + k0 + k];
             }
             sh_x[k * PITCH_M + m] = value;
         }
@@ -101,8 +101,8 @@ fn main(
             let k = e % TILE_K;
             let n = e / TILE_K;
             var value = 0.0;
-            if (k0 + k < params.inner && col0 + n < params.cols) {
-                let i = w_base + (col0 + n) * params.w_col + (k0 + k) * params.w_inner;
+            if (k0 + k < params.inner && n0 + n < params.cols) {
+                let i = w_base + (n0 + n) * params.w_col + (k0 + k) * params.w_inner;
                 value = decode(w[index_of(i)], i);
             }
             sh_w[k * PITCH_N + n] = value;
@@ -121,15 +121,15 @@ fn main(
     }
 
     for (var i = 0u; i < 4u; i++) {
-        let row = row0 + local.y + i * WG_Y;
+        let m = m0 + local.y + i * WG_Y;
         for (var j = 0u; j < 4u; j++) {
-            let col = col0 + local.x + j * WG_X;
-            if (row < params.rows && col < params.cols) {
+            let n = n0 + local.x + j * WG_X;
+            if (m < params.rows && n < params.cols) {
                 var value = acc[i][j];
                 if (HAS_BIAS == 1u) {
-                    value += decode(bias[index_of(col)], col);
+                    value += decode(bias[index_of(n)], n);
                 }
-                y[params.y_offset + work.z * params.y_batch + row * params.y_row + col] = value;
+                y[params.y_offset + work.z * params.y_batch + m * params.y_row + n] = value;
             }
         }
     }

@@ -3,19 +3,19 @@
 //   y[b, m, n] = Σ_k f16(x[b, m, k]) · w[b, n, k] + bias[n]
 //
 // grid: (⌈cols / TILE⌉, ⌈rows / TILE⌉, batch); four subgroups own a quarter of a tile each, FRAGMENTS × FRAGMENTS matrices of y.
-// Any further subgroups repeat a quarter, and store the same: matrices want control flow that all of a workgroup share.
+// Further subgroups repeat a quarter, and store the same: matrices need control flow that is uniform in the workgroup.
 // A tile is 128 × 128 with 16 k staged at once, or 64 × 64 with 32.
-// Rows of x and w begin on 16-byte boundaries and are whole numbers of 8 elements.
+// Matrix rows of x and w begin on 16-byte boundaries and are whole numbers of 8 elements.
 //
 // By reasoning, since no adapter here has these matrices (with 8 for 16 and half the tiles this is right on lavapipe). 40 % of
-// what a vendor's library reaches on an H100, some 700 TFLOP/s, is 580 multiply-adds a cycle and multiprocessor: a step of
+// what a vendor's library reaches on an H100, some 700 TFLOP/s, is 580 multiply-adds per cycle and multiprocessor: a step of
 // 16 k of a 128 × 128 tile, 262 144 of them, may take 450 cycles.
-// - 8 matrices loaded from workgroup memory feed 16 multiply-adds: 16 KiB a step, 128 cycles at 128 bytes a cycle.
-// - a step reads 12 KiB of storage, 8 of x, which is f32, and 4 of w: 27 bytes a cycle, within what the L2 gives a
+// - 8 matrices loaded from workgroup memory serve 16 multiply-adds: 16 KiB per step, 128 cycles at 128 bytes per cycle.
+// - a step reads 12 KiB of storage, 8 of x, which is f32, and 4 of w: 27 bytes per cycle, within what the L2 gives a
 //   multiprocessor. The smaller tile needs twice that; a larger one does not fit 16 KiB.
 // - the next step's loads are in flight while this one multiplies, in 24 registers beside 128 of sums: two workgroups of 128
-//   fit a multiprocessor, and the barriers of one hide behind the products of the other.
-// - staged rows are 48 or 80 bytes apart: 8 of them meet each of 32 banks once with 16 bytes.
+//   fit a multiprocessor, and the products of one hide the barriers of the other.
+// - staged matrix rows are 48 or 80 bytes apart: 16 bytes of 8 of them use each of 32 banks once.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -25,7 +25,7 @@ override WORKGROUP: u32 = 128u;                  // four subgroups or more
 override FRAGMENTS: u32 = 4u;                    // matrices along each side of a subgroup's tile: 4 or 2
 override TILE: u32 = FRAGMENTS * 32u;
 override TILE_K: u32 = 64u / FRAGMENTS;
-override QUADS: u32 = TILE_K / 4u;               // fours of a staged row; a tile has 512
+override QUADS: u32 = TILE_K / 4u;               // k staged at once, in fours; a tile has 512
 override PITCH: u32 = QUADS + 2u;
 
 const SIDE: u32 = 16u;
@@ -37,9 +37,9 @@ alias Right = coop_mat16x16<f16, B>;
 alias Sums = coop_mat16x16<f32, C>;
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -61,24 +61,24 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<f16>;        // [cols]
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
 
-var<workgroup> sh_x: array<vec4<f16>, TILE * PITCH>;  // [row, k]
-var<workgroup> sh_w: array<vec4<f16>, TILE * PITCH>;  // [column, k]
-var<workgroup> sh_y: array<f32, 4u * MATRIX>;    // a matrix of each subgroup's
+var<workgroup> sh_x: array<vec4<f16>, TILE * PITCH>;  // [m, k]
+var<workgroup> sh_w: array<vec4<f16>, TILE * PITCH>;  // [n, k]
+var<workgroup> sh_y: array<f32, 4u * MATRIX>;    // one matrix per subgroup
 
-// Four elements of x for quad e of the tile; 0 past the end of a row. Rows past the last repeat it.
-fn x_quad(e: u32, row0: u32, k0: u32, base: u32) -> vec4<f32> {
+// Four elements of x for quad e of the tile; 0 past the last k. Matrix rows past the last repeat it.
+fn x_quad(e: u32, m0: u32, k0: u32, base: u32) -> vec4<f32> {
     let k = k0 + e % QUADS * 4u;
     if (e < TILE * QUADS && k < params.inner) {
-        return x[(base + min(row0 + e / QUADS, params.rows - 1u) * params.x_row + k) / 4u];
+        return x[(base + min(m0 + e / QUADS, params.rows - 1u) * params.x_row + k) / 4u];
     }
     return vec4<f32>(0.0);
 }
 
 // Of w, likewise.
-fn w_quad(e: u32, col0: u32, k0: u32, base: u32) -> vec4<f16> {
+fn w_quad(e: u32, n0: u32, k0: u32, base: u32) -> vec4<f16> {
     let k = k0 + e % QUADS * 4u;
     if (e < TILE * QUADS && k < params.inner) {
-        return w[(base + min(col0 + e / QUADS, params.cols - 1u) * params.w_col + k) / 4u];
+        return w[(base + min(n0 + e / QUADS, params.cols - 1u) * params.w_col + k) / 4u];
     }
     return vec4<f16>();
 }
@@ -92,29 +92,29 @@ fn stage(e: u32, x_four: vec4<f32>, w_four: vec4<f16>) {
     }
 }
 
-// Each subgroup's j-th column of matrices begins as its bias, a row like the other: or as 0.
-fn begin_column(j: u32, col0: u32, local: u32) {
+// Starts matrices (…, j) of each subgroup: every matrix row is the bias, or 0.
+fn begin_column(j: u32, n0: u32, local: u32) {
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
         var value = 0.0;
         if (HAS_BIAS == 1u) {
-            let col = col0 + (e / MATRIX % 2u * FRAGMENTS + j) * SIDE + e % SIDE;
-            value = f32(bias[min(col, params.cols - 1u)]);
+            let n = n0 + (e / MATRIX % 2u * FRAGMENTS + j) * SIDE + e % SIDE;
+            value = f32(bias[min(n, params.cols - 1u)]);
         }
         sh_y[e] = value;
     }
     workgroupBarrier();
 }
 
-// Writes each subgroup's matrix (i, j).
-fn put(sums: Sums, i: u32, j: u32, row0: u32, col0: u32, base: u32, local: u32, own: u32) {
+// Writes matrix (i, j) of each subgroup.
+fn put(sums: Sums, i: u32, j: u32, m0: u32, n0: u32, base: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_y[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
-        let row = row0 + (e / (2u * MATRIX) * FRAGMENTS + i) * SIDE + e % MATRIX / SIDE;
-        let col = col0 + (e / MATRIX % 2u * FRAGMENTS + j) * SIDE + e % SIDE;
-        if (row < params.rows && col < params.cols) {
-            y[base + row * params.y_row + col] = sh_y[e];
+        let m = m0 + (e / (2u * MATRIX) * FRAGMENTS + i) * SIDE + e % MATRIX / SIDE;
+        let n = n0 + (e / MATRIX % 2u * FRAGMENTS + j) * SIDE + e % SIDE;
+        if (m < params.rows && n < params.cols) {
+            y[base + m * params.y_row + n] = sh_y[e];
         }
     }
     workgroupBarrier();
@@ -127,8 +127,8 @@ fn main(
     @builtin(local_invocation_index) local: u32,
     @builtin(subgroup_id) subgroup: u32,
 ) {
-    // The tile of this workgroup: a grid over 65 535 comes folded into x and y. Values, not variables or a function: naga
-    // must see that every invocation goes on, since matrices are of whole subgroups.
+    // Tile of the workgroup: a grid over 65 535 is folded into x and y. Values, not variables or a function: naga
+    // must see that control flow is uniform, since matrices belong to whole subgroups.
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     let i = group.y * groups.x + group.x;
     let unfolded = vec3<u32>(i % tiles.x, i / tiles.x % tiles.y, i / (tiles.x * tiles.y));
@@ -136,34 +136,34 @@ fn main(
     if (work.z >= params.tiles_z) {
         return;
     }
-    let row0 = work.y * TILE;
-    let col0 = work.x * TILE;
+    let m0 = work.y * TILE;
+    let n0 = work.x * TILE;
     let x_base = params.x_offset + work.z * params.x_batch;
     let w_base = params.w_offset + work.z * params.w_batch;
     let y_base = params.y_offset + work.z * params.y_batch;
-    // Where the rows and the columns of a subgroup's quarter are staged.
+    // Where the matrix rows and columns of a subgroup's quarter are staged.
     let own = subgroup % 4u;
     let own_x = own / 2u * FRAGMENTS * SIDE * PITCH;
     let own_w = own % 2u * FRAGMENTS * SIDE * PITCH;
     let next = SIDE * PITCH;
 
-    // sumIJ: rows I · SIDE, columns J · SIDE of the quarter.
-    begin_column(0u, col0, local);
+    // sumIJ: matrix rows from I · SIDE, columns from J · SIDE of the quarter.
+    begin_column(0u, n0, local);
     var sum00 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum10 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum20 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum30 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    begin_column(1u, col0, local);
+    begin_column(1u, n0, local);
     var sum01 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum11 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum21 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum31 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    begin_column(2u, col0, local);
+    begin_column(2u, n0, local);
     var sum02 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum12 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum22 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum32 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    begin_column(3u, col0, local);
+    begin_column(3u, n0, local);
     var sum03 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum13 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
     var sum23 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
@@ -173,34 +173,34 @@ fn main(
     let e1 = local + WORKGROUP;
     let e2 = local + 2u * WORKGROUP;
     let e3 = local + 3u * WORKGROUP;
-    var x0 = x_quad(e0, row0, 0u, x_base);
-    var x1 = x_quad(e1, row0, 0u, x_base);
-    var x2 = x_quad(e2, row0, 0u, x_base);
-    var x3 = x_quad(e3, row0, 0u, x_base);
-    var w0 = w_quad(e0, col0, 0u, w_base);
-    var w1 = w_quad(e1, col0, 0u, w_base);
-    var w2 = w_quad(e2, col0, 0u, w_base);
-    var w3 = w_quad(e3, col0, 0u, w_base);
+    var x0 = x_quad(e0, m0, 0u, x_base);
+    var x1 = x_quad(e1, m0, 0u, x_base);
+    var x2 = x_quad(e2, m0, 0u, x_base);
+    var x3 = x_quad(e3, m0, 0u, x_base);
+    var w0 = w_quad(e0, n0, 0u, w_base);
+    var w1 = w_quad(e1, n0, 0u, w_base);
+    var w2 = w_quad(e2, n0, 0u, w_base);
+    var w3 = w_quad(e3, n0, 0u, w_base);
     for (var k0 = 0u; k0 < params.inner; k0 += TILE_K) {
         workgroupBarrier();
         stage(e0, x0, w0);
         stage(e1, x1, w1);
         stage(e2, x2, w2);
         stage(e3, x3, w3);
-        // Of subgroups of 8, say.
+        // For small workgroups, as those of subgroups of 8.
         for (var e = local + 4u * WORKGROUP; e < TILE * QUADS; e += WORKGROUP) {
-            stage(e, x_quad(e, row0, k0, x_base), w_quad(e, col0, k0, w_base));
+            stage(e, x_quad(e, m0, k0, x_base), w_quad(e, n0, k0, w_base));
         }
         workgroupBarrier();
-        // In flight while this step multiplies.
-        x0 = x_quad(e0, row0, k0 + TILE_K, x_base);
-        x1 = x_quad(e1, row0, k0 + TILE_K, x_base);
-        x2 = x_quad(e2, row0, k0 + TILE_K, x_base);
-        x3 = x_quad(e3, row0, k0 + TILE_K, x_base);
-        w0 = w_quad(e0, col0, k0 + TILE_K, w_base);
-        w1 = w_quad(e1, col0, k0 + TILE_K, w_base);
-        w2 = w_quad(e2, col0, k0 + TILE_K, w_base);
-        w3 = w_quad(e3, col0, k0 + TILE_K, w_base);
+        // These loads are in flight while this step multiplies.
+        x0 = x_quad(e0, m0, k0 + TILE_K, x_base);
+        x1 = x_quad(e1, m0, k0 + TILE_K, x_base);
+        x2 = x_quad(e2, m0, k0 + TILE_K, x_base);
+        x3 = x_quad(e3, m0, k0 + TILE_K, x_base);
+        w0 = w_quad(e0, n0, k0 + TILE_K, w_base);
+        w1 = w_quad(e1, n0, k0 + TILE_K, w_base);
+        w2 = w_quad(e2, n0, k0 + TILE_K, w_base);
+        w3 = w_quad(e3, n0, k0 + TILE_K, w_base);
         for (var k = 0u; k < QUADS; k += SIDE / 4u) {
             let a0 = coopLoadT<Left>(&sh_x[own_x + k], PITCH);
             let a1 = coopLoadT<Left>(&sh_x[own_x + next + k], PITCH);
@@ -232,22 +232,22 @@ fn main(
     }
     workgroupBarrier();
 
-    put(sum00, 0u, 0u, row0, col0, y_base, local, own);
-    put(sum01, 0u, 1u, row0, col0, y_base, local, own);
-    put(sum10, 1u, 0u, row0, col0, y_base, local, own);
-    put(sum11, 1u, 1u, row0, col0, y_base, local, own);
+    put(sum00, 0u, 0u, m0, n0, y_base, local, own);
+    put(sum01, 0u, 1u, m0, n0, y_base, local, own);
+    put(sum10, 1u, 0u, m0, n0, y_base, local, own);
+    put(sum11, 1u, 1u, m0, n0, y_base, local, own);
     if (FRAGMENTS == 4u) {
-        put(sum02, 0u, 2u, row0, col0, y_base, local, own);
-        put(sum03, 0u, 3u, row0, col0, y_base, local, own);
-        put(sum12, 1u, 2u, row0, col0, y_base, local, own);
-        put(sum13, 1u, 3u, row0, col0, y_base, local, own);
-        put(sum20, 2u, 0u, row0, col0, y_base, local, own);
-        put(sum21, 2u, 1u, row0, col0, y_base, local, own);
-        put(sum22, 2u, 2u, row0, col0, y_base, local, own);
-        put(sum23, 2u, 3u, row0, col0, y_base, local, own);
-        put(sum30, 3u, 0u, row0, col0, y_base, local, own);
-        put(sum31, 3u, 1u, row0, col0, y_base, local, own);
-        put(sum32, 3u, 2u, row0, col0, y_base, local, own);
-        put(sum33, 3u, 3u, row0, col0, y_base, local, own);
+        put(sum02, 0u, 2u, m0, n0, y_base, local, own);
+        put(sum03, 0u, 3u, m0, n0, y_base, local, own);
+        put(sum12, 1u, 2u, m0, n0, y_base, local, own);
+        put(sum13, 1u, 3u, m0, n0, y_base, local, own);
+        put(sum20, 2u, 0u, m0, n0, y_base, local, own);
+        put(sum21, 2u, 1u, m0, n0, y_base, local, own);
+        put(sum22, 2u, 2u, m0, n0, y_base, local, own);
+        put(sum23, 2u, 3u, m0, n0, y_base, local, own);
+        put(sum30, 3u, 0u, m0, n0, y_base, local, own);
+        put(sum31, 3u, 1u, m0, n0, y_base, local, own);
+        put(sum32, 3u, 2u, m0, n0, y_base, local, own);
+        put(sum33, 3u, 3u, m0, n0, y_base, local, own);
     }
 }

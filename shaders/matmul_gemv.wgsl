@@ -1,9 +1,9 @@
-// Matrix product for few rows: every weight is read once for up to 4 rows of x.
+// Matrix product for few matrix rows: each weight is read once for up to 4 of them.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
 // grid: (⌈cols / COLS⌉, ⌈rows / 4⌉, batch)
-// LANES invocations share a column, each summing every LANES-th k; COLS = WORKGROUP / LANES columns a workgroup.
+// LANES invocations share a column of y, each summing every LANES-th k; a workgroup has COLS = WORKGROUP / LANES columns.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
@@ -12,9 +12,9 @@ override LANES: u32 = 8u;
 override COLS: u32 = WORKGROUP / LANES;
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -52,7 +52,7 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -73,23 +73,23 @@ fn main(
         return;
     }
     let part = lane % LANES;
-    let col = work.x * COLS + lane / LANES;
-    let row0 = work.y * 4u;
-    let rows = min(params.rows - row0, 4u);
+    let n = work.x * COLS + lane / LANES;
+    let m0 = work.y * 4u;
+    let count = min(params.rows - m0, 4u);
     var acc = vec4<f32>(0.0);
-    if (col < params.cols) {
-        let w_base = params.w_offset + work.z * params.w_batch + col * params.w_col;
-        let x_base = params.x_offset + work.z * params.x_batch + row0 * params.x_row;
-        if (rows == 1u) {
+    if (n < params.cols) {
+        let w_base = params.w_offset + work.z * params.w_batch + n * params.w_col;
+        let x_base = params.x_offset + work.z * params.x_batch + m0 * params.x_row;
+        if (count == 1u) {
             for (var k = part; k < params.inner; k += LANES) {
                 let i = w_base + k * params.w_inner;
                 acc.x += decode(w[index_of(i)], i) * x[x_base + k];
             }
         } else {
-            // Rows past the end repeat the last one; their sums are not stored.
-            let x1 = x_base + min(1u, rows - 1u) * params.x_row;
-            let x2 = x_base + min(2u, rows - 1u) * params.x_row;
-            let x3 = x_base + min(3u, rows - 1u) * params.x_row;
+            // Matrix rows past the last repeat it; their sums are not stored.
+            let x1 = x_base + min(1u, count - 1u) * params.x_row;
+            let x2 = x_base + min(2u, count - 1u) * params.x_row;
+            let x3 = x_base + min(3u, count - 1u) * params.x_row;
             for (var k = part; k < params.inner; k += LANES) {
                 let i = w_base + k * params.w_inner;
                 acc += decode(w[index_of(i)], i) * vec4<f32>(x[x_base + k], x[x1 + k], x[x2 + k], x[x3 + k]);
@@ -98,15 +98,15 @@ fn main(
     }
     sh_acc[lane] = acc;
     workgroupBarrier();
-    if (part == 0u && col < params.cols) {
+    if (part == 0u && n < params.cols) {
         for (var p = 1u; p < LANES; p++) {
             acc += sh_acc[lane + p];
         }
         if (HAS_BIAS == 1u) {
-            acc += vec4<f32>(decode(bias[index_of(col)], col));
+            acc += vec4<f32>(decode(bias[index_of(n)], n));
         }
-        let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + col;
-        for (var m = 0u; m < rows; m++) {
+        let y_base = params.y_offset + work.z * params.y_batch + m0 * params.y_row + n;
+        for (var m = 0u; m < count; m++) {
             y[y_base + m * params.y_row] = acc[m];
         }
     }

@@ -1,11 +1,11 @@
-// Matrix product for few rows where rows of w and of x begin on 16-byte boundaries: every weight is read once for up to
-// 4 rows of x, in 16-byte loads, and the sums of a workgroup's invocations are added by subgroup operations.
+// Matrix product for few matrix rows, where those of x and w begin on 16-byte boundaries: each weight is read once for up to 4
+// matrix rows of x, in 16-byte loads; subgroup operations add the sums of a workgroup's invocations.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
 // grid: (⌈cols / 4⌉, ⌈rows / 4⌉, batch)
-// All of a workgroup shares 4 columns, each invocation summing every WORKGROUP-th load of them. Right for every subgroup size
-// from 4 up. Run on lavapipe alone so far, where `matmul_gemv_vec4` is faster.
+// A workgroup has 4 columns of y, each invocation summing every WORKGROUP-th load. Right for every subgroup size from 4 up. Run on lavapipe
+// alone so far, where `matmul_gemv_vec4` is faster.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
@@ -14,9 +14,9 @@ override WORKGROUP: u32 = 64u;
 override X_LOADS: u32 = 1u + STORAGE_F16;
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -38,7 +38,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<u32>;        // [cols]
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
 
-// sh_sums[4·s + j]: sums of subgroup s for column j, a row a component. Subgroups have 4 invocations at least.
+// sh_sums[4·s + j]: sums of subgroup s for column n0 + j, one component per matrix row. Subgroups have 4 invocations at least.
 var<workgroup> sh_sums: array<vec4<f32>, WORKGROUP>;
 
 // Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
@@ -68,7 +68,7 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -91,22 +91,22 @@ fn main(
     if (work.z >= params.tiles_z) {
         return;
     }
-    let row0 = work.y * 4u;
-    let rows = min(params.rows - row0, 4u);
-    let col0 = work.x * 4u;
+    let m0 = work.y * 4u;
+    let count = min(params.rows - m0, 4u);
+    let n0 = work.x * 4u;
     let loads = params.inner / (4u * X_LOADS);
 
-    // Columns past the end repeat the last one; their sums are not stored.
-    let col = min(vec4<u32>(col0) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.cols - 1u));
-    let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
-    let x0 = (params.x_offset + work.z * params.x_batch + row0 * params.x_row) / 4u;
+    // Columns past the last repeat it; their sums are not stored.
+    let ns = min(vec4<u32>(n0) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.cols - 1u));
+    let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + ns * params.w_col) / (4u * X_LOADS);
+    let x0 = (params.x_offset + work.z * params.x_batch + m0 * params.x_row) / 4u;
 
-    // accJ[m] is row row0 + m, column col0 + J.
+    // accJ[m] is y[m0 + m, n0 + J].
     var acc0 = vec4<f32>(0.0);
     var acc1 = vec4<f32>(0.0);
     var acc2 = vec4<f32>(0.0);
     var acc3 = vec4<f32>(0.0);
-    if (rows == 1u) {
+    if (count == 1u) {
         for (var k = lane; k < loads; k += WORKGROUP) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];
@@ -126,11 +126,11 @@ fn main(
             }
         }
     } else {
-        // Rows past the end repeat the last one; their sums are not stored.
+        // Matrix rows past the last repeat it; their sums are not stored.
         let pitch = params.x_row / 4u;
-        let x1 = x0 + min(1u, rows - 1u) * pitch;
-        let x2 = x0 + min(2u, rows - 1u) * pitch;
-        let x3 = x0 + min(3u, rows - 1u) * pitch;
+        let x1 = x0 + min(1u, count - 1u) * pitch;
+        let x2 = x0 + min(2u, count - 1u) * pitch;
+        let x3 = x0 + min(3u, count - 1u) * pitch;
         for (var k = lane; k < loads; k += WORKGROUP) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];
@@ -138,7 +138,7 @@ fn main(
             let w3 = w[at.w + k];
             for (var half = 0u; half < X_LOADS; half++) {
                 let i = k * X_LOADS + half;
-                // A column of a is one k of the four rows.
+                // A column of a is one k of the four matrix rows.
                 let a = transpose(mat4x4<f32>(x[x0 + i], x[x1 + i], x[x2 + i], x[x3 + i]));
                 if (half == 0u) {
                     acc0 += a * first_of(w0);
@@ -155,7 +155,7 @@ fn main(
         }
     }
 
-    if (rows == 1u) {
+    if (count == 1u) {
         // One addition for the four columns.
         let sums = subgroupAdd(vec4<f32>(acc0.x, acc1.x, acc2.x, acc3.x));
         acc0.x = sums.x;
@@ -175,7 +175,7 @@ fn main(
         sh_sums[4u * subgroup + 3u] = acc3;
     }
     workgroupBarrier();
-    let n = col0 + lane;
+    let n = n0 + lane;
     if (lane < 4u && n < params.cols) {
         var sums = vec4<f32>(0.0);
         for (var s = 0u; s < subgroups; s++) {
@@ -184,8 +184,8 @@ fn main(
         if (HAS_BIAS == 1u) {
             sums += vec4<f32>(decode(bias[index_of(n)], n));
         }
-        let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row + n;
-        for (var m = 0u; m < rows; m++) {
+        let y_base = params.y_offset + work.z * params.y_batch + m0 * params.y_row + n;
+        for (var m = 0u; m < count; m++) {
             y[y_base + m * params.y_row] = sums[m];
         }
     }

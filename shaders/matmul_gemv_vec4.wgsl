@@ -1,31 +1,31 @@
-// Matrix product for few rows where rows of w and of x begin on 16-byte boundaries: every weight is read once for up to
-// 4 rows of x, in 16-byte loads.
+// Matrix product for few matrix rows, where those of x and w begin on 16-byte boundaries: each weight is read once for up to 4
+// matrix rows of x, in 16-byte loads.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
 // grid: (⌈cols / COLS⌉, ⌈rows / 4⌉, batch)
-// LANES invocations share 4 columns, each summing every LANES-th load of them; COLS = 4 · WORKGROUP / LANES columns a workgroup.
+// LANES invocations share 4 columns of y, each summing every LANES-th load; a workgroup has COLS = 4 · WORKGROUP / LANES columns.
 //
-// Results, medians of interleaved runs on lavapipe (2 cores), against `matmul_gemv`, one row: 8 invocations with 4 columns each, no
-// shared ones, 2.6 to 3.2 times as fast in f32, 3.6 in f16; 64 of them 2.4 to 2.5; 8 that share their columns 2.1 to 2.5 in
-// f32, 3.7 in f16. Four and eight rows: 3.1. Not run on a GPU yet.
+// Results, medians of interleaved runs on lavapipe (2 cores), against `matmul_gemv`, one matrix row: 8 invocations with 4
+// columns each, none shared, 2.6 to 3.2 times as fast in f32, 3.6 in f16; 64 of them 2.4 to 2.5; 8 that share their columns 2.1
+// to 2.5 in f32, 3.7 in f16. Four and eight matrix rows: 3.1. Not run on a GPU yet.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
-override SINGLE: u32 = 0u;   // 1: there is one row of x, and no code for more
+override SINGLE: u32 = 0u;   // 1: there is one matrix row, and no code for more
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 16u;
 override GROUPS: u32 = WORKGROUP / LANES;
 override COLS: u32 = GROUPS * 4u;
 // 16-byte loads of x for one of w.
 override X_LOADS: u32 = 1u + STORAGE_F16;
-// One invocation a column has nothing to add up.
+// One invocation per column has nothing to add up.
 override SUMS: u32 = select(WORKGROUP * 4u, 1u, LANES == 1u);
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -76,7 +76,7 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -98,23 +98,23 @@ fn main(
     }
     let part = lane % LANES;
     let own = lane / LANES;
-    let row0 = work.y * 4u;
-    let rows = select(min(params.rows - row0, 4u), 1u, SINGLE == 1u);
-    let col0 = work.x * COLS + own;
+    let m0 = work.y * 4u;
+    let count = select(min(params.rows - m0, 4u), 1u, SINGLE == 1u);
+    let n0 = work.x * COLS + own;
     let loads = params.inner / (4u * X_LOADS);
 
-    // Columns past the end repeat the last one; their sums are not stored.
+    // Columns past the last repeat it; their sums are not stored.
     let last = params.cols - 1u;
-    let col = min(vec4<u32>(col0, col0 + GROUPS, col0 + 2u * GROUPS, col0 + 3u * GROUPS), vec4<u32>(last));
-    let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
-    let x0 = (params.x_offset + work.z * params.x_batch + row0 * params.x_row) / 4u;
+    let ns = min(vec4<u32>(n0, n0 + GROUPS, n0 + 2u * GROUPS, n0 + 3u * GROUPS), vec4<u32>(last));
+    let at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + ns * params.w_col) / (4u * X_LOADS);
+    let x0 = (params.x_offset + work.z * params.x_batch + m0 * params.x_row) / 4u;
 
-    // acc[j][m] is row row0 + m, column col0 + j·GROUPS.
+    // accJ[m] is y[m0 + m, n0 + J·GROUPS].
     var acc0 = vec4<f32>(0.0);
     var acc1 = vec4<f32>(0.0);
     var acc2 = vec4<f32>(0.0);
     var acc3 = vec4<f32>(0.0);
-    if (SINGLE == 1u || rows == 1u) {
+    if (SINGLE == 1u || count == 1u) {
         for (var k = part; k < loads; k += LANES) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];
@@ -134,11 +134,11 @@ fn main(
             }
         }
     } else {
-        // Rows past the end repeat the last one; their sums are not stored.
+        // Matrix rows past the last repeat it; their sums are not stored.
         let pitch = params.x_row / 4u;
-        let x1 = x0 + min(1u, rows - 1u) * pitch;
-        let x2 = x0 + min(2u, rows - 1u) * pitch;
-        let x3 = x0 + min(3u, rows - 1u) * pitch;
+        let x1 = x0 + min(1u, count - 1u) * pitch;
+        let x2 = x0 + min(2u, count - 1u) * pitch;
+        let x3 = x0 + min(3u, count - 1u) * pitch;
         for (var k = part; k < loads; k += LANES) {
             let w0 = w[at.x + k];
             let w1 = w[at.y + k];
@@ -146,7 +146,7 @@ fn main(
             let w3 = w[at.w + k];
             for (var half = 0u; half < X_LOADS; half++) {
                 let i = k * X_LOADS + half;
-                // A column of a is one k of the four rows.
+                // A column of a is one k of the four matrix rows.
                 let a = transpose(mat4x4<f32>(x[x0 + i], x[x1 + i], x[x2 + i], x[x3 + i]));
                 if (half == 0u) {
                     acc0 += a * first_of(w0);
@@ -163,16 +163,16 @@ fn main(
         }
     }
 
-    let y_base = params.y_offset + work.z * params.y_batch + row0 * params.y_row;
+    let y_base = params.y_offset + work.z * params.y_batch + m0 * params.y_row;
     if (LANES == 1u) {
         for (var j = 0u; j < 4u; j++) {
-            let n = col0 + j * GROUPS;
+            let n = n0 + j * GROUPS;
             if (n < params.cols) {
                 var sums = select(select(acc2, acc3, j == 3u), select(acc0, acc1, j == 1u), j < 2u);
                 if (HAS_BIAS == 1u) {
                     sums += vec4<f32>(decode(bias[index_of(n)], n));
                 }
-                for (var m = 0u; m < rows; m++) {
+                for (var m = 0u; m < count; m++) {
                     y[y_base + m * params.y_row + n] = sums[m];
                 }
             }
@@ -184,7 +184,7 @@ fn main(
         sh_acc[(2u * GROUPS + own) * LANES + part] = acc2;
         sh_acc[(3u * GROUPS + own) * LANES + part] = acc3;
         workgroupBarrier();
-        for (var e = lane; e < COLS * rows; e += WORKGROUP) {
+        for (var e = lane; e < COLS * count; e += WORKGROUP) {
             let m = e / COLS;
             let n = work.x * COLS + e % COLS;
             if (n < params.cols) {

@@ -1,33 +1,33 @@
-// Matrix product in registers alone, for adapters without fast workgroup memory: rows of x are shared by subgroup shuffles.
-// Rows of w and of x begin on 16-byte boundaries.
+// Matrix product in registers alone, for adapters without fast workgroup memory: subgroup shuffles share x. Matrix rows
+// of x and w begin on 16-byte boundaries.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
-// grid: (⌈rows / 8⌉, ⌈cols / 32⌉, batch); eight invocations own 8 rows of 4 columns each, the columns 8 apart.
-// Each invocation reads one row of x (two, where subgroups are smaller than 8) and the others take it from there. Right for
-// every subgroup size from 4 up.
+// grid: (⌈rows / 8⌉, ⌈cols / 32⌉, batch); eight invocations own 8 matrix rows of 4 columns each, 8 apart.
+// Each invocation reads one matrix row of x (two, where subgroups are smaller than 8), and shuffles bring it to the others.
+// Right for every subgroup size from 4 up.
 //
-// Results, medians of interleaved runs on lavapipe (2 cores that other work shared, CPU time), against the staged tile of
+// Results, medians of interleaved runs on lavapipe (2 cores shared with other work, CPU time), against the staged tile of
 // `matmul`, f32 and f16, 256 × 256 × 768 to 1024³:
 // - every load there is a bounds-checked loop over the lanes, equal addresses or not: by the runs' differences it costs as
-//   much as 70 multiply-adds a lane, a shuffle next to nothing. 8 rows × 4 columns: 5.3 to 8.3 times as fast.
+//   much as 70 multiply-adds per lane, a shuffle next to nothing. 8 × 4 elements of y: 5.3 to 8.3 times as fast.
 // - 16 × 2, 16 × 3, 16 × 4: 0.9 to 1.2 of it, for 1 to 2 times its compile time; 24 × 2 and 32 × 2: no clear order.
-// - rows or columns along the grid's x: within 5 % of each other.
+// - matrix rows or columns along the grid's x: within 5 % of each other.
 // - two k at a time: 0.5 of it. `fma` for `dot`, broadcast for shuffle: the same. SPREAD 4 (16 × 4): 0.7 to 0.8 of SPREAD 8.
-// - without subgroups each row of x is a load: 8 × 4 gains 1.6, 16 × 8 gains 2.4 and compiles for seconds, and `matmul_vec4`
+// - without subgroups each matrix row of x is a load: 8 × 4 gains 1.6, 16 × 8 gains 2.4 and compiles for seconds, and `matmul_vec4`
 //   gains more than either.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;
-// Rows of x that one load of a subgroup brings: 8, or 4 where subgroups may be smaller than 8.
+// Matrix rows of x that one load of a subgroup brings: 8, or 4 where subgroups may be smaller than 8.
 override SPREAD: u32 = 4u;
 // 16-byte loads of x for one of w.
 override X_LOADS: u32 = 1u + STORAGE_F16;
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -76,22 +76,22 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-fn store_row(row: u32, col0: u32, base: u32, sums: vec4<f32>) {
-    if (row < params.rows) {
+fn store_sums(m: u32, n0: u32, base: u32, sums: vec4<f32>) {
+    if (m < params.rows) {
         for (var j = 0u; j < 4u; j++) {
-            let col = col0 + 8u * j;
-            if (col < params.cols) {
+            let n = n0 + 8u * j;
+            if (n < params.cols) {
                 var value = sums[j];
                 if (HAS_BIAS == 1u) {
-                    value += decode(bias[index_of(col)], col);
+                    value += decode(bias[index_of(n)], n);
                 }
-                y[base + row * params.y_row + col] = value;
+                y[base + m * params.y_row + n] = value;
             }
         }
     }
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -112,18 +112,18 @@ fn main(
     if (work.z >= params.tiles_z) {
         return;
     }
-    let row0 = work.x * 8u;
-    let col0 = work.y * 32u + lane;
+    let m0 = work.x * 8u;
+    let n0 = work.y * 32u + lane;
     let loads = params.inner / (4u * X_LOADS);
 
-    // Rows and columns past the end repeat the last one; their sums are not stored.
-    let col = min(vec4<u32>(col0, col0 + 8u, col0 + 16u, col0 + 24u), vec4<u32>(params.cols - 1u));
-    let w_at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + col * params.w_col) / (4u * X_LOADS);
-    let own = row0 + member % SPREAD;
-    let row = min(vec2<u32>(own, own + 4u), vec2<u32>(params.rows - 1u));
-    let x_at = (vec2<u32>(params.x_offset + work.z * params.x_batch) + row * params.x_row) / 4u;
+    // Matrix rows and columns past the last repeat it; their sums are not stored.
+    let ns = min(vec4<u32>(n0, n0 + 8u, n0 + 16u, n0 + 24u), vec4<u32>(params.cols - 1u));
+    let w_at = (vec4<u32>(params.w_offset + work.z * params.w_batch) + ns * params.w_col) / (4u * X_LOADS);
+    let own = m0 + member % SPREAD;
+    let ms = min(vec2<u32>(own, own + 4u), vec2<u32>(params.rows - 1u));
+    let x_at = (vec2<u32>(params.x_offset + work.z * params.x_batch) + ms * params.x_row) / 4u;
 
-    // accM[j] is row row0 + M, column col0 + 8·j.
+    // accM[j] is y[m0 + M, n0 + 8·j].
     var acc0 = vec4<f32>(0.0);
     var acc1 = vec4<f32>(0.0);
     var acc2 = vec4<f32>(0.0);
@@ -160,12 +160,12 @@ fn main(
     }
 
     let base = params.y_offset + work.z * params.y_batch;
-    store_row(row0, col0, base, acc0);
-    store_row(row0 + 1u, col0, base, acc1);
-    store_row(row0 + 2u, col0, base, acc2);
-    store_row(row0 + 3u, col0, base, acc3);
-    store_row(row0 + 4u, col0, base, acc4);
-    store_row(row0 + 5u, col0, base, acc5);
-    store_row(row0 + 6u, col0, base, acc6);
-    store_row(row0 + 7u, col0, base, acc7);
+    store_sums(m0, n0, base, acc0);
+    store_sums(m0 + 1u, n0, base, acc1);
+    store_sums(m0 + 2u, n0, base, acc2);
+    store_sums(m0 + 3u, n0, base, acc3);
+    store_sums(m0 + 4u, n0, base, acc4);
+    store_sums(m0 + 5u, n0, base, acc5);
+    store_sums(m0 + 6u, n0, base, acc6);
+    store_sums(m0 + 7u, n0, base, acc7);
 }

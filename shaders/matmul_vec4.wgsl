@@ -1,10 +1,11 @@
-// Matrix product with a large tile of y per workgroup, for many rows where rows of w and of x begin on 16-byte boundaries.
+// Matrix product with a large tile of y per workgroup, for many matrix rows, where those of x and w begin on
+// 16-byte boundaries.
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
-// grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); an invocation owns 8 × 8 elements of y, in four blocks of 4 × 4.
-// 16 k at a time go through workgroup memory: an invocation reads 16 bytes of four rows, turns the 4 × 4 block and stores it
-// in 16-byte pieces. One k of a tile then costs it four 16-byte reads for 64 multiply-adds.
+// grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); each invocation owns 8 × 8 elements of y, in four blocks of 4 × 4.
+// 16 k at a time go through workgroup memory: each invocation reads 16 bytes of four matrix rows, transposes the 4 × 4 block and
+// stores it in 16-byte pieces. One k of a tile then costs it four 16-byte reads for 64 multiply-adds.
 //
 // Results, medians of interleaved runs on lavapipe (2 cores), against the staged 4 × 4 tile of `matmul`: 2.8 to 3.8 times as
 // fast, f32 and f16, the 16 × 16 workgroup up to 1.2 times the 8 × 8. Not run on a GPU yet.
@@ -15,18 +16,18 @@ override WG_X: u32 = 8u;
 override WG_Y: u32 = 8u;
 override TILE_M: u32 = WG_Y * 8u;
 override TILE_N: u32 = WG_X * 8u;
-// Four rows, or columns, are a quad: 16 bytes of one k.
+// Four matrix rows, or four columns, are a quad: 16 bytes of one k.
 override QUADS_M: u32 = WG_Y * 2u;
 override QUADS_N: u32 = WG_X * 2u;
-// 16-byte loads of a row of w that make 16 k: four of f32, two of f16.
+// 16-byte loads of w that make 16 k: four of f32, two of f16.
 override W_LOADS: u32 = 4u - 2u * STORAGE_F16;
 override X_BLOCKS: u32 = QUADS_M * 4u;
 override W_BLOCKS: u32 = QUADS_N * W_LOADS;
 
 struct Params {
-    rows: u32,
-    inner: u32,
-    cols: u32,
+    rows: u32,       // matrix rows: m is below it
+    inner: u32,      // k is below it
+    cols: u32,       // n is below it
     x_offset: u32,
     x_row: u32,
     x_batch: u32,
@@ -78,52 +79,52 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// Where quad `quad` of one k stands among that k's: the four lanes that store four neighbouring k of a quad would hit one bank.
+// Place of a quad among those of one k: without it, the four lanes that store neighbouring k of a quad would hit one bank.
 fn place(quad: u32, k: u32) -> u32 {
     return quad ^ ((k >> 2u) << 1u);
 }
 
-// Four rows of four k, as four k of four rows, into the tile from k on.
+// Stores four matrix rows of four k as four k of four matrix rows, from k of the tile on.
 fn store_x(k: u32, quad: u32, block: mat4x4<f32>) {
-    let turned = transpose(block);
+    let transposed = transpose(block);
     let at = k * QUADS_M + place(quad, k);
-    sh_x[at] = turned[0];
-    sh_x[at + QUADS_M] = turned[1];
-    sh_x[at + 2u * QUADS_M] = turned[2];
-    sh_x[at + 3u * QUADS_M] = turned[3];
+    sh_x[at] = transposed[0];
+    sh_x[at + QUADS_M] = transposed[1];
+    sh_x[at + 2u * QUADS_M] = transposed[2];
+    sh_x[at + 3u * QUADS_M] = transposed[3];
 }
 
 fn store_w(k: u32, quad: u32, block: mat4x4<f32>) {
-    let turned = transpose(block);
+    let transposed = transpose(block);
     let at = k * QUADS_N + place(quad, k);
-    sh_w[at] = turned[0];
-    sh_w[at + QUADS_N] = turned[1];
-    sh_w[at + 2u * QUADS_N] = turned[2];
-    sh_w[at + 3u * QUADS_N] = turned[3];
+    sh_w[at] = transposed[0];
+    sh_w[at + QUADS_N] = transposed[1];
+    sh_w[at + 2u * QUADS_N] = transposed[2];
+    sh_w[at + 3u * QUADS_N] = transposed[3];
 }
 
-// Four rows by four columns of products of one k.
+// Products of four matrix rows and four columns of one k.
 fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
 }
 
-fn store_y(base: u32, row0: u32, col0: u32, block: mat4x4<f32>) {
+fn store_y(base: u32, m0: u32, n0: u32, block: mat4x4<f32>) {
     for (var i = 0u; i < 4u; i++) {
         for (var j = 0u; j < 4u; j++) {
-            let row = row0 + i;
-            let col = col0 + j;
-            if (row < params.rows && col < params.cols) {
+            let m = m0 + i;
+            let n = n0 + j;
+            if (m < params.rows && n < params.cols) {
                 var value = block[i][j];
                 if (HAS_BIAS == 1u) {
-                    value += decode(bias[index_of(col)], col);
+                    value += decode(bias[index_of(n)], n);
                 }
-                y[base + row * params.y_row + col] = value;
+                y[base + m * params.y_row + n] = value;
             }
         }
     }
 }
 
-// The tile of a workgroup: a grid over 65 535 comes folded into x and y.
+// Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
     if (all(groups == tiles)) {
@@ -144,30 +145,30 @@ fn main(
         return;
     }
     let lane = local.y * WG_X + local.x;
-    let row0 = work.y * TILE_M;
-    let col0 = work.x * TILE_N;
+    let m0 = work.y * TILE_M;
+    let n0 = work.x * TILE_N;
     let x_base = params.x_offset + work.z * params.x_batch;
     let w_base = params.w_offset + work.z * params.w_batch;
-    // Rows and columns past the end repeat the last one; their sums are not stored.
-    let last_row = vec4<u32>(params.rows - 1u);
-    let last_col = vec4<u32>(params.cols - 1u);
+    // Matrix rows and columns past the last repeat it; their sums are not stored.
+    let last_m = vec4<u32>(params.rows - 1u);
+    let last_n = vec4<u32>(params.cols - 1u);
     let each = vec4<u32>(0u, 1u, 2u, 3u);
 
-    // accRC is rows row0 + 4·(local.y + R·WG_Y) + 0..4, columns col0 + 4·(local.x + C·WG_X) + 0..4.
+    // accIJ is y[m0 + 4·(local.y + I·WG_Y) + 0..4, n0 + 4·(local.x + J·WG_X) + 0..4].
     var acc00 = mat4x4<f32>();
     var acc01 = mat4x4<f32>();
     var acc10 = mat4x4<f32>();
     var acc11 = mat4x4<f32>();
     for (var k0 = 0u; k0 < params.inner; k0 += 16u) {
         for (var e = lane; e < X_BLOCKS + W_BLOCKS; e += WG_X * WG_Y) {
-            // Four, or two, neighbouring lanes read a row's 64 bytes, or 32.
+            // Four neighbouring lanes read 64 bytes of a matrix row, or two lanes 32 bytes.
             if (e < X_BLOCKS) {
                 let k = (e % 4u) * 4u;
                 let quad = e / 4u;
                 var block = mat4x4<f32>();
                 if (k0 + k < params.inner) {
-                    let row = min(vec4<u32>(row0 + 4u * quad) + each, last_row);
-                    let i = (vec4<u32>(x_base + k0 + k) + row * params.x_row) / 4u;
+                    let m = min(vec4<u32>(m0 + 4u * quad) + each, last_m);
+                    let i = (vec4<u32>(x_base + k0 + k) + m * params.x_row) / 4u;
                     block = mat4x4<f32>(x[i.x], x[i.y], x[i.z], x[i.w]);
                 }
                 store_x(k, quad, block);
@@ -176,8 +177,8 @@ fn main(
                 let quad = (e - X_BLOCKS) / W_LOADS;
                 var loads: array<vec4<u32>, 4>;
                 if (k0 + k < params.inner) {
-                    let col = min(vec4<u32>(col0 + 4u * quad) + each, last_col);
-                    let i = (vec4<u32>(w_base + k0 + k) + col * params.w_col) / (16u / W_LOADS);
+                    let n = min(vec4<u32>(n0 + 4u * quad) + each, last_n);
+                    let i = (vec4<u32>(w_base + k0 + k) + n * params.w_col) / (16u / W_LOADS);
                     loads = array<vec4<u32>, 4>(w[i.x], w[i.y], w[i.z], w[i.w]);
                 }
                 let first = mat4x4<f32>(first_of(loads[0]), first_of(loads[1]), first_of(loads[2]), first_of(loads[3]));
@@ -204,10 +205,10 @@ fn main(
     }
 
     let y_base = params.y_offset + work.z * params.y_batch;
-    let row = row0 + 4u * local.y;
-    let col = col0 + 4u * local.x;
-    store_y(y_base, row, col, acc00);
-    store_y(y_base, row, col + 4u * WG_X, acc01);
-    store_y(y_base, row + 4u * WG_Y, col, acc10);
-    store_y(y_base, row + 4u * WG_Y, col + 4u * WG_X, acc11);
+    let m = m0 + 4u * local.y;
+    let n = n0 + 4u * local.x;
+    store_y(y_base, m, n, acc00);
+    store_y(y_base, m, n + 4u * WG_X, acc01);
+    store_y(y_base, m + 4u * WG_Y, n, acc10);
+    store_y(y_base, m + 4u * WG_Y, n + 4u * WG_X, acc11);
 }

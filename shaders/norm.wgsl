@@ -1,17 +1,17 @@
-// RMSNorm and LayerNorm of rows, in 16-byte loads and stores.
+// RMSNorm and LayerNorm of tokens, in 16-byte loads and stores.
 //
 //   RMSNorm:   y = x / √(mean(x²) + eps) · weight
 //   LayerNorm: y = (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias
 //
-// A row may hold a second segment behind the first, with a norm of its own. Padding at the end of a segment has weight and
-// bias 0 and does not count. One pass updates mean and spread vector by vector and then joins them across lanes, so that
-// nothing cancels as it does in E[x²] − mean².
-// grid: one workgroup for WORKGROUP / LANES segments, all first ones before all second ones, folded into x and y.
+// A token may have a second segment behind the first, with a norm of its own. Padding at the end of a segment has weight and
+// bias 0; the norm does not count it. One pass updates mean and spread vector by vector, then joins them across lanes:
+// E[x²] − mean² would cancel.
+// grid: one workgroup per WORKGROUP / LANES segments, all first ones before all second ones, folded into x and y.
 //
 // Results, interleaved runs on lavapipe (2 cores), 2048 × 1024 in f32, per cent of the copy kernel: 8 invocations with
-// a row each, read twice, RMSNorm 79, LayerNorm with bias 63; 8 that share a row 57, 64 that share one 18. Rows in registers
-// (4 to 32 vectors an invocation, 1 to 4 rows, sums by barriers or by shuffles) reached 48 at best, and several vectors of a
-// row at a time 71. Not run on a GPU yet.
+// a token each, read twice, RMSNorm 79, LayerNorm with bias 63; 8 that share a token 57, 64 that share one 18. Tokens in registers
+// (4 to 32 vectors per invocation, 1 to 4 tokens, sums by barriers or by shuffles) reached 48 at best, and several vectors of a
+// token at a time 71. Not run on a GPU yet.
 
 override STORAGE_F16: u32 = 0u;
 override CENTER: u32 = 0u;       // 1: LayerNorm
@@ -22,7 +22,7 @@ override LANES: u32 = 64u;       // invocations that share a segment; a power of
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 
 struct Params {
-    rows: u32,
+    rows: u32,             // tokens
     width: u32,            // of the first segment, padding included
     second: u32,           // of the second; 0 for none
     width_used: u32,       // elements of the first segment without its padding
@@ -33,15 +33,15 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;          // (x_offset + row·x_row + i) / 4
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;          // (x_offset + token·x_row + i) / 4
 @group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;     // [width + second] / 4, f16: / 8
 @group(0) @binding(3) var<storage, read> bias: array<vec4<u32>>;       // [width + second] / 4, f16: / 8
 @group(0) @binding(4) var<storage, read_write> y: array<vec4<f32>>;    // [rows, width + second] / 4
 
-// (elements, mean, squared distances from it) of each invocation's part of a segment.
+// (elements, mean, squared distances from it) per invocation.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
 
-// Four elements of a tensor in f32 or f16 storage, of the load that holds vector i.
+// Vector i of a tensor in f32 or f16 storage, given the load that holds it.
 fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
     if (STORAGE_F16 == 1u) {
         let words = select(load.xy, load.zw, (i & 1u) == 1u);
@@ -55,14 +55,14 @@ fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
 }
 
-// Elements, mean and squared distances of two sets together.
+// (elements, mean, squared distances) of the union of two sets.
 fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
     let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
     let apart = b.y - a.y;
     return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
 }
 
-// Those of all invocations of a row.
+// Those of the LANES invocations that share a row or a token, together.
 fn joined_lanes(lane: u32, own: vec4<f32>) -> vec4<f32> {
     if (LANES == 1u) {
         return own;
@@ -81,12 +81,12 @@ fn joined_lanes(lane: u32, own: vec4<f32>) -> vec4<f32> {
     return all;
 }
 
-// Moments of one element, or its square alone.
+// (elements, mean, squared distances) of one element; of its square alone without `centred`.
 fn moments_of(v: f32, centred: bool) -> vec4<f32> {
     return select(vec4<f32>(1.0, 0.0, v * v, 0.0), vec4<f32>(1.0, v, 0.0, 0.0), centred);
 }
 
-// Moments of the first `count` elements of a vector, at most 3.
+// Those of the first `count` elements of a vector, at most 3.
 fn moments_of_cut(v: vec4<f32>, count: u32, centred: bool) -> vec4<f32> {
     var all = vec4<f32>(0.0);
     if (count > 0u) {
@@ -110,16 +110,16 @@ fn main(
     let part = lane % LANES;
     let index = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
     let is_second = index >= params.rows;
-    let row = select(index, index - params.rows, is_second);
+    let token = select(index, index - params.rows, is_second);
     let first = select(0u, params.width / 4u, is_second);
     let width = select(params.width, params.second, is_second);
     let used = select(params.width_used, params.second_used, is_second);
-    // Past the last segment there is nothing to do, but barriers to meet.
-    let vectors = select(0u, width / 4u, row < params.rows);
-    let source = (params.x_offset + row * params.x_row) / 4u + first;
-    let target_at = row * ((params.width + params.second) / 4u) + first;
+    // Past the last segment there is nothing to do, but the barriers need every invocation.
+    let vectors = select(0u, width / 4u, token < params.rows);
+    let source = (params.x_offset + token * params.x_row) / 4u + first;
+    let target_at = token * ((params.width + params.second) / 4u) + first;
 
-    // A component for every fourth element.
+    // One component per fourth element.
     var count = 0.0;
     var mean = vec4<f32>(0.0);
     var squares = vec4<f32>(0.0);

@@ -1,6 +1,6 @@
 // Residual connection, in place: stream += delta.
 //
-// grid: one invocation an element, folded into x and y.
+// grid: one invocation per element, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 

@@ -1,9 +1,9 @@
-// Products of cooperative matrices of 8 × 8 in registers: the rate of f16 factors and f32 sums that the adapter reaches.
+// Products of cooperative matrices of 8 × 8 in registers: the rate of the adapter for f16 factors and f32 sums.
 //
 //   y[g, 4·i + j] = iterations · f16(x[i]) · f16(x[2 + j]),  i = 0, 1, j = 0 … 3:  added up in iterations steps
 //
-// Eight sums that do not wait for each other.
-// grid: one workgroup, of one subgroup, for every g, folded into x and y. Further subgroups repeat it, and store the same.
+// Eight independent sums keep the units busy.
+// grid: one workgroup of one subgroup per g, folded into x and y. Further subgroups repeat it, and store the same.
 
 enable f16;
 enable wgpu_cooperative_matrix;

@@ -1,11 +1,11 @@
-// Copies a buffer: the memory rate that the adapter reaches, against which benches set every other kernel.
+// Copies a buffer: the memory rate of the adapter, against which benches set every other kernel.
 //
 //   y = x
 //
-// grid: one workgroup for WORKGROUP · EACH vectors of four words, folded into x and y.
+// grid: one workgroup per WORKGROUP · EACH vectors of four words, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
-override EACH: u32 = 1u;         // vectors of an invocation, WORKGROUP apart
+override EACH: u32 = 1u;         // vectors per invocation, WORKGROUP apart
 
 struct Params {
     vectors: u32,

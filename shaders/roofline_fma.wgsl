@@ -1,10 +1,10 @@
-// Multiply-adds in registers: the f32 rate that the adapter reaches, against which benches set every other kernel.
+// Multiply-adds in registers: the f32 rate of the adapter, against which benches set every other kernel.
 //
 //   y[i] = Σ_k z_k,  k = 0 … 11:  z_k begins as x[i] + k, then 4 · iterations times z_k ← a · z_k + b
 //
-// Twelve chains that do not wait for each other, in three vectors: more would not stay in the registers of a software
-// adapter, fewer would leave a GPU waiting.
-// grid: one invocation an element, folded into x and y.
+// Twelve independent chains, in three vectors: more would spill the registers of a software adapter, fewer would leave a GPU
+// waiting.
+// grid: one invocation per element, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 

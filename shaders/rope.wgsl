@@ -3,8 +3,8 @@
 //   (a, b) ← (a·cos − b·sin, a·sin + b·cos)    pairs (2i, 2i+1) or (i, i + d_rope/2)
 //
 // cos and sin come from the host in f64 precision, YaRN's amplitude included: WGSL promises nothing of sin beyond ±π.
-// The layer rotates as it appends (cache_append); this kernel is for callers with rows of their own.
-// grid: one invocation a (token, head, pair), folded into x and y.
+// The layer rotates as it appends (cache_append); this kernel is for callers that rotate outside of a cache.
+// grid: one invocation per (token, head, pair), folded into x and y.
 
 override INTERLEAVE: u32 = 1u;
 override WORKGROUP: u32 = 64u;
@@ -13,7 +13,7 @@ struct Params {
     tokens: u32,
     n_head: u32,
     d_rope: u32,
-    offset: u32,        // first element that is rotated
+    offset: u32,        // first rotated element
     token_stride: u32,
     head_stride: u32,
 }

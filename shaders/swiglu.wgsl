@@ -1,6 +1,6 @@
 // The inner product of a SwiGLU: y = silu(gate) ⊙ up, silu(v) = v / (1 + e^-v).
 //
-// grid: one invocation an element, folded into x and y.
+// grid: one invocation per element, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 

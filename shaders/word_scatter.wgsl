@@ -1,8 +1,8 @@
 // Writes single words: what one step changes in the group lists of a cache.
 //
-//   words[patches[i].x] = patches[i].y,  i < count          no two patches of different value name one word
+//   words[patches[i].x] = patches[i].y,  i < count          patches of one word have one value
 //
-// grid: one invocation a patch, folded into x and y.
+// grid: one invocation per patch, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 
