@@ -4,12 +4,12 @@
 
 mod common;
 
-use common::{Gpu, gpu, gpu_with, stored};
+use common::{Gpu, HIDDEN, config, gpu, gpu_with, stored};
 use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens, Tokens,
 };
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
-use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{Activation, AttentionConfig, GateNorm, GateSite};
 use egmla::error::ArgumentError;
 use egmla::low_level::kernels::{Matmul, attention_decode, cache_append, matmul};
 use egmla::low_level::{AdapterClass, Op, PlanContext, Tuning, choose};
@@ -19,33 +19,12 @@ use egmla::reference::{History, Layer};
 use egmla::weights::{AttentionWeights, Checkpoint};
 use egmla::{Error, Kernels, Recording, Region, Storage, wgpu};
 
-const HIDDEN: usize = 24;
-
 fn mla() -> AttentionConfig {
-    AttentionConfig {
-        hidden_size: HIDDEN as u32,
-        n_head: 3,
-        d_latent: 12,
-        d_q_latent: None,
-        d_nope: 8,
-        d_rope: 4,
-        d_value: 10,
-        attention_bias: false,
-        gate: None,
-        rope: RopeConfig::default(),
-    }
+    config(None)
 }
 
 fn gated(site: GateSite) -> AttentionConfig {
-    let gate = GateConfig {
-        vocab_size: 17,
-        d_gate: 5,
-        site,
-        activation: Activation::OnePlus,
-        norm: GateNorm::LayerNorm,
-        norm_eps: 1e-5,
-    };
-    AttentionConfig { gate: Some(gate), ..mla() }
+    config(Some(site))
 }
 
 /// A layer with its cache, fed through the public API.

@@ -7,43 +7,17 @@ mod common;
 
 use std::time::Duration;
 
-use common::{adapter, gpu};
+use common::{HIDDEN, VOCAB, adapter, config, gpu};
 use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens,
 };
-use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{AttentionConfig, GateSite};
 use egmla::error::{ArgumentError, DeviceError};
 use egmla::fault::Faults;
 use egmla::low_level::kernels::roofline_fma;
 use egmla::random::{Random, attention_weights};
 use egmla::readback;
 use egmla::{Error, Kernels, Recording, Region, Storage, wgpu};
-
-const HIDDEN: usize = 24;
-const VOCAB: u32 = 17;
-
-fn config(site: Option<GateSite>) -> AttentionConfig {
-    let gate = |site| GateConfig {
-        vocab_size: VOCAB,
-        d_gate: 5,
-        site,
-        activation: Activation::OnePlus,
-        norm: GateNorm::LayerNorm,
-        norm_eps: 1e-5,
-    };
-    AttentionConfig {
-        hidden_size: HIDDEN as u32,
-        n_head: 3,
-        d_latent: 12,
-        d_q_latent: None,
-        d_nope: 8,
-        d_rope: 4,
-        d_value: 10,
-        attention_bias: false,
-        gate: site.map(gate),
-        rope: RopeConfig::default(),
-    }
-}
 
 /// A layer and its cache, on one device.
 struct Rig {

@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
 use std::path::{Path, PathBuf};
 
+use egmla::low_level::Access;
 use egmla::low_level::kernels::attention_decode::DecodeSequence;
 use egmla::low_level::kernels::attention_grouped::{self, GroupChunk, GroupHeader, GroupedSequence};
 use egmla::low_level::kernels::attention_prefill::QueryTile;
 use egmla::low_level::kernels::cache_read::SequenceRow;
 use egmla::low_level::kernels::{REGISTRY, shaders};
-use egmla::low_level::Access;
 use shaders::{parse, path, read, webgpu_limits};
 
 /// Stems of the files of a folder that end in `.extension`.

@@ -4,9 +4,9 @@
 
 mod common;
 
-use common::{Gpu, gpu};
+use common::{Gpu, HIDDEN, VOCAB, gpu};
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
-use egmla::config::{Activation, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{GateConfig, GateSite, RopeConfig};
 use egmla::error::{ArgumentError, DataError};
 use egmla::random::{Random, attention_weights};
 use egmla::readback;
@@ -16,31 +16,11 @@ use egmla::{
     LatentCache, Mode, Recording, Region, StepTokens, Storage, Tokens, wgpu,
 };
 
-const HIDDEN: usize = 24;
-const VOCAB: u32 = 17;
 const LAYERS: usize = 2;
 
+/// Rotary pairs half a part apart: the cache holds them side by side.
 fn config(site: Option<GateSite>) -> AttentionConfig {
-    let gate = |site| GateConfig {
-        vocab_size: VOCAB,
-        d_gate: 5,
-        site,
-        activation: Activation::OnePlus,
-        norm: GateNorm::LayerNorm,
-        norm_eps: 1e-5,
-    };
-    AttentionConfig {
-        hidden_size: HIDDEN as u32,
-        n_head: 3,
-        d_latent: 12,
-        d_q_latent: None,
-        d_nope: 8,
-        d_rope: 4,
-        d_value: 10,
-        attention_bias: false,
-        gate: site.map(gate),
-        rope: RopeConfig { interleave: false, ..RopeConfig::default() },
-    }
+    AttentionConfig { rope: RopeConfig { interleave: false, ..RopeConfig::default() }, ..common::config(site) }
 }
 
 /// Two layers side by side, each fed with the same hidden states.

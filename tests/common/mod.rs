@@ -5,8 +5,41 @@
 pub mod unchecked;
 
 use egmla::attention::AttentionOptions;
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::fault::Faults;
 use egmla::{Kernels, Storage, wgpu};
+
+/// Of [`config`].
+#[allow(dead_code, reason = "the tests that take this need a part of it")]
+pub const HIDDEN: usize = 24;
+/// Of [`config`].
+#[allow(dead_code, reason = "the tests that take this need a part of it")]
+pub const VOCAB: u32 = 17;
+
+/// A small layer of odd widths, with a gate or without.
+#[allow(dead_code, reason = "the tests that take this need a part of it")]
+pub fn config(site: Option<GateSite>) -> AttentionConfig {
+    let gate = |site| GateConfig {
+        vocab_size: VOCAB,
+        d_gate: 5,
+        site,
+        activation: Activation::OnePlus,
+        norm: GateNorm::LayerNorm,
+        norm_eps: 1e-5,
+    };
+    AttentionConfig {
+        hidden_size: HIDDEN as u32,
+        n_head: 3,
+        d_latent: 12,
+        d_q_latent: None,
+        d_nope: 8,
+        d_rope: 4,
+        d_value: 10,
+        attention_bias: false,
+        gate: site.map(gate),
+        rope: RopeConfig::default(),
+    }
+}
 
 pub struct Gpu {
     pub kernels: Kernels,
