@@ -7,7 +7,7 @@ use crate::adapter::{AdapterClass, Tuning};
 use crate::device::{Kernels, Region};
 use crate::error::Result;
 use crate::kernels::{roofline_cooperative, roofline_copy, roofline_fma};
-use crate::op::Op as _;
+use crate::op::{Op, choose};
 use crate::recording::Recording;
 
 /// Ceilings of an adapter, and the overhead of a dispatch and of a submission.
@@ -64,9 +64,20 @@ fn best(timer: &Timer, recording: &mut Recording) -> Result<(f64, f64)> {
     Ok(best)
 }
 
-/// The fastest of the kernel's settings.
-fn fastest(tunings: usize, mut run: impl FnMut(Tuning) -> Result<f64>) -> Result<f64> {
-    (0..tunings).try_fold(f64::INFINITY, |best, tuning| Ok(best.min(run(Tuning::Forced(tuning))?)))
+/// Microseconds of the fastest of the operation's shaders and settings, of those that the device takes.
+fn fastest<O: Op>(kernels: &Kernels, timer: &Timer, op: &O, args: O::Args<&Region>) -> Result<f64> {
+    choose(op, kernels.context())?;
+    let mut least = f64::INFINITY;
+    for variant in O::VARIANTS.iter().filter(|variant| variant.spec.missing(kernels.context()).is_none()) {
+        for tuning in (0..variant.spec.tunings).map(Tuning::Forced) {
+            if variant.plan(op, kernels.context(), tuning).is_ok() {
+                let mut recording = Recording::new(kernels);
+                recording.add_variant(variant, op, args, tuning)?;
+                least = least.min(best(timer, &mut recording)?.0);
+            }
+        }
+    }
+    Ok(least)
 }
 
 /// 10⁹ per second, from a count and microseconds.
@@ -81,11 +92,7 @@ fn copy(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
     let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![1; bytes as usize])?);
     let y = Region::from(&kernels.allocate("egmla.roofline.y", bytes)?);
     let problem = roofline_copy::RooflineCopy { words: (bytes / 4) as u32 };
-    let best = fastest(roofline_copy::VECTORS.spec.tunings, |tuning| {
-        let mut recording = Recording::new(kernels);
-        recording.add_variant(&roofline_copy::VECTORS, &problem, roofline_copy::Args { x: &x, y: &y }, tuning)?;
-        Ok(best(timer, &mut recording)?.0)
-    })?;
+    let best = fastest(kernels, timer, &problem, roofline_copy::Args { x: &x, y: &y })?;
     Ok(giga_per_second(problem.cost().bytes, best))
 }
 
@@ -94,11 +101,7 @@ fn fma(kernels: &Kernels, timer: &Timer, software: bool) -> Result<f64> {
     let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![0; 4 * elements as usize])?);
     let y = Region::from(&kernels.allocate("egmla.roofline.y", 4 * u64::from(elements))?);
     let problem = roofline_fma::RooflineFma { elements, iterations, a: 0.75, b: 0.5 };
-    let best = fastest(roofline_fma::ELEMENTS.spec.tunings, |tuning| {
-        let mut recording = Recording::new(kernels);
-        recording.add_variant(&roofline_fma::ELEMENTS, &problem, roofline_fma::Args { x: &x, y: &y }, tuning)?;
-        Ok(best(timer, &mut recording)?.0)
-    })?;
+    let best = fastest(kernels, timer, &problem, roofline_fma::Args { x: &x, y: &y })?;
     Ok(giga_per_second(problem.cost().flops, best))
 }
 
@@ -115,9 +118,8 @@ fn cooperative(kernels: &Kernels, timer: &Timer, software: bool) -> Result<Optio
     let bytes = problem.bytes();
     let x = Region::from(&kernels.upload("egmla.roofline.x", &vec![0; bytes.x as usize])?);
     let y = Region::from(&kernels.allocate("egmla.roofline.y", bytes.y)?);
-    let mut recording = Recording::new(kernels);
-    recording.add(&problem, roofline_cooperative::Args { x: &x, y: &y })?;
-    Ok(Some(giga_per_second(problem.cost().flops, best(timer, &mut recording)?.0)))
+    let best = fastest(kernels, timer, &problem, roofline_cooperative::Args { x: &x, y: &y })?;
+    Ok(Some(giga_per_second(problem.cost().flops, best)))
 }
 
 /// Dispatches of one vector each: microseconds by the timer's clock, and as the host sees it.

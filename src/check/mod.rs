@@ -30,7 +30,6 @@ pub mod view;
 use crate::adapter::Tuning;
 use crate::device::Kernels;
 use crate::error::Result;
-use crate::op::Spec;
 use crate::readback;
 use crate::recording::Recording;
 use crate::storage::Storage;
@@ -192,13 +191,7 @@ pub(crate) fn pack(values: &[f32], storage: Storage) -> (Vec<u32>, Vec<f64>) {
     }
 }
 
-/// The outcomes of a variant that the device does not support; `None` if it can run.
-fn skipped(spec: &Spec, kernels: &Kernels) -> Option<Vec<Outcome>> {
-    let missing = spec.missing(kernels.context())?;
-    Some(vec![not_run(format!("{missing} not offered"))])
-}
-
-/// The outcomes of a case that was not run, with the reason.
+/// What stands for the outcomes of a case that the device is not offered, with the reason.
 fn not_run(reason: String) -> Outcome {
     Outcome {
         tuning: "-".to_owned(),
@@ -210,21 +203,17 @@ fn not_run(reason: String) -> Outcome {
     }
 }
 
-/// Runs `Auto` and every forced tuning.
-fn every_tuning(
-    tunings: usize,
-    tolerance: Tolerance,
-    mut run: impl FnMut(Tuning) -> Result<Vec<Comparison>>,
-) -> Result<Vec<Outcome>> {
-    let all = std::iter::once(Tuning::Auto).chain((0..tunings).map(Tuning::Forced));
-    all.map(|tuning| {
-        let name = match tuning {
-            Tuning::Auto => "auto".to_owned(),
-            Tuning::Forced(index) => index.to_string(),
-        };
-        Ok(outcome(name, tolerance, run(tuning)?))
-    })
-    .collect()
+/// `Auto` and every forced tuning.
+fn settings(tunings: usize) -> impl Iterator<Item = Tuning> {
+    std::iter::once(Tuning::Auto).chain((0..tunings).map(Tuning::Forced))
+}
+
+/// What an outcome calls it.
+fn name_of(tuning: Tuning) -> String {
+    match tuning {
+        Tuning::Auto => "auto".to_owned(),
+        Tuning::Forced(index) => index.to_string(),
+    }
 }
 
 /// The worst of several comparisons; none at all is a failure, since nothing was compared.

@@ -2,16 +2,17 @@
 
 use super::batch::{Widths, cache_rows, compare_partials, decoding, few_new, few_sizes, splits};
 use super::extreme::{Extreme, attention_tolerance};
-use super::{SEED, widen};
-use crate::check::{Case, Lab, Outcome, every_tuning, pack};
+use super::{SEED, each_variant, widen};
+use crate::check::{Case, pack};
 use crate::error::Result;
-use crate::kernels::attention_decode;
 use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::{AttentionDecode, attention_decode};
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
+    let plain = Extreme::Plain;
     for storage in Storage::ALL {
         for (name, lengths, widths) in few_sizes() {
             let (n_head, d_nope, d_rope, d_value) = widths;
@@ -20,27 +21,18 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             for kv_storage in Storage::ALL {
                 if in_whole_loads(widths, storage, kv_storage) {
                     let id = format!("{id}_kv_{}", kv_storage.name());
-                    cases.push(Case::new("attention_decode", id, move |lab| {
-                        decode(lab, lengths, 1, widths, (storage, kv_storage), Extreme::Plain)
-                    }));
+                    decode(cases, id, lengths, 1, widths, (storage, kv_storage), plain);
                 }
             }
         }
         // Speculative decoding: candidates that see each other, across the border of a split.
-        let (lengths, widths) = (&[258, 1, 40, 511], (3, 16, 8, 16));
         for most in [2, 16] {
-            cases.push(Case::new("attention_decode", format!("q{most}/{}", storage.name()), move |lab| {
-                decode(lab, lengths, most, widths, (storage, storage), Extreme::Plain)
-            }));
+            let id = format!("q{most}/{}", storage.name());
+            decode(cases, id, &[258, 1, 40, 511], most, (3, 16, 8, 16), (storage, storage), plain);
         }
-    }
-    for extreme in Extreme::ALL {
-        for storage in Storage::ALL {
-            let (lengths, widths, id) =
-                (&[300, 1, 255], (3, 16, 8, 16), format!("{}/{}", extreme.name(), storage.name()));
-            cases.push(Case::new("attention_decode", id, move |lab| {
-                decode(lab, lengths, 1, widths, (storage, storage), extreme)
-            }));
+        for extreme in Extreme::ALL {
+            let id = format!("{}/{}", extreme.name(), storage.name());
+            decode(cases, id, &[300, 1, 255], 1, (3, 16, 8, 16), (storage, storage), extreme);
         }
     }
 }
@@ -52,18 +44,37 @@ fn in_whole_loads((_, d_nope, d_rope, d_value): Widths, storage: Storage, kv_sto
 }
 
 fn decode(
-    lab: &Lab<'_>,
+    cases: &mut Vec<Case>,
+    id: String,
     lengths: &[u32],
     most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
     (storage, kv_storage): (Storage, Storage),
     extreme: Extreme,
-) -> Result<Vec<Outcome>> {
-    let batch = few_new(lengths, most);
-    let slots = batch.slots();
+) {
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
     let tolerance = attention_tolerance(d_query, SPLIT as usize, extreme.spread());
-    every_tuning(attention_decode::LANES.spec.tunings, tolerance, |tuning| {
+    let scale = (d_query as f32).sqrt().recip();
+    let tile_rows = 2 * SPLIT;
+    let batch = few_new(lengths, most);
+    let op = AttentionDecode {
+        tokens: batch.tokens,
+        most_tokens: most,
+        partials: splits(&batch).len() as u32,
+        n_sequence: batch.sequences.len() as u32,
+        n_head: n_head as u32,
+        d_nope: d_nope as u32,
+        d_rope: d_rope as u32,
+        d_value: d_value as u32,
+        kv_first: 0,
+        kv_rows: SPLIT,
+        cache_rows: batch.cache_rows,
+        scale,
+        storage,
+        kv_storage,
+    };
+    each_variant(cases, id, op, tolerance, move |lab, launch| {
+        let slots = batch.slots();
         let mut random = Random::new(SEED);
         let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
         let mut kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -79,8 +90,6 @@ fn decode(
         let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
         let partials = splits(&batch).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_value)?, lab.output(partials * 2)?);
-        let scale = (d_query as f32).sqrt().recip();
-        let tile_rows = 2 * SPLIT;
         let kv_tiles = (0..batch.rows)
             .step_by(tile_rows as usize)
             .map(|first| {
@@ -90,22 +99,6 @@ fn decode(
             .collect::<Result<Vec<_>>>()?;
         lab.launch(|recording| {
             for (first, rows, kv) in &kv_tiles {
-                let problem = attention_decode::AttentionDecode {
-                    tokens: batch.tokens,
-                    most_tokens: most,
-                    partials: splits(&batch).len() as u32,
-                    n_sequence: batch.sequences.len() as u32,
-                    n_head: n_head as u32,
-                    d_nope: d_nope as u32,
-                    d_rope: d_rope as u32,
-                    d_value: d_value as u32,
-                    kv_first: *first,
-                    kv_rows: *rows,
-                    cache_rows: batch.cache_rows,
-                    scale,
-                    storage,
-                    kv_storage,
-                };
                 let args = attention_decode::Args {
                     q: &q.region,
                     kv: &kv.region,
@@ -114,7 +107,7 @@ fn decode(
                     partial_values: &values.region,
                     partial_softmax: &softmax.region,
                 };
-                recording.add_variant(&attention_decode::LANES, &problem, args, tuning)?;
+                launch.of(AttentionDecode { kv_first: *first, kv_rows: *rows, ..op }).add(recording, args)?;
             }
             Ok(())
         })?;
@@ -122,5 +115,5 @@ fn decode(
         let (q, kv) = (widen(&q_values), pack(&kv_values, kv_storage).1);
         let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
         compare_partials(lab, &values, &softmax, &expected, tolerance)
-    })
+    });
 }

@@ -3,15 +3,15 @@
 use super::batch::{HOSTILE_PADDING, compare_softmax};
 use super::extreme::{Extreme, attention_tolerance};
 use super::grouped_batch::{GroupedBatch, Ids, Sources};
-use super::{SEED, widen};
-use crate::check::compare::Tolerance;
+use super::{Launch, SEED, each_variant, widen, widest};
+use crate::adapter::{AdapterClass, PlanContext};
+use crate::check::compare::{Comparison, Tolerance};
 use crate::check::view::{Reading, View};
-use crate::check::{Case, Lab, Outcome, every_tuning, pack, skipped};
+use crate::check::{Case, Lab, pack};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernels::attention_grouped::Tiling;
 use crate::kernels::{AttentionGrouped, attention_grouped};
-use crate::op::Variant;
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
@@ -91,11 +91,9 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
         ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
+    let in_workgroup: TilingOf = |device, widths| attention_grouped::tiling_in_workgroup(device, widths).map(Some);
     for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes()) {
-        cases.push(Case::new(attention_grouped::WORKGROUP.spec.name, name, move |lab| {
-            let tiling = attention_grouped::tiling_in_workgroup(lab.kernels.context(), sizes.widths)?;
-            attend_groups(lab, sizes, tiling, &attention_grouped::WORKGROUP)
-        }));
+        attend(cases, name, sizes, in_workgroup);
     }
 
     // Slots are filled, half filled and overfull; latents and rotary keys end within a block of 8 and within the eighth.
@@ -131,191 +129,210 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
         ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
+    // No tiling, no outcome: a case that another kernel would pass in its place fails.
+    let tiling: TilingOf = |device, widths| Ok(attention_grouped::tiling_in_registers(device, widths));
     for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes())
     {
-        let variant = &attention_grouped::SUBGROUP;
-        cases.push(Case::new(variant.spec.name, name, move |lab| match skipped(&variant.spec, lab.kernels) {
-            Some(skipped) => Ok(skipped),
-            None => {
-                // No tiling, no outcome: a case that another kernel would pass in its place fails.
-                let tiling = attention_grouped::tiling_in_registers(lab.kernels.context(), sizes.widths);
-                tiling.map_or(Ok(Vec::new()), |tiling| attend_groups(lab, sizes, tiling, variant))
-            }
-        }));
+        attend(cases, name, sizes, tiling);
     }
 }
 
-fn attend_groups(
-    lab: &Lab<'_>,
-    sizes: GroupedSizes,
-    tiling: Tiling,
-    variant: &'static Variant<AttentionGrouped>,
-) -> Result<Vec<Outcome>> {
+/// The tiling of a device, where it has one for these widths. With it goes which variants take the step's tables.
+type TilingOf = fn(&PlanContext, attention_grouped::Widths) -> Result<Option<Tiling>>;
+
+fn attend(cases: &mut Vec<Case>, id: String, sizes: GroupedSizes, tiling: TilingOf) {
     let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
-    let (extreme, passes) = (sizes.extreme, sizes.passes);
     let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
     let d_kv = n_head * (d_nope + d_value);
     let longest = sequences.iter().map(|(length, _)| *length as usize).max().unwrap_or(0);
     let plain = Tolerance::sums(&[d_nope as usize, d_latent as usize, d_kv as usize, longest]);
     // Scores of size s carry absolute errors of s · u · √d: those are relative errors of their exponentials.
-    let of_scores = attention_tolerance((d_nope + d_rope + d_latent) as usize, longest, extreme.spread());
-    let tolerance = if extreme.spread() > 1.0 { of_scores } else { plain };
-    every_tuning(variant.spec.tunings, tolerance, |tuning| {
-        let mut random = Random::new(SEED);
-        // Resident rows come from `gates`, at their id, and the others from `gates_more`, at their group.
-        let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, sizes.sources) else {
-            return Ok(Vec::new());
-        };
-        let rows = batch.cache_rows as usize;
-        let resident = match sizes.sources {
-            Sources::Further => 0,
-            Sources::Both | Sources::Resident => batch.ids.iter().flatten().max().map_or(1, |id| id + 1),
-        };
-        let mut q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
-        let w_values = random.values((d_kv * d_latent) as usize, 1.0);
-        let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
-        let gate_values = random.values((resident * d_kv) as usize, 1.0);
-        let more_values = random.values((batch.groups * d_kv) as usize, 1.0);
-        let mut latent_values = random.values(rows * d_latent as usize, 1.0);
-        let mut rope_values = random.values(rows * d_rope as usize, 1.0);
-        extreme.of_queries(&mut q_values);
-        extreme.of_keys(&mut latent_values, d_latent as usize, cache_storage);
-        extreme.of_keys(&mut rope_values, d_rope as usize, cache_storage);
-        let statistics: Vec<f32> = random.values(2 * rows, 1.0).iter().map(|value| value.abs() + 0.1).collect();
-        // The padding of weights and gate rows is zero, that of the cache is hostile.
-        let rows_of = |values: &[f32], width: u32, storage: Storage, padding: f32| -> Vec<u32> {
-            let pitch = storage.row_pitch(width) as usize;
-            let row = |row: &[f32]| [row, &vec![padding; pitch - row.len()]].concat();
-            let rows: Vec<f32> = values.chunks(width.max(1) as usize).flat_map(row).collect();
-            pack(&rows, storage).0
-        };
-        let padded = |values: &[f32], width: u32, storage: Storage| rows_of(values, width, storage, 0.0);
-        let kept = |values: &[f32], storage: Storage| pack(values, storage).1;
+    let spread = sizes.extreme.spread();
+    let of_scores = attention_tolerance((d_nope + d_rope + d_latent) as usize, longest, spread);
+    let tolerance = if spread > 1.0 { of_scores } else { plain };
+    // What follows from the lists is filled in when they are made.
+    let op = AttentionGrouped {
+        tokens: 1,
+        most_tokens: queries,
+        n_sequence: sequences.len() as u32,
+        entries: 1,
+        partials: 1,
+        most_partials: 1,
+        n_head,
+        widths,
+        // None is refused by every variant.
+        tiling: tiling(&widest(AdapterClass::Discrete), widths).ok().flatten().unwrap_or(Tiling { groups: 0, span: 0 }),
+        table: 0,
+        list_words: 0,
+        cache_rows: 1,
+        rope_byte: 0,
+        statistics_byte: 0,
+        resident: 0,
+        gates_storage: cache_storage,
+        more: 0,
+        more_storage: Storage::F32,
+        first_group: 0,
+        groups: 0,
+        pass_index: 0,
+        passes: sizes.passes,
+        activation,
+        norm,
+        scale: ((d_nope + d_rope) as f32).sqrt().recip(),
+        expected_groups: 0,
+        expected_positions: 0,
+        cache_storage,
+        storage,
+    };
+    each_variant(cases, id, op, tolerance, move |lab, launch| match tiling(lab.kernels.context(), widths)? {
+        Some(tiling) => attend_groups(lab, launch.of(AttentionGrouped { tiling, ..op }), sizes, tolerance),
+        None => Ok(Vec::new()),
+    });
+}
 
-        // Latents, rotary keys and statistics one after another, 16 bytes between them.
-        let mut cache_words = rows_of(&latent_values, d_latent, cache_storage, HOSTILE_PADDING);
-        cache_words.extend([0; 4]);
-        let rope_byte = 4 * cache_words.len() as u64;
-        cache_words.extend(rows_of(&rope_values, d_rope, cache_storage, HOSTILE_PADDING));
-        cache_words.extend([0; 4]);
-        let statistics_byte = 4 * cache_words.len() as u64;
-        cache_words.extend(statistics.iter().map(|value| value.to_bits()));
-        cache_words.resize(cache_words.len().next_multiple_of(4), 0);
-        let beta = attention_grouped::beta_element(d_kv) as usize;
-        let mut affine = affine_values[0].clone();
-        affine.resize(beta, 0.0);
-        affine.extend(&affine_values[1]);
+fn attend_groups(
+    lab: &Lab<'_>,
+    launch: Launch<AttentionGrouped>,
+    sizes: GroupedSizes,
+    tolerance: Tolerance,
+) -> Result<Vec<Comparison>> {
+    let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
+    let (extreme, passes, tiling) = (sizes.extreme, sizes.passes, launch.op.tiling);
+    let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
+    let d_kv = n_head * (d_nope + d_value);
+    let mut random = Random::new(SEED);
+    // Resident rows come from `gates`, at their id, and the others from `gates_more`, at their group.
+    let Some(batch) = GroupedBatch::new(sequences, (queries, passes), tiling, sizes.sources) else {
+        return Ok(Vec::new());
+    };
+    let rows = batch.cache_rows as usize;
+    let resident = match sizes.sources {
+        Sources::Further => 0,
+        Sources::Both | Sources::Resident => batch.ids.iter().flatten().max().map_or(1, |id| id + 1),
+    };
+    let mut q_values = random.values((batch.tokens * n_head * (d_nope + d_rope)) as usize, 1.0);
+    let w_values = random.values((d_kv * d_latent) as usize, 1.0);
+    let affine_values = [random.values(d_kv as usize, 1.0), random.values(d_kv as usize, 1.0)];
+    let gate_values = random.values((resident * d_kv) as usize, 1.0);
+    let more_values = random.values((batch.groups * d_kv) as usize, 1.0);
+    let mut latent_values = random.values(rows * d_latent as usize, 1.0);
+    let mut rope_values = random.values(rows * d_rope as usize, 1.0);
+    extreme.of_queries(&mut q_values);
+    extreme.of_keys(&mut latent_values, d_latent as usize, cache_storage);
+    extreme.of_keys(&mut rope_values, d_rope as usize, cache_storage);
+    let statistics: Vec<f32> = random.values(2 * rows, 1.0).iter().map(|value| value.abs() + 0.1).collect();
+    // The padding of weights and gate rows is zero, that of the cache is hostile.
+    let rows_of = |values: &[f32], width: u32, storage: Storage, padding: f32| -> Vec<u32> {
+        let pitch = storage.row_pitch(width) as usize;
+        let row = |row: &[f32]| [row, &vec![padding; pitch - row.len()]].concat();
+        let rows: Vec<f32> = values.chunks(width.max(1) as usize).flat_map(row).collect();
+        pack(&rows, storage).0
+    };
+    let padded = |values: &[f32], width: u32, storage: Storage| rows_of(values, width, storage, 0.0);
+    let kept = |values: &[f32], storage: Storage| pack(values, storage).1;
 
-        let (q, cache, lists) = (lab.floats(&q_values)?, lab.words(&cache_words)?, lab.words(&batch.words)?);
-        let w = lab.words(&padded(&w_values, d_latent, storage))?;
-        let affine = lab.words(&pack(&affine, storage).0)?;
-        let gates = lab.words(&padded(&gate_values, d_kv, cache_storage))?;
-        // Whole entries a pass, as the plan of a step divides them.
-        let entry_groups = tiling.groups * tiling.span;
-        let pass_groups = batch.groups.div_ceil(passes).next_multiple_of(entry_groups);
-        let more = (0..passes)
-            .map(|pass| {
-                let rows = [pass, pass + 1].map(|pass| (pass * pass_groups).min(batch.groups) as usize * d_kv as usize);
-                lab.words(&padded(&more_values[rows[0]..rows[1]], d_kv, Storage::F32))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        // The buffer has room for more partial results than there are.
-        let most_partials = batch.partials + 3;
-        let softmax_word = attention_grouped::softmax_word(most_partials, n_head, d_value) as usize;
-        let partials = (most_partials * n_head) as usize;
-        let partial = lab.output(softmax_word + 2 * partials)?;
-        let scale = ((d_nope + d_rope) as f32).sqrt().recip();
-        let problem = attention_grouped::AttentionGrouped {
-            tokens: batch.tokens,
-            most_tokens: queries,
-            n_sequence: sequences.len() as u32,
-            entries: batch.entries,
-            partials: batch.partials,
-            most_partials,
-            n_head,
-            widths,
-            tiling,
-            table: batch.table,
-            list_words: batch.words.len() as u32,
-            cache_rows: batch.cache_rows,
-            rope_byte,
-            statistics_byte,
-            resident,
-            gates_storage: cache_storage,
-            more: batch.groups,
-            more_storage: Storage::F32,
-            first_group: 0,
-            groups: batch.groups,
-            pass_index: 0,
-            passes,
-            activation,
-            norm,
-            scale,
-            expected_groups: 0,
-            expected_positions: 0,
-            cache_storage,
-            storage,
-        };
-        let absent = lab.kernels.absent();
-        lab.launch(|recording| {
-            for (pass_index, more) in (0..).zip(&more) {
-                let first_group = pass_index * pass_groups;
-                // Of more passes than there are entries the last have nothing to do.
-                let groups = pass_groups.min(batch.groups.saturating_sub(first_group));
-                let further = if sizes.sources == Sources::Resident { 0 } else { groups };
-                let problem =
-                    attention_grouped::AttentionGrouped { first_group, groups, more: further, pass_index, ..problem };
-                let args = attention_grouped::Args {
-                    q: &q.region,
-                    kv_b_proj: &w.region,
-                    affine: &affine.region,
-                    gates: if resident == 0 { &absent } else { &gates.region },
-                    gates_more: if further == 0 { &absent } else { &more.region },
-                    cache: &cache.region,
-                    lists: &lists.region,
-                    partial: &partial.region,
-                };
-                recording.add_variant(variant, &problem, args, tuning)?;
-            }
-            Ok(())
-        })?;
+    // Latents, rotary keys and statistics one after another, 16 bytes between them.
+    let mut cache_words = rows_of(&latent_values, d_latent, cache_storage, HOSTILE_PADDING);
+    cache_words.extend([0; 4]);
+    let rope_byte = 4 * cache_words.len() as u64;
+    cache_words.extend(rows_of(&rope_values, d_rope, cache_storage, HOSTILE_PADDING));
+    cache_words.extend([0; 4]);
+    let statistics_byte = 4 * cache_words.len() as u64;
+    cache_words.extend(statistics.iter().map(|value| value.to_bits()));
+    cache_words.resize(cache_words.len().next_multiple_of(4), 0);
+    let beta = attention_grouped::beta_element(d_kv) as usize;
+    let mut affine = affine_values[0].clone();
+    affine.resize(beta, 0.0);
+    affine.extend(&affine_values[1]);
 
-        let (gates_kept, more_kept) = (kept(&gate_values, cache_storage), widen(&more_values));
-        let gate_row = |(row, id): (usize, &Option<u32>)| match id {
-            Some(id) if sizes.sources.resident(*id) => gates_kept[(id * d_kv) as usize..][..d_kv as usize].to_vec(),
-            _ => more_kept[row * d_kv as usize..][..d_kv as usize].to_vec(),
-        };
-        let before: Vec<f64> = batch.ids.iter().enumerate().flat_map(gate_row).collect();
-        let affine_kept = affine_values.each_ref().map(|values| kept(values, storage));
-        let statistics: Vec<[f64; 2]> = statistics
-            .chunks(2)
-            .map(|pair| match norm {
-                GateNorm::None => [0.0, 1.0],
-                GateNorm::RmsNorm => [0.0, pair[1].into()],
-                GateNorm::LayerNorm => [pair[0].into(), pair[1].into()],
-            })
-            .collect();
-        let input = reference::Grouped {
-            q: &widen(&q_values),
-            kv_b_proj: &kept(&w_values, storage),
-            gamma: &if norm == GateNorm::None { vec![1.0; d_kv as usize] } else { affine_kept[0].clone() },
-            beta: &if norm == GateNorm::LayerNorm { affine_kept[1].clone() } else { vec![0.0; d_kv as usize] },
-            gates: &before.iter().map(|&g| reference::activate(activation, g)).collect::<Vec<_>>(),
-            latent: &kept(&latent_values, cache_storage),
-            k_rope: &kept(&rope_values, cache_storage),
-            statistics: &statistics,
-        };
-        let heads = reference::Heads {
-            n_head: n_head as usize,
-            d_nope: d_nope as usize,
-            d_rope: d_rope as usize,
-            d_value: d_value as usize,
-        };
-        let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, scale.into());
-        let got = lab.read(&partial)?;
-        let values = View::all(Reading::F32, expected.values.len());
-        Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
-            .chain(compare_softmax(lab, (&got, softmax_word), &expected, tolerance))
-            .collect())
-    })
+    let (q, cache, lists) = (lab.floats(&q_values)?, lab.words(&cache_words)?, lab.words(&batch.words)?);
+    let w = lab.words(&padded(&w_values, d_latent, storage))?;
+    let affine = lab.words(&pack(&affine, storage).0)?;
+    let gates = lab.words(&padded(&gate_values, d_kv, cache_storage))?;
+    // Whole entries a pass, as the plan of a step divides them.
+    let entry_groups = tiling.groups * tiling.span;
+    let pass_groups = batch.groups.div_ceil(passes).next_multiple_of(entry_groups);
+    let more = (0..passes)
+        .map(|pass| {
+            let rows = [pass, pass + 1].map(|pass| (pass * pass_groups).min(batch.groups) as usize * d_kv as usize);
+            lab.words(&padded(&more_values[rows[0]..rows[1]], d_kv, Storage::F32))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    // The buffer has room for more partial results than there are.
+    let most_partials = batch.partials + 3;
+    let softmax_word = attention_grouped::softmax_word(most_partials, n_head, d_value) as usize;
+    let partials = (most_partials * n_head) as usize;
+    let partial = lab.output(softmax_word + 2 * partials)?;
+    let op = AttentionGrouped {
+        tokens: batch.tokens,
+        entries: batch.entries,
+        partials: batch.partials,
+        most_partials,
+        table: batch.table,
+        list_words: batch.words.len() as u32,
+        cache_rows: batch.cache_rows,
+        rope_byte,
+        statistics_byte,
+        resident,
+        ..launch.op
+    };
+    let absent = lab.kernels.absent();
+    lab.launch(|recording| {
+        for (pass_index, more) in (0..).zip(&more) {
+            let first_group = pass_index * pass_groups;
+            // Of more passes than there are entries the last have nothing to do.
+            let groups = pass_groups.min(batch.groups.saturating_sub(first_group));
+            let further = if sizes.sources == Sources::Resident { 0 } else { groups };
+            let op = AttentionGrouped { first_group, groups, more: further, pass_index, ..op };
+            let args = attention_grouped::Args {
+                q: &q.region,
+                kv_b_proj: &w.region,
+                affine: &affine.region,
+                gates: if resident == 0 { &absent } else { &gates.region },
+                gates_more: if further == 0 { &absent } else { &more.region },
+                cache: &cache.region,
+                lists: &lists.region,
+                partial: &partial.region,
+            };
+            launch.of(op).add(recording, args)?;
+        }
+        Ok(())
+    })?;
+
+    let (gates_kept, more_kept) = (kept(&gate_values, cache_storage), widen(&more_values));
+    let gate_row = |(row, id): (usize, &Option<u32>)| match id {
+        Some(id) if sizes.sources.resident(*id) => gates_kept[(id * d_kv) as usize..][..d_kv as usize].to_vec(),
+        _ => more_kept[row * d_kv as usize..][..d_kv as usize].to_vec(),
+    };
+    let before: Vec<f64> = batch.ids.iter().enumerate().flat_map(gate_row).collect();
+    let affine_kept = affine_values.each_ref().map(|values| kept(values, storage));
+    let statistics: Vec<[f64; 2]> = statistics
+        .chunks(2)
+        .map(|pair| match norm {
+            GateNorm::None => [0.0, 1.0],
+            GateNorm::RmsNorm => [0.0, pair[1].into()],
+            GateNorm::LayerNorm => [pair[0].into(), pair[1].into()],
+        })
+        .collect();
+    let input = reference::Grouped {
+        q: &widen(&q_values),
+        kv_b_proj: &kept(&w_values, storage),
+        gamma: &if norm == GateNorm::None { vec![1.0; d_kv as usize] } else { affine_kept[0].clone() },
+        beta: &if norm == GateNorm::LayerNorm { affine_kept[1].clone() } else { vec![0.0; d_kv as usize] },
+        gates: &before.iter().map(|&g| reference::activate(activation, g)).collect::<Vec<_>>(),
+        latent: &kept(&latent_values, cache_storage),
+        k_rope: &kept(&rope_values, cache_storage),
+        statistics: &statistics,
+    };
+    let heads = reference::Heads {
+        n_head: n_head as usize,
+        d_nope: d_nope as usize,
+        d_rope: d_rope as usize,
+        d_value: d_value as usize,
+    };
+    let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, op.scale.into());
+    let got = lab.read(&partial)?;
+    let values = View::all(Reading::F32, expected.values.len());
+    Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
+        .chain(compare_softmax(lab, (&got, softmax_word), &expected, tolerance))
+        .collect())
 }

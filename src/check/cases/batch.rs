@@ -14,6 +14,7 @@ use crate::reference;
 use crate::storage::Storage;
 
 /// Sequences of (cached before, new) tokens, in the step's row numbering.
+#[derive(Clone)]
 pub(super) struct Batch {
     pub(super) sequences: Vec<SequenceRow>,
     pub(super) counts: Vec<u32>,

@@ -1,14 +1,14 @@
 //! Cases of `cache_append`: keys rotated and not, inputs with gaps, and the rounding of latents to f16.
 
 use super::batch::{row_words, unpack};
-use super::{SEED, widen};
+use super::{Launch, SEED, each_able, each_variant, widen};
 use crate::adapter::AdapterClass;
 use crate::check::compare::{Comparison, Tolerance};
 use crate::check::guarded::Guarded;
-use crate::check::{Case, Lab, Outcome, every_tuning, not_run};
+use crate::check::{Case, Lab, name_of, not_run, outcome, settings};
 use crate::config::RopeConfig;
 use crate::error::Result;
-use crate::kernels::cache_append;
+use crate::kernels::{CacheAppend, cache_append};
 use crate::op::Op as _;
 use crate::random::Random;
 use crate::reference;
@@ -21,14 +21,14 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         {
             let how = if rotate { "turned" } else { "as_they_are" };
             let id = format!("{d_latent}+{d_rope}_{how}/{}", storage.name());
-            cases.push(Case::new("cache_append", id, move |lab| append(lab, d_latent, d_rope, rotate, storage)));
+            append(cases, id, d_latent, d_rope, rotate, storage);
         }
     }
-    cases.push(Case::new("cache_append", "rounding/f16", halves));
+    halves(cases);
 }
 
-/// Gaps: four elements between input vectors, four words before the rotary keys of the cache.
-fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Storage) -> Result<Vec<Outcome>> {
+/// Four elements stand between rows, and four words before the rotary keys of the cache.
+fn append(cases: &mut Vec<Case>, id: String, d_latent: u32, d_rope: u32, rotate: bool, storage: Storage) {
     let step = 4;
     // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
     // The rotation's own error in f32 is that of two products and a sum.
@@ -36,12 +36,37 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
         Storage::F32 => Tolerance::sums(&[2]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(cache_append::ROWS.spec.tunings, tolerance, |tuning| {
+    let slots = [4, 0, 6, 1, 9];
+    let tokens = slots.len() as u32;
+    let cached = 11;
+    let row = d_latent + d_rope + step;
+    // Heads of queries, each behind a content part, in rows that stand apart.
+    let (n_head, d_nope) = (3, 2 * step);
+    let queries = cache_append::Queries {
+        n_head,
+        offset: step + d_nope,
+        row: n_head * (d_nope + d_rope) + step,
+        head: d_nope + d_rope,
+    };
+    // The rotary keys begin a little behind the latents.
+    let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
+    let rope_word = latent_words + 4;
+    let op = CacheAppend {
+        tokens,
+        cache_rows: cached,
+        d_latent,
+        latent_offset: 0,
+        latent_row: row,
+        d_rope,
+        rope_offset: d_latent,
+        rope_row: row,
+        rotate,
+        queries,
+        rope_byte: 4 * rope_word as u64,
+        storage,
+    };
+    each_variant(cases, id, op, tolerance, move |lab, launch| {
         let mut random = Random::new(SEED);
-        let slots = [4, 0, 6, 1, 9];
-        let tokens = slots.len() as u32;
-        let cached = 11;
-        let row = d_latent + d_rope + step;
         let mut values = random.values((tokens * row) as usize, 1.0);
         // Beyond f16: stored as its largest value.
         values[0] = 1e6;
@@ -53,34 +78,9 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
         // Some more where there is none: a binding holds something.
         let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 4]);
         let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
-        // Heads of queries, each after a content part, with gaps.
-        let (n_head, d_nope) = (3, 2 * step);
-        let queries = cache_append::Queries {
-            n_head,
-            offset: step + d_nope,
-            row: n_head * (d_nope + d_rope) + step,
-            head: d_nope + d_rope,
-        };
         let q_values = random.values((step + tokens * queries.row) as usize, 1.0);
         let q = lab.floats(&q_values)?;
-        // The rotary keys begin a little behind the latents.
-        let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
-        let rope_word = latent_words + 4;
         let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
-        let problem = cache_append::CacheAppend {
-            tokens,
-            cache_rows: cached,
-            d_latent,
-            latent_offset: 0,
-            latent_row: row,
-            d_rope,
-            rope_offset: d_latent,
-            rope_row: row,
-            rotate,
-            queries,
-            rope_byte: 4 * rope_word as u64,
-            storage,
-        };
         let args = cache_append::Args {
             latent: &source.region,
             rope_key: &source.region,
@@ -89,7 +89,7 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
             cache: &cache.region,
             q: &q.region,
         };
-        lab.launch(|recording| recording.add_variant(&cache_append::ROWS, &problem, args, tuning))?;
+        launch.run(lab, args)?;
         let mut comparisons = Vec::new();
         let words = lab.read(&cache)?;
         for (first_word, first, width) in [(0, 0, d_latent), (rope_word, d_latent, d_rope)] {
@@ -120,20 +120,16 @@ fn append(lab: &Lab<'_>, d_latent: u32, d_rope: u32, rotate: bool, storage: Stor
             }
         }
         // Without anything to rotate the queries are not bound.
-        if problem.bytes().q > 0 {
+        if op.bytes().q > 0 {
             comparisons.push(lab.compare(&q, &expected, Tolerance::sums(&[2]))?);
         }
         Ok(comparisons)
-    })
+    });
 }
 
 /// Rounding of latents to halves: of the two around a value, one is right. Integers round as IEEE 754 does, to the
 /// nearest and of two to the even one; `pack2x16float` rounds as the driver does, and may take numbers below 2^-14 for 0.
-fn halves(lab: &Lab<'_>) -> Result<Vec<Outcome>> {
-    if lab.capture.is_some() {
-        return Ok(vec![not_run("two answers are right, which a table of expected values does not say".to_owned())]);
-    }
-    let integers = lab.kernels.context().class == AdapterClass::Software;
+fn halves(cases: &mut Vec<Case>) {
     let mut values = Vec::new();
     // Both neighbours, the tie and what lies beside it, in every binade from the smallest half to the largest.
     for exponent in -25..16 {
@@ -147,51 +143,70 @@ fn halves(lab: &Lab<'_>) -> Result<Vec<Outcome>> {
     values.extend(ends.iter().flat_map(|&end| [end, -end]));
     values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
     values.resize(values.len().next_multiple_of(8), 0.0);
-    every_tuning(cache_append::ROWS.spec.tunings, Tolerance::EXACT, |tuning| {
-        let width = values.len() as u32;
-        let source = lab.floats(&values)?;
-        let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
-        let cache = Guarded::poisoned_as(lab.kernels, "cache", values.len() / 2 + 4, Storage::F16)?;
-        let problem = cache_append::CacheAppend {
-            tokens: 1,
-            cache_rows: 1,
-            d_latent: width,
-            latent_offset: 0,
-            latent_row: width,
-            d_rope: 0,
-            rope_offset: 0,
-            rope_row: 4,
-            rotate: false,
-            queries: cache_append::Queries::default(),
-            rope_byte: 2 * u64::from(width),
-            storage: Storage::F16,
-        };
-        let args = cache_append::Args {
-            latent: &source.region,
-            rope_key: &nothing.region,
-            rotations: &nothing.region,
-            slots: &slots.region,
-            cache: &cache.region,
-            q: &lab.floats(&[0.0; 4])?.region,
-        };
-        lab.launch(|recording| recording.add_variant(&cache_append::ROWS, &problem, args, tuning))?;
-        let got = unpack(0, 1, width, Storage::F16).apply(&lab.read(&cache)?.words);
-        let right = |(&value, &got): (&f32, &f32)| {
-            let bounded = if value.is_finite() { value.clamp(-65_504.0, 65_504.0) } else { value };
-            let nearest = half::f16::from_f32(bounded);
-            if integers || !value.is_finite() {
-                return nearest.to_f32() == got && value.is_sign_negative() == got.is_sign_negative()
-                    || value.is_nan() && got.is_nan();
+    let width = values.len() as u32;
+    let op = CacheAppend {
+        tokens: 1,
+        cache_rows: 1,
+        d_latent: width,
+        latent_offset: 0,
+        latent_row: width,
+        d_rope: 0,
+        rope_offset: 0,
+        rope_row: 4,
+        rotate: false,
+        queries: cache_append::Queries::default(),
+        rope_byte: 2 * u64::from(width),
+        storage: Storage::F16,
+    };
+    each_able(
+        cases,
+        "rounding/f16",
+        op,
+        |_| true,
+        move |lab, variant| {
+            if lab.capture.is_some() {
+                return Ok(vec![not_run(
+                    "two answers are right, which a table of expected values does not say".to_owned(),
+                )]);
             }
-            // One of the two halves around it.
-            let place = 2f32.powi((bounded.abs().log2().floor() as i32).saturating_sub(10).max(-24));
-            (got - bounded).abs() < place || bounded.abs() < 2f32.powi(-14) && got == 0.0
-        };
-        let wrong: Vec<_> = values.iter().zip(&got).filter(|&pair| !right(pair)).collect();
-        let verdict = match wrong.first() {
-            None => Ok(()),
-            Some((value, got)) => Err(format!("{value:e} became {got:e} ({} such)", wrong.len())),
-        };
-        Ok(vec![Comparison { relative_error: 0.0, verdict }])
-    })
+            let of = |tuning| {
+                Ok(outcome(name_of(tuning), Tolerance::EXACT, halve(lab, Launch { op, variant, tuning }, &values)?))
+            };
+            settings(variant.spec.tunings).map(of).collect()
+        },
+    );
+}
+
+fn halve(lab: &Lab<'_>, launch: Launch<CacheAppend>, values: &[f32]) -> Result<Vec<Comparison>> {
+    let integers = lab.kernels.context().class == AdapterClass::Software;
+    let source = lab.floats(values)?;
+    let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
+    let cache = Guarded::poisoned_as(lab.kernels, "cache", values.len() / 2 + 4, Storage::F16)?;
+    let args = cache_append::Args {
+        latent: &source.region,
+        rope_key: &nothing.region,
+        rotations: &nothing.region,
+        slots: &slots.region,
+        cache: &cache.region,
+        q: &lab.floats(&[0.0; 4])?.region,
+    };
+    launch.run(lab, args)?;
+    let got = unpack(0, 1, values.len() as u32, Storage::F16).apply(&lab.read(&cache)?.words);
+    let right = |(&value, &got): (&f32, &f32)| {
+        let bounded = if value.is_finite() { value.clamp(-65_504.0, 65_504.0) } else { value };
+        let nearest = half::f16::from_f32(bounded);
+        if integers || !value.is_finite() {
+            return nearest.to_f32() == got && value.is_sign_negative() == got.is_sign_negative()
+                || value.is_nan() && got.is_nan();
+        }
+        // One of the two halves around it.
+        let place = 2f32.powi((bounded.abs().log2().floor() as i32).saturating_sub(10).max(-24));
+        (got - bounded).abs() < place || bounded.abs() < 2f32.powi(-14) && got == 0.0
+    };
+    let wrong: Vec<_> = values.iter().zip(&got).filter(|&pair| !right(pair)).collect();
+    let verdict = match wrong.first() {
+        None => Ok(()),
+        Some((value, got)) => Err(format!("{value:e} became {got:e} ({} such)", wrong.len())),
+    };
+    Ok(vec![Comparison { relative_error: 0.0, verdict }])
 }

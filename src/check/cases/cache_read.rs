@@ -1,12 +1,11 @@
 //! Cases of `cache_read`: a tile that begins and ends inside a sequence's padding, with token ids and without.
 
-use super::SEED;
 use super::batch::{Batch, cache_rows, compare_numbers};
+use super::{SEED, each_variant};
 use crate::check::compare::Tolerance;
-use crate::check::{Case, Lab, Outcome, every_tuning, pack};
-use crate::error::Result;
+use crate::check::{Case, pack};
 use crate::kernels::attention_decode::SPLIT;
-use crate::kernels::cache_read;
+use crate::kernels::{CacheRead, cache_read};
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
@@ -16,24 +15,35 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         for (d_latent, d_rope, with_ids) in [(1, 0, true), (5, 2, false), (32, 16, true), (63, 6, true), (8, 64, false)]
         {
             let id = format!("{d_latent}+{d_rope}/{}", storage.name());
-            cases.push(Case::new("cache_read", id, move |lab| read(lab, d_latent, with_ids, storage)));
+            read(cases, id, d_latent, with_ids, storage);
         }
     }
 }
 
-fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Result<Vec<Outcome>> {
-    every_tuning(cache_read::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
+fn read(cases: &mut Vec<Case>, id: String, d_latent: u32, with_ids: bool, storage: Storage) {
+    let batch = Batch::new(&[(0, 3), (0, 1), (0, SPLIT + 2)], 40);
+    // A tile that begins inside the first sequence's padding and ends inside the last's.
+    let (first_row, rows) = (2, batch.rows - 5);
+    // In the other storage, rows padded.
+    let (d_gate, vocab) = (5, 40);
+    let table_storage = if storage == Storage::F32 { Storage::F16 } else { Storage::F32 };
+    let op = CacheRead {
+        first_row,
+        rows,
+        cache_rows: batch.cache_rows,
+        d_latent,
+        n_sequence: batch.sequences.len() as u32,
+        table: with_ids.then_some(cache_read::Table { d_gate, vocab_size: vocab, storage: table_storage }),
+        storage,
+    };
+    each_variant(cases, id, op, Tolerance::EXACT, move |lab, launch| {
         let mut random = Random::new(SEED);
-        let batch = Batch::new(&[(0, 3), (0, 1), (0, SPLIT + 2)], 40);
         let slots = batch.slots();
         let (rounded, kept) = {
             let values = random.values(slots.len() * d_latent as usize, 1.0);
             (values.clone(), pack(&values, storage).1)
         };
         let latent_cache = lab.words(&cache_rows(&rounded, d_latent, &slots, batch.cache_rows, storage))?;
-        // In the other storage, rows padded.
-        let (d_gate, vocab) = (5, 40);
-        let table_storage = if storage == Storage::F32 { Storage::F16 } else { Storage::F32 };
         let embeddings = random.values((vocab * d_gate) as usize, 1.0);
         let every: Vec<u32> = (0..vocab).collect();
         let gate_embedding = lab.words(&cache_rows(&embeddings, d_gate, &every, vocab, table_storage))?;
@@ -41,19 +51,8 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
         let ids = random.ids(batch.cache_rows as usize, vocab);
         let id_cache = lab.words(&ids)?;
         let sequences = lab.words(bytemuck::cast_slice(&batch.sequences))?;
-        // A tile that begins inside the first sequence's padding and ends inside the last's.
-        let (first_row, rows) = (2, batch.rows - 5);
         let latent = lab.output((rows * d_latent) as usize)?;
         let (embedding, slot_out) = (lab.output((rows * d_gate) as usize)?, lab.output(rows as usize)?);
-        let problem = cache_read::CacheRead {
-            first_row,
-            rows,
-            cache_rows: batch.cache_rows,
-            d_latent,
-            n_sequence: batch.sequences.len() as u32,
-            table: with_ids.then_some(cache_read::Table { d_gate, vocab_size: vocab, storage: table_storage }),
-            storage,
-        };
         let args = cache_read::Args {
             latent_cache: &latent_cache.region,
             id_cache: &id_cache.region,
@@ -63,7 +62,7 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
             embedding: &embedding.region,
             slots: &slot_out.region,
         };
-        lab.launch(|recording| recording.add_variant(&cache_read::ELEMENTS, &problem, args, tuning))?;
+        launch.run(lab, args)?;
         // Every row of the tile: its place among the valid rows, if it is one.
         let place: Vec<Option<usize>> = (first_row..first_row + rows).map(|row| batch.place(row)).collect();
         let row_slots: Vec<u32> = place.iter().map(|place| place.map_or(u32::MAX, |place| slots[place])).collect();
@@ -85,5 +84,5 @@ fn read(lab: &Lab<'_>, d_latent: u32, with_ids: bool, storage: Storage) -> Resul
             comparisons.push(lab.compare(&embedding, &expected, Tolerance::EXACT)?);
         }
         Ok(comparisons)
-    })
+    });
 }

@@ -1,8 +1,8 @@
 //! Cases of `gate`: every activation with every norm, statistics out of order, rows of wider ones.
 
-use super::{SEED, spread, widen};
+use super::{SEED, each_variant, spread, widen};
 use crate::check::compare::Tolerance;
-use crate::check::{Case, every_tuning, pack};
+use crate::check::{Case, pack};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernels::gate;
@@ -31,77 +31,78 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         // The padding matters to the norm alone.
         let cut = norms(Activation::Silu, 5, heads(3, 7, 4));
         for sizes in every.chain(cut).chain(padded.map(normed)).chain(whole.map(normed)) {
-            cases.push(gate_case(sizes, storage));
+            gate_cases(cases, sizes, storage);
         }
     }
 }
 
-fn gate_case((activation, norm, rows, segments): (Activation, GateNorm, u32, Segments), storage: Storage) -> Case {
+fn gate_cases(
+    cases: &mut Vec<Case>,
+    (activation, norm, rows, segments): (Activation, GateNorm, u32, Segments),
+    storage: Storage,
+) {
     let Segments { count, parts: [first, second] } = segments;
     let id = format!("{activation:?}_{norm:?}_{rows}x{count}x{first}+{second}/{}", storage.name());
-    Case::new("gate", id, move |lab| {
-        let (width, whole) = (segments.used() as usize, segments.width());
-        let tolerance = Tolerance::sums(&[width, width]);
-        every_tuning(gate::ROWS.spec.tunings, tolerance, |tuning| {
-            let mut random = Random::new(SEED);
-            // Gaps between vectors, after an offset.
-            let (offset, pitch) = (4, whole + 12);
-            let dense = random.values(rows as usize * width, 1.0);
-            let mut x_values = random.values((offset + rows * pitch) as usize, 1.0);
-            for (row, values) in spread(&dense, &segments.parts, || 0.0).chunks(whole as usize).enumerate() {
-                x_values[offset as usize + row * pitch as usize..][..values.len()].copy_from_slice(values);
-            }
-            let mut g_values = random.values(rows as usize * width, 1.0);
-            // Exponentials overflow and tanh saturates here.
-            let ends = [95.0, -95.0].into_iter().cycle();
-            g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
-            let (x, g) = (lab.floats(&x_values)?, lab.floats(&spread(&g_values, &segments.parts, || 0.5))?);
-            let mut affine = || -> Result<_> {
-                let values = random.values(width, 1.0);
-                Ok((lab.stored(&spread(&values, &segments.parts, || 0.0), storage)?.0, pack(&values, storage).1))
-            };
-            let ((weight, w), (bias, b)) = (affine()?, affine()?);
-            // Statistics land backwards and one row apart; the last row has none.
-            let statistics_rows = rows + 2;
-            let slot = |row: u32| if row + 1 == rows { u32::MAX } else { rows - row };
-            let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
-            let y = lab.output((rows * whole) as usize)?;
-            let statistics = lab.output(2 * statistics_rows as usize)?;
-            let problem = gate::Gate {
-                rows,
-                segments,
-                x_offset: offset,
-                x_row: pitch,
-                eps: 1e-5,
-                activation,
-                norm,
-                statistics_rows,
-                storage,
-            };
-            let args = gate::Args {
-                x: &x.region,
-                g: &g.region,
-                weight: &weight.region,
-                bias: &bias.region,
-                slots: &slots.region,
-                y: &y.region,
-                statistics: &statistics.region,
-            };
-            lab.launch(|recording| recording.add_variant(&gate::ROWS, &problem, args, tuning))?;
-            let (weight, bias) = match norm {
-                GateNorm::LayerNorm => (Some(&w[..]), Some(&b[..])),
-                GateNorm::RmsNorm => (Some(&w[..]), None),
-                GateNorm::None => (None, None),
-            };
-            let (dense, g) = (widen(&dense), widen(&g_values));
-            let expected = reference::gate(&dense, &g, activation, norm, weight, bias, width, 1e-5);
-            let mut all = vec![f64::NAN; 2 * statistics_rows as usize];
-            for row in 0..rows.saturating_sub(1) {
-                let at = 2 * slot(row) as usize;
-                all[at..at + 2].copy_from_slice(&expected.statistics[row as usize]);
-            }
-            let values = spread(&expected.values, &segments.parts, || 0.0);
-            Ok(vec![lab.compare(&y, &values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
-        })
-    })
+    let (width, whole) = (segments.used() as usize, segments.width());
+    let tolerance = Tolerance::sums(&[width, width]);
+    // Rows stand apart, behind an offset.
+    let (offset, pitch) = (4, whole + 12);
+    let op = gate::Gate {
+        rows,
+        segments,
+        x_offset: offset,
+        x_row: pitch,
+        eps: 1e-5,
+        activation,
+        norm,
+        statistics_rows: rows + 2,
+        storage,
+    };
+    each_variant(cases, id, op, tolerance, move |lab, launch| {
+        let mut random = Random::new(SEED);
+        let dense = random.values(rows as usize * width, 1.0);
+        let mut x_values = random.values((offset + rows * pitch) as usize, 1.0);
+        for (row, values) in spread(&dense, &segments.parts, || 0.0).chunks(whole as usize).enumerate() {
+            x_values[offset as usize + row * pitch as usize..][..values.len()].copy_from_slice(values);
+        }
+        let mut g_values = random.values(rows as usize * width, 1.0);
+        // Where exponentials overflow and tanh saturates.
+        let ends = [95.0, -95.0].into_iter().cycle();
+        g_values.iter_mut().step_by(11).zip(ends).for_each(|(value, end)| *value = end);
+        let (x, g) = (lab.floats(&x_values)?, lab.floats(&spread(&g_values, &segments.parts, || 0.5))?);
+        let mut affine = || -> Result<_> {
+            let values = random.values(width, 1.0);
+            Ok((lab.stored(&spread(&values, &segments.parts, || 0.0), storage)?.0, pack(&values, storage).1))
+        };
+        let ((weight, w), (bias, b)) = (affine()?, affine()?);
+        // Statistics land backwards and one row apart; the last row has none.
+        let slot = |row: u32| if row + 1 == rows { u32::MAX } else { rows - row };
+        let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
+        let y = lab.output((rows * whole) as usize)?;
+        let statistics = lab.output(2 * op.statistics_rows as usize)?;
+        let args = gate::Args {
+            x: &x.region,
+            g: &g.region,
+            weight: &weight.region,
+            bias: &bias.region,
+            slots: &slots.region,
+            y: &y.region,
+            statistics: &statistics.region,
+        };
+        launch.run(lab, args)?;
+        let (weight, bias) = match norm {
+            GateNorm::LayerNorm => (Some(&w[..]), Some(&b[..])),
+            GateNorm::RmsNorm => (Some(&w[..]), None),
+            GateNorm::None => (None, None),
+        };
+        let (dense, g) = (widen(&dense), widen(&g_values));
+        let expected = reference::gate(&dense, &g, activation, norm, weight, bias, width, 1e-5);
+        let mut all = vec![f64::NAN; 2 * op.statistics_rows as usize];
+        for row in 0..rows.saturating_sub(1) {
+            let at = 2 * slot(row) as usize;
+            all[at..at + 2].copy_from_slice(&expected.statistics[row as usize]);
+        }
+        let values = spread(&expected.values, &segments.parts, || 0.0);
+        Ok(vec![lab.compare(&y, &values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
+    });
 }

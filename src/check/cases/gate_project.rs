@@ -1,13 +1,12 @@
 //! Cases of `gate_project`: rows by id and in a row, to targets and in order, an id that is left out.
 
-use super::SEED;
 use super::batch::{row_words, unpack};
+use super::{SEED, each_variant};
 use crate::attention::groups::NO_ROW;
 use crate::check::compare::Tolerance;
 use crate::check::guarded::Guarded;
-use crate::check::{Case, Lab, Outcome, every_tuning, pack};
-use crate::error::Result;
-use crate::kernels::gate_project;
+use crate::check::{Case, pack};
+use crate::kernels::{GateProject, gate_project};
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
@@ -22,22 +21,20 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             (6, 33, 64, false, true),
             (38, 5, 6, true, false),
         ] {
-            let lists = if ids { "ids" } else { "all" };
-            let id = format!("{rows}x{width}x{d_gate}_{lists}/{}", storage.name());
-            cases.push(Case::new("gate_project", id, move |lab| {
-                project(lab, (rows, width, d_gate), ids, targets, storage)
-            }));
+            project(cases, (rows, width, d_gate), ids, targets, storage);
         }
     }
 }
 
 fn project(
-    lab: &Lab<'_>,
+    cases: &mut Vec<Case>,
     (rows, width, d_gate): (u32, u32, u32),
     with_ids: bool,
     with_targets: bool,
     storage: Storage,
-) -> Result<Vec<Outcome>> {
+) {
+    let lists = if with_ids { "ids" } else { "all" };
+    let id = format!("{rows}x{width}x{d_gate}_{lists}/{}", storage.name());
     let (vocab_size, first_id, y_rows) = (23, 4, rows + 3);
     // The other storage for the result: a pool is stored like the cache, not like the weights.
     let y_storage = if storage == Storage::F32 { Storage::F16 } else { Storage::F32 };
@@ -45,7 +42,19 @@ fn project(
         Storage::F32 => Tolerance::sums(&[d_gate as usize]),
         Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
     };
-    every_tuning(gate_project::ROWS.spec.tunings, tolerance, |tuning| {
+    let op = GateProject {
+        rows,
+        width,
+        d_gate,
+        vocab_size,
+        first_id,
+        ids: with_ids,
+        targets: with_targets,
+        y_rows,
+        storage,
+        y_storage,
+    };
+    each_variant(cases, id, op, tolerance, move |lab, launch| {
         let mut random = Random::new(SEED);
         let padded = |values: &[f32], width: u32| {
             let pitch = storage.row_pitch(width) as usize;
@@ -69,18 +78,6 @@ fn project(
         let (id_list, target_list) = (lab.words(&ids)?, lab.words(&targets)?);
         let y_words = row_words(width, y_storage);
         let y = Guarded::poisoned_as(lab.kernels, "y", y_rows as usize * y_words, y_storage)?;
-        let problem = gate_project::GateProject {
-            rows,
-            width,
-            d_gate,
-            vocab_size,
-            first_id,
-            ids: with_ids,
-            targets: with_targets,
-            y_rows,
-            storage,
-            y_storage,
-        };
         let args = gate_project::Args {
             gate_embedding: &embedding.region,
             gate_b_proj: &projection.region,
@@ -88,7 +85,7 @@ fn project(
             targets: &target_list.region,
             y: &y.region,
         };
-        lab.launch(|recording| recording.add_variant(&gate_project::ROWS, &problem, args, tuning))?;
+        launch.run(lab, args)?;
         let kept = |values: &[f32]| pack(values, storage).1;
         let mut expected = vec![f64::NAN; (y_rows * width) as usize];
         for row in 0..rows {
@@ -101,5 +98,5 @@ fn project(
         }
         let got = lab.read(&y)?;
         Ok(vec![lab.compare_views(&[(&got, unpack(0, y_rows, width, y_storage))], &expected, tolerance)])
-    })
+    });
 }

@@ -1,12 +1,11 @@
 //! Cases of `gate_statistics`: rows of both tables, of the further one alone, of the resident one alone.
 
-use super::{SEED, spread, widen};
+use super::{SEED, each_variant, spread, widen};
 use crate::attention::groups::NO_ROW;
 use crate::check::compare::Tolerance;
-use crate::check::{Case, Lab, Outcome, every_tuning, pack};
+use crate::check::{Case, pack};
 use crate::config::{Activation, GateNorm};
-use crate::error::Result;
-use crate::kernels::gate_statistics;
+use crate::kernels::{GateStatistics, gate_statistics};
 use crate::random::Random;
 use crate::reference;
 use crate::storage::{Segments, Storage};
@@ -17,29 +16,44 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         for (rows, count, first, second) in sizes {
             let id = format!("{rows}x{count}x{first}+{second}/{}", storage.name());
             let segments = Segments { count, parts: [first, second] };
-            cases.push(Case::new("gate_statistics", id, move |lab| measure(lab, rows, segments, storage)));
+            measure(cases, id, rows, segments, storage);
         }
     }
 }
 
-fn measure(lab: &Lab<'_>, tokens: u32, segments: Segments, storage: Storage) -> Result<Vec<Outcome>> {
+fn measure(cases: &mut Vec<Case>, id: String, tokens: u32, segments: Segments, storage: Storage) {
     let width = segments.used();
     let tolerance = Tolerance::sums(&[width as usize]);
-    every_tuning(gate_statistics::ROWS.spec.tunings, tolerance, |tuning| {
+    let (more_first, cached) = (2, tokens + 2);
+    let of = move |norm, activation, resident, further| GateStatistics {
+        tokens,
+        segments,
+        resident,
+        more: if further { more_first + tokens } else { 0 },
+        more_first,
+        cache_rows: cached,
+        eps: 1e-5,
+        activation,
+        norm,
+        storage,
+        more_storage: Storage::F32,
+    };
+    // Rows of both tables, of the further one alone, of the resident one alone.
+    let all = [
+        of(GateNorm::LayerNorm, Activation::Sigmoid, 5, true),
+        of(GateNorm::RmsNorm, Activation::OnePlus, 0, true),
+        of(GateNorm::LayerNorm, Activation::Silu, 5, false),
+    ];
+    each_variant(cases, id, all[0], tolerance, move |lab, launch| {
         let mut comparisons = Vec::new();
-        // Rows of both tables, of the further one alone, of the resident one alone.
-        for (norm, activation, resident, further) in [
-            (GateNorm::LayerNorm, Activation::Sigmoid, 5, true),
-            (GateNorm::RmsNorm, Activation::OnePlus, 0, true),
-            (GateNorm::LayerNorm, Activation::Silu, 5, false),
-        ] {
+        for op in all {
+            let GateStatistics { norm, activation, resident, more: more_rows, .. } = op;
+            let further = more_rows > 0;
             let mut random = Random::new(SEED);
-            let (more_first, cached) = (2, tokens + 2);
             let kv_values = random.values((tokens * width) as usize, 1.0);
             // The content of the padding does not count.
             let pitched = |values: &[f32], storage: Storage| pack(&spread(values, &segments.parts, || 0.5), storage);
             let gate_values = random.values((resident * width) as usize, 1.0);
-            let more_rows = if further { more_first + tokens } else { 0 };
             let more_values = random.values((more_rows * width) as usize, 1.0);
             let gates = lab.words(&pitched(&gate_values, storage).0)?;
             let more = lab.words(&pitched(&more_values, Storage::F32).0)?;
@@ -55,19 +69,6 @@ fn measure(lab: &Lab<'_>, tokens: u32, segments: Segments, storage: Storage) -> 
             let slots: Vec<u32> = (0..tokens).map(|token| tokens + 1 - token).collect();
             let (row_list, slot_list) = (lab.words(&rows)?, lab.words(&slots)?);
             let (statistics, absent) = (lab.output(2 * cached as usize)?, lab.kernels.absent());
-            let problem = gate_statistics::GateStatistics {
-                tokens,
-                segments,
-                resident,
-                more: more_rows,
-                more_first,
-                cache_rows: cached,
-                eps: 1e-5,
-                activation,
-                norm,
-                storage,
-                more_storage: Storage::F32,
-            };
             let args = gate_statistics::Args {
                 kv: &kv.region,
                 gates: if resident == 0 { &absent } else { &gates.region },
@@ -76,7 +77,7 @@ fn measure(lab: &Lab<'_>, tokens: u32, segments: Segments, storage: Storage) -> 
                 slots: &slot_list.region,
                 statistics: &statistics.region,
             };
-            lab.launch(|recording| recording.add_variant(&gate_statistics::ROWS, &problem, args, tuning))?;
+            launch.of(op).run(lab, args)?;
             let more_values = widen(&more_values);
             let w = width as usize;
             let gate_of = |(token, &row): (usize, &u32)| match row {
@@ -93,5 +94,5 @@ fn measure(lab: &Lab<'_>, tokens: u32, segments: Segments, storage: Storage) -> 
             comparisons.push(lab.compare(&statistics, &expected, tolerance)?);
         }
         Ok(comparisons)
-    })
+    });
 }

@@ -1,13 +1,11 @@
 //! Cases of `matmul`: tails of every tile, the layouts of the absorbed path, and operands with gaps.
 
-use super::{SEED, widen};
-use crate::adapter::Cooperative;
+use super::{SEED, each_variant, widen};
+use crate::check::Case;
 use crate::check::compare::Tolerance;
 use crate::check::view::{Reading, View};
-use crate::check::{Case, every_tuning, skipped};
+use crate::kernels::matmul;
 use crate::kernels::matmul::Layout;
-use crate::kernels::{Matmul, matmul};
-use crate::op::Variant;
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
@@ -50,42 +48,6 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         (1, 1024, 130),
         (1, 2056, 31),
     ];
-    for storage in Storage::ALL {
-        for (index, &(rows, inner, cols)) in many.iter().enumerate() {
-            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::TILES));
-        }
-        for (index, &(rows, inner, cols)) in few.iter().enumerate() {
-            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, &matmul::GEMV));
-        }
-        for (rows, product) in [(3, &matmul::GEMV), (34, &matmul::TILES)] {
-            for n_head in [1, 3] {
-                cases.push(product_case(format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage), product));
-                cases.push(product_case(format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage), product));
-            }
-        }
-        // The same neighbourhoods with rows of whole 16-byte loads, around the 16 k of a staged tile.
-        for (index, &(rows, inner, cols)) in many_in_vec4.iter().enumerate() {
-            for product in [&matmul::VEC4, &matmul::SUBGROUP] {
-                let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
-                cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
-            }
-        }
-        for (index, &(rows, inner, cols)) in few_in_vec4.iter().enumerate() {
-            for product in [&matmul::GEMV_VEC4, &matmul::GEMV_SUBGROUP] {
-                let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
-                cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
-            }
-        }
-        for (rows, products) in
-            [(3, [&matmul::GEMV_VEC4, &matmul::GEMV_SUBGROUP]), (34, [&matmul::VEC4, &matmul::SUBGROUP])]
-        {
-            for product in products {
-                cases.push(product_case(format!("apart_{rows}"), apart(rows, storage), product));
-            }
-        }
-    }
     // Around tiles of 32, 64 and 128 and around the 16 to 64 k that are staged at once.
     let by_matrices = [
         (1, 8, 1),
@@ -99,13 +61,27 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         (257, 8, 17),
         (5, 1024, 130),
     ];
-    for product in [&matmul::COOPERATIVE, &matmul::COOPERATIVE_8] {
-        for (index, &(rows, inner, cols)) in by_matrices.iter().enumerate() {
-            let problem = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, Storage::F16);
-            cases.push(product_case(format!("{rows}x{inner}x{cols}"), problem, product));
+    let mut problems: Vec<(String, matmul::Matmul)> = Vec::new();
+    for storage in Storage::ALL {
+        // Neighbourhoods of any rows, then of rows of whole 16-byte loads, around the 16 k of a staged tile.
+        for list in [&many[..], &few, &many_in_vec4, &few_in_vec4, &by_matrices] {
+            problems.extend(list.iter().enumerate().map(|(index, &(rows, inner, cols))| {
+                let op = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+                (format!("{rows}x{inner}x{cols}"), op)
+            }));
         }
         for rows in [3, 34] {
-            cases.push(product_case(format!("apart_{rows}"), apart(rows, Storage::F16), product));
+            for n_head in [1, 3] {
+                problems.push((format!("absorb_{rows}x{n_head}"), absorb(rows, n_head, storage)));
+                problems.push((format!("fold_{rows}x{n_head}"), fold(rows, n_head, storage)));
+            }
+            problems.push((format!("apart_{rows}"), apart(rows, storage)));
+        }
+    }
+    for (index, (sizes, op)) in problems.iter().enumerate() {
+        // Lists share some of their problems.
+        if problems[..index].iter().all(|(_, other)| other != op) {
+            product_cases(cases, sizes, *op);
         }
     }
 }
@@ -157,57 +133,48 @@ fn apart(rows: u32, storage: Storage) -> matmul::Matmul {
 /// `(x, w, bias, rows, inner, cols)` to `y`.
 type Definition = fn(&[f64], &[f64], Option<&[f64]>, usize, usize, usize) -> Vec<f64>;
 
-fn product_case(sizes: String, problem: matmul::Matmul, variant: &'static Variant<Matmul>) -> Case {
-    let reference: Definition = match variant.spec.cooperative {
-        Cooperative::NONE => reference::matmul,
-        _ => reference::matmul_of_halves,
+fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul) {
+    let bias = if p.bias { "/bias" } else { "" };
+    let id = format!("{sizes}/{}{bias}", p.storage.name());
+    let (rows, inner, cols) = (p.rows as usize, p.inner as usize, p.cols as usize);
+    let end = move |layout: Layout, rows: u32, inner: u32| {
+        layout.offset + (rows - 1) * layout.row + (inner - 1) * layout.inner + (p.batch - 1) * layout.batch + 1
     };
-    let bias = if problem.bias { "/bias" } else { "" };
-    let id = format!("{sizes}/{}{bias}", problem.storage.name());
-    Case::new(variant.spec.name, id, move |lab| {
-        if let Some(outcomes) = skipped(&variant.spec, lab.kernels) {
-            return Ok(outcomes);
-        }
-        let p = problem;
-        let (rows, inner, cols) = (p.rows as usize, p.inner as usize, p.cols as usize);
-        let end = |layout: Layout, rows: u32, inner: u32| {
-            layout.offset + (rows - 1) * layout.row + (inner - 1) * layout.inner + (p.batch - 1) * layout.batch + 1
-        };
-        let tolerance = Tolerance::sums(&[inner]);
-        every_tuning(variant.spec.tunings, tolerance, |tuning| {
-            let mut random = Random::new(SEED);
-            let x_values = random.values(end(p.x, p.rows, p.inner) as usize, 1.0);
-            let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
-            let x = lab.floats(&x_values)?;
-            let (w, w_kept) = lab.stored(&w_values, p.storage)?;
-            let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
-            let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
-            let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
-            lab.launch(|recording| recording.add_variant(variant, &p, args, tuning))?;
-            let got = lab.read(&y)?;
-            // Nothing else was written: neither before the offset nor between the rows.
-            let elements = [f64::from(p.batch) * (rows * cols) as f64];
-            let written = View::all(Reading::Written, got.words.len());
-            let count = lab.compare_views(&[(&got, written)], &elements, Tolerance::EXACT);
-            std::iter::once(Ok(count))
-                .chain((0..p.batch).map(|b| {
-                    let pick = |values: &[f64], layout: Layout, rows: u32, inner: u32| -> Vec<f64> {
-                        let at = |m, k| layout.offset + b * layout.batch + m * layout.row + k * layout.inner;
-                        (0..rows).flat_map(|m| (0..inner).map(move |k| at(m, k))).map(|i| values[i as usize]).collect()
-                    };
-                    let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
-                    let w = pick(&w_kept, p.w, p.cols, p.inner);
-                    let bias = p.bias.then_some(&bias_kept[..]);
-                    let expected = reference(&x, &w, bias, rows, inner, cols);
-                    let y = View {
-                        reading: Reading::F32,
-                        first: (p.y.offset + b * p.y.batch) as usize,
-                        counts: [rows, cols],
-                        strides: [p.y.row as usize, p.y.inner as usize],
-                    };
-                    Ok(lab.compare_views(&[(&got, y)], &expected, tolerance))
-                }))
-                .collect()
-        })
-    })
+    let tolerance = Tolerance::sums(&[inner]);
+    each_variant(cases, id, p, tolerance, move |lab, launch| {
+        let reference: Definition = if launch.of_halves() { reference::matmul_of_halves } else { reference::matmul };
+        let mut random = Random::new(SEED);
+        let x_values = random.values(end(p.x, p.rows, p.inner) as usize, 1.0);
+        let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
+        let x = lab.floats(&x_values)?;
+        let (w, w_kept) = lab.stored(&w_values, p.storage)?;
+        let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
+        let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
+        let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
+        launch.run(lab, args)?;
+        let got = lab.read(&y)?;
+        // Nothing else was written: neither before the offset nor between the rows.
+        let elements = [f64::from(p.batch) * (rows * cols) as f64];
+        let written = View::all(Reading::Written, got.words.len());
+        let count = lab.compare_views(&[(&got, written)], &elements, Tolerance::EXACT);
+        std::iter::once(Ok(count))
+            .chain((0..p.batch).map(|b| {
+                let pick = |values: &[f64], layout: Layout, rows: u32, inner: u32| -> Vec<f64> {
+                    let at = |m, k| layout.offset + b * layout.batch + m * layout.row + k * layout.inner;
+                    (0..rows).flat_map(|m| (0..inner).map(move |k| at(m, k))).map(|i| values[i as usize]).collect()
+                };
+                let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
+                let w = pick(&w_kept, p.w, p.cols, p.inner);
+                let bias = p.bias.then_some(&bias_kept[..]);
+                let expected = reference(&x, &w, bias, rows, inner, cols);
+                let y = View {
+                    reading: Reading::F32,
+                    first: (p.y.offset + b * p.y.batch) as usize,
+                    counts: [rows, cols],
+                    strides: [p.y.row as usize, p.y.inner as usize],
+                };
+                Ok(lab.compare_views(&[(&got, y)], &expected, tolerance))
+            }))
+            .collect()
+    });
 }

@@ -1,12 +1,22 @@
 //! Cases of the single kernels: tails of every tile, odd head counts, both storages.
 //!
 //! One file per operation, named like it; `batch`, `grouped_batch` and `extreme` hold shared parts.
+//! A case is a problem of an operation: [`each_variant`] makes one for every variant in its list that computes the problem, so a
+//! shader is checked as soon as it is listed.
 
 mod batch;
 mod extreme;
 mod grouped_batch;
 
-use super::Case;
+use std::fmt::Display;
+
+use super::compare::{Comparison, Tolerance};
+use super::{Case, Lab, Outcome, name_of, not_run, outcome, settings};
+use crate::adapter::{AdapterClass, Cooperative, PlanContext, Tuning};
+use crate::device::Region;
+use crate::error::{Error, KernelError, Result};
+use crate::op::{Op, Spec, Variant};
+use crate::recording::Recording;
 use crate::storage::padded_width;
 
 /// Seed of every case's inputs: cases differ by their sizes.
@@ -24,6 +34,114 @@ macro_rules! declare {
     };
 }
 crate::for_each_operation!(declare);
+
+/// What a case dispatches: its problem, with one of the shaders at one of its settings.
+#[derive(Clone, Copy)]
+struct Launch<O: Op> {
+    op: O,
+    variant: &'static Variant<O>,
+    tuning: Tuning,
+}
+
+impl<O: Op> Launch<O> {
+    /// The same for a problem that is known only now, or for another part of it.
+    fn of(self, op: O) -> Self {
+        Launch { op, ..self }
+    }
+
+    fn add(self, recording: &mut Recording, args: O::Args<&Region>) -> Result<()> {
+        recording.add_variant(self.variant, &self.op, args, self.tuning)
+    }
+
+    /// Runs it alone.
+    fn run(self, lab: &Lab<'_>, args: O::Args<&Region>) -> Result<()> {
+        lab.launch(|recording| self.add(recording, args))
+    }
+
+    /// Whether factors are rounded to halves.
+    fn of_halves(self) -> bool {
+        rounds_to_halves(&self.variant.spec)
+    }
+}
+
+/// Whether a shader rounds its factors to halves.
+fn rounds_to_halves(spec: &Spec) -> bool {
+    spec.cooperative != Cooperative::NONE
+}
+
+/// Adds a case of every variant that computes the problem; it runs every setting.
+fn each_variant<O: Op>(
+    cases: &mut Vec<Case>,
+    id: impl Display,
+    op: O,
+    tolerance: Tolerance,
+    run: impl Fn(&Lab<'_>, Launch<O>) -> Result<Vec<Comparison>> + Clone + Send + Sync + 'static,
+) {
+    each_able(
+        cases,
+        id,
+        op,
+        |_| true,
+        move |lab, variant| {
+            let of = |tuning| Ok(outcome(name_of(tuning), tolerance, run(lab, Launch { op, variant, tuning })?));
+            settings(variant.spec.tunings).map(of).collect()
+        },
+    );
+}
+
+/// Adds a case of every variant that computes the problem and that `checked` takes; `run` chooses what it runs.
+fn each_able<O: Op>(
+    cases: &mut Vec<Case>,
+    id: impl Display,
+    op: O,
+    checked: impl Fn(&Spec) -> bool,
+    run: impl Fn(&Lab<'_>, &'static Variant<O>) -> Result<Vec<Outcome>> + Clone + Send + Sync + 'static,
+) {
+    let devices = AdapterClass::ALL.map(widest);
+    let able = |variant: &Variant<O>| devices.iter().any(|device| refusal(variant, &op, device).is_none());
+    let before = cases.len();
+    for variant in O::VARIANTS.iter().filter(|variant| able(variant) && checked(&variant.spec)) {
+        let run = run.clone();
+        cases.push(Case::new(variant.spec.name, &id, move |lab| {
+            let device = lab.kernels.context();
+            let missing = variant.spec.missing(device).map(|missing| format!("{missing} not offered"));
+            // What this device's subgroups do not hold: said, and not passed over.
+            match missing.or_else(|| refusal(variant, &op, device)) {
+                Some(reason) => Ok(vec![not_run(reason)]),
+                None => run(lab, variant),
+            }
+        }));
+    }
+    // A problem that is checked nowhere fails.
+    if cases.len() == before {
+        cases.push(Case::new(O::NAME, id, |_| Err(Error::problem(O::NAME, "no variant computes this case"))));
+    }
+}
+
+/// A device that lacks nothing, within WebGPU's limits.
+fn widest(class: AdapterClass) -> PlanContext {
+    PlanContext {
+        features: wgpu::Features::all(),
+        subgroup_min_size: wgpu::MAXIMUM_SUBGROUP_MAX_SIZE,
+        subgroup_max_size: wgpu::MAXIMUM_SUBGROUP_MAX_SIZE,
+        cooperative: Cooperative { by_16: true, by_8: true },
+        ..PlanContext::webgpu_defaults(class)
+    }
+}
+
+/// Why a variant does not compute a problem on a device, whatever its setting. Limits are another matter.
+fn refusal<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext) -> Option<String> {
+    let refusals = settings(variant.spec.tunings).map(|tuning| refusal_of(variant, op, device, tuning));
+    refusals.collect::<Option<Vec<_>>>()?.into_iter().next()
+}
+
+/// Why one of its settings does not.
+fn refusal_of<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext, tuning: Tuning) -> Option<String> {
+    match variant.plan(op, device, tuning) {
+        Err(error @ Error::Kernel(KernelError::Problem { .. })) => Some(error.to_string()),
+        _ => None,
+    }
+}
 
 /// Rows of parts, one after another, with every part padded to whole loads; `filling` gives the padding.
 fn spread<T: Copy>(rows: &[T], parts: &[u32], mut filling: impl FnMut() -> T) -> Vec<T> {

@@ -1,8 +1,8 @@
 //! Cases of `norm`: both kinds, rows of one and of two segments, columns of wider rows.
 
-use super::{SEED, spread, widen};
+use super::{SEED, each_variant, spread, widen};
 use crate::check::compare::Tolerance;
-use crate::check::{Case, every_tuning, pack};
+use crate::check::{Case, pack};
 use crate::error::Result;
 use crate::kernels::norm;
 use crate::random::Random;
@@ -19,23 +19,24 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
                 for (index, sizes) in sizes.into_iter().enumerate() {
                     // Odd cases read columns out of wider rows.
                     let apart = if index % 2 == 1 { (8, 12) } else { (0, 0) };
-                    cases.push(norm_case(sizes, apart, kind, storage));
+                    norm_cases(cases, sizes, apart, kind, storage);
                 }
             }
         }
     }
 }
 
-fn norm_case(
+fn norm_cases(
+    cases: &mut Vec<Case>,
     (rows, width, second): (u32, u32, u32),
     (offset, more): (u32, u32),
     kind: norm::Kind,
     storage: Storage,
-) -> Case {
+) {
     let parts = [width, second];
     let whole = padded_width(width) + padded_width(second);
     let pitch = whole + more;
-    let problem = norm::Norm {
+    let op = norm::Norm {
         rows,
         width,
         second,
@@ -48,39 +49,36 @@ fn norm_case(
     };
     let behind = if second > 0 { format!("+{second}") } else { String::new() };
     let id = format!("{kind:?}_{rows}x{width}{behind}/{}", storage.name());
-    Case::new("norm", id, move |lab| {
-        let tolerance = Tolerance::sums(&[width.max(second) as usize]);
-        every_tuning(norm::ROWS.spec.tunings, tolerance, |tuning| {
-            let mut random = Random::new(SEED);
-            let mut values = random.values((offset + rows * pitch) as usize, 1.0);
-            // A mean far from 0: E[x²] − mean² would lose digits here.
-            values.iter_mut().for_each(|value| *value += 3.0);
-            let x = lab.floats(&values)?;
-            let mut affine = || -> Result<_> {
-                let values = random.values((width + second) as usize, 1.0);
-                Ok((lab.stored(&spread(&values, &parts, || 0.0), storage)?.0, pack(&values, storage).1))
-            };
-            let ((weight, w), (bias, b)) = (affine()?, affine()?);
-            let y = lab.output((rows * whole) as usize)?;
-            let args = norm::Args { x: &x.region, weight: &weight.region, bias: &bias.region, y: &y.region };
-            lab.launch(|recording| recording.add_variant(&norm::ROWS, &problem, args, tuning))?;
-            let mut expected = Vec::new();
-            for row in 0..rows {
-                let segments =
-                    [(0, 0, width as usize), (padded_width(width) as usize, width as usize, second as usize)];
-                for (at, first, width) in segments {
-                    let segment = &values[(offset + row * pitch) as usize + at..][..width];
-                    let (dense, part) = (widen(segment), first..first + width);
-                    expected.extend(match kind {
-                        _ if width == 0 => Vec::new(),
-                        norm::Kind::Rms => reference::rms_norm(&dense, Some(&w[part]), width, 1e-6),
-                        norm::Kind::Layer => {
-                            reference::layer_norm(&dense, Some(&w[part.clone()]), Some(&b[part]), width, 1e-6)
-                        }
-                    });
-                }
+    let tolerance = Tolerance::sums(&[width.max(second) as usize]);
+    each_variant(cases, id, op, tolerance, move |lab, launch| {
+        let mut random = Random::new(SEED);
+        let mut values = random.values((offset + rows * pitch) as usize, 1.0);
+        // A mean far from 0: E[x²] − mean² would lose digits here.
+        values.iter_mut().for_each(|value| *value += 3.0);
+        let x = lab.floats(&values)?;
+        let mut affine = || -> Result<_> {
+            let values = random.values((width + second) as usize, 1.0);
+            Ok((lab.stored(&spread(&values, &parts, || 0.0), storage)?.0, pack(&values, storage).1))
+        };
+        let ((weight, w), (bias, b)) = (affine()?, affine()?);
+        let y = lab.output((rows * whole) as usize)?;
+        let args = norm::Args { x: &x.region, weight: &weight.region, bias: &bias.region, y: &y.region };
+        launch.run(lab, args)?;
+        let mut expected = Vec::new();
+        for row in 0..rows {
+            let segments = [(0, 0, width as usize), (padded_width(width) as usize, width as usize, second as usize)];
+            for (at, first, width) in segments {
+                let segment = &values[(offset + row * pitch) as usize + at..][..width];
+                let (dense, part) = (widen(segment), first..first + width);
+                expected.extend(match kind {
+                    _ if width == 0 => Vec::new(),
+                    norm::Kind::Rms => reference::rms_norm(&dense, Some(&w[part]), width, 1e-6),
+                    norm::Kind::Layer => {
+                        reference::layer_norm(&dense, Some(&w[part.clone()]), Some(&b[part]), width, 1e-6)
+                    }
+                });
             }
-            Ok(vec![lab.compare(&y, &spread(&expected, &parts, || 0.0), tolerance)?])
-        })
-    })
+        }
+        Ok(vec![lab.compare(&y, &spread(&expected, &parts, || 0.0), tolerance)?])
+    });
 }

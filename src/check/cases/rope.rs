@@ -1,10 +1,10 @@
 //! Cases of `rope`: both layouts of pairs, every scaling, positions past the original length.
 
-use super::{SEED, widen};
+use super::{SEED, each_variant, widen};
+use crate::check::Case;
 use crate::check::compare::Tolerance;
-use crate::check::{Case, every_tuning};
 use crate::config::{RopeConfig, RopeScaling};
-use crate::kernels::rope;
+use crate::kernels::{Rope, rope};
 use crate::random::Random;
 use crate::reference;
 
@@ -18,42 +18,39 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         mscale_all_dim: Some(0.7),
         attention_factor: None,
     };
+    // cos and sin are given; the kernel's own error is that of two products and a sum.
+    let tolerance = Tolerance::sums(&[2]);
+    // Position 0 hides a wrong pair layout; 70 and on are past the original length.
+    let positions = [0, 1, 7, 63, 64, 70, 4095];
+    let tokens = positions.len();
     let scalings = [("none", RopeScaling::None), ("linear", RopeScaling::Linear { factor: 4.0 }), ("yarn", yarn)];
     for (name, scaling) in scalings {
         for interleave in [true, false] {
             for (n_head, d_nope, d_rope) in [(1, 5, 2), (3, 0, 6), (9, 16, 64), (63, 1, 4)] {
                 let id = format!("{name}_{}_h{n_head}_{d_nope}+{d_rope}", if interleave { "pairs" } else { "halves" });
-                cases.push(Case::new("rope", id, move |lab| {
-                    // cos and sin are given; the kernel's own error is that of two products and a sum.
-                    let tolerance = Tolerance::sums(&[2]);
-                    every_tuning(rope::PAIRS.spec.tunings, tolerance, |tuning| {
-                        let mut random = Random::new(SEED);
-                        // Position 0 hides a wrong pair layout; 70 and on are past the original length.
-                        let positions = [0, 1, 7, 63, 64, 70, 4095];
-                        let tokens = positions.len();
-                        let d_head = d_nope + d_rope;
-                        let values = random.values(tokens * n_head * d_head, 1.0);
-                        let config = RopeConfig { theta: 10000.0, interleave, scaling };
-                        let turns = reference::rotations(&config, d_rope, &positions);
-                        let single: Vec<f32> = turns.iter().flatten().map(|&value| value as f32).collect();
-                        let rotations = lab.floats(&single)?;
-                        let out = lab.floats(&values)?;
-                        let problem = rope::Rope {
-                            tokens: tokens as u32,
-                            n_head: n_head as u32,
-                            d_rope: d_rope as u32,
-                            offset: d_nope as u32,
-                            token_stride: (n_head * d_head) as u32,
-                            head_stride: d_head as u32,
-                            interleave,
-                        };
-                        let args = rope::Args { rotations: &rotations.region, values: &out.region };
-                        lab.launch(|recording| recording.add_variant(&rope::PAIRS, &problem, args, tuning))?;
-                        let mut expected = widen(&values);
-                        reference::rope(&mut expected, &turns, n_head, d_head, d_rope, interleave);
-                        Ok(vec![lab.compare(&out, &expected, tolerance)?])
-                    })
-                }));
+                let d_head = d_nope + d_rope;
+                let op = Rope {
+                    tokens: tokens as u32,
+                    n_head: n_head as u32,
+                    d_rope: d_rope as u32,
+                    offset: d_nope as u32,
+                    token_stride: (n_head * d_head) as u32,
+                    head_stride: d_head as u32,
+                    interleave,
+                };
+                each_variant(cases, id, op, tolerance, move |lab, launch| {
+                    let mut random = Random::new(SEED);
+                    let values = random.values(tokens * n_head * d_head, 1.0);
+                    let config = RopeConfig { theta: 10000.0, interleave, scaling };
+                    let turns = reference::rotations(&config, d_rope, &positions);
+                    let single: Vec<f32> = turns.iter().flatten().map(|&value| value as f32).collect();
+                    let rotations = lab.floats(&single)?;
+                    let out = lab.floats(&values)?;
+                    launch.run(lab, rope::Args { rotations: &rotations.region, values: &out.region })?;
+                    let mut expected = widen(&values);
+                    reference::rope(&mut expected, &turns, n_head, d_head, d_rope, interleave);
+                    Ok(vec![lab.compare(&out, &expected, tolerance)?])
+                });
             }
         }
     }

@@ -1,28 +1,24 @@
 //! Cases of `word_scatter`: no word, one, and more than a workgroup has.
 
-use super::SEED;
+use super::{SEED, each_variant};
+use crate::check::Case;
 use crate::check::compare::Tolerance;
-use crate::check::{Case, every_tuning};
-use crate::kernels::word_scatter;
+use crate::kernels::{WordScatter, word_scatter};
 use crate::random::Random;
 use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
     for count in [0, 1, 63, 300] {
-        cases.push(Case::new("word_scatter", count.to_string(), move |lab| {
-            every_tuning(word_scatter::ELEMENTS.spec.tunings, Tolerance::EXACT, |tuning| {
-                let values = Random::new(SEED).values(700, 1.0);
-                let words = lab.floats(&values)?;
-                let patches: Vec<[u32; 2]> = (0..count).map(|i| [(i * 37) % 700, (i as f32).to_bits()]).collect();
-                let list = lab.words(bytemuck::cast_slice(&[&patches[..], &[[0; 2]]].concat()))?;
-                let problem = word_scatter::WordScatter { count, words: 700 };
-                let args = word_scatter::Args { patches: &list.region, words: &words.region };
-                lab.launch(|recording| recording.add_variant(&word_scatter::ELEMENTS, &problem, args, tuning))?;
-                let mut expected: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
-                reference::word_scatter(&mut expected, &patches);
-                let expected: Vec<f64> = expected.into_iter().map(|bits| f32::from_bits(bits).into()).collect();
-                Ok(vec![lab.compare(&words, &expected, Tolerance::EXACT)?])
-            })
-        }));
+        each_variant(cases, count, WordScatter { count, words: 700 }, Tolerance::EXACT, move |lab, launch| {
+            let values = Random::new(SEED).values(700, 1.0);
+            let words = lab.floats(&values)?;
+            let patches: Vec<[u32; 2]> = (0..count).map(|i| [(i * 37) % 700, (i as f32).to_bits()]).collect();
+            let list = lab.words(bytemuck::cast_slice(&[&patches[..], &[[0; 2]]].concat()))?;
+            launch.run(lab, word_scatter::Args { patches: &list.region, words: &words.region })?;
+            let mut expected: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
+            reference::word_scatter(&mut expected, &patches);
+            let expected: Vec<f64> = expected.into_iter().map(|bits| f32::from_bits(bits).into()).collect();
+            Ok(vec![lab.compare(&words, &expected, Tolerance::EXACT)?])
+        });
     }
 }
