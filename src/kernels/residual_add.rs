@@ -1,8 +1,8 @@
 //! Residual connection, in place.
 
 use crate::cost::{Cost, times};
-use crate::op::{Op, Variant, anything};
-use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan};
+use crate::op::{Op, Variant, anything, hold};
+use crate::plan::{Draft, LINEAR_WORKGROUPS, Plan, check_multiples};
 use crate::storage::words;
 
 crate::params! {
@@ -31,7 +31,7 @@ impl Op for ResidualAdd {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "residual_add";
-    const VARIANTS: &'static [Variant<Self>] = &[ELEMENTS];
+    const VARIANTS: &'static [Variant<Self>] = &[VEC4, ELEMENTS];
 
     fn params(&self, _: &Plan) -> Params {
         Params { elements: self.elements }
@@ -46,6 +46,18 @@ impl Op for ResidualAdd {
         Cost::of(&[times(1, &[self.elements])], &[times(12, &[self.elements])])
     }
 }
+
+/// In 16-byte loads: a whole number of fours.
+pub(crate) const VEC4: Variant<ResidualAdd> = Variant::<ResidualAdd>::new(
+    ("residual_add_vec4", include_str!("../../shaders/residual_add_vec4.wgsl")),
+    LINEAR_WORKGROUPS.len(),
+    |op, _, setting| {
+        check_multiples(4, &[("elements", op.elements)])?;
+        Ok(Draft::elements(LINEAR_WORKGROUPS[setting], u64::from(op.elements) / 4))
+    },
+    |op, _, _| hold(&[(op.elements.is_multiple_of(4), "elements are whole fours")]),
+)
+.preferred(|op, _| op.elements.is_multiple_of(4));
 
 pub(crate) const ELEMENTS: Variant<ResidualAdd> = Variant::<ResidualAdd>::new(
     ("residual_add", include_str!("../../shaders/residual_add.wgsl")),
