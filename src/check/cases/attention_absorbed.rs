@@ -28,7 +28,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             let id = format!("{}/{}", extreme.name(), storage.name());
             absorbed(cases, id, &[300, 1, 255], 1, (3, 16, 8, 16), storage, extreme);
         }
-        // Latents of one load to several a lane, of half a load more, of none left for the last lanes; without a rotary key.
+        // Latents of one load to several per lane, of half a load more, of none left for the last lanes; without a rotary key.
         for widths in [(1, 4, 0, 4), (9, 8, 4, 100), (17, 4, 12, 64), (5, 16, 64, 128), (2, 64, 64, 256)] {
             absorbed(cases, named("wide", widths, storage), &[70, 3, 257], 2, widths, storage, plain);
         }

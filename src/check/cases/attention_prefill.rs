@@ -52,7 +52,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         add(&["chunk"], widths, &Storage::ALL);
     }
     add(&["chunk"], (9, 4, 12, 32), f32);
-    // Two to eight fours of value columns a lane, then a second slice; rows longer than a chunk.
+    // Two to eight fours of value columns per lane, then a second slice; rows longer than a chunk.
     for widths in [(1, 36, 0, 36), (2, 64, 32, 80), (1, 128, 64, 128), (3, 8, 4, 132)] {
         add(&["chunk", "ragged"], widths, f32);
     }
