@@ -272,7 +272,7 @@ fn damaged_bytes_are_refused_and_change_nothing() {
         [&bytes[..at], to.as_bytes(), &bytes[at + from.len()..]].concat()
     };
     for (from, to, says) in [
-        (r#"\"version\":1"#, r#"\"version\":2"#, "version Some(2), this release reads 1"),
+        (r#"\"version\":1"#, r#"\"version\":2"#, "version 2, this release reads 1"),
         (r#"\"n_head\":3"#, r#"\"n_head\":4"#, "`n_head` is 4, the cache has 3"),
         (r#"\"n_layer\":2"#, r#"\"n_layer\":3"#, "3 layers in f16, the cache has 2 layers in f16"),
     ] {

@@ -48,8 +48,7 @@ struct Part<'a> {
 impl Part<'_> {
     /// The rows of a sequence.
     fn rows(&self, first_row: u32, rows: u32) -> Region {
-        let bytes = |rows: u32| words(u64::from(rows) * u64::from(self.row_words));
-        Region::new(&self.region.buffer, self.region.offset + bytes(first_row), bytes(rows))
+        Region::new(&self.region.buffer, self.region.offset + self.bytes(first_row), self.bytes(rows))
     }
 
     fn bytes(&self, rows: u32) -> u64 {
@@ -153,6 +152,16 @@ impl LatentCache {
         self.receive(recording, to, length, ids, &sources)
     }
 
+    /// Refuses a sequence that is not there, or has no room for `length` tokens in all.
+    fn check_room(&self, sequence: usize, length: u32) -> Result<()> {
+        self.check_sequence(sequence)?;
+        let capacity = self.options.capacity;
+        match length <= capacity {
+            true => Ok(()),
+            false => Err(Error::CacheFull { sequence, length: 0, added: length.into(), capacity }),
+        }
+    }
+
     /// Makes a sequence `length` rows of other buffers: each with its first word, in the order of [`LatentCache::parts`].
     fn receive(
         &mut self,
@@ -163,11 +172,7 @@ impl LatentCache {
         sources: &[(Region, u32)],
     ) -> Result<()> {
         recording.kernels().same_device(&self.kernels, "the cache", "recording")?;
-        self.check_sequence(to)?;
-        let capacity = self.options.capacity;
-        if length > capacity {
-            return Err(Error::CacheFull { sequence: to, length: 0, added: length.into(), capacity });
-        }
+        self.check_room(to, length)?;
         self.settle();
         let (mark, before) = (recording.mark(), self.lists.clone());
         let recorded = self.record_rows(recording, to, length, sources).and_then(|()| match &mut self.lists {
@@ -276,9 +281,7 @@ impl LatentCache {
     /// [`Error::CacheFull`] where they do not fit; what allocating and recording refuse. The cache is then unchanged.
     pub fn restore_sequence(&mut self, recording: &mut Recording, sequence: usize, bytes: &[u8]) -> Result<()> {
         let saved = tensors(bytes)?;
-        let Some((length, crc32)) = self.check_description(bytes)? else {
-            return refuse(format!("the header has no `{DESCRIPTION}`"));
-        };
+        let (length, crc32) = self.check_description(bytes)?;
         let parts = self.parts();
         let mut hasher = crc32fast::Hasher::new();
         let mut take = |name: &str, dtype: Dtype, shape: &[usize]| {
@@ -294,6 +297,10 @@ impl LatentCache {
             Some(_) => bytemuck::pod_collect_to_vec(take("token_ids", Dtype::U32, &[length as usize])?),
             None => Vec::new(),
         };
+        let expected = rows.len() + usize::from(self.lists.is_some());
+        if saved.len() != expected {
+            return refuse(format!("{} tensors, expected {expected}", saved.len()));
+        }
         if hasher.finalize() != crc32 {
             return refuse("its bytes have changed since it was saved (the checksum differs)".to_owned());
         }
@@ -302,11 +309,7 @@ impl LatentCache {
             return Err(ArgumentError::TokenId { index, id: ids[index].into(), vocab_size }.into());
         }
         // Refused before anything is allocated.
-        self.check_sequence(sequence)?;
-        if length > self.options.capacity {
-            let capacity = self.options.capacity;
-            return Err(Error::CacheFull { sequence, length: 0, added: length.into(), capacity });
-        }
+        self.check_room(sequence, length)?;
         let sources = rows.iter().zip(&parts).filter(|(rows, _)| !rows.is_empty()).map(|(rows, part)| {
             let buffer = self.kernels.upload(&format!("egmla.restored.{}", part.name), rows)?;
             Ok((Region::from(&buffer), 0))
@@ -316,14 +319,16 @@ impl LatentCache {
     }
 
     /// Length and checksum of a saved sequence that this cache can hold.
-    fn check_description(&self, bytes: &[u8]) -> Result<Option<(u32, u32)>> {
+    fn check_description(&self, bytes: &[u8]) -> Result<(u32, u32)> {
         let (_, header) =
             SafeTensors::read_metadata(bytes).map_err(|error| DataError::Safetensors(error.to_string()))?;
-        let Some(text) = header.metadata().as_ref().and_then(|texts| texts.get(DESCRIPTION)) else { return Ok(None) };
+        let Some(text) = header.metadata().as_ref().and_then(|texts| texts.get(DESCRIPTION)) else {
+            return refuse(format!("the header has no `{DESCRIPTION}`"));
+        };
         let value: serde_json::Value = serde_json::from_str(text)?;
-        match value.get("version").and_then(serde_json::Value::as_u64) {
-            Some(version) if version == u64::from(VERSION) => {}
-            found => return refuse(format!("version {found:?}, this release reads {VERSION}")),
+        let version = value.get("version").unwrap_or(&serde_json::Value::Null);
+        if *version != VERSION {
+            return refuse(format!("version {version}, this release reads {VERSION}"));
         }
         let found: Description = serde_json::from_value(value)?;
         let expected = Description { crc32: found.crc32, ..self.description(found.length)? };
@@ -339,7 +344,7 @@ impl LatentCache {
             let first = found.attention.as_object().and_then(|keys| keys.iter().find_map(differs));
             return refuse(first.unwrap_or_else(|| "another configuration".to_owned()));
         }
-        Ok(Some((found.length, found.crc32)))
+        Ok((found.length, found.crc32))
     }
 }
 
