@@ -91,7 +91,8 @@ var<workgroup> sh_scores: array<f32, TILE_Q * SCORE_PITCH>;
 var<workgroup> sh_part: array<f32, WORKGROUP>;   // [query, lane] maxima, at the end sums
 var<workgroup> sh_factor: array<f32, TILE_Q>;    // factor on the values of a query
 var<workgroup> sh_poison: array<u32, TILE_KV>;   // 1: the value of this key is not finite
-var<workgroup> sh_scaled: u32;                   // 1: some factor is not 1
+// x = 1: some factor is not 1. 16 bytes: matrices need the arrays around it to begin on multiples of 16.
+var<workgroup> sh_scaled: vec4<u32>;
 
 // Stages four halves, at a place in fours.
 fn stage_four(at: u32, four: vec4<f32>) {
@@ -227,7 +228,7 @@ fn main(
             sh_poison[local] = 0u;
         }
         if (local == 0u) {
-            sh_scaled = 0u;
+            sh_scaled.x = 0u;
         }
         var score00 = zero;
         for (var d0 = 0u; d0 < width; d0 += QUADS) {
@@ -297,7 +298,7 @@ fn main(
             best = next;
         }
         if (shrink != 1.0) {
-            sh_scaled = 1u;
+            sh_scaled.x = 1u;
         }
         if (lane == 0u) {
             sh_factor[query] = shrink;
@@ -318,7 +319,7 @@ fn main(
             let poisoned = select(p, vec4<f32>(nan), poison == vec4<u32>(1u));
             stage_four(query * WEIGHT_PITCH + key / 4u, select(poisoned, zeros, unseen));
         }
-        if (workgroupUniformLoad(&sh_scaled) == 1u) {
+        if (workgroupUniformLoad(&sh_scaled).x == 1u) {
             value00 = scaled(value00, 0u, local, own);
             value10 = scaled(value10, 1u, local, own);
             if (COLUMNS == 32u) {

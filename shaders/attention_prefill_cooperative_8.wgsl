@@ -90,7 +90,8 @@ var<workgroup> sh_scores: array<f32, TILE_Q * SCORE_PITCH>;
 var<workgroup> sh_part: array<f32, WORKGROUP>;   // [query, lane] maxima, at the end sums
 var<workgroup> sh_factor: array<f32, TILE_Q>;    // factor on the values of a query
 var<workgroup> sh_poison: array<u32, TILE_KV>;   // 1: the value of this key is not finite
-var<workgroup> sh_scaled: u32;                   // 1: some factor is not 1
+// x = 1: some factor is not 1. 16 bytes: matrices need the arrays around it to begin on multiples of 16.
+var<workgroup> sh_scaled: vec4<u32>;
 
 // Stages four halves.
 fn stage_each(at: u32, four: vec4<f32>) {
@@ -254,7 +255,7 @@ fn main(
             sh_poison[local] = 0u;
         }
         if (local == 0u) {
-            sh_scaled = 0u;
+            sh_scaled.x = 0u;
         }
         var score00 = zero;
         var score01 = zero;
@@ -335,7 +336,7 @@ fn main(
             best = next;
         }
         if (shrink != 1.0) {
-            sh_scaled = 1u;
+            sh_scaled.x = 1u;
         }
         if (lane == 0u) {
             sh_factor[query] = shrink;
@@ -356,7 +357,7 @@ fn main(
             let poisoned = select(p, vec4<f32>(nan), poison == vec4<u32>(1u));
             stage_each(query * WEIGHT_PITCH + key, select(poisoned, zeros, unseen));
         }
-        if (workgroupUniformLoad(&sh_scaled) == 1u) {
+        if (workgroupUniformLoad(&sh_scaled).x == 1u) {
             value00 = scaled(value00, 0u, local, own);
             value01 = scaled(value01, 0u, local, own);
             value10 = scaled(value10, 1u, local, own);

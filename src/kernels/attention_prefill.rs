@@ -324,11 +324,11 @@ fn by_matrices(op: &AttentionPrefill, context: &PlanContext) -> Result<Draft, St
     Ok(op
         .draft(workgroup, parts)
         .with([("WORKGROUP", workgroup), ("PARTS", parts), ("COLUMNS", columns)])
-        // Staged halves of 64 columns, scores, maxima, factors and marks, one word more.
+        // Staged halves of 64 columns, scores, maxima, factors and marks, 16 bytes more.
         .bytes(
             2 * 2 * MATRIX_TILE * (64 + 8)
                 + 4 * MATRIX_TILE * (MATRIX_TILE + 4)
-                + 4 * (workgroup + 2 * MATRIX_TILE + 1),
+                + 4 * (workgroup + 2 * MATRIX_TILE + 4),
         ))
 }
 
