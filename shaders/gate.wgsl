@@ -64,7 +64,11 @@ fn index_of(i: u32) -> u32 {
 
 // (elements, mean, squared distances) of the union of two sets.
 fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
-    let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
+    // Divisions are rounded: an empty set must not move the mean of the other.
+    if (a.x == 0.0 || b.x == 0.0) {
+        return select(a, b, a.x == 0.0);
+    }
+    let part = b.x / (a.x + b.x);
     let apart = b.y - a.y;
     return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
 }
@@ -168,14 +172,19 @@ fn measured(lane: u32, row: u32) -> vec2<f32> {
                 continue;
             }
         }
-        let apart = z - mean;
         count += 1.0;
+        if (NORM == 0u && count == 1.0) {
+            // Exact, so that equal elements have no spread at all.
+            mean = z;
+            continue;
+        }
+        let apart = z - mean;
         if (NORM == 0u) {
             mean += apart * (1.0 / count);
         }
         squares += apart * (z - mean);
     }
-    let middle = dot(mean, vec4<f32>(0.25));
+    let middle = mean.x + dot(mean - mean.x, vec4<f32>(0.25));
     let off = mean - middle;
     var own = vec4<f32>(4.0 * count, middle, dot(squares, vec4<f32>(1.0)) + count * dot(off, off), 0.0);
     if (PADDED == 1u) {

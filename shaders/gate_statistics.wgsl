@@ -64,7 +64,11 @@ fn more_at(i: u32) -> f32 {
 
 // (elements, mean, squared distances) of the union of two sets.
 fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
-    let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
+    // Divisions are rounded: an empty set must not move the mean of the other.
+    if (a.x == 0.0 || b.x == 0.0) {
+        return select(a, b, a.x == 0.0);
+    }
+    let part = b.x / (a.x + b.x);
     let apart = b.y - a.y;
     return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
 }
@@ -151,8 +155,13 @@ fn main(
             continue;
         }
         let z = kv[base + i] * gate_of(gate_row, i);
-        let apart = z - own.y;
         own.x += 1.0;
+        if (NORM == 0u && own.x == 1.0) {
+            // Exact, so that equal elements have no spread at all.
+            own.y = z;
+            continue;
+        }
+        let apart = z - own.y;
         if (NORM == 0u) {
             own.y += apart / own.x;
         }

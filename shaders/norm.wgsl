@@ -57,7 +57,11 @@ fn index_of(i: u32) -> u32 {
 
 // (elements, mean, squared distances) of the union of two sets.
 fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
-    let part = select(b.x / (a.x + b.x), 0.0, b.x == 0.0);
+    // Divisions are rounded: an empty set must not move the mean of the other.
+    if (a.x == 0.0 || b.x == 0.0) {
+        return select(a, b, a.x == 0.0);
+    }
+    let part = b.x / (a.x + b.x);
     let apart = b.y - a.y;
     return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
 }
@@ -130,14 +134,19 @@ fn main(
             cut = joined(cut, moments_of_cut(v, max(used, 4u * i) - 4u * i, CENTER == 1u));
             continue;
         }
-        let apart = v - mean;
         count += 1.0;
+        if (CENTER == 1u && count == 1.0) {
+            // Exact, so that equal elements have no spread at all.
+            mean = v;
+            continue;
+        }
+        let apart = v - mean;
         if (CENTER == 1u) {
             mean += apart * (1.0 / count);
         }
         squares += apart * (v - mean);
     }
-    let middle = dot(mean, vec4<f32>(0.25));
+    let middle = mean.x + dot(mean - mean.x, vec4<f32>(0.25));
     let off = mean - middle;
     var own = vec4<f32>(4.0 * count, middle, dot(squares, vec4<f32>(1.0)) + count * dot(off, off), 0.0);
     if (PADDED == 1u) {

@@ -1,6 +1,6 @@
 //! Cases of `gate_statistics`: rows of both tables, of the further one alone, of the resident one alone.
 
-use super::{SEED, each_variant, spread, widen};
+use super::{SEED, each_variant, equal_rows, spread, widen};
 use crate::attention::groups::NO_ROW;
 use crate::check::compare::Tolerance;
 use crate::check::{Case, pack};
@@ -16,12 +16,17 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         for (rows, count, first, second) in sizes {
             let id = format!("{rows}x{count}x{first}+{second}/{}", storage.name());
             let segments = Segments { count, parts: [first, second] };
-            measure(cases, id, rows, segments, storage);
+            measure(cases, id, rows, segments, storage, false);
+        }
+        // One element, and equal ones, have no spread.
+        for (count, first, second) in [(1, 1, 0), (2, 70, 9)] {
+            let id = format!("equal_3x{count}x{first}+{second}/{}", storage.name());
+            measure(cases, id, 3, Segments { count, parts: [first, second] }, storage, true);
         }
     }
 }
 
-fn measure(cases: &mut Vec<Case>, id: String, tokens: u32, segments: Segments, storage: Storage) {
+fn measure(cases: &mut Vec<Case>, id: String, tokens: u32, segments: Segments, storage: Storage, equal: bool) {
     let width = segments.used();
     let tolerance = Tolerance::sums(&[width as usize]);
     let (more_first, cached) = (2, tokens + 2);
@@ -50,11 +55,16 @@ fn measure(cases: &mut Vec<Case>, id: String, tokens: u32, segments: Segments, s
             let GateStatistics { norm, activation, resident, more: more_rows, .. } = op;
             let further = more_rows > 0;
             let mut random = Random::new(SEED);
-            let kv_values = random.values((tokens * width) as usize, 1.0);
+            let mut kv_values = random.values((tokens * width) as usize, 1.0);
             // The content of the padding does not count.
             let pitched = |values: &[f32], storage: Storage| pack(&spread(values, &segments.parts, || 0.5), storage);
-            let gate_values = random.values((resident * width) as usize, 1.0);
-            let more_values = random.values((more_rows * width) as usize, 1.0);
+            let mut gate_values = random.values((resident * width) as usize, 1.0);
+            let mut more_values = random.values((more_rows * width) as usize, 1.0);
+            if equal {
+                for values in [&mut kv_values, &mut gate_values, &mut more_values] {
+                    equal_rows(values, width as usize);
+                }
+            }
             let gates = lab.words(&pitched(&gate_values, storage).0)?;
             let more = lab.words(&pitched(&more_values, Storage::F32).0)?;
             let kv = lab.floats(&spread(&kv_values, &segments.parts, || 7.0))?;

@@ -159,6 +159,18 @@ fn spread<T: Copy>(rows: &[T], parts: &[u32], mut filling: impl FnMut() -> T) ->
     spread
 }
 
+/// Gives all elements of a row the value of its first.
+///
+/// A layer norm of such a row is ill-conditioned: eps is all that it divides by, so that a spread of rounding errors shows. The
+/// kernels measure from the first element on, which makes the spread of equal elements 0; where an element is a product, a
+/// compiler may round it or not, so that each is off by u of itself, and by u² the variance: u² · x² / eps is nothing for x
+/// below a thousand.
+fn equal_rows(values: &mut [f32], width: usize) {
+    for row in values.chunks_mut(width.max(1)) {
+        row.fill(row[0]);
+    }
+}
+
 fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| value.into()).collect()
 }

@@ -1,6 +1,6 @@
 //! Cases of `norm`: both kinds, rows of one and of two segments, columns of wider rows.
 
-use super::{SEED, each_variant, spread, widen};
+use super::{SEED, each_variant, equal_rows, spread, widen};
 use crate::check::compare::Tolerance;
 use crate::check::{Case, pack};
 use crate::error::Result;
@@ -19,8 +19,12 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
                 for (index, sizes) in sizes.into_iter().enumerate() {
                     // Odd cases read columns out of wider rows.
                     let apart = if index % 2 == 1 { (8, 12) } else { (0, 0) };
-                    norm_cases(cases, sizes, apart, kind, storage);
+                    norm_cases(cases, sizes, apart, kind, storage, false);
                 }
+            }
+            // One element, and equal ones, have no spread.
+            for sizes in [(3, 1, 0), (3, 131, 0), (2, 264, 0)] {
+                norm_cases(cases, sizes, (0, 0), kind, storage, true);
             }
         }
     }
@@ -32,6 +36,7 @@ fn norm_cases(
     (offset, more): (u32, u32),
     kind: norm::Kind,
     storage: Storage,
+    equal: bool,
 ) {
     let parts = [width, second];
     let whole = padded_width(width) + padded_width(second);
@@ -48,13 +53,17 @@ fn norm_cases(
         storage,
     };
     let behind = if second > 0 { format!("+{second}") } else { String::new() };
-    let id = format!("{kind:?}_{rows}x{width}{behind}/{}", storage.name());
+    let equal_name = if equal { "equal_" } else { "" };
+    let id = format!("{equal_name}{kind:?}_{rows}x{width}{behind}/{}", storage.name());
     let tolerance = Tolerance::sums(&[width.max(second) as usize]);
     each_variant(cases, id, op, tolerance, move |lab, launch| {
         let mut random = Random::new(SEED);
         let mut values = random.values((offset + rows * pitch) as usize, 1.0);
         // A mean far from 0: E[x²] − mean² would lose digits here.
         values.iter_mut().for_each(|value| *value += 3.0);
+        if equal {
+            equal_rows(&mut values, pitch as usize);
+        }
         let x = lab.floats(&values)?;
         let mut affine = || -> Result<_> {
             let values = random.values((width + second) as usize, 1.0);
