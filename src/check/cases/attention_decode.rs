@@ -114,6 +114,7 @@ fn decode(
         let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
         let (q, kv) = (widen(&q_values), pack(&kv_values, kv_storage).1);
         let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
+        extreme.check_scores(launch.variant.spec.name, &expected.max)?;
         compare_partials(lab, &values, &softmax, &expected, tolerance)
     });
 }

@@ -330,6 +330,7 @@ fn attend_groups(
         d_value: d_value as usize,
     };
     let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, op.scale.into());
+    extreme.check_scores(launch.variant.spec.name, &expected.max)?;
     let got = lab.read(&partial)?;
     let values = View::all(Reading::F32, expected.values.len());
     Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
