@@ -15,6 +15,7 @@ use crate::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContex
 use crate::error::{ArgumentError, BufferError, Error, Result};
 use crate::op::{Access, Binding, MAX_BINDINGS, Spec};
 use crate::storage::padded;
+use crate::vouched;
 
 /// A range of a buffer. Cloning it clones a handle, not the memory.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -83,7 +84,9 @@ pub(crate) struct Pipeline {
     pub layout: wgpu::BindGroupLayout,
 }
 
-type PipelineKey = (&'static str, Vec<(&'static str, u64)>);
+/// Text of the shader by its address, since an application may give its own the name of another; whether it is vouched for; and
+/// the overrides.
+type PipelineKey = (usize, bool, Vec<(&'static str, u64)>);
 
 /// Source, bindings and constants of a pipeline.
 #[derive(Debug, Clone)]
@@ -91,18 +94,35 @@ pub(crate) struct Shader {
     pub spec: &'static Spec,
     pub bindings: &'static [Binding],
     pub overrides: Vec<(&'static str, f64)>,
+    /// The library vouches for its loops and indices.
+    pub vouched: bool,
     pub key: PipelineKey,
 }
 
 impl Shader {
-    pub fn new(spec: &'static Spec, bindings: &'static [Binding], overrides: Vec<(&'static str, f64)>) -> Self {
-        let key = (spec.name, overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect());
-        Shader { spec, bindings, overrides, key }
+    pub fn new(
+        spec: &'static Spec,
+        bindings: &'static [Binding],
+        overrides: Vec<(&'static str, f64)>,
+        vouched: bool,
+    ) -> Self {
+        let bits = overrides.iter().map(|&(name, value)| (name, value.to_bits())).collect();
+        Shader { spec, bindings, overrides, vouched, key: (spec.source.as_ptr() as usize, vouched, bits) }
     }
 }
 
 /// Bytes from one absent output of a dispatch to the next; a multiple of every device's storage offset alignment.
 const SINK_PITCH: u64 = 256;
+
+/// What the caller may choose.
+#[derive(Debug, Clone)]
+struct Settings {
+    context: PlanContext,
+    /// The driver's pipeline cache, if the caller brought one.
+    pipeline_cache: Option<wgpu::PipelineCache>,
+    /// wgpu's run-time checks also in shaders that the library vouches for.
+    checked: bool,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -110,10 +130,8 @@ struct Inner {
     queue: wgpu::Queue,
     /// Shared by all kernels from one call of [`Kernels::new`], and so of one device.
     family: u64,
-    context: PlanContext,
+    settings: Settings,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
-    /// The driver's pipeline cache, if the caller brought one.
-    pipeline_cache: Option<wgpu::PipelineCache>,
     /// Bound in place of an absent optional input.
     absent: wgpu::Buffer,
     /// Bound in place of an absent optional output.
@@ -171,22 +189,21 @@ impl Kernels {
         let (device, queue, pipelines) = (device.clone(), queue.clone(), Mutex::default());
         static FAMILIES: AtomicU64 = AtomicU64::new(0);
         let family = FAMILIES.fetch_add(1, Ordering::Relaxed);
-        let pipeline_cache = None;
-        Ok(Kernels(Arc::new(Inner { device, queue, family, context, pipelines, pipeline_cache, absent, sink })))
+        let settings = Settings { context, pipeline_cache: None, checked: false };
+        Ok(Kernels(Arc::new(Inner { device, queue, family, settings, pipelines, absent, sink })))
     }
 
     /// The same device and settings, nothing compiled, no pipeline cache: to measure a first use.
     pub fn uncompiled(&self) -> Self {
-        self.with(self.0.context.clone(), None)
+        self.with(|settings| settings.pipeline_cache = None)
     }
 
     /// The same, with the adapter's cooperative matrices, for f16 weights and caches. A device does not report its sizes: pass
     /// [`Cooperative::of`] of `wgpu::Adapter::cooperative_matrix_properties`, and open the device with
     /// [`COOPERATIVE_FEATURES`]; without those features this changes nothing.
     pub fn with_cooperative(&self, matrices: Cooperative) -> Self {
-        let opened = self.0.context.features.contains(COOPERATIVE_FEATURES);
-        let cooperative = if opened { matrices } else { Cooperative::NONE };
-        self.with(PlanContext { cooperative, ..self.0.context.clone() }, self.0.pipeline_cache.clone())
+        let opened = self.context().features.contains(COOPERATIVE_FEATURES);
+        self.with(|settings| settings.context.cooperative = if opened { matrices } else { Cooperative::NONE })
     }
 
     /// The same, with a driver's pipeline cache. The caller makes it from the bytes of an earlier run
@@ -195,7 +212,7 @@ impl Kernels {
     ///
     /// A cache that the device refuses costs time, not results: pipelines then compile without it.
     pub fn with_pipeline_cache(&self, cache: wgpu::PipelineCache) -> Self {
-        self.with(self.0.context.clone(), Some(cache))
+        self.with(|settings| settings.pipeline_cache = Some(cache))
     }
 
     /// The same, with measured tile settings for `Tuning::Auto`.
@@ -204,24 +221,32 @@ impl Kernels {
     /// [`Error::Config`] for a kernel or a setting that does not exist.
     pub fn with_tunings(&self, tunings: Tunings) -> Result<Self> {
         tunings.check()?;
-        Ok(self.with(PlanContext { tunings, ..self.0.context.clone() }, self.0.pipeline_cache.clone()))
+        Ok(self.with(|settings| settings.context.tunings = tunings))
     }
 
     /// The same device and buffers with plans for another device: to export recordings, which may not run here.
     #[cfg(feature = "check")]
     pub(crate) fn planned_for(&self, context: PlanContext) -> Self {
-        self.with(context, None)
+        self.with(|settings| (settings.context, settings.pipeline_cache) = (context, None))
     }
 
-    fn with(&self, context: PlanContext, pipeline_cache: Option<wgpu::PipelineCache>) -> Self {
-        let Inner { device, queue, family, absent, sink, .. } = &*self.0;
+    /// The same, with wgpu's run-time checks of loops and indices in every shader, or only in those that the library does not
+    /// vouch for, which is what [`Kernels::new`] gives. With them kernels took 3 to 10 times as long on a GPU; results are the same.
+    /// An application whose policy forbids unchecked shaders switches them on; in a browser they are always on.
+    pub fn with_shader_checks(&self, on: bool) -> Self {
+        self.with(|settings| settings.checked = on)
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Settings)) -> Self {
+        let Inner { device, queue, family, settings, absent, sink, .. } = &*self.0;
+        let mut settings = settings.clone();
+        change(&mut settings);
         Kernels(Arc::new(Inner {
             device: device.clone(),
             queue: queue.clone(),
             family: *family,
-            context,
+            settings,
             pipelines: Mutex::default(),
-            pipeline_cache,
             absent: absent.clone(),
             sink: sink.clone(),
         }))
@@ -239,7 +264,7 @@ impl Kernels {
 
     /// The context of plans.
     pub fn context(&self) -> &PlanContext {
-        &self.0.context
+        &self.0.settings.context
     }
 
     /// The region of an absent buffer of an operation.
@@ -304,7 +329,7 @@ impl Kernels {
 
     fn allocation(&self, label: &str, bytes: u64) -> Result<u64> {
         let size = padded(bytes, 4).max(16);
-        let allowed = self.0.context.limits.max_buffer_size;
+        let allowed = self.0.settings.context.limits.max_buffer_size;
         if size > allowed {
             let what = format!("buffer `{label}`");
             return Err(Error::Limit { what, needed: size, allowed, limit: "max_buffer_size" });
@@ -378,7 +403,7 @@ impl Kernels {
     /// Compiles with the driver's cache, or without it if the device refuses it: a cache of another device or driver poisons
     /// every pipeline made with it.
     fn pipeline(&self, shader: &Shader) -> Result<Arc<Pipeline>> {
-        let pipeline = match &self.0.pipeline_cache {
+        let pipeline = match &self.0.settings.pipeline_cache {
             None => self.compile(shader, None)?,
             Some(cache) => self.compile(shader, Some(cache)).or_else(|error| {
                 tracing::warn!(kernel = shader.spec.name, %error, "compiling without the pipeline cache");
@@ -389,15 +414,19 @@ impl Kernels {
     }
 
     fn compile(&self, shader: &Shader, cache: Option<&wgpu::PipelineCache>) -> Result<Pipeline> {
-        let Shader { spec, bindings, overrides, .. } = shader;
+        let Shader { spec, bindings, overrides, vouched, .. } = shader;
         let device = &self.0.device;
         let label = format!("egmla.{}", spec.name);
         tracing::debug!(kernel = spec.name, ?overrides, "compiling");
         scoped(device, &label, || {
-            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(&label),
-                source: wgpu::ShaderSource::Wgsl(spec.source.into()),
-            });
+            let module = if *vouched && !self.0.settings.checked {
+                vouched::shader_module(device, &label, spec.source)
+            } else {
+                device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                    label: Some(&label),
+                    source: wgpu::ShaderSource::Wgsl(spec.source.into()),
+                })
+            };
             let storage = bindings
                 .iter()
                 .map(|binding| wgpu::BufferBindingType::Storage { read_only: binding.access == Access::Read });

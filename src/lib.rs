@@ -25,7 +25,7 @@
 //! | `check` | `reference`, the definitions in plain f64; `check`, which compares an adapter with them; `bench`, which times it |
 //! | `decoder` | `decoder`, the small language model around the layer, with its tokenizer; `reference` |
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod adapter;
 pub mod attention;
@@ -55,6 +55,7 @@ mod registry;
 mod sample;
 pub mod sequences;
 mod storage;
+mod vouched;
 pub mod weights;
 
 pub use attention::{

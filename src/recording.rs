@@ -19,6 +19,7 @@ use crate::error::{BufferError, Error, KernelError, Result};
 use crate::op::{Access, Binding, Buffers, MAX_BINDINGS, Op, Spec, Uniform, Variant, choose};
 use crate::plan::Plan;
 use crate::storage::padded;
+use crate::vouched::{Caller, listed, vouches};
 
 /// A dispatch and its objects on the device.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ struct Dispatch {
     /// The operation, of any type, and the forced setting.
     op: Box<dyn Any + Send + Sync>,
     forced: Option<(&'static str, Tuning)>,
+    caller: Caller,
     spec: &'static Spec,
     shader: Arc<Shader>,
     given: Given,
@@ -152,6 +154,12 @@ impl Recording {
         self.recorded().iter().map(|dispatch| dispatch.spec.name)
     }
 
+    /// Stems of the dispatches whose loops and indices wgpu checks although natively it need not: the library does not vouch for
+    /// them.
+    pub fn checked_kernels(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.recorded().iter().filter(|dispatch| !dispatch.shader.vouched).map(|dispatch| dispatch.spec.name)
+    }
+
     /// Every dispatch, in order.
     #[cfg(feature = "check")]
     pub(crate) fn dispatched(&self) -> impl Iterator<Item = Dispatched<'_>> {
@@ -251,11 +259,20 @@ impl Recording {
     /// A plan that is refused, a region that is too small or misaligned, or one buffer both read and written. The recording is
     /// then unchanged.
     pub fn add<O: Op>(&mut self, op: &O, args: O::Args<&Region>) -> Result<()> {
-        if self.repeats(op, None, args) {
+        self.add_chosen(op, args, Caller::Application)
+    }
+
+    /// The same for the library, whose tables hold what they should.
+    pub(crate) fn add_own<O: Op>(&mut self, op: &O, args: O::Args<&Region>) -> Result<()> {
+        self.add_chosen(op, args, Caller::Library)
+    }
+
+    fn add_chosen<O: Op>(&mut self, op: &O, args: O::Args<&Region>, caller: Caller) -> Result<()> {
+        if self.repeats(op, None, args, caller) {
             return Ok(());
         }
         let (variant, plan) = choose(op, self.kernels.context())?;
-        self.push(&variant.spec, op, None, plan, args)
+        self.push((variant, vouches::<O>(caller)), op, None, caller, plan, args)
     }
 
     /// Adds an operation with one of its shaders, at one of its settings.
@@ -269,22 +286,44 @@ impl Recording {
         args: O::Args<&Region>,
         tuning: Tuning,
     ) -> Result<()> {
+        self.add_forced(variant, op, args, tuning, Caller::Application)
+    }
+
+    /// The same for the library's own checks and benches.
+    pub(crate) fn add_forced<O: Op>(
+        &mut self,
+        variant: &'static Variant<O>,
+        op: &O,
+        args: O::Args<&Region>,
+        tuning: Tuning,
+        caller: Caller,
+    ) -> Result<()> {
         let forced = Some((variant.spec.name, tuning));
-        if self.repeats(op, forced, args) {
+        if self.repeats(op, forced, args, caller) {
             return Ok(());
         }
+        let (variant, is_vouched) = match listed(variant) {
+            Some(listed) => (listed, vouches::<O>(caller)),
+            None => (variant, false),
+        };
         let context = self.kernels.context();
         let plan = variant.plan(op, context, tuning)?;
         if let Some(features) = variant.spec.missing(context) {
             return Err(Error::Kernel(KernelError::Feature { kernel: variant.spec.name, features }));
         }
-        self.push(&variant.spec, op, forced, plan, args)
+        self.push((variant, is_vouched), op, forced, caller, plan, args)
     }
 
     /// Reuses the previous dispatch at this place if it is the one to add; returns whether it was.
-    fn repeats<O: Op>(&mut self, op: &O, forced: Option<(&'static str, Tuning)>, args: O::Args<&Region>) -> bool {
+    fn repeats<O: Op>(
+        &mut self,
+        op: &O,
+        forced: Option<(&'static str, Tuning)>,
+        args: O::Args<&Region>,
+        caller: Caller,
+    ) -> bool {
         let Some(known) = self.frame.dispatches.get(self.len) else { return false };
-        let mut same = known.forced == forced && known.op.downcast_ref() == Some(op);
+        let mut same = known.caller == caller && known.forced == forced && known.op.downcast_ref() == Some(op);
         if same {
             // A binding left out before is left out now.
             let is_known =
@@ -297,12 +336,14 @@ impl Recording {
 
     fn push<O: Op>(
         &mut self,
-        spec: &'static Spec,
+        (variant, is_vouched): (&'static Variant<O>, bool),
         op: &O,
         forced: Option<(&'static str, Tuning)>,
+        caller: Caller,
         plan: Plan,
         args: O::Args<&Region>,
     ) -> Result<()> {
+        let spec = &variant.spec;
         if plan.grid.contains(&0) {
             return Ok(());
         }
@@ -318,7 +359,7 @@ impl Recording {
         check_given(spec.name, bindings, &given, &bytes, &self.kernels.context().limits)?;
         let mut params = Vec::new();
         op.params(&plan).write(&mut params);
-        let shader = Shader::new(spec, bindings, plan.overrides);
+        let shader = Shader::new(spec, bindings, plan.overrides, is_vouched);
         let (shader, pipeline, group) = match self.frame.dispatches.get(self.len) {
             Some(known) if known.shader.key == shader.key => {
                 let group = known.group.clone().filter(|_| known.given == given);
@@ -328,7 +369,7 @@ impl Recording {
         };
         let op = Box::new(*op);
         let (grid, written) = (plan.grid, false);
-        let dispatch = Dispatch { op, forced, spec, shader, given, params, grid, pipeline, group, written };
+        let dispatch = Dispatch { op, forced, caller, spec, shader, given, params, grid, pipeline, group, written };
         match self.frame.dispatches.get_mut(self.len) {
             Some(known) => *known = dispatch,
             None => self.frame.dispatches.push(dispatch),

@@ -1,5 +1,7 @@
 //! Operations of different types in one list.
 
+use std::any::TypeId;
+
 #[cfg(feature = "check")]
 use crate::cost::Cost;
 #[cfg(not(feature = "check"))]
@@ -26,6 +28,9 @@ impl<O: Op> Registered for O {}
 pub trait AnyOp: Sync {
     /// The stem of its files, labels and bench rows.
     fn name(&self) -> &'static str;
+
+    /// Its type.
+    fn id(&self) -> TypeId;
 
     /// The storage bindings of its shaders.
     fn bindings(&self) -> &'static [Binding];
@@ -61,6 +66,10 @@ impl<O: Registered> Of<O> {
 impl<O: Registered> AnyOp for Of<O> {
     fn name(&self) -> &'static str {
         O::NAME
+    }
+
+    fn id(&self) -> TypeId {
+        TypeId::of::<O>()
     }
 
     fn bindings(&self) -> &'static [Binding] {

@@ -109,6 +109,7 @@ fn a_step_of_a_known_shape_allocates_a_little_and_never_more() {
         assert!(most.0 <= 5 * dispatches, "{most:?} for {dispatches} dispatches");
         let (early, late) = (sum(early), sum(late));
         assert!(late.0 * 10 <= early.0 * 11 && late.1 * 10 <= early.1 * 11, "{early:?} became {late:?}");
+        assert_eq!(model.recording.checked_kernels().count(), 0, "the library vouches for what it adds itself");
         model.gpu.assert_no_errors();
     }
 }
@@ -134,6 +135,7 @@ fn shapes_may_take_turns() {
         device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
     };
     prefill(&mut model);
+    assert_eq!(model.recording.checked_kernels().count(), 0, "the library vouches for what it adds itself");
     model.step();
     // Pipelines are there; everything else is made anew.
     model.recording = Recording::new(&model.gpu.kernels);

@@ -18,12 +18,15 @@ pub struct AdapterOption {
     /// `auto` (a GPU before software, the CPU reference when there is none), `cpu`, or part of an adapter's name or backend
     #[arg(long, value_name = "A", default_value = "auto")]
     pub adapter: String,
+    /// Run every shader with wgpu's checks of loops and indices, as browsers do; without them kernels are faster, results the same
+    #[arg(long)]
+    pub shader_checks: bool,
 }
 
 /// `--limits`
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LimitsOption {
-    /// WebGPU's default limits, no feature
+    /// WebGPU's default limits, no feature, every check of shaders
     Default,
     /// Buffers as large as the adapter has them, and the features that kernels use
     #[default]
@@ -45,7 +48,6 @@ pub enum Backend {
 pub struct Gpu {
     /// wgpu's description of the adapter.
     pub info: wgpu::AdapterInfo,
-    /// The queue that the program submits to.
     /// The kernels, with their device.
     pub kernels: Kernels,
     /// The driver's cache of compiled pipelines, and what it began with.
@@ -170,7 +172,7 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
     let found = adapters();
     if wanted == "auto" {
         for adapter in &found {
-            match open_device(adapter, limits) {
+            match open_device(adapter, option, limits) {
                 Ok(gpu) => return Ok(Backend::Gpu(Box::new(gpu))),
                 Err(problem) => tracing::warn!("{}: {}", adapter.get_info().name, problem.message()),
             }
@@ -182,7 +184,7 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
         info.name.to_lowercase().contains(&wanted) || format!("{:?}", info.backend).to_lowercase().contains(&wanted)
     };
     match found.iter().find(matches) {
-        Some(adapter) => open_device(adapter, limits).map(|gpu| Backend::Gpu(Box::new(gpu))),
+        Some(adapter) => open_device(adapter, option, limits).map(|gpu| Backend::Gpu(Box::new(gpu))),
         None => {
             let names: Vec<_> = found.iter().map(|adapter| describe(&adapter.get_info())).collect();
             let there = if names.is_empty() { "none".to_owned() } else { names.join("; ") };
@@ -207,7 +209,7 @@ pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
     adapter.features() & optional_features()
 }
 
-fn open_device(adapter: &wgpu::Adapter, offer: LimitsOption) -> Result<Gpu, Failure> {
+fn open_device(adapter: &wgpu::Adapter, option: &AdapterOption, offer: LimitsOption) -> Result<Gpu, Failure> {
     // Neither changes a result: one measures, the other makes a second start quicker.
     let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
     let (required_limits, wanted, (cooperative, experimental_features, matrices)) = match offer {
@@ -225,7 +227,9 @@ fn open_device(adapter: &wgpu::Adapter, offer: LimitsOption) -> Result<Gpu, Fail
     let faults = Faults::watch(&device);
     let info = adapter.get_info();
     let pipelines = pipeline_cache(&device, &info);
-    let mut kernels = Kernels::new(&device, &queue)?.with_cooperative(matrices);
+    let mut kernels = Kernels::new(&device, &queue)?
+        .with_cooperative(matrices)
+        .with_shader_checks(option.shader_checks || offer == LimitsOption::Default);
     if let Some((cache, _)) = &pipelines {
         kernels = kernels.with_pipeline_cache(cache.clone());
     }

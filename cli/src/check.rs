@@ -19,7 +19,7 @@ use crate::failure::Failure;
 pub struct CheckArgs {
     #[command(flatten)]
     adapter: AdapterOption,
-    /// What the device is opened with: `default`, WebGPU's default limits and no feature, as on the least that a browser runs on;
+    /// What the device is opened with: `default`, WebGPU's default limits and no feature, every check of shaders, as on the least that a browser runs on;
     /// `adapter`, what the adapter has, as other commands do
     #[arg(long, value_name = "L", value_enum, default_value_t)]
     limits: LimitsOption,

@@ -50,7 +50,7 @@ impl Frame<'_> {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
-        self.recording.add(&op, args)?;
+        self.recording.add_own(&op, args)?;
         self.combine(d_latent, &workspace.combined)?;
 
         // o[h] = W_V[h] S[h]

@@ -56,7 +56,7 @@ impl<'a> Frame<'a> {
             values: &workspace.values,
             softmax: &workspace.softmax,
         };
-        self.recording.add(&op, args)
+        self.recording.add_own(&op, args)
     }
 
     fn decode_tile(&mut self, kv_first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
@@ -85,7 +85,7 @@ impl<'a> Frame<'a> {
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
-        self.recording.add(&op, args)
+        self.recording.add_own(&op, args)
     }
 
     /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile, gated and normed where the configuration says so.
@@ -119,7 +119,7 @@ impl<'a> Frame<'a> {
             embedding: &workspace.gate_rows,
             slots: &workspace.tile_slots,
         };
-        self.recording.add(&op, args)?;
+        self.recording.add_own(&op, args)?;
         let op = self.linear(rows, widths.d_latent, widths.d_kv());
         self.product(&op, &workspace.tile_latent, &layer.weights.kv_b_proj, None, &workspace.kv)?;
         let Some(gate) = gate else { return Ok(&workspace.kv) };
@@ -143,6 +143,6 @@ impl<'a> Frame<'a> {
             values,
             lse: &workspace.lse,
         };
-        self.recording.add(&op, args)
+        self.recording.add_own(&op, args)
     }
 }

@@ -53,7 +53,7 @@ impl<'a> Frame<'a> {
     pub fn product(&mut self, op: &Matmul, x: &Region, w: &Region, bias: Option<&Region>, y: &Region) -> Result<()> {
         let op = Matmul { bias: bias.is_some(), ..*op };
         let bias = bias.unwrap_or(&self.absent);
-        self.recording.add(&op, matmul::Args { x, w, bias, y })
+        self.recording.add_own(&op, matmul::Args { x, w, bias, y })
     }
 
     /// Dense `y [rows, cols] = x [rows, inner] · wᵀ`.
@@ -78,7 +78,7 @@ impl<'a> Frame<'a> {
         let width = self.layer.widths.d_gate;
         let (vocab_size, storage) = (gate.vocab_size, self.layer.storage);
         let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
-        self.recording.add(&op, gather::Args { table: &self.gate_weights()?.embedding, ids, y })
+        self.recording.add_own(&op, gather::Args { table: &self.gate_weights()?.embedding, ids, y })
     }
 
     /// `y = Norm(x ⊙ act(gate_b_proj · embeddings))`, with the embeddings in the workspace.
@@ -114,6 +114,6 @@ impl<'a> Frame<'a> {
         };
         let (slots, to) = statistics.map_or((absent, absent), |statistics| (statistics.slots, statistics.to));
         let args = gate::Args { x: x.region, g: &workspace.gate, weight, bias, slots, y, statistics: to };
-        self.recording.add(&op, args)
+        self.recording.add_own(&op, args)
     }
 }

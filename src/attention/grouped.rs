@@ -30,7 +30,7 @@ impl<'a> Frame<'a> {
         if self.recording.once((step.identity(), 0)) {
             let op = word_scatter::WordScatter { count: step.lists.patches.len() as u32, words: lists.layout.words };
             let args = word_scatter::Args { patches: &self.table(Table::Patches), words: &Region::from(&lists.buffer) };
-            self.recording.add(&op, args)?;
+            self.recording.add_own(&op, args)?;
         }
         let (Some(pool), Some(gate)) = (&self.cached.pool, self.layer.config.up_projected_gate()) else {
             return Ok(());
@@ -74,7 +74,7 @@ impl<'a> Frame<'a> {
     ) -> Result<()> {
         let weights = self.gate_weights()?;
         let (gate_embedding, gate_b_proj) = (&weights.embedding, &weights.b_proj);
-        self.recording.add(op, gate_project::Args { gate_embedding, gate_b_proj, ids, targets, y })
+        self.recording.add_own(op, gate_project::Args { gate_embedding, gate_b_proj, ids, targets, y })
     }
 
     /// Gate rows for the grouped kernels; projected ones are those of the first pass.
@@ -116,7 +116,7 @@ impl<'a> Frame<'a> {
         let y = &self.workspace.tile_latent;
         let (rows, vocab_size) = (self.step.tokens, self.cache.rows());
         let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
-        self.recording.add(&op, gather::Args { table: &self.cached.latent, ids: &self.table(Table::Slots), y })?;
+        self.recording.add_own(&op, gather::Args { table: &self.cached.latent, ids: &self.table(Table::Slots), y })?;
         Ok(Latents { region: y, offset: 0, row: width })
     }
 
@@ -152,7 +152,7 @@ impl<'a> Frame<'a> {
                 };
                 // With one pass the list is the same for every layer.
                 if grouped.passes > 1 || self.recording.once((step.identity(), 1)) {
-                    self.recording.add(&op, args)?;
+                    self.recording.add_own(&op, args)?;
                 }
                 self.project_rows(gate, groups + step.tokens, &source)?;
             }
@@ -200,7 +200,7 @@ impl<'a> Frame<'a> {
                 lists: &table,
                 partial: &workspace.grouped,
             };
-            self.recording.add(&op, args)?;
+            self.recording.add_own(&op, args)?;
         }
         self.combine_groups(grouped)
     }
@@ -241,7 +241,7 @@ impl<'a> Frame<'a> {
             slots: &self.table(Table::Slots),
             statistics: self.cached.statistics.as_ref().unwrap_or(&self.absent),
         };
-        self.recording.add(&op, args)
+        self.recording.add_own(&op, args)
     }
 
     fn combine_groups(&mut self, grouped: &Grouped) -> Result<()> {
@@ -262,7 +262,7 @@ impl<'a> Frame<'a> {
             values: &workspace.values,
             lse: &workspace.lse,
         };
-        self.recording.add(&op, args)
+        self.recording.add_own(&op, args)
     }
 
     /// Gate rows of the ids that a pass has listed, into the workspace.

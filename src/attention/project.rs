@@ -48,7 +48,7 @@ impl<'a> Frame<'a> {
                 storage: layer.storage,
             };
             let args = norm::Args { x: &workspace.down, weight, bias: &self.absent, y: &workspace.normed };
-            self.recording.add(&op, args)?;
+            self.recording.add_own(&op, args)?;
         }
         let normed_row = widths.rank + if latent == 0 { 0 } else { widths.d_latent };
         if rank == 0 {
@@ -102,7 +102,7 @@ impl<'a> Frame<'a> {
             cache: &self.cached.whole,
             q: &workspace.q,
         };
-        self.recording.add(&op, args)?;
+        self.recording.add_own(&op, args)?;
         Ok(latents)
     }
 

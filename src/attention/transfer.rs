@@ -108,7 +108,7 @@ impl LatentCache {
         let length = self.lengths[from as usize];
         let mut copy = |region: &Region, words: u32, from_word: u32, to_word: u32| {
             let op = cache_copy::CacheCopy { words, from_word, to_word };
-            recording.add(&op, cache_copy::Args { cache: region })
+            recording.add_own(&op, cache_copy::Args { cache: region })
         };
         for part in self.parts() {
             // Every cache buffer is within a binding, so word indices fit 32 bits.
@@ -193,7 +193,7 @@ impl LatentCache {
         for (part, (source, from_word)) in self.parts().iter().zip(sources) {
             let to_word = to as u32 * self.options.capacity * part.row_words;
             let op = cache_move::CacheMove { words: length * part.row_words, from_word: *from_word, to_word };
-            recording.add(&op, cache_move::Args { source, sink: part.region })?;
+            recording.add_own(&op, cache_move::Args { source, sink: part.region })?;
         }
         Ok(())
     }
@@ -363,5 +363,5 @@ fn record_lists(lists: &mut Lists, recording: &mut Recording, sequence: u32, ids
     let patches = lists.replace(sequence, ids);
     let table = recording.table((identity(), 2), cast_slice(&patches))?;
     let op = word_scatter::WordScatter { count: patches.len() as u32, words: lists.layout.words };
-    recording.add(&op, word_scatter::Args { patches: &table, words: &Region::from(&lists.buffer) })
+    recording.add_own(&op, word_scatter::Args { patches: &table, words: &Region::from(&lists.buffer) })
 }

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::kernels::{roofline_cooperative, roofline_copy, roofline_fma};
 use crate::op::{Op, choose};
 use crate::recording::Recording;
+use crate::vouched::Caller;
 
 /// Ceilings of an adapter, and the overhead of a dispatch and of a submission.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -72,7 +73,7 @@ fn fastest<O: Op>(kernels: &Kernels, timer: &Timer, op: &O, args: O::Args<&Regio
         for tuning in (0..variant.spec.tunings).map(Tuning::Forced) {
             if variant.plan(op, kernels.context(), tuning).is_ok() {
                 let mut recording = Recording::new(kernels);
-                recording.add_variant(variant, op, args, tuning)?;
+                recording.add_forced(variant, op, args, tuning, Caller::Library)?;
                 least = least.min(best(timer, &mut recording)?.0);
             }
         }
@@ -129,7 +130,7 @@ fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<(f64, f64)>
     let mut recording = Recording::new(kernels);
     for _ in 0..dispatches {
         let problem = roofline_copy::RooflineCopy { words: 4 };
-        recording.add(&problem, roofline_copy::Args { x: &x, y: &y })?;
+        recording.add_own(&problem, roofline_copy::Args { x: &x, y: &y })?;
     }
     best(timer, &mut recording)
 }

@@ -271,7 +271,7 @@ fn product(kernels: &Kernels, (rows, inner, cols): (u32, u32, u32), storage: Sto
     let problem = matmul::Matmul::linear(rows, inner, cols, false, storage);
     let mut recording = Recording::new(kernels);
     let args = matmul::Args { x: &x, w: &w, bias: &kernels.absent(), y: &y };
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     let reference = (m * k * n <= REFERENCE_MULTIPLY_ADDS).then(|| {
         let (x, w) = (widen(&inputs.of(m * k, 1.0)), widen(&inputs.of(n * k, 1.0)));
         Box::new(move || {
@@ -290,7 +290,7 @@ fn norm_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let problem = norm::Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage };
     let mut recording = Recording::new(kernels);
     let args = norm::Args { x: &x, weight: &weight, bias: &kernels.absent(), y: &y };
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     let (x, weight) = (widen(&inputs.of(elements, 1.0)), widen(&inputs.of(width as usize, 1.0)));
     let reference = Box::new(move || {
         std::hint::black_box(reference::rms_norm(&x, Some(&weight), width as usize, 1e-6));
@@ -318,7 +318,7 @@ fn gate_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let mut recording = Recording::new(kernels);
     let absent = kernels.absent();
     let args = gate::Args { x: &x, g: &g, weight: &affine, bias: &affine, slots: &absent, y: &y, statistics: &absent };
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     let (x, affine) = (widen(&inputs.of(elements, 1.0)), widen(&inputs.of(width as usize, 1.0)));
     let reference = Box::new(move || {
         let (weight, bias) = (Some(&affine[..]), Some(&affine[..]));
@@ -358,7 +358,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         q: &kernels.absent(),
     };
     let mut recording = Recording::new(kernels);
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     let (n, d, r) = (tokens as usize, d_latent as usize, d_rope as usize);
     let (latents, keys) = (widen(&inputs.of(n * d, 1.0)), widen(&inputs.of(n * r, 1.0)));
     let of_token: Vec<u32> = (0..tokens).collect();
@@ -414,7 +414,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
         softmax: &softmax,
     };
     let mut recording = Recording::new(kernels);
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     let (q, kv) = (widen(&inputs.of(width, 1.0)), widen(&inputs.of(2 * width, 1.0)));
     let reference = Box::new(move || {
         let d = d_head as usize;
@@ -477,7 +477,7 @@ fn absorbed_attention(
         partial_values: &partial_values,
         partial_softmax: &partial_softmax,
     };
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     let output = inputs.output((batch * n_head * d_latent) as usize)?;
     let partial = (&partial_values, &partial_softmax);
     let combined = combine(&mut recording, &inputs, (batch, n_head), d_latent, each, partial, &output)?;
@@ -508,7 +508,7 @@ fn combine(
     let ranges = inputs.table(&(0..tokens).map(|token| [token * each, each]).collect::<Vec<_>>())?;
     let lse = inputs.output((tokens * n_head) as usize)?;
     let args = attention_combine::Args { partial_values, partial_softmax, ranges: &ranges, values, lse: &lse };
-    recording.add(&problem, args)?;
+    recording.add_own(&problem, args)?;
     Ok(problem.cost())
 }
 
@@ -638,14 +638,14 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
     let mut cost = Cost::default();
     let linear = |recording: &mut Recording, cols: u32, x: &Region, w: &Region, y: &Region| {
         let problem = matmul::Matmul::linear(1, width, cols, false, Storage::F16);
-        recording.add(&problem, matmul::Args { x, w, bias: &absent, y })?;
+        recording.add_own(&problem, matmul::Args { x, w, bias: &absent, y })?;
         Ok::<_, Error>(problem.cost())
     };
     let rotate = |recording: &mut Recording, head_stride: u32, values: &Region| {
         let offset = 0;
         let (tokens, d_rope, token_stride) = (1, d_head, n_head * head_stride);
         let problem = rope::Rope { tokens, n_head, d_rope, offset, token_stride, head_stride, interleave: true };
-        recording.add(&problem, rope::Args { rotations: &rotations, values })?;
+        recording.add_own(&problem, rope::Args { rotations: &rotations, values })?;
         Ok::<_, Error>(problem.cost())
     };
     cost = cost + linear(&mut recording, width, &hidden, &q_proj, &q)?;
@@ -673,7 +673,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         let slots = inputs.table(&[cached - 1 - first])?;
         let (latent, rope_key, rotations, q) = (&kv, &absent, &absent, &absent);
         let args = cache_append::Args { latent, rope_key, rotations, slots: &slots, cache: tile, q };
-        recording.add(&problem, args)?;
+        recording.add_own(&problem, args)?;
         cost = cost + problem.cost();
     }
     for (first, tile) in &tiles {
@@ -701,7 +701,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             partial_values: &partial_values,
             partial_softmax: &partial_softmax,
         };
-        recording.add(&problem, args)?;
+        recording.add_own(&problem, args)?;
         cost = cost + problem.cost();
     }
     let partial = (&partial_values, &partial_softmax);

@@ -352,7 +352,7 @@ impl Decoder {
             self.linear(recording, (tokens, hidden, inner), normed, &layer.gate_proj, gate)?;
             self.linear(recording, (tokens, hidden, inner), normed, &layer.up_proj, up)?;
             let problem = swiglu::Swiglu { elements: elements(swiglu::Swiglu::NAME, tokens, inner)? };
-            recording.add(&problem, swiglu::Args { gate, up, y: &state.inner })?;
+            recording.add_own(&problem, swiglu::Args { gate, up, y: &state.inner })?;
             self.linear(recording, (tokens, inner, hidden), &state.inner, &layer.down_proj, delta)?;
             self.add(recording, tokens, delta, stream)?;
         }
@@ -381,7 +381,7 @@ impl Decoder {
     ) -> Result<()> {
         let width = self.hidden;
         let problem = gather::Gather { rows, width, table_row: width, vocab_size: table_rows, storage };
-        recording.add(&problem, gather::Args { table, ids, y })
+        recording.add_own(&problem, gather::Args { table, ids, y })
     }
 
     fn norm(&self, recording: &mut Recording, rows: u32, x: &Region, weight: &Region, y: &Region) -> Result<()> {
@@ -397,7 +397,7 @@ impl Decoder {
             storage: self.storage,
         };
         let bias = self.kernels.absent();
-        recording.add(&problem, norm::Args { x, weight, bias: &bias, y })
+        recording.add_own(&problem, norm::Args { x, weight, bias: &bias, y })
     }
 
     /// `y [rows, cols] = x [rows, inner] · wᵀ`.
@@ -411,14 +411,14 @@ impl Decoder {
     ) -> Result<()> {
         let problem = matmul::Matmul::linear(rows, inner, cols, false, self.storage);
         let bias = self.kernels.absent();
-        recording.add(&problem, matmul::Args { x, w, bias: &bias, y })
+        recording.add_own(&problem, matmul::Args { x, w, bias: &bias, y })
     }
 
     /// `stream += delta`, both `[tokens, hidden]`.
     fn add(&self, recording: &mut Recording, tokens: u32, delta: &Region, stream: &Region) -> Result<()> {
         let elements = elements(residual_add::ResidualAdd::NAME, tokens, self.hidden)?;
         let problem = residual_add::ResidualAdd { elements };
-        recording.add(&problem, residual_add::Args { delta, stream })
+        recording.add_own(&problem, residual_add::Args { delta, stream })
     }
 }
 

@@ -49,7 +49,8 @@ pub struct Gpu {
 /// What the environment variable `EGMLA_LIMITS` opens devices with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Offer {
-    /// `default`: WebGPU's default limits and no feature at all, as in a browser on the least that it may run on.
+    /// `default`: WebGPU's default limits, no feature at all and every check of shaders, as in a browser on the least that it may
+    /// run on.
     Default,
     /// Unset: the same limits, and the features that variants of the kernels use, where the adapter has them.
     Features,
@@ -114,7 +115,9 @@ fn open(adapter: &wgpu::Adapter, required_limits: wgpu::Limits) -> Gpu {
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     let faults = Faults::watch(&device);
     println!("adapter: {:?}, {:?}, EGMLA_LIMITS: {:?}", adapter.get_info(), device.features(), Offer::from_env());
-    Gpu { kernels: Kernels::new(&device, &queue).expect("kernels").with_cooperative(matrices), faults }
+    let kernels = Kernels::new(&device, &queue).expect("kernels").with_cooperative(matrices);
+    // A browser checks loops and indices of every shader.
+    Gpu { kernels: kernels.with_shader_checks(Offer::from_env() == Offer::Default), faults }
 }
 
 #[allow(dead_code, reason = "the tests that take this need a part of it")]

@@ -18,6 +18,7 @@ use crate::error::{Error, KernelError, Result};
 use crate::op::{Op, Spec, Variant};
 use crate::recording::Recording;
 use crate::storage::padded_width;
+use crate::vouched::Caller;
 
 /// Seed of every case's inputs: cases differ by their sizes.
 const SEED: u64 = 20;
@@ -50,7 +51,7 @@ impl<O: Op> Launch<O> {
     }
 
     fn add(self, recording: &mut Recording, args: O::Args<&Region>) -> Result<()> {
-        recording.add_variant(self.variant, &self.op, args, self.tuning)
+        recording.add_forced(self.variant, &self.op, args, self.tuning, Caller::Library)
     }
 
     /// Runs it alone.
