@@ -118,6 +118,30 @@ pub struct PlanContext {
     pub cooperative: Cooperative,
     /// Measured settings, which `Tuning::Auto` prefers.
     pub tunings: Tunings,
+    /// Kernels that were wrong on the device.
+    pub left_out: LeftOut,
+}
+
+/// Kernels that are not to run on a device, by their stems.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LeftOut(pub BTreeMap<String, WhyLeftOut>);
+
+/// Why a kernel is not to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhyLeftOut {
+    /// It computed something else, or was refused: in one line.
+    Wrong(String),
+    /// It took the device or its process along, or did not end: not even checks run it again.
+    Fatal(String),
+}
+
+impl std::fmt::Display for WhyLeftOut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (WhyLeftOut::Wrong(why) | WhyLeftOut::Fatal(why)) = self;
+        f.write_str(why)
+    }
 }
 
 /// Measured tile settings by kernel: `Tuning::Auto` takes them instead of those for the adapter's class. The library measures
@@ -145,6 +169,7 @@ impl PlanContext {
             subgroup_max_size: LARGEST_SUBGROUP,
             cooperative: Cooperative::NONE,
             tunings: Tunings::default(),
+            left_out: LeftOut::default(),
         }
     }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use crate::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, PlanContext, Tunings};
+use crate::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, LeftOut, PlanContext, Tunings};
 use crate::error::{ArgumentError, BufferError, Error, Result};
 use crate::op::{Access, Binding, MAX_BINDINGS, Spec};
 use crate::storage::padded;
@@ -224,6 +224,11 @@ impl Kernels {
         Ok(self.with(|settings| settings.context.tunings = tunings))
     }
 
+    /// The same, without some kernels: others of their operations run instead. See `check::prove`.
+    pub fn leaving_out(&self, kernels: LeftOut) -> Self {
+        self.with(|settings| settings.context.left_out = kernels)
+    }
+
     /// The same device and buffers with plans for another device: to export recordings, which may not run here.
     #[cfg(feature = "check")]
     pub(crate) fn planned_for(&self, context: PlanContext) -> Self {
@@ -235,6 +240,11 @@ impl Kernels {
     /// An application whose policy forbids unchecked shaders switches them on; in a browser they are always on.
     pub fn with_shader_checks(&self, on: bool) -> Self {
         self.with(|settings| settings.checked = on)
+    }
+
+    /// Whether wgpu checks loops and indices of every shader.
+    pub fn shader_checks(&self) -> bool {
+        self.0.settings.checked || cfg!(target_arch = "wasm32")
     }
 
     fn with(&self, change: impl FnOnce(&mut Settings)) -> Self {

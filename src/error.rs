@@ -389,6 +389,15 @@ impl Error {
         }
     }
 
+    /// Whether the device is gone, or does not answer: every later call on it would fail, too.
+    pub fn is_loss(&self) -> bool {
+        match self {
+            Error::Device(error) => matches!(error, DeviceError::Lost { .. } | DeviceError::Timeout { .. }),
+            Error::File { source, .. } => source.is_loss(),
+            _ => false,
+        }
+    }
+
     /// The same error, with the file it was found in.
     pub fn in_file(self, path: impl Into<PathBuf>) -> Self {
         Error::File { path: path.into(), source: Box::new(self) }

@@ -271,15 +271,16 @@ impl<O: Op> Variant<O> {
     }
 }
 
-/// Picks the shader that runs: the first variant that the device supports, that is preferred, and whose plan is within the
-/// limits, at its own setting or else at the first other one within them.
+/// Picks the shader that runs: the first variant that the device supports and that is not left out, that is preferred, and whose
+/// plan is within the limits, at its own setting or else at the first other one within them.
 ///
 /// # Errors
 /// The refusal of the last candidate.
 pub fn choose<O: Op>(op: &O, context: &PlanContext) -> Result<(&'static Variant<O>, Plan)> {
     let mut refusal = None;
     for variant in O::VARIANTS {
-        if variant.spec.missing(context).is_some() || !(variant.preferred)(op, context) {
+        let runs = variant.spec.missing(context).is_none() && !context.left_out.0.contains_key(variant.spec.name);
+        if !runs || !(variant.preferred)(op, context) {
             continue;
         }
         let error = match variant.plan(op, context, Tuning::Auto) {

@@ -308,6 +308,9 @@ impl Recording {
         };
         let context = self.kernels.context();
         let plan = variant.plan(op, context, tuning)?;
+        if let Some(why) = context.left_out.0.get(variant.spec.name) {
+            return Err(Error::problem(variant.spec.name, format!("left out on this device: {why}")));
+        }
         if let Some(features) = variant.spec.missing(context) {
             return Err(Error::Kernel(KernelError::Feature { kernel: variant.spec.name, features }));
         }

@@ -23,12 +23,12 @@ use naga::{ResourceBinding, ShaderStage};
 use serde_json::{Value, json};
 use shaders::{CLASSES, each_case, large_limits, parse, read, sample, shader, tunings, validate, validator};
 
-/// SPIR-V for a device without and with `VK_EXT_robustness2`, in the version that goes with its Vulkan.
-const SPIRV: [(&str, (u8, u8), BoundsCheckPolicy); 2] =
-    [("vulkan1.1", (1, 3), BoundsCheckPolicy::Restrict), ("vulkan1.3", (1, 6), BoundsCheckPolicy::Unchecked)];
+/// SPIR-V with every check of loops and indices, for a device without `VK_EXT_robustness2`; and without any, as the library has
+/// its shaders compiled.
+const SPIRV: [(&str, (u8, u8), bool); 2] = [("vulkan1.1", (1, 3), true), ("vulkan1.3", (1, 6), false)];
 
-/// The oldest Metal with simdgroup matrices, and the newest that wgpu knows.
-const METAL: [(&str, (u8, u8)); 2] = [("metal2.3", (2, 3)), ("metal4.0", (4, 0))];
+/// The same in the oldest Metal with simdgroup matrices, and in the newest that wgpu knows.
+const METAL: [(&str, (u8, u8), bool); 2] = [("metal2.3", (2, 3), true), ("metal4.0", (4, 0), false)];
 
 /// The least shader model that wgpu opens with DXC. naga writes the same text for later ones.
 const SHADER_MODEL: (&str, hlsl::ShaderModel) = ("cs_6_0", hlsl::ShaderModel::V6_0);
@@ -78,12 +78,13 @@ struct Written {
     bytes: Vec<u8>,
 }
 
-/// wgpu's settings where a device has every check on and the pipeline leaves workgroup memory as it is.
-fn policies(buffer: BoundsCheckPolicy) -> BoundsCheckPolicies {
+/// wgpu's settings where a shader is checked, and where it is not.
+fn policies(checked: bool) -> BoundsCheckPolicies {
+    let policy = if checked { BoundsCheckPolicy::Restrict } else { BoundsCheckPolicy::Unchecked };
     BoundsCheckPolicies {
-        index: BoundsCheckPolicy::Restrict,
-        buffer,
-        image_load: buffer,
+        index: policy,
+        buffer: policy,
+        image_load: policy,
         binding_array: BoundsCheckPolicy::Unchecked,
     }
 }
@@ -119,7 +120,7 @@ fn to_spirv(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Vec<Writte
         capabilities.extend([spv::Capability::CooperativeMatrixKHR, spv::Capability::VulkanMemoryModel]);
     }
     let pipeline = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: "main".to_owned() };
-    let write = |(target, lang_version, buffer): (&str, (u8, u8), BoundsCheckPolicy)| {
+    let write = |(target, lang_version, checked): (&str, (u8, u8), bool)| {
         let options = spv::Options {
             lang_version,
             flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,
@@ -131,9 +132,9 @@ fn to_spirv(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Vec<Writte
                 })
                 .collect(),
             capabilities: Some(capabilities.iter().copied().collect()),
-            bounds_check_policies: policies(buffer),
+            bounds_check_policies: policies(checked),
             zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
-            force_loop_bounding: true,
+            force_loop_bounding: checked,
             use_storage_input_output_16: false,
             ..Default::default()
         };
@@ -145,24 +146,24 @@ fn to_spirv(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Vec<Writte
     SPIRV.into_iter().map(write).collect()
 }
 
-/// The text and its entry point; None for cooperative matrices, which naga does not write as HLSL.
+/// The text without checks, and its entry point; None for cooperative matrices, which naga does not write as HLSL.
 fn to_hlsl(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Option<(Written, String)> {
     if spec.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
         return None;
     }
     // Registers are counted by kind, as wgpu counts them; the last constant buffer is the one for num_workgroups.
     let (mut constants, mut read, mut written) = (0, 0, 0);
-    let target = |register: &mut u32, restrict_indexing| {
+    let target = |register: &mut u32| {
         *register += 1;
-        hlsl::BindTarget { space: 0, register: *register - 1, restrict_indexing, ..Default::default() }
+        hlsl::BindTarget { space: 0, register: *register - 1, restrict_indexing: false, ..Default::default() }
     };
     let binding_map = (0..)
         .zip(accesses(spec))
         .map(|(number, access)| {
             let target = match access {
-                None => target(&mut constants, true),
-                Some(Access::Read) => target(&mut read, true),
-                Some(Access::Write) => target(&mut written, true),
+                None => target(&mut constants),
+                Some(Access::Read) => target(&mut read),
+                Some(Access::Write) => target(&mut written),
             };
             (resource(number), target)
         })
@@ -171,10 +172,10 @@ fn to_hlsl(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Option<(Wri
         shader_model: SHADER_MODEL.1,
         binding_map,
         fake_missing_bindings: false,
-        special_constants_binding: Some(target(&mut constants, false)),
+        special_constants_binding: Some(target(&mut constants)),
         zero_initialize_workgroup_memory: false,
-        restrict_indexing: true,
-        force_loop_bounding: true,
+        restrict_indexing: false,
+        force_loop_bounding: false,
         ..Default::default()
     };
     let pipeline = hlsl::PipelineOptions { entry_point: Some((ShaderStage::Compute, "main".to_owned())) };
@@ -202,14 +203,14 @@ fn to_msl(spec: &Spec, module: &naga::Module, info: &ModuleInfo) -> Vec<Written>
         vertex_pulling_transform: true,
         ..Default::default()
     };
-    let write = |(target, lang_version): (&str, (u8, u8))| {
+    let write = |(target, lang_version, checked): (&str, (u8, u8), bool)| {
         let options = msl::Options {
             lang_version,
             per_entry_point_map: [("main".to_owned(), resources.clone())].into(),
             fake_missing_bindings: false,
-            bounds_check_policies: policies(BoundsCheckPolicy::Restrict),
+            bounds_check_policies: policies(checked),
             zero_initialize_workgroup_memory: false,
-            force_loop_bounding: true,
+            force_loop_bounding: checked,
             ..Default::default()
         };
         let (text, _) = msl::write_string(module, info, &options, &pipeline)

@@ -10,6 +10,7 @@ use egmla::{Kernels, wgpu};
 use crate::cache_folder;
 use crate::console::{self, one_line};
 use crate::failure::Failure;
+use crate::prove;
 use crate::unchecked::{self, Pipelines};
 
 /// `--adapter`, shared by every command that computes.
@@ -74,6 +75,12 @@ impl Gpu {
             let choices: Vec<_> = tunings.iter().map(|(kernel, choice)| format!("{kernel} {choice}")).collect();
             console::note(format_args!("tuned: {} (egmla tune --forget drops them)", choices.join(", ")));
         }
+    }
+
+    /// The same without the kernels that are wrong on this adapter, whose number is given.
+    fn proven(mut self, number: usize) -> Self {
+        self.kernels = prove::proven(self.kernels.clone(), &self.info, number);
+        self
     }
 
     /// Fails when the device was lost, or reported an error since the last call.
@@ -171,20 +178,22 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
     }
     let found = adapters();
     if wanted == "auto" {
-        for adapter in &found {
-            match open_device(adapter, option, limits) {
+        for (number, adapter) in found.iter().enumerate() {
+            match open_device(adapter, option.shader_checks, limits).map(|gpu| gpu.proven(number)) {
                 Ok(gpu) => return Ok(Backend::Gpu(Box::new(gpu))),
                 Err(problem) => tracing::warn!("{}: {}", adapter.get_info().name, problem.message()),
             }
         }
         return Ok(Backend::Cpu { reason: "no usable GPU adapter on this machine" });
     }
-    let matches = |adapter: &&wgpu::Adapter| {
+    let matches = |(_, adapter): &(usize, &wgpu::Adapter)| {
         let info = adapter.get_info();
         info.name.to_lowercase().contains(&wanted) || format!("{:?}", info.backend).to_lowercase().contains(&wanted)
     };
-    match found.iter().find(matches) {
-        Some(adapter) => open_device(adapter, option, limits).map(|gpu| Backend::Gpu(Box::new(gpu))),
+    match found.iter().enumerate().find(matches) {
+        Some((number, adapter)) => {
+            open_device(adapter, option.shader_checks, limits).map(|gpu| Backend::Gpu(Box::new(gpu.proven(number))))
+        }
         None => {
             let names: Vec<_> = found.iter().map(|adapter| describe(&adapter.get_info())).collect();
             let there = if names.is_empty() { "none".to_owned() } else { names.join("; ") };
@@ -209,7 +218,17 @@ pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
     adapter.features() & optional_features()
 }
 
-fn open_device(adapter: &wgpu::Adapter, option: &AdapterOption, offer: LimitsOption) -> Result<Gpu, Failure> {
+/// Opens an adapter by its number, with every kernel: to prove them.
+pub fn open_unproven(number: usize, shader_checks: bool) -> Result<Backend, Failure> {
+    match adapters().get(number) {
+        Some(adapter) => {
+            open_device(adapter, shader_checks, LimitsOption::Adapter).map(|gpu| Backend::Gpu(Box::new(gpu)))
+        }
+        None => Ok(Backend::Cpu { reason: "there is no such adapter" }),
+    }
+}
+
+fn open_device(adapter: &wgpu::Adapter, shader_checks: bool, offer: LimitsOption) -> Result<Gpu, Failure> {
     // Neither changes a result: one measures, the other makes a second start quicker.
     let wanted = features(adapter) | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
     let (required_limits, wanted, (cooperative, experimental_features, matrices)) = match offer {
@@ -229,7 +248,7 @@ fn open_device(adapter: &wgpu::Adapter, option: &AdapterOption, offer: LimitsOpt
     let pipelines = pipeline_cache(&device, &info);
     let mut kernels = Kernels::new(&device, &queue)?
         .with_cooperative(matrices)
-        .with_shader_checks(option.shader_checks || offer == LimitsOption::Default);
+        .with_shader_checks(shader_checks || offer == LimitsOption::Default);
     if let Some((cache, _)) = &pipelines {
         kernels = kernels.with_pipeline_cache(cache.clone());
     }

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table};
-use egmla::bench::report::Report;
+use egmla::bench::report::{Report, Skipped};
 use egmla::bench::roofline::Roofline;
-use egmla::bench::schedule::{Budget, measure};
+use egmla::bench::schedule::{Budget, Rows, measure};
 use egmla::bench::timer::Timer;
 use egmla::bench::{self, Suite, host};
 use egmla::wgpu;
@@ -85,10 +85,11 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     let roofline = Roofline::measure(&gpu.kernels, &timer)?;
     gpu.check()?;
     let bar = console::progress(rows.len() as u64, "rows");
-    let (measured, skipped) = measure(&gpu.kernels, &timer, &roofline, &rows, Budget::of(suite), |progress| {
-        bar.set_position(progress.done as u64);
-        bar.set_message(progress.id.to_owned());
-    })?;
+    let Rows { measured, skipped, wrong } =
+        measure(&gpu.kernels, &timer, &roofline, &rows, Budget::of(suite), |progress| {
+            bar.set_position(progress.done as u64);
+            bar.set_message(progress.id.to_owned());
+        })?;
     bar.finish_and_clear();
     let host = host::measure(&gpu.kernels, filter)?;
     gpu.check()?;
@@ -106,6 +107,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         rows: measured,
         host,
         skipped,
+        wrong,
     };
     // A closed stdout does not keep the files from being written, nor a failed file the table from being printed.
     let printed = console::print(&text(&report));
@@ -118,7 +120,15 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
             write(&folder.join(name), &svg)?;
         }
     }
-    printed
+    printed?;
+    conclude(&report.wrong)
+}
+
+/// One wrong row fails the run.
+fn conclude(wrong: &[Skipped]) -> Result<(), Failure> {
+    wrong.first().map_or(Ok(()), |first| {
+        Err(Failure::run(format!("{} rows are wrong; the first is {}: {}", wrong.len(), first.id, first.why)))
+    })
 }
 
 /// The device; benches and tuning have nothing to do without one.
@@ -219,6 +229,7 @@ fn text(report: &Report) -> String {
         }
     }
     let skipped: String = report.skipped.iter().map(|row| format!("not measured: {}: {}\n", row.id, row.why)).collect();
+    let wrong: String = report.wrong.iter().map(|row| format!("WRONG: {}: {}\n", row.id, row.why)).collect();
     let host: String = report
         .host
         .iter()
@@ -230,12 +241,23 @@ fn text(report: &Report) -> String {
             format!("{}: {recorded}; wgpu's finish {finish}\n", row.id)
         })
         .collect();
-    format!("roofline: {}\n{table}\n{skipped}{host}", ceilings(&report.roofline))
+    format!("roofline: {}\n{table}\n{wrong}{skipped}{host}", ceilings(&report.roofline))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{digits, time};
+    use egmla::bench::report::Skipped;
+
+    use super::{conclude, digits, time};
+
+    #[test]
+    fn a_wrong_row_fails_the_run() {
+        assert!(conclude(&[]).is_ok());
+        let row = |id: &str| Skipped { id: id.to_owned(), why: "result 3 is NaN".to_owned() };
+        let failure = conclude(&[row("matmul/1"), row("norm/1")]).err();
+        let message = failure.map(|failure| (failure.exit_code(), failure.message().to_owned()));
+        assert_eq!(message, Some((1, "2 rows are wrong; the first is matmul/1: result 3 is NaN".to_owned())));
+    }
 
     #[test]
     fn times_have_three_digits_and_a_unit() {

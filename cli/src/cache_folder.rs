@@ -1,4 +1,5 @@
-//! The user's cache folder: compiled pipelines and measured tile settings, by adapter and driver. Losing it costs time.
+//! The user's cache folder: compiled pipelines, measured tile settings and proofs of kernels, by adapter and driver. Losing it
+//! costs time.
 
 use std::path::PathBuf;
 
@@ -24,8 +25,18 @@ pub fn folder() -> Option<PathBuf> {
 
 /// File of the measured tile settings of an adapter and its driver.
 pub fn tunings_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
-    let name = slug(&format!("{} {:?} {} {}", info.name, info.backend, info.driver, info.driver_info));
-    folder().map(|folder| folder.join(format!("tunings-{name}.json")))
+    by_driver("tunings", info)
+}
+
+/// File of what is known of the kernels on an adapter and its driver.
+pub fn proofs_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
+    by_driver("proofs", info)
+}
+
+fn by_driver(what: &str, info: &wgpu::AdapterInfo) -> Option<PathBuf> {
+    let subgroups = [info.subgroup_min_size, info.subgroup_max_size];
+    let name = format!("{} {:?} {} {} {subgroups:?}", info.name, info.backend, info.driver, info.driver_info);
+    folder().map(|folder| folder.join(format!("{what}-{}.json", slug(&name))))
 }
 
 /// File of the compiled pipelines of an adapter; `None` if its backend has no cache.

@@ -8,6 +8,9 @@ use std::time::Instant;
 
 use clap::Args;
 use comfy_table::Table;
+use egmla::Kernels;
+use egmla::check::Outcome;
+use egmla::low_level::WhyLeftOut;
 use serde::Serialize;
 
 use crate::adapter::{self, AdapterOption, Backend, Gpu, LimitsOption};
@@ -118,7 +121,11 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     if let Some(case) = replayed {
         return random::replay(gpu, &case);
     }
-    let rows = run_cases(gpu, &cases, !args.json)?;
+    // What was wrong once is shown to be wrong, or not to be any more; what takes the device along is not run again.
+    let mut left_out = gpu.kernels.context().left_out.clone();
+    left_out.0.retain(|_, why| matches!(why, WhyLeftOut::Fatal(_)));
+    let kernels = gpu.kernels.leaving_out(left_out);
+    let rows = run_cases(gpu, &kernels, &cases, !args.json)?;
     let skipped = rows.iter().filter(|row| row.skipped).count();
     let failed = rows.iter().filter(|row| row.failed()).count();
     let report = Report { adapter, passed: rows.len() - failed - skipped, failed, skipped, rows };
@@ -136,6 +143,13 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
 }
 
 impl Row {
+    /// One that ran nothing, or whose numbers follow.
+    fn new(id: &str, kernel: &str, tuning: String, problem: Option<String>) -> Self {
+        let (error, tolerance) = (f64::NAN, f64::NAN);
+        let (id, kernel, passed) = (id.to_owned(), kernel.to_owned(), problem.is_none());
+        Row { id, kernel, tuning, error, tolerance, passed, skipped: false, problem, seconds: None }
+    }
+
     fn failed(&self) -> bool {
         !self.passed && !self.skipped
     }
@@ -165,7 +179,7 @@ fn conclude(rows: &[Row]) -> Result<(), Failure> {
 }
 
 /// Runs the cases kernel by kernel; with `tell`, prints a line for each kernel that is done, and what failed in it.
-fn run_cases(gpu: &Gpu, cases: &[egmla::check::Case], tell: bool) -> Result<Vec<Row>, Failure> {
+fn run_cases(gpu: &Gpu, on: &Kernels, cases: &[egmla::check::Case], tell: bool) -> Result<Vec<Row>, Failure> {
     let mut kernels: Vec<&str> = Vec::new();
     for case in cases {
         if !kernels.contains(&case.kernel()) {
@@ -178,8 +192,11 @@ fn run_cases(gpu: &Gpu, cases: &[egmla::check::Case], tell: bool) -> Result<Vec<
     for kernel in kernels {
         bar.set_message(kernel.to_owned());
         let (first, start) = (rows.len(), Instant::now());
+        if let Some(why) = on.context().left_out.0.get(kernel) {
+            rows.push(Row::new(kernel, kernel, "-".to_owned(), Some(format!("not run: {why}"))));
+        }
         for case in cases.iter().filter(|case| case.kernel() == kernel) {
-            rows.extend(run_case(gpu, case)?);
+            rows.extend(run_case(gpu, on, case)?);
             bar.inc(1);
         }
         if tell {
@@ -220,34 +237,27 @@ fn summary(kernel: &str, width: usize, rows: &[Row], seconds: f64) -> String {
 }
 
 /// What a kernel refuses is a failed row; a lost device ends the run, since every later case would fail with it.
-fn run_case(gpu: &Gpu, case: &egmla::check::Case) -> Result<Vec<Row>, Failure> {
+fn run_case(gpu: &Gpu, on: &Kernels, case: &egmla::check::Case) -> Result<Vec<Row>, Failure> {
     let start = Instant::now();
-    let outcomes = case.run(&gpu.kernels);
+    let outcomes = case.run(on);
     let seconds = start.elapsed().as_secs_f64();
     gpu.check()?;
-    let row = |tuning: String, error, tolerance, skipped, problem: Option<String>| Row {
-        id: case.id().to_owned(),
-        kernel: case.kernel().to_owned(),
-        tuning,
-        error,
-        tolerance,
-        passed: problem.is_none(),
-        skipped,
-        problem,
-        seconds: None,
-    };
+    let row = |tuning: String, problem| Row::new(case.id(), case.kernel(), tuning, problem);
     let mut rows: Vec<_> = match outcomes {
         Ok(outcomes) => outcomes
             .into_iter()
-            .map(|outcome| {
-                row(outcome.tuning, outcome.error, outcome.tolerance, outcome.skipped, outcome.verdict.err())
+            .map(|Outcome { tuning, error, tolerance, skipped, verdict, .. }| Row {
+                error,
+                tolerance,
+                skipped,
+                ..row(tuning, verdict.err())
             })
             .collect(),
-        Err(error) if error.is_of_device() => return Err(Failure::run(format!("{}: {error}", case.id()))),
-        Err(error) => vec![row("-".to_owned(), f64::NAN, f64::NAN, false, Some(error.to_string()))],
+        Err(error) if error.is_loss() => return Err(Failure::run(format!("{}: {error}", case.id()))),
+        Err(error) => vec![row("-".to_owned(), Some(error.to_string()))],
     };
     if rows.is_empty() {
-        rows.push(row("-".to_owned(), f64::NAN, f64::NAN, false, Some("nothing was compared".to_owned())));
+        rows.push(row("-".to_owned(), Some("nothing was compared".to_owned())));
     }
     rows[0].seconds = Some(seconds);
     Ok(rows)

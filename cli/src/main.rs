@@ -18,6 +18,7 @@ mod info;
 mod interrupt;
 mod options;
 mod output;
+mod prove;
 mod tune;
 mod unchecked;
 
@@ -53,6 +54,9 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Measure tile settings on an adapter and keep the fastest
     Tune(tune::TuneArgs),
+    /// Run the kernels that need optional features, for the process that waits
+    #[command(hide = true)]
+    Prove(prove::ProveArgs),
 }
 
 fn main() -> ExitCode {
@@ -88,6 +92,7 @@ fn run() -> Result<(), Failure> {
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Tune(args) => tune::run(args),
+        Command::Prove(args) => prove::run(args),
     }
 }
 

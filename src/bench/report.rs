@@ -37,6 +37,9 @@ pub struct Report {
     pub host: Vec<HostRow>,
     /// Rows of the suite that are not among them, and why.
     pub skipped: Vec<Skipped>,
+    /// Rows whose results were wrong, and how; they are not among the rows either.
+    #[serde(default)]
+    pub wrong: Vec<Skipped>,
 }
 
 impl Report {

@@ -61,10 +61,21 @@ struct Running<'a> {
     longest: Duration,
 }
 
+/// What came of the rows.
+#[derive(Debug, Default)]
+pub struct Rows {
+    /// Those that were measured.
+    pub measured: Vec<Measured>,
+    /// Those that the device or this version refuses, or that there was no time for.
+    pub skipped: Vec<Skipped>,
+    /// Those whose results are not finite: not timed.
+    pub wrong: Vec<Skipped>,
+}
+
 /// Sets every row up, runs each once cold and checks that its results are finite, then measures them in turns.
 ///
 /// # Errors
-/// A lost device, results that are not finite. A row that the device or this version refuses is skipped with its reason.
+/// A lost device.
 pub fn measure(
     kernels: &Kernels,
     timer: &Timer,
@@ -72,11 +83,11 @@ pub fn measure(
     rows: &[Row],
     budget: Budget,
     mut progress: impl FnMut(Progress<'_>),
-) -> Result<(Vec<Measured>, Vec<Skipped>)> {
+) -> Result<Rows> {
     let begun = Instant::now();
     let over = || begun.elapsed() >= budget.total;
     let mut stock = Stock::default();
-    let (mut running, mut skipped) = (Vec::new(), Vec::new());
+    let (mut running, mut skipped, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
     for row in rows {
         if over() {
             let why = format!("the suite's {} s were over", budget.total.as_secs());
@@ -87,10 +98,12 @@ pub fn measure(
         // Nothing compiled: a row's first use is its own.
         match start(row, &kernels.uncompiled(), timer, &mut stock) {
             Ok(started) => running.push(started),
-            Err(error) if error.is_of_device() || matches!(error, Error::Data(DataError::NonFinite { .. })) => {
-                return Err(error);
+            Err(error) if error.is_loss() => return Err(error),
+            Err(error) => {
+                let is_wrong = matches!(error, Error::Data(DataError::NonFinite { .. }));
+                let row = Skipped { id: row.id().to_owned(), why: error.to_string() };
+                if is_wrong { wrong.push(row) } else { skipped.push(row) }
             }
-            Err(error) => skipped.push(Skipped { id: row.id().to_owned(), why: error.to_string() }),
         }
     }
     drop(stock);
@@ -115,7 +128,7 @@ pub fn measure(
         }
     }
     let measured = running.into_iter().map(|running| Measured::new(running.row, running.times, roofline)).collect();
-    Ok((measured, skipped))
+    Ok(Rows { measured, skipped, wrong })
 }
 
 impl Running<'_> {

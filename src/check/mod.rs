@@ -15,6 +15,8 @@
 //! Memory is hostile: outputs, workspace and unused cache rows hold NaN before every launch, the padding of used cache rows holds
 //! the largest half, guard words surround every buffer, and the GPU runs before the reference.
 //!
+//! [`prove`] runs one small case of each kernel that needs an optional feature, and says which to leave out.
+//!
 //! [`cases`] are named, [`property`] draws layers at random, and [`long`] measures the accuracy of long caches.
 
 pub mod capture;
@@ -25,7 +27,10 @@ pub mod guarded;
 mod layer_cases;
 pub mod long;
 pub mod property;
+mod prove;
 pub mod view;
+
+pub use prove::{Proofs, prove, prove_kernel};
 
 use crate::adapter::Tuning;
 use crate::device::Kernels;

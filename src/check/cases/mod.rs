@@ -105,7 +105,8 @@ fn each_able<O: Op>(
         let run = run.clone();
         cases.push(Case::new(variant.spec.name, &id, move |lab| {
             let device = lab.kernels.context();
-            let missing = variant.spec.missing(device).map(|missing| format!("{missing} not offered"));
+            let left_out = device.left_out.0.get(variant.spec.name).map(|why| format!("left out: {why}"));
+            let missing = variant.spec.missing(device).map(|missing| format!("{missing} not offered")).or(left_out);
             // What this device's subgroups do not hold: said, and not passed over.
             match missing.or_else(|| refusal(variant, &op, device)) {
                 Some(reason) => Ok(vec![not_run(reason)]),
