@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use egmla::low_level::kernels::attention_grouped::Widths;
 use egmla::low_level::kernels::{AttentionGrouped, REGISTRY, attention_grouped, shaders};
-use egmla::low_level::{Access, AnyOp, Plan, PlanContext, Spec};
+use egmla::low_level::{Access, AdapterClass, AnyOp, Cooperative, Plan, PlanContext, Spec, Tuning};
 use egmla::wgpu::Features;
 use naga::back::{hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -33,19 +33,38 @@ const METAL: [(&str, (u8, u8), bool); 2] = [("metal2.3", (2, 3), true), ("metal4
 /// The least shader model that wgpu opens with DXC. naga writes the same text for later ones.
 const SHADER_MODEL: (&str, hlsl::ShaderModel) = ("cs_6_0", hlsl::ShaderModel::V6_0);
 
+type Overrides = Vec<(&'static str, f64)>;
+
 /// Every override setting of every kernel: what it may be planned as, and nothing twice.
-fn settings() -> BTreeMap<&'static str, Vec<Vec<(&'static str, f64)>>> {
+fn settings() -> BTreeMap<&'static str, Vec<Overrides>> {
     let mut seen: BTreeMap<_, BTreeSet<Vec<u64>>> = BTreeMap::new();
     let mut settings: BTreeMap<_, Vec<_>> = BTreeMap::new();
     let mut add = |name: &'static str, plan: Plan| {
-        let key = plan.overrides.iter().map(|(_, value)| value.to_bits()).collect();
-        if seen.entry(name).or_default().insert(key) {
+        if seen.entry(name).or_default().insert(key(&plan.overrides)) {
             settings.entry(name).or_default().push(plan.overrides);
         }
     };
     each_case(|case| add(case.spec.name, case.plan));
     wide_tilings().for_each(|(spec, plan)| add(spec.name, plan));
     settings
+}
+
+fn key(overrides: &Overrides) -> Vec<u64> {
+    overrides.iter().map(|(_, value)| value.to_bits()).collect()
+}
+
+/// Those that a GPU with subgroups of 32 to 64, as AMD's, is planned by itself.
+fn settings_of_amd() -> BTreeSet<(&'static str, Vec<u64>)> {
+    let mut found = BTreeSet::new();
+    each_case(|case| {
+        let PlanContext { class, subgroup_min_size, subgroup_max_size, .. } = *case.context;
+        let subgroups = case.spec.subgroup == 0 || (subgroup_min_size >= 32 && subgroup_max_size <= 64);
+        let matrices = case.spec.cooperative == Cooperative::NONE || subgroup_max_size >= 32;
+        if class == AdapterClass::Discrete && case.tuning == Tuning::Auto && subgroups && matrices {
+            found.insert((case.spec.name, key(&case.plan.overrides)));
+        }
+    });
+    found
 }
 
 /// The one plan that larger limits change: wide heads, whose groups share a tile where its memory allows.
@@ -281,7 +300,7 @@ fn planted_faults_are_refused_in_translation() {
 fn every_setting_of_every_shader_is_translated() {
     let folder = std::env::var_os("EGMLA_TRANSLATIONS").map(PathBuf::from);
     let mut files = Files { folder, known: BTreeMap::new() };
-    let settings = settings();
+    let (settings, of_amd) = (settings(), settings_of_amd());
     let mut listed: Vec<Value> = Vec::new();
     for spec in shaders() {
         let parsed = parse(spec);
@@ -305,6 +324,8 @@ fn every_setting_of_every_shader_is_translated() {
                 "shader": spec.name,
                 "overrides": overrides.iter().copied().collect::<BTreeMap<_, _>>(),
                 "covering": covering[index],
+                "matrices": spec.cooperative.names(),
+                "amd": of_amd.contains(&(spec.name, key(overrides))),
                 "wgsl": wgsl,
                 "spirv": spirv,
                 "hlsl": hlsl,
@@ -312,6 +333,7 @@ fn every_setting_of_every_shader_is_translated() {
             }));
         }
     }
+    files.keep("planted", 0, planted_scratch());
     // As many as the plans make, and no language that lost all of its files.
     assert!(listed.len() > settings.len(), "{} settings", listed.len());
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
@@ -325,6 +347,23 @@ fn every_setting_of_every_shader_is_translated() {
         let manifest = json!({ "naga": naga, "shader_model": SHADER_MODEL.0, "settings": listed });
         std::fs::write(root.join("settings.json"), serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
     }
+}
+
+/// A shader whose private array no compiler keeps in registers: what a checker of registers must find.
+fn planted_scratch() -> Written {
+    let source = "@group(0) @binding(0) var<uniform> params: vec4<u32>;
+        @group(0) @binding(1) var<storage, read_write> y: array<u32>;
+        @compute @workgroup_size(64) fn main(@builtin(local_invocation_index) lane: u32) {
+            var kept: array<u32, 700>;
+            for (var i = 0u; i < params.x; i++) { kept[y[i] % 700u] += y[i + lane]; }
+            for (var i = 0u; i < 64u; i++) { y[lane * 64u + i] = kept[(i * params.y) % 700u]; }
+        }";
+    let module = naga::front::wgsl::parse_str(source).unwrap();
+    let info = validator(Features::empty()).validate(&module).unwrap();
+    let options = spv::Options { lang_version: (1, 6), bounds_check_policies: policies(false), ..Default::default() };
+    let words = spv::write_vec(&module, &info, &options, None).unwrap();
+    let bytes = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    Written { folder: "spirv", ending: "vulkan1.3.spv".to_owned(), bytes }
 }
 
 /// The version of a package that this build is locked to.

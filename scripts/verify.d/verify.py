@@ -583,6 +583,97 @@ def part_msl(quick):
 # The browser's part stands on its own.
 
 
+# AMD's GPUs by Mesa's names, and the matrices that they have.
+FAMILIES = {"navi21": ("RDNA2", []), "navi31": ("RDNA3", ["16×16×16 f16"])}
+# What a shader's worst setting may grow to before it counts as slower.
+SLOWER = 1.2
+
+
+def static_tool():
+    """The compiler's front: it opens a GPU that is not there."""
+    if not glob.glob("/usr/include/vulkan/vulkan.h"):
+        apt("libvulkan-dev")
+    tool = TOOLS / "gpu_static"
+    compiler = shutil.which("cc") or command("gcc", "gcc", "libc6-dev")
+    process = run([compiler, "-O1", "-o", tool, HERE / "gpu_static.c", "-lvulkan"])
+    if process.returncode != 0:
+        raise Failed(f"scripts/verify.d/gpu_static.c: {process.stderr[:800]}")
+    return tool
+
+
+def compiled(tool, family, files):
+    """The compiler's figures of each module, or a word that says what went wrong."""
+    manifest = driver("/usr/share/vulkan/icd.d/radeon_icd*.json", "mesa-vulkan-drivers", "libvulkan1")
+    env = {"RADV_FORCE_FAMILY": family, "VK_DRIVER_FILES": manifest, "MESA_SHADER_CACHE_DISABLE": "1"}
+
+    def compile(share):
+        lines = run([tool, *share], env, cwd=TRANSLATIONS).stdout.splitlines()
+        if len(lines) != len(share):
+            raise Failed(f"{family}: the compiler answered {len(lines)} of {len(share)} modules")
+        return lines
+
+    found = {}
+    with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
+        for lines in pool.map(compile, shares(files)):
+            for file, *fields in (line.split("\t") for line in lines):
+                pairs = [field.rpartition(" ") for field in fields]
+                numbers = {name: int(value) for name, _, value in pairs if value.isdigit() and name != "signal"}
+                found[file] = numbers or fields[0]
+    return found
+
+
+def part_radv(quick):
+    tool = static_tool()
+    settings = [setting for setting in translations()["settings"] if setting["amd"]]
+    met, few = set(), []
+    for setting in settings:
+        values = {(setting["shader"], *pair) for pair in setting["overrides"].items()} or {(setting["shader"],)}
+        if not values <= met:
+            few.append(setting)
+        met |= values
+    settings = few if quick else settings
+    # The one without checks, as the library has it compiled; the other where both are the same text.
+    of = {next(file for file in reversed(setting["spirv"])): setting for setting in settings}
+    planted = "spirv/planted.0.vulkan1.3.spv"
+    record = RECORD / "radv.json"
+    before = json.loads(record.read_text())["figures"] if record.is_file() else {}
+    not_run, failures, figures, cases = {}, [], {}, 0
+    for family, (name, matrices) in FAMILIES.items():
+        # Others crash the compiler, as they may.
+        able = [file for file in of if set(of[file]["matrices"]) <= set(matrices)]
+        for file in set(of) - set(able):
+            why = f"{name} has no matrices of {', '.join(of[file]['matrices'])}"
+            not_run[why] = not_run.get(why, 0) + 1
+        found = compiled(tool, family, [planted, *able])
+        scratch = found.pop(planted)
+        if isinstance(scratch, str) or not scratch["Scratch size"]:
+            raise Failed(f"{name}: an array that is indexed at run time shows no scratch: {scratch}")
+        worst = figures[name] = {}
+        for file, numbers in found.items():
+            shader = of[file]["shader"]
+            if isinstance(numbers, str):
+                # A compiler that crashes or hangs says so by its signal.
+                failures.append(f"{name}: {file} {of[file]['overrides']}: {numbers}")
+                continue
+            cases += 1
+            for what in ("Scratch size", "Spilled VGPRs"):
+                if numbers[what]:
+                    failures.append(f"{name}: {file} {of[file]['overrides']}: {what} {numbers[what]}")
+            most = worst.setdefault(shader, {"settings": 0, "vgprs": 0, "lds": 0, "occupancy": 99, "instructions": 0, "throughput": 0})
+            most["settings"] += 1
+            most["occupancy"] = min(most["occupancy"], numbers["Subgroups per SIMD"])
+            for key, what in (("vgprs", "VGPRs"), ("lds", "LDS size"), ("instructions", "Instructions"), ("throughput", "Inverse Throughput")):
+                most[key] = max(most[key], numbers[what])
+        for shader, most in worst.items():
+            known = before.get(name, {}).get(shader, most)["throughput"]
+            if most["throughput"] > SLOWER * known:
+                failures.append(f"{name}: {shader}: the worst setting's inverse throughput is {most['throughput']}, was {known}")
+    version = run(["dpkg-query", "-W", "-f", "${Version}", "mesa-vulkan-drivers"]).stdout.strip()
+    result = translated(settings, f"Mesa {version}, RADV for {', '.join(name for name, _ in FAMILIES.values())}, nothing dispatched", cases, not_run, failures)
+    result["figures"] = figures
+    return result
+
+
 def part_browser(quick):
     script, report = ROOT / "scripts" / "browser.sh", WORK / "browser-check.json"
     report.unlink(missing_ok=True)
@@ -624,11 +715,12 @@ PARTS = {
     "spirv": ("SPIR-V", part_spirv),
     "hlsl": ("HLSL to DXIL", part_hlsl),
     "msl": ("MSL against a stand-in library", part_msl),
+    "radv": ("AMD's compiler in Mesa, without a GPU", part_radv),
     "browser": ("WebGPU in Chromium", part_browser),
 }
 # CI's own tests run every case on the driver's default width. Installing apart, these
 # take about ten minutes of two processors, most of them the browser's.
-QUICK = ["lavapipe-4", "lavapipe-16", "validation", "naga", "tint", "spirv", "hlsl", "msl", "browser"]
+QUICK = ["lavapipe-4", "lavapipe-16", "validation", "naga", "tint", "spirv", "hlsl", "msl", "radv", "browser"]
 
 
 def cpu_seconds():
