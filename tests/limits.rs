@@ -373,7 +373,7 @@ fn grids_over_the_limit_are_refused() {
         }
         other => panic!("{other:?}"),
     };
-    let combine = attention_combine::AttentionCombine { tokens: u32::MAX, n_head: 2, width: 1, splits: 1 };
+    let combine = attention_combine::AttentionCombine { tokens: u32::MAX, n_head: 2, width: 4, splits: 1 };
     let error = plan(&combine, &context).unwrap_err().to_string();
     assert_eq!(error, "attention_combine: 8589934590 elements, must be below 2^31");
     let decode = attention_decode::AttentionDecode { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };

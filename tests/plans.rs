@@ -341,9 +341,11 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         let problem = refusal("attention_grouped_subgroup", AttentionGrouped { tiling: other, ..tiled });
         assert!(problem.contains("tiles of"), "{problem}");
     }
-    let combine = AttentionCombine { tokens: 1, n_head: 1, width: 1, splits: 1 };
+    let combine = AttentionCombine { tokens: 1, n_head: 1, width: 4, splits: 1 };
     assert_eq!(refusal("attention_combine", AttentionCombine { n_head: 0, ..combine }), "n_head is 0");
     assert_eq!(refusal("attention_combine", AttentionCombine { width: 0, ..combine }), "width is 0");
+    let odd = AttentionCombine { width: 6, ..combine };
+    assert_eq!(refusal("attention_combine", odd), "width is 6, must be a multiple of 4");
     let tile = sample(|op: &CacheRead| op.rows == 1);
     assert_eq!(refusal("cache_read", CacheRead { d_latent: 0, ..tile }), "d_latent is 0");
     assert_eq!(refusal("cache_read", CacheRead { n_sequence: 0, ..tile }), "n_sequence is 0");

@@ -1,8 +1,9 @@
 //! Combines the partial results of every query, one per split.
 
 use crate::cost::{Cost, times};
-use crate::op::{Op, Variant, anything};
-use crate::plan::{Draft, Grid, Plan, check_nonzero};
+use crate::adapter::AdapterClass;
+use crate::op::{Op, Variant, hold};
+use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero};
 use crate::storage::{product, words};
 
 crate::params! {
@@ -33,7 +34,7 @@ pub struct AttentionCombine {
     pub tokens: u32,
     /// Query heads.
     pub n_head: u32,
-    /// Value width, or latent width of the absorbed path.
+    /// Value width, or latent width of the absorbed path; a multiple of 4.
     pub width: u32,
     /// Splits of all queries.
     pub splits: u32,
@@ -46,7 +47,8 @@ impl Op for AttentionCombine {
     const VARIANTS: &'static [Variant<Self>] = &[ROWS];
 
     fn validate(&self) -> Result<(), String> {
-        check_nonzero(&[("n_head", self.n_head), ("width", self.width)])
+        check_nonzero(&[("n_head", self.n_head), ("width", self.width)])?;
+        check_multiples(4, &[("width", self.width)])
     }
 
     fn params(&self, _: &Plan) -> Params {
@@ -86,33 +88,50 @@ impl Op for AttentionCombine {
     }
 }
 
-/// Workgroup sizes.
-const WORKGROUPS: &[u32] = &[64, 256, 32];
+/// Lanes of a team, each with four columns, and teams of a workgroup, each with its share of the splits.
+const TEAMS: &[[u32; 2]] = &[[16, 16], [64, 1], [64, 4], [8, 32]];
 
 pub(crate) const ROWS: Variant<AttentionCombine> = Variant::<AttentionCombine>::new(
     ("attention_combine", include_str!("../../shaders/attention_combine.wgsl")),
-    WORKGROUPS.len(),
+    TEAMS.len(),
     |op, _, setting| {
-        let workgroup = WORKGROUPS[setting];
-        Ok(Draft::new(workgroup, Grid::Folded { items: product(&[op.tokens, op.n_head]), each: 1 })
-            .with([("WORKGROUP", workgroup)])
-            .walks("width", op.width, workgroup))
+        let [lanes, teams] = TEAMS[setting];
+        let workgroup = lanes * teams;
+        let items = product(&[op.tokens, op.n_head, op.width.div_ceil(4 * lanes)]);
+        // Values, maximum and sum of every invocation, unless one team has all splits.
+        let shared = if teams == 1 { 1 } else { workgroup };
+        Ok(Draft::new(workgroup, Grid::Folded { items, each: 1 })
+            .with([("LANES", lanes), ("TEAMS", teams)])
+            .bytes(24 * shared))
     },
-    anything,
-);
+    |_, _, plan| {
+        let [lanes, teams] = ["LANES", "TEAMS"].map(|name| plan.value(name) as u32);
+        hold(&[
+            (teams.is_power_of_two(), "teams join in pairs"),
+            (lanes * teams == plan.workgroup_size, "a workgroup has whole teams"),
+        ])
+    },
+)
+// Barriers are slow in software, and few splits need few teams.
+.auto(|op, context| match context.class {
+    AdapterClass::Software => 1,
+    _ if op.splits < op.tokens.saturating_mul(4) => 1,
+    _ if op.splits < op.tokens.saturating_mul(16) => 2,
+    _ => 0,
+});
 
 crate::vary!(AttentionCombine { tokens, n_head, width, splits });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for AttentionCombine {
     fn samples() -> Vec<Self> {
-        crate::sample::ROWS.map(|tokens| AttentionCombine { tokens, n_head: 3, width: 5, splits: tokens }).to_vec()
+        crate::sample::ROWS.map(|tokens| AttentionCombine { tokens, n_head: 3, width: 68, splits: 9 * tokens }).to_vec()
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        // 4 splits · 3 heads · (2·10 + 5) + 2 queries · 3 heads · (10 + 3).
-        // In: 12·(40 + 8) + 2·8. Out: 6·(40 + 4).
-        let op = AttentionCombine { tokens: 2, n_head: 3, width: 10, splits: 4 };
-        vec![(op, Cost { flops: 300 + 78, bytes: 576 + 16 + 264 })]
+        // 4 splits · 3 heads · (2·12 + 5) + 2 queries · 3 heads · (12 + 3).
+        // In: 12·(48 + 8) + 2·8. Out: 6·(48 + 4).
+        let op = AttentionCombine { tokens: 2, n_head: 3, width: 12, splits: 4 };
+        vec![(op, Cost { flops: 348 + 90, bytes: 672 + 16 + 312 })]
     }
 }

@@ -9,12 +9,12 @@ use crate::random::Random;
 use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
-    let tolerance = Tolerance::sums(&[8]);
-    // One split, several, none, and a token whose splits are all empty.
-    let ranges = [0..1, 1..6, 6..6, 6..8];
-    let splits = 8;
+    let tolerance = Tolerance::sums(&[67]);
+    // One split, several, none, a token whose splits are all empty, and more splits than a workgroup has teams.
+    let ranges = [0..1, 1..6, 6..6, 6..8, 8..75];
+    let splits = 75;
     // Maxima of a few, then of ±1e4: one split takes everything. Values of the largest f16 over few positions, and over many.
-    let sizes = [(1, 1), (3, 16), (9, 65), (2, 130)].map(|(n_head, width)| (n_head, width, 3.0, 1.0));
+    let sizes = [(1, 4), (3, 16), (9, 68), (2, 132), (1, 512)].map(|(n_head, width)| (n_head, width, 3.0, 1.0));
     for (n_head, width, spread, size) in
         sizes.into_iter().chain([(3, 16, 1e4, 1.0), (3, 16, 3.0, 65_504.0), (3, 16, 0.0, 1e-39)])
     {
@@ -39,10 +39,10 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
                 max: widen(&random.values(splits * n_head, spread)),
                 sum: random.values(splits * n_head, 1.0).iter().map(|value| f64::from(value.abs() + 1.0)).collect(),
             };
-            let empty = 6 * n_head;
-            partial.values[empty * width..].fill(0.0);
-            partial.max[empty..].fill(f32::MIN.into());
-            partial.sum[empty..].fill(0.0);
+            let empty = 6 * n_head..8 * n_head;
+            partial.values[empty.start * width..empty.end * width].fill(0.0);
+            partial.max[empty.clone()].fill(f32::MIN.into());
+            partial.sum[empty].fill(0.0);
             let state: Vec<f32> =
                 partial.max.iter().zip(&partial.sum).flat_map(|(&max, &sum)| [max as f32, sum as f32]).collect();
             let single: Vec<f32> = partial.values.iter().map(|&value| value as f32).collect();
