@@ -27,6 +27,17 @@ impl AdapterClass {
     pub const ALL: [AdapterClass; 4] =
         [AdapterClass::Software, AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple];
 
+    /// Subgroups that keep a GPU of the class busy, one or two for each of its multiprocessors' schedulers: work is cut into so many
+    /// parts where it can be. One in software, which gains nothing from more parts than it has threads.
+    pub fn full(self) -> u32 {
+        match self {
+            AdapterClass::Software => 1,
+            AdapterClass::Integrated => 64,
+            AdapterClass::Apple => 256,
+            AdapterClass::Discrete => 512,
+        }
+    }
+
     /// The class of an adapter, from wgpu's description of it.
     pub fn of(info: &wgpu::AdapterInfo) -> Self {
         // Metal also drives the AMD and Intel GPUs of older machines; Apple's own are reached through Vulkan, too.

@@ -962,6 +962,7 @@ fn widths_that_overflow_are_errors_and_not_panics() {
             storage: Storage::F16,
         };
         let attend = attention_decode::AttentionDecode {
+            split: 256,
             tokens: 1,
             most_tokens: 1,
             partials: 1,

@@ -120,6 +120,7 @@ fn prefill_of(tokens: u32, query_tiles: u32, n_head: u32, [d_nope, d_rope, d_val
 
 fn absorbed_of(d_latent: u32) -> AttentionAbsorbed {
     AttentionAbsorbed {
+        split: 256,
         tokens: 1,
         most_tokens: 1,
         n_sequence: 1,
@@ -139,6 +140,7 @@ fn absorbed_of(d_latent: u32) -> AttentionAbsorbed {
 fn decode_takes_whole_loads() {
     let of = |[d_nope, d_rope, d_value]: [u32; 3], storage, kv_storage, context: &PlanContext| {
         let op = AttentionDecode {
+            split: 256,
             tokens: 1,
             most_tokens: 1,
             partials: 1,

@@ -393,6 +393,7 @@ fn decode_problem() -> attention_decode::AttentionDecode {
         tokens: 1,
         most_tokens: 1,
         partials: 1,
+        split: attention_decode::SPLIT,
         n_sequence: 1,
         n_head: 1,
         d_nope: 8,

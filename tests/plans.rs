@@ -7,7 +7,7 @@ mod shaders;
 use std::collections::{BTreeMap, BTreeSet};
 
 use egmla::error::KernelError;
-use egmla::low_level::kernels::attention_decode::SPLIT;
+use egmla::low_level::kernels::attention_decode::{SPLIT, SPLITS, most_partials, split_length};
 use egmla::low_level::kernels::attention_grouped::Widths;
 use egmla::low_level::kernels::cache_append::Queries;
 use egmla::low_level::kernels::matmul::Layout;
@@ -132,9 +132,35 @@ fn plans_keep_what_their_shaders_assume() {
         let kept = case.sample.assumes(case.index, case.context, &case.plan);
         kept.unwrap_or_else(|assumption| panic!("{}: {assumption}: {:?}", case.what(), case.plan));
         if case.plan.overrides.iter().any(|(name, _)| *name == "SPLIT") {
-            assert_eq!(case.plan.value("SPLIT"), u64::from(SPLIT), "{}", case.what());
+            assert!(SPLITS.map(u64::from).contains(&case.plan.value("SPLIT")), "{}", case.what());
         }
     });
+}
+
+/// Rows that 16 heads meet in a step, and the split length on each class: batch 1 leaves a GPU empty, batch 32 does not.
+#[test]
+fn splits_follow_what_a_device_needs_to_be_full() {
+    let lengths = |batch: u64, cached: u64| CLASSES.map(|class| split_length(class, batch * cached, 16));
+    assert_eq!(CLASSES.map(AdapterClass::full), [1, 64, 512, 256]);
+    // 4 096 rows in 16, 32 or 64 splits of four groups of heads.
+    assert_eq!(lengths(1, 4096), [256, 256, 64, 64]);
+    assert_eq!(lengths(1, 1024), [256, 64, 64, 64]);
+    assert_eq!(lengths(1, 32_768), [256; 4]);
+    assert_eq!(lengths(32, 8192), [256; 4]);
+    for class in CLASSES {
+        for (met, n_head) in
+            [0, 1, 63, 256, 4000, 70_000, 1 << 20].into_iter().flat_map(|met| [1, 3, 16, 63, 128].map(|n| (met, n)))
+        {
+            let split = split_length(class, met, n_head);
+            let teams = |split: u32| met.div_ceil(split.into()) * u64::from(n_head.div_ceil(4));
+            // No longer than a full device allows, and no shorter than it needs.
+            assert!(split == 64 || teams(split) >= class.full().into(), "{class:?} {met} {n_head}: {split}");
+            assert!(split == 256 || teams(2 * split) < class.full().into(), "{class:?} {met} {n_head}: {split}");
+            let [longest, shortest] = [256, 64].map(|split| met.div_ceil(split));
+            let most = most_partials(class, n_head, 1, longest, shortest);
+            assert!(met.div_ceil(split.into()) <= most, "{class:?} {met} {n_head}: {most} partial results");
+        }
+    }
 }
 
 /// The one answer to which shader runs: where all is offered and where nothing is, on every class of adapter.

@@ -63,6 +63,7 @@ fn bindings_that_no_number_counts_are_refused() {
         tokens: 0,
         most_tokens: 1,
         partials: 1,
+        split: attention_decode::SPLIT,
         n_sequence: 1,
         n_head: 65535,
         d_nope: 1 << 29,

@@ -4,7 +4,6 @@ use super::frame::Frame;
 use super::step::Table;
 use crate::error::Result;
 use crate::kernels::attention_absorbed;
-use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::matmul::{Layout, Matmul};
 
 impl Frame<'_> {
@@ -32,7 +31,8 @@ impl Frame<'_> {
             most_tokens: step.most_tokens,
             partials: step.partials,
             n_sequence: step.n_sequence,
-            splits: step.rows / SPLIT,
+            split: step.split,
+            splits: step.rows / step.split,
             n_head,
             d_latent,
             d_nope,

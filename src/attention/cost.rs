@@ -71,11 +71,13 @@ pub fn decode_absorbed(config: &AttentionConfig, cached: u32, groups: u32, proje
 pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
     let rows = work.rows;
+    // Partial results as of the longest splits: shorter ones, which fill a device, are its business.
     let splits = rows.div_ceil(SPLIT).saturating_mul(work.tokens);
     let attention = AttentionDecode {
         tokens: work.tokens,
         most_tokens: 1,
         partials: splits,
+        split: SPLIT,
         n_sequence: 1,
         n_head,
         d_nope,
@@ -148,6 +150,7 @@ fn attend_one_group(config: &AttentionConfig, work: &DecodeWork, storage: Storag
         tokens: work.tokens,
         most_tokens: 1,
         n_sequence: 1,
+        split: SPLIT,
         splits,
         partials,
         n_head,

@@ -65,6 +65,7 @@ impl<'a> Frame<'a> {
             tokens: step.tokens,
             most_tokens: step.most_tokens,
             partials: step.partials,
+            split: step.split,
             n_sequence: step.n_sequence,
             n_head: layer.widths.n_head,
             d_nope: layer.widths.d_nope,

@@ -9,7 +9,7 @@ use super::layer::DecodePath;
 use super::lists::{Grouped, ListStep};
 use crate::device::Region;
 use crate::error::{ArgumentError, Error, Result};
-use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
+use crate::kernels::attention_decode::{DecodeSequence, SPLIT, split_length};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::plan::MAX_ITERATIONS;
@@ -113,6 +113,8 @@ pub struct Step {
     pub(super) most_tokens: u32,
     /// Partial results of the kernels that split the cache by rows.
     pub(super) partials: u32,
+    /// Cache rows of each, as these kernels split them.
+    pub(super) split: u32,
     /// Pairs of query and position, for the choice of a path.
     pub(super) expected_positions: u64,
     pub(super) lists: ListStep,
@@ -179,6 +181,7 @@ impl LatentCache {
             tile_q: rows.tile_q,
             most_tokens: counts.iter().copied().max().unwrap_or(0),
             partials: rows.partials,
+            split: rows.split,
             expected_positions: rows.expected_positions,
             lists,
             tables,
@@ -264,13 +267,16 @@ struct Rows {
     used: u32,
     tile_q: u32,
     partials: u32,
+    split: u32,
     expected_positions: u64,
 }
 
 impl Rows {
     fn new(cache: &LatentCache, mode: Mode, counts: &[u32], lengths: &[u32]) -> Result<Self> {
         let tile_q = tile_q(cache.kernels().context());
-        let mut all = Rows { tile_q, ..Rows::default() };
+        let met = counts.iter().zip(lengths).map(|(&count, &length)| u64::from(count) * u64::from(length)).sum();
+        let split = split_length(cache.kernels().context().class, met, cache.widths.n_head);
+        let mut all = Rows { tile_q, split, ..Rows::default() };
         let mut end = 0u64;
         for (sequence, (&count, &length)) in (0..).zip(counts.iter().zip(lengths)) {
             if count == 0 {
@@ -285,7 +291,7 @@ impl Rows {
             }
             let first_row = end as u32;
             let line = all.sequences.len() as u32;
-            let splits = length.div_ceil(SPLIT);
+            let splits = length.div_ceil(split);
             all.sequences.push(SequenceRow { first_row, first_slot, length, token });
             let partial = all.partials;
             let tokens = count;
@@ -391,7 +397,7 @@ impl Step {
 fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
     match ranges.iter().map(|[_, count]| *count).max() {
         Some(most) if most > MAX_ITERATIONS => Err(Error::Argument(ArgumentError::OutOfRange {
-            what: "partial results of a query token (256 cached tokens or so each)",
+            what: "partial results of a query token (64 to 256 cached tokens each)",
             found: most.into(),
             limit: MAX_ITERATIONS.into(),
         })),

@@ -5,11 +5,11 @@ use super::layout::ListLayout;
 use super::lists::GateRows;
 use super::step::MOST_DECODED;
 use super::widths::Widths;
-use crate::adapter::PlanContext;
+use crate::adapter::{AdapterClass, PlanContext};
 use crate::config::{AttentionConfig, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::Result;
-use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_decode::{SPLIT, SPLITS, most_partials};
 use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::attention_prefill;
 use crate::storage::{product, words};
@@ -64,7 +64,7 @@ impl Workspace<()> {
         options: &CacheOptions,
         lists: Option<&ListLayout>,
     ) -> Result<u64> {
-        Self::placed(config, widths, options, lists, |what, extents, needed| {
+        Self::placed(context.class, config, widths, options, lists, |what, extents, needed| {
             context.check_binding(needed, || format!("workspace `{what}` of {extents:?} words"))
         })
         .map(|workspace| workspace.bytes)
@@ -83,7 +83,7 @@ impl Workspace {
         options: &CacheOptions,
         lists: Option<&ListLayout>,
     ) -> Result<Self> {
-        Self::placed(config, widths, options, lists, |what, _, needed| {
+        Self::placed(kernels.context().class, config, widths, options, lists, |what, _, needed| {
             kernels.allocate(&format!("egmla.workspace.{what}"), needed).map(|buffer| Region::from(&buffer))
         })
     }
@@ -122,6 +122,7 @@ impl Workspace {
 impl<T> Workspace<T> {
     /// A workspace whose buffers `place` makes from name, extents and bytes.
     fn placed(
+        class: AdapterClass,
         config: &AttentionConfig,
         widths: &Widths,
         options: &CacheOptions,
@@ -129,13 +130,14 @@ impl<T> Workspace<T> {
         mut place: impl FnMut(&'static str, &[u32], u64) -> Result<T>,
     ) -> Result<Self> {
         let n_head = widths.n_head;
-        let CacheRows { padded, splits } = CacheRows::of(options);
+        let CacheRows { padded, splits, short } = CacheRows::of(options);
         let tile_rows =
             options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded).min(MOST_TILE_ROWS);
         let tokens = options.max_tokens.min(options.batch * options.capacity);
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[options.batch, decode_tokens]).min(tokens.into()) as u32;
-        let partials = splits.saturating_mul(decode_tokens);
+        let [longest, shortest] = [splits, short].map(|splits| u64::from(splits) * u64::from(decode_tokens));
+        let partials = most_partials(class, n_head, decoding, longest, shortest).min(u32::MAX.into()) as u32;
         let slices = attention_prefill::slices(widths.d_value);
         let absorbable = config.up_projected_gate().is_none();
         let (gate_rows, gate_width, d_gate) = match &config.gate {
@@ -205,11 +207,15 @@ impl<T> Workspace<T> {
 struct CacheRows {
     padded: u32,
     splits: u32,
+    /// As splits of the shortest length.
+    short: u32,
 }
 
 impl CacheRows {
     fn of(options: &CacheOptions) -> Self {
         let splits = product(&[options.batch, options.capacity.div_ceil(SPLIT)]).min(u32::MAX as u64 / SPLIT as u64);
-        CacheRows { padded: splits as u32 * SPLIT, splits: splits as u32 }
+        let shortest = SPLITS[SPLITS.len() - 1];
+        let short = product(&[options.batch, options.capacity.div_ceil(shortest)]).min(u32::MAX.into());
+        CacheRows { padded: splits as u32 * SPLIT, splits: splits as u32, short: short as u32 }
     }
 }

@@ -12,7 +12,7 @@ use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite,
 use crate::cost::Cost;
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
-use crate::kernels::attention_decode::{DecodeSequence, SPLIT};
+use crate::kernels::attention_decode::{DecodeSequence, SPLIT, split_length};
 use crate::kernels::attention_prefill::{QueryTile, slices, tile_q};
 use crate::kernels::cache_read::SequenceRow;
 use crate::kernels::{
@@ -433,13 +433,15 @@ fn absorbed_attention(
     storage: Storage,
 ) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let (each, d_nope) = (cached.div_ceil(SPLIT), 128);
-    let (splits, cache_rows) = (batch * each, batch * cached);
+    let split = split_length(kernels.context().class, u64::from(batch) * u64::from(cached), n_head);
+    let (each, d_nope) = (cached.div_ceil(split), 128);
+    let (splits, partials, cache_rows) = (batch * cached.next_multiple_of(SPLIT) / split, batch * each, batch * cached);
     let problem = attention_absorbed::AttentionAbsorbed {
         tokens: batch,
         most_tokens: 1,
-        partials: splits,
+        partials,
         n_sequence: batch,
+        split,
         splits,
         n_head,
         d_latent,
@@ -455,7 +457,7 @@ fn absorbed_attention(
     let absorbed = inputs.stored((batch * n_head * d_latent) as usize, 0.1, Storage::F32)?;
     let q = inputs.stored((batch * n_head * (d_nope + d_rope)) as usize, 0.1, Storage::F32)?;
     let line = |token: u32| DecodeSequence {
-        first_row: token * each * SPLIT,
+        first_row: token * cached.next_multiple_of(SPLIT),
         first_slot: token * cached,
         length: cached,
         token,
@@ -465,7 +467,7 @@ fn absorbed_attention(
         unused: 0,
     };
     let sequences = inputs.table(&(0..batch).map(line).collect::<Vec<_>>())?;
-    let partial_values = inputs.output((splits * n_head * d_latent) as usize)?;
+    let partial_values = inputs.output((partials * n_head * d_latent) as usize)?;
     let partial_softmax = inputs.output((splits * n_head * 2) as usize)?;
     let mut recording = Recording::new(kernels);
     let args = attention_absorbed::Args {
@@ -600,6 +602,7 @@ const HEADS_TILE: u32 = 8192;
 /// every head are cached, rotated, in f16.
 fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
+    let split = split_length(kernels.context().class, cached.into(), n_head);
     let width = n_head * d_head;
     let deviation = f64::from(width).sqrt().recip() as f32;
     let weights = |cols: u32| inputs.stored((width * cols) as usize, deviation, Storage::F16);
@@ -626,10 +629,10 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         token: 0,
         tokens: 1,
         partial: 0,
-        splits: cached.div_ceil(SPLIT),
+        splits: cached.div_ceil(split),
         unused: 0,
     }])?;
-    let splits = cached.div_ceil(SPLIT);
+    let splits = cached.div_ceil(split);
     let partial_values = inputs.output((splits * width) as usize)?;
     let partial_softmax = inputs.output((splits * n_head * 2) as usize)?;
     let absent = kernels.absent();
@@ -681,6 +684,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             tokens: 1,
             most_tokens: 1,
             partials: splits,
+            split,
             n_sequence: 1,
             n_head,
             d_nope: d_head,

@@ -1,6 +1,8 @@
 //! Attention of up to 16 queries per sequence over the cached latents themselves, split over the cache.
 
-use super::attention_decode::SPLIT;
+#[cfg(feature = "check")]
+use super::attention_decode::{SPLIT, SPLITS};
+use super::attention_decode::check_split;
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
@@ -44,7 +46,9 @@ pub struct AttentionAbsorbed {
     pub n_sequence: u32,
     /// Most query tokens per sequence.
     pub most_tokens: u32,
-    /// Splits of all sequences: the step's cache rows, padding included, over [`SPLIT`].
+    /// Cache rows per workgroup, one of [`super::attention_decode::SPLITS`].
+    pub split: u32,
+    /// Splits of all sequences: the step's cache rows, padding included, over `split`.
     pub splits: u32,
     /// Partial results: splits times query tokens, summed over the sequences.
     pub partials: u32,
@@ -81,7 +85,7 @@ impl AttentionAbsorbed {
     /// A draft with `heads` heads per workgroup.
     fn draft(&self, workgroup_size: u32, heads: u32) -> Draft {
         let grid = Grid::Tiled { size: [self.splits, self.n_head, self.most_tokens], tile: [1, heads, 1] };
-        Draft::new(workgroup_size, grid).with([("STORAGE_F16", self.storage.constant())]).with([("SPLIT", SPLIT)])
+        Draft::new(workgroup_size, grid).with([("STORAGE_F16", self.storage.constant())]).with([("SPLIT", self.split)])
     }
 }
 
@@ -96,7 +100,8 @@ impl Op for AttentionAbsorbed {
     }
 
     fn validate(&self) -> Result<(), String> {
-        check_nonzero(&[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])
+        check_nonzero(&[("n_head", self.n_head), ("d_latent", self.d_latent), ("n_sequence", self.n_sequence)])?;
+        check_split(self.split)
     }
 
     fn params(&self, plan: &Plan) -> Params {
@@ -131,7 +136,7 @@ impl Op for AttentionAbsorbed {
 
     fn cost(&self) -> Cost {
         let AttentionAbsorbed { tokens, splits, n_head, d_latent, d_rope, storage, .. } = *self;
-        let rows = splits.saturating_mul(SPLIT).min(self.cache_rows);
+        let rows = splits.saturating_mul(self.split).min(self.cache_rows);
         let met = rows.saturating_mul(self.most_tokens);
         Cost::of(
             &[times(4, &[met, n_head, d_latent]), times(2, &[met, n_head, d_rope])],
@@ -157,11 +162,11 @@ pub(crate) const PLAIN: Variant<AttentionAbsorbed> = {
         ("attention_absorbed", include_str!("../../shaders/attention_absorbed.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
-            let (heads, workgroup) = (TUNINGS[setting], SPLIT / 4);
+            let (heads, workgroup) = (TUNINGS[setting], op.split / 4);
             Ok(op
                 .draft(workgroup, heads)
                 .with([("HEADS", heads), ("CHUNK", CHUNK)])
-                .bytes(4 * heads * (8 * CHUNK + SPLIT + workgroup)))
+                .bytes(4 * heads * (8 * CHUNK + op.split + workgroup)))
         },
         |_, _, plan| hold(&[(plan.tile() == [1, plan.value("HEADS"), 1], "a workgroup has a split of HEADS heads")]),
     )
@@ -180,7 +185,7 @@ pub(crate) const SUBGROUP: Variant<AttentionAbsorbed> = {
         |op, context, setting| {
             op.check_aligned()?;
             let lanes = context.lanes(TUNINGS[setting]);
-            Ok(op.draft(lanes, HEADS).with([("LANES", lanes)]).bytes(4 * HEADS * SPLIT))
+            Ok(op.draft(lanes, HEADS).with([("LANES", lanes)]).bytes(4 * HEADS * op.split))
         },
         |_, _, plan| {
             hold(&[
@@ -254,6 +259,7 @@ crate::vary!(AttentionAbsorbed {
     tokens,
     n_sequence,
     most_tokens,
+    split,
     splits,
     partials,
     n_head,
@@ -274,17 +280,20 @@ impl crate::sample::Sampled for AttentionAbsorbed {
             crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 3].map(|splits| (n_head, splits)))
         {
             for storage in Storage::ALL {
+                let split = SPLITS[n_head as usize % SPLITS.len()];
+                let splits = splits * (SPLIT / split);
                 all.extend(widths.map(|(d_latent, d_nope, d_rope)| AttentionAbsorbed {
                     tokens: 1,
                     n_sequence: 1,
                     most_tokens: 1,
+                    split,
                     splits,
                     partials: splits,
                     n_head,
                     d_latent,
                     d_nope,
                     d_rope,
-                    cache_rows: splits * SPLIT,
+                    cache_rows: splits * split,
                     scale: 1.0,
                     storage,
                 }));
@@ -298,6 +307,7 @@ impl crate::sample::Sampled for AttentionAbsorbed {
             tokens: 1,
             n_sequence: 1,
             most_tokens: 1,
+            split: 256,
             splits: 2,
             partials: 2,
             n_head: 3,

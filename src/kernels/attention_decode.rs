@@ -8,8 +8,32 @@ use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero};
 use crate::storage::{Storage, padded, product, words};
 
-/// Cache rows per workgroup, here and in `attention_absorbed`.
+/// Sequences begin at multiples of this in a step's numbering of cache rows.
 pub const SPLIT: u32 = 256;
+
+/// Cache rows per workgroup, here and in `attention_absorbed`; each divides [`SPLIT`].
+pub const SPLITS: [u32; 3] = [SPLIT, 128, 64];
+
+/// Heads that a workgroup has at least where the device is not full.
+const HEADS: u32 = 4;
+
+/// The split length of a step whose query tokens meet `met` cache rows in all: the longest that fills a device of the class, else
+/// the shortest. Long splits make fewer partial results, short ones more workgroups.
+pub fn split_length(class: AdapterClass, met: u64, n_head: u32) -> u32 {
+    let workgroups = |split: u32| met.div_ceil(split.into()).saturating_mul(n_head.div_ceil(HEADS).into());
+    let fills = |split: &u32| workgroups(*split) >= class.full().into();
+    SPLITS.into_iter().find(fills).unwrap_or(SPLITS[SPLITS.len() - 1])
+}
+
+/// Most partial results of a step, where the sequences have `longest` and `shortest` splits of either length and `tokens` query
+/// tokens: a step takes short splits only while twice as long ones leave the device half empty.
+pub fn most_partials(class: AdapterClass, n_head: u32, tokens: u32, longest: u64, shortest: u64) -> u64 {
+    let groups = n_head.div_ceil(HEADS);
+    if class.full() <= groups {
+        return longest;
+    }
+    longest.max(shortest.min(2 * (u64::from(class.full().div_ceil(groups)) + u64::from(tokens))))
+}
 
 /// One entry of the sequence table of a decode step: [`super::cache_read::SequenceRow`], and the place of its results.
 #[repr(C)]
@@ -68,6 +92,8 @@ pub struct AttentionDecode {
     pub most_tokens: u32,
     /// Partial results: splits times query tokens, summed over the sequences.
     pub partials: u32,
+    /// Cache rows per workgroup, one of [`SPLITS`].
+    pub split: u32,
     /// Entries of the sequence table.
     pub n_sequence: u32,
     /// Query heads.
@@ -111,7 +137,7 @@ impl Op for AttentionDecode {
                 return Err(format!("{what} is {rows}, not a multiple of {SPLIT}"));
             }
         }
-        Ok(())
+        check_split(self.split)
     }
 
     fn params(&self, plan: &Plan) -> Params {
@@ -139,7 +165,7 @@ impl Op for AttentionDecode {
         // A cache row belongs to one sequence: only that sequence's queries attend to it.
         let rows = kv_rows.min(self.cache_rows);
         let met = rows.saturating_mul(self.most_tokens);
-        let splits = kv_rows.div_ceil(SPLIT).saturating_mul(self.most_tokens);
+        let splits = kv_rows.div_ceil(self.split).saturating_mul(self.most_tokens);
         Cost::of(
             &[times(2, &[met, n_head, d_nope]), times(2, &[met, n_head, d_rope]), times(2, &[met, n_head, d_value])],
             &[
@@ -172,14 +198,14 @@ pub(crate) const LANES: Variant<AttentionDecode> = {
             let key_loads = (d_nope / kv_storage.of_load()).max(d_rope / storage.of_load());
             let lanes = most_lanes.min(key_loads.next_power_of_two());
             let columns = most_columns.min((d_value / kv_storage.of_load()).next_power_of_two().max(4));
-            let quads = SPLIT / QUAD;
+            let quads = op.split / QUAD;
             let vectors = if kv_storage == Storage::F16 { 2 } else { 1 };
             let shared = (quads * lanes).max(workgroup * vectors);
             let each = (quads * lanes).div_ceil(workgroup);
             let size = [op.kv_rows, op.n_head, op.most_tokens];
-            Ok(Draft::new(workgroup, Grid::Tiled { size, tile: [SPLIT, 1, 1] })
+            Ok(Draft::new(workgroup, Grid::Tiled { size, tile: [op.split, 1, 1] })
                 .with([("STORAGE_F16", storage.constant()), ("KV_F16", kv_storage.constant())])
-                .with([("WORKGROUP", workgroup), ("SPLIT", SPLIT)])
+                .with([("WORKGROUP", workgroup), ("SPLIT", op.split)])
                 .with([("LANES", lanes), ("COLUMNS", columns), ("EACH", each)])
                 .bytes(16 * (shared + quads) + 8 * (workgroup / columns)))
         },
@@ -190,17 +216,23 @@ pub(crate) const LANES: Variant<AttentionDecode> = {
             hold(&[
                 (whole(lanes) && whole(columns), "lanes and columns are powers of two and divide a workgroup"),
                 ((1..=4).contains(&each), "an invocation has one to four quads of scores"),
-                (4 * each * workgroup >= u64::from(SPLIT) * lanes, "every row of a split has its scores"),
+                (4 * each * workgroup >= plan.value("SPLIT") * lanes, "every row of a split has its scores"),
             ])
         },
     )
     .auto(|_, context| usize::from(context.class != AdapterClass::Software))
 };
 
+/// Refuses a split length that no shader has.
+pub(super) fn check_split(split: u32) -> Result<(), String> {
+    if SPLITS.contains(&split) { Ok(()) } else { Err(format!("split is {split}, must be one of {SPLITS:?}")) }
+}
+
 crate::vary!(AttentionDecode {
     tokens,
     most_tokens,
     partials,
+    split,
     n_sequence,
     n_head,
     d_nope,
@@ -223,10 +255,12 @@ impl crate::sample::Sampled for AttentionDecode {
             crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 3].map(|splits| (n_head, splits)))
         {
             for (storage, kv_storage) in Storage::ALL.into_iter().flat_map(|s| Storage::ALL.map(|kv| (s, kv))) {
+                let split = SPLITS[n_head as usize % SPLITS.len()];
                 all.extend(widths.map(|(d_nope, d_rope, d_value)| AttentionDecode {
                     tokens: 1,
                     most_tokens: 1,
-                    partials: splits,
+                    partials: splits * (SPLIT / split),
+                    split,
                     n_sequence: 1,
                     n_head,
                     d_nope,
@@ -249,6 +283,7 @@ impl crate::sample::Sampled for AttentionDecode {
             tokens: 1,
             most_tokens: 1,
             partials: 1,
+            split: 256,
             n_sequence: 1,
             n_head: 2,
             d_nope: 3,

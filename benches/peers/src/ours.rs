@@ -1,7 +1,7 @@
 //! Our side: the only file that calls into egmla.
 
 use bytemuck::cast_slice;
-use egmla::low_level::kernels::attention_decode::{DecodeSequence, SPLIT};
+use egmla::low_level::kernels::attention_decode::{DecodeSequence, SPLIT, split_length};
 use egmla::low_level::kernels::attention_prefill::QueryTile;
 use egmla::low_level::kernels::cache_read::SequenceRow;
 use egmla::low_level::kernels::{attention_absorbed, attention_combine, attention_prefill, matmul};
@@ -50,7 +50,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(device: &wgpu::Device) -> egmla::Result<Self> {
+    fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> egmla::Result<Self> {
         Ok(Bench { kernels: Kernels::new(device, queue)? })
     }
 
@@ -81,7 +81,7 @@ impl Bench {
     }
 }
 
-pub fn matmul(device: &wgpu::Device, inputs: &Matmul) -> Result<Box<dyn Side>, Failure> {
+pub fn matmul(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Matmul) -> Result<Box<dyn Side>, Failure> {
     let bench = Bench::new(device, queue)?;
     let (x, w) = (bench.floats(&inputs.x)?, bench.floats(&inputs.w)?);
     let y = bench.output(inputs.rows * inputs.cols)?;
@@ -94,7 +94,7 @@ pub fn matmul(device: &wgpu::Device, inputs: &Matmul) -> Result<Box<dyn Side>, F
     bench.ready(&output, encode, |values| values)
 }
 
-pub fn prefill(device: &wgpu::Device, inputs: &Prefill) -> Result<Box<dyn Side>, Failure> {
+pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> Result<Box<dyn Side>, Failure> {
     let bench = Bench::new(device, queue)?;
     let &Prefill { heads, tokens, width, .. } = inputs;
     let by_token = |values: &[f32]| swap_axes(values, tokens, width);
@@ -147,12 +147,14 @@ pub fn prefill(device: &wgpu::Device, inputs: &Prefill) -> Result<Box<dyn Side>,
     bench.ready(&output, encode, move |values| swap_axes(&values, heads, width))
 }
 
-pub fn mla_decode(device: &wgpu::Device, inputs: &MlaDecode) -> Result<Box<dyn Side>, Failure> {
+pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode) -> Result<Box<dyn Side>, Failure> {
     let bench = Bench::new(device, queue)?;
     let &MlaDecode { heads, latent, rope, cached, .. } = inputs;
     let (absorbed, q) = (bench.floats(&inputs.q_latent)?, bench.floats(&inputs.q_rope)?);
     let (latent_cache, rope_cache) = (bench.floats(&inputs.latents)?, bench.floats(&inputs.ropes)?);
-    let (length, splits) = (cached as u32, (cached as u32).div_ceil(SPLIT));
+    let length = cached as u32;
+    let split = split_length(bench.kernels.context().class, length.into(), heads as u32);
+    let splits = length.div_ceil(split);
     let sequence =
         DecodeSequence { first_row: 0, first_slot: 0, length, token: 0, tokens: 1, partial: 0, splits, unused: 0 };
     let sequences = bench.words(cast_slice(&[sequence]))?;
@@ -164,7 +166,8 @@ pub fn mla_decode(device: &wgpu::Device, inputs: &MlaDecode) -> Result<Box<dyn S
         tokens: 1,
         n_sequence: 1,
         most_tokens: 1,
-        splits,
+        split,
+        splits: length.next_multiple_of(SPLIT) / split,
         partials: splits,
         n_head: heads as u32,
         d_latent: latent as u32,

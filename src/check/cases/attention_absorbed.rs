@@ -4,7 +4,7 @@ use super::batch::{Widths, cache_rows, compare_partials, decoding, few_new, few_
 use super::extreme::{Extreme, attention_tolerance};
 use super::{SEED, each_variant, widen};
 use crate::check::{Case, pack};
-use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_decode::{SPLIT, SPLITS};
 use crate::kernels::{AttentionAbsorbed, attention_absorbed};
 use crate::random::Random;
 use crate::reference;
@@ -14,7 +14,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     let named = |name: &str, (n_head, _, d_rope, d_latent): Widths, storage: Storage| {
         format!("{name}_h{n_head}_r{d_latent}+{d_rope}/{}", storage.name())
     };
-    let plain = Extreme::Plain;
+    let plain = (Extreme::Plain, SPLIT);
     for storage in Storage::ALL {
         for (name, lengths, widths) in few_sizes() {
             absorbed(cases, named(name, widths, storage), lengths, 1, widths, storage, plain);
@@ -26,7 +26,12 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         }
         for extreme in Extreme::ALL {
             let id = format!("{}/{}", extreme.name(), storage.name());
-            absorbed(cases, id, &[300, 1, 255], 1, (3, 16, 8, 16), storage, extreme);
+            absorbed(cases, id, &[300, 1, 255], 1, (3, 16, 8, 16), storage, (extreme, SPLIT));
+        }
+        // Shorter splits, with lengths around theirs.
+        for split in SPLITS {
+            let (id, lengths) = (format!("split_{split}/{}", storage.name()), [split - 1, 1, split + 1, 320, 2 * split]);
+            absorbed(cases, id, &lengths, 2, (5, 16, 8, 36), storage, (Extreme::Plain, split));
         }
         // Latents of one load to several per lane, of half a load more, of none left for the last lanes; without a rotary key.
         for widths in [(1, 4, 0, 4), (9, 8, 4, 100), (17, 4, 12, 64), (5, 16, 64, 128), (2, 64, 64, 256)] {
@@ -46,7 +51,7 @@ fn absorbed(
     most: u32,
     (n_head, d_nope, d_rope, d_latent): Widths,
     storage: Storage,
-    extreme: Extreme,
+    (extreme, split): (Extreme, u32),
 ) {
     let batch = few_new(lengths, most);
     let scale = ((d_latent + d_rope) as f32).sqrt().recip();
@@ -54,8 +59,9 @@ fn absorbed(
         tokens: batch.tokens,
         most_tokens: most,
         n_sequence: batch.sequences.len() as u32,
-        splits: batch.rows / SPLIT,
-        partials: splits(&batch).len() as u32,
+        split,
+        splits: batch.rows / split,
+        partials: splits(&batch, split).len() as u32,
         n_head: n_head as u32,
         d_latent: d_latent as u32,
         d_nope: d_nope as u32,
@@ -64,7 +70,7 @@ fn absorbed(
         scale,
         storage,
     };
-    let tolerance = attention_tolerance(d_latent + d_rope, SPLIT as usize, extreme.spread());
+    let tolerance = attention_tolerance(d_latent + d_rope, split as usize, extreme.spread());
     each_variant(cases, id, op, tolerance, move |lab, launch| {
         let slots = batch.slots();
         let mut random = Random::new(SEED);
@@ -83,8 +89,8 @@ fn absorbed(
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
         let latent_cache = lab.words(&latent_words)?;
         let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
-        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
-        let partials = splits(&batch).len() * n_head;
+        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch, split)))?;
+        let partials = splits(&batch, split).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_latent)?, lab.output(partials * 2)?);
         let args = attention_absorbed::Args {
             absorbed: &a.region,
@@ -102,7 +108,7 @@ fn absorbed(
             &q_rope,
             &latent_kept,
             &rope_kept,
-            &splits(&batch),
+            &splits(&batch, split),
             n_head,
             d_latent,
             d_rope,

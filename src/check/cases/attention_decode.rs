@@ -5,14 +5,14 @@ use super::extreme::{Extreme, attention_tolerance};
 use super::{SEED, each_variant, widen};
 use crate::check::{Case, pack};
 use crate::error::Result;
-use crate::kernels::attention_decode::SPLIT;
+use crate::kernels::attention_decode::{SPLIT, SPLITS};
 use crate::kernels::{AttentionDecode, attention_decode};
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
-    let plain = Extreme::Plain;
+    let plain = (Extreme::Plain, SPLIT);
     for storage in Storage::ALL {
         for (name, lengths, widths) in few_sizes() {
             let (n_head, d_nope, d_rope, d_value) = widths;
@@ -30,9 +30,14 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             let id = format!("q{most}/{}", storage.name());
             decode(cases, id, &[258, 1, 40, 511], most, (3, 16, 8, 16), (storage, storage), plain);
         }
+        // Shorter splits, with lengths around theirs.
+        for split in SPLITS {
+            let (id, lengths) = (format!("split_{split}/{}", storage.name()), [split - 1, 1, split + 1, 320, 2 * split]);
+            decode(cases, id, &lengths, 2, (5, 16, 8, 40), (storage, storage), (Extreme::Plain, split));
+        }
         for extreme in Extreme::ALL {
             let id = format!("{}/{}", extreme.name(), storage.name());
-            decode(cases, id, &[300, 1, 255], 1, (3, 16, 8, 16), (storage, storage), extreme);
+            decode(cases, id, &[300, 1, 255], 1, (3, 16, 8, 16), (storage, storage), (extreme, SPLIT));
         }
     }
 }
@@ -50,17 +55,18 @@ fn decode(
     most: u32,
     (n_head, d_nope, d_rope, d_value): Widths,
     (storage, kv_storage): (Storage, Storage),
-    extreme: Extreme,
+    (extreme, split): (Extreme, u32),
 ) {
     let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
-    let tolerance = attention_tolerance(d_query, SPLIT as usize, extreme.spread());
+    let tolerance = attention_tolerance(d_query, split as usize, extreme.spread());
     let scale = (d_query as f32).sqrt().recip();
     let tile_rows = 2 * SPLIT;
     let batch = few_new(lengths, most);
     let op = AttentionDecode {
         tokens: batch.tokens,
         most_tokens: most,
-        partials: splits(&batch).len() as u32,
+        partials: splits(&batch, split).len() as u32,
+        split,
         n_sequence: batch.sequences.len() as u32,
         n_head: n_head as u32,
         d_nope: d_nope as u32,
@@ -87,8 +93,8 @@ fn decode(
         let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
         // A binding holds 16 bytes, also without a rotary part.
         let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
-        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch)))?;
-        let partials = splits(&batch).len() * n_head;
+        let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch, split)))?;
+        let partials = splits(&batch, split).len() * n_head;
         let (values, softmax) = (lab.output(partials * d_value)?, lab.output(partials * 2)?);
         let kv_tiles = (0..batch.rows)
             .step_by(tile_rows as usize)
@@ -113,7 +119,7 @@ fn decode(
         })?;
         let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
         let (q, kv) = (widen(&q_values), pack(&kv_values, kv_storage).1);
-        let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch), heads, scale.into());
+        let expected = reference::attention_decode(&q, &kv, &rope_kept, &splits(&batch, split), heads, scale.into());
         extreme.check_scores(launch.variant.spec.name, &expected.max)?;
         compare_partials(lab, &values, &softmax, &expected, tolerance)
     });

@@ -107,7 +107,7 @@ pub(super) fn few_new(lengths: &[u32], most: u32) -> Batch {
 }
 
 /// The sequence table of a decode step.
-pub(super) fn decoding(batch: &Batch) -> Vec<DecodeSequence> {
+pub(super) fn decoding(batch: &Batch, split: u32) -> Vec<DecodeSequence> {
     let mut partial = 0;
     batch
         .sequences
@@ -115,7 +115,7 @@ pub(super) fn decoding(batch: &Batch) -> Vec<DecodeSequence> {
         .zip(&batch.counts)
         .map(|(sequence, &tokens)| {
             let SequenceRow { first_row, first_slot, length, token } = *sequence;
-            let splits = length.div_ceil(SPLIT);
+            let splits = length.div_ceil(split);
             let line = DecodeSequence { first_row, first_slot, length, token, tokens, partial, splits, unused: 0 };
             partial += tokens * splits;
             line
@@ -124,7 +124,8 @@ pub(super) fn decoding(batch: &Batch) -> Vec<DecodeSequence> {
 }
 
 /// Partial results of a batch in their order: the query's token and the places it covers.
-pub(super) fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
+pub(super) fn splits(batch: &Batch, split: u32) -> Vec<(usize, Range<usize>)> {
+    let split = split as usize;
     let visible = batch.visible();
     (0..batch.sequences.len())
         .flat_map(|index| {
@@ -132,8 +133,8 @@ pub(super) fn splits(batch: &Batch) -> Vec<(usize, Range<usize>)> {
             let ends: Vec<usize> =
                 visible[first..][..batch.counts[index] as usize].iter().map(|seen| seen.end).collect();
             ends.into_iter().enumerate().flat_map(move |(query, end)| {
-                let starts = places.clone().step_by(SPLIT as usize);
-                starts.map(move |start| (first + query, start..end.min(start + SPLIT as usize).max(start)))
+                let starts = places.clone().step_by(split);
+                starts.map(move |start| (first + query, start..end.min(start + split).max(start)))
             })
         })
         .collect()
