@@ -463,7 +463,8 @@ impl Kernels {
                 entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
                     constants: overrides,
-                    // Every kernel writes its workgroup memory before it reads it.
+                    // Every kernel writes its workgroup memory before it reads it. naga's zeros are one assignment of the whole
+                    // array, which AMD's compiler in Mesa does not finish for 45 KiB.
                     zero_initialize_workgroup_memory: false,
                 },
                 cache,

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::adapter::Tuning;
+use crate::cost::Cost;
 use crate::device::{Kernels, Pipeline, Region, Shader, alive, scoped};
 use crate::error::{BufferError, Error, KernelError, Result};
 use crate::op::{Access, Binding, Buffers, MAX_BINDINGS, Op, Spec, Uniform, Variant, choose};
@@ -24,8 +25,9 @@ use crate::vouched::{Caller, listed, vouches};
 /// A dispatch and its objects on the device.
 #[derive(Debug)]
 struct Dispatch {
-    /// The operation, of any type, and the forced setting.
+    /// The operation, of any type, its cost, and the forced setting.
     op: Box<dyn Any + Send + Sync>,
+    cost: fn(&dyn Any) -> Cost,
     forced: Option<(&'static str, Tuning)>,
     caller: Caller,
     spec: &'static Spec,
@@ -158,6 +160,12 @@ impl Recording {
     /// them.
     pub fn checked_kernels(&self) -> impl Iterator<Item = &'static str> + '_ {
         self.recorded().iter().filter(|dispatch| !dispatch.shader.vouched).map(|dispatch| dispatch.spec.name)
+    }
+
+    /// Kernel, workgroups and cost of every dispatch, in order.
+    #[cfg(feature = "check")]
+    pub(crate) fn costs(&self) -> impl Iterator<Item = (&'static str, [u32; 3], Cost)> + '_ {
+        self.recorded().iter().map(|dispatch| (dispatch.spec.name, dispatch.grid, (dispatch.cost)(&*dispatch.op)))
     }
 
     /// Every dispatch, in order.
@@ -370,9 +378,11 @@ impl Recording {
             }
             _ => (Arc::new(shader), None, None),
         };
+        let cost = |op: &dyn Any| op.downcast_ref().map_or(Cost::default(), O::cost);
         let op = Box::new(*op);
         let (grid, written) = (plan.grid, false);
-        let dispatch = Dispatch { op, forced, caller, spec, shader, given, params, grid, pipeline, group, written };
+        let dispatch =
+            Dispatch { op, cost, forced, caller, spec, shader, given, params, grid, pipeline, group, written };
         match self.frame.dispatches.get_mut(self.len) {
             Some(known) => *known = dispatch,
             None => self.frame.dispatches.push(dispatch),
@@ -433,10 +443,18 @@ impl Recording {
         if self.len == 0 {
             return Ok(());
         }
+        self.record_some(pass, 0..self.len)
+    }
+
+    /// The same for some of the dispatches.
+    pub(crate) fn record_some(&mut self, pass: &mut wgpu::ComputePass<'_>, range: Range<usize>) -> Result<()> {
         self.compile()?;
         self.make()?;
         self.write();
         for (index, dispatch) in self.frame.dispatches[..self.len].iter().enumerate() {
+            if !range.contains(&index) {
+                continue;
+            }
             let (Some(pipeline), Some(group)) = (&dispatch.pipeline, &dispatch.group) else { continue };
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, group, &[(index as u64 * SLOT) as u32]);

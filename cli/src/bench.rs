@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table};
-use egmla::bench::report::{Report, Skipped};
+use egmla::bench::report::{DispatchTime, Profile, Report, Skipped};
 use egmla::bench::roofline::Roofline;
-use egmla::bench::schedule::{Budget, Rows, measure};
-use egmla::bench::timer::Timer;
+use egmla::bench::schedule::{Budget, Rows, measure, profile};
+use egmla::bench::timer::{Clock, Timer};
 use egmla::bench::{self, Suite, host};
 use egmla::wgpu;
 
@@ -33,11 +33,14 @@ pub struct BenchArgs {
     /// Write what was measured to FILE as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Also time every dispatch of the rows by itself
+    #[arg(long)]
+    profile: bool,
     /// Write plots to DIR as SVG
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
     /// Measure nothing: put the table of these results into docs/speed.md of the current folder, and plots beside them
-    #[arg(long, value_name = "RESULTS", num_args = 1.., conflicts_with_all = ["suite", "filter", "json", "svg", "adapter"])]
+    #[arg(long, value_name = "RESULTS", num_args = 1.., conflicts_with_all = ["suite", "filter", "json", "profile", "svg", "adapter"])]
     page: Vec<PathBuf>,
 }
 
@@ -91,6 +94,13 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
             bar.set_message(progress.id.to_owned());
         })?;
     bar.finish_and_clear();
+    let profiles = match args.profile {
+        true => profile(&gpu.kernels, &timer, &roofline, &rows)?,
+        false => Vec::new(),
+    };
+    if args.profile && timer.clock() == Clock::Wall {
+        console::note("no profile: the adapter has no timestamps");
+    }
     let host = host::measure(&gpu.kernels, filter)?;
     gpu.check()?;
     let info = &gpu.info;
@@ -108,6 +118,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         host,
         skipped,
         wrong,
+        profiles,
     };
     // A closed stdout does not keep the files from being written, nor a failed file the table from being printed.
     let printed = console::print(&text(&report));
@@ -183,6 +194,29 @@ fn ceilings(roofline: &Roofline) -> String {
     )
 }
 
+/// A line for each dispatch of a row.
+fn profile_text(profile: &Profile) -> String {
+    let all: f64 = profile.dispatches.iter().map(|dispatch| dispatch.us).sum();
+    let mut text = format!(
+        "{}: {} dispatches, {} with a timestamp around each, {} of it the timestamps'\n",
+        profile.id,
+        profile.dispatches.len(),
+        time(all),
+        time(profile.timestamps_us * profile.dispatches.len() as f64),
+    );
+    for DispatchTime { kernel, grid, us, bytes, flops, pct_copy, pct_fma } in &profile.dispatches {
+        text += &format!(
+            "  {:>8}  {kernel} {grid:?}, {} MB, {} MFLOP, {} % copy, {} % FMA\n",
+            time(*us),
+            digits(*bytes as f64 / 1e6),
+            digits(*flops as f64 / 1e6),
+            digits(*pct_copy),
+            digits(*pct_fma)
+        );
+    }
+    text
+}
+
 fn text(report: &Report) -> String {
     let mut table = Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
@@ -194,6 +228,8 @@ fn text(report: &Report) -> String {
         "first",
         "min",
         "median",
+        "cold",
+        "sync",
         "MB",
         "MFLOP",
         "GB/s",
@@ -213,6 +249,8 @@ fn text(report: &Report) -> String {
             time(row.first_us),
             time(row.min_us),
             time(row.median_us),
+            row.cold_us.map_or_else(|| "-".to_owned(), time),
+            row.sync_us.map_or_else(|| "-".to_owned(), time),
             digits(row.bytes as f64 / 1e6),
             digits(row.flops as f64 / 1e6),
             digits(row.gb_s),
@@ -229,6 +267,7 @@ fn text(report: &Report) -> String {
         }
     }
     let skipped: String = report.skipped.iter().map(|row| format!("not measured: {}: {}\n", row.id, row.why)).collect();
+    let profiles: String = report.profiles.iter().map(profile_text).collect();
     let wrong: String = report.wrong.iter().map(|row| format!("WRONG: {}: {}\n", row.id, row.why)).collect();
     let host: String = report
         .host
@@ -241,7 +280,7 @@ fn text(report: &Report) -> String {
             format!("{}: {recorded}; wgpu's finish {finish}\n", row.id)
         })
         .collect();
-    format!("roofline: {}\n{table}\n{wrong}{skipped}{host}", ceilings(&report.roofline))
+    format!("roofline: {}\n{table}\n{profiles}{wrong}{skipped}{host}", ceilings(&report.roofline))
 }
 
 #[cfg(test)]

@@ -40,6 +40,9 @@ pub struct Report {
     /// Rows whose results were wrong, and how; they are not among the rows either.
     #[serde(default)]
     pub wrong: Vec<Skipped>,
+    /// Dispatch by dispatch, where it was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub profiles: Vec<Profile>,
 }
 
 impl Report {
@@ -75,8 +78,17 @@ pub struct Measured {
     pub first_us: f64,
     /// Fastest run.
     pub min_us: f64,
-    /// Median run: what the rates are of.
+    /// Median run: what the rates are of. Hot: runs follow each other on the same buffers.
     pub median_us: f64,
+    /// Copies of a step in one timed pass; the times are of one.
+    #[serde(default = "one")]
+    pub copies: usize,
+    /// Median run that finds nothing in the device's caches; null in software and where the device has no timestamps.
+    #[serde(default)]
+    pub cold_us: Option<f64>,
+    /// One step, submitted and waited for, as the host sees it; null in older results.
+    #[serde(default)]
+    pub sync_us: Option<f64>,
     /// Compulsory traffic of a step, by the rules of `cost`.
     pub bytes: u64,
     /// Operations of a step, by the rules of `cost`.
@@ -95,6 +107,40 @@ pub struct Measured {
     pub cpu_reference_us: Option<f64>,
 }
 
+fn one() -> usize {
+    1
+}
+
+/// Every dispatch of a row.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Profile {
+    /// As in the table.
+    pub id: String,
+    /// What the timestamps around a dispatch cost, which is part of its time.
+    pub timestamps_us: f64,
+    /// In order.
+    pub dispatches: Vec<DispatchTime>,
+}
+
+/// One dispatch, measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DispatchTime {
+    /// Stem of the kernel.
+    pub kernel: String,
+    /// Workgroups in x, y and z.
+    pub grid: [u32; 3],
+    /// Median microseconds, timestamps included.
+    pub us: f64,
+    /// Compulsory traffic.
+    pub bytes: u64,
+    /// Operations.
+    pub flops: u64,
+    /// Per cent of the copy kernel's rate.
+    pub pct_copy: f64,
+    /// Per cent of the multiply-add rate.
+    pub pct_fma: f64,
+}
+
 /// A row that was not measured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
@@ -110,6 +156,9 @@ pub(super) struct Times {
     pub first_us: f64,
     pub first_device_us: f64,
     pub runs: Vec<f64>,
+    pub copies: usize,
+    pub cold_us: Option<f64>,
+    pub sync: Vec<f64>,
     pub cost: Cost,
     pub dispatches: usize,
     pub cpu_reference_us: Option<f64>,
@@ -117,8 +166,9 @@ pub(super) struct Times {
 
 impl Measured {
     pub(super) fn new(row: &Row, times: Times, roofline: &Roofline) -> Self {
-        let Times { first_us, first_device_us, mut runs, cost: Cost { flops, bytes }, dispatches, cpu_reference_us } =
-            times;
+        let Times { first_us, first_device_us, mut runs, copies, cold_us, mut sync, dispatches, .. } = times;
+        let (Cost { flops, bytes }, cpu_reference_us) = (times.cost, times.cpu_reference_us);
+        sync.sort_by(f64::total_cmp);
         let measured = runs.len();
         if runs.is_empty() {
             runs.push(first_device_us);
@@ -134,6 +184,9 @@ impl Measured {
             first_us,
             min_us: runs.first().copied().unwrap_or_default(),
             median_us,
+            copies,
+            cold_us,
+            sync_us: (!sync.is_empty()).then(|| median(&sync)),
             bytes,
             flops,
             gb_s,
@@ -174,7 +227,17 @@ mod tests {
         };
         let cost = Cost { flops: 4_000_000, bytes: 100_000 };
         let runs = vec![40.0, 10.0, 20.0, 30.0];
-        let times = Times { first_us: 99.0, first_device_us: 90.0, runs, cost, dispatches: 3, cpu_reference_us: None };
+        let times = Times {
+            first_us: 99.0,
+            first_device_us: 90.0,
+            runs,
+            copies: 1,
+            cold_us: None,
+            sync: vec![3.0],
+            cost,
+            dispatches: 3,
+            cpu_reference_us: None,
+        };
         let measured = Measured::new(&row, times, &roofline);
         assert_eq!((measured.runs, measured.min_us, measured.median_us), (4, 10.0, 25.0));
         // 100 000 bytes in 25 µs are 4 GB/s; 4 million FLOPs, 160 GFLOP/s.
@@ -184,6 +247,9 @@ mod tests {
             first_us: 99.0,
             first_device_us: 50.0,
             runs: Vec::new(),
+            copies: 1,
+            cold_us: None,
+            sync: Vec::new(),
             cost,
             dispatches: 3,
             cpu_reference_us: None,

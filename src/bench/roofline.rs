@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::timer::Timer;
+use super::timer::{Copies, Timer};
 use crate::adapter::{AdapterClass, Tuning};
 use crate::device::{Kernels, Region};
 use crate::error::Result;
@@ -43,9 +43,9 @@ impl Roofline {
             copy_gb_s: copy(kernels, timer, software)?,
             fma_gflop_s: fma(kernels, timer, software)?,
             cooperative_f16_gflop_s: cooperative(kernels, timer, software)?,
-            empty_dispatch_us: (idle(kernels, timer, 1 + DISPATCHES)?.0 - idle(kernels, timer, 1)?.0).max(0.0)
+            empty_dispatch_us: (idle(kernels, timer, 1 + DISPATCHES)? - idle(kernels, timer, 1)?).max(0.0)
                 / f64::from(DISPATCHES),
-            submit_wait_us: idle(kernels, timer, 1)?.1,
+            submit_wait_us: submit_wait(kernels, timer)?,
         })
     }
 
@@ -55,12 +55,15 @@ impl Roofline {
     }
 }
 
-fn best(timer: &Timer, recording: &mut Recording) -> Result<(f64, f64)> {
-    let mut best = (f64::INFINITY, f64::INFINITY);
+/// Microseconds of the fastest run.
+fn best(timer: &Timer, recording: &mut Recording) -> Result<f64> {
+    let mut best = f64::INFINITY;
     // The first run compiles; it does not win.
+    let mut copies = Copies::ONE;
     for _ in 0..=RUNS {
-        let elapsed = timer.run(recording)?;
-        best = (best.0.min(elapsed.device_us), best.1.min(elapsed.wall_us));
+        let elapsed = timer.steady(recording, copies)?;
+        copies = Copies::of(elapsed.device_us);
+        best = best.min(elapsed.device_us);
     }
     Ok(best)
 }
@@ -74,7 +77,7 @@ fn fastest<O: Op>(kernels: &Kernels, timer: &Timer, op: &O, args: O::Args<&Regio
             if variant.plan(op, kernels.context(), tuning).is_ok() {
                 let mut recording = Recording::new(kernels);
                 recording.add_forced(variant, op, args, tuning, Caller::Library)?;
-                least = least.min(best(timer, &mut recording)?.0);
+                least = least.min(best(timer, &mut recording)?);
             }
         }
     }
@@ -123,8 +126,19 @@ fn cooperative(kernels: &Kernels, timer: &Timer, software: bool) -> Result<Optio
     Ok(Some(giga_per_second(problem.cost().flops, best)))
 }
 
-/// Dispatches of one vector each: microseconds by the timer's clock, and as the host sees it.
-fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<(f64, f64)> {
+/// Dispatches of one vector each.
+fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<f64> {
+    best(timer, &mut vectors(kernels, dispatches)?)
+}
+
+/// One such dispatch, submitted and waited for: microseconds as the host sees it.
+fn submit_wait(kernels: &Kernels, timer: &Timer) -> Result<f64> {
+    let mut recording = vectors(kernels, 1)?;
+    let runs = (0..=RUNS).map(|_| timer.run(&mut recording).map(|elapsed| elapsed.wall_us));
+    runs.collect::<Result<Vec<_>>>().map(|runs| runs.into_iter().fold(f64::INFINITY, f64::min))
+}
+
+fn vectors(kernels: &Kernels, dispatches: u32) -> Result<Recording> {
     let x = Region::from(&kernels.allocate("egmla.roofline.x", 16)?);
     let y = Region::from(&kernels.allocate("egmla.roofline.y", 16)?);
     let mut recording = Recording::new(kernels);
@@ -132,5 +146,16 @@ fn idle(kernels: &Kernels, timer: &Timer, dispatches: u32) -> Result<(f64, f64)>
         let problem = roofline_copy::RooflineCopy { words: 4 };
         recording.add_own(&problem, roofline_copy::Args { x: &x, y: &y })?;
     }
-    best(timer, &mut recording)
+    Ok(recording)
+}
+
+/// Goes over more memory than a device's caches hold.
+pub(super) fn evict(kernels: &Kernels) -> Result<Recording> {
+    let bytes = (128u64 << 20).min(kernels.context().limits.max_storage_buffer_binding_size) & !15;
+    let x = Region::from(&kernels.allocate("egmla.evict.x", bytes)?);
+    let y = Region::from(&kernels.allocate("egmla.evict.y", bytes)?);
+    let mut recording = Recording::new(kernels);
+    recording
+        .add_own(&roofline_copy::RooflineCopy { words: (bytes / 4) as u32 }, roofline_copy::Args { x: &x, y: &y })?;
+    Ok(recording)
 }

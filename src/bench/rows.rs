@@ -39,9 +39,11 @@ pub(super) enum Work {
     /// Latents, rotary keys and ids into a cache.
     Append { tokens: u32, d_latent: u32, d_rope: u32 },
     /// Causal attention alone, keys and values as they come.
-    PrefillAttention { tokens: u32, n_head: u32, d_head: u32 },
+    PrefillAttention { tokens: u32, n_head: u32, d_head: u32, storage: Storage },
     /// Absorbed attention alone, one query token of each sequence.
     AbsorbedAttention { batch: u32, cached: u32, n_head: u32, d_latent: u32, d_rope: u32, storage: Storage },
+    /// The partial results of one query token of each sequence, combined.
+    Combine { batch: u32, each: u32, n_head: u32, width: u32 },
     /// A layer's prefill without a past.
     PrefillLayer { config: AttentionConfig, tokens: u32 },
     /// One new token through a layer of multi-head attention.
@@ -99,6 +101,11 @@ pub fn rows() -> Vec<Row> {
     add("matmul/1024".to_owned(), "product, as in layers", "f32", quick, square(1024, Storage::F32));
     // Seconds in software; what cooperative matrices are for.
     add("matmul_f16/4096".to_owned(), "product, as in layers", "f16 weights", Suite::Full, square(4096, Storage::F16));
+    // A few rows, as batches of a decode step have them.
+    for rows in [16, 64] {
+        let work = Work::Matmul { rows, inner: 4096, cols: 4096, storage: Storage::F16 };
+        add(format!("matmul_f16/{rows}x4096"), "product, as in layers", "f16 weights", Suite::Full, work);
+    }
     let (rows, width) = (8192, 1024);
     add(format!("norm/rms_{rows}x{width}"), "norm", "f32", quick, Work::Norm { rows, width });
     let (rows, width) = (4096, 1536);
@@ -106,9 +113,15 @@ pub fn rows() -> Vec<Row> {
     let (d_latent, d_rope, tokens) = (64, 64, 65_536);
     let work = Work::Append { tokens, d_latent, d_rope };
     add(format!("append/r{d_latent}_{tokens}"), "cache_append", "f16 cache", quick, work);
-    let (tokens, n_head, d_head) = (512, 16, 128);
-    let work = Work::PrefillAttention { tokens, n_head, d_head };
-    add(format!("prefill/mha_{n_head}x{d_head}/t{tokens}"), "attention_prefill", "f32", quick, work);
+    let (n_head, d_head) = (16, 128);
+    for (tokens, name, label, storage, suite) in [
+        (512, "", "f32", Storage::F32, quick),
+        (512, "_f16", "f16", Storage::F16, Suite::Full),
+        (2048, "_f16", "f16", Storage::F16, Suite::Full),
+    ] {
+        let work = Work::PrefillAttention { tokens, n_head, d_head, storage };
+        add(format!("prefill/mha_{n_head}x{d_head}{name}/t{tokens}"), "attention_prefill", label, suite, work);
+    }
     for cached in [1024, 8192, 32_768] {
         let suite = if cached <= 8192 { Suite::Quick } else { Suite::Full };
         let work = Work::DecodeHeads { cached, n_head: 12, d_head: 64 };
@@ -120,17 +133,22 @@ pub fn rows() -> Vec<Row> {
             add(format!("decode/egmla_120m_r64/{name}/t{cached}"), label, "f16", suite, work);
         }
     }
-    let (n_head, d_latent, d_rope) = (16, 512, 64);
-    for (name, label, storage, batch, cached, suite) in [
-        ("", "f16 cache", Storage::F16, 1, 4096, quick),
-        ("_f32", "f32 cache", Storage::F32, 1, 4096, quick),
+    let (d_latent, d_rope) = (512, 64);
+    for (n_head, name, label, storage, batch, cached, suite) in [
+        (16, "", "f16 cache", Storage::F16, 1, 4096, quick),
+        (16, "_f32", "f32 cache", Storage::F32, 1, 4096, quick),
+        (16, "", "f16 cache", Storage::F16, 1, 32_768, Suite::Full),
+        (128, "", "f16 cache", Storage::F16, 1, 8192, Suite::Full),
         // 302 MB of cache: beyond the bindings of most software adapters, and of WebGPU's defaults.
-        ("_b32", "f16 cache", Storage::F16, 32, 8192, Suite::Full),
+        (16, "_b32", "f16 cache", Storage::F16, 32, 8192, Suite::Full),
     ] {
         let work = Work::AbsorbedAttention { batch, cached, n_head, d_latent, d_rope, storage };
         let id = format!("decode/mla_dsv3_{n_head}h{name}/t{cached}");
         add(id, "attention_absorbed, combine", label, suite, work);
     }
+    let (batch, each, n_head, width) = (1, 64, 16, 512);
+    let work = Work::Combine { batch, each, n_head, width };
+    add(format!("combine/{n_head}h_{width}/s{each}"), "attention_combine", "f32", quick, work);
     // Neighbours in size: what is fast only where the sizes are round shows here.
     let (config, cached) = (layer(10, 48, true), 7000);
     for (name, path, label) in GATED_PATHS {
@@ -207,7 +225,10 @@ pub(super) fn prepare(work: &Work, kernels: &Kernels, stock: &mut Stock) -> Resu
         Work::Norm { rows, width } => norm_rows(kernels, rows, width),
         Work::Gate { rows, width } => gate_rows(kernels, rows, width),
         Work::Append { tokens, d_latent, d_rope } => append(kernels, tokens, d_latent, d_rope),
-        Work::PrefillAttention { tokens, n_head, d_head } => prefill_attention(kernels, tokens, n_head, d_head),
+        Work::PrefillAttention { tokens, n_head, d_head, storage } => {
+            prefill_attention(kernels, tokens, n_head, d_head, storage)
+        }
+        Work::Combine { batch, each, n_head, width } => combined(kernels, batch, each, n_head, width),
         Work::AbsorbedAttention { batch, cached, n_head, d_latent, d_rope, storage } => {
             absorbed_attention(kernels, (batch, cached), n_head, (d_latent, d_rope), storage)
         }
@@ -372,7 +393,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
     Ok(Prepared { recording, cost: problem.cost(), output: cache, reference: Some(reference) })
 }
 
-fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
+fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32, storage: Storage) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
     let width = (tokens * n_head * d_head) as usize;
     let (q, kv, values) = (inputs.floats(width)?, inputs.floats(2 * width)?, inputs.output(width)?);
@@ -401,8 +422,8 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32) -
         first: true,
         last: true,
         scale: scale as f32,
-        weights: Storage::F32,
-        storage: Storage::F32,
+        weights: storage,
+        storage,
     };
     let args = attention_prefill::Args {
         q: &q,
@@ -494,6 +515,19 @@ fn absorbed_attention(
         }) as Box<dyn Fn()>
     });
     Ok(Prepared { recording, cost: problem.cost() + combined, output, reference })
+}
+
+fn combined(kernels: &Kernels, batch: u32, each: u32, n_head: u32, width: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let values = inputs.floats((batch * each * n_head * width) as usize)?;
+    // Maxima of a few, sums of one and more.
+    let of = |(index, value): (usize, f32)| if index % 2 == 0 { value } else { 1.0 + value.abs() };
+    let state: Vec<f32> =
+        inputs.of((batch * each * n_head * 2) as usize, 1.0).into_iter().enumerate().map(of).collect();
+    let (softmax, output) = (inputs.table(&state)?, inputs.output((batch * n_head * width) as usize)?);
+    let mut recording = Recording::new(kernels);
+    let cost = combine(&mut recording, &inputs, (batch, n_head), width, each, (&values, &softmax), &output)?;
+    Ok(Prepared { recording, cost, output, reference: None })
 }
 
 /// Combines the splits of each query token, `each` of them.
@@ -733,6 +767,18 @@ mod tests {
 
     use super::*;
 
+    /// Rows of the full suite beside the longest caches.
+    const FULL: [&str; 8] = [
+        "matmul_f16/4096",
+        "matmul_f16/16x4096",
+        "matmul_f16/64x4096",
+        "prefill/mha_16x128_f16/t512",
+        "prefill/mha_16x128_f16/t2048",
+        "decode/mla_dsv3_16h/t32768",
+        "decode/mla_dsv3_128h/t8192",
+        "decode/mla_dsv3_16h_b32/t8192",
+    ];
+
     #[test]
     fn the_promised_rows_are_there_once() {
         let all = rows();
@@ -741,27 +787,28 @@ mod tests {
             ["matmul/1024", "prefill/mha_16x128/t512", "prefill/egmla_120m/t2048", "decode/mla_dsv3_16h/t4096"]
                 .map(str::to_owned)
                 .to_vec();
-        promised.extend(
-            ["decode/mla_dsv3_16h_f32/t4096", "decode/mla_dsv3_16h_b32/t8192", "matmul_f16/4096"].map(str::to_owned),
-        );
+        promised.push("decode/mla_dsv3_16h_f32/t4096".to_owned());
         for t in [1024, 8192, 32_768] {
             promised.extend([format!("decode/mha_120m/t{t}"), format!("decode/mla_120m_r256/t{t}")]);
             for path in ["expanded", "absorbed_recompute", "absorbed_pool", "absorbed_table"] {
                 promised.push(format!("decode/egmla_120m_r64/{path}/t{t}"));
             }
         }
+        promised.extend(FULL.map(str::to_owned));
         promised.extend(["expanded", "absorbed_table"].map(|path| format!("decode/egmla_10h_r48/{path}/t7000")));
         for id in &promised {
             assert_eq!(ids.iter().filter(|found| *found == id).count(), 1, "{id}");
         }
-        for family in ["norm/", "gate/", "append/"] {
+        for family in ["norm/", "gate/", "append/", "combine/"] {
             assert!(ids.iter().any(|id| id.starts_with(family)), "{family}");
         }
-        assert_eq!(ids.len(), promised.len() + 3);
+        assert_eq!(ids.len(), promised.len() + 4);
         let long: Vec<_> = all.iter().filter(|row| !row.is_in(Suite::Quick)).map(Row::id).collect();
-        let other = |id: &&&str| ["matmul_f16/4096", "decode/mla_dsv3_16h_b32/t8192"].contains(id);
-        assert_eq!(long.iter().filter(other).count(), 2);
-        assert!(long.len() == 8 && long.iter().all(|id| id.ends_with("/t32768") || other(&id)), "{long:?}");
+        let other = |id: &&&str| FULL.contains(id);
+        assert_eq!(long.iter().filter(other).count(), FULL.len());
+        let of_32k = |id: &&str| id.ends_with("/t32768") && !FULL.contains(id);
+        assert!(long.iter().all(|id| of_32k(id) || other(&id)), "{long:?}");
+        assert_eq!(long.len(), 6 + FULL.len());
         assert!(all.iter().all(|row| row.is_in(Suite::Full)));
     }
 

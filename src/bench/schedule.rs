@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use super::report::{Measured, Skipped, Times};
-use super::roofline::Roofline;
-use super::timer::Timer;
+use super::report::{DispatchTime, Measured, Profile, Skipped, Times, median};
+use super::roofline::{Roofline, evict, giga_per_second};
+use super::timer::{Copies, Profiled, Timer};
 use super::{Prepared, Row, Stock, Suite};
+use crate::adapter::AdapterClass;
+use crate::cost::Cost;
 use crate::device::Kernels;
 use crate::error::{DataError, Error, Result};
 
@@ -38,6 +40,12 @@ impl Budget {
 /// Fewer say little of a median.
 const LEAST_RUNS: usize = 5;
 
+/// A row whose first use takes longer is timed run by run.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// Runs with empty caches.
+const COLD_RUNS: usize = 20;
+
 /// A row's turn: runs until this much is spent.
 const TURN: Duration = Duration::from_millis(40);
 
@@ -59,6 +67,7 @@ struct Running<'a> {
     spent: Duration,
     /// Wall time of its first use: later runs take less.
     longest: Duration,
+    copies: Copies,
 }
 
 /// What came of the rows.
@@ -121,15 +130,66 @@ pub fn measure(
                 let turn = Instant::now();
                 while now(row) && turn.elapsed() < TURN {
                     let start = Instant::now();
-                    row.times.runs.push(timer.run(&mut row.prepared.recording)?.device_us);
+                    row.times.runs.push(timer.steady(&mut row.prepared.recording, row.copies)?.device_us);
                     row.spent += start.elapsed();
                 }
             }
         }
     }
+    // A software adapter's caches are the processor's, and no business of a kernel's.
+    if kernels.context().class != AdapterClass::Software && !running.is_empty() && !over() {
+        let mut evict = evict(kernels)?;
+        for row in &mut running {
+            row.times.cold_us = timer.cold(&mut row.prepared.recording, &mut evict, COLD_RUNS)?;
+        }
+    }
     let measured = running.into_iter().map(|running| Measured::new(running.row, running.times, roofline)).collect();
     Ok(Rows { measured, skipped, wrong })
 }
+
+/// Times every dispatch of the rows: medians over [`PROFILES`] submissions. Rows that the device refuses are left out.
+///
+/// # Errors
+/// A lost device.
+pub fn profile(kernels: &Kernels, timer: &Timer, roofline: &Roofline, rows: &[Row]) -> Result<Vec<Profile>> {
+    let mut stock = Stock::default();
+    let mut profiles = Vec::new();
+    for row in rows {
+        let mut prepared = match row.prepare(kernels, &mut stock) {
+            Ok(prepared) => prepared,
+            Err(error) if error.is_loss() => return Err(error),
+            Err(_) => continue,
+        };
+        let recording = &mut prepared.recording;
+        timer.run(recording)?;
+        let copies = Copies::of(timer.run(recording)?.device_us);
+        let runs = (0..PROFILES).map(|_| timer.profile(recording, copies)).collect::<Result<Option<Vec<_>>>>()?;
+        let Some(runs) = runs else { continue };
+        let middle = |of: &dyn Fn(&Profiled) -> f64| {
+            let mut times: Vec<f64> = runs.iter().map(of).collect();
+            times.sort_by(f64::total_cmp);
+            median(&times)
+        };
+        let dispatch = |(index, (kernel, grid, Cost { flops, bytes })): (usize, (&'static str, [u32; 3], Cost))| {
+            let us = middle(&|run| run.dispatches.get(index).copied().unwrap_or_default());
+            DispatchTime {
+                kernel: kernel.to_owned(),
+                grid,
+                us,
+                bytes,
+                flops,
+                pct_copy: 100.0 * giga_per_second(bytes, us) / roofline.copy_gb_s,
+                pct_fma: 100.0 * giga_per_second(flops, us) / roofline.fma_gflop_s,
+            }
+        };
+        let dispatches = recording.costs().enumerate().map(dispatch).collect();
+        profiles.push(Profile { id: row.id().to_owned(), timestamps_us: middle(&|run| run.empty_us), dispatches });
+    }
+    Ok(profiles)
+}
+
+/// Submissions of a profile.
+const PROFILES: usize = 5;
 
 impl Running<'_> {
     fn is_done(&self, budget: Budget) -> bool {
@@ -151,6 +211,25 @@ fn start<'a>(row: &'a Row, kernels: &Kernels, timer: &Timer, stock: &mut Stock) 
         start.elapsed().as_secs_f64() * 1e6
     });
     let (cost, dispatches) = (prepared.cost, prepared.recording.dispatches());
-    let times = Times { first_us, first_device_us, runs: Vec::new(), cost, dispatches, cpu_reference_us };
-    Ok(Running { row, prepared, times, spent: Duration::ZERO, longest })
+    let mut times = Times {
+        first_us,
+        first_device_us,
+        runs: Vec::new(),
+        copies: 1,
+        cold_us: None,
+        sync: Vec::new(),
+        cost,
+        dispatches,
+        cpu_reference_us,
+    };
+    let mut copies = Copies::ONE;
+    if longest < SLOW {
+        // The first run was slow: it compiled, and on a GPU its clock was low.
+        copies = Copies::of(timer.run(&mut prepared.recording)?.device_us);
+        copies = Copies::of(timer.steady(&mut prepared.recording, copies)?.device_us);
+        let sync = (0..LEAST_RUNS).map(|_| timer.run(&mut prepared.recording).map(|elapsed| elapsed.wall_us));
+        times.sync = sync.collect::<Result<_>>()?;
+    }
+    times.copies = copies.timed;
+    Ok(Running { row, prepared, times, spent: Duration::ZERO, longest, copies })
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::report::median;
-use super::timer::Timer;
+use super::timer::{Copies, Timer};
 use super::{Row, Stock};
 use crate::adapter::Tunings;
 use crate::device::Kernels;
@@ -127,6 +127,9 @@ fn alone(row: &Row, kernel: &str, kernels: &Kernels, stock: &mut Stock) -> Resul
     }
 }
 
+/// A setting of a kernel, or that for the class; its recordings, one per row; their times together, run by run.
+type Candidate = (Option<usize>, Vec<(Recording, Copies)>, Vec<f64>);
+
 /// Measures the settings of one kernel; `None` where the time was up too early.
 fn kernel_of(
     kernel: &'static str,
@@ -136,16 +139,19 @@ fn kernel_of(
     stock: &mut Stock,
     (start, limit): (Instant, Duration),
 ) -> Result<Option<Tuned>> {
-    let mut candidates: Vec<(Option<usize>, Vec<Recording>, Vec<f64>)> = Vec::new();
+    let mut candidates: Vec<Candidate> = Vec::new();
     // The setting for the class, then each by its number.
     for setting in std::iter::once(None).chain((0..settings(kernel)).map(Some)) {
         let tunings = setting.map(|index| (kernel.to_owned(), index)).into_iter().collect();
         let with = of_class.with_tunings(Tunings(tunings))?;
         let recordings = rows.iter().map(|row| alone(row, kernel, &with, stock)).collect::<Result<Option<Vec<_>>>>()?;
-        let Some(mut recordings) = recordings else { continue };
-        for recording in &mut recordings {
-            timer.run(recording)?;
-        }
+        let Some(recordings) = recordings else { continue };
+        let compiled = |mut recording: Recording| {
+            timer.run(&mut recording)?;
+            let copies = Copies::of(timer.run(&mut recording)?.device_us);
+            Ok((recording, copies))
+        };
+        let recordings = recordings.into_iter().map(compiled).collect::<Result<Vec<_>>>()?;
         candidates.push((setting, recordings, Vec::new()));
     }
     for round in 0..RUNS {
@@ -154,7 +160,9 @@ fn kernel_of(
             break;
         }
         for (_, recordings, times) in &mut candidates {
-            let run = |recording: &mut Recording| timer.run(recording).map(|elapsed| elapsed.device_us);
+            let run = |(recording, copies): &mut (Recording, Copies)| {
+                timer.steady(recording, *copies).map(|elapsed| elapsed.device_us)
+            };
             times.push(recordings.iter_mut().map(run).sum::<Result<f64>>()?);
         }
     }
