@@ -1,8 +1,8 @@
 //! Attention of up to 16 queries per sequence over the cached latents themselves, split over the cache.
 
+use super::attention_decode::check_split;
 #[cfg(feature = "check")]
 use super::attention_decode::{SPLIT, SPLITS};
-use super::attention_decode::check_split;
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};

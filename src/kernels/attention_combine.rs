@@ -1,7 +1,7 @@
 //! Combines the partial results of every query, one per split.
 
-use crate::cost::{Cost, times};
 use crate::adapter::AdapterClass;
+use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero};
 use crate::storage::{product, words};

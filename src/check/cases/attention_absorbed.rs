@@ -30,7 +30,8 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         }
         // Shorter splits, with lengths around theirs.
         for split in SPLITS {
-            let (id, lengths) = (format!("split_{split}/{}", storage.name()), [split - 1, 1, split + 1, 320, 2 * split]);
+            let (id, lengths) =
+                (format!("split_{split}/{}", storage.name()), [split - 1, 1, split + 1, 320, 2 * split]);
             absorbed(cases, id, &lengths, 2, (5, 16, 8, 36), storage, (Extreme::Plain, split));
         }
         // Latents of one load to several per lane, of half a load more, of none left for the last lanes; without a rotary key.

@@ -32,7 +32,8 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         }
         // Shorter splits, with lengths around theirs.
         for split in SPLITS {
-            let (id, lengths) = (format!("split_{split}/{}", storage.name()), [split - 1, 1, split + 1, 320, 2 * split]);
+            let (id, lengths) =
+                (format!("split_{split}/{}", storage.name()), [split - 1, 1, split + 1, 320, 2 * split]);
             decode(cases, id, &lengths, 2, (5, 16, 8, 40), (storage, storage), (Extreme::Plain, split));
         }
         for extreme in Extreme::ALL {
