@@ -162,9 +162,8 @@ impl Recording {
         self.recorded().iter().filter(|dispatch| !dispatch.shader.vouched).map(|dispatch| dispatch.spec.name)
     }
 
-    /// Kernel, workgroups and cost of every dispatch, in order.
-    #[cfg(feature = "check")]
-    pub(crate) fn costs(&self) -> impl Iterator<Item = (&'static str, [u32; 3], Cost)> + '_ {
+    /// Kernel, workgroups, and FLOPs and bytes of every dispatch, in order.
+    pub fn costs(&self) -> impl Iterator<Item = (&'static str, [u32; 3], Cost)> + '_ {
         self.recorded().iter().map(|dispatch| (dispatch.spec.name, dispatch.grid, (dispatch.cost)(&*dispatch.op)))
     }
 

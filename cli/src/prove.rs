@@ -67,16 +67,18 @@ pub fn proven(kernels: Kernels, info: &wgpu::AdapterInfo, number: usize) -> Kern
     let mut proofs: Proofs = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
     proofs.renew(&kernels);
     if !proofs.unknown(&kernels).is_empty() {
-        supervise(&kernels, &mut proofs, LIMIT, |known| child(number, kernels.shader_checks(), known));
+        let ended = supervise(&kernels, &mut proofs, LIMIT, |known| child(number, kernels.shader_checks(), known));
         let text = serde_json::to_string_pretty(&proofs).unwrap_or_default();
         if let Some(file) = file
             && let Err(error) = cache_folder::write(&file, text.as_bytes())
         {
             tracing::debug!("{}: {error}", file.display());
         }
-    }
-    for kernel in proofs.unknown(&kernels) {
-        proofs.add(kernel, Some(WhyLeftOut::Wrong("not proven: interrupted".to_owned())));
+        // This time only, and not kept.
+        for kernel in proofs.unknown(&kernels) {
+            let why = ended.as_ref().err().map_or("not proven", String::as_str);
+            proofs.add(kernel, Some(WhyLeftOut::Wrong(why.to_owned())));
+        }
     }
     for (kernel, why) in &proofs.left_out.0 {
         console::note(format_args!("left out on this adapter: {kernel}: {why}"));
@@ -97,17 +99,17 @@ fn child(number: usize, shader_checks: bool, known: &[String]) -> std::io::Resul
 }
 
 /// Runs processes until every kernel has a verdict: one that ends or hangs in a kernel leaves this one out, and the next goes on
-/// behind it.
+/// behind it. Fails with the reason where processes prove nothing; the next run of the program asks again.
 fn supervise(
     kernels: &Kernels,
     proofs: &mut Proofs,
     limit: Duration,
     mut command: impl FnMut(&[String]) -> std::io::Result<Command>,
-) {
-    let mut waiting = proofs.unknown(kernels);
-    let of = waiting.len() as u64;
+) -> Result<(), String> {
+    let mut waiting = proofs.unknown(kernels).len();
+    let of = waiting as u64;
     let bar = console::progress(of, "kernels on this adapter for the first time");
-    while let Some(&first) = waiting.first() {
+    while waiting > 0 {
         let known: Vec<String> = proofs.right.iter().chain(proofs.left_out.0.keys()).cloned().collect();
         let lines = |line: &str| {
             let mut words = line.splitn(3, ' ');
@@ -122,26 +124,19 @@ fn supervise(
         };
         match command(&known).map_err(Ended::NotBegun).and_then(|command| follow(command, limit, lines)) {
             Ok(()) | Err(Ended::In(None, _)) => {}
-            // Known to nobody: the next run asks again.
-            Err(Ended::Interrupted) => break,
-            // Without a process nothing is proven, and nothing optional runs.
-            Err(Ended::NotBegun(error)) => {
-                for kernel in proofs.unknown(kernels) {
-                    proofs.add(kernel, Some(WhyLeftOut::Fatal(format!("no process to prove it in: {error}"))));
-                }
-            }
+            Err(Ended::Interrupted) => return Err("not proven: interrupted".to_owned()),
+            Err(Ended::NotBegun(error)) => return Err(format!("not proven, no process for it: {error}")),
             Err(Ended::In(Some(kernel), why)) => proofs.add(&kernel, Some(WhyLeftOut::Fatal(why))),
         }
-        let before = waiting.len();
-        waiting = proofs.unknown(kernels);
-        if waiting.len() == before {
-            // A process that ended without a word of any.
-            proofs.add(first, Some(WhyLeftOut::Fatal("the process that was to prove it ended before".to_owned())));
-            waiting.remove(0);
+        let before = waiting;
+        waiting = proofs.unknown(kernels).len();
+        if waiting == before {
+            return Err("not proven: the process for it ended before".to_owned());
         }
-        bar.set_position(of - waiting.len() as u64);
+        bar.set_position(of - waiting as u64);
     }
     bar.finish_and_clear();
+    Ok(())
 }
 
 /// How a process failed.
@@ -253,28 +248,29 @@ mod tests {
         let mut proofs = Proofs::default();
         proofs.renew(&gpu.kernels);
         let all = proofs.unknown(&gpu.kernels);
-        if all.len() < 3 {
+        if all.len() < 4 {
             assert!(!adapter.features().contains(wgpu::Features::SUBGROUP), "{all:?}");
             return;
         }
         let mut asked = Vec::new();
-        supervise(&gpu.kernels, &mut proofs, Duration::from_secs(10), |known| {
+        let ended = supervise(&gpu.kernels, &mut proofs, Duration::from_secs(10), |known| {
             asked.push(known.len());
             let script = match asked.len() {
                 1 => format!("echo begin {0}; echo 'end {0} '; echo begin {1}; kill -KILL $$", all[0], all[1]),
                 2 => format!("echo begin {0}; echo 'end {0} a NaN'; echo done", all[2]),
+                // Says nothing of the others.
                 _ => "echo done".to_owned(),
             };
             let mut command = Command::new("sh");
             command.args(["-c", &script]);
             Ok(command)
         });
-        assert_eq!(asked[..2], [0, 2]);
+        assert_eq!(asked, [0, 2, 3]);
+        assert_eq!(ended, Err("not proven: the process for it ended before".to_owned()));
         assert!(proofs.right.contains(all[0]));
         assert!(matches!(&proofs.left_out.0[all[1]], WhyLeftOut::Fatal(why) if why.contains("signal: 9")));
         assert_eq!(proofs.left_out.0[all[2]], WhyLeftOut::Wrong("a NaN".to_owned()));
-        assert_eq!(proofs.unknown(&gpu.kernels), Vec::<&str>::new());
-        // Whoever says nothing of a kernel has not proven it.
-        assert!(all[3..].iter().all(|kernel| matches!(&proofs.left_out.0[*kernel], WhyLeftOut::Fatal(_))));
+        // The next run asks for the others.
+        assert_eq!(proofs.unknown(&gpu.kernels), all[3..]);
     }
 }

@@ -147,7 +147,7 @@ pub fn measure(
     Ok(Rows { measured, skipped, wrong })
 }
 
-/// Times every dispatch of the rows: medians over [`PROFILES`] submissions. Rows that the device refuses are left out.
+/// Times every dispatch of the rows: medians over a few submissions. Rows that the device refuses are left out.
 ///
 /// # Errors
 /// A lost device.
