@@ -140,7 +140,12 @@ fn plans_keep_what_their_shaders_assume() {
 /// Rows that 16 heads meet in a step, and the split length on each class: batch 1 leaves a GPU empty, batch 32 does not.
 #[test]
 fn splits_follow_what_a_device_needs_to_be_full() {
-    let lengths = |batch: u64, cached: u64| CLASSES.map(|class| split_length(class, batch * cached, 16));
+    let bare = PlanContext::webgpu_defaults;
+    let with = |class| PlanContext { features: Features::SUBGROUP, ..bare(class) };
+    let lengths = |batch: u64, cached: u64| CLASSES.map(|class| split_length(&with(class), batch * cached, 16));
+    // A workgroup without subgroups has too few invocations for a short split.
+    assert_eq!(CLASSES.map(|class| split_length(&bare(class), 4096, 16)), [256; 4]);
+    assert_eq!(CLASSES.map(|class| most_partials(&bare(class), 16, 1, 16, 64)), [16; 4]);
     assert_eq!(CLASSES.map(AdapterClass::full), [1, 64, 512, 256]);
     // 4 096 rows in 16, 32 or 64 splits of four groups of heads.
     assert_eq!(lengths(1, 4096), [256, 256, 64, 64]);
@@ -151,13 +156,13 @@ fn splits_follow_what_a_device_needs_to_be_full() {
         for (met, n_head) in
             [0, 1, 63, 256, 4000, 70_000, 1 << 20].into_iter().flat_map(|met| [1, 3, 16, 63, 128].map(|n| (met, n)))
         {
-            let split = split_length(class, met, n_head);
+            let split = split_length(&with(class), met, n_head);
             let teams = |split: u32| met.div_ceil(split.into()) * u64::from(n_head.div_ceil(4));
             // No longer than a full device allows, and no shorter than it needs.
             assert!(split == 64 || teams(split) >= class.full().into(), "{class:?} {met} {n_head}: {split}");
             assert!(split == 256 || teams(2 * split) < class.full().into(), "{class:?} {met} {n_head}: {split}");
             let [longest, shortest] = [256, 64].map(|split| met.div_ceil(split));
-            let most = most_partials(class, n_head, 1, longest, shortest);
+            let most = most_partials(&with(class), n_head, 1, longest, shortest);
             assert!(met.div_ceil(split.into()) <= most, "{class:?} {met} {n_head}: {most} partial results");
         }
     }

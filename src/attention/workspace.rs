@@ -5,7 +5,7 @@ use super::layout::ListLayout;
 use super::lists::GateRows;
 use super::step::MOST_DECODED;
 use super::widths::Widths;
-use crate::adapter::{AdapterClass, PlanContext};
+use crate::adapter::PlanContext;
 use crate::config::{AttentionConfig, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::Result;
@@ -64,7 +64,7 @@ impl Workspace<()> {
         options: &CacheOptions,
         lists: Option<&ListLayout>,
     ) -> Result<u64> {
-        Self::placed(context.class, config, widths, options, lists, |what, extents, needed| {
+        Self::placed(context, config, widths, options, lists, |what, extents, needed| {
             context.check_binding(needed, || format!("workspace `{what}` of {extents:?} words"))
         })
         .map(|workspace| workspace.bytes)
@@ -83,7 +83,7 @@ impl Workspace {
         options: &CacheOptions,
         lists: Option<&ListLayout>,
     ) -> Result<Self> {
-        Self::placed(kernels.context().class, config, widths, options, lists, |what, _, needed| {
+        Self::placed(kernels.context(), config, widths, options, lists, |what, _, needed| {
             kernels.allocate(&format!("egmla.workspace.{what}"), needed).map(|buffer| Region::from(&buffer))
         })
     }
@@ -122,7 +122,7 @@ impl Workspace {
 impl<T> Workspace<T> {
     /// A workspace whose buffers `place` makes from name, extents and bytes.
     fn placed(
-        class: AdapterClass,
+        context: &PlanContext,
         config: &AttentionConfig,
         widths: &Widths,
         options: &CacheOptions,
@@ -137,7 +137,7 @@ impl<T> Workspace<T> {
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[options.batch, decode_tokens]).min(tokens.into()) as u32;
         let [longest, shortest] = [splits, short].map(|splits| u64::from(splits) * u64::from(decode_tokens));
-        let partials = most_partials(class, n_head, decoding, longest, shortest).min(u32::MAX.into()) as u32;
+        let partials = most_partials(context, n_head, decoding, longest, shortest).min(u32::MAX.into()) as u32;
         let slices = attention_prefill::slices(widths.d_value);
         let absorbable = config.up_projected_gate().is_none();
         let (gate_rows, gate_width, d_gate) = match &config.gate {

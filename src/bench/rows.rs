@@ -454,7 +454,7 @@ fn absorbed_attention(
     storage: Storage,
 ) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let split = split_length(kernels.context().class, u64::from(batch) * u64::from(cached), n_head);
+    let split = split_length(kernels.context(), u64::from(batch) * u64::from(cached), n_head);
     let (each, d_nope) = (cached.div_ceil(split), 128);
     let (splits, partials, cache_rows) = (batch * cached.next_multiple_of(SPLIT) / split, batch * each, batch * cached);
     let problem = attention_absorbed::AttentionAbsorbed {
@@ -636,7 +636,7 @@ const HEADS_TILE: u32 = 8192;
 /// every head are cached, rotated, in f16.
 fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let split = split_length(kernels.context().class, cached.into(), n_head);
+    let split = split_length(kernels.context(), cached.into(), n_head);
     let width = n_head * d_head;
     let deviation = f64::from(width).sqrt().recip() as f32;
     let weights = |cols: u32| inputs.stored((width * cols) as usize, deviation, Storage::F16);

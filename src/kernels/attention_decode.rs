@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::adapter::AdapterClass;
+use crate::adapter::{AdapterClass, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero};
@@ -17,22 +17,26 @@ pub const SPLITS: [u32; 3] = [SPLIT, 128, 64];
 /// Heads that a workgroup has at least where the device is not full.
 const HEADS: u32 = 4;
 
-/// The split length of a step whose query tokens meet `met` cache rows in all: the longest that fills a device of the class, else
-/// the shortest. Long splits make fewer partial results, short ones more workgroups.
-pub fn split_length(class: AdapterClass, met: u64, n_head: u32) -> u32 {
+/// The split length of a step whose query tokens meet `met` cache rows in all: the longest that fills the device, else the
+/// shortest. Long splits make fewer partial results, short ones more workgroups. Without subgroups a workgroup has an invocation
+/// for every four rows of a split: shorter ones would be less work for as many lanes of the device, so they stay long.
+pub fn split_length(context: &PlanContext, met: u64, n_head: u32) -> u32 {
+    if !context.features.contains(wgpu::Features::SUBGROUP) {
+        return SPLIT;
+    }
     let workgroups = |split: u32| met.div_ceil(split.into()).saturating_mul(n_head.div_ceil(HEADS).into());
-    let fills = |split: &u32| workgroups(*split) >= class.full().into();
+    let fills = |split: &u32| workgroups(*split) >= context.class.full().into();
     SPLITS.into_iter().find(fills).unwrap_or(SPLITS[SPLITS.len() - 1])
 }
 
 /// Most partial results of a step, where the sequences have `longest` and `shortest` splits of either length and `tokens` query
 /// tokens: a step takes short splits only while twice as long ones leave the device half empty.
-pub fn most_partials(class: AdapterClass, n_head: u32, tokens: u32, longest: u64, shortest: u64) -> u64 {
-    let groups = n_head.div_ceil(HEADS);
-    if class.full() <= groups {
+pub fn most_partials(context: &PlanContext, n_head: u32, tokens: u32, longest: u64, shortest: u64) -> u64 {
+    let (full, groups) = (context.class.full(), n_head.div_ceil(HEADS));
+    if full <= groups || !context.features.contains(wgpu::Features::SUBGROUP) {
         return longest;
     }
-    longest.max(shortest.min(2 * (u64::from(class.full().div_ceil(groups)) + u64::from(tokens))))
+    longest.max(shortest.min(2 * (u64::from(full.div_ceil(groups)) + u64::from(tokens))))
 }
 
 /// One entry of the sequence table of a decode step: [`super::cache_read::SequenceRow`], and the place of its results.

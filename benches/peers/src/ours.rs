@@ -153,7 +153,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
     let (absorbed, q) = (bench.floats(&inputs.q_latent)?, bench.floats(&inputs.q_rope)?);
     let (latent_cache, rope_cache) = (bench.floats(&inputs.latents)?, bench.floats(&inputs.ropes)?);
     let length = cached as u32;
-    let split = split_length(bench.kernels.context().class, length.into(), heads as u32);
+    let split = split_length(bench.kernels.context(), length.into(), heads as u32);
     let splits = length.div_ceil(split);
     let sequence =
         DecodeSequence { first_row: 0, first_slot: 0, length, token: 0, tokens: 1, partial: 0, splits, unused: 0 };
