@@ -201,9 +201,9 @@ impl PlanContext {
         Ok(())
     }
 
-    /// The largest subgroup, within wgpu's bounds: a caller may have built the context.
+    /// The largest subgroup, a power of two as WGSL has them, within wgpu's bounds: a caller may have built the context.
     pub(crate) fn widest_subgroup(&self) -> u32 {
-        self.subgroup_max_size.clamp(SMALLEST_SUBGROUP, wgpu::MAXIMUM_SUBGROUP_MAX_SIZE)
+        self.subgroup_max_size.clamp(SMALLEST_SUBGROUP, wgpu::MAXIMUM_SUBGROUP_MAX_SIZE).next_power_of_two()
     }
 
     /// The most lanes, a power of two up to `most`, that every subgroup has.

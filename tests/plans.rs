@@ -310,6 +310,13 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     ] {
         assert_eq!(refusal("attention_decode", empty), expected);
     }
+    for split in [0, 1, 96, 512] {
+        let expected = format!("split is {split}, must be one of [256, 128, 64]");
+        let wrong = AttentionDecode { split, ..decode };
+        assert_eq!(refusal("attention_decode", wrong), expected);
+        // Counted all the same, by whoever asks.
+        assert!(wrong.cost().flops > 0);
+    }
     for rows in [1, SPLIT - 1, SPLIT + 1] {
         let expected = format!("kv_rows is {rows}, not a multiple of {SPLIT}");
         assert_eq!(refusal("attention_decode", AttentionDecode { kv_rows: rows, ..decode }), expected);

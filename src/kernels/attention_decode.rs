@@ -169,7 +169,7 @@ impl Op for AttentionDecode {
         // A cache row belongs to one sequence: only that sequence's queries attend to it.
         let rows = kv_rows.min(self.cache_rows);
         let met = rows.saturating_mul(self.most_tokens);
-        let splits = kv_rows.div_ceil(self.split).saturating_mul(self.most_tokens);
+        let splits = kv_rows.div_ceil(self.split.max(1)).saturating_mul(self.most_tokens);
         Cost::of(
             &[times(2, &[met, n_head, d_nope]), times(2, &[met, n_head, d_rope]), times(2, &[met, n_head, d_value])],
             &[
