@@ -59,7 +59,7 @@ impl Case {
     /// A kernel that cannot run, a comparison outside of the case's own list, or a lost device.
     pub fn export(&self, kernels: &Kernels, context: PlanContext) -> Result<(CaseData, Blobs)> {
         let capture = Capture::new(kernels, context);
-        let outcomes = (self.run)(&Lab { kernels: capture.kernels(), capture: Some(&capture) })?;
+        let outcomes = (self.run)(&Lab { kernels: capture.kernels(), capture: Some(&capture), once: false })?;
         let captured = capture.finish();
         let named: usize = outcomes.iter().map(|outcome| outcome.comparisons).sum();
         if named != captured.comparisons.len() {

@@ -99,7 +99,12 @@ impl Case {
     /// # Errors
     /// A kernel that cannot run, an overwritten guard word, or a lost device. A wrong result is an [`Outcome`].
     pub fn run(&self, kernels: &Kernels) -> Result<Vec<Outcome>> {
-        (self.run)(&Lab { kernels, capture: None })
+        (self.run)(&Lab { kernels, capture: None, once: false })
+    }
+
+    /// The same with the setting that the device takes by itself alone.
+    fn run_once(&self, kernels: &Kernels) -> Result<Vec<Outcome>> {
+        (self.run)(&Lab { kernels, capture: None, once: true })
     }
 }
 
@@ -115,6 +120,8 @@ struct Lab<'a> {
     kernels: &'a Kernels,
     /// Takes the place of the device: exports launches, readings and comparisons.
     capture: Option<&'a Capture>,
+    /// Every kernel at one setting.
+    once: bool,
 }
 
 /// Words of a region that were read back; the first content of the region if nothing ran.
@@ -125,6 +132,11 @@ struct Words {
 }
 
 impl Lab<'_> {
+    /// The settings to run of so many.
+    fn settings(&self, tunings: usize) -> impl Iterator<Item = Tuning> + use<> {
+        settings(if self.once { 0 } else { tunings })
+    }
+
     fn floats(&self, values: &[f32]) -> Result<Guarded> {
         Guarded::filled(self.kernels, "input", bytemuck::cast_slice(values))
     }

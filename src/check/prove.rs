@@ -87,7 +87,7 @@ pub fn prove(kernels: &Kernels, proofs: &mut Proofs) -> Result<()> {
     Ok(())
 }
 
-/// Runs the first of a kernel's cases that this device computes, at every setting; `None` if all was right.
+/// Runs the first of a kernel's cases that this device computes, at the setting that it takes by itself; `None` if all was right.
 ///
 /// # Errors
 /// A lost device.
@@ -108,7 +108,7 @@ pub fn prove_kernel(kernels: &Kernels, kernel: &str) -> Result<Option<WhyLeftOut
 /// A lost device.
 fn verdict(case: &Case, kernels: &Kernels) -> Result<Option<Result<(), String>>> {
     // wgpu's compilers panic on some shaders that its validation accepts.
-    let Ok(outcomes) = catch_unwind(AssertUnwindSafe(|| case.run(kernels))) else {
+    let Ok(outcomes) = catch_unwind(AssertUnwindSafe(|| case.run_once(kernels))) else {
         return Ok(Some(Err("it makes wgpu panic".to_owned())));
     };
     let outcomes = match outcomes {

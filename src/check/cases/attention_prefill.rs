@@ -6,7 +6,7 @@ use super::{Launch, SEED, each_able, refusal_of, rounds_to_halves, widen};
 use crate::adapter::Tuning;
 use crate::check::compare::{Comparison, HALF_ROUNDOFF, Tolerance};
 use crate::check::view::{Reading, View};
-use crate::check::{Case, Lab, name_of, outcome, pack, settings};
+use crate::check::{Case, Lab, name_of, outcome, pack};
 use crate::error::Result;
 use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_prefill::{QUERY_TILES, tile_q};
@@ -114,7 +114,8 @@ fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
             let device = lab.kernels.context();
             let tiled = |tile_q| AttentionPrefill { tile_q, ..op };
             let own = tiled(tile_q(device));
-            let of_own = settings(variant.spec.tunings)
+            let of_own = lab
+                .settings(variant.spec.tunings)
                 .filter(|&tuning| tuning == Tuning::Auto || refusal_of(variant, &own, device, tuning).is_none())
                 .map(|tuning| (name_of(tuning), own, tuning));
             let others = QUERY_TILES.into_iter().filter(|&tile| tile != own.tile_q);

@@ -5,7 +5,7 @@ use super::{Launch, SEED, each_able, each_variant, widen};
 use crate::adapter::AdapterClass;
 use crate::check::compare::{Comparison, Tolerance};
 use crate::check::guarded::Guarded;
-use crate::check::{Case, Lab, name_of, not_run, outcome, settings};
+use crate::check::{Case, Lab, name_of, not_run, outcome};
 use crate::config::RopeConfig;
 use crate::error::Result;
 use crate::kernels::{CacheAppend, cache_append};
@@ -172,7 +172,7 @@ fn halves(cases: &mut Vec<Case>) {
             let of = |tuning| {
                 Ok(outcome(name_of(tuning), Tolerance::EXACT, halve(lab, Launch { op, variant, tuning }, &values)?))
             };
-            settings(variant.spec.tunings).map(of).collect()
+            lab.settings(variant.spec.tunings).map(of).collect()
         },
     );
 }

@@ -85,7 +85,7 @@ fn each_variant<O: Op>(
         |_| true,
         move |lab, variant| {
             let of = |tuning| Ok(outcome(name_of(tuning), tolerance, run(lab, Launch { op, variant, tuning })?));
-            settings(variant.spec.tunings).map(of).collect()
+            lab.settings(variant.spec.tunings).map(of).collect()
         },
     );
 }
