@@ -151,7 +151,7 @@ fn vectors(kernels: &Kernels, dispatches: u32) -> Result<Recording> {
 
 /// Goes over more memory than a device's caches hold.
 pub(super) fn evict(kernels: &Kernels) -> Result<Recording> {
-    let bytes = (128u64 << 20).min(kernels.context().limits.max_storage_buffer_binding_size) & !15;
+    let bytes = (128u64 << 20).min(kernels.context().largest_binding()) & !15;
     let x = Region::from(&kernels.allocate("egmla.evict.x", bytes)?);
     let y = Region::from(&kernels.allocate("egmla.evict.y", bytes)?);
     let mut recording = Recording::new(kernels);
