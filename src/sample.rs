@@ -12,7 +12,6 @@ use crate::op::{Buffers, Op, Spec, choose};
 use crate::plan::Plan;
 use crate::recording::Recording;
 use crate::storage::Storage;
-use crate::vouched::Caller;
 
 /// An operation with sample problems.
 pub trait Sampled: Op + Vary {
@@ -174,6 +173,6 @@ impl<O: Sampled> Sample for O {
     }
 
     fn record(&self, shader: usize, recording: &mut Recording, region: &Region, tuning: Tuning) -> Result<()> {
-        recording.add_forced(&O::VARIANTS[shader], self, O::Args::all(region), tuning, Caller::Library)
+        recording.add_variant(&O::VARIANTS[shader], self, O::Args::all(region), tuning)
     }
 }

@@ -377,7 +377,8 @@ impl Step {
         recording.table((self.identity, 0), &self.tables.bytes)
     }
 
-    /// `[tokens]` u32: ids of the new tokens in device memory, for other operations of the recording.
+    /// `[tokens]` u32: ids of the new tokens in device memory, for other operations of the recording to read. Whoever writes into
+    /// this buffer changes tables that shaders take indices from without a check.
     ///
     /// # Errors
     /// `ArgumentError::Empty` when the step was prepared without ids; no memory left, or a lost device.
