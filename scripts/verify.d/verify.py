@@ -34,6 +34,8 @@ CLANG = "clang-19"
 # Of that DXC, 1.7; with 16-bit types.
 NEWEST_MODEL = "cs_6_7+16"
 LAYERS = "vulkan-validationlayers"
+# A Debian whose backports have a Mesa that multiplies matrices of 8 × 8 on the CPU: 26, where 25 has none.
+NEWER_DEBIAN = "trixie"
 
 
 class NotRun(Exception):
@@ -122,6 +124,53 @@ def lavapipe():
     return driver("/usr/share/vulkan/icd.d/lvp_icd*.json", "mesa-vulkan-drivers", "libvulkan1")
 
 
+def newer_lavapipe():
+    """Manifest of a newer lavapipe, and the loader that starts a program with its libraries. Nothing is installed: the packages
+    and all that they depend on, the C library too, come from the mirror that apt already uses into a folder of their own."""
+    folder = TOOLS / f"lavapipe-{NEWER_DEBIAN}"
+    libraries = folder / "root" / "usr" / "lib" / "x86_64-linux-gnu"
+    if os.uname().machine != "x86_64" or not shutil.which("apt-get"):
+        raise NotRun("a newer lavapipe is fetched with apt-get on x86_64 alone")
+    if not folder.is_dir():
+        stanzas = "\n\n".join(Path(file).read_text() for file in glob.glob("/etc/apt/sources.list.d/*.sources")).split("\n\n")
+        debian = [stanza for stanza in stanzas if re.search(r"^URIs: \S+/debian/?$", stanza, re.M) and re.search("^Suites:", stanza, re.M)]
+        if not debian:
+            raise NotRun("apt's sources name no mirror of Debian")
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        for of in ("state/lists/partial", "cache/archives/partial", "root"):
+            (part / of).mkdir(parents=True)
+        (part / "status").touch()
+        suites = f"Suites: {NEWER_DEBIAN} {NEWER_DEBIAN}-backports"
+        (part / "debian.sources").write_text(re.sub("^Suites:.*", suites, debian[0], flags=re.M) + "\n")
+        options = {
+            "Dir::State": part / "state",
+            "Dir::State::status": part / "status",
+            "Dir::Cache": part / "cache",
+            "Dir::Etc::sourcelist": part / "debian.sources",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Debug::NoLocking": "1",
+            "APT::Sandbox::User": "",
+        }
+        apt_get = ["apt-get", "-qq", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+        say(f"verify: fetching lavapipe of {NEWER_DEBIAN}-backports")
+        fetch = ["install", "-y", "--no-install-recommends", "--download-only", "-t", f"{NEWER_DEBIAN}-backports"]
+        for words in (["update"], [*fetch, "mesa-vulkan-drivers", "libvulkan1", "libgcc-s1", "libc6"]):
+            process = run([*apt_get, *words])
+            if process.returncode != 0:
+                raise NotRun(f"apt-get {words[0]} for {NEWER_DEBIAN}: {last_line(process)}")
+        for package in (part / "cache" / "archives").glob("*.deb"):
+            process = run(["dpkg-deb", "-x", package, part / "root"])
+            if process.returncode != 0:
+                raise NotRun(f"dpkg-deb: {last_line(process)}")
+        shutil.rmtree(part / "cache")
+        part.rename(folder)
+    manifest = json.loads((folder / "root/usr/share/vulkan/icd.d/lvp_icd.json").read_text())
+    manifest["ICD"]["library_path"] = str(libraries / manifest["ICD"]["library_path"])
+    (folder / "lvp_icd.json").write_text(json.dumps(manifest))
+    return folder / "lvp_icd.json", [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries]
+
+
 @functools.cache
 def egmla():
     """The program, as its own tests build it, and the tests of the library that are run here."""
@@ -161,12 +210,12 @@ def summary(report):
     }
 
 
-def check(env, filters=()):
+def check(env, filters=(), loader=()):
     """The cases whose ids contain a filter; all without one."""
     program = egmla()
     reports = []
     for filter in filters or [None]:
-        process = run([program, "check", "--json", *(["--filter", filter] if filter else [])], env)
+        process = run([*loader, program, "check", "--json", *(["--filter", filter] if filter else [])], env)
         if not process.stdout.strip():
             raise Failed(last_line(process))
         reports.append(json.loads(process.stdout))
@@ -226,6 +275,18 @@ def part_lavapipe(width):
         return on_driver(env, quick)
 
     return part
+
+
+def part_matrices(quick):
+    """The kernels on matrices of 8 × 8; those on 16 × 16 are their twins."""
+    manifest, loader = newer_lavapipe()
+    env = {"WGPU_BACKEND": "vulkan", "VK_DRIVER_FILES": str(manifest)}
+    result = check(env, ["cooperative_8"], loader)
+    if not quick:
+        triple = re.search("^host: (.*)", run(["rustc", "-vV"]).stdout, re.M)[1]
+        runner = f"CARGO_TARGET_{triple.upper().replace('-', '_')}_RUNNER"
+        layer_tests(env | {runner: " ".join(map(str, loader))}, result)
+    return result
 
 
 def part_swiftshader(quick):
@@ -707,6 +768,7 @@ PARTS = {
     "lavapipe-4": ("lavapipe, subgroups of 4", part_lavapipe(4)),
     "lavapipe-8": ("lavapipe, subgroups of 8", part_lavapipe(8)),
     "lavapipe-16": ("lavapipe, subgroups of 16", part_lavapipe(16)),
+    "matrices": ("lavapipe, matrices of 8 × 8", part_matrices),
     "swiftshader": ("SwiftShader", part_swiftshader),
     "gl": ("OpenGL", part_gl),
     "validation": ("Vulkan validation layers", part_validation),
@@ -720,7 +782,7 @@ PARTS = {
 }
 # CI's own tests run every case on the driver's default width. Installing apart, these
 # take about ten minutes of two processors, most of them the browser's.
-QUICK = ["lavapipe-4", "lavapipe-16", "validation", "naga", "tint", "spirv", "hlsl", "msl", "radv", "browser"]
+QUICK = ["lavapipe-4", "lavapipe-16", "matrices", "validation", "naga", "tint", "spirv", "hlsl", "msl", "radv", "browser"]
 
 
 def cpu_seconds():
