@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+
 use common::{Gpu, HIDDEN, config, gpu, gpu_with, stored};
 use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens, Tokens,
@@ -865,23 +867,35 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
     let offered = gpu.kernels.context().cooperative;
     let kernels = Kernels::with_class(gpu.kernels.device(), gpu.kernels.queue(), AdapterClass::Discrete).unwrap();
     let kernels = kernels.with_cooperative(offered);
-    let expected = match (offered.by_16, offered.by_8) {
-        (true, _) => vec!["attention_prefill_cooperative", "matmul_cooperative"],
-        (false, true) => vec!["attention_prefill_cooperative_8", "matmul_cooperative_8"],
-        (false, false) => Vec::new(),
+    let size = match (offered.by_16, offered.by_8) {
+        (true, _) => Some(""),
+        (false, true) => Some("_8"),
+        (false, false) => None,
+    };
+    let named = |of: &[&str], storage| match size {
+        Some(size) if storage == Storage::F16 => of.iter().map(|of| format!("{of}_cooperative{size}")).collect(),
+        _ => Vec::new(),
+    };
+    let used = |recording: &Recording| -> Vec<String> {
+        let names: BTreeSet<_> = recording.kernel_names().filter(|name| name.contains("cooperative")).collect();
+        names.into_iter().map(str::to_owned).collect()
     };
     println!("cooperative matrices: {offered:?}");
-    let config = AttentionConfig { d_latent: 24, d_nope: 16, d_rope: 8, d_value: 16, ..mla() };
+    // Decode takes matrices for more than four heads.
+    let config = AttentionConfig { n_head: 5, d_latent: 24, d_nope: 16, d_rope: 8, d_value: 16, ..mla() };
     let weights = attention_weights(&config, true, 1).unwrap();
     let layer = Layer::new(config.clone(), &weights);
-    let tokens = 71;
-    let hidden = Random::new(5).values(tokens * HIDDEN, 1.0);
+    let (tokens, decoded) = (71, 2);
+    let all = Random::new(5).values((tokens + decoded) * HIDDEN, 1.0);
+    let (hidden, further) = all.split_at(tokens * HIDDEN);
     for (storage, limit) in [(Storage::F32, F32_LIMIT), (Storage::F16, F16_LIMIT)] {
         let attention = Attention::new(&kernels, &config, &weights, stored(storage)).unwrap();
         for broken in [None, Some(37)] {
-            let options = CacheOptions { capacity: 80, storage, ..CacheOptions::default() };
+            let decode_path = DecodePath::Absorbed;
+            let options =
+                CacheOptions { capacity: 80, storage, decode_path, decode_tokens: 2, ..CacheOptions::default() };
             let mut cache = LatentCache::new(&attention, options).unwrap();
-            let mut input = hidden.clone();
+            let mut input = hidden.to_vec();
             if let Some(token) = broken {
                 input[token * HIDDEN] = f32::NAN;
             }
@@ -891,17 +905,30 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
             let counts = [tokens as u32];
             let new = Tokens { counts: &counts, ids: None, hidden: input, out: out.clone() };
             attention.prefill(&mut recording, &mut cache, new).unwrap();
-            let mut used: Vec<_> = recording.kernel_names().filter(|name| name.contains("cooperative")).collect();
-            used.sort_unstable();
-            used.dedup();
-            assert_eq!(used, if storage == Storage::F16 { expected.clone() } else { Vec::new() }, "{storage:?}");
+            assert_eq!(used(&recording), named(&["attention_prefill", "matmul"], storage), "{storage:?}");
             readback::submit(&mut recording).unwrap();
             let got = readback::wait(readback::read_f32(&kernels, &[&out])).unwrap().remove(0);
             let whole = broken.unwrap_or(tokens) * HIDDEN;
             let wide: Vec<f64> = hidden[..whole].iter().map(|&value| value.into()).collect();
-            let reference = layer.forward(&wide, &[], &mut History::default());
+            let mut history = History::default();
+            let reference = layer.forward(&wide, &[], &mut history);
             compare(&got[..whole], &reference, Tolerance { relative: limit }).verdict.unwrap();
             assert!(got[whole..].iter().all(|value| value.is_nan()), "{storage:?}");
+
+            let input = Region::from(&kernels.upload("further", bytemuck::cast_slice(further)).unwrap());
+            let new = Tokens { counts: &[decoded as u32], ids: None, hidden: input, out: out.clone() };
+            let mut recording = Recording::new(&kernels);
+            attention.decode(&mut recording, &mut cache, new).unwrap();
+            assert_eq!(used(&recording), named(&["attention_absorbed"], storage), "{storage:?}");
+            readback::submit(&mut recording).unwrap();
+            let got = readback::wait(readback::read_f32(&kernels, &[&out])).unwrap().remove(0);
+            let got = &got[..decoded * HIDDEN];
+            if broken.is_none() {
+                let wide: Vec<f64> = further.iter().map(|&value| value.into()).collect();
+                compare(got, &layer.forward(&wide, &[], &mut history), Tolerance { relative: limit }).verdict.unwrap();
+            } else {
+                assert!(got.iter().all(|value| value.is_nan()), "{storage:?}");
+            }
         }
     }
     gpu.assert_no_errors();

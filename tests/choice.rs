@@ -132,8 +132,44 @@ fn absorbed_of(d_latent: u32) -> AttentionAbsorbed {
         d_rope: 8,
         cache_rows: 256,
         scale: 1.0,
+        weights: Storage::F32,
         storage: Storage::F16,
     }
+}
+
+#[test]
+fn cooperative_matrices_decode_halves_of_many_heads_where_workgroup_memory_holds_them() {
+    let of = |class, cooperative, workgroup_bytes, op: AttentionAbsorbed| {
+        let mut context =
+            PlanContext { features: COOPERATIVE_FEATURES, cooperative, ..PlanContext::webgpu_defaults(class) };
+        context.limits.max_compute_workgroup_storage_size = workgroup_bytes;
+        (context.subgroup_min_size, context.subgroup_max_size) = (32, 32);
+        let (variant, plan) = choose(&op, &context).unwrap();
+        (variant.spec.name, plan.value("TILE"))
+    };
+    let halves = AttentionAbsorbed { n_head: 16, d_rope: 64, weights: Storage::F16, ..absorbed_of(512) };
+    let both = Cooperative { by_16: true, by_8: true };
+    for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
+        // A device opened with what its adapter has; with WebGPU's 16 KiB.
+        assert_eq!(of(class, both, 32 << 10, halves), ("attention_absorbed_cooperative", 16));
+        assert_eq!(of(class, Cooperative::BY_16, 16 << 10, halves).0, "attention_absorbed_stream");
+        assert_eq!(of(class, both, 16 << 10, halves), ("attention_absorbed_cooperative_8", 8));
+        assert_eq!(of(class, Cooperative::BY_8, 32 << 10, halves), ("attention_absorbed_cooperative_8", 8));
+        // Narrow rows fit 16 KiB.
+        let narrow = AttentionAbsorbed { d_latent: 128, d_rope: 32, ..halves };
+        assert_eq!(of(class, both, 48 << 10, narrow), ("attention_absorbed_cooperative", 32));
+        assert_eq!(of(class, both, 16 << 10, narrow).0, "attention_absorbed_cooperative");
+        for other in [
+            AttentionAbsorbed { n_head: 4, ..halves },
+            AttentionAbsorbed { weights: Storage::F32, ..halves },
+            AttentionAbsorbed { weights: Storage::F32, storage: Storage::F32, ..halves },
+            AttentionAbsorbed { d_latent: 640, ..halves },
+        ] {
+            assert_eq!(of(class, both, 48 << 10, other).0, "attention_absorbed_stream", "{other:?}");
+        }
+        assert_eq!(of(class, Cooperative::NONE, 48 << 10, halves).0, "attention_absorbed_stream");
+    }
+    assert_eq!(of(AdapterClass::Software, both, 48 << 10, halves).0, "attention_absorbed_subgroup");
 }
 
 #[test]

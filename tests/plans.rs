@@ -23,7 +23,7 @@ use egmla::wgpu::{CooperativeMatrixProperties, CooperativeScalarType, Features, 
 use egmla::{Error, Storage};
 use naga::proc::Layouter;
 use naga::valid::ModuleInfo;
-use shaders::{CLASSES, each_case, large_limits, parse, sample, shader, validate, webgpu_limits};
+use shaders::{CLASSES, each_case, large_limits, limits_for, parse, sample, shader, validate};
 
 /// What naga makes of a shader with these overrides: invocations of a workgroup, bytes of workgroup memory as they are,
 /// and as WebGPU counts them against the limit, each variable rounded up to 16.
@@ -50,8 +50,7 @@ fn specialise(
 }
 
 #[test]
-fn every_plan_specialises_its_shader_within_webgpus_limits() {
-    let limits = webgpu_limits();
+fn every_plan_specialises_its_shader_within_the_limits_it_is_made_for() {
     let modules: BTreeMap<_, _> = shaders().map(|spec| (spec.name, parse(spec))).collect();
     let mut done: BTreeMap<&'static str, BTreeMap<Vec<u64>, (u32, u32)>> = BTreeMap::new();
     each_case(|case| {
@@ -73,8 +72,9 @@ fn every_plan_specialises_its_shader_within_webgpus_limits() {
         }
         let (invocations, bytes, counted) = specialise(&what, &modules[spec.name], &plan.overrides);
         assert_eq!((invocations, bytes), planned, "{what}");
-        assert!(counted <= limits.max_compute_workgroup_storage_size && counted <= 16384, "{what}: {counted} bytes");
-        assert!(invocations <= limits.max_compute_invocations_per_workgroup && invocations <= 256, "{what}");
+        let limits = limits_for(spec);
+        assert!(counted <= limits.max_compute_workgroup_storage_size, "{what}: {counted} bytes");
+        assert!(invocations <= limits.max_compute_invocations_per_workgroup, "{what}");
         done.insert(key, planned);
     });
     // Every tuning of every kernel was among them.
@@ -175,7 +175,9 @@ fn every_sample_has_a_shader_on_every_device() {
     for (class, size) in CLASSES.into_iter().flat_map(|class| [4, 8, 32].map(|size| (class, size))) {
         let bare = PlanContext { subgroup_min_size: size, ..PlanContext::webgpu_defaults(class) };
         let by = |cooperative| PlanContext { features: COOPERATIVE_FEATURES, cooperative, ..bare.clone() };
-        for context in [bare.clone(), by(Cooperative::NONE), by(Cooperative::BY_16), by(Cooperative::BY_8)] {
+        // Devices with matrices offer more workgroup memory, too.
+        let all = |cooperative| PlanContext { limits: large_limits(), ..by(cooperative) };
+        for context in [bare.clone(), by(Cooperative::NONE), all(Cooperative::BY_16), all(Cooperative::BY_8)] {
             for operation in REGISTRY {
                 for sample in operation.samples() {
                     match sample.chosen(&context) {

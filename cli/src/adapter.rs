@@ -202,13 +202,17 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
     }
 }
 
-/// WebGPU's default limits, with all of the adapter's buffer sizes: a checkpoint's largest tensor decides what is needed.
+/// WebGPU's default limits, with all of the adapter's buffer sizes, since a checkpoint's largest tensor decides what is needed, and
+/// all of its workgroups' invocations and memory, which the kernels on cooperative matrices use.
 /// An adapter below the defaults gives its own limits: plans check those they depend on.
 pub fn limits(adapter: &wgpu::Adapter) -> wgpu::Limits {
     let offered = adapter.limits();
     wgpu::Limits {
         max_buffer_size: offered.max_buffer_size,
         max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size,
+        max_compute_invocations_per_workgroup: offered.max_compute_invocations_per_workgroup,
+        max_compute_workgroup_size_x: offered.max_compute_workgroup_size_x,
         ..wgpu::Limits::default().or_worse_values_from(&offered)
     }
 }

@@ -244,11 +244,11 @@ def quickest(env):
     return [row["id"] for row in best.values()]
 
 
-def layer_tests(env, result):
+def layer_tests(env, result, only=()):
     """The integration tests of the layer and of faults on the same driver, added to a result: how many passed, what was left
     out. A test that finds nothing to do on a driver prints `not run: why`, and is no test that passed."""
     for tests, name in (("attention", "layer_tests"), ("faults", "fault_tests")):
-        process = run(["cargo", "test", "--quiet", "--no-fail-fast", "--test", tests, "--", "--nocapture"], env)
+        process = run(["cargo", "test", "--quiet", "--no-fail-fast", "--test", tests, "--", *only, "--nocapture"], env)
         counts = re.search(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", process.stdout)
         if not counts:
             raise Failed(f"tests/{tests}.rs: {last_line(process)}")
@@ -282,10 +282,9 @@ def part_matrices(quick):
     manifest, loader = newer_lavapipe()
     env = {"WGPU_BACKEND": "vulkan", "VK_DRIVER_FILES": str(manifest)}
     result = check(env, ["cooperative_8"], loader)
-    if not quick:
-        triple = re.search("^host: (.*)", run(["rustc", "-vV"]).stdout, re.M)[1]
-        runner = f"CARGO_TARGET_{triple.upper().replace('-', '_')}_RUNNER"
-        layer_tests(env | {runner: " ".join(map(str, loader))}, result)
+    triple = re.search("^host: (.*)", run(["rustc", "-vV"]).stdout, re.M)[1]
+    runner = f"CARGO_TARGET_{triple.upper().replace('-', '_')}_RUNNER"
+    layer_tests(env | {runner: " ".join(map(str, loader))}, result, ["cooperative"] if quick else ())
     return result
 
 

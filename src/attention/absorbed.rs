@@ -39,6 +39,7 @@ impl Frame<'_> {
             d_rope: widths.d_rope,
             cache_rows: self.cache.rows(),
             scale: layer.config.scale() as f32,
+            weights: layer.storage,
             storage: self.cache.options().storage,
         };
         let args = attention_absorbed::Args {

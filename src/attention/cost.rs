@@ -159,6 +159,7 @@ fn attend_one_group(config: &AttentionConfig, work: &DecodeWork, storage: Storag
         d_rope,
         cache_rows: work.rows,
         scale: config.scale() as f32,
+        weights: storage,
         storage: work.cache_storage,
     };
     let position = times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope]);

@@ -470,6 +470,7 @@ fn absorbed_attention(
         d_rope,
         cache_rows,
         scale: 0.135_234,
+        weights: storage,
         storage,
     };
     let stored = |width: u32| inputs.stored((cache_rows * storage.row_pitch(width)) as usize, 1.0, storage);

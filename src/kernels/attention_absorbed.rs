@@ -3,7 +3,7 @@
 use super::attention_decode::check_split;
 #[cfg(feature = "check")]
 use super::attention_decode::{SPLIT, SPLITS};
-use crate::adapter::{AdapterClass, PlanContext};
+use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_nonzero};
@@ -64,6 +64,8 @@ pub struct AttentionAbsorbed {
     pub cache_rows: u32,
     /// Factor on the scores, `AttentionConfig::scale`.
     pub scale: f32,
+    /// Storage of the layer's weights: matrices of halves are for layers of halves alone.
+    pub weights: Storage,
     /// Storage of the cache.
     pub storage: Storage,
 }
@@ -93,7 +95,7 @@ impl Op for AttentionAbsorbed {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "attention_absorbed";
-    const VARIANTS: &'static [Variant<Self>] = &[SUBGROUP, STREAM, PLAIN];
+    const VARIANTS: &'static [Variant<Self>] = &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, STREAM, PLAIN];
 
     fn widths(&self) -> [(&'static str, u32); 4] {
         [("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_latent", self.d_latent), ("", 0)]
@@ -203,11 +205,12 @@ pub(super) fn wide_enough(context: &PlanContext) -> bool {
     context.class != AdapterClass::Software || context.subgroup_min_size >= 8
 }
 
+/// Heads per team of [`STREAM`].
+const STREAM_HEADS: u32 = 4;
+
 /// In registers, each cache row read once: for GPUs with subgroups. Tuning: most teams per workgroup; a team shares a cache row.
 pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
     const TUNINGS: &[u32] = &[4, 1, 8];
-    /// Heads per team.
-    const HEADS: u32 = 4;
     /// Most lanes per team.
     const MOST_LANES: u32 = 32;
     /// Part of a cache row that a lane holds: 16-byte loads of the latent, words of the rotary key.
@@ -221,7 +224,7 @@ pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
         |op, context, setting| {
             op.check_aligned()?;
             let AttentionAbsorbed { d_latent, d_rope, storage, .. } = *op;
-            let teams = TUNINGS[setting].min(op.n_head.div_ceil(HEADS));
+            let teams = TUNINGS[setting].min(op.n_head.div_ceil(STREAM_HEADS));
             // No more lanes than a cache row has loads.
             let row_loads = storage.row_loads(d_latent);
             let lanes = context.lanes(MOST_LANES).min(row_loads.next_power_of_two().max(4));
@@ -230,7 +233,7 @@ pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
             if loads > MOST_LOADS || rope_words > MOST_WORDS {
                 return Err(format!("{lanes} lanes do not hold a row of d_latent {d_latent} and d_rope {d_rope}"));
             }
-            Ok(op.draft(lanes * teams, HEADS * teams).with([
+            Ok(op.draft(lanes * teams, STREAM_HEADS * teams).with([
                 ("LANES", lanes),
                 ("TEAMS", teams),
                 ("LOADS", loads),
@@ -249,11 +252,104 @@ pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
     )
     .subgroups(4)
     .auto(|op, _| {
-        let groups = op.splits.saturating_mul(op.most_tokens).saturating_mul(op.n_head.div_ceil(HEADS));
+        let groups = op.splits.saturating_mul(op.most_tokens).saturating_mul(op.n_head.div_ceil(STREAM_HEADS));
         usize::from(groups < FEW)
     })
     .preferred(|op, context| op.aligned() && context.class != AdapterClass::Software)
 };
+
+/// By cooperative matrices of 16 × 16: for layers of halves, more heads than a team of [`STREAM`] has.
+///
+/// Queries and weights are rounded to f16, sums and the softmax are f32. A score is off by about 2⁻¹¹ of its terms, a weight by
+/// 2⁻¹¹ of itself. Tuning: (matrices of cache rows at a time, subgroups).
+pub(crate) const COOPERATIVE: Variant<AttentionAbsorbed> = Variant::<AttentionAbsorbed>::new(
+    ("attention_absorbed_cooperative", include_str!("../../shaders/attention_absorbed_cooperative.wgsl")),
+    MATRICES.len(),
+    |op, context, setting| by_matrices(op, 16, context, setting),
+    |_, context, plan| whole_matrices(16, context, plan),
+)
+.cooperative(Cooperative::BY_16)
+.preferred(halves_of_many_heads);
+
+/// The same with matrices of 8 × 8: Apple's GPUs have these.
+pub(crate) const COOPERATIVE_8: Variant<AttentionAbsorbed> = Variant::<AttentionAbsorbed>::new(
+    ("attention_absorbed_cooperative_8", include_str!("../../shaders/attention_absorbed_cooperative_8.wgsl")),
+    MATRICES.len(),
+    |op, context, setting| by_matrices(op, 8, context, setting),
+    |_, context, plan| whole_matrices(8, context, plan),
+)
+.cooperative(Cooperative::BY_8)
+.preferred(halves_of_many_heads);
+
+/// (matrices of cache rows at a time, subgroups). The last holds the widest rows.
+const MATRICES: &[(u32, u32)] = &[(2, 8), (2, 4), (1, 4), (1, 8)];
+
+/// Most matrices of queries that a subgroup keeps in registers: of 16 × 16, AMD's compiler spills more than five.
+const fn most_kept(side: u32) -> u32 {
+    if side == 16 { 5 } else { 9 }
+}
+
+/// Most matrices of value columns.
+const MOST_COLUMNS: u32 = 8;
+
+/// The draft of a setting, or of the first behind it that holds the widths.
+fn by_matrices(op: &AttentionAbsorbed, side: u32, context: &PlanContext, setting: usize) -> Result<Draft, String> {
+    op.check_aligned()?;
+    if op.storage != Storage::F16 {
+        return Err("the cache must be stored in f16".to_owned());
+    }
+    let [latent, rope] = [op.d_latent, op.d_rope].map(|width| width.next_multiple_of(side));
+    // Matrices of queries that a subgroup keeps, and of columns.
+    let held = |(blocks, teams): (u32, u32)| {
+        ((latent + rope).div_ceil(side).div_ceil(teams / blocks), (latent / side).div_ceil(teams))
+    };
+    let holds = |&of: &(u32, u32)| held(of).0 <= most_kept(side) && held(of).1 <= MOST_COLUMNS;
+    let Some(&(blocks, teams)) = MATRICES[setting..].iter().find(|of| holds(of)) else {
+        let AttentionAbsorbed { d_latent, d_rope, .. } = op;
+        return Err(format!("8 subgroups do not hold a row of d_latent {d_latent} and d_rope {d_rope}"));
+    };
+    let (tile, shares, (kept, columns)) = (blocks * side, teams / blocks, held((blocks, teams)));
+    // Four lanes per head at least.
+    let workgroup = (teams * context.widest_subgroup()).max(4 * side);
+    let lanes = context.lanes(tile.min(workgroup / side));
+    let pitch = shares * kept * side + 8;
+    let grid = Grid::Tiled { size: [op.splits, op.n_head, op.most_tokens], tile: [1, side, 1] };
+    Ok(Draft::new(workgroup, grid)
+        .with([("WORKGROUP", workgroup), ("TEAMS", teams), ("TILE", tile), ("LANES", lanes)])
+        .with([("LATENT", latent), ("ROPE", rope), ("KEPT", kept), ("COLUMNS", columns), ("SPLIT", op.split)])
+        // A tile, scores, weights and factors, 32 bytes more.
+        .bytes(2 * tile * pitch + 4 * shares * side * (tile + 4) + 2 * side * (tile + 8) + 4 * side + 32))
+}
+
+fn whole_matrices(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    let [workgroup, teams, tile, lanes, latent, rope, kept, columns] =
+        ["WORKGROUP", "TEAMS", "TILE", "LANES", "LATENT", "ROPE", "KEPT", "COLUMNS"].map(|name| plan.value(name));
+    let shares = teams * side / tile;
+    hold(&[
+        (plan.tile() == [1, side, 1], "a workgroup has a split of the heads of a matrix"),
+        (workgroup >= teams * u64::from(context.widest_subgroup()), "a workgroup has a whole subgroup for every team"),
+        (
+            tile.is_multiple_of(side) && teams.is_multiple_of(tile / side),
+            "the teams of a block of rows share its scores",
+        ),
+        (plan.value("SPLIT").is_multiple_of(tile), "a split is whole tiles"),
+        (lanes.is_power_of_two() && lanes * side <= workgroup, "every head has its lanes"),
+        (lanes == u64::from(context.lanes(lanes as u32)), "the lanes of a head are of one subgroup"),
+        (latent.is_multiple_of(side) && rope.is_multiple_of(side), "widths are whole matrices"),
+        (
+            (1..=u64::from(most_kept(side as u32))).contains(&kept),
+            "a subgroup keeps one to five or nine matrices of queries",
+        ),
+        (shares * kept * side >= latent + rope, "the queries of all shares are whole"),
+        ((1..=8).contains(&columns) && teams * columns * side >= latent, "one to eight matrices of columns are owned"),
+    ])
+}
+
+/// Matrices round queries and weights: for f16 weights and caches. Software gains nothing by them.
+fn halves_of_many_heads(op: &AttentionAbsorbed, context: &PlanContext) -> bool {
+    let halves = op.weights == Storage::F16 && op.storage == Storage::F16;
+    halves && op.aligned() && op.n_head > STREAM_HEADS && context.class != AdapterClass::Software
+}
 
 crate::vary!(AttentionAbsorbed {
     tokens,
@@ -268,6 +364,7 @@ crate::vary!(AttentionAbsorbed {
     d_rope,
     cache_rows,
     scale,
+    weights,
     storage
 });
 
@@ -275,7 +372,8 @@ crate::vary!(AttentionAbsorbed {
 impl crate::sample::Sampled for AttentionAbsorbed {
     fn samples() -> Vec<Self> {
         let mut all = Vec::new();
-        let widths = [(7, 3, 2), (4, 8, 0), (32, 8, 32), (36, 8, 4), (64, 8, 64), (512, 8, 64)];
+        let widths =
+            [(7, 3, 2), (4, 8, 0), (32, 8, 32), (36, 8, 4), (64, 8, 64), (512, 8, 64), (576, 8, 0), (264, 8, 24)];
         for (n_head, splits) in
             crate::sample::HEADS.into_iter().flat_map(|n_head| [0, 1, 3].map(|splits| (n_head, splits)))
         {
@@ -295,6 +393,7 @@ impl crate::sample::Sampled for AttentionAbsorbed {
                     d_rope,
                     cache_rows: splits * split,
                     scale: 1.0,
+                    weights: storage,
                     storage,
                 }));
             }
@@ -316,6 +415,7 @@ impl crate::sample::Sampled for AttentionAbsorbed {
             d_rope: 4,
             cache_rows: 300,
             scale: 1.0,
+            weights: Storage::F16,
             storage: Storage::F16,
         };
         // 2 splits of 256 rows, but only 300 rows of cache: 300 · 3 heads · (2·8 + 4) multiply-adds.

@@ -39,3 +39,31 @@ pub fn attention_absorbed(
     }
     partial
 }
+
+/// [`attention_absorbed`](attention_absorbed()) of queries that are rounded to f16: all of a head, `a` and `q_rope`, in units of
+/// the power of two below its largest element, so that the rounding is 2⁻¹¹ of that element at most, whatever its size.
+#[expect(clippy::too_many_arguments, reason = "one argument per input of the kernel")]
+pub fn attention_absorbed_of_halves(
+    a: &[f64],
+    q_rope: &[f64],
+    latent: &[f64],
+    k_rope: &[f64],
+    splits: &[(usize, Range<usize>)],
+    n_head: usize,
+    d_latent: usize,
+    d_rope: usize,
+    scale: f64,
+) -> Partial {
+    let (mut a, mut q_rope) = (a.to_vec(), q_rope.to_vec());
+    for head in 0..a.len() / d_latent.max(1) {
+        let (a, q_rope) = (&mut a[head * d_latent..][..d_latent], &mut q_rope[head * d_rope..][..d_rope]);
+        let largest = a.iter().chain(&*q_rope).fold(0f32, |most, value| most.max(value.abs() as f32));
+        // The exponent alone; of numbers below the smallest normal one, that one's.
+        let exponent = (largest.to_bits() & 0x7f80_0000).clamp(0x0080_0000, 0x7e80_0000);
+        let unit = f64::from(f32::from_bits(exponent));
+        for value in a.iter_mut().chain(q_rope) {
+            *value = half::f16::from_f64(*value / unit).to_f64() * unit;
+        }
+    }
+    attention_absorbed(&a, &q_rope, latent, k_rope, splits, n_head, d_latent, d_rope, scale)
+}

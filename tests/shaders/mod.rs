@@ -89,8 +89,18 @@ pub fn subgroups(spec: &Spec) -> &'static [(u32, u32)] {
     }
 }
 
-/// Every plan of every sample: each class of adapter, each size of its subgroups where they matter, each tuning, WebGPU's default
-/// limits. Where a device offers more, plans are the same: see `larger_limits_change_no_plan`. A shader may refuse samples that
+/// The limits that a shader is made for: WebGPU's, but for decode by matrices, which needs what devices with matrices offer.
+pub fn limits_for(spec: &Spec) -> Limits {
+    match spec.name {
+        "attention_absorbed_cooperative" | "attention_absorbed_cooperative_8" => {
+            Limits { max_compute_workgroup_storage_size: 48 << 10, ..large_limits() }
+        }
+        _ => Limits::default(),
+    }
+}
+
+/// Every plan of every sample: each class of adapter, each size of its subgroups where they matter, each tuning, the limits that
+/// the shader is made for. Where a device offers more, plans are the same: see `larger_limits_change_no_plan`. A shader may refuse samples that
 /// another takes; it may not refuse all, and none for a limit.
 pub fn each_case(mut visit: impl FnMut(Case<'_>)) {
     for operation in REGISTRY {
@@ -101,7 +111,7 @@ pub fn each_case(mut visit: impl FnMut(Case<'_>)) {
                 CLASSES.into_iter().flat_map(|class| subgroups(spec).iter().map(move |sizes| (class, sizes)))
             {
                 let context =
-                    &PlanContext { subgroup_min_size, subgroup_max_size, ..PlanContext::webgpu_defaults(class) };
+                    &PlanContext { subgroup_min_size, subgroup_max_size, ..PlanContext::new(limits_for(spec), class) };
                 for (sample, tuning) in
                     samples.iter().flat_map(|sample| tunings(spec).map(move |tuning| (sample, tuning)))
                 {

@@ -175,6 +175,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
         d_rope: rope as u32,
         cache_rows: length,
         scale: inputs.scale(),
+        weights: Storage::F32,
         storage: Storage::F32,
     };
     let combine = attention_combine::AttentionCombine { tokens: 1, n_head: heads as u32, width: latent as u32, splits };
