@@ -46,6 +46,7 @@ mod kernels;
 mod op;
 mod plan;
 pub mod random;
+mod rates;
 pub mod readback;
 mod recording;
 #[cfg(any(feature = "check", feature = "decoder"))]
@@ -77,6 +78,7 @@ pub mod low_level {
     pub use crate::cost::*;
     pub use crate::op::*;
     pub use crate::plan::*;
+    pub use crate::rates::*;
     pub use crate::recording::Mark;
     pub use crate::registry::*;
     #[cfg(feature = "check")]

@@ -681,10 +681,16 @@ fn absorbed_decode_keeps_its_tolerance_over_32768_tokens() {
 }
 
 #[test]
-fn auto_takes_the_path_with_less_work() {
-    // A wide latent: absorbing once per id pays only where ids recur.
-    let config = AttentionConfig { d_latent: 64, d_nope: 4, d_rope: 4, d_value: 4, ..gated(GateSite::UpProjected) };
-    let mut config = config;
+fn auto_takes_the_faster_path() {
+    // A wide latent: absorbing once per id pays only where ids recur. Narrow heads would be launches and little else.
+    let mut config = AttentionConfig {
+        n_head: 8,
+        d_latent: 128,
+        d_nope: 32,
+        d_rope: 4,
+        d_value: 32,
+        ..gated(GateSite::UpProjected)
+    };
     config.gate.as_mut().unwrap().vocab_size = 100;
     let path_of = |ids: &[u32], gate_rows| {
         let mut rig = Rig::with(&config, 1, 64, Storage::F32, gate_rows);

@@ -4,13 +4,15 @@
 
 use std::collections::BTreeMap;
 
+use egmla::attention::cost::{DecodeWork, decode_time, faster_path};
+use egmla::bench::paper_120m;
 use egmla::low_level::kernels::attention_prefill::{QUERY_TILES, tile_q};
 use egmla::low_level::kernels::matmul::Layout;
 use egmla::low_level::kernels::{
     AttentionAbsorbed, AttentionDecode, AttentionPrefill, Matmul, RooflineCooperative, shaders,
 };
 use egmla::low_level::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, Op, PlanContext, Tuning, Tunings, choose};
-use egmla::{Storage, wgpu};
+use egmla::{DecodePath, Storage, wgpu};
 
 const NONE: wgpu::Features = wgpu::Features::empty();
 const SUBGROUP: wgpu::Features = wgpu::Features::SUBGROUP;
@@ -313,4 +315,113 @@ fn subgroups_that_no_device_has_do_not_overflow() {
         assert!((4..=128).contains(&plan.workgroup_size), "{plan:?}");
         AttentionPrefill::VARIANTS[0].plan(&prefill_of(16, 1, 1, [8; 3]), &context, Tuning::Auto).unwrap();
     }
+}
+
+/// A device of the class as it usually is.
+fn usual(class: AdapterClass) -> PlanContext {
+    let size = if class == AdapterClass::Software { 8 } else { 32 };
+    let features = if class == AdapterClass::Discrete { COOPERATIVE_FEATURES } else { SUBGROUP };
+    PlanContext { subgroup_max_size: size, cooperative: Cooperative::BY_16, ..context(class, features, size) }
+}
+
+/// Distinct ids among `cached` tokens of the bench's text: 384 of 1 024, 1 592 of 8 192, 4 016 of 32 768.
+fn distinct(cached: u32) -> u32 {
+    let ids = 384.0 * (f64::from(cached) / 1024.0).powf(0.68);
+    cached.min(ids.round() as u32)
+}
+
+/// One new token of each of `batch` sequences, in f16.
+fn step(batch: u32, cached: u32, gated: bool, projected: bool) -> DecodeWork {
+    let groups = if gated { distinct(cached) } else { 0 };
+    let projected = if projected { batch * groups } else { 0 };
+    DecodeWork { tokens: batch, ..DecodeWork::one(batch * cached, batch * groups, projected, Storage::F16) }
+}
+
+/// The shortest caches are rebuilt, longer ones are attended to as they are: a length on either side for every class, MLA and EG-MLA
+/// (all gate rows projected), batch 1 and 32.
+#[test]
+fn the_faster_path_changes_with_the_length() {
+    use AdapterClass::{Apple, Discrete, Integrated, Software};
+    for (class, gated, batch, [short, long]) in [
+        (Software, false, 1, [1, 64]),
+        (Software, false, 32, [1, 16]),
+        (Software, true, 1, [4, 64]),
+        (Software, true, 32, [4, 64]),
+        (Integrated, false, 1, [1, 256]),
+        (Integrated, false, 32, [1, 64]),
+        (Integrated, true, 1, [256, 4096]),
+        (Integrated, true, 32, [256, 4096]),
+        (Discrete, false, 1, [1, 1024]),
+        (Discrete, false, 32, [1, 256]),
+        // Measured on an H200: 75 µs against 166 at 1 024 tokens, 422 against 212 at 8 192.
+        (Discrete, true, 1, [1024, 8192]),
+        (Discrete, true, 32, [64, 2048]),
+        (Apple, false, 1, [1, 256]),
+        (Apple, false, 32, [1, 64]),
+        (Apple, true, 1, [1024, 8192]),
+        (Apple, true, 32, [64, 4096]),
+    ] {
+        let config = paper_120m(if gated { 64 } else { 256 }, gated);
+        let path = |cached| {
+            let work = step(batch, cached, gated, gated);
+            faster_path(&usual(class), &config, &work, 1024, Storage::F16)
+        };
+        let found = [path(short), path(long)];
+        assert_eq!(found, [DecodePath::Expanded, DecodePath::Absorbed], "{class:?}, gated: {gated}, batch {batch}");
+    }
+}
+
+/// Median of a decode row in llvmpipe's committed results, in microseconds.
+fn committed_row(id: &str) -> f64 {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/results/llvmpipe-llvm-15-0-6-256-bits-vulkan.json");
+    let report: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let row = report["rows"].as_array().unwrap().iter().find(|row| row["id"] == id);
+    row.and_then(|row| row["median_us"].as_f64()).unwrap_or_else(|| panic!("no row {id}"))
+}
+
+/// The rows that the rates are fitted to come out within a factor of two.
+#[test]
+fn times_are_about_those_of_the_rows() {
+    let mla = (false, false, DecodePath::Absorbed, "decode/mla_120m_r256");
+    let expanded = (true, false, DecodePath::Expanded, "decode/egmla_120m_r64/expanded");
+    let recompute = (true, true, DecodePath::Absorbed, "decode/egmla_120m_r64/absorbed_recompute");
+    let table = (true, false, DecodePath::Absorbed, "decode/egmla_120m_r64/absorbed_table");
+    let predicted = |class, (gated, projected, path, _), cached| {
+        let (config, work) = (paper_120m(if gated { 64 } else { 256 }, gated), step(1, cached, gated, projected));
+        decode_time(&usual(class), &config, &work, path, 1024, Storage::F16).us
+    };
+    let about = |predicted: f64, measured: f64, what: &str| {
+        let ratio = predicted / measured;
+        assert!((0.5..=2.0).contains(&ratio), "{what}: {predicted:.0} µs, measured {measured:.0}");
+    };
+    for (row, cached) in
+        [mla, expanded, recompute, table].into_iter().flat_map(|row| [1024, 8192, 32_768].map(|c| (row, c)))
+    {
+        let id = format!("{}/t{cached}", row.3);
+        about(predicted(AdapterClass::Software, row, cached), committed_row(&id), &id);
+    }
+    // An H200 at commit 10d32d5, with wgpu's shader checks unless it says otherwise.
+    for (row, cached, measured) in [
+        (expanded, 1024, 75.2),
+        // Without checks.
+        (expanded, 8192, 422.0),
+        (expanded, 32_768, 1785.6),
+        (table, 1024, 166.2),
+        // Without checks.
+        (table, 8192, 212.0),
+        (table, 32_768, 668.5),
+    ] {
+        about(predicted(AdapterClass::Discrete, row, cached), measured, &format!("H200, {}/t{cached}", row.3));
+    }
+}
+
+/// A device whose workgroup memory holds no head of the grouped attention rebuilds.
+#[test]
+fn a_path_that_cannot_run_takes_forever() {
+    let mut small = usual(AdapterClass::Integrated);
+    (small.features, small.limits.max_compute_workgroup_storage_size) = (NONE, 4096);
+    let (config, work) = (paper_120m(64, true), step(1, 32_768, true, false));
+    let time = |path| decode_time(&small, &config, &work, path, 1024, Storage::F16).us;
+    assert_eq!(time(DecodePath::Absorbed), f64::INFINITY);
+    assert_eq!(faster_path(&small, &config, &work, 1024, Storage::F16), DecodePath::Expanded);
 }

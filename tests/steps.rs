@@ -4,6 +4,7 @@
 
 mod common;
 
+use egmla::attention::cost::{DecodeWork, decode_time};
 use egmla::config::{Activation, GateConfig, GateNorm, GateSite, RopeConfig};
 use egmla::random::{Random, attention_weights};
 use egmla::{
@@ -147,4 +148,83 @@ fn shapes_may_take_turns() {
     println!("{first:?}, then {again:?}");
     assert!(2 * again.0 < first.0, "{first:?}, then {again:?}");
     model.gpu.assert_no_errors();
+}
+
+/// A path that is chosen costs the host little more than one that is given: the choice stands while the work is about the same.
+/// These steps choose five times, each by some hundred allocations.
+#[test]
+fn a_choice_of_a_path_is_kept() {
+    for gated in [false, true] {
+        let mut model = Model::new(gated);
+        let sum = |model: &mut Model| (0..256).map(|_| model.step().0).sum::<u64>();
+        sum(&mut model);
+        let given = sum(&mut model);
+        model.cache.set_decode_path(DecodePath::Auto);
+        let chosen = sum(&mut model);
+        println!("gated: {gated}, {given} allocations, then {chosen}");
+        assert!(chosen * 10 <= given * 11, "{given} became {chosen}");
+        model.gpu.assert_no_errors();
+    }
+}
+
+/// The model of time, by which a path is chosen, counts the dispatches that are recorded: of one layer, without those that all
+/// layers share and the projection of resident gate rows.
+#[test]
+fn every_dispatch_of_a_layer_is_counted() {
+    let gpu = common::gpu();
+    let gate = |site, norm| {
+        let (activation, norm_eps) = (Activation::Sigmoid, 1e-5);
+        Some(GateConfig { vocab_size: 50, d_gate: 8, site, activation, norm, norm_eps })
+    };
+    let shared = ["word_scatter", "group_ids", "gate_project"];
+    for (gate, storage, gate_rows) in [
+        (None, Storage::F32, GateRows::Recompute),
+        (None, Storage::F16, GateRows::Recompute),
+        (gate(GateSite::Latent, GateNorm::LayerNorm), Storage::F32, GateRows::Recompute),
+        (gate(GateSite::UpProjected, GateNorm::LayerNorm), Storage::F16, GateRows::Recompute),
+        (gate(GateSite::UpProjected, GateNorm::RmsNorm), Storage::F32, GateRows::Table),
+        (gate(GateSite::UpProjected, GateNorm::None), Storage::F16, GateRows::Table),
+    ] {
+        for (d_q_latent, cached) in [(None, 1), (Some(24), 255), (None, 256), (None, 700)] {
+            let config = AttentionConfig {
+                hidden_size: 32,
+                n_head: 3,
+                d_latent: 20,
+                d_q_latent,
+                d_nope: 12,
+                d_rope: 6,
+                d_value: 10,
+                attention_bias: false,
+                gate: gate.clone(),
+                rope: RopeConfig::default(),
+            };
+            let weights = attention_weights(&config, true, 1).unwrap();
+            let layer =
+                Attention::new(&gpu.kernels, &config, &weights, AttentionOptions { storage, gate_rows }).unwrap();
+            let options =
+                CacheOptions { capacity: 1024, max_tokens: 1024, tile_rows: 256, storage, ..CacheOptions::default() };
+            let mut cache = LatentCache::new(&layer, options).unwrap();
+            let ids: Vec<u32> = (0..=cached).map(|position| position % 50).collect();
+            let past = StepTokens { counts: &[cached], ids: Some(&ids[1..]) };
+            let step = cache.prepare(Mode::Prefill, past).unwrap();
+            cache.commit(step).unwrap();
+            let [hidden, out] = ["hidden", "out"].map(|name| Region::from(&gpu.kernels.allocate(name, 128).unwrap()));
+            let groups = ids.len().min(50) as u32;
+            let of_gate = gate.as_ref().filter(|gate| gate.site == GateSite::UpProjected).map_or(0, |_| groups);
+            let projected = if gate_rows == GateRows::Recompute { of_gate } else { 0 };
+            let work = DecodeWork::one(cached + 1, of_gate, projected, storage);
+            for path in [DecodePath::Expanded, DecodePath::Absorbed] {
+                cache.set_decode_path(path);
+                let mut recording = Recording::new(&gpu.kernels);
+                let new = StepTokens { counts: &[1], ids: Some(&ids[..1]) };
+                let step = cache.prepare(Mode::Decode, new).unwrap();
+                layer.forward(&mut recording, &cache, &step, 0, &hidden, &out).unwrap();
+                let recorded: Vec<_> = recording.kernel_names().filter(|name| !shared.contains(name)).collect();
+                let time = decode_time(gpu.kernels.context(), &config, &work, path, options.tile_rows, storage);
+                assert_eq!(time.dispatches as usize, recorded.len(), "{config:?}, {path:?}, {cached}: {recorded:?}");
+                assert!(time.us.is_finite() && time.us > 0.0, "{config:?}, {path:?}, {cached}");
+            }
+        }
+    }
+    gpu.assert_no_errors();
 }

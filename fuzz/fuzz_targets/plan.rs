@@ -9,7 +9,7 @@ use egmla::attention::cost;
 use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
 use egmla::low_level::kernels::{self, REGISTRY, attention_grouped};
 use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
-use egmla::{Recording, Storage};
+use egmla::{DecodePath, Recording, Storage};
 use egmla_fuzz::{DEVICES, activation, class, norm, number, storage, wide};
 use libfuzzer_sys::fuzz_target;
 
@@ -120,6 +120,8 @@ fn layer(u: &mut Unstructured<'_>, context: &PlanContext) -> Result<()> {
     };
     let _ = cost::attend_expanded(&config, &work, storage);
     let _ = cost::attend_absorbed(&config, &work, storage);
+    let time = cost::decode_time(context, &config, &work, DecodePath::Auto, number(u)?, storage);
+    assert!(time.us >= 0.0, "{time:?}");
     let AttentionConfig { d_latent, d_nope, d_rope, d_value, .. } = config;
     let _ = attention_grouped::tiling(context, attention_grouped::Widths { d_latent, d_nope, d_rope, d_value });
     Ok(())

@@ -98,6 +98,8 @@ pub struct LatentCache {
     identity: u64,
     /// Counts changes of the state: a step made before a change is stale.
     generation: u64,
+    /// The faster path of a decode step's work, as it was last decided.
+    faster: Option<(cost::DecodeWork, DecodePath)>,
 }
 
 impl LatentCache {
@@ -139,6 +141,7 @@ impl LatentCache {
             amplitude: config.rope.amplitude(),
             identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
             generation: 0,
+            faster: None,
         })
     }
 
@@ -216,24 +219,27 @@ impl LatentCache {
         rotations.resize(end, [1.0, 0.0]);
     }
 
-    /// The path of a step by the options: [`DecodePath::Auto`] is the one with fewer FLOPs by [`crate::attention::cost`].
+    /// The path of a step by the options: [`DecodePath::Auto`] is the one that takes less time by [`crate::attention::cost`], a
+    /// choice that is kept while the step's work is about the same.
     ///
     /// # Errors
     /// [`DecodePath::Absorbed`] if the device's workgroup memory holds no head of these widths.
-    pub(super) fn path_of(&self, step: &Step) -> Result<DecodePath> {
-        let possible = || match &self.lists {
-            Some(_) => attention_grouped::tiling(self.kernels.context(), self.widths.grouped()).map(drop),
-            None => Ok(()),
-        };
-        match self.options.decode_path {
-            DecodePath::Expanded => Ok(DecodePath::Expanded),
-            DecodePath::Absorbed => possible().map(|()| DecodePath::Absorbed),
-            DecodePath::Auto if possible().is_err() => Ok(DecodePath::Expanded),
-            DecodePath::Auto => {
-                let work = self.work(step);
-                let absorbed = cost::attend_absorbed(&self.config, &work, self.weights).flops;
-                let expanded = cost::attend_expanded(&self.config, &work, self.weights).flops;
-                Ok(if absorbed <= expanded { DecodePath::Absorbed } else { DecodePath::Expanded })
+    pub(super) fn path_of(&mut self, step: &Step) -> Result<DecodePath> {
+        match (self.options.decode_path, &self.lists) {
+            (DecodePath::Expanded, _) | (DecodePath::Absorbed, None) => Ok(self.options.decode_path),
+            (DecodePath::Absorbed, Some(_)) => {
+                let tiling = attention_grouped::tiling(self.kernels.context(), self.widths.grouped());
+                tiling.map(|_| DecodePath::Absorbed)
+            }
+            (DecodePath::Auto, _) => {
+                let work = self.work(step).rounded();
+                if let Some((_, path)) = self.faster.filter(|(known, _)| *known == work) {
+                    return Ok(path);
+                }
+                let tile_rows = self.workspace.tile_rows;
+                let path = cost::faster_path(self.kernels.context(), &self.config, &work, tile_rows, self.weights);
+                self.faster = Some((work, path));
+                Ok(path)
             }
         }
     }

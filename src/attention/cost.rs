@@ -1,11 +1,16 @@
-//! FLOPs and bytes of a whole layer, for a decode step by either path and a prefill, by the rules of [`Cost`]; and the cache
-//! elements of a token.
+//! FLOPs and bytes of a whole layer, for a decode step by either path and a prefill, by the rules of [`Cost`]; the time of a
+//! decode step by the rules of [`Rates`](crate::low_level::Rates), and the path that takes less of it; and the cache elements of a
+//! token.
 
-use super::widths::gated_segments;
+use std::ops::Add;
+
+use super::layer::DecodePath;
+use super::widths::{self, gated_segments};
+use crate::adapter::PlanContext;
 use crate::config::{AttentionConfig, GateConfig, GateNorm};
 use crate::cost::{Cost, times};
-use crate::kernels::attention_decode::SPLIT;
-use crate::kernels::attention_grouped::{Tiling, Widths};
+use crate::kernels::attention_decode::{SPLIT, split_length};
+use crate::kernels::attention_grouped::{self, Tiling, Widths};
 use crate::kernels::attention_prefill::QUERY_TILES;
 use crate::kernels::cache_append::Queries;
 use crate::kernels::cache_read::Table;
@@ -15,8 +20,9 @@ use crate::kernels::{
     AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheRead,
     Gate, GateStatistics, Gather, Matmul, Norm,
 };
-use crate::op::Op as _;
-use crate::storage::{Segments, Storage};
+use crate::op::{Op, choose};
+use crate::rates::Time;
+use crate::storage::{Segments, Storage, product};
 
 /// The work of a decode step: what its new tokens attend to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +53,152 @@ impl DecodeWork {
             cache_storage,
         }
     }
+
+    /// The same with counts rounded up to four binary digits: a choice made for it stands while they grow by an eighth.
+    pub(super) fn rounded(self) -> Self {
+        let wide = |count: u64| {
+            let unit = 1 << (64 - count.leading_zeros()).saturating_sub(4);
+            count.checked_next_multiple_of(unit).unwrap_or(count)
+        };
+        let narrow = |count: u32| u32::try_from(wide(count.into())).unwrap_or(count);
+        DecodeWork {
+            rows: narrow(self.rows),
+            positions: wide(self.positions),
+            groups: wide(self.groups),
+            projected: narrow(self.projected),
+            ..self
+        }
+    }
+}
+
+/// What the dispatches of a path add up to.
+trait Tally {
+    /// Their sum.
+    type Sum: Add<Output = Self::Sum> + Default;
+
+    /// How a step is cut into dispatches and workgroups.
+    fn cut(&self) -> Cut;
+
+    /// A dispatch and the work that its sizes do not tell.
+    fn with<O: Op>(&self, op: &O, further: Cost) -> Self::Sum;
+
+    /// The sum, `count` times.
+    fn times(sum: Self::Sum, count: u32) -> Self::Sum;
+
+    /// A dispatch.
+    fn of<O: Op>(&self, op: &O) -> Self::Sum {
+        self.with(op, Cost::default())
+    }
+}
+
+/// How a step is cut into dispatches and workgroups.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    /// Cache rows of a partial result.
+    split: u32,
+    /// Cache rows whose keys and values are rebuilt at once.
+    tile_rows: u32,
+    /// Groups of a workgroup, and of a partial result.
+    tiling: Tiling,
+}
+
+/// FLOPs and bytes, whatever the device: longest splits, one tile, one partial result per sixteen groups.
+struct Counted;
+
+impl Tally for Counted {
+    type Sum = Cost;
+
+    fn cut(&self) -> Cut {
+        Cut { split: SPLIT, tile_rows: u32::MAX, tiling: Tiling { groups: 4, span: 4 } }
+    }
+
+    fn with<O: Op>(&self, op: &O, further: Cost) -> Cost {
+        op.cost() + further
+    }
+
+    fn times(Cost { flops, bytes }: Cost, count: u32) -> Cost {
+        Cost { flops: flops.saturating_mul(count.into()), bytes: bytes.saturating_mul(count.into()) }
+    }
+}
+
+/// Microseconds of the plans that a device would run.
+struct Timed<'a> {
+    context: &'a PlanContext,
+    cut: Cut,
+}
+
+impl Tally for Timed<'_> {
+    type Sum = Time;
+
+    fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    fn with<O: Op>(&self, op: &O, further: Cost) -> Time {
+        match choose(op, self.context) {
+            Ok((_, plan)) => self.context.class.time(O::NAME, op.cost() + further, &plan),
+            Err(_) => Time::NEVER,
+        }
+    }
+
+    fn times(Time { us, dispatches }: Time, count: u32) -> Time {
+        Time { us: us * f64::from(count), dispatches: dispatches.saturating_mul(count) }
+    }
+}
+
+/// Time of a decode step through one whole layer by a path, as [`Rates`](crate::low_level::Rates) has it: dispatches that all
+/// layers share are not counted. [`DecodePath::Auto`] is the path with less of it. `tile_rows` is that of
+/// [`CacheOptions`](super::CacheOptions), `storage` that of the weights.
+///
+/// Infinite where no shader of the device can run the path.
+pub fn decode_time(
+    context: &PlanContext,
+    config: &AttentionConfig,
+    work: &DecodeWork,
+    path: DecodePath,
+    tile_rows: u32,
+    storage: Storage,
+) -> Time {
+    // Plans are those of the padded widths.
+    let Ok(config) = widths::padded(config) else { return Time::NEVER };
+    let tiling = attention_grouped::tiling(context, grouped_widths(&config));
+    let tally = |tiling| {
+        let split = split_length(context, work.positions, config.n_head);
+        Timed { context, cut: Cut { split, tile_rows: tile_rows.max(SPLIT), tiling } }
+    };
+    let expanded = || {
+        // Not used by this path.
+        let tally = tally(Tiling { groups: 1, span: 1 });
+        projections(&tally, &config, work.tokens, storage) + expanded(&tally, &config, work, storage)
+    };
+    let absorbed = || match (config.up_projected_gate(), tiling) {
+        (Some(_), Err(_)) => Time::NEVER,
+        (_, tiling) => {
+            let tally = tally(tiling.unwrap_or(Tiling { groups: 1, span: 1 }));
+            projections(&tally, &config, work.tokens, storage) + absorbed(&tally, &config, work, storage)
+        }
+    };
+    match path {
+        DecodePath::Expanded => expanded(),
+        DecodePath::Absorbed => absorbed(),
+        DecodePath::Auto => {
+            let (absorbed, expanded) = (absorbed(), expanded());
+            if absorbed.us < expanded.us { absorbed } else { expanded }
+        }
+    }
+}
+
+/// The path that takes less time by [`decode_time`]: what [`DecodePath::Auto`] takes.
+pub fn faster_path(
+    context: &PlanContext,
+    config: &AttentionConfig,
+    work: &DecodeWork,
+    tile_rows: u32,
+    storage: Storage,
+) -> DecodePath {
+    let [absorbed, expanded] = [DecodePath::Absorbed, DecodePath::Expanded]
+        .map(|path| decode_time(context, config, work, path, tile_rows, storage).us);
+    if absorbed < expanded { DecodePath::Absorbed } else { DecodePath::Expanded }
 }
 
 /// One new token of one sequence through one whole layer, keys and values rebuilt from the cache.
@@ -54,7 +206,8 @@ impl DecodeWork {
 /// `cached` tokens are attended to, the new one included. The sum of the layer's dispatches over all cache rows, without padding:
 /// each weight counts once, however many tiles read it. Weights and cache in `storage`.
 pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) -> Cost {
-    projections(config, 1, storage) + attend_expanded(config, &DecodeWork::one(cached, 0, 0, storage), storage)
+    projections(&Counted, config, 1, storage)
+        + attend_expanded(config, &DecodeWork::one(cached, 0, 0, storage), storage)
 }
 
 /// One new token of one sequence through one whole layer, over the cached latents themselves.
@@ -63,55 +216,71 @@ pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) 
 /// projected first. The two matter with the gate at `up_projected` alone. Otherwise as [`decode_expanded`].
 pub fn decode_absorbed(config: &AttentionConfig, cached: u32, groups: u32, projected: u32, storage: Storage) -> Cost {
     let work = DecodeWork::one(cached, groups, projected, storage);
-    projections(config, 1, storage) + attend_absorbed(config, &work, storage)
+    projections(&Counted, config, 1, storage) + attend_absorbed(config, &work, storage)
 }
 
 /// The expanded path's part of a step: keys and values of `work.rows` cache rows for `rows · D · (d_latent + d_gate)` multiply-adds,
 /// the second term only with the gate at `up_projected`, and the attention over them.
 pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
+    expanded(&Counted, config, work, storage)
+}
+
+fn expanded<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> T::Sum {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
-    let rows = work.rows;
-    // Partial results as of the longest splits: shorter ones, which fill a device, are its business.
-    let splits = rows.div_ceil(SPLIT).saturating_mul(work.tokens);
-    let attention = AttentionDecode {
-        tokens: work.tokens,
-        most_tokens: 1,
-        partials: splits,
-        split: SPLIT,
-        n_sequence: 1,
-        n_head,
-        d_nope,
-        d_rope,
-        d_value,
-        kv_first: 0,
-        kv_rows: rows,
-        cache_rows: rows,
-        scale: config.scale() as f32,
-        storage: work.cache_storage,
-        kv_storage: Storage::F32,
+    let Cut { split, tile_rows, .. } = tally.cut();
+    let partials = partials(work, split);
+    let tile = |rows: u32, further: Cost| {
+        let attention = AttentionDecode {
+            tokens: work.tokens,
+            most_tokens: 1,
+            partials,
+            split,
+            n_sequence: 1,
+            n_head,
+            d_nope,
+            d_rope,
+            d_value,
+            kv_first: 0,
+            kv_rows: rows.checked_next_multiple_of(SPLIT).unwrap_or(rows),
+            cache_rows: rows,
+            scale: config.scale() as f32,
+            storage: work.cache_storage,
+            kv_storage: Storage::F32,
+        };
+        rebuilding(tally, config, rows, work.cache_storage, storage) + tally.with(&attention, further)
     };
-    let further = Cost {
-        flops: further_positions(work).saturating_mul(times(2, &[n_head, d_nope + d_rope + d_value])),
-        bytes: 0,
-    };
-    rebuilding(config, rows, work.cache_storage, storage)
-        + attention.cost()
-        + further
-        + merged(work.tokens, n_head, d_value, splits)
+    // The last tile, then the whole ones before it.
+    let last = work.rows.saturating_sub(1) % tile_rows + 1;
+    let mut sum = tile(last.min(work.rows), further(work, times(2, &[n_head, d_nope + d_rope + d_value])));
+    let whole = work.rows.saturating_sub(last) / tile_rows;
+    if whole > 0 {
+        sum = sum + T::times(tile(tile_rows, Cost::default()), whole);
+    }
+    sum + merged(tally, work.tokens, n_head, d_value, partials)
 }
 
 /// The absorbed path's part of a step: `positions · n_head · (2·d_latent + d_rope)` multiply-adds, and `D · d_latent` for
 /// every new token, or, with the gate at `up_projected`, for every distinct id of its sequence; there the new tokens' own keys
 /// and values for their statistics, and `D · d_gate` for every gate row that is not resident.
 pub fn attend_absorbed(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
+    absorbed(&Counted, config, work, storage)
+}
+
+fn absorbed<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> T::Sum {
     match config.up_projected_gate() {
-        Some(gate) => attend_grouped(config, gate, work, storage),
-        None => attend_one_group(config, work, storage),
+        Some(gate) => attend_grouped(tally, config, gate, work, storage),
+        None => attend_one_group(tally, config, work, storage),
     }
 }
 
 /// Keys and values of `cached` tokens, from their latents.
-fn rebuilding(config: &AttentionConfig, cached: u32, cache_storage: Storage, storage: Storage) -> Cost {
+fn rebuilding<T: Tally>(
+    tally: &T,
+    config: &AttentionConfig,
+    cached: u32,
+    cache_storage: Storage,
+    storage: Storage,
+) -> T::Sum {
     let (d_latent, d_kv) = (config.d_latent, config.d_kv());
     let read = CacheRead {
         first_row: 0,
@@ -126,31 +295,40 @@ fn rebuilding(config: &AttentionConfig, cached: u32, cache_storage: Storage, sto
         }),
         storage: cache_storage,
     };
-    let gated = config.up_projected_gate().map_or(Cost::default(), |gate| {
+    let gated = config.up_projected_gate().map_or(T::Sum::default(), |gate| {
         let statistics_rows = if gate.norm == GateNorm::None { 0 } else { cached };
-        gated(gate, cached, gated_segments(config, gate), statistics_rows, storage)
+        gated(tally, gate, cached, gated_segments(config, gate), statistics_rows, storage)
     });
-    read.cost() + linear(cached, d_latent, d_kv, false, storage) + gated
+    tally.of(&read) + linear(tally, cached, d_latent, d_kv, false, storage) + gated
 }
 
-/// Positions beyond those that a single token sees.
-fn further_positions(work: &DecodeWork) -> u64 {
-    work.positions.saturating_sub(work.rows.into())
+/// Partial results of the kernels that split the cache by rows.
+fn partials(work: &DecodeWork, split: u32) -> u32 {
+    u32::try_from(work.positions.div_ceil(split.into())).unwrap_or(u32::MAX)
 }
 
-fn attend_one_group(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
+/// The work of positions beyond those that a single token sees.
+fn further(work: &DecodeWork, position: u64) -> Cost {
+    Cost { flops: work.positions.saturating_sub(work.rows.into()).saturating_mul(position), bytes: 0 }
+}
+
+fn attend_one_group<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> T::Sum {
     let AttentionConfig { n_head, d_latent, d_nope, d_rope, d_value, .. } = *config;
-    let one_a_head = |inner: u32, cols: u32| {
-        let layout = Layout { batch: 1, ..Layout::dense(inner) };
-        Matmul { batch: n_head, x: layout, w: layout, ..Matmul::linear(work.tokens, inner, cols, false, storage) }
+    let head_weights = (d_nope + d_value).saturating_mul(d_latent);
+    let one_a_head = |x: Layout, w: Layout, inner: u32, cols: u32| {
+        let (w, batch) = (Layout { batch: head_weights, ..w }, n_head);
+        Matmul { batch, x, w, ..Matmul::linear(work.tokens, inner, cols, false, storage) }
     };
-    let splits = work.rows.div_ceil(SPLIT);
-    let partials = splits.saturating_mul(work.tokens);
+    let queries = Layout { offset: 0, row: n_head * config.d_query(), inner: 1, batch: config.d_query() };
+    let latents = Layout { offset: 0, row: n_head.saturating_mul(d_latent), inner: 1, batch: d_latent };
+    let across = Layout { offset: 0, row: 1, inner: d_latent, batch: 0 };
+    let split = tally.cut().split;
+    let (splits, partials) = (work.rows.div_ceil(split), partials(work, split));
     let attention = AttentionAbsorbed {
         tokens: work.tokens,
         most_tokens: 1,
         n_sequence: 1,
-        split: SPLIT,
+        split,
         splits,
         partials,
         n_head,
@@ -163,14 +341,24 @@ fn attend_one_group(config: &AttentionConfig, work: &DecodeWork, storage: Storag
         storage: work.cache_storage,
     };
     let position = times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope]);
-    one_a_head(d_nope, d_latent).cost()
-        + attention.cost()
-        + Cost { flops: further_positions(work).saturating_mul(position), bytes: 0 }
-        + merged(work.tokens, n_head, d_latent, partials)
-        + one_a_head(d_latent, d_value).cost()
+    tally.of(&one_a_head(queries, across, d_nope, d_latent))
+        + tally.with(&attention, further(work, position))
+        + merged(tally, work.tokens, n_head, d_latent, partials)
+        + tally.of(&one_a_head(latents, Layout::dense(d_latent), d_latent, d_value))
 }
 
-fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork, storage: Storage) -> Cost {
+fn grouped_widths(config: &AttentionConfig) -> Widths {
+    let AttentionConfig { d_latent, d_nope, d_rope, d_value, .. } = *config;
+    Widths { d_latent, d_nope, d_rope, d_value }
+}
+
+fn attend_grouped<T: Tally>(
+    tally: &T,
+    config: &AttentionConfig,
+    gate: &GateConfig,
+    work: &DecodeWork,
+    storage: Storage,
+) -> T::Sum {
     let (n_head, d_value, d_kv) = (config.n_head, config.d_value, config.d_kv());
     let projected = if work.projected > 0 { work.projected.saturating_add(work.tokens) } else { 0 };
     let resident = if projected > 0 { 0 } else { gate.vocab_size };
@@ -190,8 +378,9 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         storage: if projected > 0 { Storage::F32 } else { storage },
         more_storage,
     };
-    // One partial result per sixteen groups: an entry in software; fewer on a GPU.
-    let partials = u32::try_from(work.groups.div_ceil(16)).unwrap_or(u32::MAX);
+    let tiling = tally.cut().tiling;
+    // One partial result per entry.
+    let partials = u32::try_from(work.groups.div_ceil(tiling.entry_groups().into())).unwrap_or(u32::MAX);
     let attention = AttentionGrouped {
         tokens: work.tokens,
         most_tokens: 1,
@@ -200,8 +389,8 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         partials,
         most_partials: partials,
         n_head,
-        widths: Widths { d_latent: config.d_latent, d_nope: config.d_nope, d_rope: config.d_rope, d_value },
-        tiling: Tiling { groups: 4, span: 4 },
+        widths: grouped_widths(config),
+        tiling,
         table: 0,
         list_words: 0,
         cache_rows: work.rows,
@@ -231,22 +420,28 @@ fn attend_grouped(config: &AttentionConfig, gate: &GateConfig, work: &DecodeWork
         vocab_size: work.rows,
         storage: work.cache_storage,
     };
-    let own = linear(work.tokens, config.d_latent, d_kv, false, storage);
-    let measured = when_normed(gate, cached.cost() + own + statistics.cost());
-    let projection = if projected > 0 { linear(projected, gate.d_gate, d_kv, false, storage) } else { Cost::default() };
-    rows.cost() + projection + measured + attention.cost() + merged(work.tokens, n_head, d_value, partials)
+    let measured = match gate.norm {
+        GateNorm::None => T::Sum::default(),
+        GateNorm::RmsNorm | GateNorm::LayerNorm => {
+            tally.of(&cached)
+                + linear(tally, work.tokens, config.d_latent, d_kv, false, storage)
+                + tally.of(&statistics)
+        }
+    };
+    tally.of(&rows)
+        + linear(tally, projected, gate.d_gate, d_kv, false, storage)
+        + measured
+        + tally.of(&attention)
+        + merged(tally, work.tokens, n_head, d_value, partials)
 }
 
-fn when_normed(gate: &GateConfig, cost: Cost) -> Cost {
-    if gate.norm == GateNorm::None { Cost::default() } else { cost }
+/// A product; none without rows.
+fn linear<T: Tally>(tally: &T, rows: u32, inner: u32, cols: u32, bias: bool, storage: Storage) -> T::Sum {
+    if rows == 0 { T::Sum::default() } else { tally.of(&Matmul::linear(rows, inner, cols, bias, storage)) }
 }
 
-fn linear(rows: u32, inner: u32, cols: u32, bias: bool, storage: Storage) -> Cost {
-    Matmul::linear(rows, inner, cols, bias, storage).cost()
-}
-
-fn merged(tokens: u32, n_head: u32, width: u32, splits: u32) -> Cost {
-    AttentionCombine { tokens, n_head, width, splits }.cost()
+fn merged<T: Tally>(tally: &T, tokens: u32, n_head: u32, width: u32, splits: u32) -> T::Sum {
+    tally.of(&AttentionCombine { tokens, n_head, width, splits })
 }
 
 /// `tokens` new tokens of one sequence without a past through one whole layer.
@@ -272,7 +467,9 @@ pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         weights: storage,
         storage,
     };
-    projections(config, tokens, storage) + rebuilding(config, tokens, storage, storage) + causal(&attention)
+    projections(&Counted, config, tokens, storage)
+        + rebuilding(&Counted, config, tokens, storage, storage)
+        + causal(&attention)
 }
 
 /// Cost of a causal prefill attention: one sequence without a past, in one tile.
@@ -284,7 +481,14 @@ pub fn causal(problem: &AttentionPrefill) -> Cost {
 }
 
 /// The projection of embeddings, and the gate itself.
-fn gated(config: &GateConfig, rows: u32, segments: Segments, statistics_rows: u32, storage: Storage) -> Cost {
+fn gated<T: Tally>(
+    tally: &T,
+    config: &GateConfig,
+    rows: u32,
+    segments: Segments,
+    statistics_rows: u32,
+    storage: Storage,
+) -> T::Sum {
     let gate = Gate {
         rows,
         segments,
@@ -296,32 +500,36 @@ fn gated(config: &GateConfig, rows: u32, segments: Segments, statistics_rows: u3
         statistics_rows,
         storage,
     };
-    linear(rows, config.d_gate, segments.used(), false, storage) + gate.cost()
+    linear(tally, rows, config.d_gate, segments.used(), false, storage) + tally.of(&gate)
 }
 
-/// Cost of new tokens on every path: queries, latents and rotary keys into the cache, outputs.
-fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost {
+/// New tokens on every path: queries, latents and rotary keys into the cache, outputs.
+fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, storage: Storage) -> T::Sum {
     let AttentionConfig { hidden_size, n_head, d_latent, d_rope, attention_bias: bias, .. } = *config;
     let d_q = n_head * config.d_query();
-    let rms = |width: u32| {
-        let (x_offset, x_row, eps) = (0, width, 0.0);
-        let (kind, second, bias) = (Kind::Rms, 0, false);
-        Norm { rows: tokens, width, second, x_offset, x_row, eps, kind, bias, storage }.cost()
+    // Both norms are one dispatch.
+    let rms = |width: u32, second: u32| {
+        let (x_offset, x_row, eps) = (0, width + second, 0.0);
+        tally.of(&Norm { rows: tokens, width, second, x_offset, x_row, eps, kind: Kind::Rms, bias: false, storage })
     };
     let d_kv_a = d_latent + d_rope;
     let down = match config.d_q_latent {
-        None => linear(tokens, hidden_size, d_q, false, storage) + linear(tokens, hidden_size, d_kv_a, bias, storage),
+        None => {
+            linear(tally, tokens, hidden_size, d_q, false, storage)
+                + linear(tally, tokens, hidden_size, d_kv_a, bias, storage)
+                + rms(d_latent, 0)
+        }
         // Both down projections are one product.
         Some(rank) => {
-            linear(tokens, hidden_size, rank + d_kv_a, bias, storage)
-                + rms(rank)
-                + linear(tokens, rank, d_q, false, storage)
+            linear(tally, tokens, hidden_size, rank + d_kv_a, bias, storage)
+                + rms(rank, d_latent)
+                + linear(tally, tokens, rank, d_q, false, storage)
         }
     };
-    let latent_gate = config.latent_gate().map_or(Cost::default(), |gate| {
+    let latent_gate = config.latent_gate().map_or(T::Sum::default(), |gate| {
         let (width, vocab_size) = (gate.d_gate, gate.vocab_size);
         let table = Gather { rows: tokens, width, table_row: width, vocab_size, storage };
-        table.cost() + gated(gate, tokens, gated_segments(config, gate), 0, storage)
+        tally.of(&table) + gated(tally, gate, tokens, gated_segments(config, gate), 0, storage)
     });
     let append = CacheAppend {
         tokens,
@@ -334,13 +542,10 @@ fn projections(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         rope_row: d_rope,
         rotate: true,
         queries: Queries { n_head, offset: 0, row: d_q, head: config.d_query() },
-        rope_byte: 0,
+        rope_byte: product(&[tokens, storage.row_loads(d_latent), 16]),
         storage,
     };
-    down + rms(d_latent)
-        + latent_gate
-        + append.cost()
-        + linear(tokens, n_head * config.d_value, hidden_size, bias, storage)
+    down + latent_gate + tally.of(&append) + linear(tally, tokens, n_head * config.d_value, hidden_size, bias, storage)
 }
 
 /// An entry of the cache table.
@@ -373,7 +578,9 @@ pub fn cache_table(n_layer: u32, n_head: u32, d_head: u32, d_rope: u32, ranks: &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::AdapterClass;
     use crate::config::{Activation, GateSite, RopeConfig};
+    use crate::kernels::attention_decode::SPLITS;
     use crate::op::Op;
     use crate::sample::Sampled as _;
 
@@ -488,6 +695,43 @@ mod tests {
         for config in [wide, paper()] {
             let (absorbed, expanded) = flops(&config, 1050);
             assert!(2 * absorbed < expanded, "{absorbed} {expanded}");
+        }
+    }
+
+    /// Splits are chosen by what fills a device: that is what the model of time says, too.
+    #[test]
+    fn no_other_split_length_is_much_faster() {
+        let config = AttentionConfig { d_latent: 256, gate: None, ..paper() };
+        for class in AdapterClass::ALL {
+            let mut context = PlanContext::webgpu_defaults(class);
+            context.features = wgpu::Features::SUBGROUP;
+            (context.subgroup_min_size, context.subgroup_max_size) = (32, 32);
+            for (tokens, cached) in
+                [1, 32].into_iter().flat_map(|t| [64, 256, 1024, 4096, 8192, 32_768].map(|c| (t, c)))
+            {
+                let work = DecodeWork { tokens, ..DecodeWork::one(tokens * cached, 0, 0, Storage::F16) };
+                let chosen = split_length(&context, work.positions, config.n_head);
+                for path in [expanded, absorbed] {
+                    let time = |split| {
+                        let cut = Cut { split, tile_rows: 1024, tiling: Tiling { groups: 1, span: 1 } };
+                        path(&Timed { context: &context, cut }, &config, &work, Storage::F16).us
+                    };
+                    let best = SPLITS.map(time).into_iter().fold(f64::INFINITY, f64::min);
+                    assert!(time(chosen) <= 1.15 * best, "{class:?}, {tokens} × {cached}: {chosen}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_choice_stands_while_the_work_is_about_the_same() {
+        let rounded = |count| DecodeWork::one(count, count, 0, Storage::F16).rounded();
+        assert_eq!(rounded(4097), rounded(4608));
+        assert_ne!(rounded(4608), rounded(4609));
+        for count in [0, 1, 15, 16, 17, 4097, u32::MAX] {
+            let DecodeWork { rows, positions, groups, .. } = rounded(count);
+            assert!(rows >= count && u64::from(rows) <= u64::from(count) * 9 / 8, "{count} became {rows}");
+            assert!(positions >= count.into() && groups == positions);
         }
     }
 

@@ -21,7 +21,8 @@ use crate::weights::AttentionWeights;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecodePath {
-    /// The one with fewer FLOPs in the step at hand, by [`crate::attention::cost`].
+    /// The one that takes less time in the step at hand, by [`decode_time`](crate::attention::cost::decode_time): fewer FLOPs
+    /// may take more dispatches, or fill less of the device.
     #[default]
     Auto,
     /// Rebuilds keys and values from the cache, tile by tile. Serves every configuration.

@@ -77,6 +77,24 @@ impl Widths {
     }
 }
 
+/// The configuration that a device computes: the same with padded widths.
+///
+/// # Errors
+/// As [`Widths::of`].
+pub(crate) fn padded(config: &AttentionConfig) -> Result<AttentionConfig> {
+    let Widths { hidden, d_latent, d_nope, d_rope, d_value, d_gate, .. } = Widths::of(config)?;
+    Ok(AttentionConfig {
+        hidden_size: hidden,
+        d_latent,
+        d_q_latent: config.d_q_latent.map(padded_width),
+        d_nope,
+        d_rope,
+        d_value,
+        gate: config.gate.as_ref().map(|gate| GateConfig { d_gate, ..gate.clone() }),
+        ..config.clone()
+    })
+}
+
 /// Width of a gate and its norm: keys and values of every head, or the latent.
 pub(crate) fn gated_segments(config: &AttentionConfig, gate: &GateConfig) -> Segments {
     match gate.site {
