@@ -1,5 +1,7 @@
 //! A language model on whatever `--adapter` chose: kernels on a device, or the reference on the CPU.
 
+use std::time::Instant;
+
 use egmla::attention::{
     AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Mode, StepTokens,
 };
@@ -11,6 +13,7 @@ use egmla::{Recording, Storage};
 use crate::adapter::{Backend, Gpu};
 use crate::failure::Failure;
 use crate::interrupt;
+use crate::profile::Profile;
 
 /// Most tokens of one prefill step: longer texts go in chunks.
 const CHUNK: u32 = 512;
@@ -62,6 +65,8 @@ pub enum Engine<'a> {
         recording: Box<Recording>,
         /// Path of the last decode step.
         used: DecodePath,
+        /// Times of the decode steps, if they are wanted.
+        profile: Option<Box<Profile>>,
     },
 }
 
@@ -79,6 +84,8 @@ pub struct EngineOptions {
     pub max_tokens: u32,
     /// Logits of every fed token are wanted, not just of the last.
     pub all_logits: bool,
+    /// Decode steps are timed, on a device.
+    pub profile: bool,
 }
 
 impl<'a> Engine<'a> {
@@ -110,6 +117,7 @@ impl<'a> Engine<'a> {
                     ..CacheOptions::default()
                 })?;
                 let state = decoder.state(&cache, options.all_logits)?;
+                let profile = options.profile.then(|| Profile::new(&gpu.kernels).map(Box::new)).transpose()?;
                 gpu.check()?;
                 Ok(Engine::Gpu {
                     gpu,
@@ -118,6 +126,7 @@ impl<'a> Engine<'a> {
                     state: Box::new(state),
                     recording: Box::new(Recording::new(&gpu.kernels)),
                     used: DecodePath::Expanded,
+                    profile,
                 })
             }
         }
@@ -151,11 +160,22 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Forgets every token.
+    /// Times of the decode steps, if they were wanted and there is a device.
+    pub fn profile(&self) -> Option<&Profile> {
+        match self {
+            Engine::Cpu { .. } => None,
+            Engine::Gpu { profile, .. } => profile.as_deref(),
+        }
+    }
+
+    /// Forgets every token, and the times of those before.
     pub fn reset(&mut self) {
         match self {
             Engine::Cpu { state, .. } => state.truncate(0),
-            Engine::Gpu { cache, .. } => cache.reset(),
+            Engine::Gpu { cache, profile, .. } => {
+                cache.reset();
+                profile.iter_mut().for_each(|profile| profile.clear());
+            }
         }
     }
 
@@ -215,7 +235,8 @@ impl<'a> Engine<'a> {
                 }
                 Ok(decoder.forward(ids, state, logits)?.into_iter().map(|logit| logit as f32).collect())
             }
-            Engine::Gpu { gpu, decoder, cache, state, recording, used } => {
+            Engine::Gpu { gpu, decoder, cache, state, recording, used, profile } => {
+                let begun = Instant::now();
                 let tokens = StepTokens { counts: &[ids.len() as u32], ids: Some(ids) };
                 let step = decoder.prepare(cache, mode, tokens)?;
                 if mode == Mode::Decode {
@@ -223,9 +244,15 @@ impl<'a> Engine<'a> {
                 }
                 recording.clear();
                 let region = decoder.forward(recording, cache, &step, state, logits)?;
-                readback::submit(recording)?;
+                let mut profile = profile.as_mut().filter(|_| mode == Mode::Decode);
+                match &mut profile {
+                    None => readback::submit(recording)?,
+                    Some(profile) => profile.run(recording, begun)?,
+                }
                 cache.commit(step.into_step())?;
+                let asked = Instant::now();
                 let read = readback::wait(readback::read_f32(&gpu.kernels, &[&region]));
+                profile.into_iter().for_each(|profile| profile.read(asked));
                 gpu.check()?;
                 Ok(read?.into_iter().next().unwrap_or_default())
             }

@@ -83,6 +83,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
             capacity: width,
             max_tokens: width,
             all_logits: true,
+            profile: false,
         },
     )?;
     console::note(format_args!("adapter: {}", backend.describe()));

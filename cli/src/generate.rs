@@ -46,6 +46,9 @@ pub struct GenerateArgs {
     /// Write one JSON object to stdout instead of the text
     #[arg(long)]
     pub json: bool,
+    /// Tell where the time of a token goes, on stderr: host, device, wait, readback. Each step is then waited for by itself
+    #[arg(long)]
+    pub profile: bool,
 }
 
 /// The output of `--json`.
@@ -120,6 +123,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
             capacity,
             max_tokens: prompt_ids.len() as u32,
             all_logits: false,
+            profile: args.profile,
         },
     )?;
     console::note(format_args!("adapter: {}", backend.describe()));
@@ -175,6 +179,12 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         cache_bytes_per_token: CacheBytes::of(&folder.config().attention, folder.config().n_layer, storage),
     };
     tell(&report, first_use);
+    if args.profile {
+        match engine.profile() {
+            Some(profile) => profile.lines().into_iter().for_each(console::note),
+            None => console::note("no profile: the CPU reference has no device"),
+        }
+    }
     if args.json {
         let json = serde_json::to_string(&report).map_err(Failure::run)?;
         Output::new(true).write(&(json + "\n"))?;

@@ -18,6 +18,7 @@ mod info;
 mod interrupt;
 mod options;
 mod output;
+mod profile;
 mod prove;
 mod tune;
 mod unchecked;

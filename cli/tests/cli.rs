@@ -759,6 +759,25 @@ fn generate_writes_the_same_text_on_the_cpu_and_on_the_adapter() {
 }
 
 #[test]
+fn generate_tells_where_the_time_of_a_token_goes() {
+    let run = |adapter: &str, more: &[&str]| {
+        let options = ["--temperature", "0", "--max-new-tokens", "9", "--adapter", adapter];
+        egmla(&[&["generate", "--prompt", PROMPT][..], &options, more].concat()).done()
+    };
+    let (plain, profiled) = (run("auto", &[]), run("auto", &["--profile"]));
+    assert_eq!(plain.stdout, profiled.stdout);
+    // The first new token comes out of the prompt's own step.
+    assert!(profiled.line("profile of").contains("8 decode steps"), "{profiled:?}");
+    for part in ["  host", "  device", "  wait", "  readback"] {
+        let line = profiled.line(part);
+        assert!(line.contains("not measured") || line.contains("µs a token in the median"), "{line}");
+    }
+    assert!(profiled.line("bottleneck:").contains("% of the time"), "{profiled:?}");
+    assert!(!plain.stderr.contains("bottleneck"), "{plain:?}");
+    run("cpu", &["--profile"]).line("no profile");
+}
+
+#[test]
 fn generate_repeats_with_its_seed_and_tells_its_figures_as_json() {
     let run = |seed: &str, more: &[&str]| {
         let options = ["--max-new-tokens", "24", "--seed", seed, "--adapter", "cpu"];

@@ -69,6 +69,17 @@ pub struct Elapsed {
     pub wall_us: f64,
 }
 
+/// One run of a recording, in parts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Parts {
+    /// Microseconds of the host for its pass, its commands and their submission.
+    pub submit_us: f64,
+    /// Microseconds from then to the end of the work, as the host sees it.
+    pub wait_us: f64,
+    /// Microseconds of the pass by the device's own clock, where it has one.
+    pub device_us: Option<f64>,
+}
+
 /// Submits, waits, and measures the time.
 #[derive(Debug)]
 pub struct Timer {
@@ -130,15 +141,26 @@ impl Timer {
     /// # Errors
     /// As [`Timer::run`].
     pub fn steady(&self, recording: &mut Recording, copies: Copies) -> Result<Elapsed> {
-        let (wall_us, passes) = self.submit(|passes| {
+        let (walls, passes) = self.submit(|passes| {
             passes.untimed(|pass| (0..copies.untimed).try_for_each(|_| recording.record(pass)))?;
             passes.timed(|pass| (0..copies.timed).try_for_each(|_| recording.record(pass)))
         })?;
+        let wall_us = walls.submission_us + walls.wait_us;
         let device_us = match passes.first() {
             Some(time) => time / copies.timed as f64,
             None => wall_us / (copies.untimed + copies.timed) as f64,
         };
         Ok(Elapsed { device_us, wall_us })
+    }
+
+    /// Runs a recording once, waits for its end, and tells the host's time apart.
+    ///
+    /// # Errors
+    /// As [`Timer::run`].
+    pub fn parts(&self, recording: &mut Recording) -> Result<Parts> {
+        let (walls, passes) = self.submit(|passes| passes.timed(|pass| recording.record(pass)))?;
+        let Walls { record_us, submission_us, wait_us } = walls;
+        Ok(Parts { submit_us: record_us + submission_us, wait_us, device_us: passes.first().copied() })
     }
 
     /// Median microseconds of a recording that finds nothing in the device's caches: `evict`, which goes over more memory than
@@ -180,8 +202,10 @@ impl Timer {
     }
 
     /// Records passes, submits them, waits, and reads the time of each timed one; none without timestamps.
-    fn submit(&self, record: impl FnOnce(&mut Passes<'_>) -> Result<()>) -> Result<(f64, Vec<f64>)> {
+    fn submit(&self, record: impl FnOnce(&mut Passes<'_>) -> Result<()>) -> Result<(Walls, Vec<f64>)> {
         let device = self.kernels.device();
+        let microseconds = |since: Instant| since.elapsed().as_secs_f64() * 1e6;
+        let begun = Instant::now();
         let encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla.bench") });
         let mut passes = Passes { encoder, timestamps: self.timestamps.as_ref(), timed: 0 };
         record(&mut passes)?;
@@ -189,15 +213,17 @@ impl Timer {
         if let Some(timestamps) = &self.timestamps {
             encoder.resolve_query_set(&timestamps.queries, 0..2 * timed, &timestamps.resolved, 0);
         }
-        let wall_us = scoped(device, "timing", || {
+        let walls = scoped(device, "timing", || {
             let commands = encoder.finish();
-            let start = Instant::now();
+            let (record_us, start) = (microseconds(begun), Instant::now());
             let submission = self.kernels.queue().submit([commands]);
+            let (submission_us, start) = (microseconds(start), Instant::now());
             let waited = device.poll(wgpu::PollType::Wait { submission_index: Some(submission), timeout: None });
-            waited.map(|_| start.elapsed().as_secs_f64() * 1e6).map_err(|error| Error::device("timing", error))
+            let walls = Walls { record_us, submission_us, wait_us: microseconds(start) };
+            waited.map(|_| walls).map_err(|error| Error::device("timing", error))
         })??;
         let times = self.timestamps.as_ref().map_or(Ok(Vec::new()), |timestamps| self.read(timestamps, timed))?;
-        Ok((wall_us, times))
+        Ok((walls, times))
     }
 
     /// Microseconds of each timed pass.
@@ -208,6 +234,13 @@ impl Timer {
         let elapsed = |pair: &[u64]| pair[1].saturating_sub(pair[0]) as f64 * timestamps.nanoseconds / 1e3;
         Ok(ticks.chunks_exact(2).map(elapsed).collect())
     }
+}
+
+/// Microseconds of the host for a submission: its commands, handing them over, waiting for their end.
+struct Walls {
+    record_us: f64,
+    submission_us: f64,
+    wait_us: f64,
 }
 
 /// The passes of a submission.
