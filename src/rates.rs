@@ -21,13 +21,14 @@ use crate::plan::Plan;
 /// - **Software** is from `benches/results/llvmpipe-*.json` (llvmpipe of Mesa 25.0.7, two cores): the dispatch of its ceilings, the
 ///   bytes of its norm, gate and append, the FLOPs of its products and of absorbed and grouped attention. A test predicts its
 ///   decode rows within a factor of two.
-/// - **Discrete** is fitted to one GPU, an NVIDIA H200 (Vulkan, driver 580.159.04), on 2026-11-26 at commit `10d32d5`. Measured as
-///   such: copies at 4 257 GB/s, f32 multiply-adds at 49.9 TFLOP/s, a dispatch behind others 2.0 µs when empty and 3 to 4 µs when
-///   it depends on them. Rates by kind are fitted to these kernels without wgpu's shader checks, which later commits run
-///   without: the absorbed attention of 16 heads × (512 + 64) took 462 µs for 32 sequences of 8 192 tokens, 18.6 TFLOP/s; the
-///   grouped attention 156 µs at 8 192 tokens of the 120M shape, 2.3 TFLOP/s. Of whole steps of that layer, expanded and absorbed
-///   took 75 and 166 µs at 1 024 tokens, 458 and 392 at 8 192, 1 786 and 669 at 32 768, with shader checks; at 8 192 without them
-///   422 and 212. Kernels have changed since, and no later commit was measured.
+/// - **Discrete** is fitted to one GPU, an NVIDIA H200 (Vulkan, driver 580.159.04), on 2026-11-26 at commit `10d32d5`
+///   (`benches/results/gpu/h200-10d32d5.json`). Measured as such: copies at 4 257 GB/s, f32 multiply-adds at 49.9 TFLOP/s,
+///   a dispatch behind others 2.0 µs when empty and 3 to 4 µs when it depends on them. Rates by kind are fitted to these
+///   kernels without wgpu's shader checks, which later commits run without: the absorbed attention of 16 heads × (512 + 64)
+///   took 462 µs for 32 sequences of 8 192 tokens, 19.8 TFLOP/s; the grouped attention 156 µs at 8 192 tokens of the 120M
+///   shape, 2.3 TFLOP/s. Of whole steps of that layer, expanded and absorbed took 75 and 166 µs at 1 024 tokens, 458 and
+///   392 at 8 192, 1 786 and 669 at 32 768, with shader checks; at 8 192 without them 422 and 212. Kernels have changed
+///   since, and no later commit was measured.
 /// - **Integrated** and **Apple** are assumed, not measured: bandwidth and FLOPs that such GPUs usually have, the shares by kind of
 ///   the discrete one.
 #[derive(Debug, Clone, Copy, PartialEq)]
