@@ -43,6 +43,7 @@ const SLICE: u32 = 32u;                          // value columns per workgroup,
 
 struct Params {
     n_head: u32,
+    n_kv_head: u32,    // divides n_head
     d_nope: u32,
     d_rope: u32,
     d_value: u32,
@@ -75,7 +76,7 @@ struct SequenceRow {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
-@group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_head, (d_nope + d_value) / 4]
+@group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_kv_head, (d_nope + d_value) / 4]
 @group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes per element
 @group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
 @group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
@@ -166,7 +167,8 @@ fn main(
     let nope = params.d_nope / 4u;
     let width = (params.d_nope + params.d_rope) / 4u;
     let value_width = params.d_value / 4u;
-    let kv_row = params.n_head * (nope + value_width);
+    let kv_row = params.n_kv_head * (nope + value_width);
+    let kv_head = head / (params.n_head / params.n_kv_head);
     let column0 = work.z * SLICE;
     let columns = (min(value_width, SLICE) + LANES - 1u) / LANES;   // COLUMNS, unknown to the compiler
 
@@ -206,7 +208,7 @@ fn main(
     }
     for (var key0 = begin; key0 < end; key0 += KEYS) {
         let count = min(end - key0, KEYS);
-        let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + head * (nope + value_width);
+        let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + kv_head * (nope + value_width);
         let rope_base = (sequence.first_slot + key0) * params.rope_pitch;
         let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
         // One vector per query, one component per key of this lane.

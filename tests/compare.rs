@@ -113,7 +113,7 @@ fn one_wrong_element_among_a_million() {
 
 #[test]
 fn attention_that_sees_one_key_too_many_or_too_few() {
-    let heads = Heads { n_head: 2, d_nope: 8, d_rope: 4, d_value: 8 };
+    let heads = Heads { n_head: 2, n_kv_head: 2, d_nope: 8, d_rope: 4, d_value: 8 };
     let (tokens, mut random) = (40, Random::new(5));
     let mut values = |n| random.values(n, 1.0).iter().map(|&value| f64::from(value)).collect::<Vec<_>>();
     let (q, kv, k_rope) = (values(tokens * 24), values((tokens + 1) * 32), values((tokens + 1) * 4));

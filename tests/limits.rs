@@ -379,7 +379,7 @@ fn grids_over_the_limit_are_refused() {
     let decode = attention_decode::AttentionDecode { kv_rows: 65_536 * attention_decode::SPLIT, ..decode_problem() };
     let folded = plan(&decode, &context).unwrap();
     assert_eq!((folded.grid, folded.tiles), ([32_768, 2, 1], [65_536, 1, 1]));
-    let heads = attention_decode::AttentionDecode { n_head: 65_535, ..decode };
+    let heads = attention_decode::AttentionDecode { n_head: 65_535, n_kv_head: 65_535, ..decode };
     let error = plan(&heads, &context).unwrap_err().to_string();
     assert_eq!(error, "attention_decode: 4294901760 workgroups, must be below 2^31");
     let mut small = context;
@@ -396,11 +396,13 @@ fn decode_problem() -> attention_decode::AttentionDecode {
         split: attention_decode::SPLIT,
         n_sequence: 1,
         n_head: 1,
+        n_kv_head: 1,
         d_nope: 8,
         d_rope: 8,
         d_value: 8,
         kv_first: 0,
         kv_rows: attention_decode::SPLIT,
+        kv_pitch: 16 * 65_535,
         cache_rows: attention_decode::SPLIT,
         kv_storage: Storage::F32,
         scale: 1.0,

@@ -13,11 +13,11 @@ use egmla::low_level::kernels::cache_append::Queries;
 use egmla::low_level::kernels::matmul::Layout;
 use egmla::low_level::kernels::{
     AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheCopy,
-    CacheRead, Gate, Gather, Matmul, Norm, REGISTRY, RooflineCooperative, RooflineCopy, Rope, attention_grouped,
-    shaders,
+    CacheRead, Gate, Gather, Matmul, Norm, REGISTRY, RooflineCooperative, RooflineCopy, Rope, attention_absorbed,
+    attention_decode, attention_grouped, shaders,
 };
 use egmla::low_level::{
-    AdapterClass, COOPERATIVE_FEATURES, Cooperative, Grid, Op, Plan, PlanContext, Segments, Tuning,
+    AdapterClass, COOPERATIVE_FEATURES, Cooperative, Grid, Op, Plan, PlanContext, Segments, Tuning, choose,
 };
 use egmla::wgpu::{CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
 use egmla::{Error, Storage};
@@ -142,10 +142,10 @@ fn plans_keep_what_their_shaders_assume() {
 fn splits_follow_what_a_device_needs_to_be_full() {
     let bare = PlanContext::webgpu_defaults;
     let with = |class| PlanContext { features: Features::SUBGROUP, ..bare(class) };
-    let lengths = |batch: u64, cached: u64| CLASSES.map(|class| split_length(&with(class), batch * cached, 16));
+    let lengths = |batch: u64, cached: u64| CLASSES.map(|class| split_length(&with(class), batch * cached, 4));
     // A workgroup without subgroups has too few invocations for a short split.
-    assert_eq!(CLASSES.map(|class| split_length(&bare(class), 4096, 16)), [256; 4]);
-    assert_eq!(CLASSES.map(|class| most_partials(&bare(class), 16, 1, 16, 64)), [16; 4]);
+    assert_eq!(CLASSES.map(|class| split_length(&bare(class), 4096, 4)), [256; 4]);
+    assert_eq!(CLASSES.map(|class| most_partials(&bare(class), 4, 1, 16, 64)), [16; 4]);
     assert_eq!(CLASSES.map(AdapterClass::full), [1, 64, 512, 256]);
     // 4 096 rows in 16, 32 or 64 splits of four groups of heads.
     assert_eq!(lengths(1, 4096), [256, 256, 64, 64]);
@@ -156,16 +156,52 @@ fn splits_follow_what_a_device_needs_to_be_full() {
         for (met, n_head) in
             [0, 1, 63, 256, 4000, 70_000, 1 << 20].into_iter().flat_map(|met| [1, 3, 16, 63, 128].map(|n| (met, n)))
         {
-            let split = split_length(&with(class), met, n_head);
+            let split = split_length(&with(class), met, attention_absorbed::workgroups(n_head));
             let teams = |split: u32| met.div_ceil(split.into()) * u64::from(n_head.div_ceil(4));
             // No longer than a full device allows, and no shorter than it needs.
             assert!(split == 64 || teams(split) >= class.full().into(), "{class:?} {met} {n_head}: {split}");
             assert!(split == 256 || teams(2 * split) < class.full().into(), "{class:?} {met} {n_head}: {split}");
             let [longest, shortest] = [256, 64].map(|split| met.div_ceil(split));
-            let most = most_partials(&with(class), n_head, 1, longest, shortest);
+            let most = most_partials(&with(class), attention_absorbed::workgroups(n_head), 1, longest, shortest);
             assert!(met.div_ceil(split.into()) <= most, "{class:?} {met} {n_head}: {most} partial results");
         }
     }
+}
+
+/// Query heads that share keys and values share workgroups, as many as the plan has: splits are counted with those.
+#[test]
+fn splits_follow_the_workgroups_of_groups_of_heads() {
+    let with = |class| PlanContext { features: Features::SUBGROUP, ..PlanContext::webgpu_defaults(class) };
+    let decode = sample(|op: &AttentionDecode| op.kv_rows == SPLIT && op.kv_storage == Storage::F16);
+    for (n_head, n_kv_head, counts) in [
+        // Up to 4 heads share a workgroup in software, up to 8 on a GPU if a group has more than 4.
+        (1, 1, [1; 4]),
+        (12, 12, [12; 4]),
+        (9, 3, [3; 4]),
+        (32, 8, [8; 4]),
+        (63, 9, [18, 9, 9, 9]),
+        (128, 8, [32, 16, 16, 16]),
+        (9, 1, [3, 2, 2, 2]),
+    ] {
+        let counted = CLASSES.map(|class| attention_decode::workgroups(&with(class), n_head, n_kv_head));
+        assert_eq!(counted, counts, "{n_head} over {n_kv_head}");
+        let kv_pitch = n_kv_head * (decode.d_nope + decode.d_value);
+        let op = AttentionDecode { n_head, n_kv_head, kv_pitch, ..decode };
+        for (class, count) in CLASSES.into_iter().zip(counts) {
+            let plan = choose(&op, &with(class)).unwrap().1;
+            assert_eq!(plan.grid, [SPLIT / op.split, count, 1], "{n_head} over {n_kv_head} on {class:?}");
+        }
+    }
+    // Four times the heads over the same keys and values are no more work to spread.
+    let length = |n_head, n_kv_head| {
+        CLASSES.map(|class| {
+            let context = with(class);
+            split_length(&context, 8192, attention_decode::workgroups(&context, n_head, n_kv_head))
+        })
+    };
+    assert_eq!(length(32, 32), [256; 4]);
+    assert_eq!(length(32, 8), [256, 256, 128, 256]);
+    assert_eq!(length(9, 3), [256, 256, 64, 64]);
 }
 
 /// The one answer to which shader runs: where all is offered and where nothing is, on every class of adapter.
@@ -309,6 +345,13 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         (AttentionDecode { n_head: 0, ..decode }, "n_head is 0"),
         (AttentionDecode { d_value: 0, ..decode }, "d_value is 0"),
         (AttentionDecode { n_sequence: 0, ..decode }, "n_sequence is 0"),
+        (AttentionDecode { n_kv_head: 0, ..decode }, "n_head is 1, must be a multiple of n_kv_head, which is 0"),
+        (
+            AttentionDecode { n_head: 9, n_kv_head: 2, ..decode },
+            "n_head is 9, must be a multiple of n_kv_head, which is 2",
+        ),
+        (AttentionDecode { kv_pitch: 8, ..decode }, "kv_pitch is 8, rows have 16 elements"),
+        (AttentionDecode { kv_pitch: 20, ..decode }, "kv_pitch is 20, must be a multiple of 8"),
     ] {
         assert_eq!(refusal("attention_decode", empty), expected);
     }
@@ -348,6 +391,7 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         (AttentionPrefill { n_head: 0, ..prefill }, "n_head is 0"),
         (AttentionPrefill { d_value: 0, ..prefill }, "d_value is 0"),
         (AttentionPrefill { n_sequence: 0, ..prefill }, "n_sequence is 0"),
+        (AttentionPrefill { n_kv_head: 3, ..prefill }, "n_head is 1, must be a multiple of n_kv_head, which is 3"),
         (AttentionPrefill { d_nope: 0, d_rope: 0, ..prefill }, "d_nope and d_rope are both 0"),
         (AttentionPrefill { tile_q: 33, ..prefill }, "tile_q is 33, must be one of [32, 64, 16]"),
     ] {

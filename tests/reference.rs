@@ -21,7 +21,7 @@ use safetensors::SafeTensors;
 // ---------------------------------------------------------------------------------------------------- helpers
 
 const VOCAB: u32 = 11;
-const HEADS: Heads = Heads { n_head: 3, d_nope: 6, d_rope: 4, d_value: 5 };
+const HEADS: Heads = Heads { n_head: 3, n_kv_head: 3, d_nope: 6, d_rope: 4, d_value: 5 };
 
 fn mla() -> AttentionConfig {
     AttentionConfig {
@@ -208,7 +208,7 @@ fn small_kernels_by_hand() {
 
 #[test]
 fn softmax_by_hand() {
-    let heads = Heads { n_head: 1, d_nope: 1, d_rope: 1, d_value: 1 };
+    let heads = Heads { n_head: 1, n_kv_head: 1, d_nope: 1, d_rope: 1, d_value: 1 };
     // Scores ln 1 and ln 3 from content and rotary part together: weights 1/4 and 3/4 of the values 8 and 16.
     let kv = [0.0, 8.0, 2.0 * 3f64.ln(), 16.0];
     let k_rope = [0.0, -3f64.ln()];
@@ -667,7 +667,7 @@ fn huge_logits_stay_finite() {
 
 #[test]
 fn one_score_far_above_takes_all() {
-    let heads = Heads { n_head: 1, d_nope: 1, d_rope: 0, d_value: 1 };
+    let heads = Heads { n_head: 1, n_kv_head: 1, d_nope: 1, d_rope: 0, d_value: 1 };
     let attended = attention_prefill(&[1e4], &[1.0, 5.0, -1.0, 7.0], &[], &[0..2], heads, 1.0);
     assert_eq!((attended.values, attended.lse), (vec![5.0], vec![1e4]));
 }

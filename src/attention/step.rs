@@ -9,6 +9,7 @@ use super::layer::DecodePath;
 use super::lists::{Grouped, ListStep};
 use crate::device::Region;
 use crate::error::{ArgumentError, Error, Result};
+use crate::kernels::attention_absorbed::workgroups;
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT, split_length};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
@@ -275,7 +276,7 @@ impl Rows {
     fn new(cache: &LatentCache, mode: Mode, counts: &[u32], lengths: &[u32]) -> Result<Self> {
         let tile_q = tile_q(cache.kernels().context());
         let met = counts.iter().zip(lengths).map(|(&count, &length)| u64::from(count) * u64::from(length)).sum();
-        let split = split_length(cache.kernels().context(), met, cache.widths.n_head);
+        let split = split_length(cache.kernels().context(), met, workgroups(cache.widths.n_head));
         let mut all = Rows { tile_q, split, ..Rows::default() };
         let mut end = 0u64;
         for (sequence, (&count, &length)) in (0..).zip(counts.iter().zip(lengths)) {

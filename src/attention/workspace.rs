@@ -9,6 +9,7 @@ use crate::adapter::PlanContext;
 use crate::config::{AttentionConfig, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::Result;
+use crate::kernels::attention_absorbed::workgroups;
 use crate::kernels::attention_decode::{SPLIT, SPLITS, most_partials};
 use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::attention_prefill;
@@ -137,7 +138,8 @@ impl<T> Workspace<T> {
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[options.batch, decode_tokens]).min(tokens.into()) as u32;
         let [longest, shortest] = [splits, short].map(|splits| u64::from(splits) * u64::from(decode_tokens));
-        let partials = most_partials(context, n_head, decoding, longest, shortest).min(u32::MAX.into()) as u32;
+        let partials =
+            most_partials(context, workgroups(n_head), decoding, longest, shortest).min(u32::MAX.into()) as u32;
         let slices = attention_prefill::slices(widths.d_value);
         let absorbable = config.up_projected_gate().is_none();
         let (gate_rows, gate_width, d_gate) = match &config.gate {

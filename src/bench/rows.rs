@@ -42,6 +42,8 @@ pub(super) enum Work {
     PrefillAttention { tokens: u32, n_head: u32, d_head: u32, storage: Storage },
     /// Absorbed attention alone, one query token of each sequence.
     AbsorbedAttention { batch: u32, cached: u32, n_head: u32, d_latent: u32, d_rope: u32, storage: Storage },
+    /// Attention of one query token alone, groups of query heads over the same keys and values, in f16.
+    GroupedHeads { cached: u32, n_head: u32, n_kv_head: u32, d_head: u32 },
     /// The partial results of one query token of each sequence, combined.
     Combine { batch: u32, each: u32, n_head: u32, width: u32 },
     /// A layer's prefill without a past.
@@ -132,6 +134,14 @@ pub fn rows() -> Vec<Row> {
             let work = Work::DecodeLayer { config: paper_120m(64, true), cached, path };
             add(format!("decode/egmla_120m_r64/{name}/t{cached}"), label, "f16", suite, work);
         }
+    }
+    // SmolLM's heads and Llama's.
+    for ((n_head, n_kv_head, d_head), cached) in
+        [(9, 3, 64), (32, 8, 128)].into_iter().flat_map(|heads| [4096, 8192].map(|cached| (heads, cached)))
+    {
+        let work = Work::GroupedHeads { cached, n_head, n_kv_head, d_head };
+        let id = format!("decode/gqa_{n_head}_{n_kv_head}x{d_head}/t{cached}");
+        add(id, "attention_decode, combine", "f16 cache", quick, work);
     }
     let (d_latent, d_rope) = (512, 64);
     for (n_head, name, label, storage, batch, cached, suite) in [
@@ -231,6 +241,9 @@ pub(super) fn prepare(work: &Work, kernels: &Kernels, stock: &mut Stock) -> Resu
         Work::Combine { batch, each, n_head, width } => combined(kernels, batch, each, n_head, width),
         Work::AbsorbedAttention { batch, cached, n_head, d_latent, d_rope, storage } => {
             absorbed_attention(kernels, (batch, cached), n_head, (d_latent, d_rope), storage)
+        }
+        Work::GroupedHeads { cached, n_head, n_kv_head, d_head } => {
+            grouped_heads(kernels, cached, (n_head, n_kv_head, d_head))
         }
         Work::PrefillLayer { ref config, tokens } => prefill_layer(kernels, stock, config, tokens),
         Work::DecodeHeads { cached, n_head, d_head } => decode_heads(kernels, cached, n_head, d_head),
@@ -413,6 +426,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32, s
         tile_q: tile,
         n_sequence: 1,
         n_head,
+        n_kv_head: n_head,
         d_nope: d_head,
         d_rope: 0,
         d_value: d_head,
@@ -439,7 +453,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32, s
     let (q, kv) = (widen(&inputs.of(width, 1.0)), widen(&inputs.of(2 * width, 1.0)));
     let reference = Box::new(move || {
         let d = d_head as usize;
-        let heads = Heads { n_head: n_head as usize, d_nope: d, d_rope: 0, d_value: d };
+        let heads = Heads { n_head: n_head as usize, n_kv_head: n_head as usize, d_nope: d, d_rope: 0, d_value: d };
         let visible: Vec<_> = (0..tokens as usize).map(|token| 0..token + 1).collect();
         std::hint::black_box(reference::attention_prefill(&q, &kv, &[], &visible, heads, scale));
     });
@@ -454,7 +468,8 @@ fn absorbed_attention(
     storage: Storage,
 ) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
-    let split = split_length(kernels.context(), u64::from(batch) * u64::from(cached), n_head);
+    let split =
+        split_length(kernels.context(), u64::from(batch) * u64::from(cached), attention_absorbed::workgroups(n_head));
     let (each, d_nope) = (cached.div_ceil(split), 128);
     let (splits, partials, cache_rows) = (batch * cached.next_multiple_of(SPLIT) / split, batch * each, batch * cached);
     let problem = attention_absorbed::AttentionAbsorbed {
@@ -633,30 +648,30 @@ fn layer_step(
 /// Rows of keys and values in one buffer: within every device's storage binding.
 const HEADS_TILE: u32 = 8192;
 
-/// A layer of multi-head attention from the library's kernels, what MLA and EG-MLA are set against: keys and values of
-/// every head are cached, rotated, in f16.
-fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
-    let inputs = Inputs::new(kernels);
-    let split = split_length(kernels.context(), cached.into(), n_head);
-    let width = n_head * d_head;
-    let deviation = f64::from(width).sqrt().recip() as f32;
-    let weights = |cols: u32| inputs.stored((width * cols) as usize, deviation, Storage::F16);
-    let (q_proj, kv_proj, o_proj) = (weights(width)?, weights(2 * width)?, weights(width)?);
-    let hidden = inputs.floats(width as usize)?;
-    let (q, values, out) =
-        (inputs.output(width as usize)?, inputs.output(width as usize)?, inputs.output(width as usize)?);
-    let tiles = (0..cached)
-        .step_by(HEADS_TILE as usize)
-        .map(|first| {
-            let elements = (HEADS_TILE.min(cached - first) * 2 * width) as usize;
-            Ok((first, inputs.stored(elements, 1.0, Storage::F16)?))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let rotations = RopeConfig::default().frequencies(d_head).into_iter().map(|frequency| {
-        let (sin, cos) = (f64::from(cached - 1) * frequency).sin_cos();
-        [cos as f32, sin as f32]
-    });
-    let rotations = inputs.table(&rotations.collect::<Vec<_>>())?;
+/// Query heads, heads of keys and values, and the width of each.
+type HeadCounts = (u32, u32, u32);
+
+/// Keys and values of `cached` tokens in f16, each tile with its first row.
+fn head_tiles(inputs: &Inputs<'_>, cached: u32, (_, n_kv_head, d_head): HeadCounts) -> Result<Vec<(u32, Region)>> {
+    let tile = |first| {
+        let elements = (HEADS_TILE.min(cached - first) * 2 * n_kv_head * d_head) as usize;
+        Ok((first, inputs.stored(elements, 1.0, Storage::F16)?))
+    };
+    (0..cached).step_by(HEADS_TILE as usize).map(tile).collect()
+}
+
+/// Attention of one query token over these tiles, its partial results combined.
+fn attend_heads(
+    recording: &mut Recording,
+    inputs: &Inputs<'_>,
+    cached: u32,
+    (n_head, n_kv_head, d_head): HeadCounts,
+    tiles: &[(u32, Region)],
+    (q, values): (&Region, &Region),
+) -> Result<Cost> {
+    let context = inputs.kernels.context();
+    let split = split_length(context, cached.into(), attention_decode::workgroups(context, n_head, n_kv_head));
+    let splits = cached.div_ceil(split);
     let sequences = inputs.table(&[DecodeSequence {
         first_row: 0,
         first_slot: 0,
@@ -664,12 +679,80 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         token: 0,
         tokens: 1,
         partial: 0,
-        splits: cached.div_ceil(split),
+        splits,
         unused: 0,
     }])?;
-    let splits = cached.div_ceil(split);
-    let partial_values = inputs.output((splits * width) as usize)?;
+    let partial_values = inputs.output((splits * n_head * d_head) as usize)?;
     let partial_softmax = inputs.output((splits * n_head * 2) as usize)?;
+    let mut cost = Cost::default();
+    for (first, tile) in tiles {
+        let problem = attention_decode::AttentionDecode {
+            tokens: 1,
+            most_tokens: 1,
+            partials: splits,
+            split,
+            n_sequence: 1,
+            n_head,
+            n_kv_head,
+            d_nope: d_head,
+            d_rope: 0,
+            d_value: d_head,
+            kv_first: *first,
+            kv_rows: HEADS_TILE.min(cached - first),
+            kv_pitch: 2 * n_kv_head * d_head,
+            cache_rows: cached,
+            scale: f64::from(d_head).sqrt().recip() as f32,
+            storage: Storage::F16,
+            kv_storage: Storage::F16,
+        };
+        let args = attention_decode::Args {
+            q,
+            kv: tile,
+            rope_cache: &inputs.kernels.absent(),
+            sequences: &sequences,
+            partial_values: &partial_values,
+            partial_softmax: &partial_softmax,
+        };
+        recording.add_own(&problem, args)?;
+        cost = cost + problem.cost();
+    }
+    let partial = (&partial_values, &partial_softmax);
+    Ok(cost + combine(recording, inputs, (1, n_head), d_head, splits, partial, values)?)
+}
+
+fn grouped_heads(kernels: &Kernels, cached: u32, heads: HeadCounts) -> Result<Prepared> {
+    let (inputs, mut recording) = (Inputs::new(kernels), Recording::new(kernels));
+    let (n_head, n_kv_head, d_head) = heads;
+    let width = (n_head * d_head) as usize;
+    let (q, values) = (inputs.floats(width)?, inputs.output(width)?);
+    let tiles = head_tiles(&inputs, cached, heads)?;
+    let cost = attend_heads(&mut recording, &inputs, cached, heads, &tiles, (&q, &values))?;
+    let (n, n_head, n_kv_head, d) = (cached as usize, n_head as usize, n_kv_head as usize, d_head as usize);
+    let (q, kv) = (widen(&inputs.of(width, 1.0)), widen(&inputs.of(n * 2 * n_kv_head * d, 1.0)));
+    let reference = Box::new(move || {
+        let heads = Heads { n_head, n_kv_head, d_nope: d, d_rope: 0, d_value: d };
+        std::hint::black_box(reference::attention_decode(&q, &kv, &[], &[(0, 0..n)], heads, (d as f64).sqrt().recip()));
+    });
+    Ok(Prepared { recording, cost, output: values, reference: Some(reference) })
+}
+
+/// A layer of multi-head attention from the library's kernels, what MLA and EG-MLA are set against: keys and values of
+/// every head are cached, rotated, in f16.
+fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Result<Prepared> {
+    let inputs = Inputs::new(kernels);
+    let (width, heads) = (n_head * d_head, (n_head, n_head, d_head));
+    let deviation = f64::from(width).sqrt().recip() as f32;
+    let weights = |cols: u32| inputs.stored((width * cols) as usize, deviation, Storage::F16);
+    let (q_proj, kv_proj, o_proj) = (weights(width)?, weights(2 * width)?, weights(width)?);
+    let hidden = inputs.floats(width as usize)?;
+    let (q, values, out) =
+        (inputs.output(width as usize)?, inputs.output(width as usize)?, inputs.output(width as usize)?);
+    let tiles = head_tiles(&inputs, cached, heads)?;
+    let rotations = RopeConfig::default().frequencies(d_head).into_iter().map(|frequency| {
+        let (sin, cos) = (f64::from(cached - 1) * frequency).sin_cos();
+        [cos as f32, sin as f32]
+    });
+    let rotations = inputs.table(&rotations.collect::<Vec<_>>())?;
     let absent = kernels.absent();
 
     let mut recording = Recording::new(kernels);
@@ -714,37 +797,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         recording.add_own(&problem, args)?;
         cost = cost + problem.cost();
     }
-    for (first, tile) in &tiles {
-        let problem = attention_decode::AttentionDecode {
-            tokens: 1,
-            most_tokens: 1,
-            partials: splits,
-            split,
-            n_sequence: 1,
-            n_head,
-            d_nope: d_head,
-            d_rope: 0,
-            d_value: d_head,
-            kv_first: *first,
-            kv_rows: HEADS_TILE.min(cached - first),
-            cache_rows: cached,
-            scale: f64::from(d_head).sqrt().recip() as f32,
-            storage: Storage::F16,
-            kv_storage: Storage::F16,
-        };
-        let args = attention_decode::Args {
-            q: &q,
-            kv: tile,
-            rope_cache: &absent,
-            sequences: &sequences,
-            partial_values: &partial_values,
-            partial_softmax: &partial_softmax,
-        };
-        recording.add_own(&problem, args)?;
-        cost = cost + problem.cost();
-    }
-    let partial = (&partial_values, &partial_softmax);
-    cost = cost + combine(&mut recording, &inputs, (1, n_head), d_head, splits, partial, &values)?;
+    cost = cost + attend_heads(&mut recording, &inputs, cached, heads, &tiles, (&q, &values))?;
     cost = cost + linear(&mut recording, width, &values, &o_proj, &out)?;
 
     // Three projections and the attention; the rotations of one token are too few to count.
@@ -754,7 +807,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
     let reference = Box::new(move || {
         let q = reference::matmul(&x, &w, None, 1, d, d);
         std::hint::black_box(reference::matmul(&x, &w, None, 1, d, 2 * d));
-        let heads = Heads { n_head: heads, d_nope: d / heads, d_rope: 0, d_value: d / heads };
+        let heads = Heads { n_head: heads, n_kv_head: heads, d_nope: d / heads, d_rope: 0, d_value: d / heads };
         let scale = ((d / heads.n_head) as f64).sqrt().recip();
         let attended = reference::attention_decode(&q, &kv, &[], &[(0, 0..n)], heads, scale);
         std::hint::black_box(reference::matmul(&attended.values, &w, None, 1, d, d));
@@ -794,6 +847,9 @@ mod tests {
             for path in ["expanded", "absorbed_recompute", "absorbed_pool", "absorbed_table"] {
                 promised.push(format!("decode/egmla_120m_r64/{path}/t{t}"));
             }
+        }
+        for heads in ["9_3x64", "32_8x128"] {
+            promised.extend([4096, 8192].map(|t| format!("decode/gqa_{heads}/t{t}")));
         }
         promised.extend(FULL.map(str::to_owned));
         promised.extend(["expanded", "absorbed_table"].map(|path| format!("decode/egmla_10h_r48/{path}/t7000")));

@@ -70,6 +70,12 @@ pub struct AttentionAbsorbed {
     pub storage: Storage,
 }
 
+/// Workgroups per split, for [`split_length`](super::attention_decode::split_length): every four heads have one, some variants
+/// and settings let more heads share it.
+pub fn workgroups(n_head: u32) -> u32 {
+    n_head.div_ceil(4)
+}
+
 impl AttentionAbsorbed {
     /// Whether queries begin on 16-byte boundaries, as cache rows do.
     pub fn aligned(&self) -> bool {

@@ -112,9 +112,11 @@ pub(crate) const ROWS: Variant<AttentionCombine> = Variant::<AttentionCombine>::
         ])
     },
 )
-// Barriers are slow in software, and few splits need few teams.
+// Barriers are slow in software, and few splits need few teams. The rounding of one running sum over many splits grows with their
+// number: four teams halve it.
 .auto(|op, context| match context.class {
-    AdapterClass::Software => 1,
+    AdapterClass::Software if op.splits < op.tokens.saturating_mul(128) => 1,
+    AdapterClass::Software => 2,
     _ if op.splits < op.tokens.saturating_mul(4) => 1,
     _ if op.splits < op.tokens.saturating_mul(16) => 2,
     _ => 0,

@@ -5,6 +5,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::attention_absorbed::wide_enough;
+use super::attention_decode::check_groups;
 use super::matmul::four_subgroups;
 use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::cost::{Cost, times};
@@ -30,8 +31,8 @@ const SLICE: u32 = 128;
 crate::params! {
     /// Uniform parameters, as in the shaders.
     pub struct Params {
-        n_head: u32, d_nope: u32, d_rope: u32, d_value: u32, kv_first: u32, kv_rows: u32, rope_pitch: u32, scale: f32,
-        first: u32, last: u32, tiles_x: u32, tiles_y: u32, tiles_z: u32,
+        n_head: u32, n_kv_head: u32, d_nope: u32, d_rope: u32, d_value: u32, kv_first: u32, kv_rows: u32, rope_pitch: u32,
+        scale: f32, first: u32, last: u32, tiles_x: u32, tiles_y: u32, tiles_z: u32,
     }
 }
 
@@ -40,7 +41,7 @@ crate::args! {
     pub struct Args {
         /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
         q: Read,
-        /// `[kv_rows, n_head, d_nope + d_value]` f32: gated and normed where the model says so.
+        /// `[kv_rows, n_kv_head, d_nope + d_value]` f32: gated and normed where the model says so.
         kv: Read,
         /// `[cache_rows, pitch of d_rope]` in `storage`; not bound without a rotary key.
         rope_cache: Read,
@@ -82,6 +83,8 @@ pub struct AttentionPrefill {
     pub n_sequence: u32,
     /// Query heads.
     pub n_head: u32,
+    /// Heads of keys and values; divides `n_head`. Query head h reads head `h / (n_head / n_kv_head)`.
+    pub n_kv_head: u32,
     /// Content part of query and key; a multiple of 4, as `d_rope` and `d_value`.
     pub d_nope: u32,
     /// Rotary part.
@@ -139,6 +142,7 @@ impl Op for AttentionPrefill {
 
     fn validate(&self) -> Result<(), String> {
         check_nonzero(&[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
+        check_groups(self.n_head, self.n_kv_head)?;
         check_multiples(4, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
         if self.d_nope == 0 && self.d_rope == 0 {
             return Err("d_nope and d_rope are both 0".to_owned());
@@ -153,6 +157,7 @@ impl Op for AttentionPrefill {
         let [tiles_x, tiles_y, tiles_z] = plan.tiles;
         Params {
             n_head: self.n_head,
+            n_kv_head: self.n_kv_head,
             d_nope: self.d_nope,
             d_rope: self.d_rope,
             d_value: self.d_value,
@@ -172,7 +177,7 @@ impl Op for AttentionPrefill {
         let rope = product(&[self.cache_rows, self.storage.row_pitch(self.d_rope)]);
         Args {
             q: words(product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
-            kv: words(product(&[self.kv_rows, self.n_head, self.d_nope + self.d_value])),
+            kv: words(product(&[self.kv_rows, self.n_kv_head, self.d_nope + self.d_value])),
             rope_cache: self.storage.sized(rope),
             queries: words(product(&[self.query_tiles, 4])),
             sequences: words(product(&[self.n_sequence, 4])),
@@ -182,7 +187,7 @@ impl Op for AttentionPrefill {
     }
 
     fn cost(&self) -> Cost {
-        let AttentionPrefill { tokens, n_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
+        let AttentionPrefill { tokens, n_head, n_kv_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
         // Every tile writes the state, and all but the first read it. One (m, l) per query and head: a schedule that splits
         // the value width keeps more.
         let state = if self.first { 1 } else { 2 };
@@ -195,8 +200,8 @@ impl Op for AttentionPrefill {
             &[
                 times(4, &[tokens, n_head, d_nope]),
                 times(4, &[tokens, n_head, d_rope]),
-                times(4, &[kv_rows, n_head, d_nope]),
-                times(4, &[kv_rows, n_head, d_value]),
+                times(4, &[kv_rows, n_kv_head, d_nope]),
+                times(4, &[kv_rows, n_kv_head, d_value]),
                 times(storage.bytes(), &[kv_rows.min(self.cache_rows), d_rope]),
                 times(16, &[self.query_tiles]),
                 times(16, &[self.n_sequence]),
@@ -355,6 +360,7 @@ crate::vary!(AttentionPrefill {
     tile_q,
     n_sequence,
     n_head,
+    n_kv_head,
     d_nope,
     d_rope,
     d_value,
@@ -384,6 +390,8 @@ impl crate::sample::Sampled for AttentionPrefill {
                     tile_q,
                     n_sequence: 1,
                     n_head,
+                    // All query heads share one, or each has its own.
+                    n_kv_head: if query_tiles == 5 { 1 } else { n_head },
                     d_nope,
                     d_rope,
                     d_value,
@@ -402,12 +410,13 @@ impl crate::sample::Sampled for AttentionPrefill {
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        let op = AttentionPrefill {
+        let of = |n_head| AttentionPrefill {
             tokens: 4,
             query_tiles: 1,
             tile_q: QUERY_TILES[0],
             n_sequence: 1,
-            n_head: 2,
+            n_head,
+            n_kv_head: 2,
             d_nope: 3,
             d_rope: 2,
             d_value: 5,
@@ -422,6 +431,11 @@ impl crate::sample::Sampled for AttentionPrefill {
         };
         // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
         // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
-        vec![(op, Cost { flops: 2 * 4 * 7 * 2 * 10, bytes: 160 + 448 + 28 + 32 + 224 + 224 })]
+        let flops = 2 * 4 * 7 * 2 * 10;
+        vec![
+            (of(2), Cost { flops, bytes: 160 + 448 + 28 + 32 + 224 + 224 }),
+            // Three times the query heads over the same keys and values.
+            (of(6), Cost { flops: 3 * flops, bytes: 3 * 160 + 448 + 28 + 32 + 3 * (224 + 224) }),
+        ]
     }
 }

@@ -18,7 +18,7 @@ pub struct Partial {
 
 /// `s_j = scale · (q_C · k_C_j + q_R · k_R_j)` over the rows of each split.
 ///
-/// `q` `[tokens, n_head, d_nope + d_rope]`, `kv` `[rows, n_head, d_nope + d_value]`, `k_rope` `[rows, d_rope]`,
+/// `q` `[tokens, n_head, d_nope + d_rope]`, `kv` `[rows, n_kv_head, d_nope + d_value]`, `k_rope` `[rows, d_rope]`,
 /// `splits` `[splits]`: a token and the rows that this split of it covers. The width of the result is `d_value`.
 pub fn attention_decode(
     q: &[f64],

@@ -18,6 +18,8 @@ pub struct Attended {
 pub struct Heads {
     /// Query heads.
     pub n_head: usize,
+    /// Heads of keys and values; divides `n_head`.
+    pub n_kv_head: usize,
     /// Content part of query and key.
     pub d_nope: usize,
     /// Rotary part of query and key.
@@ -36,11 +38,16 @@ impl Heads {
     pub fn d_kv(self) -> usize {
         self.d_nope + self.d_value
     }
+
+    /// Where `kv` has the key of a row for a query head: groups of query heads share a key and a value.
+    fn kv_start(self, row: usize, head: usize) -> usize {
+        (row * self.n_kv_head + head / (self.n_head / self.n_kv_head)) * self.d_kv()
+    }
 }
 
 /// `s_j = scale · (q_C · k_C_j + q_R · k_R_j)` over the visible rows, `o = Σ_j softmax(s)_j v_j`, per token and head.
 ///
-/// `q` `[tokens, n_head, d_nope + d_rope]`, `kv` `[rows, n_head, d_nope + d_value]`, `k_rope` `[rows, d_rope]`,
+/// `q` `[tokens, n_head, d_nope + d_rope]`, `kv` `[rows, n_kv_head, d_nope + d_value]`, `k_rope` `[rows, d_rope]`,
 /// `visible` `[tokens]`: the rows that each token attends to.
 pub fn attention_prefill(
     q: &[f64],
@@ -76,14 +83,14 @@ pub(super) fn scores(
     scale: f64,
 ) -> Vec<f64> {
     let (q_nope, q_rope) = query.split_at(heads.d_nope);
-    let key_nope = |row: usize| &kv[(row * heads.n_head + head) * heads.d_kv()..][..heads.d_nope];
+    let key_nope = |row: usize| &kv[heads.kv_start(row, head)..][..heads.d_nope];
     let key_rope = |row: usize| &k_rope[row * heads.d_rope..][..heads.d_rope];
     rows.map(|row| scale * (dot(q_nope, key_nope(row)) + dot(q_rope, key_rope(row)))).collect()
 }
 
 /// The value of one row and head.
 pub(super) fn value(kv: &[f64], row: usize, head: usize, heads: Heads) -> &[f64] {
-    &kv[(row * heads.n_head + head) * heads.d_kv() + heads.d_nope..][..heads.d_value]
+    &kv[heads.kv_start(row, head) + heads.d_nope..][..heads.d_value]
 }
 
 /// The largest score (at least `lowest`), `exp(score − max)` of each, and their sum.

@@ -388,6 +388,7 @@ impl Layer {
     fn heads(&self) -> Heads {
         Heads {
             n_head: self.config.n_head as usize,
+            n_kv_head: self.config.n_head as usize,
             d_nope: self.config.d_nope as usize,
             d_rope: self.config.d_rope as usize,
             d_value: self.config.d_value as usize,

@@ -119,6 +119,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
         tile_q,
         n_sequence: 1,
         n_head: heads as u32,
+        n_kv_head: heads as u32,
         d_nope: width as u32,
         d_rope: 0,
         d_value: width as u32,
@@ -153,7 +154,7 @@ pub fn mla_decode(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &MlaDecode
     let (absorbed, q) = (bench.floats(&inputs.q_latent)?, bench.floats(&inputs.q_rope)?);
     let (latent_cache, rope_cache) = (bench.floats(&inputs.latents)?, bench.floats(&inputs.ropes)?);
     let length = cached as u32;
-    let split = split_length(bench.kernels.context(), length.into(), heads as u32);
+    let split = split_length(bench.kernels.context(), length.into(), attention_absorbed::workgroups(heads as u32));
     let splits = length.div_ceil(split);
     let sequence =
         DecodeSequence { first_row: 0, first_slot: 0, length, token: 0, tokens: 1, partial: 0, splits, unused: 0 };

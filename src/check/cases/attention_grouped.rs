@@ -325,6 +325,7 @@ fn attend_groups(
     };
     let heads = reference::Heads {
         n_head: n_head as usize,
+        n_kv_head: n_head as usize,
         d_nope: d_nope as usize,
         d_rope: d_rope as usize,
         d_value: d_value as usize,

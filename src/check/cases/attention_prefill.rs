@@ -20,6 +20,7 @@ use crate::storage::Storage;
 struct Sizes {
     lengths: &'static [(u32, u32)],
     widths: Widths,
+    n_kv_head: usize,
     storage: Storage,
     extreme: Extreme,
     first_has_no_keys: bool,
@@ -41,7 +42,8 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         for (name, lengths) in SEQUENCES.into_iter().filter(|(name, _)| names.contains(name)) {
             for &storage in storages {
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
-                let sizes = Sizes { lengths, widths, storage, extreme: Extreme::Plain, first_has_no_keys: false };
+                let extreme = Extreme::Plain;
+                let sizes = Sizes { lengths, widths, n_kv_head: n_head, storage, extreme, first_has_no_keys: false };
                 add_case(cases, id, sizes);
             }
         }
@@ -64,6 +66,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         let plain = Sizes {
             lengths: &[(0, 40), (70, 1)],
             widths: (2, 16, 8, 16),
+            n_kv_head: 2,
             storage,
             extreme: Extreme::Plain,
             first_has_no_keys: false,
@@ -73,11 +76,16 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         }
         let sizes = Sizes { lengths: &[(0, 5), (0, 9)], first_has_no_keys: true, ..plain };
         add_case(cases, format!("first_has_no_keys/{}", storage.name()), sizes);
+        // Groups of query heads over the same keys and values.
+        for (n_head, n_kv_head) in [(3, 1), (9, 3), (16, 4), (14, 2), (16, 1)] {
+            let sizes = Sizes { widths: (n_head, 16, 8, 16), n_kv_head, lengths: &[(40, 9), (0, 33)], ..plain };
+            add_case(cases, format!("gqa_{n_head}_{n_kv_head}/{}", storage.name()), sizes);
+        }
     }
 }
 
 fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
-    let Sizes { lengths, widths: (n_head, d_nope, d_rope, d_value), storage, extreme, .. } = sizes;
+    let Sizes { lengths, widths: (n_head, d_nope, d_rope, d_value), n_kv_head, storage, extreme, .. } = sizes;
     let batch = Batch::new(lengths, 3);
     let op = AttentionPrefill {
         tokens: batch.tokens,
@@ -85,6 +93,7 @@ fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
         tile_q: QUERY_TILES[0],
         n_sequence: batch.sequences.len() as u32,
         n_head: n_head as u32,
+        n_kv_head: n_kv_head as u32,
         d_nope: d_nope as u32,
         d_rope: d_rope as u32,
         d_value: d_value as u32,
@@ -135,7 +144,8 @@ fn prefill(
     sizes: Sizes,
     [tolerance, of_scores]: [Tolerance; 2],
 ) -> Result<Vec<Comparison>> {
-    let Sizes { lengths, widths: (n_head, d_nope, d_rope, d_value), storage, extreme, first_has_no_keys } = sizes;
+    let Sizes { lengths, widths, n_kv_head, storage, extreme, first_has_no_keys } = sizes;
+    let (n_head, d_nope, d_rope, d_value) = widths;
     let batch = Batch::new(lengths, 3);
     let slots = batch.slots();
     let (mut table, mut visible) = (batch.sequences.clone(), batch.visible());
@@ -143,7 +153,7 @@ fn prefill(
         table[0].length = 0;
         visible[..batch.counts[0] as usize].fill(0..0);
     }
-    let (d_query, d_kv) = (d_nope + d_rope, n_head * (d_nope + d_value));
+    let (d_query, d_kv) = (d_nope + d_rope, n_kv_head * (d_nope + d_value));
     let mut random = Random::new(SEED);
     let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);
     let mut kv_values = random.values(slots.len() * d_kv, 1.0);
@@ -194,7 +204,7 @@ fn prefill(
         }
         Ok(())
     })?;
-    let heads = reference::Heads { n_head, d_nope, d_rope, d_value };
+    let heads = reference::Heads { n_head, n_kv_head, d_nope, d_rope, d_value };
     let attend = if launch.of_halves() { reference::attention_prefill_of_halves } else { reference::attention_prefill };
     let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, launch.op.scale.into());
     let state = lab.read(&softmax)?;
