@@ -1,48 +1,150 @@
-// Writes latents and rotary keys of new tokens to their cache rows. Rotates the keys on the way and the queries in place, in
-// 16-byte loads and stores.
+// Writes latents and rotary keys of new tokens to their cache rows, in 16-byte loads and stores: latents normed and gated, keys
+// rotated on the way. Copies the queries that stand beside them, rotated.
 //
-//   latents[slots[t], :] = latent[t, :]    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    q_R[t, h] ← RoPE_t(q_R[t, h])
+//   c = RMSNorm(x[t, latent]) · weight           with a gate: c ← Norm(c ⊙ act(g[t])), layer_norm, rms_norm or none as in `gate`
+//   latents[slots[t], :] = c    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    q[t, h] = (q_C[t, h], RoPE_t(q_R[t, h]))
 //
 // RoPE rotates the pairs (2i, 2i+1): a layer whose pairs are half a head apart brings them together when it uploads its weights.
 // f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN, so that a broken model shows.
+// Norms are those of `norm` and `gate`: one pass updates mean and spread vector by vector, then joins them across lanes.
 // grid: one workgroup per WORKGROUP / LANES items, folded into x and y; items are the tokens, then the heads of all tokens.
 //
-// Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64, per cent of the copy kernel: in f16
+// Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64 without a norm, per cent of the copy kernel: in f16
 // 8 invocations with an item each 76, with rotation 72; with pack2x16float in place of integers 55, before halves of
 // infinities and NaN were written as bits. f32 84. 8 invocations that share an item: 23 in f16, 73 in f32. Not run on a GPU yet.
 
-override STORAGE_F16: u32 = 0u;
+override STORAGE_F16: u32 = 0u;  // weights of the norms
+override CACHE_F16: u32 = 0u;
+override RMS: u32 = 0u;          // 1: the latent is normed
+override GATED: u32 = 0u;        // 1: and gated
+override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
+override NORM: u32 = 2u;         // of the gate: 0 layer_norm, 1 rms_norm, 2 none
+override PADDED: u32 = 0u;       // 1: latents end with padding
 override ROTATE: u32 = 0u;       // 1: keys and queries are rotated
+override KEPT: u32 = 0u;         // 1: latents are kept as the cache has them
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 16u;       // invocations that share an item; a power of two
+override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 override INTEGERS: u32 = 0u;     // 1: integer arithmetic rounds halves
 // 16-byte loads for one store.
-override LOADS: u32 = 1u + STORAGE_F16;
+override LOADS: u32 = 1u + CACHE_F16;
 
 struct Params {
     tokens: u32,
+    row: u32,            // elements of x from one token to the next
     d_latent: u32,
+    latent_used: u32,    // elements of a latent without its padding
     latent_offset: u32,
-    latent_row: u32,     // elements from one token to the next; rope_row and q_row likewise
-    latent_words: u32,   // words of a latent cache row
     d_rope: u32,
     rope_offset: u32,
-    rope_row: u32,
-    rope_words: u32,     // words of a rope cache row
-    rope_cache: u32,     // first word of the rotary keys in `cache`
-    q_heads: u32,        // heads to rotate; 0 for none
+    rope_cache: u32,     // first 16 bytes of the rotary keys in `cache`
+    q_heads: u32,        // heads to copy; 0 for none
     q_offset: u32,
-    q_row: u32,
-    q_head: u32,         // elements from one head to the next
+    d_nope: u32,         // elements of a head before its rotary part
+    gamma: u32,          // elements of `weight` before γ and β of the gate's norm
+    beta: u32,
+    eps: f32,
+    gate_eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> latent: array<vec4<f32>>;        // (latent_offset + t·latent_row + i) / 4
-@group(0) @binding(2) var<storage, read> rope_key: array<vec4<f32>>;      // (rope_offset + t·rope_row + i) / 4
-@group(0) @binding(3) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, d_rope / 4] (cos, sin) of two pairs
-@group(0) @binding(4) var<storage, read> slots: array<u32>;               // [tokens] cache rows
-@group(0) @binding(5) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, latent_words] / 4, [cache rows, rope_words] / 4
-@group(0) @binding(6) var<storage, read_write> q: array<vec4<f32>>;       // (q_offset + t·q_row + h·q_head + i) / 4
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;             // [tokens, row] / 4
+@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;        // [d_latent] each: norm, γ, β; / 4, f16: / 8
+@group(0) @binding(3) var<storage, read> g: array<vec4<f32>>;             // [tokens, d_latent] / 4 gate before its activation
+@group(0) @binding(4) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, d_rope / 4] (cos, sin) of two pairs
+@group(0) @binding(5) var<storage, read> slots: array<u32>;               // [tokens] cache rows
+@group(0) @binding(6) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, d_latent], [cache rows, d_rope]; / 4, f16: / 8
+@group(0) @binding(7) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, q_heads, d_nope + d_rope] / 4
+@group(0) @binding(8) var<storage, read_write> kept: array<vec4<f32>>;    // [tokens, d_latent] / 4
+
+// (elements, mean, squared distances from it) per invocation.
+var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
+
+// Vector i of a tensor in f32 or f16 storage, given the load that holds it.
+fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
+    if (STORAGE_F16 == 1u) {
+        let words = select(load.xy, load.zw, (i & 1u) == 1u);
+        return vec4<f32>(unpack2x16float(words.x), unpack2x16float(words.y));
+    }
+    return bitcast<vec4<f32>>(load);
+}
+
+// Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
+fn index_of(i: u32) -> u32 {
+    return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// (elements, mean, squared distances) of the union of two sets.
+fn joined(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
+    // Divisions are rounded: an empty set must not move the mean of the other.
+    if (a.x == 0.0 || b.x == 0.0) {
+        return select(a, b, a.x == 0.0);
+    }
+    let part = b.x / (a.x + b.x);
+    let apart = b.y - a.y;
+    return vec4<f32>(a.x + b.x, a.y + apart * part, a.z + b.z + apart * apart * a.x * part, 0.0);
+}
+
+// Those of the LANES invocations that share a row or a token, together.
+fn joined_lanes(lane: u32, own: vec4<f32>) -> vec4<f32> {
+    if (LANES == 1u) {
+        return own;
+    }
+    let part = lane % LANES;
+    sh_moments[lane % SHARED] = own;
+    workgroupBarrier();
+    for (var half = LANES / 2u; half > 0u; half /= 2u) {
+        if (part < half) {
+            sh_moments[lane % SHARED] = joined(sh_moments[lane % SHARED], sh_moments[(lane + half) % SHARED]);
+        }
+        workgroupBarrier();
+    }
+    let all = sh_moments[(lane - part) % SHARED];
+    workgroupBarrier();
+    return all;
+}
+
+fn activate_four(v: vec4<f32>) -> vec4<f32> {
+    switch (ACTIVATION) {
+        case 1u: {
+            return 1.0 / (1.0 + exp(-v));
+        }
+        case 2u: {
+            // Some drivers' tanh overflows for large arguments; ±1 is exact in f32 from 10 on. A clamp would hide NaN.
+            let nan = (bitcast<vec4<u32>>(v) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
+            return select(tanh(clamp(v, vec4<f32>(-10.0), vec4<f32>(10.0))), v, nan);
+        }
+        case 3u: {
+            return v / (1.0 + exp(-v));
+        }
+        case 4u: {
+            return 1.0 + v;
+        }
+        default: {
+            return v;
+        }
+    }
+}
+
+// (elements, mean, squared distances) of one element; of its square alone without `centred`.
+fn moments_of(v: f32, centred: bool) -> vec4<f32> {
+    return select(vec4<f32>(1.0, 0.0, v * v, 0.0), vec4<f32>(1.0, v, 0.0, 0.0), centred);
+}
+
+// Those of the first `count` elements of a vector, at most 3.
+fn moments_of_cut(v: vec4<f32>, count: u32, centred: bool) -> vec4<f32> {
+    var all = vec4<f32>(0.0);
+    if (count > 0u) {
+        all = moments_of(v.x, centred);
+    }
+    if (count > 1u) {
+        all = joined(all, moments_of(v.y, centred));
+    }
+    if (count > 2u) {
+        all = joined(all, moments_of(v.z, centred));
+    }
+    return all;
+}
 
 // Two halves in a word; finite values beyond f16 become its largest. NaN and infinities stay what they are. Bits tell them apart,
 // since compilers take `v != v` for false, and bits are written, since WGSL leaves pack2x16float of them open: one driver takes
@@ -76,7 +178,7 @@ fn halves_of(v: vec4<f32>) -> vec4<u32> {
 
 // 16 bytes of a cache row; `more` is their second half in f16 storage.
 fn stored(v: vec4<f32>, more: vec4<f32>) -> vec4<u32> {
-    if (STORAGE_F16 == 1u) {
+    if (CACHE_F16 == 1u) {
         if (INTEGERS == 1u) {
             let low = halves_of(v);
             let high = halves_of(more);
@@ -94,44 +196,131 @@ fn rotated(v: vec4<f32>, by: vec4<f32>) -> vec4<f32> {
 
 // Vector i of a token's key, rotated.
 fn key(token: u32, i: u32) -> vec4<f32> {
-    let v = rope_key[(params.rope_offset + token * params.rope_row) / 4u + i];
+    let v = x[(params.rope_offset + token * params.row) / 4u + i];
     if (ROTATE == 0u) {
         return v;
     }
     return rotated(v, rotations[token * (params.d_rope / 4u) + i]);
 }
 
-// Latent and rotary key of a token.
-fn append(token: u32, part: u32) {
-    let slot = slots[token];
-    let source = (params.latent_offset + token * params.latent_row) / 4u;
-    let latents = params.latent_words / 4u;
-    for (var i = part; i < latents; i += LANES) {
-        let first = latent[source + i * LOADS];
-        var second = first;
-        if (STORAGE_F16 == 1u) {
-            second = latent[source + i * LOADS + 1u];
-        }
-        cache[slot * latents + i] = stored(first, second);
+// Vector i of a token's latent, scaled and gated.
+fn unnormed(token: u32, i: u32, scale: f32) -> vec4<f32> {
+    var v = x[(params.latent_offset + token * params.row) / 4u + i];
+    if (RMS == 1u) {
+        v = v * scale * four_of(weight[index_of(i)], i);
     }
-    let keys = params.rope_words / 4u;
-    let keys_at = params.rope_cache / 4u + slot * keys;
+    if (GATED == 1u) {
+        v = v * activate_four(g[token * (params.d_latent / 4u) + i]);
+    }
+    return v;
+}
+
+// μ and ρ of the gate's norm, or ρ alone of the norm before it.
+fn moments_over(lane: u32, token: u32, of_gate: bool, scale: f32) -> vec2<f32> {
+    // Heads have nothing to measure, but the barriers need every invocation.
+    let vectors = select(0u, params.d_latent / 4u, token < params.tokens);
+    let source = (params.latent_offset + token * params.row) / 4u;
+    let used = params.latent_used;
+    let centred = of_gate && NORM == 0u;
+    // One component per fourth element.
+    var count = 0.0;
+    var mean = vec4<f32>(0.0);
+    var squares = vec4<f32>(0.0);
+    var cut = vec4<f32>(0.0);
+    for (var i = lane % LANES; i < vectors; i += LANES) {
+        var v: vec4<f32>;
+        if (of_gate) {
+            v = unnormed(token, i, scale);
+        } else {
+            v = x[source + i];
+        }
+        if (PADDED == 1u && 4u * i + 4u > used) {
+            cut = joined(cut, moments_of_cut(v, max(used, 4u * i) - 4u * i, centred));
+            continue;
+        }
+        count += 1.0;
+        if (centred && count == 1.0) {
+            // Exact, so that equal elements have no spread at all.
+            mean = v;
+            continue;
+        }
+        let apart = v - mean;
+        if (centred) {
+            mean += apart * (1.0 / count);
+        }
+        squares += apart * (v - mean);
+    }
+    let middle = mean.x + dot(mean - mean.x, vec4<f32>(0.25));
+    let off = mean - middle;
+    var own = vec4<f32>(4.0 * count, middle, dot(squares, vec4<f32>(1.0)) + count * dot(off, off), 0.0);
+    if (PADDED == 1u) {
+        own = joined(own, cut);
+    }
+    let all = joined_lanes(lane, own);
+    let eps = select(params.eps, params.gate_eps, of_gate);
+    return vec2<f32>(select(0.0, all.y, centred), inverseSqrt(all.z / f32(used) + eps));
+}
+
+// Vector i of a token's latent, as it is appended.
+fn latent(token: u32, i: u32, scale: f32, moments: vec2<f32>) -> vec4<f32> {
+    var v = unnormed(token, i, scale);
+    if (GATED == 1u && NORM != 2u) {
+        let gamma = params.gamma / 4u + i;
+        v = (v - moments.x) * moments.y * four_of(weight[index_of(gamma)], gamma);
+        if (NORM == 0u) {
+            let beta = params.beta / 4u + i;
+            v += four_of(weight[index_of(beta)], beta);
+        }
+    }
+    return v;
+}
+
+// Latent and rotary key of a token.
+fn append(token: u32, part: u32, scale: f32, moments: vec2<f32>) {
+    let slot = slots[token];
+    let latents = params.d_latent / (4u * LOADS);
+    for (var i = part; i < latents; i += LANES) {
+        let first = latent(token, i * LOADS, scale, moments);
+        var second = first;
+        if (CACHE_F16 == 1u) {
+            second = latent(token, i * LOADS + 1u, scale, moments);
+        }
+        let load = stored(first, second);
+        cache[slot * latents + i] = load;
+        if (KEPT == 1u) {
+            let target_at = (token * latents + i) * LOADS;
+            if (CACHE_F16 == 1u) {
+                kept[target_at] = vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+                kept[target_at + 1u] = vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
+            } else {
+                kept[target_at] = first;
+            }
+        }
+    }
+    let keys = params.d_rope / (4u * LOADS);
     for (var i = part; i < keys; i += LANES) {
         let first = key(token, i * LOADS);
         var second = first;
-        if (STORAGE_F16 == 1u) {
+        if (CACHE_F16 == 1u) {
             second = key(token, i * LOADS + 1u);
         }
-        cache[keys_at + i] = stored(first, second);
+        cache[params.rope_cache + slot * keys + i] = stored(first, second);
     }
 }
 
-// Rotary part of one head, in place.
-fn rotate_head(token: u32, head: u32, part: u32) {
-    let base = (params.q_offset + token * params.q_row + head * params.q_head) / 4u;
-    let rotation = token * (params.d_rope / 4u);
-    for (var i = part; i < params.d_rope / 4u; i += LANES) {
-        q[base + i] = rotated(q[base + i], rotations[rotation + i]);
+// One head of the queries.
+fn copy_head(token: u32, head: u32, part: u32) {
+    let content = params.d_nope / 4u;
+    let turns = params.d_rope / 4u;
+    let vectors = content + turns;
+    let source = (params.q_offset + token * params.row) / 4u + head * vectors;
+    let target_at = (token * params.q_heads + head) * vectors;
+    for (var i = part; i < vectors; i += LANES) {
+        var v = x[source + i];
+        if (ROTATE == 1u && i >= content) {
+            v = rotated(v, rotations[token * turns + i - content]);
+        }
+        q[target_at + i] = v;
     }
 }
 
@@ -143,12 +332,20 @@ fn main(
 ) {
     let item = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
     let part = lane % LANES;
+    var scale = 1.0;
+    var moments = vec2<f32>(0.0, 1.0);
+    if (RMS == 1u) {
+        scale = moments_over(lane, item, false, 1.0).y;
+    }
+    if (GATED == 1u && NORM != 2u) {
+        moments = moments_over(lane, item, true, scale);
+    }
     if (item < params.tokens) {
-        append(item, part);
+        append(item, part, scale, moments);
         return;
     }
     let head = item - params.tokens;
     if (head < params.tokens * params.q_heads) {
-        rotate_head(head / params.q_heads, head % params.q_heads, part);
+        copy_head(head / params.q_heads, head % params.q_heads, part);
     }
 }

@@ -447,9 +447,9 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     for (odd, number) in [
         (CacheAppend { d_latent: 20, ..append }, "d_latent is 20"),
         (CacheAppend { d_rope: 12, ..append }, "d_rope is 12"),
-        (CacheAppend { latent_row: 42, ..append }, "latent_row is 42"),
+        (CacheAppend { row: 42, ..append }, "row is 42"),
         (CacheAppend { rope_offset: 25, ..append }, "rope_offset is 25"),
-        (CacheAppend { queries: Queries { head: 22, ..append.queries }, ..append }, "head of q is 22"),
+        (CacheAppend { queries: Queries { d_nope: 22, ..append.queries }, ..append }, "d_nope is 22"),
     ] {
         assert!(refusal("cache_append", odd).starts_with(&format!("{number}, must be a multiple of")));
     }

@@ -95,19 +95,31 @@ fn bindings_that_no_number_counts_are_refused() {
     let append = cache_append::CacheAppend {
         tokens: 1,
         cache_rows: most,
-        d_latent: 8,
+        row: 8,
         latent_offset: 0,
-        latent_row: 8,
-        d_rope: 8,
+        d_latent: 8,
+        latent_used: 8,
         rope_offset: 0,
-        rope_row: 8,
+        d_rope: 8,
         rotate: false,
         queries: cache_append::Queries::default(),
+        norm: None,
+        gate: None,
+        kept: false,
         rope_byte: u64::MAX - 15,
+        weights: Storage::F32,
         storage: Storage::F32,
     };
-    let args =
-        cache_append::Args { latent: small, rope_key: small, rotations: small, slots: small, cache: small, q: small };
+    let args = cache_append::Args {
+        x: small,
+        weight: small,
+        g: small,
+        rotations: small,
+        slots: small,
+        cache: small,
+        q: small,
+        kept: small,
+    };
     refused(recording.add(&append, args));
     let rows = gate_project::GateProject {
         rows: 1,

@@ -3,8 +3,8 @@
 use super::frame::Frame;
 use super::step::Table;
 use crate::error::Result;
-use crate::kernels::attention_absorbed;
 use crate::kernels::matmul::{Layout, Matmul};
+use crate::kernels::{attention_absorbed, value_project};
 
 impl Frame<'_> {
     pub fn attend_absorbed(&mut self) -> Result<()> {
@@ -52,9 +52,29 @@ impl Frame<'_> {
             partial_softmax: &workspace.partial_softmax,
         };
         self.recording.add_own(&op, args)?;
-        self.combine(d_latent, &workspace.combined)?;
 
         // o[h] = W_V[h] S[h]
+        if value_project::pays(step.tokens, step.partials, d_latent) {
+            let op = value_project::ValueProject {
+                tokens: step.tokens,
+                n_head,
+                d_latent,
+                d_value,
+                splits: step.partials,
+                w_offset: d_nope * d_latent,
+                w_head: head_weights,
+                storage: layer.storage,
+            };
+            let args = value_project::Args {
+                partial_values: &workspace.partial_values,
+                partial_softmax: &workspace.partial_softmax,
+                ranges: &self.table(Table::Ranges),
+                w: kv_b_proj,
+                values: &workspace.values,
+            };
+            return self.recording.add_own(&op, args);
+        }
+        self.combine(d_latent, &workspace.combined)?;
         let values = Matmul {
             batch: n_head,
             x: latents,

@@ -12,13 +12,14 @@ use crate::cost::{Cost, times};
 use crate::kernels::attention_decode::{SPLIT, split_length};
 use crate::kernels::attention_grouped::{self, Tiling, Widths};
 use crate::kernels::attention_prefill::QUERY_TILES;
-use crate::kernels::cache_append::Queries;
+use crate::kernels::cache_append::{LatentGate, Queries};
 use crate::kernels::cache_read::Table;
-use crate::kernels::matmul::Layout;
+use crate::kernels::matmul::{FEW_ROWS, Layout};
 use crate::kernels::norm::Kind;
 use crate::kernels::{
     AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheRead,
-    Gate, GateStatistics, Gather, Matmul, Norm,
+    Gate, GateProject, GateStatistics, Gather, Matmul, Norm, QueryProject, Rope, ValueProject, attention_absorbed,
+    value_project,
 };
 use crate::op::{Op, choose};
 use crate::rates::Time;
@@ -163,7 +164,7 @@ pub fn decode_time(
     let Ok(config) = widths::padded(config) else { return Time::NEVER };
     let tiling = attention_grouped::tiling(context, grouped_widths(&config));
     let tally = |tiling| {
-        let split = split_length(context, work.positions, config.n_head);
+        let split = split_length(context, work.positions, attention_absorbed::workgroups(config.n_head));
         Timed { context, cut: Cut { split, tile_rows: tile_rows.max(SPLIT), tiling } }
     };
     let expanded = || {
@@ -343,8 +344,14 @@ fn attend_one_group<T: Tally>(tally: &T, config: &AttentionConfig, work: &Decode
         storage: work.cache_storage,
     };
     let position = times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope]);
-    tally.of(&one_a_head(queries, across, d_nope, d_latent))
-        + tally.with(&attention, further(work, position))
+    let attended =
+        tally.of(&one_a_head(queries, across, d_nope, d_latent)) + tally.with(&attention, further(work, position));
+    if value_project::pays(work.tokens, partials, d_latent) {
+        let (tokens, splits, w_offset, w_head) = (work.tokens, partials, d_nope.saturating_mul(d_latent), head_weights);
+        let values = ValueProject { tokens, n_head, d_latent, d_value, splits, w_offset, w_head, storage };
+        return attended + tally.of(&values);
+    }
+    attended
         + merged(tally, work.tokens, n_head, d_latent, partials)
         + tally.of(&one_a_head(latents, Layout::dense(d_latent), d_latent, d_value))
 }
@@ -414,20 +421,12 @@ fn attend_grouped<T: Tally>(
         cache_storage: work.cache_storage,
         storage,
     };
-    // Latents rounded by an f16 cache are read back.
-    let cached = Gather {
-        rows: if work.cache_storage == Storage::F16 { work.tokens } else { 0 },
-        width: config.d_latent,
-        table_row: config.d_latent,
-        vocab_size: work.rows,
-        storage: work.cache_storage,
-    };
+    // The append keeps the new latents.
+    let kept = Cost { flops: 0, bytes: times(4, &[work.tokens, config.d_latent]) };
     let measured = match gate.norm {
         GateNorm::None => T::Sum::default(),
         GateNorm::RmsNorm | GateNorm::LayerNorm => {
-            tally.of(&cached)
-                + linear(tally, work.tokens, config.d_latent, d_kv, false, storage)
-                + tally.of(&statistics)
+            linear(tally, work.tokens, config.d_latent, d_kv, false, storage) + tally.with(&statistics, kept)
         }
     };
     tally.of(&rows)
@@ -508,47 +507,75 @@ fn gated<T: Tally>(
 
 /// New tokens on every path: queries, latents and rotary keys into the cache, outputs.
 fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, storage: Storage) -> T::Sum {
-    let AttentionConfig { hidden_size, n_head, d_latent, d_rope, attention_bias: bias, .. } = *config;
+    let AttentionConfig { hidden_size, n_head, d_latent, d_nope, d_rope, attention_bias: bias, .. } = *config;
     let d_q = n_head * config.d_query();
-    // Both norms are one dispatch.
-    let rms = |width: u32, second: u32| {
-        let (x_offset, x_row, eps) = (0, width + second, 0.0);
-        tally.of(&Norm { rows: tokens, width, second, x_offset, x_row, eps, kind: Kind::Rms, bias: false, storage })
-    };
     let d_kv_a = d_latent + d_rope;
     let down = match config.d_q_latent {
-        None => {
-            linear(tally, tokens, hidden_size, d_q, false, storage)
-                + linear(tally, tokens, hidden_size, d_kv_a, bias, storage)
-                + rms(d_latent, 0)
-        }
-        // Both down projections are one product.
+        // All down projections are one product.
+        None => linear(tally, tokens, hidden_size, d_q + d_kv_a, bias, storage),
         Some(rank) => {
             linear(tally, tokens, hidden_size, rank + d_kv_a, bias, storage)
-                + rms(rank, d_latent)
-                + linear(tally, tokens, rank, d_q, false, storage)
+                + low_rank_queries(tally, config, rank, tokens, storage)
         }
     };
     let latent_gate = config.latent_gate().map_or(T::Sum::default(), |gate| {
         let (width, vocab_size) = (gate.d_gate, gate.vocab_size);
+        if tokens <= FEW_ROWS {
+            return tally.of(&GateProject {
+                rows: tokens,
+                width: d_latent,
+                d_gate: width,
+                vocab_size,
+                first_id: 0,
+                ids: true,
+                targets: false,
+                y_rows: tokens,
+                storage,
+                y_storage: Storage::F32,
+            });
+        }
         let table = Gather { rows: tokens, width, table_row: width, vocab_size, storage };
-        tally.of(&table) + gated(tally, gate, tokens, gated_segments(config, gate), 0, storage)
+        tally.of(&table) + linear(tally, tokens, width, d_latent, false, storage)
     });
+    let queries = config.d_q_latent.unwrap_or(d_q);
     let append = CacheAppend {
         tokens,
         cache_rows: tokens,
+        row: queries + d_kv_a,
+        latent_offset: queries,
         d_latent,
-        latent_offset: 0,
-        latent_row: d_latent,
+        latent_used: d_latent,
+        rope_offset: queries + d_latent,
         d_rope,
-        rope_offset: 0,
-        rope_row: d_rope,
         rotate: true,
-        queries: Queries { n_head, offset: 0, row: d_q, head: config.d_query() },
+        queries: Queries { n_head: if config.d_q_latent.is_none() { n_head } else { 0 }, offset: 0, d_nope },
+        norm: Some(0.0),
+        gate: config.latent_gate().map(|gate| LatentGate {
+            activation: gate.activation,
+            norm: gate.norm,
+            eps: gate.norm_eps as f32,
+        }),
+        kept: false,
         rope_byte: product(&[tokens, storage.row_loads(d_latent), 16]),
+        weights: storage,
         storage,
     };
     down + latent_gate + tally.of(&append) + linear(tally, tokens, n_head * config.d_value, hidden_size, bias, storage)
+}
+
+/// Queries of their latents, normed and rotated.
+fn low_rank_queries<T: Tally>(tally: &T, config: &AttentionConfig, rank: u32, tokens: u32, storage: Storage) -> T::Sum {
+    let AttentionConfig { n_head, d_latent, d_nope, d_rope, .. } = *config;
+    let (x_row, eps) = (rank + d_latent + d_rope, 0.0);
+    if tokens <= FEW_ROWS {
+        return tally.of(&QueryProject { tokens, rank, rank_used: rank, x_row, n_head, d_nope, d_rope, eps, storage });
+    }
+    let (head_stride, token_stride) = (config.d_query(), n_head * config.d_query());
+    let rotated = Rope { tokens, n_head, d_rope, offset: d_nope, token_stride, head_stride, interleave: true };
+    let (x_offset, second, kind, bias) = (0, 0, Kind::Rms, false);
+    let normed = Norm { rows: tokens, width: rank, second, x_offset, x_row, eps, kind, bias, storage };
+    let projected = tally.of(&normed) + linear(tally, tokens, rank, token_stride, false, storage);
+    if d_rope == 0 { projected } else { projected + tally.of(&rotated) }
 }
 
 /// An entry of the cache table.
@@ -675,9 +702,9 @@ mod tests {
             ..grouped
         });
         assert!(attention.flops <= 2 * (98_304 * groups + 2_304 * cached));
-        // An f32 cache has 256 bytes more per cache row, and the new token's latent need not be read back from it.
+        // An f32 cache has 256 bytes more per cache row.
         let wide = attend_absorbed(&paper(), &DecodeWork::one(cached as u32, 1600, 0, Storage::F32), Storage::F16);
-        assert_eq!(wide.bytes - few.bytes, cached * 256 - (64 * 2 + 4 + 64 * 4));
+        assert_eq!(wide.bytes - few.bytes, cached * 256);
         // Projecting the gate rows first costs 1536 · 256 multiply-adds each, the new token's among them.
         let projected = DecodeWork::one(8192, 1600, 1600, Storage::F16);
         let projected = attend_absorbed(&paper(), &projected, Storage::F16).flops - few.flops;
@@ -713,7 +740,7 @@ mod tests {
                 [1, 32].into_iter().flat_map(|t| [64, 256, 1024, 4096, 8192, 32_768].map(|c| (t, c)))
             {
                 let work = DecodeWork { tokens, ..DecodeWork::one(tokens * cached, 0, 0, Storage::F16) };
-                let chosen = split_length(&context, work.positions, config.n_head);
+                let chosen = split_length(&context, work.positions, attention_absorbed::workgroups(config.n_head));
                 for path in [expanded, absorbed] {
                     let time = |split| {
                         let cut = Cut { split, tile_rows: 1024, tiling: Tiling { groups: 1, span: 1 } };

@@ -1,16 +1,14 @@
 //! Attention over the latents with one absorbed query per distinct token id: the gate at `up_projected`.
 
-use super::frame::{Frame, Latents};
+use super::frame::Frame;
+use super::layer::DecodePath;
 use super::lists::{GateRows, Grouped, Lists};
 use super::step::Table;
 use super::widths::gated_segments;
 use crate::config::{GateConfig, GateNorm};
 use crate::device::Region;
 use crate::error::Result;
-use crate::kernels::matmul::{Layout, Matmul};
-use crate::kernels::{
-    attention_combine, attention_grouped, gate_project, gate_statistics, gather, group_ids, word_scatter,
-};
+use crate::kernels::{attention_combine, attention_grouped, gate_project, gate_statistics, group_ids, word_scatter};
 use crate::storage::Storage;
 
 /// Gate rows as the grouped kernels bind them: resident ones, then others.
@@ -22,7 +20,7 @@ struct GateSource {
     more_storage: Storage,
 }
 
-impl<'a> Frame<'a> {
+impl Frame<'_> {
     /// Updates the lists of the cache, once for all layers, and projects the gate rows that the layer keeps.
     pub fn begin(&mut self) -> Result<()> {
         let (Some(lists), step) = (self.cache.lists(), self.step) else { return Ok(()) };
@@ -44,16 +42,22 @@ impl<'a> Frame<'a> {
         let op = gate_project::GateProject {
             targets: true,
             y_rows: (pool.size / y_storage.sized(width.into())) as u32,
-            ..self.gate_project(gate, fills, y_storage)
+            ..self.gate_project(gate, fills, width, y_storage)
         };
         self.project_gates(&op, &self.table(Table::FillIds), &self.table(Table::FillRows), pool)
     }
 
     /// The projection of the gate rows of listed ids.
-    fn gate_project(&self, gate: &GateConfig, rows: u32, y_storage: Storage) -> gate_project::GateProject {
+    pub fn gate_project(
+        &self,
+        gate: &GateConfig,
+        rows: u32,
+        width: u32,
+        y_storage: Storage,
+    ) -> gate_project::GateProject {
         gate_project::GateProject {
             rows,
-            width: self.layer.widths.d_kv(),
+            width,
             d_gate: self.layer.widths.d_gate,
             vocab_size: gate.vocab_size,
             first_id: 0,
@@ -106,21 +110,14 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// The latents `[tokens, d_latent]` of a step's new tokens as cached, so rounded in an f16 cache: norm statistics must match
-    /// the keys and values of the cached latents, as in a prefill.
-    fn as_cached(&mut self, latents: Latents<'a>) -> Result<Latents<'a>> {
-        let (width, storage) = (self.layer.widths.d_latent, self.cache.options().storage);
-        if storage == Storage::F32 {
-            return Ok(latents);
-        }
-        let y = &self.workspace.tile_latent;
-        let (rows, vocab_size) = (self.step.tokens, self.cache.rows());
-        let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
-        self.recording.add_own(&op, gather::Args { table: &self.cached.latent, ids: &self.table(Table::Slots), y })?;
-        Ok(Latents { region: y, offset: 0, row: width })
+    /// Whether this step measures the norm of the new tokens' keys and values. Their latents are then kept as the cache has them,
+    /// so rounded where it is f16: statistics must match the keys and values of the cached latents, as in a prefill.
+    pub fn measures(&self) -> bool {
+        let normed = self.layer.config.up_projected_gate().is_some_and(|gate| gate.norm != GateNorm::None);
+        normed && self.step.path == DecodePath::Absorbed && self.step.grouped().is_some()
     }
 
-    pub fn attend_grouped(&mut self, latents: Latents<'a>, grouped: &Grouped) -> Result<()> {
+    pub fn attend_grouped(&mut self, grouped: &Grouped) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
         let (Some(lists), Some(gate)) = (self.cache.lists(), layer.config.up_projected_gate()) else { return Ok(()) };
         let table = Region::from(&lists.buffer);
@@ -156,8 +153,8 @@ impl<'a> Frame<'a> {
                 }
                 self.project_rows(gate, groups + step.tokens, &source)?;
             }
-            if pass_index == 0 && gate.norm != GateNorm::None {
-                self.measure(gate, latents, &source, more, groups)?;
+            if pass_index == 0 && self.measures() {
+                self.measure(gate, &source, more, groups)?;
             }
             let op = attention_grouped::AttentionGrouped {
                 tokens: step.tokens,
@@ -206,20 +203,10 @@ impl<'a> Frame<'a> {
     }
 
     /// Statistics of the new tokens' norm, from their keys and values.
-    fn measure(
-        &mut self,
-        gate: &GateConfig,
-        latents: Latents<'a>,
-        source: &GateSource,
-        more: u32,
-        more_first: u32,
-    ) -> Result<()> {
+    fn measure(&mut self, gate: &GateConfig, source: &GateSource, more: u32, more_first: u32) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
-        let widths = &layer.widths;
-        let latents = self.as_cached(latents)?;
-        let x = Layout { offset: latents.offset, row: latents.row, ..Layout::dense(widths.d_latent) };
-        let op = Matmul { x, ..self.linear(step.tokens, widths.d_latent, widths.d_kv()) };
-        self.product(&op, latents.region, &layer.weights.kv_b_proj, None, &workspace.kv)?;
+        let op = self.linear(step.tokens, layer.widths.d_latent, layer.widths.d_kv());
+        self.product(&op, &workspace.kept, &layer.weights.kv_b_proj, None, &workspace.kv)?;
         let op = gate_statistics::GateStatistics {
             tokens: step.tokens,
             segments: gated_segments(&layer.config, gate),
@@ -269,7 +256,7 @@ impl<'a> Frame<'a> {
     fn project_rows(&mut self, gate: &GateConfig, rows: u32, source: &GateSource) -> Result<()> {
         let workspace = self.workspace;
         if source.resident > 0 {
-            let op = self.gate_project(gate, rows, source.more_storage);
+            let op = self.gate_project(gate, rows, self.layer.widths.d_kv(), source.more_storage);
             let absent = self.absent.clone();
             return self.project_gates(&op, &workspace.group_ids, &absent, &workspace.group_gates);
         }

@@ -239,10 +239,10 @@ impl Attention {
 impl Frame<'_> {
     fn record(mut self, hidden: Hidden<'_>, out: Hidden<'_>) -> Result<()> {
         self.begin()?;
-        let latents = self.project(hidden)?;
-        let latents = self.append(latents)?;
+        self.project(hidden)?;
+        self.append()?;
         match (self.step.path, self.step.grouped()) {
-            (DecodePath::Absorbed, Some(grouped)) => self.attend_grouped(latents, grouped)?,
+            (DecodePath::Absorbed, Some(grouped)) => self.attend_grouped(grouped)?,
             (DecodePath::Absorbed, None) => self.attend_absorbed()?,
             (DecodePath::Expanded | DecodePath::Auto, _) => self.attend_expanded()?,
         }

@@ -1,13 +1,14 @@
 //! From hidden states to queries and to new cache rows, and from values to the output.
 
-use super::frame::{Frame, Latents};
+use super::frame::Frame;
 use super::step::Table;
-use super::weights::DownProjection;
-use crate::config::LOW_RANK_NORM_EPS;
+use super::weights::{DownProjection, LowRank};
+use crate::config::{GateConfig, LOW_RANK_NORM_EPS};
 use crate::device::Region;
 use crate::error::Result;
-use crate::kernels::matmul::{Layout, Matmul};
-use crate::kernels::{cache_append, norm};
+use crate::kernels::matmul::{FEW_ROWS, Layout, Matmul};
+use crate::kernels::{cache_append, norm, query_project, rope};
+use crate::storage::Storage;
 
 /// Hidden states of the caller: elements per token, and elements from one token to the next.
 #[derive(Debug, Clone, Copy)]
@@ -16,94 +17,131 @@ pub(crate) struct Hidden<'a> {
     pub width: u32,
 }
 
-impl<'a> Frame<'a> {
-    /// Projects `q [tokens, n_head, d_nope + d_rope]`, not yet rotated, and the normed latents and rotary keys of the new tokens.
-    /// Returns the latents.
-    pub fn project(&mut self, hidden: Hidden<'_>) -> Result<Latents<'a>> {
+impl Frame<'_> {
+    /// Projects what the hidden states say of queries, latents and rotary keys, neither normed nor rotated.
+    pub fn project(&mut self, hidden: Hidden<'_>) -> Result<()> {
         let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
-        let (widths, config, weights) = (&layer.widths, &layer.config, &layer.weights);
-        let of_hidden = |cols: u32| Matmul {
-            w: Layout::dense(widths.hidden),
-            ..Matmul::linear(tokens, hidden.width, cols, false, layer.storage)
-        };
-        for DownProjection { first, columns, proj, bias } in &weights.down {
-            let y = Layout { offset: *first, row: widths.down(), ..Layout::dense(*columns) };
-            let op = Matmul { y, ..of_hidden(*columns) };
+        let widths = &layer.widths;
+        for DownProjection { first, columns, proj, bias } in &layer.weights.down {
+            let op = Matmul {
+                w: Layout::dense(widths.hidden),
+                y: Layout { offset: *first, row: widths.down(), ..Layout::dense(*columns) },
+                ..Matmul::linear(tokens, hidden.width, *columns, false, layer.storage)
+            };
             self.product(&op, hidden.region, proj, bias.as_ref(), &workspace.down)?;
         }
-        // Normed segments, in order from the first element.
-        let rank = config.d_q_latent.unwrap_or(0);
-        let latent = if weights.has_kv_a_norm { config.d_latent } else { 0 };
-        if let Some(weight) = &weights.down_norm {
-            let (width, second) = if rank == 0 { (latent, 0) } else { (rank, latent) };
-            let op = norm::Norm {
-                rows: tokens,
-                width,
-                second,
-                x_offset: 0,
-                x_row: widths.down(),
-                eps: LOW_RANK_NORM_EPS as f32,
-                kind: norm::Kind::Rms,
-                bias: false,
-                storage: layer.storage,
-            };
-            let args = norm::Args { x: &workspace.down, weight, bias: &self.absent, y: &workspace.normed };
-            self.recording.add_own(&op, args)?;
-        }
-        let normed_row = widths.rank + if latent == 0 { 0 } else { widths.d_latent };
-        if rank == 0 {
-            self.product(&of_hidden(widths.queries()), hidden.region, &weights.query, None, &workspace.q)?;
-        } else {
-            let x = Layout { row: normed_row, ..Layout::dense(widths.rank) };
-            let op = Matmul { x, ..self.linear(tokens, widths.rank, widths.queries()) };
-            self.product(&op, &workspace.normed, &weights.query, None, &workspace.q)?;
-        }
-        Ok(match latent {
-            0 => Latents { region: &workspace.down, offset: widths.rank, row: widths.down() },
-            _ => Latents { region: &workspace.normed, offset: widths.rank, row: normed_row },
-        })
+        Ok(())
     }
 
-    /// Gates the latents if the configuration says so, appends latents and rotary keys to the cache, and rotates the queries.
-    /// Returns the latents before an f16 cache rounds them; [`Frame::as_cached`] returns them after.
-    pub fn append(&mut self, mut latents: Latents<'a>) -> Result<Latents<'a>> {
+    /// Appends latents and rotary keys to the cache, and makes `q [tokens, n_head, d_nope + d_rope]` of the queries. Latents are
+    /// kept as the cache has them where the norm of a gate is to be measured.
+    pub fn append(&mut self) -> Result<()> {
         let (layer, workspace, step) = (self.layer, self.workspace, self.step);
-        let widths = &layer.widths;
-        if let Some(gate) = layer.config.latent_gate() {
-            self.look_up(gate, step.tokens, &self.ids(), &workspace.gate_rows)?;
-            let y = &workspace.latent_gated;
-            self.gate(gate, step.tokens, latents, None, y)?;
-            latents = Latents { region: y, offset: 0, row: widths.d_latent };
+        let (widths, config, weights) = (&layer.widths, &layer.config, &layer.weights);
+        let gate = config.latent_gate();
+        if let Some(gate) = gate {
+            self.project_latent_gates(gate)?;
         }
+        let n_head = if weights.query.is_none() { widths.n_head } else { 0 };
         let op = cache_append::CacheAppend {
             tokens: step.tokens,
             cache_rows: self.cache.rows(),
+            row: widths.down(),
+            latent_offset: widths.query_down(),
             d_latent: widths.d_latent,
-            latent_offset: latents.offset,
-            latent_row: latents.row,
+            latent_used: config.d_latent,
+            rope_offset: widths.query_down() + widths.d_latent,
             d_rope: widths.d_rope,
-            rope_offset: widths.rank + widths.d_latent,
-            rope_row: widths.down(),
             rotate: true,
-            queries: cache_append::Queries {
-                n_head: widths.n_head,
-                offset: widths.d_nope,
-                row: widths.queries(),
-                head: widths.d_query(),
-            },
+            queries: cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope },
+            norm: weights.has_kv_a_norm.then_some(LOW_RANK_NORM_EPS as f32),
+            gate: gate.map(|gate| cache_append::LatentGate {
+                activation: gate.activation,
+                norm: gate.norm,
+                eps: gate.norm_eps as f32,
+            }),
+            kept: self.measures(),
             rope_byte: self.cached.rope_key.offset,
+            weights: layer.storage,
             storage: self.cache.options().storage,
         };
         let args = cache_append::Args {
-            latent: latents.region,
-            rope_key: &workspace.down,
+            x: &workspace.down,
+            weight: weights.latent_norms.as_ref().unwrap_or(&self.absent),
+            g: &workspace.gate,
             rotations: &self.table(Table::Rotations),
             slots: &self.table(Table::Slots),
             cache: &self.cached.whole,
             q: &workspace.q,
+            kept: &workspace.kept,
         };
         self.recording.add_own(&op, args)?;
-        Ok(latents)
+        self.project_queries()
+    }
+
+    /// The gates of the new tokens' latents, before their activation.
+    fn project_latent_gates(&mut self, gate: &GateConfig) -> Result<()> {
+        let (workspace, tokens) = (self.workspace, self.step.tokens);
+        let width = self.layer.widths.d_latent;
+        if tokens <= FEW_ROWS {
+            let op = self.gate_project(gate, tokens, width, Storage::F32);
+            return self.project_gates(&op, &self.ids(), &self.absent.clone(), &workspace.gate);
+        }
+        self.look_up(gate, tokens, &self.ids(), &workspace.gate_rows)?;
+        let op = self.linear(tokens, self.layer.widths.d_gate, width);
+        self.product(&op, &workspace.gate_rows, &self.gate_weights()?.b_proj, None, &workspace.gate)
+    }
+
+    /// Queries of a low rank: norm, product, rotation.
+    fn project_queries(&mut self) -> Result<()> {
+        let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
+        let widths = &layer.widths;
+        let Some(LowRank { norm: weight, proj }) = &layer.weights.query else { return Ok(()) };
+        let (rank_used, eps) = (layer.config.d_q_latent.unwrap_or(0), LOW_RANK_NORM_EPS as f32);
+        let rotations = &self.table(Table::Rotations);
+        if tokens <= FEW_ROWS {
+            let op = query_project::QueryProject {
+                tokens,
+                rank: widths.rank,
+                rank_used,
+                x_row: widths.down(),
+                n_head: widths.n_head,
+                d_nope: widths.d_nope,
+                d_rope: widths.d_rope,
+                eps,
+                storage: layer.storage,
+            };
+            let args = query_project::Args { x: &workspace.down, weight, w: proj, rotations, q: &workspace.q };
+            return self.recording.add_own(&op, args);
+        }
+        let op = norm::Norm {
+            rows: tokens,
+            width: rank_used,
+            second: 0,
+            x_offset: 0,
+            x_row: widths.down(),
+            eps,
+            kind: norm::Kind::Rms,
+            bias: false,
+            storage: layer.storage,
+        };
+        let args = norm::Args { x: &workspace.down, weight, bias: &self.absent, y: &workspace.normed };
+        self.recording.add_own(&op, args)?;
+        let op = self.linear(tokens, widths.rank, widths.queries());
+        self.product(&op, &workspace.normed, proj, None, &workspace.q)?;
+        let op = rope::Rope {
+            tokens,
+            n_head: widths.n_head,
+            d_rope: widths.d_rope,
+            offset: widths.d_nope,
+            token_stride: widths.queries(),
+            head_stride: widths.d_query(),
+            interleave: true,
+        };
+        if op.d_rope == 0 {
+            return Ok(());
+        }
+        self.recording.add_own(&op, rope::Args { rotations, values: &workspace.q })
     }
 
     /// `out = o_proj · values`

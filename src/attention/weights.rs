@@ -4,7 +4,7 @@ use half::f16;
 
 use super::widths::{Widths, gated_segments};
 use crate::adapter::PlanContext;
-use crate::config::AttentionConfig;
+use crate::config::{AttentionConfig, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result, TensorError};
 use crate::kernels::attention_grouped::beta_element;
@@ -145,6 +145,11 @@ impl<'a> Upload<'a> {
         Upload::matrix(tensor, Axis::whole(1), cols)
     }
 
+    /// Elements that no tensor fills: zeros.
+    fn blank(elements: u32) -> Self {
+        Upload { elements: elements.into(), parts: Vec::new() }
+    }
+
     /// The same with further tensors behind these.
     fn and(self, next: Self) -> Self {
         let at = self.elements;
@@ -196,7 +201,7 @@ impl<'a> Upload<'a> {
     }
 }
 
-/// Columns of `[q latent, latent, rotary key]` of every new token.
+/// Columns of `[queries or their latent, latent, rotary key]` of every new token.
 #[derive(Debug, Clone)]
 pub(super) struct DownProjection<T> {
     pub first: u32,
@@ -208,11 +213,14 @@ pub(super) struct DownProjection<T> {
 impl DownProjection<Upload<'_>> {
     /// This one and the next as one product.
     fn and(self, next: Self) -> Self {
+        let biased = self.bias.is_some() || next.bias.is_some();
+        let bias = self.bias.unwrap_or_else(|| Upload::blank(self.columns));
+        let bias = bias.and(next.bias.unwrap_or_else(|| Upload::blank(next.columns)));
         DownProjection {
             first: self.first,
             columns: self.columns + next.columns,
             proj: self.proj.and(next.proj),
-            bias: self.bias.zip(next.bias).map(|(bias, next)| bias.and(next)),
+            bias: biased.then_some(bias),
         }
     }
 }
@@ -221,19 +229,28 @@ impl DownProjection<Upload<'_>> {
 pub(super) struct GateWeights<T> {
     pub embedding: T,
     pub b_proj: T,
-    /// γ of the gate's norm, then at [`beta_element`] its β, where there is one.
+    /// γ of the norm of a gate at `up_projected`, then at [`beta_element`] its β, where there is one.
     pub affine: Option<T>,
+}
+
+/// From the latent of a query to its heads.
+#[derive(Debug, Clone)]
+pub(super) struct LowRank<T> {
+    /// `q_a_layernorm`
+    pub norm: T,
+    /// `q_b_proj`
+    pub proj: T,
 }
 
 /// The weights of a layer: uploads to make, then regions of device memory.
 #[derive(Debug, Clone)]
 pub(super) struct LayerWeights<T> {
-    /// `q_proj`, or `q_b_proj` of a low-rank query.
-    pub query: T,
-    /// `q_a_proj`, with a low-rank query, and `kv_a_proj_with_mqa`: fused if one binding holds both.
+    /// `q_proj`, or `q_a_proj` of a low-rank query, and `kv_a_proj_with_mqa`: fused if one binding holds both.
     pub down: Vec<DownProjection<T>>,
-    /// `q_a_layernorm`, with a low-rank query, then `kv_a_layernorm`, where there is one.
-    pub down_norm: Option<T>,
+    /// Of a low-rank query.
+    pub query: Option<LowRank<T>>,
+    /// `kv_a_layernorm`, then γ and β of the norm of a gate at `latent`, those that there are.
+    pub latent_norms: Option<T>,
     pub has_kv_a_norm: bool,
     pub kv_b_proj: T,
     pub o_proj: T,
@@ -251,10 +268,14 @@ impl<T> LayerWeights<T> {
         let gate = self.gate.as_ref().map(|GateWeights { embedding, b_proj, affine }| -> Result<_> {
             Ok(GateWeights { embedding: of(embedding)?, b_proj: of(b_proj)?, affine: optional(affine)? })
         });
+        let query = self
+            .query
+            .as_ref()
+            .map(|LowRank { norm, proj }| -> Result<_> { Ok(LowRank { norm: of(norm)?, proj: of(proj)? }) });
         Ok(LayerWeights {
-            query: of(&self.query)?,
             down: down.collect::<Result<_>>()?,
-            down_norm: optional(&self.down_norm)?,
+            query: query.transpose()?,
+            latent_norms: optional(&self.latent_norms)?,
             has_kv_a_norm: self.has_kv_a_norm,
             kv_b_proj: of(&self.kv_b_proj)?,
             o_proj: of(&self.o_proj)?,
@@ -286,38 +307,40 @@ impl<'a> LayerWeights<Upload<'a>> {
         let (matrix, vector) = (Upload::matrix, Upload::vector);
         let kv_a_bias = weights.kv_a_bias.as_ref();
         let kv_down = DownProjection {
-            first: widths.rank,
+            first: widths.query_down(),
             columns: widths.d_latent + widths.d_rope,
             proj: matrix(&weights.kv_a_proj, kv_a(), hidden()),
             bias: kv_a_bias.map(|bias| vector(bias, kv_a())),
         };
-        let kv_a_norm = weights.kv_a_norm.as_ref().map(|norm| vector(norm, latent()));
-        let (query, down, down_norm) = match &weights.query {
-            QueryWeights::Full { proj } => (matrix(proj, queries, hidden()), vec![kv_down], kv_a_norm),
+        let (query_proj, query_bias, query) = match &weights.query {
+            QueryWeights::Full { proj } => (matrix(proj, queries, hidden()), None, None),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
-                let proj = matrix(a_proj, rank(), hidden());
                 let bias = a_bias.as_ref().map(|bias| vector(bias, rank()));
-                let query_down = DownProjection { first: 0, columns: widths.rank, proj, bias };
-                let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
-                let down = if both <= context.largest_binding() {
-                    vec![query_down.and(kv_down)]
-                } else {
-                    vec![query_down, kv_down]
-                };
-                let a_norm = vector(a_norm, rank());
-                let norms = match kv_a_norm {
-                    None => a_norm,
-                    Some(kv_a_norm) => a_norm.and(kv_a_norm),
-                };
-                (matrix(b_proj, queries, rank()), down, Some(norms))
+                let query = LowRank { norm: vector(a_norm, rank()), proj: matrix(b_proj, queries, rank()) };
+                (matrix(a_proj, rank(), hidden()), bias, Some(query))
             }
         };
+        let query_down = DownProjection { first: 0, columns: widths.query_down(), proj: query_proj, bias: query_bias };
+        let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
+        let down =
+            if both <= context.largest_binding() { vec![query_down.and(kv_down)] } else { vec![query_down, kv_down] };
+        let mut norms = weights.kv_a_norm.as_ref().map(|norm| vector(norm, latent()));
+        let of_gate = weights.gate.as_ref().filter(|_| config.latent_gate().is_some());
+        let affine = of_gate.map(|gate| [&gate.norm_weight, &gate.norm_bias]);
+        for tensor in affine.into_iter().flatten().flatten() {
+            let next = vector(tensor, latent());
+            norms = Some(match norms {
+                None => next,
+                Some(before) => before.and(next),
+            });
+        }
         let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| {
             let segments = gated_segments(config, of);
             let [first, second] = segments.parts;
             let width = || Axis::heads(segments.count, |axis| axis.part(first).part(second));
             let beta = beta_element(segments.width());
-            let affine = gate.norm_weight.as_ref().map(|weight| match &gate.norm_bias {
+            let up_projected = gate.norm_weight.as_ref().filter(|_| of.site == GateSite::UpProjected);
+            let affine = up_projected.map(|weight| match &gate.norm_bias {
                 None => vector(weight, width()),
                 Some(bias) => vector(weight, width()).and_at(beta.into(), vector(bias, width())),
             });
@@ -329,9 +352,9 @@ impl<'a> LayerWeights<Upload<'a>> {
         });
         let values = Axis::heads(n_head, |axis| axis.part(config.d_value));
         let planned = LayerWeights {
-            query,
             down,
-            down_norm,
+            query,
+            latent_norms: norms,
             has_kv_a_norm: weights.kv_a_norm.is_some(),
             kv_b_proj: matrix(&weights.kv_b_proj, keys_and_values, latent()),
             o_proj: matrix(&weights.o_proj, hidden(), values),

@@ -39,6 +39,7 @@ impl Widths {
         let Widths { n_head, rank, d_latent, d_nope, d_rope, d_value, .. } = widths;
         let parts = u64::from(d_nope) + u64::from(d_rope.max(d_value));
         let down = u64::from(rank) + u64::from(d_latent) + u64::from(d_rope);
+        // Their sum then fits 32 bits.
         if product(&[n_head]).saturating_mul(parts).max(down) >= 1 << 31 {
             return Err(Error::config("num_attention_heads", "the padded heads of a token are 2^31 elements or more"));
         }
@@ -65,9 +66,14 @@ impl Widths {
         self.n_head * self.d_value
     }
 
-    /// Width of query latent, latent and rotary key: the outputs of the down projections per token.
+    /// Width of what a token's hidden state is projected to for its queries: these, or their latent.
+    pub fn query_down(&self) -> u32 {
+        if self.rank == 0 { self.queries() } else { self.rank }
+    }
+
+    /// Width of queries or their latent, latent and rotary key: the outputs of the down projections per token.
     pub fn down(&self) -> u32 {
-        self.rank + self.d_latent + self.d_rope
+        self.query_down() + self.d_latent + self.d_rope
     }
 
     /// As the grouped attention takes them.

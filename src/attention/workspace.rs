@@ -6,7 +6,7 @@ use super::lists::GateRows;
 use super::step::MOST_DECODED;
 use super::widths::Widths;
 use crate::adapter::PlanContext;
-use crate::config::{AttentionConfig, GateSite};
+use crate::config::{AttentionConfig, GateNorm, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::Result;
 use crate::kernels::attention_absorbed::workgroups;
@@ -24,12 +24,13 @@ pub(super) struct Workspace<T = Region> {
     pub max_tokens: u32,
     pub tile_rows: u32,
     pub decode_tokens: u32,
-    /// `[tokens, q rank + d_latent + d_rope]`
+    /// `[tokens, queries or their rank, d_latent, d_rope]`
     pub down: T,
-    /// `[tokens, q rank + d_latent]`, each part where it is normed.
+    /// `[tokens, q rank]`
     pub normed: T,
+    /// `[tokens, d_latent]` as cached, where the norm of a gate is measured.
+    pub kept: T,
     pub q: T,
-    pub latent_gated: T,
     pub gate_rows: T,
     pub gate: T,
     pub tile_latent: T,
@@ -95,8 +96,8 @@ impl Workspace {
         [
             &self.down,
             &self.normed,
+            &self.kept,
             &self.q,
-            &self.latent_gated,
             &self.gate_rows,
             &self.gate,
             &self.tile_latent,
@@ -161,7 +162,7 @@ impl<T> Workspace<T> {
         let of_pairs = product(&[grouped_partials, n_head, 2]);
         let grouped = softmax_word(grouped_partials, n_head, widths.d_value).saturating_add(of_pairs);
         let grouped = if lists.is_some() { u32::try_from(grouped).unwrap_or(u32::MAX) } else { 0 };
-        let latent_gate = config.latent_gate().is_some();
+        let measured = config.up_projected_gate().is_some_and(|gate| gate.norm != GateNorm::None);
         let partial_width = if absorbable { widths.d_value.max(widths.d_latent) } else { widths.d_value };
 
         let mut bytes = 0;
@@ -177,12 +178,12 @@ impl<T> Workspace<T> {
             tile_rows,
             decode_tokens,
             down: allocate("down", &[tokens, widths.down()])?,
-            normed: allocate("normed", &[tokens, widths.rank + widths.d_latent])?,
+            normed: allocate("normed", &[tokens, widths.rank])?,
+            kept: allocate("kept", &[on(measured, decoding), widths.d_latent])?,
             q: allocate("q", &[tokens, widths.queries()])?,
-            latent_gated: allocate("latent_gated", &[on(latent_gate, tokens), widths.d_latent])?,
             gate_rows: allocate("gate_rows", &[gate_rows, d_gate])?,
             gate: allocate("gate", &[gate_rows, gate_width])?,
-            tile_latent: allocate("tile_latent", &[tile_rows.max(on(!absorbable, decoding)), widths.d_latent])?,
+            tile_latent: allocate("tile_latent", &[tile_rows, widths.d_latent])?,
             tile_slots: allocate("tile_slots", &[tile_rows])?,
             kv: allocate("kv", &[tile_rows.max(on(!absorbable, decoding)), widths.d_kv()])?,
             kv_gated: allocate("kv_gated", &[on(!absorbable, tile_rows), widths.d_kv()])?,

@@ -372,24 +372,32 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
     let problem = cache_append::CacheAppend {
         tokens,
         cache_rows: tokens,
-        d_latent,
+        row,
         latent_offset: 0,
-        latent_row: row,
-        d_rope,
+        d_latent,
+        latent_used: d_latent,
         rope_offset: d_latent,
-        rope_row: row,
+        d_rope,
         rotate: false,
         queries: cache_append::Queries::default(),
+        norm: None,
+        gate: None,
+        kept: false,
         rope_byte: 4 * words(d_latent) as u64,
+        weights: storage,
         storage,
     };
+    let absent = &kernels.absent();
+    let (x, slots) = (&values, &slots);
     let args = cache_append::Args {
-        latent: &values,
-        rope_key: &values,
-        rotations: &kernels.absent(),
-        slots: &slots,
+        x,
+        weight: absent,
+        g: absent,
+        rotations: absent,
+        slots,
         cache: &cache,
-        q: &kernels.absent(),
+        q: absent,
+        kept: absent,
     };
     let mut recording = Recording::new(kernels);
     recording.add_own(&problem, args)?;
@@ -780,20 +788,33 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
         let problem = cache_append::CacheAppend {
             tokens: 1,
             cache_rows: cached - first,
-            d_latent: row,
+            row,
             latent_offset: 0,
-            latent_row: row,
-            d_rope: 0,
+            d_latent: row,
+            latent_used: row,
             rope_offset: 0,
-            rope_row: 0,
+            d_rope: 0,
             rotate: false,
             queries: cache_append::Queries::default(),
+            norm: None,
+            gate: None,
+            kept: false,
             rope_byte: tile.size,
+            weights: Storage::F16,
             storage: Storage::F16,
         };
         let slots = inputs.table(&[cached - 1 - first])?;
-        let (latent, rope_key, rotations, q) = (&kv, &absent, &absent, &absent);
-        let args = cache_append::Args { latent, rope_key, rotations, slots: &slots, cache: tile, q };
+        let (x, absent) = (&kv, &absent);
+        let args = cache_append::Args {
+            x,
+            weight: absent,
+            g: absent,
+            rotations: absent,
+            slots: &slots,
+            cache: tile,
+            q: absent,
+            kept: absent,
+        };
         recording.add_own(&problem, args)?;
         cost = cost + problem.cost();
     }

@@ -88,7 +88,7 @@ pub struct Matmul {
 }
 
 /// Most rows of `x` that the GEMV variants are preferred for.
-const FEW_ROWS: u32 = 8;
+pub(crate) const FEW_ROWS: u32 = 8;
 
 /// Fewest rows of `x` for cooperative matrices: half their smallest tile on most adapters.
 const COOPERATIVE_ROWS: u32 = 32;

@@ -31,12 +31,14 @@ macro_rules! for_each_operation {
             group_ids: GroupIds,
             matmul: Matmul,
             norm: Norm,
+            query_project: QueryProject,
             residual_add: ResidualAdd,
             roofline_cooperative: RooflineCooperative,
             roofline_copy: RooflineCopy,
             roofline_fma: RooflineFma,
             rope: Rope,
             swiglu: Swiglu,
+            value_project: ValueProject,
             word_scatter: WordScatter,
         }
     };

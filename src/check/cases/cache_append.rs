@@ -1,127 +1,212 @@
-//! Cases of `cache_append`: keys rotated and not, inputs with gaps, and the rounding of latents to f16.
+//! Cases of `cache_append`: keys rotated and not, latents normed and gated, inputs with gaps, and the rounding of latents to f16.
 
 use super::batch::{row_words, unpack};
-use super::{Launch, SEED, each_able, each_variant, widen};
+use super::{Launch, SEED, each_able, each_variant, equal_rows, spread, widen};
 use crate::adapter::AdapterClass;
-use crate::check::compare::{Comparison, Tolerance};
+use crate::check::compare::{Comparison, Tolerance, UNIT_ROUNDOFF};
 use crate::check::guarded::Guarded;
-use crate::check::{Case, Lab, name_of, not_run, outcome};
-use crate::config::RopeConfig;
+use crate::check::{Case, Lab, name_of, not_run, outcome, pack};
+use crate::config::{Activation, GateNorm, RopeConfig};
 use crate::error::Result;
 use crate::kernels::{CacheAppend, cache_append};
 use crate::op::Op as _;
 use crate::random::Random;
 use crate::reference;
-use crate::storage::Storage;
+use crate::storage::{Storage, padded_width};
+
+/// Sizes of a case, and what happens to a latent on its way.
+#[derive(Clone, Copy)]
+struct Way {
+    /// Elements of a latent without its padding.
+    latent: u32,
+    d_rope: u32,
+    rotate: bool,
+    normed: bool,
+    gate: Option<(Activation, GateNorm)>,
+    weights: Storage,
+    storage: Storage,
+    /// All elements of a latent, and of its gate, are equal.
+    equal: bool,
+}
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
     for storage in Storage::ALL {
-        for (d_latent, d_rope, rotate) in
+        for (latent, d_rope, rotate) in
             [(8, 0, true), (16, 8, false), (8, 16, true), (72, 24, true), (512, 64, true), (32, 80, true)]
         {
             let how = if rotate { "turned" } else { "as_they_are" };
-            let id = format!("{d_latent}+{d_rope}_{how}/{}", storage.name());
-            append(cases, id, d_latent, d_rope, rotate, storage);
+            let id = format!("{latent}+{d_rope}_{how}/{}", storage.name());
+            let (normed, gate, weights, equal) = (false, None, Storage::F32, false);
+            append(cases, id, Way { latent, d_rope, rotate, normed, gate, weights, storage, equal });
+        }
+        // One element, latents that end anywhere in a load, whole ones, with weights of the other storage, too.
+        for (latent, weights) in [1, 63, 131, 264, 512, 1000].into_iter().flat_map(|n| Storage::ALL.map(|s| (n, s))) {
+            let way = Way { latent, d_rope: 8, rotate: true, normed: true, gate: None, weights, storage, equal: false };
+            let id = |how: &str| format!("{how}_{latent}/{}_{}", weights.name(), storage.name());
+            append(cases, id("normed"), way);
+            append(cases, id("equal"), Way { equal: true, ..way });
+            let gate = Some((Activation::Sigmoid, GateNorm::LayerNorm));
+            append(cases, id("gated"), Way { gate, ..way });
+            append(cases, id("equal_gated"), Way { gate, equal: true, ..way });
+        }
+        for (activation, norm) in Activation::ALL.into_iter().flat_map(|a| GateNorm::ALL.map(|norm| (a, norm))) {
+            for normed in [false, true] {
+                let (weights, gate) = (storage, Some((activation, norm)));
+                let how = if normed { "normed_" } else { "" };
+                let id = format!("{how}{activation:?}_{norm:?}_37/{}", storage.name());
+                let (latent, d_rope, rotate, equal) = (37, 16, true, false);
+                append(cases, id, Way { latent, d_rope, rotate, normed, gate, weights, storage, equal });
+            }
         }
     }
     halves(cases);
 }
 
 /// Four elements stand between rows, and four words before the rotary keys of the cache.
-fn append(cases: &mut Vec<Case>, id: String, d_latent: u32, d_rope: u32, rotate: bool, storage: Storage) {
+fn append(cases: &mut Vec<Case>, id: String, way: Way) {
+    let Way { latent, d_rope, rotate, normed, gate, weights, storage, equal } = way;
     let step = 4;
+    let plain = !normed && gate.is_none();
     // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
-    // The rotation's own error in f32 is that of two products and a sum.
+    // The rotation's own error in f32 is that of two products and a sum; norms have their own sums.
+    let sums = [(normed, latent as usize), (gate.is_some(), latent as usize)].map(|(on, n)| if on { n } else { 1 });
+    let mut exact = Tolerance::sums(if plain { &[2] } else { &sums });
+    if equal && gate.is_some() {
+        // A product may be rounded for the mean and not for the result: its u of itself is divided by √eps.
+        exact.relative += 4.0 * UNIT_ROUNDOFF / 1e-5f64.sqrt();
+    }
     let tolerance = match storage {
-        Storage::F32 => Tolerance::sums(&[2]),
-        Storage::F16 => Tolerance { relative: 2f64.powi(-10) },
+        Storage::F32 => exact,
+        Storage::F16 => Tolerance { relative: 2f64.powi(-10) + if plain { 0.0 } else { exact.relative } },
     };
     let slots = [4, 0, 6, 1, 9];
     let tokens = slots.len() as u32;
     let cached = 11;
-    let row = d_latent + d_rope + step;
-    // Heads of queries, each behind a content part, in rows that stand apart.
+    let d_latent = padded_width(latent);
+    // Heads of queries, each with a content part, then latent and key, in rows that stand apart.
     let (n_head, d_nope) = (3, 2 * step);
-    let queries = cache_append::Queries {
-        n_head,
-        offset: step + d_nope,
-        row: n_head * (d_nope + d_rope) + step,
-        head: d_nope + d_rope,
-    };
+    let head = d_nope + d_rope;
+    let queries = cache_append::Queries { n_head, offset: step, d_nope };
+    let latent_offset = step + n_head * head;
+    let rope_offset = latent_offset + d_latent;
+    let row = rope_offset + d_rope + step;
     // The rotary keys begin a little behind the latents.
     let [latent_words, rope_words] = [d_latent, d_rope].map(|width| cached as usize * row_words(width, storage));
     let rope_word = latent_words + 4;
     let op = CacheAppend {
         tokens,
         cache_rows: cached,
+        row,
+        latent_offset,
         d_latent,
-        latent_offset: 0,
-        latent_row: row,
+        latent_used: latent,
+        rope_offset,
         d_rope,
-        rope_offset: d_latent,
-        rope_row: row,
         rotate,
         queries,
+        norm: normed.then_some(1e-6),
+        gate: gate.map(|(activation, norm)| cache_append::LatentGate { activation, norm, eps: 1e-5 }),
+        kept: !plain,
         rope_byte: 4 * rope_word as u64,
+        weights,
         storage,
     };
     each_variant(cases, id, op, tolerance, move |lab, launch| {
         let mut random = Random::new(SEED);
         let mut values = random.values((tokens * row) as usize, 1.0);
-        // Beyond f16: stored as its largest value.
-        values[0] = 1e6;
-        // NaN stays NaN: a clamp would hide it.
-        values[((tokens - 1) * row) as usize] = f32::NAN;
+        let mut gates = random.values((tokens * latent) as usize, 1.0);
+        if equal {
+            equal_rows(&mut gates, latent as usize);
+        }
+        for token in 0..tokens {
+            let latents = &mut values[(token * row + latent_offset) as usize..][..d_latent as usize];
+            if equal {
+                equal_rows(latents, d_latent as usize);
+            }
+            latents[latent as usize..].fill(0.0);
+        }
+        if plain {
+            // Beyond f16: stored as its largest value.
+            values[latent_offset as usize] = 1e6;
+        }
+        if latent == d_latent {
+            // NaN stays NaN: a clamp would hide it. A norm spreads it over the padding, too.
+            values[((tokens - 1) * row + latent_offset) as usize] = f32::NAN;
+        }
         let source = lab.floats(&values)?;
         let slot_words = lab.words(&slots)?;
         let turns = reference::rotations(&RopeConfig::default(), d_rope as usize, &[3, 0, 70, 1, 4000]);
         // Some more where there is none: a binding holds something.
         let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 4]);
         let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
-        let q_values = random.values((step + tokens * queries.row) as usize, 1.0);
-        let q = lab.floats(&q_values)?;
+        let g = lab.floats(&spread(&gates, &[latent], || 0.5))?;
+        let vectors = random.values(3 * latent as usize, 1.0);
+        let used = launch.op.bytes().weight as usize / (weights.bytes() as usize * d_latent as usize);
+        let used_vectors = &vectors[..used.max(1) * latent as usize];
+        let weight = lab.stored(&spread(used_vectors, &[latent], || 0.0), weights)?.0;
         let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
+        let q = lab.output((tokens * n_head * head) as usize)?;
+        let kept = lab.output((tokens * d_latent) as usize)?;
         let args = cache_append::Args {
-            latent: &source.region,
-            rope_key: &source.region,
+            x: &source.region,
+            weight: &weight.region,
+            g: &g.region,
             rotations: &rotations.region,
             slots: &slot_words.region,
             cache: &cache.region,
             q: &q.region,
+            kept: &kept.region,
         };
         launch.run(lab, args)?;
+        let part =
+            |token: u32, first: u32, width: u32| widen(&values[(token * row + first) as usize..][..width as usize]);
+        let mut rest = pack(used_vectors, weights).1;
+        let mut next = || rest.drain(..latent as usize).collect::<Vec<_>>();
+        let mut latents: Vec<f64> = (0..tokens).flat_map(|token| part(token, latent_offset, latent)).collect();
+        if normed {
+            latents = reference::rms_norm(&latents, Some(&next()), latent as usize, 1e-6);
+        }
+        if let Some((activation, norm)) = gate {
+            let gamma = (norm != GateNorm::None).then(&mut next);
+            let beta = (norm == GateNorm::LayerNorm).then(&mut next);
+            let (gamma, beta, g) = (gamma.as_deref(), beta.as_deref(), widen(&gates));
+            latents = reference::gate(&latents, &g, activation, norm, gamma, beta, latent as usize, 1e-5).values;
+        }
+        let latents = spread(&latents, &[latent], || 0.0);
+        let mut keys: Vec<f64> = (0..tokens).flat_map(|token| part(token, rope_offset, d_rope)).collect();
+        let mut heads: Vec<f64> = (0..tokens).flat_map(|token| part(token, step, n_head * head)).collect();
+        if rotate {
+            reference::rope(&mut keys, &turns, 1, d_rope as usize, d_rope as usize, true);
+            for (token, turn) in turns.chunks((d_rope as usize / 2).max(1)).enumerate().take(tokens as usize) {
+                for index in 0..n_head {
+                    let at = ((token as u32 * n_head + index) * head + d_nope) as usize;
+                    reference::rope(
+                        &mut heads[at..at + d_rope as usize],
+                        turn,
+                        1,
+                        d_rope as usize,
+                        d_rope as usize,
+                        true,
+                    );
+                }
+            }
+        }
+        let largest = match storage {
+            Storage::F32 => f64::from(f32::MAX),
+            Storage::F16 => 65504.0,
+        };
         let mut comparisons = Vec::new();
         let words = lab.read(&cache)?;
-        for (first_word, first, width) in [(0, 0, d_latent), (rope_word, d_latent, d_rope)] {
+        for (first_word, new, width) in [(0, &latents, d_latent), (rope_word, &keys, d_rope)] {
             let got = unpack(first_word, cached, width, storage);
-            let largest = match storage {
-                Storage::F32 => f32::MAX,
-                Storage::F16 => 65504.0,
-            };
-            let mut new: Vec<f64> = (0..tokens)
-                .flat_map(|token| values[(token * row + first) as usize..][..width as usize].to_vec())
-                .map(|value| value.clamp(-largest, largest).into())
-                .collect();
-            if rotate && first > 0 {
-                reference::rope(&mut new, &turns, 1, d_rope as usize, d_rope as usize, true);
-            }
+            let new: Vec<f64> = new.iter().map(|value| value.clamp(-largest, largest)).collect();
             let mut expected = vec![f64::NAN; (cached * width) as usize];
             reference::cache_append(&mut expected, &new, width as usize, &slots);
             comparisons.push(lab.compare_views(&[(&words, got)], &expected, tolerance));
         }
-        let mut expected = widen(&q_values);
-        if rotate {
-            for (token, turn) in turns.chunks((d_rope as usize / 2).max(1)).enumerate().take(tokens as usize) {
-                for head in 0..n_head as usize {
-                    let at = queries.offset as usize + token * queries.row as usize + head * queries.head as usize;
-                    let part = &mut expected[at..at + d_rope as usize];
-                    reference::rope(part, turn, 1, d_rope as usize, d_rope as usize, true);
-                }
-            }
-        }
-        // Without anything to rotate the queries are not bound.
-        if op.bytes().q > 0 {
-            comparisons.push(lab.compare(&q, &expected, Tolerance::sums(&[2]))?);
+        comparisons.push(lab.compare(&q, &heads, Tolerance::sums(&[2]))?);
+        if op.kept {
+            comparisons.push(lab.compare(&kept, &latents, tolerance)?);
         }
         Ok(comparisons)
     });
@@ -148,14 +233,18 @@ fn halves(cases: &mut Vec<Case>) {
         tokens: 1,
         cache_rows: 1,
         d_latent: width,
+        row: width,
         latent_offset: 0,
-        latent_row: width,
+        latent_used: width,
         d_rope: 0,
         rope_offset: 0,
-        rope_row: 4,
         rotate: false,
         queries: cache_append::Queries::default(),
+        norm: None,
+        gate: None,
+        kept: false,
         rope_byte: 2 * u64::from(width),
+        weights: Storage::F32,
         storage: Storage::F16,
     };
     each_able(
@@ -180,15 +269,17 @@ fn halves(cases: &mut Vec<Case>) {
 fn halve(lab: &Lab<'_>, launch: Launch<CacheAppend>, values: &[f32]) -> Result<Vec<Comparison>> {
     let integers = lab.kernels.context().class == AdapterClass::Software;
     let source = lab.floats(values)?;
-    let (slots, nothing) = (lab.words(&[0])?, lab.floats(&[0.0; 4])?);
+    let (slots, absent) = (lab.words(&[0])?, lab.kernels.absent());
     let cache = Guarded::poisoned_as(lab.kernels, "cache", values.len() / 2 + 4, Storage::F16)?;
     let args = cache_append::Args {
-        latent: &source.region,
-        rope_key: &nothing.region,
-        rotations: &nothing.region,
+        x: &source.region,
+        weight: &absent,
+        g: &absent,
+        rotations: &absent,
         slots: &slots.region,
         cache: &cache.region,
-        q: &lab.floats(&[0.0; 4])?.region,
+        q: &absent,
+        kept: &absent,
     };
     launch.run(lab, args)?;
     let got = unpack(0, 1, values.len() as u32, Storage::F16).apply(&lab.read(&cache)?.words);
