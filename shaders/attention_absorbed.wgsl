@@ -44,6 +44,12 @@ struct DecodeSequence {
     unused: u32,
 }
 
+// One vector per query: of the first four of eight, and of the others.
+struct Octet {
+    low: mat4x4<f32>,
+    high: mat4x4<f32>,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> absorbed: array<f32>;                     // [tokens, n_head, d_latent]
 @group(0) @binding(2) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
@@ -57,8 +63,17 @@ var<workgroup> sh_query: array<vec4<f32>, CHUNK * 2u * HEADS>;      // four elem
 var<workgroup> sh_score: array<vec4<f32>, SPLIT * HEADS / 4u>;      // four heads of a row
 var<workgroup> sh_reduce: array<vec4<f32>, WORKGROUP * HEADS / 4u>;
 
-fn halves(low: u32, high: u32) -> vec4<f32> {
-    return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
+// The first four elements of a load.
+fn first_of(load: vec4<u32>) -> vec4<f32> {
+    if (STORAGE_F16 == 1u) {
+        return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+    }
+    return bitcast<vec4<f32>>(load);
+}
+
+// The other four of a load of f16.
+fn second_of(load: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
 // Index of the last sequence that begins at or before `row`.
@@ -103,15 +118,34 @@ fn key_words(slot: u32, rotary: bool, i: u32) -> vec4<u32> {
 fn latent4(slot: u32, i: u32) -> vec4<f32> {
     let row = slot * params.latent_loads;
     if (STORAGE_F16 == 1u) {
-        let words = latent_cache[row + (i >> 1u)];
-        return select(halves(words.x, words.y), halves(words.z, words.w), (i & 1u) == 1u);
+        let load = latent_cache[row + (i >> 1u)];
+        return select(first_of(load), second_of(load), (i & 1u) == 1u);
     }
     return bitcast<vec4<f32>>(latent_cache[row + i]);
 }
 
-// Products of four query elements with those of four rows.
-fn against(query: vec4<f32>, k0: vec4<f32>, k1: vec4<f32>, k2: vec4<f32>, k3: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(dot(query, k0), dot(query, k1), dot(query, k2), dot(query, k3));
+// Products of four staged queries with four keys, one column per query.
+fn against(at: u32, keys: mat4x4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        sh_query[at] * keys,
+        sh_query[at + 1u] * keys,
+        sh_query[at + 2u] * keys,
+        sh_query[at + 3u] * keys,
+    );
+}
+
+// Each component of a times b, one column each.
+fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+
+// Column i of a matrix, without an index into registers.
+fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
+    return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
+}
+
+fn nth(vectors: Octet, i: u32) -> vec4<f32> {
+    return select(column_of(vectors.low, i), column_of(vectors.high, i - 4u), i >= 4u);
 }
 
 // Tile of the workgroup: a grid over 65 535 is folded into x and y.
@@ -152,14 +186,7 @@ fn main(
     let last = max(count, 1u) - 1u;
     let slots = slot0 + min(vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * WORKGROUP, vec4<u32>(last));
     // One vector per head, one component per row.
-    var a0 = vec4<f32>(0.0);
-    var a1 = vec4<f32>(0.0);
-    var a2 = vec4<f32>(0.0);
-    var a3 = vec4<f32>(0.0);
-    var a4 = vec4<f32>(0.0);
-    var a5 = vec4<f32>(0.0);
-    var a6 = vec4<f32>(0.0);
-    var a7 = vec4<f32>(0.0);
+    var s = Octet();
     let vectors = select(1u, 2u, STORAGE_F16 == 1u);   // vec4s of 16 bytes
     for (var step = 0u; step < params.latent_loads + params.rope_loads; ) {
         let rotary = step >= params.latent_loads;
@@ -178,27 +205,14 @@ fn main(
                 let w2 = key_words(slots.z, rotary, first + i);
                 let w3 = key_words(slots.w, rotary, first + i);
                 for (var part = 0u; part < vectors; part++) {
-                    var k0 = bitcast<vec4<f32>>(w0);
-                    var k1 = bitcast<vec4<f32>>(w1);
-                    var k2 = bitcast<vec4<f32>>(w2);
-                    var k3 = bitcast<vec4<f32>>(w3);
-                    if (STORAGE_F16 == 1u) {
-                        let second = part == 1u;
-                        k0 = select(halves(w0.x, w0.y), halves(w0.z, w0.w), second);
-                        k1 = select(halves(w1.x, w1.y), halves(w1.z, w1.w), second);
-                        k2 = select(halves(w2.x, w2.y), halves(w2.z, w2.w), second);
-                        k3 = select(halves(w3.x, w3.y), halves(w3.z, w3.w), second);
+                    var keys = mat4x4<f32>(first_of(w0), first_of(w1), first_of(w2), first_of(w3));
+                    if (part == 1u) {
+                        keys = mat4x4<f32>(second_of(w0), second_of(w1), second_of(w2), second_of(w3));
                     }
                     let at = (i * vectors + part) * HEADS;
-                    a0 += against(sh_query[at], k0, k1, k2, k3);
-                    a1 += against(sh_query[at + 1u], k0, k1, k2, k3);
-                    a2 += against(sh_query[at + 2u], k0, k1, k2, k3);
-                    a3 += against(sh_query[at + 3u], k0, k1, k2, k3);
+                    s.low += against(at, keys);
                     if (HEADS == 8u) {
-                        a4 += against(sh_query[at + 4u], k0, k1, k2, k3);
-                        a5 += against(sh_query[at + 5u], k0, k1, k2, k3);
-                        a6 += against(sh_query[at + 6u], k0, k1, k2, k3);
-                        a7 += against(sh_query[at + 7u], k0, k1, k2, k3);
+                        s.high += against(at + 4u, keys);
                     }
                 }
             }
@@ -212,11 +226,11 @@ fn main(
     for (var r = 0u; r < 4u; r++) {
         let row = lane + r * WORKGROUP;
         if (row < count) {
-            let of_low = vec4<f32>(a0[r], a1[r], a2[r], a3[r]);
+            let of_low = column_of(transpose(s.low), r);
             sh_score[row] = of_low;
             low = max(low, of_low);
             if (HEADS == 8u) {
-                let of_high = vec4<f32>(a4[r], a5[r], a6[r], a7[r]);
+                let of_high = column_of(transpose(s.high), r);
                 sh_score[SPLIT + row] = of_high;
                 high = max(high, of_high);
             }
@@ -263,43 +277,23 @@ fn main(
     let heads = min(params.n_head - head0, HEADS);
     let split = (sequence.partial + query * sequence.splits + position0 / SPLIT) * params.n_head + head0;
     for (var column = lane; 4u * column < params.d_latent; column += WORKGROUP) {
-        var v0 = vec4<f32>(0.0);
-        var v1 = vec4<f32>(0.0);
-        var v2 = vec4<f32>(0.0);
-        var v3 = vec4<f32>(0.0);
-        var v4 = vec4<f32>(0.0);
-        var v5 = vec4<f32>(0.0);
-        var v6 = vec4<f32>(0.0);
-        var v7 = vec4<f32>(0.0);
+        var sums = Octet();
         for (var row = 0u; row < count; row++) {
             let c = latent4(slot0 + row, column);
-            let p = sh_score[row];
-            v0 += p.x * c;
-            v1 += p.y * c;
-            v2 += p.z * c;
-            v3 += p.w * c;
+            sums.low += outer(sh_score[row], c);
             if (HEADS == 8u) {
-                let more = sh_score[SPLIT + row];
-                v4 += more.x * c;
-                v5 += more.y * c;
-                v6 += more.z * c;
-                v7 += more.w * c;
+                sums.high += outer(sh_score[SPLIT + row], c);
             }
         }
-        // One component per head, column by column.
-        for (var k = 0u; k < 4u; k++) {
-            if (4u * column + k < params.d_latent) {
-                let of_low = vec4<f32>(v0[k], v1[k], v2[k], v3[k]);
-                let of_high = vec4<f32>(v4[k], v5[k], v6[k], v7[k]);
-                for (var h = 0u; h < heads; h++) {
-                    let value = select(of_low[h % 4u], of_high[h % 4u], h >= 4u);
-                    partial_values[(split + h) * params.d_latent + 4u * column + k] = value;
-                }
+        for (var h = 0u; h < heads; h++) {
+            let four = nth(sums, h);
+            for (var k = 0u; k < 4u && 4u * column + k < params.d_latent; k++) {
+                partial_values[(split + h) * params.d_latent + 4u * column + k] = four[k];
             }
         }
     }
+    let maxima = select(low, high, lane >= 4u);
     if (lane < heads) {
-        let best = select(low[lane % 4u], high[lane % 4u], lane >= 4u);
-        partial_softmax[split + lane] = vec2<f32>(best, sh_reduce[lane / 4u * WORKGROUP][lane % 4u]);
+        partial_softmax[split + lane] = vec2<f32>(maxima[lane % 4u], sh_reduce[lane / 4u * WORKGROUP][lane % 4u]);
     }
 }

@@ -57,6 +57,12 @@ struct DecodeSequence {
     unused: u32,
 }
 
+// Matrices for the first half of a load or a word, and for the second, which f16 alone has.
+struct Pair {
+    first: mat4x4<f32>,
+    second: mat4x4<f32>,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> absorbed: array<vec4<f32>>;               // [tokens, n_head, d_latent / 4]
 @group(0) @binding(2) var<storage, read> q: array<f32>;                            // [tokens, n_head, d_nope + d_rope], rotated
@@ -94,9 +100,141 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// What four elements of a row add to the sums of four heads, one column per head.
-fn of_heads(weights: vec4<f32>, four: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(weights.x * four, weights.y * four, weights.z * four, weights.w * four);
+// Each component of a times b, one column each.
+fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+
+// A matrix, each column times its factor.
+fn by_column(m: mat4x4<f32>, factors: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(factors.x * m[0], factors.y * m[1], factors.z * m[2], factors.w * m[3]);
+}
+
+// Column i of a matrix, without an index into registers.
+fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
+    return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
+}
+
+// Vector i of the absorbed queries of four heads, one column per head; 0 past the end.
+fn query_four(head: vec4<u32>, i: u32) -> mat4x4<f32> {
+    if (4u * i >= params.d_latent) {
+        return mat4x4<f32>();
+    }
+    let at = head * (params.d_latent / 4u) + i;
+    return params.scale * mat4x4<f32>(absorbed[at.x], absorbed[at.y], absorbed[at.z], absorbed[at.w]);
+}
+
+fn query_pair(head: vec4<u32>, load: u32) -> Pair {
+    return Pair(query_four(head, load * FOURS), query_four(head, load * FOURS + 1u));
+}
+
+// Element i of the rotary queries of four heads, one component per head; 0 past the end.
+fn rotary_element(head: vec4<u32>, i: u32) -> vec4<f32> {
+    if (i >= params.d_rope) {
+        return vec4<f32>(0.0);
+    }
+    let at = head * (params.d_nope + params.d_rope) + params.d_nope + i;
+    return params.scale * vec4<f32>(q[at.x], q[at.y], q[at.z], q[at.w]);
+}
+
+fn rotary_four(head: vec4<u32>, i: vec4<u32>) -> mat4x4<f32> {
+    let x = rotary_element(head, i.x);
+    let y = rotary_element(head, i.y);
+    let z = rotary_element(head, i.z);
+    let w = rotary_element(head, i.w);
+    return mat4x4<f32>(x, y, z, w);
+}
+
+// What meets a word of a rotary key and the next three of the lane, one column per word.
+fn rotary_pair(head: vec4<u32>, word: u32) -> Pair {
+    let i = (word + vec4<u32>(0u, 1u, 2u, 3u) * LANES) * FOURS;
+    return Pair(rotary_four(head, i), rotary_four(head, i + 1u));
+}
+
+// The loads of a latent that a lane owns. Those past the last repeat it; the query is 0 there.
+fn latent_of(slot: u32, lane: u32) -> array<vec4<u32>, 4> {
+    let i = min(lane + vec4<u32>(0u, 1u, 2u, 3u) * LANES, vec4<u32>(params.latent_loads - 1u)) + slot * params.latent_loads;
+    return array<vec4<u32>, 4>(latent_cache[i.x], latent_cache[i.y], latent_cache[i.z], latent_cache[i.w]);
+}
+
+// Scores and what word i of a lane adds, one component per head.
+fn with_word(s: vec4<f32>, slot: u32, lane: u32, i: u32, first: vec4<f32>, second: vec4<f32>) -> vec4<f32> {
+    if (i >= ROPE) {
+        return s;
+    }
+    let at = slot * params.rope_loads * 4u + min(lane + i * LANES, params.rope_loads * 4u - 1u);
+    let word = rope_cache[at >> 2u][at & 3u];
+    if (STORAGE_F16 == 1u) {
+        let pair = unpack2x16float(word);
+        return s + (pair.x * first + pair.y * second);
+    }
+    return s + bitcast<f32>(word) * first;
+}
+
+fn with_words(s: vec4<f32>, slot: u32, lane: u32, i: u32, rotary: Pair) -> vec4<f32> {
+    var sums = with_word(s, slot, lane, i, rotary.first[0], rotary.second[0]);
+    sums = with_word(sums, slot, lane, i + 1u, rotary.first[1], rotary.second[1]);
+    sums = with_word(sums, slot, lane, i + 2u, rotary.first[2], rotary.second[2]);
+    return with_word(sums, slot, lane, i + 3u, rotary.first[3], rotary.second[3]);
+}
+
+// Scores and what load i of a lane adds.
+fn with_load(s: vec4<f32>, i: u32, load: vec4<u32>, query: Pair) -> vec4<f32> {
+    if (i >= LOADS) {
+        return s;
+    }
+    if (STORAGE_F16 == 1u) {
+        return s + first_of(load) * query.first + second_of(load) * query.second;
+    }
+    return s + first_of(load) * query.first;
+}
+
+// This lane's part of the scores of a row.
+fn score_of(slot: u32, lane: u32, latent: array<vec4<u32>, 4>, query: array<Pair, 4>, rotary: array<Pair, 4>) -> vec4<f32> {
+    var s = with_words(vec4<f32>(0.0), slot, lane, 0u, rotary[0]);
+    s = with_words(s, slot, lane, 4u, rotary[1]);
+    s = with_words(s, slot, lane, 8u, rotary[2]);
+    s = with_words(s, slot, lane, 12u, rotary[3]);
+    s = with_load(s, 0u, latent[0], query[0]);
+    s = with_load(s, 1u, latent[1], query[1]);
+    s = with_load(s, 2u, latent[2], query[2]);
+    return with_load(s, 3u, latent[3], query[3]);
+}
+
+// Sums of the columns of load i, one column per head, and what a row adds.
+fn with_columns(sums: Pair, i: u32, weights: vec4<f32>, load: vec4<u32>) -> Pair {
+    if (i >= LOADS) {
+        return sums;
+    }
+    if (STORAGE_F16 == 1u) {
+        return Pair(sums.first + outer(weights, first_of(load)), sums.second + outer(weights, second_of(load)));
+    }
+    return Pair(sums.first + outer(weights, first_of(load)), sums.second);
+}
+
+fn with_row(sums: array<Pair, 4>, weights: vec4<f32>, latent: array<vec4<u32>, 4>) -> array<Pair, 4> {
+    return array<Pair, 4>(
+        with_columns(sums[0], 0u, weights, latent[0]),
+        with_columns(sums[1], 1u, weights, latent[1]),
+        with_columns(sums[2], 2u, weights, latent[2]),
+        with_columns(sums[3], 3u, weights, latent[3]),
+    );
+}
+
+fn pair_by_column(sums: Pair, factors: vec4<f32>) -> Pair {
+    return Pair(by_column(sums.first, factors), by_column(sums.second, factors));
+}
+
+// Stores the sums of the columns of load i for head h.
+fn store_load(to: u32, lane: u32, i: u32, sums: Pair, h: u32) {
+    let fours = params.d_latent / 4u;
+    let at = (lane + i * LANES) * FOURS;
+    if (i < LOADS && at < fours) {
+        partial_values[to * fours + at] = column_of(sums.first, h);
+    }
+    if (i < LOADS && STORAGE_F16 == 1u && at + 1u < fours) {
+        partial_values[to * fours + at + 1u] = column_of(sums.second, h);
+    }
 }
 
 // Tile of the workgroup: a grid over 65 535 is folded into x and y.
@@ -131,7 +269,6 @@ fn main(
     let length = sequence.length + 1u + token - sequence.tokens;
     let count = min(max(length, position0) - position0, SPLIT);
     let slot0 = sequence.first_slot + position0;
-    let fours = params.d_latent / 4u;
     // Neighbours in a workgroup of one dimension are neighbours in a subgroup: LANES of them are a team.
     let lane = member % LANES;
     let base = member - lane;
@@ -144,69 +281,38 @@ fn main(
     let head0 = (work.y * TEAMS + local / LANES) * 4u;
     let heads = min(max(params.n_head, head0) - head0, 4u);
     let head = (sequence.token + token) * params.n_head + min(head0 + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(params.n_head - 1u));
-    var query: array<mat4x4<f32>, 8>;
-    var acc: array<mat4x4<f32>, 8>;
-    for (var c = 0u; c < LOADS; c++) {
-        for (var half = 0u; half < FOURS; half++) {
-            let i = c * FOURS + half;
-            let at = (lane + c * LANES) * FOURS + half;
-            query[i] = mat4x4<f32>();
-            acc[i] = mat4x4<f32>();
-            if (at < fours) {
-                let a = head * fours + at;
-                query[i] = params.scale * mat4x4<f32>(absorbed[a.x], absorbed[a.y], absorbed[a.z], absorbed[a.w]);
-            }
-        }
-    }
-    // A word holds one element in f32, two in f16: one vector per element, one component per head.
-    var rotary: array<vec4<f32>, 32>;
-    for (var c = 0u; c < ROPE; c++) {
-        for (var half = 0u; half < FOURS; half++) {
-            let at = (lane + c * LANES) * FOURS + half;
-            rotary[c * FOURS + half] = vec4<f32>(0.0);
-            if (at < params.d_rope) {
-                let r = head * (params.d_nope + params.d_rope) + params.d_nope + at;
-                rotary[c * FOURS + half] = params.scale * vec4<f32>(q[r.x], q[r.y], q[r.z], q[r.w]);
-            }
-        }
-    }
+    let query = array<Pair, 4>(
+        query_pair(head, lane),
+        query_pair(head, lane + LANES),
+        query_pair(head, lane + 2u * LANES),
+        query_pair(head, lane + 3u * LANES),
+    );
+    let rotary = array<Pair, 4>(
+        rotary_pair(head, lane),
+        rotary_pair(head, lane + 4u * LANES),
+        rotary_pair(head, lane + 8u * LANES),
+        rotary_pair(head, lane + 12u * LANES),
+    );
+    var acc: array<Pair, 4>;
 
     // One component per head. The sum is over the rows that this lane has after the exchange.
     var best = vec4<f32>(LOWEST);
     var sum = vec4<f32>(0.0);
     for (var first = 0u; first < count; first += 4u) {
-        // Loads of four rows. Rows past the end repeat the last one; their weight is 0.
-        var loads: array<array<vec4<u32>, 4>, 4>;
-        var s: array<vec4<f32>, 4>;
-        for (var r = 0u; r < 4u; r++) {
-            let slot = slot0 + min(first + r, count - 1u);
-            for (var c = 0u; c < LOADS; c++) {
-                loads[r][c] = latent_cache[slot * params.latent_loads + min(lane + c * LANES, params.latent_loads - 1u)];
-            }
-            s[r] = vec4<f32>(0.0);
-            for (var c = 0u; c < ROPE; c++) {
-                let at = slot * params.rope_loads * 4u + min(lane + c * LANES, params.rope_loads * 4u - 1u);
-                let word = rope_cache[at >> 2u][at & 3u];
-                if (STORAGE_F16 == 1u) {
-                    let pair = unpack2x16float(word);
-                    s[r] += pair.x * rotary[2u * c] + pair.y * rotary[2u * c + 1u];
-                } else {
-                    s[r] += bitcast<f32>(word) * rotary[c];
-                }
-            }
-        }
-        for (var r = 0u; r < 4u; r++) {
-            for (var c = 0u; c < LOADS; c++) {
-                s[r] += first_of(loads[r][c]) * query[c * FOURS];
-                if (STORAGE_F16 == 1u) {
-                    s[r] += second_of(loads[r][c]) * query[c * FOURS + 1u];
-                }
-            }
-        }
+        // Four rows. Those past the end repeat the last one; their weight is 0.
+        let slot = slot0 + min(first + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(count - 1u));
+        let c0 = latent_of(slot.x, lane);
+        let c1 = latent_of(slot.y, lane);
+        let c2 = latent_of(slot.z, lane);
+        let c3 = latent_of(slot.w, lane);
+        let s0 = score_of(slot.x, lane, c0, query, rotary);
+        let s1 = score_of(slot.y, lane, c1, query, rotary);
+        let s2 = score_of(slot.z, lane, c2, query, rotary);
+        let s3 = score_of(slot.w, lane, c3, query, rotary);
 
         // Even lanes keep rows 0 and 1, odd lanes 2 and 3; then each keeps one of its two.
-        let low = select(s[0], s[2], odd) + subgroupShuffleXor(select(s[2], s[0], odd), 1u);
-        let high = select(s[1], s[3], odd) + subgroupShuffleXor(select(s[3], s[1], odd), 1u);
+        let low = select(s0, s2, odd) + subgroupShuffleXor(select(s2, s0, odd), 1u);
+        let high = select(s1, s3, odd) + subgroupShuffleXor(select(s3, s1, odd), 1u);
         var score = select(low, high, upper) + subgroupShuffleXor(select(high, low, upper), 2u);
         for (var step = 4u; step < LANES; step *= 2u) {
             score += subgroupShuffleXor(score, step);
@@ -220,41 +326,30 @@ fn main(
         sum = sum * shrink + weights;
         // All lanes of a team agree. Few blocks of a long split bring a new maximum.
         if (any(next != best)) {
-            for (var i = 0u; i < LOADS * FOURS; i++) {
-                acc[i] = mat4x4<f32>(
-                    shrink.x * acc[i][0],
-                    shrink.y * acc[i][1],
-                    shrink.z * acc[i][2],
-                    shrink.w * acc[i][3],
-                );
-            }
+            acc[0] = pair_by_column(acc[0], shrink);
+            acc[1] = pair_by_column(acc[1], shrink);
+            acc[2] = pair_by_column(acc[2], shrink);
+            acc[3] = pair_by_column(acc[3], shrink);
         }
         best = next;
-        for (var r = 0u; r < 4u; r++) {
-            let p = subgroupShuffle(weights, base + (r >> 1u) + 2u * (r & 1u));
-            for (var c = 0u; c < LOADS; c++) {
-                acc[c * FOURS] += of_heads(p, first_of(loads[r][c]));
-                if (STORAGE_F16 == 1u) {
-                    acc[c * FOURS + 1u] += of_heads(p, second_of(loads[r][c]));
-                }
-            }
-        }
+        acc = with_row(acc, subgroupShuffle(weights, base), c0);
+        acc = with_row(acc, subgroupShuffle(weights, base + 2u), c1);
+        acc = with_row(acc, subgroupShuffle(weights, base + 1u), c2);
+        acc = with_row(acc, subgroupShuffle(weights, base + 3u), c3);
     }
 
     sum += subgroupShuffleXor(sum, 1u);
     sum += subgroupShuffleXor(sum, 2u);
     let split = (sequence.partial + token * sequence.splits + position0 / SPLIT) * params.n_head + head0;
-    for (var c = 0u; c < LOADS; c++) {
-        for (var half = 0u; half < FOURS; half++) {
-            let at = (lane + c * LANES) * FOURS + half;
-            for (var h = 0u; h < 4u; h++) {
-                if (at < fours && h < heads) {
-                    partial_values[(split + h) * fours + at] = acc[c * FOURS + half][h];
-                }
-            }
-        }
+    for (var h = 0u; h < heads; h++) {
+        store_load(split + h, lane, 0u, acc[0], h);
+        store_load(split + h, lane, 1u, acc[1], h);
+        store_load(split + h, lane, 2u, acc[2], h);
+        store_load(split + h, lane, 3u, acc[3], h);
     }
+    let maxima = best;
+    let sums = sum;
     if (lane < heads) {
-        partial_softmax[split + lane] = vec2<f32>(best[lane], sum[lane]);
+        partial_softmax[split + lane] = vec2<f32>(maxima[lane], sums[lane]);
     }
 }

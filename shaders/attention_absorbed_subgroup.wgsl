@@ -53,6 +53,12 @@ struct DecodeSequence {
     unused: u32,
 }
 
+// One vector per query: of the first four of eight, and of the others.
+struct Octet {
+    low: mat4x4<f32>,
+    high: mat4x4<f32>,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> absorbed: array<vec4<f32>>;               // [tokens, n_head, d_latent / 4]
 @group(0) @binding(2) var<storage, read> q: array<vec4<f32>>;                      // [tokens, n_head, (d_nope + d_rope) / 4], rotated
@@ -95,22 +101,33 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
 
 // Adds the products of 8 queries with 4 keys of this lane, one component per key. Lane base + i of the subgroup holds 4
 // elements of query i in a and, where a team has 4 lanes, of query 4 + i in b.
-fn meet(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
-    (*sums)[0] += subgroupShuffle(a, base) * keys;
-    (*sums)[1] += subgroupShuffle(a, base + 1u) * keys;
-    (*sums)[2] += subgroupShuffle(a, base + 2u) * keys;
-    (*sums)[3] += subgroupShuffle(a, base + 3u) * keys;
-    (*sums)[4] += subgroupShuffle(b, base + 4u % SPREAD) * keys;
-    (*sums)[5] += subgroupShuffle(b, base + 5u % SPREAD) * keys;
-    (*sums)[6] += subgroupShuffle(b, base + 6u % SPREAD) * keys;
-    (*sums)[7] += subgroupShuffle(b, base + 7u % SPREAD) * keys;
+fn meet(sums: ptr<function, Octet>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
+    (*sums).low += mat4x4<f32>(
+        subgroupShuffle(a, base) * keys,
+        subgroupShuffle(a, base + 1u) * keys,
+        subgroupShuffle(a, base + 2u) * keys,
+        subgroupShuffle(a, base + 3u) * keys,
+    );
+    (*sums).high += mat4x4<f32>(
+        subgroupShuffle(b, base + 4u % SPREAD) * keys,
+        subgroupShuffle(b, base + 5u % SPREAD) * keys,
+        subgroupShuffle(b, base + 6u % SPREAD) * keys,
+        subgroupShuffle(b, base + 7u % SPREAD) * keys,
+    );
 }
 
-// Vector i of 8, without an index into registers.
-fn nth(vectors: array<vec4<f32>, 8>, i: u32) -> vec4<f32> {
-    let even = select(select(vectors[0], vectors[2], i >= 2u), select(vectors[4], vectors[6], i >= 6u), i >= 4u);
-    let odd = select(select(vectors[1], vectors[3], i >= 2u), select(vectors[5], vectors[7], i >= 6u), i >= 4u);
-    return select(even, odd, (i & 1u) == 1u);
+// Column i of a matrix, without an index into registers.
+fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
+    return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
+}
+
+fn nth(vectors: Octet, i: u32) -> vec4<f32> {
+    return select(column_of(vectors.low, i), column_of(vectors.high, i - 4u), i >= 4u);
+}
+
+// Each component of a times b, one column each.
+fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
 }
 
 // Elements 4i … 4i + 3 of a query: its latent part, then its rotary part, each padded to whole loads.
@@ -169,10 +186,7 @@ fn main(
     for (var first = 0u; first < count; first += 4u * LANES) {
         let row = first + lane + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
         let slot = slot0 + min(row, vec4<u32>(count - 1u));
-        var s: array<vec4<f32>, 8>;
-        for (var i = 0u; i < 8u; i++) {
-            s[i] = vec4<f32>(0.0);
-        }
+        var s = Octet();
         let l_at = slot * params.latent_loads;
         let r_at = slot * params.rope_loads;
         for (var step = 0u; step < params.latent_loads + params.rope_loads; step++) {
@@ -199,8 +213,8 @@ fn main(
             }
         }
         for (var j = 0u; first + lane + j * LANES < count && j < 4u; j++) {
-            let low = vec4<f32>(s[0][j], s[1][j], s[2][j], s[3][j]);
-            let high = vec4<f32>(s[4][j], s[5][j], s[6][j], s[7][j]);
+            let low = column_of(transpose(s.low), j);
+            let high = column_of(transpose(s.high), j);
             let at = 2u * (first + lane + j * LANES);
             sh_score[at] = low;
             sh_score[at + 1u] = high;
@@ -231,12 +245,9 @@ fn main(
     let split = (sequence.partial + query * sequence.splits + position0 / SPLIT) * params.n_head + head0;
     for (var load0 = 0u; load0 < params.latent_loads; load0 += LANES) {
         let load = min(load0 + lane, params.latent_loads - 1u);
-        var low: array<vec4<f32>, 8>;
-        var high: array<vec4<f32>, 8>;
-        for (var i = 0u; i < 8u; i++) {
-            low[i] = vec4<f32>(0.0);
-            high[i] = vec4<f32>(0.0);
-        }
+        // Sums of the first four columns of a load, and of the others.
+        var front = Octet();
+        var back = Octet();
         for (var first = 0u; first < count; first += LANES) {
             var p0 = vec4<f32>(0.0);
             var p1 = vec4<f32>(0.0);
@@ -249,23 +260,21 @@ fn main(
                 let c = latent_cache[(slot0 + first + l) * params.latent_loads + load];
                 let w0 = subgroupShuffle(p0, l);
                 let w1 = subgroupShuffle(p1, l);
-                for (var i = 0u; i < 4u; i++) {
-                    low[i] += w0[i] * first_of(c);
-                    low[i + 4u] += w1[i] * first_of(c);
-                    if (STORAGE_F16 == 1u) {
-                        high[i] += w0[i] * second_of(c);
-                        high[i + 4u] += w1[i] * second_of(c);
-                    }
+                front.low += outer(w0, first_of(c));
+                front.high += outer(w1, first_of(c));
+                if (STORAGE_F16 == 1u) {
+                    back.low += outer(w0, second_of(c));
+                    back.high += outer(w1, second_of(c));
                 }
             }
         }
         let at = (load0 + lane) * FOURS;
         for (var i = 0u; i < heads; i++) {
             if (at < fours) {
-                partial_values[(split + i) * fours + at] = nth(low, i);
+                partial_values[(split + i) * fours + at] = nth(front, i);
             }
             if (STORAGE_F16 == 1u && at + 1u < fours) {
-                partial_values[(split + i) * fours + at + 1u] = nth(high, i);
+                partial_values[(split + i) * fours + at + 1u] = nth(back, i);
             }
         }
     }

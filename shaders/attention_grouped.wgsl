@@ -381,7 +381,7 @@ fn main(
                 if (g < GROUPS && group + g < groups) {
                     total += min(lists[base + (group + g) * HEADER_WORDS + HEADER_COUNT], TILE_LENGTH);
                 }
-                end[g] = total;
+                end = select(end, vec4<u32>(total), vec4<u32>(g) <= vec4<u32>(0u, 1u, 2u, 3u));
             }
         } else {
             chunk = first_chunk + tile * CHUNK_WORDS;
@@ -393,12 +393,13 @@ fn main(
         if (number < params.first_group || number - params.first_group >= params.groups) {
             continue;
         }
-        let count = end.w;
+        let ends = end;
+        let count = ends.w;
         for (var e = lane; e < count; e += WORKGROUP) {
             var position = 0u;
             if (!of_chunks) {
-                let g = u32(e >= end.x) + u32(e >= end.y) + u32(e >= end.z);
-                let before = select(0u, end[max(g, 1u) - 1u], g > 0u);
+                let g = u32(e >= ends.x) + u32(e >= ends.y) + u32(e >= ends.z);
+                let before = select(0u, ends[max(g, 1u) - 1u], g > 0u);
                 position = position_of(base, group + g, e - before);
             } else {
                 position = lists[chunk + CHUNK_POSITIONS + e];
@@ -408,15 +409,17 @@ fn main(
                 sh_statistics[e] = statistics_of(first_slot + position);
             }
         }
-        var gate_rows = vec4<u32>(NO_ROW);
-        gate_rows.x = gate_row_of(base, group, number);
+        var own_rows = vec4<u32>(NO_ROW);
+        own_rows.x = gate_row_of(base, group, number);
         if (!of_chunks) {
             for (var g = 1u; g < GROUPS; g++) {
                 if (group + g < groups) {
-                    gate_rows[g] = gate_row_of(base, group + g, number + g);
+                    let row = gate_row_of(base, group + g, number + g);
+                    own_rows = select(own_rows, vec4<u32>(row), vec4<u32>(g) == vec4<u32>(0u, 1u, 2u, 3u));
                 }
             }
         }
+        let gate_rows = own_rows;
         for (var i = own; i < 4u * D_NOPE; i += LANES) {
             let d = i / 4u;
             let gate = gate_or_zero(gate_rows[i % 4u], head_output + d);
@@ -467,7 +470,7 @@ fn main(
             // An unseen position reads the sequence's first row; its score gives it no weight.
             let visible = sh_slot[e] != NO_ROW;
             let slot = select(first_slot, sh_slot[e], visible);
-            let g = u32(e >= end.x) + u32(e >= end.y) + u32(e >= end.z);
+            let g = u32(e >= ends.x) + u32(e >= ends.y) + u32(e >= ends.z);
             // A chunk has one group, and end says so: g is 0 there.
             let a = (g * HEADS + local_head) * LATENT4;
             var content = 0.0;
@@ -526,7 +529,7 @@ fn main(
             var e = 0u;
             for (var g = 0u; g < GROUPS; g++) {
                 var total = Eight();
-                for (; e < end[g]; e++) {
+                for (; e < ends[g]; e++) {
                     let slot = sh_slot[e];
                     if (slot != NO_ROW) {
                         var w = weight_of(local_head, e, best);

@@ -296,6 +296,70 @@ fn line_of(field: u32, value: u32) -> u32 {
     return params.table + low * SEQUENCE_WORDS;
 }
 
+// The running softmax, and the weighted latents of a place.
+struct Running {
+    best: f32,       // m so far
+    sum: f32,        // l so far
+    shift: f32,      // Σ w_j μ_j so far
+    latents: Eight,
+}
+
+// What an invocation owns of every row.
+struct Part {
+    column: u32,          // block of the latent
+    absent: bool,         // past its end: it counts as 0
+    rotary_column: u32,   // block of the rotary key
+    rotary: Eight,        // of the query, for that block
+}
+
+// A position as an invocation sees it: its columns of the latent, its part of the rotary score.
+struct Position {
+    latent: Eight,
+    rotary: f32,
+    mu: f32,
+    rho: f32,
+    visible: bool,
+}
+
+// The position that invocation `holder` of the subgroup holds; an unseen one is read from `instead`.
+fn position_at(row: u32, pair: vec2<f32>, holder: u32, instead: u32, part: Part) -> Position {
+    let found = subgroupShuffle(row, holder);
+    let at = select(instead, found, found != NO_ROW);
+    var latent = latent8(at, part.column);
+    if (part.absent) {
+        latent = Eight();
+    }
+    var score = 0.0;
+    if (params.d_rope > 0u) {
+        score = dot8(part.rotary, rope8(at, part.rotary_column));
+    }
+    return Position(latent, score, subgroupShuffle(pair.x, holder), subgroupShuffle(pair.y, holder), found != NO_ROW);
+}
+
+// Takes one position in, for the absorbed query a.
+fn with_position(before: Running, position: Position, a: Eight, query_gamma: f32) -> Running {
+    var score = sum8(position.rho * dot8(a, position.latent) + position.rotary);
+    if (NORM == 0u) {
+        score -= position.rho * position.mu * query_gamma;
+    }
+    score = select(LOWEST, score, position.visible);
+    // One of the two factors is 1: one exponential is enough.
+    let other = exp(-abs(score - before.best));
+    let higher = score > before.best;
+    let shrink = select(1.0, other, higher);
+    let p = select(0.0, select(other, 1.0, higher), position.visible);
+    let w = p * position.rho;
+    var after = before;
+    after.best = select(before.best, score, higher);
+    after.sum = before.sum * shrink + p;
+    if (NORM == 0u) {
+        after.shift = before.shift * shrink + w * position.mu;
+    }
+    after.latents.low = before.latents.low * shrink + w * position.latent.low;
+    after.latents.high = before.latents.high * shrink + w * position.latent.high;
+    return after;
+}
+
 // What a place holds: a group's first positions, or a chunk of its further ones.
 struct Place {
     group: u32,
@@ -391,9 +455,8 @@ fn main(
     let head_output = head * (params.d_nope + params.d_value);
     let value_output = head_output + params.d_nope;
     let query_at = (token * params.n_head + head) * (params.d_nope + params.d_rope);
-    // Columns past the last block repeat its weights; their latents count as 0.
+    // Columns past the last block repeat its weights.
     let column = min(own, (params.d_latent - 1u) / 8u);
-    let absent = 8u * own >= params.d_latent;
     // scale · q_R, own columns, and their block of the rotary keys.
     let rotary_column = min(own, (max(params.d_rope, 1u) - 1u) / 8u);
     var rotary = Eight();
@@ -407,9 +470,8 @@ fn main(
         }
     }
 
-    var best = LOWEST;   // m so far
-    var sum = 0.0;       // l so far
-    var shift = 0.0;     // Σ w_j μ_j so far
+    let part = Part(column, 8u * own >= params.d_latent, rotary_column, rotary);
+    var all = Running(LOWEST, 0.0, 0.0, Eight());
     // Values so far: column 8b + own is component b % 4 of valueB, B = b / 4.
     var value0 = vec4<f32>(0.0);
     var value1 = vec4<f32>(0.0);
@@ -459,12 +521,12 @@ fn main(
 
         // Scores and weighted latents, place by place. Each takes the first absorbed query and puts its sums behind the last, so
         // that after eight the sums have replaced the queries.
-        let best_before = best;    // m of the values so far
-        var best_then = LOWEST;    // m when the sums of the own place were made
+        let best_before = all.best;   // m of the values so far
+        var best_then = LOWEST;        // m when the sums of the own place were made
         for (var g = 0u; g < GROUPS; g++) {
             let place = place_of(line, of_chunks, round_first + g, end);
             let a = a0;
-            var s = Eight();
+            all.latents = Eight();
             for (var e0 = 0u; e0 < place.count; e0 += 8u) {
                 // One position per invocation. An unseen one reads the sequence's first row; its weight is 0.
                 let count = min(place.count - e0, 8u);
@@ -478,44 +540,26 @@ fn main(
                     pair = statistics_of(select(row, first_slot, row == NO_ROW));
                 }
                 for (var i = 0u; i < count; i += AHEAD) {
-                    var latents: array<Eight, 4>;
-                    var rotaries: array<f32, 4>;
-                    for (var j = 0u; j < AHEAD; j++) {
-                        // Past the last position none is seen.
-                        let found = subgroupShuffle(row, first + i + j);
-                        let at = select(first_slot, found, found != NO_ROW);
-                        latents[j] = latent8(at, column);
-                        rotaries[j] = 0.0;
-                        if (params.d_rope > 0u) {
-                            rotaries[j] = dot8(rotary, rope8(at, rotary_column));
-                        }
+                    // All rows are asked for before the first is needed. Past the last position none is seen.
+                    let holder = first + i;
+                    let p0 = position_at(row, pair, holder, first_slot, part);
+                    var p1 = Position();
+                    var p2 = Position();
+                    var p3 = Position();
+                    if (AHEAD > 1u) {
+                        p1 = position_at(row, pair, holder + 1u, first_slot, part);
                     }
-                    for (var j = 0u; j < AHEAD; j++) {
-                        let visible = subgroupShuffle(row, first + i + j) != NO_ROW;
-                        let mu = subgroupShuffle(pair.x, first + i + j);
-                        let rho = subgroupShuffle(pair.y, first + i + j);
-                        var c = latents[j];
-                        if (absent) {
-                            c = Eight();
-                        }
-                        var score = sum8(rho * dot8(a, c) + rotaries[j]);
-                        if (NORM == 0u) {
-                            score -= rho * mu * query_gamma;
-                        }
-                        score = select(LOWEST, score, visible);
-                        // One of the two factors is 1: one exponential is enough.
-                        let other = exp(-abs(score - best));
-                        let higher = score > best;
-                        let shrink = select(1.0, other, higher);
-                        let p = select(0.0, select(other, 1.0, higher), visible);
-                        best = select(best, score, higher);
-                        sum = sum * shrink + p;
-                        let w = p * rho;
-                        if (NORM == 0u) {
-                            shift = shift * shrink + w * mu;
-                        }
-                        s.low = s.low * shrink + w * c.low;
-                        s.high = s.high * shrink + w * c.high;
+                    if (AHEAD > 2u) {
+                        p2 = position_at(row, pair, holder + 2u, first_slot, part);
+                        p3 = position_at(row, pair, holder + 3u, first_slot, part);
+                    }
+                    all = with_position(all, p0, a, query_gamma);
+                    if (AHEAD > 1u) {
+                        all = with_position(all, p1, a, query_gamma);
+                    }
+                    if (AHEAD > 2u) {
+                        all = with_position(all, p2, a, query_gamma);
+                        all = with_position(all, p3, a, query_gamma);
                     }
                 }
             }
@@ -526,17 +570,17 @@ fn main(
             a4 = a5;
             a5 = a6;
             a6 = a7;
-            a7 = s;
-            best_then = select(best_then, best, own == g);
+            a7 = all.latents;
+            best_then = select(best_then, all.best, own == g);
         }
 
         // Absorb W_V: the value projection, then the gate of each place. Each weight is multiplied with the eight places.
-        let shrink = exp(best_before - best);
+        let shrink = exp(best_before - all.best);
         value0 *= shrink;
         value1 *= shrink;
         value2 *= shrink;
         value3 *= shrink;
-        let since = exp(best_then - best);
+        let since = exp(best_then - all.best);
         for (var n0 = 0u; n0 < params.d_value; n0 += 8u) {
             var gate = gate8(gate_row, (value_output + n0) / 8u);
             gate.low *= since;
@@ -573,16 +617,16 @@ fn main(
         let n = value_output + n0 + own;
         var out = select(low, high, n0 >= 64u)[n0 / 8u % 4u];
         if (NORM != 2u) {
-            out = (out - shift) * decode(affine[index_of(n)], n);
+            out = (out - all.shift) * decode(affine[index_of(n)], n);
         }
         if (NORM == 0u) {
             let b = params.beta + n;
-            out += sum * decode(affine[index_of(b)], b);
+            out += all.sum * decode(affine[index_of(b)], b);
         }
         partial[to * params.d_value + n0 + own] = out;
     }
     if (own == 0u) {
-        partial[params.softmax + 2u * to] = best;
-        partial[params.softmax + 2u * to + 1u] = sum;
+        partial[params.softmax + 2u * to] = all.best;
+        partial[params.softmax + 2u * to + 1u] = all.sum;
     }
 }

@@ -87,6 +87,71 @@ fn rope_four(i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(rope_cache[i >> 2u]);
 }
 
+// Of the four components of each column.
+fn largest(m: mat4x4<f32>) -> vec4<f32> {
+    let t = transpose(m);
+    return max(max(t[0], t[1]), max(t[2], t[3]));
+}
+
+fn total(m: mat4x4<f32>) -> vec4<f32> {
+    let t = transpose(m);
+    return (t[0] + t[1]) + (t[2] + t[3]);
+}
+
+// e^(m − best), one column per query.
+fn exponentials(m: mat4x4<f32>, best: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(exp(m[0] - best.x), exp(m[1] - best.y), exp(m[2] - best.z), exp(m[3] - best.w));
+}
+
+// What the queries, one column each, see of the keys, one component each: `seen` of them from the first.
+fn masked(m: mat4x4<f32>, key: vec4<u32>, seen: vec4<u32>, unseen: f32) -> mat4x4<f32> {
+    let none = vec4<f32>(unseen);
+    return mat4x4<f32>(
+        select(none, m[0], key < vec4<u32>(seen.x)),
+        select(none, m[1], key < vec4<u32>(seen.y)),
+        select(none, m[2], key < vec4<u32>(seen.z)),
+        select(none, m[3], key < vec4<u32>(seen.w)),
+    );
+}
+
+// Each component of a times b, one column each.
+fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+
+// A matrix, each column times its factor.
+fn by_column(m: mat4x4<f32>, factors: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(factors.x * m[0], factors.y * m[1], factors.z * m[2], factors.w * m[3]);
+}
+
+// Columns c of the values of four queries so far, one column per query; 0 outside the `left` that remain.
+fn values_at(at: vec4<u32>, c: u32, left: u32) -> mat4x4<f32> {
+    if (c >= COLUMNS || c * LANES >= left) {
+        return mat4x4<f32>();
+    }
+    let i = at + c * LANES;
+    return mat4x4<f32>(values[i.x], values[i.y], values[i.z], values[i.w]);
+}
+
+fn store_values(at: vec4<u32>, c: u32, left: u32, queries: u32, sums: mat4x4<f32>) {
+    if (c >= COLUMNS || c * LANES >= left) {
+        return;
+    }
+    let i = at + c * LANES;
+    if (queries > 0u) {
+        values[i.x] = sums[0];
+    }
+    if (queries > 1u) {
+        values[i.y] = sums[1];
+    }
+    if (queries > 2u) {
+        values[i.z] = sums[2];
+    }
+    if (queries > 3u) {
+        values[i.w] = sums[3];
+    }
+}
+
 // Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
@@ -127,6 +192,7 @@ fn main(
     let token = vec4<u32>(tile.first_token) + min(vec4<u32>(own, own + 1u, own + 2u, own + 3u), vec4<u32>(last));
     let state = (token * params.n_head + head) * params.tiles_z + work.z;
     let out = (token * params.n_head + head) * value_width + column0 + lane;
+    let left = max(value_width, column0 + lane) - column0 - lane;
 
     // Keys of this tile: those of the sequence, up to the last that a query of the tile may see.
     let tile_end = params.kv_first + params.kv_rows;
@@ -138,40 +204,24 @@ fn main(
 
     var best = vec4<f32>(LOWEST);
     var sum = vec4<f32>(0.0);              // over the keys of this lane
-    var acc0: array<vec4<f32>, 4>;
-    var acc1: array<vec4<f32>, 4>;
-    var acc2: array<vec4<f32>, 4>;
-    var acc3: array<vec4<f32>, 4>;
-    for (var c = 0u; c < 4u; c++) {
-        acc0[c] = vec4<f32>(0.0);
-        acc1[c] = vec4<f32>(0.0);
-        acc2[c] = vec4<f32>(0.0);
-        acc3[c] = vec4<f32>(0.0);
-    }
+    // One matrix per four columns of values, one column of it per query.
+    var acc: array<mat4x4<f32>, 4>;
     if (params.first == 0u) {
         let states = array<vec2<f32>, 4>(softmax[state.x], softmax[state.y], softmax[state.z], softmax[state.w]);
         best = vec4<f32>(states[0].x, states[1].x, states[2].x, states[3].x);
         if (lane == 0u) {
             sum = vec4<f32>(states[0].y, states[1].y, states[2].y, states[3].y);
         }
-        for (var c = 0u; c < COLUMNS; c++) {
-            let column = c * LANES;
-            if (column0 + lane + column < value_width) {
-                acc0[c] = values[out.x + column];
-                acc1[c] = values[out.y + column];
-                acc2[c] = values[out.z + column];
-                acc3[c] = values[out.w + column];
-            }
-        }
+        acc[0] = values_at(out, 0u, left);
+        acc[1] = values_at(out, 1u, left);
+        acc[2] = values_at(out, 2u, left);
+        acc[3] = values_at(out, 3u, left);
     }
 
     for (var key0 = begin; key0 < end; key0 += TILE_KV) {
         let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + kv_head * (nope + value_width);
-        // Scores of the 4 queries with the keys lane, lane + 8, lane + 16 and lane + 24.
-        var score0 = vec4<f32>(0.0);
-        var score1 = vec4<f32>(0.0);
-        var score2 = vec4<f32>(0.0);
-        var score3 = vec4<f32>(0.0);
+        // Scores of the 4 queries, one column each, with the keys lane, lane + 8, lane + 16 and lane + 24.
+        var s = mat4x4<f32>();
         for (var d0 = 0u; d0 < width; d0 += CHUNK) {
             for (var e = local; e < TILE_Q * CHUNK; e += WORKGROUP) {
                 let d = d0 + e % CHUNK;
@@ -198,19 +248,19 @@ fn main(
             workgroupBarrier();
             for (var d = 0u; d < CHUNK; d++) {
                 let qi = own * CHUNK_PITCH + d;
-                let q0 = sh_stage[qi];
-                let q1 = sh_stage[qi + CHUNK_PITCH];
-                let q2 = sh_stage[qi + 2u * CHUNK_PITCH];
-                let q3 = sh_stage[qi + 3u * CHUNK_PITCH];
                 let ki = (TILE_Q + lane) * CHUNK_PITCH + d;
-                let k0 = sh_stage[ki];
-                let k1 = sh_stage[ki + LANES * CHUNK_PITCH];
-                let k2 = sh_stage[ki + 2u * LANES * CHUNK_PITCH];
-                let k3 = sh_stage[ki + 3u * LANES * CHUNK_PITCH];
-                score0 += vec4<f32>(dot(q0, k0), dot(q0, k1), dot(q0, k2), dot(q0, k3));
-                score1 += vec4<f32>(dot(q1, k0), dot(q1, k1), dot(q1, k2), dot(q1, k3));
-                score2 += vec4<f32>(dot(q2, k0), dot(q2, k1), dot(q2, k2), dot(q2, k3));
-                score3 += vec4<f32>(dot(q3, k0), dot(q3, k1), dot(q3, k2), dot(q3, k3));
+                let keys = mat4x4<f32>(
+                    sh_stage[ki],
+                    sh_stage[ki + LANES * CHUNK_PITCH],
+                    sh_stage[ki + 2u * LANES * CHUNK_PITCH],
+                    sh_stage[ki + 3u * LANES * CHUNK_PITCH],
+                );
+                s += mat4x4<f32>(
+                    sh_stage[qi] * keys,
+                    sh_stage[qi + CHUNK_PITCH] * keys,
+                    sh_stage[qi + 2u * CHUNK_PITCH] * keys,
+                    sh_stage[qi + 3u * CHUNK_PITCH] * keys,
+                );
             }
             workgroupBarrier();
         }
@@ -218,17 +268,8 @@ fn main(
         // How many keys of this block each query sees, from the first: none for a query before the block.
         let seen = min(max(position + 1u, vec4<u32>(key0)) - key0, vec4<u32>(min(end - key0, TILE_KV)));
         let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
-        let none = vec4<f32>(LOWEST);
-        score0 = select(none, score0, key < vec4<u32>(seen.x));
-        score1 = select(none, score1, key < vec4<u32>(seen.y));
-        score2 = select(none, score2, key < vec4<u32>(seen.z));
-        score3 = select(none, score3, key < vec4<u32>(seen.w));
-        sh_p[lane * ROWS_PITCH + four] = vec4<f32>(
-            max(max(score0.x, score0.y), max(score0.z, score0.w)),
-            max(max(score1.x, score1.y), max(score1.z, score1.w)),
-            max(max(score2.x, score2.y), max(score2.z, score2.w)),
-            max(max(score3.x, score3.y), max(score3.z, score3.w)),
-        );
+        s = masked(s, key, seen, LOWEST);
+        sh_p[lane * ROWS_PITCH + four] = largest(s);
         workgroupBarrier();
         var next = best;
         for (var l = 0u; l < LANES; l++) {
@@ -236,25 +277,19 @@ fn main(
         }
         workgroupBarrier();
         // A masked key has weight 0, not e^0: before its first key, the maximum of a query is the score of a masked key.
-        let zero = vec4<f32>(0.0);
-        let p0 = select(zero, exp(score0 - next.x), key < vec4<u32>(seen.x));
-        let p1 = select(zero, exp(score1 - next.y), key < vec4<u32>(seen.y));
-        let p2 = select(zero, exp(score2 - next.z), key < vec4<u32>(seen.z));
-        let p3 = select(zero, exp(score3 - next.w), key < vec4<u32>(seen.w));
+        let weights = masked(exponentials(s, next), key, seen, 0.0);
         let shrink = exp(best - next);
         best = next;
-        sum = sum * shrink + vec4<f32>(p0.x, p1.x, p2.x, p3.x) + vec4<f32>(p0.y, p1.y, p2.y, p3.y)
-            + vec4<f32>(p0.z, p1.z, p2.z, p3.z) + vec4<f32>(p0.w, p1.w, p2.w, p3.w);
-        sh_p[key.x * ROWS_PITCH + four] = vec4<f32>(p0.x, p1.x, p2.x, p3.x);
-        sh_p[key.y * ROWS_PITCH + four] = vec4<f32>(p0.y, p1.y, p2.y, p3.y);
-        sh_p[key.z * ROWS_PITCH + four] = vec4<f32>(p0.z, p1.z, p2.z, p3.z);
-        sh_p[key.w * ROWS_PITCH + four] = vec4<f32>(p0.w, p1.w, p2.w, p3.w);
-        for (var c = 0u; c < COLUMNS; c++) {
-            acc0[c] *= shrink.x;
-            acc1[c] *= shrink.y;
-            acc2[c] *= shrink.z;
-            acc3[c] *= shrink.w;
-        }
+        sum = sum * shrink + total(weights);
+        let of_key = transpose(weights);
+        sh_p[key.x * ROWS_PITCH + four] = of_key[0];
+        sh_p[key.y * ROWS_PITCH + four] = of_key[1];
+        sh_p[key.z * ROWS_PITCH + four] = of_key[2];
+        sh_p[key.w * ROWS_PITCH + four] = of_key[3];
+        acc[0] = by_column(acc[0], shrink);
+        acc[1] = by_column(acc[1], shrink);
+        acc[2] = by_column(acc[2], shrink);
+        acc[3] = by_column(acc[3], shrink);
 
         for (var k0 = 0u; k0 < TILE_KV; k0 += VALUE_ROWS) {
             for (var e = local; e < VALUE_ROWS * columns; e += WORKGROUP) {
@@ -271,21 +306,30 @@ fn main(
             // not reach a query before it, and 0 · NaN would.
             for (var k = k0; k < min(seen.x, k0 + VALUE_ROWS); k++) {
                 let p = sh_p[k * ROWS_PITCH + four];
-                for (var c = 0u; c < COLUMNS; c++) {
-                    let v = sh_stage[(k - k0) * columns + lane + c * LANES];
-                    acc0[c] += p.x * v;
-                    acc1[c] += p.y * v;
-                    acc2[c] += p.z * v;
-                    acc3[c] += p.w * v;
+                let v = (k - k0) * columns + lane;
+                acc[0] += outer(p, sh_stage[v]);
+                if (COLUMNS > 1u) {
+                    acc[1] += outer(p, sh_stage[v + LANES]);
+                }
+                if (COLUMNS > 2u) {
+                    acc[2] += outer(p, sh_stage[v + 2u * LANES]);
+                }
+                if (COLUMNS > 3u) {
+                    acc[3] += outer(p, sh_stage[v + 3u * LANES]);
                 }
             }
             for (var k = max(seen.x, k0); k < min(seen.w, k0 + VALUE_ROWS); k++) {
                 let p = sh_p[k * ROWS_PITCH + four];
-                for (var c = 0u; c < COLUMNS; c++) {
-                    let v = sh_stage[(k - k0) * columns + lane + c * LANES];
-                    acc1[c] += select(zero, p.y * v, k < seen.y);
-                    acc2[c] += select(zero, p.z * v, k < seen.z);
-                    acc3[c] += p.w * v;
+                let v = (k - k0) * columns + lane;
+                acc[0] += masked(outer(p, sh_stage[v]), vec4<u32>(k), seen, 0.0);
+                if (COLUMNS > 1u) {
+                    acc[1] += masked(outer(p, sh_stage[v + LANES]), vec4<u32>(k), seen, 0.0);
+                }
+                if (COLUMNS > 2u) {
+                    acc[2] += masked(outer(p, sh_stage[v + 2u * LANES]), vec4<u32>(k), seen, 0.0);
+                }
+                if (COLUMNS > 3u) {
+                    acc[3] += masked(outer(p, sh_stage[v + 3u * LANES]), vec4<u32>(k), seen, 0.0);
                 }
             }
             workgroupBarrier();
@@ -302,25 +346,15 @@ fn main(
     if (params.last == 1u) {
         factor = select(vec4<f32>(0.0), 1.0 / sum, sum > vec4<f32>(0.0));
     }
-    for (var c = 0u; c < COLUMNS; c++) {
-        let column = c * LANES;
-        if (column0 + lane + column < value_width) {
-            if (own <= last) {
-                values[out.x + column] = acc0[c] * factor.x;
-            }
-            if (own + 1u <= last) {
-                values[out.y + column] = acc1[c] * factor.y;
-            }
-            if (own + 2u <= last) {
-                values[out.z + column] = acc2[c] * factor.z;
-            }
-            if (own + 3u <= last) {
-                values[out.w + column] = acc3[c] * factor.w;
-            }
-        }
-    }
+    let stored = max(tile.count, own) - own;
+    store_values(out, 0u, left, stored, by_column(acc[0], factor));
+    store_values(out, 1u, left, stored, by_column(acc[1], factor));
+    store_values(out, 2u, left, stored, by_column(acc[2], factor));
+    store_values(out, 3u, left, stored, by_column(acc[3], factor));
     // The maximum is the same in every lane.
+    let maxima = best;
+    let sums = sum;
     if (lane < 4u && own + lane <= last) {
-        softmax[state[lane]] = vec2<f32>(best[lane], sum[lane]);
+        softmax[state[lane]] = vec2<f32>(maxima[lane], sums[lane]);
     }
 }

@@ -74,6 +74,12 @@ struct SequenceRow {
     token: u32,        // first new token
 }
 
+// One vector per query: of the first four of eight, and of the others.
+struct Octet {
+    low: mat4x4<f32>,
+    high: mat4x4<f32>,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
 @group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_kv_head, (d_nope + d_value) / 4]
@@ -98,38 +104,87 @@ fn rope_four(i: u32) -> vec4<f32> {
 
 // Adds the products of 8 queries with 4 keys of this lane, one component per key. Lane base + i of the subgroup holds 4
 // elements of query i in a and, where a team has 4 lanes, of query 4 + i in b.
-fn meet(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
-    (*sums)[0] += subgroupShuffle(a, base) * keys;
-    (*sums)[1] += subgroupShuffle(a, base + 1u) * keys;
-    (*sums)[2] += subgroupShuffle(a, base + 2u) * keys;
-    (*sums)[3] += subgroupShuffle(a, base + 3u) * keys;
-    (*sums)[4] += subgroupShuffle(b, base + 4u % SPREAD) * keys;
-    (*sums)[5] += subgroupShuffle(b, base + 5u % SPREAD) * keys;
-    (*sums)[6] += subgroupShuffle(b, base + 6u % SPREAD) * keys;
-    (*sums)[7] += subgroupShuffle(b, base + 7u % SPREAD) * keys;
+fn meet(sums: ptr<function, Octet>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
+    (*sums).low += mat4x4<f32>(
+        subgroupShuffle(a, base) * keys,
+        subgroupShuffle(a, base + 1u) * keys,
+        subgroupShuffle(a, base + 2u) * keys,
+        subgroupShuffle(a, base + 3u) * keys,
+    );
+    (*sums).high += mat4x4<f32>(
+        subgroupShuffle(b, base + 4u % SPREAD) * keys,
+        subgroupShuffle(b, base + 5u % SPREAD) * keys,
+        subgroupShuffle(b, base + 6u % SPREAD) * keys,
+        subgroupShuffle(b, base + 7u % SPREAD) * keys,
+    );
 }
 
-fn largest(v: vec4<f32>) -> f32 {
-    return max(max(v.x, v.y), max(v.z, v.w));
+// Of the four components of each column.
+fn largest(m: mat4x4<f32>) -> vec4<f32> {
+    let t = transpose(m);
+    return max(max(t[0], t[1]), max(t[2], t[3]));
 }
 
-fn total(v: vec4<f32>) -> f32 {
-    return (v.x + v.y) + (v.z + v.w);
+fn total(m: mat4x4<f32>) -> vec4<f32> {
+    let t = transpose(m);
+    return (t[0] + t[1]) + (t[2] + t[3]);
 }
 
-// Vector i of 8, without an index into registers.
-fn nth(vectors: array<vec4<f32>, 8>, i: u32) -> vec4<f32> {
-    let even = select(select(vectors[0], vectors[2], i >= 2u), select(vectors[4], vectors[6], i >= 6u), i >= 4u);
-    let odd = select(select(vectors[1], vectors[3], i >= 2u), select(vectors[5], vectors[7], i >= 6u), i >= 4u);
-    return select(even, odd, (i & 1u) == 1u);
+// e^(m − best), one column per query.
+fn exponentials(m: mat4x4<f32>, best: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(exp(m[0] - best.x), exp(m[1] - best.y), exp(m[2] - best.z), exp(m[3] - best.w));
+}
+
+// What the queries, one column each, see of the keys, one component each: `seen` of them from the first.
+fn masked(m: mat4x4<f32>, key: vec4<u32>, seen: vec4<u32>, unseen: f32) -> mat4x4<f32> {
+    let none = vec4<f32>(unseen);
+    return mat4x4<f32>(
+        select(none, m[0], key < vec4<u32>(seen.x)),
+        select(none, m[1], key < vec4<u32>(seen.y)),
+        select(none, m[2], key < vec4<u32>(seen.z)),
+        select(none, m[3], key < vec4<u32>(seen.w)),
+    );
+}
+
+// Products of four staged queries with four keys, one column per query.
+fn staged(at: u32, keys: mat4x4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        sh_stage[at] * keys,
+        sh_stage[at + PITCH] * keys,
+        sh_stage[at + 2u * PITCH] * keys,
+        sh_stage[at + 3u * PITCH] * keys,
+    );
+}
+
+// Each component of a times b, one column each.
+fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+
+// A matrix, each column times its factor.
+fn by_column(m: mat4x4<f32>, factors: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(factors.x * m[0], factors.y * m[1], factors.z * m[2], factors.w * m[3]);
+}
+
+// Column i of a matrix, without an index into registers.
+fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
+    return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
+}
+
+fn nth(vectors: Octet, i: u32) -> vec4<f32> {
+    return select(column_of(vectors.low, i), column_of(vectors.high, i - 4u), i >= 4u);
 }
 
 // Takes the first vector of columns out and puts `back` behind the last: COLUMNS calls bring all back to their places. That
 // keeps the loops over columns from being unrolled, which compiles faster, with 8 vectors at a time.
-fn rotate_columns(sums: ptr<function, array<array<vec4<f32>, 8>, 8>>, back: array<vec4<f32>, 8>) {
-    for (var c = 0u; c + 1u < COLUMNS; c++) {
-        (*sums)[c] = (*sums)[c + 1u];
-    }
+fn rotate_columns(sums: ptr<function, array<Octet, 8>>, back: Octet) {
+    (*sums)[0] = (*sums)[1];
+    (*sums)[1] = (*sums)[2];
+    (*sums)[2] = (*sums)[3];
+    (*sums)[3] = (*sums)[4];
+    (*sums)[4] = (*sums)[5];
+    (*sums)[5] = (*sums)[6];
+    (*sums)[6] = (*sums)[7];
     (*sums)[COLUMNS - 1u] = back;
 }
 
@@ -200,22 +255,14 @@ fn main(
     var best1 = vec4<f32>(LOWEST);
     var sum0 = vec4<f32>(0.0);
     var sum1 = vec4<f32>(0.0);
-    var acc: array<array<vec4<f32>, 8>, 8>;
-    for (var c = 0u; c < COLUMNS; c++) {
-        for (var i = 0u; i < 8u; i++) {
-            acc[c][i] = vec4<f32>(0.0);
-        }
-    }
+    var acc: array<Octet, 8>;
     for (var key0 = begin; key0 < end; key0 += KEYS) {
         let count = min(end - key0, KEYS);
         let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + kv_head * (nope + value_width);
         let rope_base = (sequence.first_slot + key0) * params.rope_pitch;
         let key = vec4<u32>(lane) + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
-        // One vector per query, one component per key of this lane.
-        var s: array<vec4<f32>, 8>;
-        for (var i = 0u; i < 8u; i++) {
-            s[i] = vec4<f32>(0.0);
-        }
+        // One component per key of this lane.
+        var s = Octet();
         if (STAGED == 1u) {
             for (var d0 = 0u; d0 < width; d0 += CHUNK) {
                 for (var e = local; e < 8u * TEAMS * CHUNK; e += WORKGROUP) {
@@ -244,9 +291,8 @@ fn main(
                 for (var d = 0u; d < CHUNK; d++) {
                     let k = (8u * TEAMS + key) * PITCH + d;
                     let keys = mat4x4<f32>(sh_stage[k.x], sh_stage[k.y], sh_stage[k.z], sh_stage[k.w]);
-                    for (var i = 0u; i < 8u; i++) {
-                        s[i] += sh_stage[(own - own0 + i) * PITCH + d] * keys;
-                    }
+                    s.low += staged((own - own0) * PITCH + d, keys);
+                    s.high += staged((own - own0 + 4u) * PITCH + d, keys);
                 }
                 workgroupBarrier();
             }
@@ -275,12 +321,10 @@ fn main(
         // How many keys of this block each query sees, from the first: none for a query before the block.
         let seen0 = min(max(position0 + 1u, vec4<u32>(key0)) - key0, vec4<u32>(count));
         let seen1 = min(max(position1 + 1u, vec4<u32>(key0)) - key0, vec4<u32>(count));
-        for (var i = 0u; i < 8u; i++) {
-            let seen = select(seen0, seen1, i >= 4u)[i % 4u];
-            s[i] = select(vec4<f32>(LOWEST), s[i], key < vec4<u32>(seen));
-        }
-        var next0 = vec4<f32>(largest(s[0]), largest(s[1]), largest(s[2]), largest(s[3]));
-        var next1 = vec4<f32>(largest(s[4]), largest(s[5]), largest(s[6]), largest(s[7]));
+        s.low = masked(s.low, key, seen0, LOWEST);
+        s.high = masked(s.high, key, seen1, LOWEST);
+        var next0 = largest(s.low);
+        var next1 = largest(s.high);
         for (var step = 1u; step < LANES; step *= 2u) {
             next0 = max(next0, subgroupShuffleXor(next0, step));
             next1 = max(next1, subgroupShuffleXor(next1, step));
@@ -292,46 +336,35 @@ fn main(
         best0 = next0;
         best1 = next1;
         // A masked key has weight 0, not e^0: before its first key, the maximum of a query is the score of a masked key.
-        for (var i = 0u; i < 8u; i++) {
-            let seen = select(seen0, seen1, i >= 4u)[i % 4u];
-            let weights = exp(s[i] - select(next0, next1, i >= 4u)[i % 4u]);
-            s[i] = select(vec4<f32>(0.0), weights, key < vec4<u32>(seen));
-        }
-        sum0 = sum0 * shrink0 + vec4<f32>(total(s[0]), total(s[1]), total(s[2]), total(s[3]));
-        sum1 = sum1 * shrink1 + vec4<f32>(total(s[4]), total(s[5]), total(s[6]), total(s[7]));
+        s.low = masked(exponentials(s.low, next0), key, seen0, 0.0);
+        s.high = masked(exponentials(s.high, next1), key, seen1, 0.0);
+        sum0 = sum0 * shrink0 + total(s.low);
+        sum1 = sum1 * shrink1 + total(s.high);
 
         // Keys that all queries see. The others are added by query: a NaN among the values must not reach a query before it,
         // and 0 · NaN would.
         let full = STAGED * min(max(tile.position + own0 + 1u, key0) - key0, count);
         for (var c = 0u; c < columns; c++) {
-            var sums = acc[0];
-            for (var i = 0u; i < 4u; i++) {
-                sums[i] *= shrink0[i];
-                sums[i + 4u] *= shrink1[i];
-            }
+            var sums = Octet(by_column(acc[0].low, shrink0), by_column(acc[0].high, shrink1));
             let v = kv_base + nope + min(column0 + lane + c * LANES, value_width - 1u);
             for (var part = 0u; part * LANES < count; part++) {
-                let p0 = vec4<f32>(s[0][part], s[1][part], s[2][part], s[3][part]);
-                let p1 = vec4<f32>(s[4][part], s[5][part], s[6][part], s[7][part]);
+                let p0 = column_of(transpose(s.low), part);
+                let p1 = column_of(transpose(s.high), part);
                 let part_end = min((part + 1u) * LANES, count);
                 let part_full = clamp(full, part * LANES, part_end);
                 for (var k = part * LANES; k < part_full; k++) {
                     let value = kv[v + k * kv_row];
                     let w0 = subgroupShuffle(p0, base + k % LANES);
                     let w1 = subgroupShuffle(p1, base + k % LANES);
-                    for (var i = 0u; i < 4u; i++) {
-                        sums[i] += w0[i] * value;
-                        sums[i + 4u] += w1[i] * value;
-                    }
+                    sums.low += outer(w0, value);
+                    sums.high += outer(w1, value);
                 }
                 for (var k = part_full; k < part_end; k++) {
                     let value = kv[v + k * kv_row];
                     let w0 = subgroupShuffle(p0, base + k % LANES);
                     let w1 = subgroupShuffle(p1, base + k % LANES);
-                    for (var i = 0u; i < 4u; i++) {
-                        sums[i] += select(vec4<f32>(0.0), w0[i] * value, k < seen0[i]);
-                        sums[i + 4u] += select(vec4<f32>(0.0), w1[i] * value, k < seen1[i]);
-                    }
+                    sums.low += masked(outer(w0, value), vec4<u32>(k), seen0, 0.0);
+                    sums.high += masked(outer(w1, value), vec4<u32>(k), seen1, 0.0);
                 }
             }
             rotate_columns(&acc, sums);

@@ -58,6 +58,16 @@ fn decode(word: u32, i: u32) -> f32 {
     return bitcast<f32>(word);
 }
 
+// Each component of a times b, one column each.
+fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+
+// Column i of a matrix, without an index into registers.
+fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
+    return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
+}
+
 // Tile of the workgroup: a grid over 65 535 is folded into x and y.
 fn unfold(group: vec3<u32>, groups: vec3<u32>) -> vec3<u32> {
     let tiles = vec3<u32>(params.tiles_x, params.tiles_y, params.tiles_z);
@@ -86,7 +96,7 @@ fn main(
     let w_base = params.w_offset + work.z * params.w_batch;
 
     // acc[i][j] is y[m0 + local.y + i·WG_Y, n0 + local.x + j·WG_X].
-    var acc: array<vec4<f32>, 4>;
+    var acc = mat4x4<f32>();
     for (var k0 = 0u; k0 < params.inner; k0 += TILE_K) {
         for (var e = lane; e < TILE_K * TILE_M; e += lanes) {
             let k = e % TILE_K;
@@ -112,20 +122,19 @@ fn main(
             let n = k * PITCH_N + local.x;
             let wv = vec4<f32>(sh_w[n], sh_w[n + WG_X], sh_w[n + 2u * WG_X], sh_w[n + 3u * WG_X]);
             let m = k * PITCH_M + local.y;
-            acc[0] += sh_x[m] * wv;
-            acc[1] += sh_x[m + WG_Y] * wv;
-            acc[2] += sh_x[m + 2u * WG_Y] * wv;
-            acc[3] += sh_x[m + 3u * WG_Y] * wv;
+            let xv = vec4<f32>(sh_x[m], sh_x[m + WG_Y], sh_x[m + 2u * WG_Y], sh_x[m + 3u * WG_Y]);
+            acc += outer(xv, wv);
         }
         workgroupBarrier();
     }
 
     for (var i = 0u; i < 4u; i++) {
         let m = m0 + local.y + i * WG_Y;
+        let sums = column_of(acc, i);
         for (var j = 0u; j < 4u; j++) {
             let n = n0 + local.x + j * WG_X;
             if (m < params.rows && n < params.cols) {
-                var value = acc[i][j];
+                var value = sums[j];
                 if (HAS_BIAS == 1u) {
                     value += decode(bias[index_of(n)], n);
                 }

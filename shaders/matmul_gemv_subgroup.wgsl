@@ -185,8 +185,9 @@ fn main(
             sums += vec4<f32>(decode(bias[index_of(n)], n));
         }
         let y_base = params.y_offset + work.z * params.y_batch + m0 * params.y_row + n;
+        let stored = sums;
         for (var m = 0u; m < count; m++) {
-            y[y_base + m * params.y_row] = sums[m];
+            y[y_base + m * params.y_row] = stored[m];
         }
     }
 }

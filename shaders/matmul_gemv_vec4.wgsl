@@ -172,8 +172,9 @@ fn main(
                 if (HAS_BIAS == 1u) {
                     sums += vec4<f32>(decode(bias[index_of(n)], n));
                 }
+                let stored = sums;
                 for (var m = 0u; m < count; m++) {
-                    y[y_base + m * params.y_row + n] = sums[m];
+                    y[y_base + m * params.y_row + n] = stored[m];
                 }
             }
         }

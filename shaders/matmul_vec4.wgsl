@@ -103,18 +103,24 @@ fn store_w(k: u32, quad: u32, block: mat4x4<f32>) {
     sh_w[at + 3u * QUADS_N] = transposed[3];
 }
 
-// Products of four matrix rows and four columns of one k.
+// Each component of a times b, one column each.
 fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(a.x * b, a.y * b, a.z * b, a.w * b);
 }
 
+// Column i of a matrix, without an index into registers.
+fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
+    return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
+}
+
 fn store_y(base: u32, m0: u32, n0: u32, block: mat4x4<f32>) {
     for (var i = 0u; i < 4u; i++) {
+        let sums = column_of(block, i);
         for (var j = 0u; j < 4u; j++) {
             let m = m0 + i;
             let n = n0 + j;
             if (m < params.rows && n < params.cols) {
-                var value = block[i][j];
+                var value = sums[j];
                 if (HAS_BIAS == 1u) {
                     value += decode(bias[index_of(n)], n);
                 }
