@@ -19,6 +19,8 @@
 // for 16 heads over 512 + 64 in f16, 15 in f32. A device with a higher ratio of FLOP/s to bytes/s can reach its copy rate; on
 // any other the multiply-adds are the floor. Run on lavapipe alone so far, for correctness: attention_absorbed_subgroup is
 // faster there.
+// Loads and words are written out, folded by LOADS and ROPE. With every check of loops and indices, Mesa's AMD compiler makes
+// 1 768 instructions for RDNA3 (32 lanes, 256 columns of f16), where loops over arrays made 2 493; without checks 1 509 and 1 490.
 
 override STORAGE_F16: u32 = 0u;
 override LANES: u32 = 4u;                        // a power of two, at least 4
