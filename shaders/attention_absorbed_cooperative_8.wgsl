@@ -156,7 +156,7 @@ fn put_apart(e: u32, halves: Halves) {
 }
 
 // A query's vector i of its two parts, which begin at `latent` and `rope`; 0 past them.
-fn query_four(i: u32, latent: u32, rope: u32) -> vec4<f32> {
+fn query_vector(i: u32, latent: u32, rope: u32) -> vec4<f32> {
     if (i < params.d_latent / 4u) {
         return absorbed[latent + i];
     }
@@ -253,7 +253,7 @@ fn main(
     var most = 0u;
     if (head < heads) {
         for (var i = lane; i < (LATENT + ROPE) / 4u; i += LANES) {
-            let four = query_four(i, latent + head * (params.d_latent / 4u), rope + head * query_width);
+            let four = query_vector(i, latent + head * (params.d_latent / 4u), rope + head * query_width);
             let bits = bitcast<vec4<u32>>(four) & vec4<u32>(0x7f800000u);
             most = max(max(most, max(bits.x, bits.y)), max(bits.z, bits.w));
         }
@@ -272,7 +272,7 @@ fn main(
     for (var e = local; e < heads * ((LATENT + ROPE) / 4u); e += WORKGROUP) {
         let of_head = e / ((LATENT + ROPE) / 4u);
         let i = e % ((LATENT + ROPE) / 4u);
-        let four = query_four(i, latent + of_head * (params.d_latent / 4u), rope + of_head * query_width);
+        let four = query_vector(i, latent + of_head * (params.d_latent / 4u), rope + of_head * query_width);
         stage_apart(of_head * STRIDE + i * 4u, vec4<f16>(sh_factor[of_head] * four));
     }
     workgroupBarrier();

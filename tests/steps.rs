@@ -91,7 +91,7 @@ impl Model {
 }
 
 /// Nothing of the device is made in a step of a shape that was recorded before: a bind group alone takes more than a dozen
-/// allocations of the host, and a step has five to a dispatch at most. And nothing grows with the steps.
+/// allocations of the host, and a step has six to a dispatch at most. And nothing grows with the steps.
 #[test]
 fn a_step_of_a_known_shape_allocates_a_little_and_never_more() {
     for gated in [false, true] {
@@ -107,7 +107,7 @@ fn a_step_of_a_known_shape_allocates_a_little_and_never_more() {
         let most = all.iter().max().unwrap();
         println!("gated: {gated}, {first:?}, then {:?} to {most:?}", all.iter().min().unwrap());
         let dispatches = model.recording.dispatches() as u64;
-        assert!(most.0 <= 5 * dispatches, "{most:?} for {dispatches} dispatches");
+        assert!(most.0 <= 6 * dispatches, "{most:?} for {dispatches} dispatches");
         let (early, late) = (sum(early), sum(late));
         assert!(late.0 * 10 <= early.0 * 11 && late.1 * 10 <= early.1 * 11, "{early:?} became {late:?}");
         assert_eq!(model.recording.checked_kernels().count(), 0, "the library vouches for what it adds itself");
@@ -176,7 +176,11 @@ fn every_dispatch_of_a_layer_is_counted() {
         let (activation, norm_eps) = (Activation::Sigmoid, 1e-5);
         Some(GateConfig { vocab_size: 50, d_gate: 8, site, activation, norm, norm_eps })
     };
-    let shared = ["word_scatter", "group_ids", "gate_project"];
+    // A gate at `latent` projects the new tokens' gate rows in every layer.
+    let shared = |gate: Option<&GateConfig>, name: &str| match name {
+        "gate_project" => gate.is_some_and(|gate| gate.site == GateSite::UpProjected),
+        _ => ["word_scatter", "group_ids"].contains(&name),
+    };
     for (gate, storage, gate_rows) in [
         (None, Storage::F32, GateRows::Recompute),
         (None, Storage::F16, GateRows::Recompute),
@@ -219,7 +223,7 @@ fn every_dispatch_of_a_layer_is_counted() {
                 let new = StepTokens { counts: &[1], ids: Some(&ids[..1]) };
                 let step = cache.prepare(Mode::Decode, new).unwrap();
                 layer.forward(&mut recording, &cache, &step, 0, &hidden, &out).unwrap();
-                let recorded: Vec<_> = recording.kernel_names().filter(|name| !shared.contains(name)).collect();
+                let recorded: Vec<_> = recording.kernel_names().filter(|name| !shared(gate.as_ref(), name)).collect();
                 let time = decode_time(gpu.kernels.context(), &config, &work, path, options.tile_rows, storage);
                 assert_eq!(time.dispatches as usize, recorded.len(), "{config:?}, {path:?}, {cached}: {recorded:?}");
                 assert!(time.us.is_finite() && time.us > 0.0, "{config:?}, {path:?}, {cached}");
