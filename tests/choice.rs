@@ -166,10 +166,12 @@ fn cooperative_matrices_decode_halves_of_many_heads_where_workgroup_memory_holds
             AttentionAbsorbed { n_head: 4, ..halves },
             AttentionAbsorbed { weights: Storage::F32, ..halves },
             AttentionAbsorbed { weights: Storage::F32, storage: Storage::F32, ..halves },
-            AttentionAbsorbed { d_latent: 640, ..halves },
         ] {
             assert_eq!(of(class, both, 48 << 10, other).0, "attention_absorbed_stream", "{other:?}");
         }
+        // More than registers hold, of matrices and of lanes.
+        let wide = AttentionAbsorbed { d_latent: 640, ..halves };
+        assert_eq!(of(class, both, 48 << 10, wide).0, "attention_absorbed");
         assert_eq!(of(class, Cooperative::NONE, 48 << 10, halves).0, "attention_absorbed_stream");
     }
     assert_eq!(of(AdapterClass::Software, both, 48 << 10, halves).0, "attention_absorbed_subgroup");
