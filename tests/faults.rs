@@ -337,7 +337,14 @@ fn a_step_that_fails_is_as_if_it_had_not_been() {
     for gate_rows in [GateRows::Recompute, GateRows::Pool { rows: 6 }] {
         // Rotations are 8 bytes for two of the rotary key's elements: with a long prompt's the tables do not fit a buffer, its
         // activations do.
-        let config = AttentionConfig { n_head: 1, d_rope: 64, d_value: 8, ..config(Some(GateSite::UpProjected)) };
+        let config = AttentionConfig {
+            n_head: 1,
+            d_latent: 8,
+            d_q_latent: Some(8),
+            d_rope: 64,
+            d_value: 8,
+            ..config(Some(GateSite::UpProjected))
+        };
         let options =
             CacheOptions { batch: 1, capacity: 300, storage: Storage::F16, max_tokens: 200, tile_rows: 256, ..OPTIONS };
         let rig = || Rig::with(&gpu.kernels, &config, gate_rows, options).unwrap();
