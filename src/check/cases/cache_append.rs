@@ -49,8 +49,11 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             append(cases, id("gated"), Way { gate, ..way });
             append(cases, id("equal_gated"), Way { gate, equal: true, ..way });
         }
+        // Every activation, and every norm: each setting is a pipeline of its own, and `gate` has all pairs.
         for (activation, norm) in Activation::ALL.into_iter().flat_map(|a| GateNorm::ALL.map(|norm| (a, norm))) {
-            for normed in [false, true] {
+            let (usual, all) = (norm == GateNorm::LayerNorm, [false, true]);
+            let normed = if usual { &all[1..] } else { &all[..] };
+            for &normed in normed.iter().filter(|_| usual || activation == Activation::Sigmoid) {
                 let (weights, gate) = (storage, Some((activation, norm)));
                 let how = if normed { "normed_" } else { "" };
                 let id = format!("{how}{activation:?}_{norm:?}_37/{}", storage.name());
