@@ -245,7 +245,7 @@ fn main(
     let working = head < SIDE;
 
     for (var e = local; e < TILE * PITCH; e += WORKGROUP) {
-        sh_tile[e] = 0.0h;
+        sh_tile[e] = f16();
     }
     for (var e = local; e < SHARES * SIDE * SCORE_PITCH; e += WORKGROUP) {
         sh_scores[e] = 0.0;
