@@ -17,8 +17,9 @@
 // Floor: a cache row is read from memory once per 16 heads, and brings 2 (d_latent + d_rope) bytes for 32 (2 d_latent + d_rope)
 // FLOPs, 30 per byte: memory is the limit wherever matrices reach 30 FLOPs for a byte of bandwidth. Each row crosses workgroup
 // memory three times (written, read for scores, read for values), with five barriers per tile.
-// Of 512 + 64, TILE is 16 and a workgroup has 32 KiB: three of them fit where 48 KiB and 32 rows would be two, and five
-// matrices of queries stay in registers. AMD's compiler (RDNA3, Mesa 25): 216 registers, no spills; with nine it spilled 100.
+// Of 512 + 64, TILE is 16: a workgroup has 32 KiB where 32 rows would take 48, so that half as many again run beside each other,
+// and five matrices of queries stay in registers. AMD's compiler (RDNA3, Mesa 25): 216 registers, no spills; with nine it
+// spilled 100.
 // On a GPU: not measured. A sketch of this design, for 512 + 64 and 32 rows alone, took 150 µs on an H200 for 32 sequences of
 // 8192 rows, where the floor is 71.
 
@@ -214,9 +215,9 @@ fn main(
     let token = work.z;
     if (local == 0u) {
         let line = sequence_of(row0, params.n_sequence);
-        let splits_before = (row0 - sequences[line].first_row) / SPLIT;
+        let split = (row0 - sequences[line].first_row) / SPLIT;
         // Behind the last sequence the step's row numbering is padding.
-        let idle = token >= sequences[line].tokens || splits_before >= sequences[line].splits;
+        let idle = token >= sequences[line].tokens || split >= sequences[line].splits;
         sh_line = vec4<u32>(line, u32(idle), 0u, 0u);
         sh_scaled = vec4<u32>(0u);
     }

@@ -214,9 +214,9 @@ fn main(
     let token = work.z;
     if (local == 0u) {
         let line = sequence_of(row0, params.n_sequence);
-        let splits_before = (row0 - sequences[line].first_row) / SPLIT;
+        let split = (row0 - sequences[line].first_row) / SPLIT;
         // Behind the last sequence the step's row numbering is padding.
-        let idle = token >= sequences[line].tokens || splits_before >= sequences[line].splits;
+        let idle = token >= sequences[line].tokens || split >= sequences[line].splits;
         sh_line = vec4<u32>(line, u32(idle), 0u, 0u);
         sh_scaled = vec4<u32>(0u);
     }

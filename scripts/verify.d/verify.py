@@ -135,7 +135,7 @@ def newer_lavapipe():
         stanzas = "\n\n".join(Path(file).read_text() for file in glob.glob("/etc/apt/sources.list.d/*.sources")).split("\n\n")
         debian = [stanza for stanza in stanzas if re.search(r"^URIs: \S+/debian/?$", stanza, re.M) and re.search("^Suites:", stanza, re.M)]
         if not debian:
-            raise NotRun("apt's sources name no mirror of Debian")
+            raise NotRun("no file of /etc/apt/sources.list.d/*.sources names a mirror of Debian")
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         for of in ("state/lists/partial", "cache/archives/partial", "root"):
