@@ -20,16 +20,8 @@ not_run() {
 }
 
 serve=no
-filter=
-next=
 for argument in "$@"; do
-    [ "$next" = filter ] && filter=$argument
-    next=
-    case "$argument" in
-    --serve) serve=yes ;;
-    --filter) next=filter ;;
-    --filter=*) filter=${argument#--filter=} ;;
-    esac
+    [ "$argument" != --serve ] || serve=yes
 done
 
 want=
@@ -59,5 +51,5 @@ if [ "$serve" = no ]; then
 fi
 rm -rf web/data
 # shellcheck disable=SC2086
-cargo run --quiet -- export --out web/data --model models/shakespeare $subgroups ${filter:+--filter "$filter"}
+cargo run --quiet -- export --out web/data --model models/shakespeare $subgroups
 exec python3 scripts/browser.py "$@"

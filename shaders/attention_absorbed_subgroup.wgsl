@@ -17,6 +17,7 @@
 //   against attention_absorbed with 8 heads: 1.8 to 2.1 times as fast in f16, 1.7 to 2.0 in f32; first use in 0.2 to 0.3
 //   separate loops for latents and rotary keys, 8 and 16 stores written out: 2.3 of the time to compile, no faster
 //   scores as two matrices of four queries in place of eight vectors: 0.92 of the rate, six runs in turns
+//   the eight as an array without an initial value: as fast, but wrong in Chromium 156 on SwiftShader
 //   both halves of a load of f16 written out instead of in a loop: 1.15 of the time to compile, 1.05 of the time
 
 override STORAGE_F16: u32 = 0u;
@@ -100,19 +101,6 @@ fn second_of(load: vec4<u32>) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
 }
 
-// Adds the products of 8 queries with 4 keys of this lane, one component per key. Lane base + i of the subgroup holds 4
-// elements of query i in a and, where a team has 4 lanes, of query 4 + i in b.
-fn meet_keys(sums: ptr<function, array<vec4<f32>, 8>>, a: vec4<f32>, b: vec4<f32>, keys: mat4x4<f32>, base: u32) {
-    (*sums)[0] += subgroupShuffle(a, base) * keys;
-    (*sums)[1] += subgroupShuffle(a, base + 1u) * keys;
-    (*sums)[2] += subgroupShuffle(a, base + 2u) * keys;
-    (*sums)[3] += subgroupShuffle(a, base + 3u) * keys;
-    (*sums)[4] += subgroupShuffle(b, base + 4u % SPREAD) * keys;
-    (*sums)[5] += subgroupShuffle(b, base + 5u % SPREAD) * keys;
-    (*sums)[6] += subgroupShuffle(b, base + 6u % SPREAD) * keys;
-    (*sums)[7] += subgroupShuffle(b, base + 7u % SPREAD) * keys;
-}
-
 // Column i of a matrix, without an index into registers.
 fn column_of(m: mat4x4<f32>, i: u32) -> vec4<f32> {
     return select(select(m[0], m[1], i == 1u), select(m[2], m[3], i == 3u), i >= 2u);
@@ -183,7 +171,15 @@ fn main(
     for (var first = 0u; first < count; first += 4u * LANES) {
         let row = first + lane + vec4<u32>(0u, 1u, 2u, 3u) * LANES;
         let slot = slot0 + min(row, vec4<u32>(count - 1u));
-        var s: array<vec4<f32>, 8>;
+        // Products of 8 queries with 4 keys of this lane, one component per key.
+        var s0 = vec4<f32>(0.0);
+        var s1 = vec4<f32>(0.0);
+        var s2 = vec4<f32>(0.0);
+        var s3 = vec4<f32>(0.0);
+        var s4 = vec4<f32>(0.0);
+        var s5 = vec4<f32>(0.0);
+        var s6 = vec4<f32>(0.0);
+        var s7 = vec4<f32>(0.0);
         let l_at = slot * params.latent_loads;
         let r_at = slot * params.rope_loads;
         for (var step = 0u; step < params.latent_loads + params.rope_loads; step++) {
@@ -206,12 +202,20 @@ fn main(
                 if (SPREAD == 4u) {
                     b = query_part(head.y, i);
                 }
-                meet_keys(&s, a, b, keys, 0u);
+                // Lane i holds 4 elements of query i in a and, where a team has 4 lanes, of query 4 + i in b.
+                s0 += subgroupShuffle(a, 0u) * keys;
+                s1 += subgroupShuffle(a, 1u) * keys;
+                s2 += subgroupShuffle(a, 2u) * keys;
+                s3 += subgroupShuffle(a, 3u) * keys;
+                s4 += subgroupShuffle(b, 4u % SPREAD) * keys;
+                s5 += subgroupShuffle(b, 5u % SPREAD) * keys;
+                s6 += subgroupShuffle(b, 6u % SPREAD) * keys;
+                s7 += subgroupShuffle(b, 7u % SPREAD) * keys;
             }
         }
         for (var j = 0u; first + lane + j * LANES < count && j < 4u; j++) {
-            let low = column_of(transpose(mat4x4<f32>(s[0], s[1], s[2], s[3])), j);
-            let high = column_of(transpose(mat4x4<f32>(s[4], s[5], s[6], s[7])), j);
+            let low = column_of(transpose(mat4x4<f32>(s0, s1, s2, s3)), j);
+            let high = column_of(transpose(mat4x4<f32>(s4, s5, s6, s7)), j);
             let at = 2u * (first + lane + j * LANES);
             sh_score[at] = low;
             sh_score[at + 1u] = high;
