@@ -295,7 +295,7 @@ fn main(
         rotary_pair(head, lane + 8u * LANES),
         rotary_pair(head, lane + 12u * LANES),
     );
-    var acc: array<Pair, 4>;
+    var acc = array<Pair, 4>();
 
     // One component per head. The sum is over the rows that this lane has after the exchange.
     var best = vec4<f32>(LOWEST);

@@ -184,7 +184,7 @@ fn main(
         let r_at = slot * params.rope_loads;
         for (var step = 0u; step < params.latent_loads + params.rope_loads; step++) {
             let rotary = step >= params.latent_loads;
-            var w: array<vec4<u32>, 4>;
+            var w = array<vec4<u32>, 4>();
             if (rotary) {
                 let at = r_at + step - params.latent_loads;
                 w = array<vec4<u32>, 4>(rope_cache[at.x], rope_cache[at.y], rope_cache[at.z], rope_cache[at.w]);

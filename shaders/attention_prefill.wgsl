@@ -205,7 +205,7 @@ fn main(
     var best = vec4<f32>(LOWEST);
     var sum = vec4<f32>(0.0);              // over the keys of this lane
     // One matrix per four columns of values, one column of it per query.
-    var acc: array<mat4x4<f32>, 4>;
+    var acc = array<mat4x4<f32>, 4>();
     if (params.first == 0u) {
         let states = array<vec2<f32>, 4>(softmax[state.x], softmax[state.y], softmax[state.z], softmax[state.w]);
         best = vec4<f32>(states[0].x, states[1].x, states[2].x, states[3].x);

@@ -255,7 +255,7 @@ fn main(
     var best1 = vec4<f32>(LOWEST);
     var sum0 = vec4<f32>(0.0);
     var sum1 = vec4<f32>(0.0);
-    var acc: array<Octet, 8>;
+    var acc = array<Octet, 8>();
     for (var key0 = begin; key0 < end; key0 += KEYS) {
         let count = min(end - key0, KEYS);
         let kv_base = (sequence.first_row + key0 - params.kv_first) * kv_row + kv_head * (nope + value_width);
@@ -307,7 +307,7 @@ fn main(
                 if (SPREAD == 4u) {
                     b = params.scale * q[q_at.y + d];
                 }
-                var keys: mat4x4<f32>;
+                var keys = mat4x4<f32>();
                 if (d < nope) {
                     keys = mat4x4<f32>(kv[k.x + d], kv[k.y + d], kv[k.z + d], kv[k.w + d]);
                 } else {

@@ -228,7 +228,7 @@ fn moments_over(lane: u32, token: u32, of_gate: bool, scale: f32) -> vec2<f32> {
     var squares = vec4<f32>(0.0);
     var cut = vec4<f32>(0.0);
     for (var i = lane % LANES; i < vectors; i += LANES) {
-        var v: vec4<f32>;
+        var v = vec4<f32>(0.0);
         if (of_gate) {
             v = unnormed(token, i, scale);
         } else {

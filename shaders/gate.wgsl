@@ -208,7 +208,7 @@ fn finish(row: u32, i: u32, moments: vec2<f32>, w: vec4<f32>, b: vec4<f32>) {
         return;
     }
     let base = row * (params.width / 4u);
-    var z: vec4<f32>;
+    var z = vec4<f32>(0.0);
     if (STASH == 1u && NORM != 2u) {
         z = y[base + i];
     } else {

@@ -181,7 +181,7 @@ fn main(
             } else {
                 let k = ((e - X_BLOCKS) % W_LOADS) * (16u / W_LOADS);
                 let quad = (e - X_BLOCKS) / W_LOADS;
-                var loads: array<vec4<u32>, 4>;
+                var loads = array<vec4<u32>, 4>();
                 if (k0 + k < params.inner) {
                     let n = min(vec4<u32>(n0 + 4u * quad) + each, last_n);
                     let i = (vec4<u32>(w_base + k0 + k) + n * params.w_col) / (16u / W_LOADS);

@@ -1,4 +1,5 @@
-//! What the sources must not hold: `unsafe` outside of the modules that vouch for it.
+//! What the sources must not hold: `unsafe` outside of the modules that vouch for it; in shaders, variables of functions
+//! without an initial value.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -61,4 +62,28 @@ fn unsafe_stands_in_two_modules() {
 #[test]
 fn words_are_found_in_code_and_not_in_comments() {
     assert_eq!(uses("a { b }\n// b\nb_c\n  (b) // c", "b"), ["a { b }", "  (b) // c"]);
+}
+
+/// Variables of functions that a shader declares without an initial value. WGSL makes them 0 whenever the declaration is
+/// reached, but in Chromium 156 on SwiftShader one within a loop kept what the turn before had left in it.
+fn uninitialised(text: &str) -> Vec<&str> {
+    let of_function = |line: &&str| line.starts_with(' ') && line.trim_start().starts_with("var ");
+    text.lines().filter(of_function).filter(|line| !line.contains('=')).collect()
+}
+
+#[test]
+fn variables_of_shaders_have_initial_values() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+    let mut declared = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let found = uninitialised(&text);
+        assert!(found.is_empty(), "{}: {found:?}", path.display());
+        declared += text.lines().filter(|line| line.trim_start().starts_with("var ")).count();
+    }
+    assert!(declared > 100, "{declared}");
+    let planted =
+        "fn f() {\n    for (var i = 0u; i < 2u; i++) {\n        var s: array<f32, 2>;\n        var t = 0.0;\n    }\n}";
+    assert_eq!(uninitialised(planted), ["        var s: array<f32, 2>;"]);
 }
