@@ -11,15 +11,19 @@
 // before it are multiplied. TEAMS subgroups share the work: of the scores each owns 16 rows and a share of the width, whose
 // queries stay in registers; of the values each owns COLUMNS matrices of columns. Further subgroups repeat one, and store the
 // same. LANES invocations share the softmax of a head.
-// Heads past the last have queries of 0 and are not stored; rows past the end are 0 and have no weight.
+// Heads past the last have queries of 0 and are not stored; rows past the end repeat the last and have no weight.
 // grid: (splits of the step, ⌈n_head / 16⌉, most query tokens of a sequence)
 //
 // Floor: a cache row is read from memory once per 16 heads, and brings 2 (d_latent + d_rope) bytes for 32 (2 d_latent + d_rope)
 // FLOPs, 30 per byte: memory is the limit wherever matrices reach 30 FLOPs for a byte of bandwidth. Each row crosses workgroup
 // memory three times (written, read for scores, read for values), with five barriers per tile.
 // Of 512 + 64, TILE is 16: a workgroup has 32 KiB where 32 rows would take 48, so that half as many again run beside each other,
-// and five matrices of queries stay in registers. AMD's compiler (RDNA3, Mesa 25): 216 registers, no spills; with nine it
-// spilled 100.
+// and five matrices of queries stay in registers.
+// AMD's compiler (RDNA3, Mesa 25), 8 subgroups of 32: 180 registers, no spills; with nine matrices kept it spilled 100. Read once
+// in assembly: a tile of 18 432 bytes takes each subgroup some 400 instructions, 0.17 per byte in all, without the 140 that scale
+// values, seldom. 5 load rows and 30 reckon places for them, 64 read values by columns, 16 bits each, since this GPU's matrices
+// want columns; 5 + 4 multiply. Before, it took 770: a branch per load between latents, rotary keys and the end; places counted in
+// elements; loops of one turn. Its estimate for the whole went from 6202 to 2864.
 // On a GPU: not measured. A sketch of this design, for 512 + 64 and 32 rows alone, took 150 µs on an H200 for 32 sequences of
 // 8192 rows, where the floor is 71.
 
@@ -37,8 +41,9 @@ override COLUMNS: u32 = 1u;                     // matrices of value columns of 
 override SPLIT: u32 = 256u;
 override BLOCKS: u32 = TILE / SIDE;
 override SHARES: u32 = TEAMS / BLOCKS;           // subgroups that share the scores of the same rows
-override LOADS: u32 = (LATENT + ROPE) / 8u;      // 16-byte loads of a tile's row
-override FETCHES: u32 = (TILE * LOADS + WORKGROUP - 1u) / WORKGROUP;  // of an invocation for a tile
+override LATENTS: u32 = LATENT / 8u;               // 16-byte loads of a tile's row, of latents and of rotary keys
+override ROPES: u32 = max(ROPE / 8u, 1u);
+override FETCHES: u32 = (TILE * LATENTS + WORKGROUP - 1u) / WORKGROUP;  // of an invocation for a tile's latents
 override LAST: u32 = LATENT / SIDE - 1u;          // matrix of value columns
 override WIDTH: u32 = SHARES * KEPT * SIDE;       // of a staged row: both parts, and zeros
 // In fours; pitches 16 bytes beyond a multiple of 128 meet different banks.
@@ -125,34 +130,34 @@ fn sequence_of(row: u32, n_sequence: u32) -> u32 {
     return low;
 }
 
-// Stages four halves of element `at` and on.
-fn stage_together(at: u32, four: vec4<f16>) {
-    sh_tile[at / 4u] = four;
+// Load e of a tile's latents: 16 bytes of row `row0 + e / LATENTS`; 0 past the width. Rows past the last repeat it, their weight
+// is 0.
+fn latent_load(e: u32, row0: u32, last: u32, slot0: u32) -> Halves {
+    let place = select(min(e, TILE * LATENTS - 1u), e, TILE * LATENTS % WORKGROUP == 0u);
+    let load = min(place % LATENTS, params.latent_loads - 1u);
+    // Places of two rows, not a row, are compared: all but one sum is the same in every turn.
+    let at = 2u * min((slot0 + place / LATENTS) * params.latent_loads + load + row0 * params.latent_loads, (slot0 + last) * params.latent_loads + load);
+    let used = place % LATENTS < params.latent_loads;
+    return Halves(select(vec4<f16>(), latent_cache[at], used), select(vec4<f16>(), latent_cache[at + 1u], used));
 }
 
-// Load e of a tile: 16 bytes of the split's row `row0 + e / LOADS`; 0 past the end, and past either part.
-fn fetch(e: u32, row0: u32, count: u32, slot0: u32) -> Halves {
-    let row = row0 + e / LOADS;
-    let load = e % LOADS;
-    if (e < TILE * LOADS && row < count) {
-        if (load < params.latent_loads && load < LATENT / 8u) {
-            let at = ((slot0 + row) * params.latent_loads + load) * 2u;
-            return Halves(latent_cache[at], latent_cache[at + 1u]);
-        }
-        if (load >= LATENT / 8u && load - LATENT / 8u < params.rope_loads) {
-            let at = ((slot0 + row) * params.rope_loads + load - LATENT / 8u) * 2u;
-            return Halves(rope_cache[at], rope_cache[at + 1u]);
-        }
-    }
-    return Halves(vec4<f16>(), vec4<f16>());
+// The same of the rotary keys.
+fn rope_load(e: u32, row0: u32, last: u32, slot0: u32) -> Halves {
+    let place = select(min(e, TILE * ROPES - 1u), e, TILE * ROPES % WORKGROUP == 0u);
+    let load = min(place % ROPES, max(params.rope_loads, 1u) - 1u);
+    // Places of two rows, not a row, are compared: all but one sum is the same in every turn.
+    let at = 2u * min((slot0 + place / ROPES) * params.rope_loads + load + row0 * params.rope_loads, (slot0 + last) * params.rope_loads + load);
+    let used = place % ROPES < params.rope_loads;
+    return Halves(select(vec4<f16>(), rope_cache[at], used), select(vec4<f16>(), rope_cache[at + 1u], used));
 }
 
-// Stages load e.
-fn put_together(e: u32, halves: Halves) {
-    if (e < TILE * LOADS) {
-        let at = e / LOADS * STRIDE + e % LOADS * 8u;
-        stage_together(at, halves.low);
-        stage_together(at + 4u, halves.high);
+// Stages load e of those of a tile, `loads` per row, behind `column`.
+fn put_together(e: u32, loads: u32, column: u32, halves: Halves) {
+    // The first is known when the shader is compiled.
+    if (TILE * loads % WORKGROUP == 0u || e < TILE * loads) {
+        let at = e / loads * PITCH + column / 4u + e % loads * 2u;
+        sh_tile[at] = halves.low;
+        sh_tile[at + 1u] = halves.high;
     }
 }
 
@@ -274,7 +279,7 @@ fn main(
         let of_head = e / ((LATENT + ROPE) / 4u);
         let i = e % ((LATENT + ROPE) / 4u);
         let four = query_vector(i, latent + of_head * (params.d_latent / 4u), rope + of_head * query_width);
-        stage_together(of_head * STRIDE + i * 4u, vec4<f16>(sh_factor[of_head] * four));
+        sh_tile[of_head * PITCH + i] = vec4<f16>(sh_factor[of_head] * four);
     }
     workgroupBarrier();
     let q_at = share * KEPT * STEP;
@@ -296,44 +301,74 @@ fn main(
     var best = LOWEST;
     var top = LOWEST;
     var sum = 0.0;                         // over the rows of this lane
-    var load0 = fetch(local, 0u, count, slot0);
-    var load1 = fetch(local + 1u * WORKGROUP, 0u, select(0u, count, FETCHES > 1u), slot0);
-    var load2 = fetch(local + 2u * WORKGROUP, 0u, select(0u, count, FETCHES > 2u), slot0);
-    var load3 = fetch(local + 3u * WORKGROUP, 0u, select(0u, count, FETCHES > 3u), slot0);
-    var load4 = fetch(local + 4u * WORKGROUP, 0u, select(0u, count, FETCHES > 4u), slot0);
+    let last = max(count, 1u) - 1u;
+    var load0 = latent_load(local, 0u, last, slot0);
+    var load1 = Halves();
+    if (FETCHES > 1u) {
+        load1 = latent_load(local + 1u * WORKGROUP, 0u, last, slot0);
+    }
+    var load2 = Halves();
+    if (FETCHES > 2u) {
+        load2 = latent_load(local + 2u * WORKGROUP, 0u, last, slot0);
+    }
+    var load3 = Halves();
+    if (FETCHES > 3u) {
+        load3 = latent_load(local + 3u * WORKGROUP, 0u, last, slot0);
+    }
+    var load4 = Halves();
+    if (FETCHES > 4u) {
+        load4 = latent_load(local + 4u * WORKGROUP, 0u, last, slot0);
+    }
+    var turned = Halves();
+    if (ROPE > 0u) {
+        turned = rope_load(local, 0u, last, slot0);
+    }
     for (var t = 0u; t < count; t += TILE) {
         workgroupBarrier();
-        put_together(local, load0);
+        put_together(local, LATENTS, 0u, load0);
         if (FETCHES > 1u) {
-            put_together(local + 1u * WORKGROUP, load1);
+            put_together(local + 1u * WORKGROUP, LATENTS, 0u, load1);
         }
         if (FETCHES > 2u) {
-            put_together(local + 2u * WORKGROUP, load2);
+            put_together(local + 2u * WORKGROUP, LATENTS, 0u, load2);
         }
         if (FETCHES > 3u) {
-            put_together(local + 3u * WORKGROUP, load3);
+            put_together(local + 3u * WORKGROUP, LATENTS, 0u, load3);
         }
         if (FETCHES > 4u) {
-            put_together(local + 4u * WORKGROUP, load4);
+            put_together(local + 4u * WORKGROUP, LATENTS, 0u, load4);
+        }
+        if (ROPE > 0u) {
+            put_together(local, ROPES, LATENT, turned);
         }
         // For small workgroups.
-        for (var e = local + 5u * WORKGROUP; e < TILE * LOADS; e += WORKGROUP) {
-            put_together(e, fetch(e, t, count, slot0));
+        if (FETCHES > 5u) {
+            for (var e = local + 5u * WORKGROUP; e < TILE * LATENTS; e += WORKGROUP) {
+                put_together(e, LATENTS, 0u, latent_load(e, t, last, slot0));
+            }
+        }
+        if (ROPE > 0u && TILE * ROPES > WORKGROUP) {
+            for (var e = local + WORKGROUP; e < TILE * ROPES; e += WORKGROUP) {
+                put_together(e, ROPES, LATENT, rope_load(e, t, last, slot0));
+            }
         }
         workgroupBarrier();
         // These loads are in flight while this tile is multiplied.
-        load0 = fetch(local, t + TILE, count, slot0);
+        load0 = latent_load(local, t + TILE, last, slot0);
         if (FETCHES > 1u) {
-            load1 = fetch(local + 1u * WORKGROUP, t + TILE, count, slot0);
+            load1 = latent_load(local + 1u * WORKGROUP, t + TILE, last, slot0);
         }
         if (FETCHES > 2u) {
-            load2 = fetch(local + 2u * WORKGROUP, t + TILE, count, slot0);
+            load2 = latent_load(local + 2u * WORKGROUP, t + TILE, last, slot0);
         }
         if (FETCHES > 3u) {
-            load3 = fetch(local + 3u * WORKGROUP, t + TILE, count, slot0);
+            load3 = latent_load(local + 3u * WORKGROUP, t + TILE, last, slot0);
         }
         if (FETCHES > 4u) {
-            load4 = fetch(local + 4u * WORKGROUP, t + TILE, count, slot0);
+            load4 = latent_load(local + 4u * WORKGROUP, t + TILE, last, slot0);
+        }
+        if (ROPE > 0u) {
+            turned = rope_load(local, t + TILE, last, slot0);
         }
 
         let k_at = block * SIDE * PITCH + q_at;
@@ -355,7 +390,8 @@ fn main(
 
         var next = LOWEST;
         if (working) {
-            for (var row = lane; row < TILE; row += LANES) {
+            for (var turn = 0u; turn < TILE / LANES; turn++) {
+                let row = lane + turn * LANES;
                 var total = 0.0;
                 for (var part = 0u; part < SHARES; part++) {
                     total += sh_scores[(part * SIDE + head) * SCORE_PITCH + row];
@@ -386,7 +422,8 @@ fn main(
             if (lane == 0u) {
                 sh_factor[head] = shrink;
             }
-            for (var row = lane; row < TILE; row += LANES) {
+            for (var turn = 0u; turn < TILE / LANES; turn++) {
+                let row = lane + turn * LANES;
                 // A row past the end has weight 0, not e^0.
                 let p = select(0.0, exp(sh_scores[head * SCORE_PITCH + row] - best), t + row < count);
                 sum += p;

@@ -11,7 +11,7 @@
 // before it are multiplied. TEAMS subgroups share the work: of the scores each owns 8 rows and a share of the width, whose
 // queries stay in registers; of the values each owns COLUMNS matrices of columns. Further subgroups repeat one, and store the
 // same. LANES invocations share the softmax of a head.
-// Heads past the last have queries of 0 and are not stored; rows past the end are 0 and have no weight.
+// Heads past the last have queries of 0 and are not stored; rows past the end repeat the last and have no weight.
 // grid: (splits of the step, ⌈n_head / 8⌉, most query tokens of a sequence)
 //
 // The twin of attention_absorbed_cooperative, for Apple's GPUs and for tests in software: the same text with matrices of 8 × 8,
@@ -33,8 +33,9 @@ override COLUMNS: u32 = 2u;                     // matrices of value columns of 
 override SPLIT: u32 = 256u;
 override BLOCKS: u32 = TILE / SIDE;
 override SHARES: u32 = TEAMS / BLOCKS;           // subgroups that share the scores of the same rows
-override LOADS: u32 = (LATENT + ROPE) / 8u;      // 16-byte loads of a tile's row
-override FETCHES: u32 = (TILE * LOADS + WORKGROUP - 1u) / WORKGROUP;  // of an invocation for a tile
+override LATENTS: u32 = LATENT / 8u;               // 16-byte loads of a tile's row, of latents and of rotary keys
+override ROPES: u32 = max(ROPE / 8u, 1u);
+override FETCHES: u32 = (TILE * LATENTS + WORKGROUP - 1u) / WORKGROUP;  // of an invocation for a tile's latents
 override LAST: u32 = LATENT / SIDE - 1u;          // matrix of value columns
 override WIDTH: u32 = SHARES * KEPT * SIDE;       // of a staged row: both parts, and zeros
 // Pitches 16 bytes beyond a multiple of 128 meet different banks.
@@ -129,27 +130,32 @@ fn stage_apart(at: u32, four: vec4<f16>) {
     sh_tile[at + 3u] = four.w;
 }
 
-// Load e of a tile: 16 bytes of the split's row `row0 + e / LOADS`; 0 past the end, and past either part.
-fn fetch(e: u32, row0: u32, count: u32, slot0: u32) -> Halves {
-    let row = row0 + e / LOADS;
-    let load = e % LOADS;
-    if (e < TILE * LOADS && row < count) {
-        if (load < params.latent_loads && load < LATENT / 8u) {
-            let at = ((slot0 + row) * params.latent_loads + load) * 2u;
-            return Halves(latent_cache[at], latent_cache[at + 1u]);
-        }
-        if (load >= LATENT / 8u && load - LATENT / 8u < params.rope_loads) {
-            let at = ((slot0 + row) * params.rope_loads + load - LATENT / 8u) * 2u;
-            return Halves(rope_cache[at], rope_cache[at + 1u]);
-        }
-    }
-    return Halves(vec4<f16>(), vec4<f16>());
+// Load e of a tile's latents: 16 bytes of row `row0 + e / LATENTS`; 0 past the width. Rows past the last repeat it, their weight
+// is 0.
+fn latent_load(e: u32, row0: u32, last: u32, slot0: u32) -> Halves {
+    let place = select(min(e, TILE * LATENTS - 1u), e, TILE * LATENTS % WORKGROUP == 0u);
+    let load = min(place % LATENTS, params.latent_loads - 1u);
+    // Places of two rows, not a row, are compared: all but one sum is the same in every turn.
+    let at = 2u * min((slot0 + place / LATENTS) * params.latent_loads + load + row0 * params.latent_loads, (slot0 + last) * params.latent_loads + load);
+    let used = place % LATENTS < params.latent_loads;
+    return Halves(select(vec4<f16>(), latent_cache[at], used), select(vec4<f16>(), latent_cache[at + 1u], used));
 }
 
-// Stages load e.
-fn put_apart(e: u32, halves: Halves) {
-    if (e < TILE * LOADS) {
-        let at = e / LOADS * STRIDE + e % LOADS * 8u;
+// The same of the rotary keys.
+fn rope_load(e: u32, row0: u32, last: u32, slot0: u32) -> Halves {
+    let place = select(min(e, TILE * ROPES - 1u), e, TILE * ROPES % WORKGROUP == 0u);
+    let load = min(place % ROPES, max(params.rope_loads, 1u) - 1u);
+    // Places of two rows, not a row, are compared: all but one sum is the same in every turn.
+    let at = 2u * min((slot0 + place / ROPES) * params.rope_loads + load + row0 * params.rope_loads, (slot0 + last) * params.rope_loads + load);
+    let used = place % ROPES < params.rope_loads;
+    return Halves(select(vec4<f16>(), rope_cache[at], used), select(vec4<f16>(), rope_cache[at + 1u], used));
+}
+
+// Stages load e of those of a tile, `loads` per row, behind `column`.
+fn put_apart(e: u32, loads: u32, column: u32, halves: Halves) {
+    // The first is known when the shader is compiled.
+    if (TILE * loads % WORKGROUP == 0u || e < TILE * loads) {
+        let at = e / loads * STRIDE + column + e % loads * 8u;
         stage_apart(at, halves.low);
         stage_apart(at + 4u, halves.high);
     }
@@ -299,44 +305,74 @@ fn main(
     var best = LOWEST;
     var top = LOWEST;
     var sum = 0.0;                         // over the rows of this lane
-    var load0 = fetch(local, 0u, count, slot0);
-    var load1 = fetch(local + 1u * WORKGROUP, 0u, select(0u, count, FETCHES > 1u), slot0);
-    var load2 = fetch(local + 2u * WORKGROUP, 0u, select(0u, count, FETCHES > 2u), slot0);
-    var load3 = fetch(local + 3u * WORKGROUP, 0u, select(0u, count, FETCHES > 3u), slot0);
-    var load4 = fetch(local + 4u * WORKGROUP, 0u, select(0u, count, FETCHES > 4u), slot0);
+    let last = max(count, 1u) - 1u;
+    var load0 = latent_load(local, 0u, last, slot0);
+    var load1 = Halves();
+    if (FETCHES > 1u) {
+        load1 = latent_load(local + 1u * WORKGROUP, 0u, last, slot0);
+    }
+    var load2 = Halves();
+    if (FETCHES > 2u) {
+        load2 = latent_load(local + 2u * WORKGROUP, 0u, last, slot0);
+    }
+    var load3 = Halves();
+    if (FETCHES > 3u) {
+        load3 = latent_load(local + 3u * WORKGROUP, 0u, last, slot0);
+    }
+    var load4 = Halves();
+    if (FETCHES > 4u) {
+        load4 = latent_load(local + 4u * WORKGROUP, 0u, last, slot0);
+    }
+    var turned = Halves();
+    if (ROPE > 0u) {
+        turned = rope_load(local, 0u, last, slot0);
+    }
     for (var t = 0u; t < count; t += TILE) {
         workgroupBarrier();
-        put_apart(local, load0);
+        put_apart(local, LATENTS, 0u, load0);
         if (FETCHES > 1u) {
-            put_apart(local + 1u * WORKGROUP, load1);
+            put_apart(local + 1u * WORKGROUP, LATENTS, 0u, load1);
         }
         if (FETCHES > 2u) {
-            put_apart(local + 2u * WORKGROUP, load2);
+            put_apart(local + 2u * WORKGROUP, LATENTS, 0u, load2);
         }
         if (FETCHES > 3u) {
-            put_apart(local + 3u * WORKGROUP, load3);
+            put_apart(local + 3u * WORKGROUP, LATENTS, 0u, load3);
         }
         if (FETCHES > 4u) {
-            put_apart(local + 4u * WORKGROUP, load4);
+            put_apart(local + 4u * WORKGROUP, LATENTS, 0u, load4);
+        }
+        if (ROPE > 0u) {
+            put_apart(local, ROPES, LATENT, turned);
         }
         // For small workgroups.
-        for (var e = local + 5u * WORKGROUP; e < TILE * LOADS; e += WORKGROUP) {
-            put_apart(e, fetch(e, t, count, slot0));
+        if (FETCHES > 5u) {
+            for (var e = local + 5u * WORKGROUP; e < TILE * LATENTS; e += WORKGROUP) {
+                put_apart(e, LATENTS, 0u, latent_load(e, t, last, slot0));
+            }
+        }
+        if (ROPE > 0u && TILE * ROPES > WORKGROUP) {
+            for (var e = local + WORKGROUP; e < TILE * ROPES; e += WORKGROUP) {
+                put_apart(e, ROPES, LATENT, rope_load(e, t, last, slot0));
+            }
         }
         workgroupBarrier();
         // These loads are in flight while this tile is multiplied.
-        load0 = fetch(local, t + TILE, count, slot0);
+        load0 = latent_load(local, t + TILE, last, slot0);
         if (FETCHES > 1u) {
-            load1 = fetch(local + 1u * WORKGROUP, t + TILE, count, slot0);
+            load1 = latent_load(local + 1u * WORKGROUP, t + TILE, last, slot0);
         }
         if (FETCHES > 2u) {
-            load2 = fetch(local + 2u * WORKGROUP, t + TILE, count, slot0);
+            load2 = latent_load(local + 2u * WORKGROUP, t + TILE, last, slot0);
         }
         if (FETCHES > 3u) {
-            load3 = fetch(local + 3u * WORKGROUP, t + TILE, count, slot0);
+            load3 = latent_load(local + 3u * WORKGROUP, t + TILE, last, slot0);
         }
         if (FETCHES > 4u) {
-            load4 = fetch(local + 4u * WORKGROUP, t + TILE, count, slot0);
+            load4 = latent_load(local + 4u * WORKGROUP, t + TILE, last, slot0);
+        }
+        if (ROPE > 0u) {
+            turned = rope_load(local, t + TILE, last, slot0);
         }
 
         let k_at = block * SIDE * PITCH + q_at;
@@ -370,7 +406,8 @@ fn main(
 
         var next = LOWEST;
         if (working) {
-            for (var row = lane; row < TILE; row += LANES) {
+            for (var turn = 0u; turn < TILE / LANES; turn++) {
+                let row = lane + turn * LANES;
                 var total = 0.0;
                 for (var part = 0u; part < SHARES; part++) {
                     total += sh_scores[(part * SIDE + head) * SCORE_PITCH + row];
@@ -401,7 +438,8 @@ fn main(
             if (lane == 0u) {
                 sh_factor[head] = shrink;
             }
-            for (var row = lane; row < TILE; row += LANES) {
+            for (var turn = 0u; turn < TILE / LANES; turn++) {
+                let row = lane + turn * LANES;
                 // A row past the end has weight 0, not e^0.
                 let p = select(0.0, exp(sh_scores[head * SCORE_PITCH + row] - best), t + row < count);
                 sum += p;

@@ -21,6 +21,8 @@
 // faster there.
 // Loads and words are written out, folded by LOADS and ROPE. With every check of loops and indices, Mesa's AMD compiler makes
 // 1 768 instructions for RDNA3 (32 lanes, 256 columns of f16), where loops over arrays made 2 493; without checks 1 509 and 1 490.
+// Read once in its assembly (32 lanes, 512 + 64 in f16): four rows, 4 608 bytes, take 823 instructions, 0.18 per byte, 548 of them
+// multiply-adds (544 are the least), 12 loads, 32 shuffles.
 
 override STORAGE_F16: u32 = 0u;
 override LANES: u32 = 4u;                        // a power of two, at least 4

@@ -15,6 +15,8 @@
 //
 // Floor: the bytes of keys and values, ⌈n_head / n_kv_head / HEADS⌉ times. Each f16 of them serves HEADS multiply-adds, HEADS
 // FLOP per byte: the copy rate limits it on a GPU, the multiply-adds and the unpacking in software.
+// Read once in the assembly of AMD's compiler (RDNA3, Mesa 25; f16, one head): 2 048 bytes of keys take a subgroup of 32 some 83
+// instructions, 32 of them multiply-adds, values 75: 0.04 per byte.
 
 override STORAGE_F16: u32 = 0u;      // of the rope cache
 override KV_F16: u32 = 0u;

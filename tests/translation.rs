@@ -58,9 +58,9 @@ fn settings_of_amd() -> BTreeSet<(&'static str, Vec<u64>)> {
     let mut found = BTreeSet::new();
     each_case(|case| {
         let PlanContext { class, subgroup_min_size, subgroup_max_size, .. } = *case.context;
-        let subgroups = case.spec.subgroup == 0 || (subgroup_min_size >= 32 && subgroup_max_size <= 64);
-        let matrices = case.spec.cooperative == Cooperative::NONE || subgroup_max_size >= 32;
-        if class == AdapterClass::Discrete && case.tuning == Tuning::Auto && subgroups && matrices {
+        let any = case.spec.subgroup == 0 && case.spec.cooperative == Cooperative::NONE;
+        let subgroups = any || (subgroup_min_size >= 32 && subgroup_max_size <= 64);
+        if class == AdapterClass::Discrete && case.tuning == Tuning::Auto && subgroups {
             found.insert((case.spec.name, key(&case.plan.overrides)));
         }
     });

@@ -80,8 +80,8 @@ pub fn tunings(spec: &Spec) -> impl Iterator<Item = Tuning> + use<> {
 /// Smallest and largest subgroups of the devices that a kernel tells apart.
 pub fn subgroups(spec: &Spec) -> &'static [(u32, u32)] {
     match spec {
-        // Whole subgroups, whatever the smallest.
-        _ if spec.cooperative != Cooperative::NONE => &[(4, 4), (4, 8), (4, 16), (4, 32), (4, 64)],
+        // Whole subgroups, and lanes that the smallest has: software, Intel's, NVIDIA's, AMD's, Apple's.
+        _ if spec.cooperative != Cooperative::NONE => &[(4, 4), (8, 8), (16, 32), (32, 32), (32, 64), (4, 64)],
         _ if spec.features.contains(Features::SUBGROUP) => {
             &[(4, 64), (8, 64), (16, 64), (32, 64), (64, 64), (128, 128)]
         }
