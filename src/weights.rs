@@ -179,6 +179,10 @@ impl AttentionWeights {
     /// A configuration that contradicts itself; a tensor that is missing, has no place, or has another shape or length.
     pub fn check(&self, config: &AttentionConfig) -> Result<()> {
         config.validate()?;
+        if config.latent_factor != 1.0 && self.kv_a_norm.is_none() {
+            let name = "kv_a_layernorm.weight".to_owned();
+            return Err(Error::Tensor(TensorError::Missing { name, expected: vec![config.d_latent as usize] }));
+        }
         let expected = Self::build(config, self.kv_a_norm.is_some(), |name, shape| {
             let shape = shape.iter().map(|&extent| extent as usize).collect();
             Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })

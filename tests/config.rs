@@ -49,6 +49,7 @@ fn yarn(factor: f64, mscale: Option<f64>, mscale_all_dim: Option<f64>, attention
         mscale,
         mscale_all_dim,
         attention_factor,
+        truncate: true,
     };
     RopeConfig { scaling, ..RopeConfig::default() }
 }
@@ -56,7 +57,7 @@ fn yarn(factor: f64, mscale: Option<f64>, mscale_all_dim: Option<f64>, attention
 #[test]
 fn config_defaults() {
     let config = parse(serde_json::json!({}));
-    assert_eq!(config.rope, RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None });
+    assert_eq!(config.rope, RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, turned: true });
     assert_eq!((config.gate, config.d_q_latent, config.attention_bias), (None, None, false));
     let gate = parse(serde_json::json!({"embedding_gate": {"vocab_size": 9, "embed_dim": 3}})).gate.unwrap();
     assert_eq!((gate.site, gate.activation, gate.norm), Default::default());
@@ -140,7 +141,8 @@ fn config_refuses_bad_dimensions() {
 fn config_refuses_unknown_and_contradicting_keys() {
     refused("kv_lora_rnk", serde_json::json!({"kv_lora_rnk": 16}));
     let linear = serde_json::json!({"type": "linear", "factor": 2.0});
-    refused("rope_parameters", serde_json::json!({"rope_scaling": linear, "rope_parameters": linear}));
+    let other = serde_json::json!({"type": "linear", "factor": 3.0});
+    refused("rope_parameters", serde_json::json!({"rope_scaling": linear, "rope_parameters": other}));
     for (key, scaling) in [
         ("rope_scaling.type", serde_json::json!({"type": "linear", "rope_type": "yarn", "factor": 2.0})),
         ("dynamic", serde_json::json!({"type": "dynamic", "factor": 2.0})),
@@ -149,7 +151,10 @@ fn config_refuses_unknown_and_contradicting_keys() {
         ("rope_scaling.factor", serde_json::json!({"type": "default", "factor": 40.0})),
         ("rope_scaling.factor", serde_json::json!({"type": "linear", "factor": 0.0})),
         ("rope_scaling.original_max_position_embeddings", serde_json::json!({"type": "yarn", "factor": 2.0})),
-        ("rope_scaling.beta_fst", serde_json::json!({"type": "yarn", "factor": 2.0, "beta_fst": 1})),
+        (
+            "rope_scaling.beta_fst",
+            serde_json::json!({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fst": 1}),
+        ),
         ("rope_scaling.mscale", serde_json::json!({"type": "linear", "factor": 2.0, "mscale": 1.0})),
     ] {
         refused(key, serde_json::json!({"rope_scaling": scaling}));
@@ -225,7 +230,8 @@ fn yarn_frequencies_of_deepseek() {
 #[test]
 fn yarn_amplitude_and_scale() {
     let m = |x: f64| 0.1 * x * 40f64.ln() + 1.0;
-    assert_relative_eq!(yarn(40.0, Some(0.7), Some(0.5), Some(9.0)).amplitude(), m(0.7) / m(0.5));
+    assert_relative_eq!(yarn(40.0, Some(0.7), Some(0.5), None).amplitude(), m(0.7) / m(0.5));
+    assert_relative_eq!(yarn(40.0, Some(0.7), Some(0.5), Some(9.0)).amplitude(), 9.0);
     assert_relative_eq!(yarn(40.0, None, None, Some(9.0)).amplitude(), 9.0);
     assert_relative_eq!(yarn(40.0, Some(0.7), None, Some(9.0)).amplitude(), 9.0);
     assert_relative_eq!(yarn(40.0, None, None, None).amplitude(), m(1.0));

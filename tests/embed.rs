@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use egmla::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, Step, StepTokens, Tokens,
 };
-use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
 use egmla::error::{ArgumentError, BufferError};
 use egmla::low_level::kernels::{CacheCopy, cache_copy};
 use egmla::random::{Random, attention_weights};
@@ -171,7 +171,7 @@ fn config(site: Option<GateSite>) -> AttentionConfig {
             norm: GateNorm::LayerNorm,
             norm_eps: 1e-5,
         }),
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     }
 }
 

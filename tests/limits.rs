@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use egmla::attention::{Attention, AttentionOptions, CacheOptions, GateRows, LatentCache};
 use egmla::check::capture::{Action, Blob, Blobs};
 use egmla::check::cases;
-use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
 use egmla::decoder::{Decoder, ModelFolder};
 use egmla::error::DeviceError;
 use egmla::low_level::kernels::{attention_combine, attention_decode, residual_add, shaders};
@@ -110,11 +110,9 @@ fn config(vocab_size: u32, d_gate: u32) -> AttentionConfig {
         hidden_size: 24,
         n_head: 3,
         d_latent: 12,
-        d_q_latent: None,
         d_nope: 8,
         d_rope: 4,
         d_value: 10,
-        attention_bias: false,
         gate: Some(GateConfig {
             vocab_size,
             d_gate,
@@ -123,7 +121,7 @@ fn config(vocab_size: u32, d_gate: u32) -> AttentionConfig {
             norm: GateNorm::LayerNorm,
             norm_eps: 1e-5,
         }),
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     }
 }
 

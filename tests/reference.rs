@@ -28,13 +28,10 @@ fn mla() -> AttentionConfig {
         hidden_size: 23,
         n_head: 3,
         d_latent: 10,
-        d_q_latent: None,
         d_nope: 6,
         d_rope: 4,
         d_value: 5,
-        attention_bias: false,
-        gate: None,
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     }
 }
 
@@ -725,6 +722,7 @@ fn yarn(factor: f64, mscale: Option<f64>, mscale_all_dim: Option<f64>, attention
         mscale,
         mscale_all_dim,
         attention_factor,
+        truncate: true,
     };
     RopeConfig { scaling, ..RopeConfig::default() }
 }
@@ -819,6 +817,36 @@ fn scaled_rope_differs_past_the_original_length() {
     let linear = RopeConfig { scaling: RopeScaling::Linear { factor: 40.0 }, ..RopeConfig::default() };
     assert!(distance(&rotated(&linear, &x, 200_000), &plain) < 1e-9);
     assert_far(&rotated(&linear, &x, 5000), &plain);
+}
+
+// ------------------------------------------------------------------------------------ rules of further families
+
+#[test]
+fn factors_are_those_of_the_weights_before_them() {
+    let scaled = AttentionConfig { query_factor: 2.0, latent_factor: 0.5, ..mla() };
+    let weights = attention_weights(&mla(), true, 4).unwrap();
+    let hidden = hidden(&mla(), 7);
+    let found = run(&Layer::new(scaled.clone(), &weights), &hidden, &[]);
+    let mut by_hand = weights.clone();
+    let QueryWeights::Full { proj } = &mut by_hand.query else { panic!("a full-rank query") };
+    proj.data.iter_mut().for_each(|element| *element *= 2.0);
+    by_hand.kv_a_norm.as_mut().unwrap().data.iter_mut().for_each(|element| *element *= 0.5);
+    // Powers of two: both are exact.
+    assert_close(&found, &run(&Layer::new(mla(), &by_hand), &hidden, &[]));
+    assert_close(&found, &Layer::new(scaled.clone(), &weights).forward_absorbed(&hidden, &[]));
+    assert_far(&found, &run(&Layer::new(mla(), &weights), &hidden, &[]));
+    // Nothing else carries the factor.
+    let none = attention_weights(&mla(), false, 4).unwrap();
+    let message = none.check(&scaled).unwrap_err().to_string();
+    assert!(message.contains("kv_a_layernorm.weight"), "{message}");
+}
+
+#[test]
+fn what_is_never_turned_is_as_at_position_0() {
+    let x = normal(1, 8);
+    let never = RopeConfig { turned: false, ..yarn(40.0, None, None, None) };
+    assert_eq!(rotated(&never, &x, 5000), x);
+    assert_far(&rotated(&yarn(40.0, None, None, None), &x, 5000), &x);
 }
 
 // ------------------------------------------------------------------------------------------------- golden cases

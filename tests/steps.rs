@@ -5,7 +5,7 @@
 mod common;
 
 use egmla::attention::cost::{DecodeWork, decode_time};
-use egmla::config::{Activation, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{Activation, GateConfig, GateNorm, GateSite};
 use egmla::random::{Random, attention_weights};
 use egmla::{
     Attention, AttentionConfig, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Recording,
@@ -46,13 +46,11 @@ impl Model {
             hidden_size: 32,
             n_head: 4,
             d_latent: 16,
-            d_q_latent: None,
             d_nope: 16,
             d_rope: 8,
             d_value: 16,
-            attention_bias: false,
             gate: gated.then_some(gate),
-            rope: RopeConfig::default(),
+            ..AttentionConfig::default()
         };
         let weights = attention_weights(&config, true, 1).unwrap();
         let options = AttentionOptions { storage: Storage::F16, gate_rows: GateRows::Table };
@@ -198,9 +196,8 @@ fn every_dispatch_of_a_layer_is_counted() {
                 d_nope: 12,
                 d_rope: 6,
                 d_value: 10,
-                attention_bias: false,
                 gate: gate.clone(),
-                rope: RopeConfig::default(),
+                ..AttentionConfig::default()
             };
             let weights = attention_weights(&config, true, 1).unwrap();
             let layer =

@@ -27,6 +27,9 @@ pub struct AttendArgs {
     /// The layer's dimensions: a checkpoint's `config.json`
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// By the rules of this type, in place of the configuration's `model_type`
+    #[arg(long, value_name = "TYPE")]
+    model_type: Option<String>,
     /// The layer's weights, named without prefix (f32, f16 or bf16)
     #[arg(long, value_name = "FILE")]
     weights: PathBuf,
@@ -76,7 +79,8 @@ impl Phase {
 /// Runs the layer.
 pub fn run(args: AttendArgs) -> Result<(), Failure> {
     let config = read_text(&args.config, MOST_CONFIG)?;
-    let config = AttentionConfig::from_json(&config).map_err(|error| error.in_file(&args.config))?;
+    let config = AttentionConfig::from_json_as(&config, args.model_type.as_deref());
+    let config = config.map_err(|error| error.in_file(&args.config))?;
     let bytes = read_safetensors(&args.weights)?;
     let weights = Checkpoint::new(&bytes)
         .and_then(|checkpoint| AttentionWeights::load(&checkpoint, "", &config))

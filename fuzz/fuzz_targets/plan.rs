@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use arbitrary::{Result, Unstructured};
 use egmla::attention::cost;
-use egmla::config::{AttentionConfig, GateConfig, GateSite, RopeConfig};
+use egmla::config::{AttentionConfig, GateConfig, GateSite};
 use egmla::low_level::kernels::{self, REGISTRY, attention_grouped};
 use egmla::low_level::{COOPERATIVE_FEATURES, Cooperative, PlanContext, Tuning, Tunings};
 use egmla::{DecodePath, Recording, Storage};
@@ -99,7 +99,7 @@ fn layer(u: &mut Unstructured<'_>, context: &PlanContext) -> Result<()> {
         d_value: number(u)?,
         attention_bias: u.arbitrary()?,
         gate: u.arbitrary::<bool>()?.then_some(gate),
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     };
     let _ = cost::cache_table(number(u)?, number(u)?, number(u)?, number(u)?, &[number(u)?]);
     if config.validate().is_err() {

@@ -609,7 +609,7 @@ pub fn cache_table(n_layer: u32, n_head: u32, d_head: u32, d_rope: u32, ranks: &
 mod tests {
     use super::*;
     use crate::adapter::AdapterClass;
-    use crate::config::{Activation, GateSite, RopeConfig};
+    use crate::config::{Activation, GateSite};
     use crate::kernels::attention_decode::SPLITS;
     use crate::op::Op;
     use crate::sample::Sampled as _;
@@ -619,11 +619,9 @@ mod tests {
             hidden_size: 96,
             n_head: 3,
             d_latent: 32,
-            d_q_latent: None,
             d_nope: 16,
             d_rope: 8,
             d_value: 24,
-            attention_bias: false,
             gate: gate.map(|site| GateConfig {
                 vocab_size: 1000,
                 d_gate: 10,
@@ -632,7 +630,7 @@ mod tests {
                 norm: GateNorm::LayerNorm,
                 norm_eps: 1e-5,
             }),
-            rope: RopeConfig::default(),
+            ..AttentionConfig::default()
         }
     }
 

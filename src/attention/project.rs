@@ -3,7 +3,7 @@
 use super::frame::Frame;
 use super::step::Table;
 use super::weights::{DownProjection, LowRank};
-use crate::config::{GateConfig, LOW_RANK_NORM_EPS};
+use crate::config::GateConfig;
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::matmul::{FEW_ROWS, Layout, Matmul};
@@ -54,7 +54,7 @@ impl Frame<'_> {
             d_rope: widths.d_rope,
             rotate: true,
             queries: cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope },
-            norm: weights.has_kv_a_norm.then_some(LOW_RANK_NORM_EPS as f32),
+            norm: weights.has_kv_a_norm.then_some(layer.config.low_rank_norm_eps as f32),
             gate: gate.map(|gate| cache_append::LatentGate {
                 activation: gate.activation,
                 norm: gate.norm,
@@ -97,7 +97,7 @@ impl Frame<'_> {
         let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
         let widths = &layer.widths;
         let Some(LowRank { norm: weight, proj }) = &layer.weights.query else { return Ok(()) };
-        let (rank_used, eps) = (layer.config.d_q_latent.unwrap_or(0), LOW_RANK_NORM_EPS as f32);
+        let (rank_used, eps) = (layer.config.d_q_latent.unwrap_or(0), layer.config.low_rank_norm_eps as f32);
         let rotations = &self.table(Table::Rotations);
         if tokens <= FEW_ROWS {
             let op = query_project::QueryProject {

@@ -81,6 +81,8 @@ struct Placed<'a> {
     tensor: &'a HostTensor,
     rows: Axis,
     cols: Axis,
+    /// On every element.
+    factor: f32,
 }
 
 impl Placed<'_> {
@@ -90,14 +92,20 @@ impl Placed<'_> {
 
     /// Writes the tensor as it is stored, without its padding.
     fn write(&self, storage: Storage, to: &mut [u8]) -> Result<()> {
-        let Placed { tensor, rows, cols } = self;
+        let Placed { tensor, rows, cols, factor } = self;
         for (to_row, from_row) in rows.elements() {
             for run in &cols.runs {
                 let from = from_row as usize * cols.from as usize + run.from as usize;
                 let first = to_row as usize * cols.to as usize + run.to as usize;
                 let values = &tensor.data[from..][..run.len as usize];
                 let size = storage.bytes() as usize;
-                write_elements(tensor, from, values, storage, &mut to[first * size..][..values.len() * size])?;
+                let to = &mut to[first * size..][..values.len() * size];
+                if *factor == 1.0 {
+                    write_elements(tensor, from, values, storage, to)?;
+                } else {
+                    let values: Vec<_> = values.iter().map(|value| factor * value).collect();
+                    write_elements(tensor, from, &values, storage, to)?;
+                }
             }
         }
         Ok(())
@@ -136,13 +144,19 @@ pub(crate) struct Upload<'a> {
 impl<'a> Upload<'a> {
     /// `[rows, cols]`
     pub fn matrix(tensor: &'a HostTensor, rows: Axis, cols: Axis) -> Self {
-        let placed = Placed { tensor, rows, cols };
+        let placed = Placed { tensor, rows, cols, factor: 1.0 };
         Upload { elements: placed.elements(), parts: vec![(0, placed)] }
     }
 
     /// `[cols]`
     pub fn vector(tensor: &'a HostTensor, cols: Axis) -> Self {
         Upload::matrix(tensor, Axis::whole(1), cols)
+    }
+
+    /// The same with every element times a factor.
+    fn times(mut self, factor: f64) -> Self {
+        self.parts.iter_mut().for_each(|(_, placed)| placed.factor *= factor as f32);
+        self
     }
 
     /// Elements that no tensor fills: zeros.
@@ -324,7 +338,7 @@ impl<'a> LayerWeights<Upload<'a>> {
         let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
         let down =
             if both <= context.largest_binding() { vec![query_down.and(kv_down)] } else { vec![query_down, kv_down] };
-        let mut norms = weights.kv_a_norm.as_ref().map(|norm| vector(norm, latent()));
+        let mut norms = weights.kv_a_norm.as_ref().map(|norm| vector(norm, latent()).times(config.latent_factor));
         let of_gate = weights.gate.as_ref().filter(|_| config.latent_gate().is_some());
         let affine = of_gate.map(|gate| [&gate.norm_weight, &gate.norm_bias]);
         for tensor in affine.into_iter().flatten().flatten() {
@@ -405,7 +419,7 @@ mod tests {
         let data = (1..=shape.iter().product::<usize>()).map(|i| i as f32).collect();
         let tensor = HostTensor { name: "w".to_owned(), shape, data };
         let mut bytes = vec![0; rows.to as usize * cols.to as usize * storage.bytes() as usize];
-        Placed { tensor: &tensor, rows, cols }.write(storage, &mut bytes)?;
+        Placed { tensor: &tensor, rows, cols, factor: 1.0 }.write(storage, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -434,7 +448,7 @@ mod tests {
         let mut data = vec![0.0; 6];
         data[4] = 1e6;
         let tensor = HostTensor { name: "w".to_owned(), shape: vec![2, 3], data };
-        let placed = Placed { tensor: &tensor, rows: Axis::whole(2), cols: Axis::padded(3) };
+        let placed = Placed { tensor: &tensor, rows: Axis::whole(2), cols: Axis::padded(3), factor: 1.0 };
         let error = placed.write(Storage::F16, &mut [0; 32]).unwrap_err();
         assert!(matches!(error, Error::Tensor(TensorError::OutOfF16Range { index: 4, .. })), "{error}");
     }

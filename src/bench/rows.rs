@@ -84,13 +84,11 @@ fn layer(n_head: u32, d_latent: u32, gated: bool) -> AttentionConfig {
         hidden_size: 64 * n_head,
         n_head,
         d_latent,
-        d_q_latent: None,
         d_nope: 64,
         d_rope: 64,
         d_value: 64,
-        attention_bias: false,
         gate: gated.then_some(gate),
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     }
 }
 

@@ -34,13 +34,10 @@ fn base() -> AttentionConfig {
         hidden_size: 40,
         n_head: 3,
         d_latent: 20,
-        d_q_latent: None,
         d_nope: 12,
         d_rope: 8,
         d_value: 10,
-        attention_bias: false,
-        gate: None,
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     }
 }
 
@@ -58,8 +55,9 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         mscale: Some(1.0),
         mscale_all_dim: Some(0.7),
         attention_factor: None,
+        truncate: true,
     };
-    let rope = |interleave, scaling| RopeConfig { theta: 10000.0, interleave, scaling };
+    let rope = |interleave, scaling| RopeConfig { theta: 10000.0, interleave, scaling, turned: true };
     let mut all = vec![
         ("mla".to_owned(), base(), true),
         ("mla_no_norm".to_owned(), base(), false),
@@ -71,6 +69,22 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         (
             "mla_halves_linear_h5".to_owned(),
             AttentionConfig { n_head: 5, rope: rope(false, RopeScaling::Linear { factor: 4.0 }), ..base() },
+            true,
+        ),
+        (
+            "mla_scaled_low_rank".to_owned(),
+            AttentionConfig {
+                d_q_latent: Some(14),
+                query_factor: 1.7,
+                latent_factor: 1.4,
+                low_rank_norm_eps: 1e-3,
+                ..base()
+            },
+            true,
+        ),
+        (
+            "mla_unturned".to_owned(),
+            AttentionConfig { rope: RopeConfig { turned: false, ..RopeConfig::default() }, ..base() },
             true,
         ),
         ("mla_no_rope_h1".to_owned(), AttentionConfig { n_head: 1, d_rope: 0, ..base() }, true),

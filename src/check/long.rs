@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::guarded::Guarded;
 use crate::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, StepTokens};
 use crate::bench::tokens::{VOCABULARY, text_like};
-use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
 use crate::device::Kernels;
 use crate::error::Result;
 use crate::random::{Random, attention_weights};
@@ -110,13 +110,10 @@ fn configurations() -> [(&'static str, AttentionConfig); 3] {
         hidden_size: 48,
         n_head: 2,
         d_latent: 64,
-        d_q_latent: None,
         d_nope: 16,
         d_rope: 16,
         d_value: 16,
-        attention_bias: false,
-        gate: None,
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     };
     let gated = |site| {
         let (activation, norm) = (Activation::OnePlus, GateNorm::LayerNorm);

@@ -1,7 +1,8 @@
 //! The small decoder around the attention layers.
 
 use super::keys::{Keys, parse_object};
-use super::{ATTENTION_KEYS, AttentionConfig, validate_eps};
+use super::meaning::Scope;
+use super::{AttentionConfig, validate_eps};
 use crate::error::{Error, Result};
 
 /// A small decoder-only language model: RMSNorm, attention, RMSNorm, SwiGLU, tied or separate output embedding.
@@ -23,38 +24,6 @@ pub struct DecoderConfig {
     pub attention: AttentionConfig,
 }
 
-/// Decoder keys that are read, beside those of the attention.
-const DECODER_KEYS: &[&str] = &[
-    "hidden_act",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_hidden_layers",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "vocab_size",
-];
-
-/// Decoder keys without effect on the result.
-const IGNORED_DECODER_KEYS: &[&str] = &[
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "head_dim",
-    "initializer_range",
-    "model_type",
-    "num_key_value_heads",
-    "pad_token_id",
-    "pretraining_tp",
-    "qk_head_dim",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-];
-
 impl DecoderConfig {
     /// Reads a decoder's `config.json`.
     ///
@@ -64,8 +33,7 @@ impl DecoderConfig {
     pub fn from_json(text: &str) -> Result<Self> {
         let map = parse_object(text)?;
         let keys = Keys::new(&map, "");
-        keys.refuse_unknown(&[ATTENTION_KEYS, DECODER_KEYS, IGNORED_DECODER_KEYS])?;
-        let attention = AttentionConfig::from_map(&map)?;
+        let attention = AttentionConfig::from_map(&map, None, Scope::Decoder)?;
         match keys.text("hidden_act")? {
             None | Some("silu") => {}
             Some(other) => return Err(Error::config("hidden_act", format!("`{other}` is not supported, only silu"))),

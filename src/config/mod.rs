@@ -15,14 +15,18 @@
 //! Papers: MLA is DeepSeek-V2 (arXiv 2405.04434) and V3 (2412.19437), EG-MLA is arXiv 2509.16686.
 
 mod decoder;
+mod family;
 mod keys;
+mod meaning;
 mod rope;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use family::{FAMILIES, Family};
 use keys::{Keys, parse_object};
+use meaning::Scope;
 
 pub use decoder::DecoderConfig;
 pub use rope::{RopeConfig, RopeScaling};
@@ -138,87 +142,68 @@ pub struct AttentionConfig {
     pub gate: Option<GateConfig>,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// `eps` of `q_a_layernorm` and `kv_a_layernorm`, key `low_rank_norm_eps`: [`LOW_RANK_NORM_EPS`] by default. The checkpoint's
+    /// `rms_norm_eps` is that of the decoder's norms; some engines take it here, too.
+    pub low_rank_norm_eps: f64,
+    /// Factor on queries; √(hidden_size / q_lora_rank) in LongCat-Flash, 1 elsewhere.
+    pub query_factor: f64,
+    /// Factor on the normed latent; √(hidden_size / kv_lora_rank) in LongCat-Flash, 1 elsewhere.
+    pub latent_factor: f64,
 }
 
-/// `eps` of `q_a_layernorm` and `kv_a_layernorm`; the checkpoint's `rms_norm_eps` is that of the decoder's norms.
+impl Default for AttentionConfig {
+    /// No sizes, which [`AttentionConfig::validate`] refuses, and every option as a configuration that does not name it.
+    fn default() -> Self {
+        AttentionConfig {
+            hidden_size: 0,
+            n_head: 0,
+            d_latent: 0,
+            d_q_latent: None,
+            d_nope: 0,
+            d_rope: 0,
+            d_value: 0,
+            attention_bias: false,
+            gate: None,
+            rope: RopeConfig::default(),
+            low_rank_norm_eps: LOW_RANK_NORM_EPS,
+            query_factor: 1.0,
+            latent_factor: 1.0,
+        }
+    }
+}
+
+/// `eps` of the low-rank norms where a configuration gives none: transformers takes it for every `model_type` that is read here.
 pub const LOW_RANK_NORM_EPS: f64 = 1e-6;
 
-/// Keys of DeepSeek-style checkpoints that say nothing about one attention layer.
-const KEYS_OUTSIDE_ATTENTION: &[&str] = &[
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "aux_loss_alpha",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "ep_size",
-    "first_k_dense_replace",
-    "head_dim",
-    "hidden_act",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "model_type",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_group",
-    "n_routed_experts",
-    "n_shared_experts",
-    "norm_topk_prob",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "num_nextn_predict_layers",
-    "pad_token_id",
-    "pretraining_tp",
-    "qk_head_dim",
-    "rms_norm_eps",
-    "routed_scaling_factor",
-    "scoring_func",
-    "seq_aux",
-    "tie_word_embeddings",
-    "topk_group",
-    "topk_method",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
-];
-
-const ATTENTION_KEYS: &[&str] = &[
-    "attention_bias",
-    "embedding_gate",
-    "hidden_size",
-    "kv_lora_rank",
-    "num_attention_heads",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "rope_interleave",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "v_head_dim",
-];
-
 impl AttentionConfig {
-    /// Reads the checkpoint keys of one attention layer from the text of a `config.json`.
-    ///
-    /// Keys of the wider model are ignored; keys in neither list are refused, so that a misspelt option cannot pass as its
-    /// default.
+    /// Reads the attention of a `config.json`, of any of the types in `docs/checkpoints.md`, a mixture of experts or not; of a
+    /// `text_config` where that holds the attention.
     ///
     /// # Errors
-    /// `DataError::Json` or [`Error::Config`] with the key.
+    /// `DataError::Json`, or [`Error::Config`] with every key that is not known, or that changes attention in a way that is not
+    /// computed; a `model_type` that is not known.
     pub fn from_json(text: &str) -> Result<Self> {
-        let map = parse_object(text)?;
-        Keys::new(&map, "").refuse_unknown(&[ATTENTION_KEYS, KEYS_OUTSIDE_ATTENTION])?;
-        Self::from_map(&map)
+        Self::from_json_as(text, None)
     }
 
-    fn from_map(map: &Map<String, Value>) -> Result<Self> {
+    /// The same by the rules of another `model_type` than the configuration's.
+    ///
+    /// # Errors
+    /// As [`AttentionConfig::from_json`].
+    pub fn from_json_as(text: &str, model_type: Option<&str>) -> Result<Self> {
+        let map = parse_object(text)?;
+        Self::from_map(of_text(&map), model_type, Scope::Attention)
+    }
+
+    fn from_map(map: &Map<String, Value>, model_type: Option<&str>, scope: Scope) -> Result<Self> {
         let keys = Keys::new(map, "");
+        let model_type = match model_type {
+            Some(given) => Some(given),
+            None => keys.text("model_type")?,
+        };
+        let family = Family::of(model_type);
+        meaning::check(map, scope, model_type.unwrap_or_default(), family)?;
+        let Some(family) = family else { return Err(keys.error("model_type", "is not known")) };
         let gate = match keys.object("embedding_gate")? {
             None => None,
             Some(object) => {
@@ -226,17 +211,38 @@ impl AttentionConfig {
                 Some(read.map_err(|error| Error::config("embedding_gate", error.to_string()))?)
             }
         };
+        let hidden_size = keys.required_integer("hidden_size")?;
+        let n_head = keys.required_integer("num_attention_heads")?;
+        let d_latent = keys.required_integer("kv_lora_rank")?;
+        let d_q_latent = keys.integer("q_lora_rank")?;
+        let d_value = match keys.integer("v_head_dim")? {
+            Some(width) => width,
+            None if family.name == "minicpm3" => hidden_size.checked_div(n_head).unwrap_or(0),
+            None => return Err(keys.error("v_head_dim", "is missing")),
+        };
+        let factor = |key: &str, rank: Option<u32>| -> Result<f64> {
+            let scaled = keys.boolean(key)?.unwrap_or(family.scaled);
+            let ratio = |rank: u32| (f64::from(hidden_size) / f64::from(rank)).sqrt();
+            Ok(rank.filter(|&rank| scaled && rank > 0).map_or(1.0, ratio))
+        };
+        let mut rope = family.rope();
+        if let Some(unturned) = keys.boolean("mla_use_nope")? {
+            rope.turned = !unturned;
+        }
         let config = AttentionConfig {
-            hidden_size: keys.required_integer("hidden_size")?,
-            n_head: keys.required_integer("num_attention_heads")?,
-            d_latent: keys.required_integer("kv_lora_rank")?,
-            d_q_latent: keys.integer("q_lora_rank")?,
+            hidden_size,
+            n_head,
+            d_latent,
+            d_q_latent,
             d_nope: keys.required_integer("qk_nope_head_dim")?,
             d_rope: keys.required_integer("qk_rope_head_dim")?,
-            d_value: keys.required_integer("v_head_dim")?,
+            d_value,
             attention_bias: keys.boolean("attention_bias")?.unwrap_or(false),
             gate,
-            rope: rope::rope_from_map(&keys)?,
+            rope: rope::rope_from_map(&keys, rope)?,
+            low_rank_norm_eps: keys.float("low_rank_norm_eps")?.unwrap_or(LOW_RANK_NORM_EPS),
+            query_factor: factor("mla_scale_q_lora", d_q_latent)?,
+            latent_factor: factor("mla_scale_kv_lora", Some(d_latent))?,
         };
         config.validate()?;
         Ok(config)
@@ -301,6 +307,12 @@ impl AttentionConfig {
             }
             validate_eps("embedding_gate.norm_eps", gate.norm_eps)?;
         }
+        validate_eps("low_rank_norm_eps", self.low_rank_norm_eps)?;
+        for (key, factor) in [("mla_scale_q_lora", self.query_factor), ("mla_scale_kv_lora", self.latent_factor)] {
+            if !(factor.is_finite() && factor > 0.0) {
+                return Err(Error::config(key, format!("gives a factor of {factor}, must be above 0 and finite")));
+            }
+        }
         self.validate_rope()
     }
 
@@ -315,10 +327,25 @@ impl AttentionConfig {
             }
         };
         above("rope_theta", self.rope.theta, 1.0)?;
-        match self.rope.scaling {
+        match &self.rope.scaling {
             RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
-            RopeScaling::Yarn {
+            &RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
+            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                above("rope_scaling.factor", factor, 0.0)?;
+                above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
+                above("rope_scaling.low_freq_factor", low_freq_factor, 0.0)?;
+                above("rope_scaling.high_freq_factor", high_freq_factor, low_freq_factor as f32)
+            }
+            RopeScaling::LongRope { short_factor, attention_factor } => {
+                if short_factor.len() != (self.d_rope / 2) as usize {
+                    let (found, expected) = (short_factor.len(), self.d_rope / 2);
+                    let problem = format!("has {found} numbers, must have {expected}, half of qk_rope_head_dim");
+                    return Err(Error::config("rope_scaling.short_factor", problem));
+                }
+                short_factor.iter().try_for_each(|&factor| above("rope_scaling.short_factor", factor, 0.0))?;
+                above("rope_scaling.attention_factor", *attention_factor, 0.0)
+            }
+            &RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings,
                 beta_fast,
@@ -326,11 +353,16 @@ impl AttentionConfig {
                 mscale,
                 mscale_all_dim,
                 attention_factor,
+                truncate: _,
             } => {
                 above("rope_scaling.factor", factor, 0.0)?;
                 above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
                 above("rope_scaling.beta_slow", beta_slow, 0.0)?;
-                above("rope_scaling.beta_fast", beta_fast, beta_slow as f32)?;
+                if beta_fast < beta_slow {
+                    let problem = format!("is {beta_fast}, must be at least beta_slow, {beta_slow}");
+                    return Err(Error::config("rope_scaling.beta_fast", problem));
+                }
+                above("rope_scaling.beta_fast", beta_fast, 0.0)?;
                 above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
                 for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
                     if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
@@ -376,9 +408,9 @@ impl AttentionConfig {
         self.gate.as_ref().filter(|gate| gate.site == GateSite::Latent)
     }
 
-    /// Factor on the scores: `(d_nope + d_rope)^-0.5`, times YaRN's `mscale²`.
+    /// Factor on the scores: `(d_nope + d_rope)^-0.5`, times YaRN's `mscale²`, times that on queries.
     pub fn scale(&self) -> f64 {
-        f64::from(self.d_query()).powf(-0.5) * self.rope.score_factor()
+        f64::from(self.d_query()).powf(-0.5) * self.rope.score_factor() * self.query_factor
     }
 
     /// Elements that the paper counts per cached token and layer: `d_latent + d_rope`. Token ids and norm statistics are
@@ -391,6 +423,17 @@ impl AttentionConfig {
     pub fn mha_cache_elements(&self) -> u32 {
         self.d_kv()
     }
+}
+
+/// Where the attention of a configuration stands: models of more than text nest it.
+fn of_text(map: &Map<String, Value>) -> &Map<String, Value> {
+    let nested = || ["text_config", "language_config", "llm_config"].iter().find_map(|key| map.get(*key)?.as_object());
+    if map.contains_key("kv_lora_rank") { map } else { nested().unwrap_or(map) }
+}
+
+/// Every `model_type` that is known, and what is not computed of it.
+pub fn model_types() -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
+    FAMILIES.iter().map(|family| (family.name, family.refused))
 }
 
 /// The shaders take it as f32: there it must not become 0 or infinite.

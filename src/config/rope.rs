@@ -1,12 +1,14 @@
-//! Rotary position embedding: frequencies, YaRN and linear scaling, and how checkpoints spell them.
+//! Rotary position embedding: frequencies, their scalings, and how checkpoints spell them.
+
+use std::f64::consts::PI;
 
 use serde::Serialize;
 
 use super::keys::Keys;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Context extension: scaling of positions beyond the length of the training.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub enum RopeScaling {
     /// Frequencies as they are.
     #[default]
@@ -26,17 +28,38 @@ pub enum RopeScaling {
         beta_fast: f64,
         /// Rotations over L below which a frequency is divided by `factor`.
         beta_slow: f64,
-        /// Numerator of the factor on cos and sin.
+        /// Numerator of the factor on cos and sin; 0 counts as absent.
         mscale: Option<f64>,
-        /// Its denominator; also scales the scores.
+        /// Its denominator; also scales the scores. 0 counts as absent.
         mscale_all_dim: Option<f64>,
-        /// Factor on cos and sin where the two above are not both given.
+        /// Factor on cos and sin, in place of that of the two above.
         attention_factor: Option<f64>,
+        /// The ends of the ramp are whole numbers of pairs.
+        truncate: bool,
+    },
+    /// Llama 3: frequencies below `low_freq_factor` rotations over L are divided by `factor`, those above `high_freq_factor` are
+    /// kept, those between are mixed.
+    Llama3 {
+        /// Context extension.
+        factor: f64,
+        /// Rotations over L below which a frequency is divided.
+        low_freq_factor: f64,
+        /// Rotations over L above which it is kept.
+        high_freq_factor: f64,
+        /// L, the length of the original training.
+        original_max_position_embeddings: f64,
+    },
+    /// LongRoPE (arXiv 2402.13753) up to the length of the original training: each frequency divided by a number of its own.
+    LongRope {
+        /// `[d_rope / 2]` divisors.
+        short_factor: Vec<f64>,
+        /// Factor on cos and sin.
+        attention_factor: f64,
     },
 }
 
 /// Rotary position embedding of the `d_rope` part of queries and keys.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RopeConfig {
     /// Base of the frequencies, `rope_theta`.
     pub theta: f64,
@@ -44,11 +67,13 @@ pub struct RopeConfig {
     pub interleave: bool,
     /// Context extension.
     pub scaling: RopeScaling,
+    /// False leaves the rotary part as it is, at every position (Kimi-Linear).
+    pub turned: bool,
 }
 
 impl Default for RopeConfig {
     fn default() -> Self {
-        RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None }
+        RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, turned: true }
     }
 }
 
@@ -62,37 +87,48 @@ impl RopeConfig {
     pub fn frequencies(&self, d_rope: u32) -> Vec<f64> {
         let d = f64::from(d_rope);
         let base = |i: u32| self.theta.powf(-2.0 * f64::from(i) / d);
-        match self.scaling {
-            RopeScaling::None => (0..d_rope / 2).map(base).collect(),
-            RopeScaling::Linear { factor } => (0..d_rope / 2).map(|i| base(i) / factor).collect(),
-            RopeScaling::Yarn { factor, original_max_position_embeddings, beta_fast, beta_slow, .. } => {
-                let correction = |rotations: f64| {
-                    d * (original_max_position_embeddings / (2.0 * std::f64::consts::PI * rotations)).ln()
-                        / (2.0 * self.theta.ln())
+        let scaled = |i: u32| match &self.scaling {
+            RopeScaling::None => base(i),
+            RopeScaling::Linear { factor } => base(i) / factor,
+            RopeScaling::Yarn { factor, original_max_position_embeddings, beta_fast, beta_slow, truncate, .. } => {
+                let correction = |rotations: &f64| {
+                    d * (original_max_position_embeddings / (2.0 * PI * rotations)).ln() / (2.0 * self.theta.ln())
                 };
-                let low = correction(beta_fast).floor().max(0.0);
-                let mut high = correction(beta_slow).ceil().min(d - 1.0);
+                let (mut low, mut high) = (correction(beta_fast), correction(beta_slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                (low, high) = (low.max(0.0), high.min(d - 1.0));
                 if high == low {
                     high += 0.001;
                 }
-                (0..d_rope / 2)
-                    .map(|i| {
-                        let ramp = ((f64::from(i) - low) / (high - low)).clamp(0.0, 1.0);
-                        base(i) * (1.0 - ramp) + base(i) / factor * ramp
-                    })
-                    .collect()
+                let ramp = ((f64::from(i) - low) / (high - low)).clamp(0.0, 1.0);
+                base(i) * (1.0 - ramp) + base(i) / factor * ramp
             }
-        }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let rotations = original_max_position_embeddings * base(i) / (2.0 * PI);
+                let kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                base(i) / factor * (1.0 - kept) + base(i) * kept
+            }
+            RopeScaling::LongRope { short_factor, .. } => base(i) / short_factor.get(i as usize).unwrap_or(&1.0),
+        };
+        (0..d_rope / 2).map(|i| if self.turned { scaled(i) } else { 0.0 }).collect()
     }
 
-    /// Factor on cos and sin (YaRN; 1 otherwise).
+    /// Factor on cos and sin (YaRN and LongRoPE; 1 otherwise).
     pub fn amplitude(&self) -> f64 {
+        if !self.turned {
+            return 1.0;
+        }
         match self.scaling {
-            RopeScaling::Yarn { factor, mscale: Some(mscale), mscale_all_dim: Some(all_dim), .. } => {
+            RopeScaling::Yarn { attention_factor: Some(attention_factor), .. } => attention_factor,
+            RopeScaling::Yarn { factor, mscale: Some(mscale), mscale_all_dim: Some(all_dim), .. }
+                if mscale != 0.0 && all_dim != 0.0 =>
+            {
                 yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
             }
-            RopeScaling::Yarn { attention_factor: Some(attention_factor), .. } => attention_factor,
             RopeScaling::Yarn { factor, .. } => yarn_mscale(factor, 1.0),
+            RopeScaling::LongRope { attention_factor, .. } => attention_factor,
             _ => 1.0,
         }
     }
@@ -100,79 +136,149 @@ impl RopeConfig {
     /// Factor on the scores: `mscale²` when YaRN scaling carries `mscale_all_dim`, 1 otherwise.
     pub fn score_factor(&self) -> f64 {
         match self.scaling {
+            // Of 0 it is 1.
             RopeScaling::Yarn { factor, mscale_all_dim: Some(all_dim), .. } => yarn_mscale(factor, all_dim).powi(2),
             _ => 1.0,
         }
     }
 }
 
-pub(super) fn rope_from_map(keys: &Keys<'_>) -> Result<RopeConfig> {
-    let defaults = RopeConfig::default();
-    let parameters = match (keys.object("rope_scaling")?, keys.object("rope_parameters")?) {
-        (Some(scaling), None) => Some(Keys::new(scaling, "rope_scaling.")),
-        (None, Some(parameters)) => Some(Keys::new(parameters, "rope_parameters.")),
-        (None, None) => None,
-        (Some(_), Some(_)) => return Err(Error::config("rope_scaling", "stands beside rope_parameters: keep one")),
+/// Keys of a scaling's object that say no more than the others, or that nothing here computes where they change something.
+const SPELLINGS: &[&str] = &["type", "rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta"];
+
+/// The rotary embedding of a configuration whose family, without a key that says otherwise, has these `defaults`.
+pub(super) fn rope_from_map(keys: &Keys<'_>, defaults: RopeConfig) -> Result<RopeConfig> {
+    let outer = keys.float("rope_theta")?;
+    let mut read = Vec::new();
+    for (name, prefix) in [("rope_scaling", "rope_scaling."), ("rope_parameters", "rope_parameters.")] {
+        if let Some(object) = keys.object(name)? {
+            let inner = Keys::new(object, prefix);
+            let theta = inner.float("rope_theta")?;
+            if let (Some(outer), Some(theta)) = (outer, theta)
+                && outer != theta
+            {
+                return Err(inner.error("rope_theta", format!("is {theta}, but rope_theta is {outer}")));
+            }
+            read.push((theta, scaling_from(&inner, keys)?));
+        }
+    }
+    let (theta, scaling) = match &mut read[..] {
+        [] => (None, RopeScaling::None),
+        [(theta, scaling)] => (*theta, std::mem::take(scaling)),
+        [(first, one), (second, other), ..]
+            if one == other && (first.is_none() || second.is_none() || first == second) =>
+        {
+            (first.or(*second), std::mem::take(one))
+        }
+        _ => {
+            return Err(
+                keys.error("rope_scaling", "stands beside a rope_parameters that says something else: keep one")
+            );
+        }
     };
-    let mut theta = keys.float("rope_theta")?;
-    let mut scaling = RopeScaling::None;
-    if let Some(keys) = parameters {
-        theta = match (theta, keys.float("rope_theta")?) {
-            (Some(outer), Some(inner)) if outer != inner => {
-                return Err(keys.error("rope_theta", format!("is {inner}, but rope_theta is {outer}")));
+    Ok(RopeConfig {
+        theta: outer.or(theta).unwrap_or(defaults.theta),
+        interleave: keys.boolean("rope_interleave")?.unwrap_or(defaults.interleave),
+        scaling,
+        ..defaults
+    })
+}
+
+/// A scaling, from its object and the configuration around it.
+fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>) -> Result<RopeScaling> {
+    let kind = match (keys.text("type")?, keys.text("rope_type")?) {
+        (Some(a), Some(b)) if a != b => {
+            return Err(keys.error("type", format!("is `{a}`, but rope_type is `{b}`")));
+        }
+        (a, b) => a.or(b).unwrap_or("default"),
+    };
+    let needed = |key: &str| keys.float(key)?.ok_or_else(|| keys.error(key, "is missing"));
+    const LENGTH: &str = "original_max_position_embeddings";
+    let (known, scaling): (&[&str], _) = match kind {
+        "default" | "none" => {
+            if let Some(factor) = keys.float("factor")?.filter(|&factor| factor != 1.0) {
+                return Err(keys.error("factor", format!("is {factor}, but the type is missing or `{kind}`")));
             }
-            (outer, inner) => inner.or(outer),
-        };
-        let kind = match (keys.text("type")?, keys.text("rope_type")?) {
-            (Some(a), Some(b)) if a != b => {
-                return Err(keys.error("type", format!("is `{a}`, but rope_type is `{b}`")));
-            }
-            (a, b) => a.or(b).unwrap_or("default"),
-        };
-        let factor = || -> Result<f64> { keys.float("factor")?.ok_or_else(|| keys.error("factor", "is missing")) };
-        scaling = match kind {
-            "default" | "none" => {
-                keys.refuse_unknown(&[&["type", "rope_type", "rope_theta", "factor"]])?;
-                if let Some(factor) = keys.float("factor")?.filter(|&factor| factor != 1.0) {
-                    return Err(keys.error("factor", format!("is {factor}, but the type is missing or `{kind}`")));
-                }
-                RopeScaling::None
-            }
-            "linear" => {
-                keys.refuse_unknown(&[&["type", "rope_type", "rope_theta", "factor"]])?;
-                RopeScaling::Linear { factor: factor()? }
-            }
-            "yarn" => {
-                keys.refuse_unknown(&[&[
-                    "type",
-                    "rope_type",
-                    "rope_theta",
+            (&["factor"], RopeScaling::None)
+        }
+        "linear" => (&["factor"], RopeScaling::Linear { factor: needed("factor")? }),
+        "yarn" => {
+            let original = needed(LENGTH)?;
+            let factor = match (keys.float("factor")?, config.float("max_position_embeddings")?) {
+                (Some(factor), _) => factor,
+                (None, Some(longest)) => longest / original,
+                (None, None) => return Err(keys.error("factor", "is missing")),
+            };
+            (
+                &[
                     "factor",
-                    "original_max_position_embeddings",
+                    LENGTH,
                     "beta_fast",
                     "beta_slow",
                     "mscale",
                     "mscale_all_dim",
                     "attention_factor",
-                ]])?;
+                    "truncate",
+                    "max_position_embeddings",
+                ],
                 RopeScaling::Yarn {
-                    factor: factor()?,
-                    original_max_position_embeddings: keys
-                        .float("original_max_position_embeddings")?
-                        .ok_or_else(|| keys.error("original_max_position_embeddings", "is missing"))?,
+                    factor,
+                    original_max_position_embeddings: original,
                     beta_fast: keys.float("beta_fast")?.unwrap_or(32.0),
                     beta_slow: keys.float("beta_slow")?.unwrap_or(1.0),
                     mscale: keys.float("mscale")?,
                     mscale_all_dim: keys.float("mscale_all_dim")?,
                     attention_factor: keys.float("attention_factor")?,
-                }
+                    truncate: keys.boolean("truncate")?.unwrap_or(true),
+                },
+            )
+        }
+        "llama3" => (
+            &["factor", "low_freq_factor", "high_freq_factor", LENGTH],
+            RopeScaling::Llama3 {
+                factor: needed("factor")?,
+                low_freq_factor: needed("low_freq_factor")?,
+                high_freq_factor: needed("high_freq_factor")?,
+                original_max_position_embeddings: needed(LENGTH)?,
+            },
+        ),
+        "longrope" => {
+            let original = needed(LENGTH)?;
+            let [short_factor, long_factor] = [keys.numbers("short_factor")?, keys.numbers("long_factor")?];
+            let longest = config.float("max_position_embeddings")?.unwrap_or(original);
+            if short_factor != long_factor && longest > original {
+                return Err(keys.error(
+                    "long_factor",
+                    format!(
+                        "turns every key anew once a context is longer than {original}, which is not computed; for contexts up \
+                         to {original} set max_position_embeddings to that"
+                    ),
+                ));
             }
-            other => return Err(keys.error("type", format!("`{other}` is not one of default, linear, yarn"))),
-        };
+            let factor = keys.float("factor")?.unwrap_or(longest / original);
+            let attention_factor = match keys.float("attention_factor")? {
+                Some(given) => given,
+                None if factor <= 1.0 => 1.0,
+                None => (1.0 + factor.ln() / original.ln()).sqrt(),
+            };
+            (
+                &["factor", LENGTH, "short_factor", "long_factor", "attention_factor"],
+                RopeScaling::LongRope { short_factor, attention_factor },
+            )
+        }
+        other => {
+            let one_of = "default, linear, yarn, llama3, longrope";
+            return Err(keys.error("type", format!("`{other}` is not one of {one_of}")));
+        }
+    };
+    keys.refuse_unknown(&[known, SPELLINGS])?;
+    for (key, neutral, what) in [
+        ("partial_rotary_factor", 1.0, "turns a part of the rotary width only"),
+        ("llama_4_scaling_beta", 0.0, "scales queries by their position"),
+    ] {
+        if keys.float(key)?.is_some_and(|value| value != neutral) {
+            return Err(keys.error(key, format!("is {}: it {what}, which is not computed", keys.shown(key))));
+        }
     }
-    Ok(RopeConfig {
-        theta: theta.unwrap_or(defaults.theta),
-        interleave: keys.boolean("rope_interleave")?.unwrap_or(defaults.interleave),
-        scaling,
-    })
+    Ok(scaling)
 }

@@ -4,7 +4,7 @@
 
 use half::f16;
 
-use crate::config::{AttentionConfig, GateConfig, LOW_RANK_NORM_EPS};
+use crate::config::{AttentionConfig, GateConfig};
 use crate::storage::Storage;
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
@@ -319,7 +319,7 @@ impl Layer {
             Query::Full { proj } => matmul(hidden, proj, None, tokens, width, d_q),
             Query::LowRank { rank, a_proj, a_bias, a_norm, b_proj } => {
                 let latent = matmul(hidden, a_proj, a_bias.as_deref(), tokens, width, *rank);
-                let latent = rms_norm(&latent, Some(a_norm), *rank, LOW_RANK_NORM_EPS);
+                let latent = rms_norm(&latent, Some(a_norm), *rank, self.config.low_rank_norm_eps);
                 matmul(&latent, b_proj, None, tokens, *rank, d_q)
             }
         };
@@ -336,7 +336,8 @@ impl Layer {
         let mut latent: Vec<f64> = kv_a.chunks_exact(d_kv_a).flat_map(|row| &row[..d_latent]).copied().collect();
         let mut k_rope: Vec<f64> = kv_a.chunks_exact(d_kv_a).flat_map(|row| &row[d_latent..]).copied().collect();
         if let Some(weight) = &self.kv_a_norm {
-            latent = rms_norm(&latent, Some(weight), d_latent, LOW_RANK_NORM_EPS);
+            latent = rms_norm(&latent, Some(weight), d_latent, self.config.low_rank_norm_eps);
+            latent.iter_mut().for_each(|element| *element *= self.config.latent_factor);
         }
         self.rotate(&mut k_rope, first_position, 1, heads.d_rope);
         if let Some(gate) = self.gate.as_ref().filter(|_| self.config.latent_gate().is_some()) {

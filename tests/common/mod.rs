@@ -5,7 +5,7 @@
 pub mod unchecked;
 
 use egmla::attention::AttentionOptions;
-use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig};
+use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite};
 use egmla::fault::Faults;
 use egmla::{Kernels, Storage, wgpu};
 
@@ -31,13 +31,11 @@ pub fn config(site: Option<GateSite>) -> AttentionConfig {
         hidden_size: HIDDEN as u32,
         n_head: 3,
         d_latent: 12,
-        d_q_latent: None,
         d_nope: 8,
         d_rope: 4,
         d_value: 10,
-        attention_bias: false,
         gate: site.map(gate),
-        rope: RopeConfig::default(),
+        ..AttentionConfig::default()
     }
 }
 

@@ -17,6 +17,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         mscale: Some(1.0),
         mscale_all_dim: Some(0.7),
         attention_factor: None,
+        truncate: true,
     };
     // cos and sin are given; the kernel's own error is that of two products and a sum.
     let tolerance = Tolerance::sums(&[2]);
@@ -38,10 +39,10 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
                     head_stride: d_head as u32,
                     interleave,
                 };
+                let config = RopeConfig { interleave, scaling: scaling.clone(), ..RopeConfig::default() };
                 each_variant(cases, id, op, tolerance, move |lab, launch| {
                     let mut random = Random::new(SEED);
                     let values = random.values(tokens * n_head * d_head, 1.0);
-                    let config = RopeConfig { theta: 10000.0, interleave, scaling };
                     let turns = reference::rotations(&config, d_rope, &positions);
                     let single: Vec<f32> = turns.iter().flatten().map(|&value| value as f32).collect();
                     let rotations = lab.floats(&single)?;

@@ -168,6 +168,7 @@ impl Shape {
                 mscale: Some(1.0),
                 mscale_all_dim: Some(0.7),
                 attention_factor: None,
+                truncate: true,
             },
         };
         AttentionConfig {
@@ -180,7 +181,8 @@ impl Shape {
             d_value: self.d_value,
             attention_bias: self.attention_bias,
             gate: self.gate.clone(),
-            rope: RopeConfig { theta: 10000.0, interleave: self.rope != Rope::Halves, scaling },
+            rope: RopeConfig { theta: 10000.0, interleave: self.rope != Rope::Halves, scaling, turned: true },
+            ..AttentionConfig::default()
         }
     }
 

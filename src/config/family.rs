@@ -1,0 +1,81 @@
+//! What a `model_type` means beyond the names of its tensors: the same names do not mean the same arithmetic.
+//!
+//! Source: the modelling files of transformers 5.23, one per type, and the checkpoints' own files where those differ.
+
+use super::rope::RopeConfig;
+
+/// How queries and keys of a family are turned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turning {
+    /// Pairs (2i, 2i + 1), unless `rope_interleave` says otherwise.
+    Neighbours,
+    /// Pairs (i, i + d_rope/2), unless `rope_interleave` says otherwise.
+    Halves,
+    /// Not at all.
+    Never,
+}
+
+/// A `model_type` with MLA.
+#[derive(Debug)]
+pub(super) struct Family {
+    /// The value of `model_type`.
+    pub name: &'static str,
+    turning: Turning,
+    /// Queries are multiplied by √(hidden_size / q_lora_rank), normed latents by √(hidden_size / kv_lora_rank).
+    pub scaled: bool,
+    /// What its attention does that is not computed here.
+    pub refused: Option<&'static str>,
+}
+
+const fn plain(name: &'static str) -> Family {
+    Family { name, turning: Turning::Neighbours, scaled: false, refused: None }
+}
+
+const fn refused(name: &'static str, why: &'static str) -> Family {
+    Family { refused: Some(why), ..plain(name) }
+}
+
+const INDEXER: &str = "its queries attend only to the keys that an indexer chooses; up to index_topk tokens that is \
+                       deepseek_v3's attention (without the index_… keys)";
+
+/// Every type that is known, the rule of configurations without a type first.
+pub(super) const FAMILIES: &[Family] = &[
+    plain("egmla"),
+    plain("deepseek_v2"),
+    plain("deepseek_v3"),
+    plain("kimi_k2"),
+    plain("glm4_moe_lite"),
+    plain("youtu"),
+    plain("axk1"),
+    Family { scaled: true, ..plain("longcat_flash") },
+    Family { turning: Turning::Halves, ..plain("minicpm3") },
+    Family { turning: Turning::Never, ..plain("kimi_linear") },
+    // Its scaling of queries is a key: llama_4_scaling_beta.
+    plain("mistral4"),
+    refused("deepseek_v32", INDEXER),
+    refused("glm_moe_dsa", INDEXER),
+    refused("axk2", "its queries attend only to chosen keys, and a gate multiplies its output"),
+    refused("bailing_hybrid", "a gate per head, g_proj, multiplies its output"),
+    refused("dots3_note", "it norms rotary keys, and a gate, g_proj, multiplies its output"),
+    refused("glm5_next", "its queries attend only to the keys that an indexer chooses"),
+    refused("hy_v4", "it has attention sinks, and a gate multiplies its output"),
+    refused("mistral_large4", "its queries attend only to chosen keys, and layers share keys and values"),
+];
+
+impl Family {
+    /// The family of a type; without one, that of the definition.
+    pub(super) fn of(model_type: Option<&str>) -> Option<&'static Family> {
+        match model_type {
+            None => FAMILIES.first(),
+            Some(name) => FAMILIES.iter().find(|family| family.name == name),
+        }
+    }
+
+    pub(super) fn rope(&self) -> RopeConfig {
+        RopeConfig {
+            interleave: self.turning != Turning::Halves,
+            turned: self.turning != Turning::Never,
+            ..RopeConfig::default()
+        }
+    }
+}
