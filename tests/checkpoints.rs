@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use approx::assert_relative_eq;
-use egmla::config::{AttentionConfig, DecoderConfig, LOW_RANK_NORM_EPS, RopeConfig, RopeScaling, model_types};
+use egmla::config::{
+    AttentionConfig, DecoderConfig, LOW_RANK_NORM_EPS, ModelSummary, RopeConfig, RopeScaling, model_types,
+};
 use serde_json::{Value, json};
 
 /// `base` with some keys replaced or added.
@@ -361,4 +363,30 @@ fn whole_models_are_read_or_refused_by_name() {
     refused(&minicpm3(), &["scale_depth", "1.4", "scale_emb", "dim_model_base"]);
     refused(&longcat(), &["n_routed_experts", "ffn_hidden_size"]);
     refused(&kimi_linear(), &["linear_num_heads", "num_experts"]);
+}
+
+#[test]
+fn every_model_has_its_sizes_and_what_runs_it() {
+    for (name, config, shape) in models() {
+        let summary = ModelSummary::from_json(&config.to_string()).unwrap();
+        let c = &summary.attention;
+        assert_eq!((c.n_head, c.d_latent, c.d_q_latent, c.d_nope, c.d_rope, c.d_value), shape, "{name}");
+        assert!(summary.attention_problem.is_none(), "{name}: {:?}", summary.attention_problem);
+        assert_eq!(
+            summary.decoder_problem.is_none(),
+            name.starts_with("Youtu"),
+            "{name}: {:?}",
+            summary.decoder_problem
+        );
+    }
+    for (model_type, why) in model_types() {
+        let summary =
+            ModelSummary::from_json(&with(&deepseek(), json!({"model_type": model_type})).to_string()).unwrap();
+        assert_eq!(summary.attention_problem.is_some(), why.is_some(), "{model_type}");
+    }
+    let layers = |config: Value| ModelSummary::from_json(&config.to_string()).unwrap().n_layer;
+    assert_eq!((layers(deepseek()), layers(longcat()), layers(kimi_linear())), (61, 56, 1));
+    assert!(ModelSummary::from_json(&with(&deepseek(), json!({"kv_lora_rank": 0})).to_string()).is_err());
+    // By hand: 7168·1536 + 1536 + 1536·128·192, 7168·576 + 512, 512·128·256, 128·128·7168.
+    assert_eq!(read(&deepseek()).parameters(), 48_760_320 + 4_129_280 + 16_777_216 + 117_440_512);
 }

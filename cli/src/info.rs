@@ -1,15 +1,15 @@
 //! `egmla info`: the machine's adapters, the settings chosen on them, and cache sizes.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
-use egmla::config::{DecoderConfig, GateNorm};
+use egmla::config::{GateNorm, ModelSummary};
 use egmla::files::{MOST_CONFIG, read_text};
 use egmla::low_level::kernels::REGISTRY;
 use egmla::low_level::{AdapterClass, PlanContext, Tuning, Tunings};
-use egmla::{Storage, wgpu};
+use egmla::{Error, Storage, wgpu};
 use serde::Serialize;
 
 use crate::adapter;
@@ -21,8 +21,9 @@ use crate::unchecked;
 /// Options of `egmla info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    #[command(flatten)]
-    model: ModelOption,
+    /// Folder with config.json, or such a file, of any model with latent attention; without it, the model of the project's own repository
+    #[arg(long, value_name = "DIR|FILE")]
+    model: Option<PathBuf>,
     /// Print one JSON object instead of tables
     #[arg(long)]
     json: bool,
@@ -35,7 +36,20 @@ struct Report {
     model: Option<String>,
     /// Why there is no model.
     model_problem: Option<String>,
+    /// Parameters of the model's attention per layer, and what runs it; null when there is none.
+    commands: Option<Commands>,
     caches: Vec<CacheTable>,
+}
+
+/// Which commands run a model.
+#[derive(Debug, Serialize)]
+struct Commands {
+    model_type: Option<String>,
+    attention_parameters: u64,
+    /// Why `attend` does not compute a layer; null when it does.
+    attend: Option<String>,
+    /// Why `generate` and `eval` do not run the model; null when they do.
+    generate: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -101,23 +115,55 @@ struct CacheRow {
 
 /// Shows it all.
 pub fn run(args: InfoArgs) -> Result<(), Failure> {
+    let option = ModelOption { model: args.model };
     // A folder that was asked for must be there; the committed one may be missing.
-    let (model, model_problem) = match (args.model.folder(), &args.model.model) {
-        (Ok(folder), _) => (Some(folder), None),
+    let (model, model_problem) = match (option.folder(), &option.model) {
+        (Ok(path), _) => (Some(path), None),
         (Err(failure), Some(_)) => return Err(failure),
         (Err(failure), None) => (None, Some(failure.message().to_owned())),
     };
     let mut caches = Vec::new();
-    if let Some(folder) = &model {
-        caches.push(CacheTable::of_model(folder)?);
+    let mut commands = None;
+    if let Some(path) = &model {
+        let file = if path.is_file() { path.clone() } else { path.join("config.json") };
+        let summary = ModelSummary::from_json(&read_text(&file, MOST_CONFIG)?).map_err(|error| error.in_file(file))?;
+        caches.push(CacheTable::of_model(path, &summary));
+        commands = Some(Commands::of(summary));
     }
     caches.push(CacheTable::of_paper());
     let adapters = adapter::adapters().iter().map(Adapter::of).collect();
     let model = model.map(|folder| folder.display().to_string());
-    let report = Report { adapters, model, model_problem, caches };
+    let report = Report { adapters, model, model_problem, commands, caches };
     let text =
         if args.json { serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n" } else { report.text() };
     console::print(&text)
+}
+
+impl Commands {
+    fn of(summary: ModelSummary) -> Self {
+        let attention_parameters = summary.attention.parameters();
+        let said = |problem: Option<Error>| problem.map(|problem| problem.to_string());
+        Commands {
+            model_type: summary.model_type,
+            attention_parameters,
+            attend: said(summary.attention_problem),
+            generate: said(summary.decoder_problem),
+        }
+    }
+
+    fn text(&self) -> String {
+        let runs = |problem: &Option<String>| match problem {
+            None => "yes".to_owned(),
+            Some(problem) => format!("no: {problem}"),
+        };
+        format!(
+            "model_type {}, {} parameters of attention per layer\negmla attend, one layer: {}\negmla generate, egmla eval: {}",
+            self.model_type.as_deref().unwrap_or("(none)"),
+            self.attention_parameters,
+            runs(&self.attend),
+            runs(&self.generate)
+        )
+    }
 }
 
 impl Adapter {
@@ -227,6 +273,12 @@ fn variants(context: &PlanContext) -> Vec<Variant> {
     variants
 }
 
+/// Heads of keys and values of the grouped-query attention that a model is compared with.
+const GROUPS: u32 = 8;
+
+/// Tokens of the sequences whose caches are shown.
+const LENGTHS: [(&str, u64); 3] = [("4k", 4 << 10), ("32k", 32 << 10), ("128k", 128 << 10)];
+
 /// Widths that decide what is cached.
 struct Shape {
     n_layer: u32,
@@ -237,23 +289,28 @@ struct Shape {
 }
 
 impl Shape {
+    /// Elements of all layers: as many as a number holds.
+    fn layers(&self, elements: u64) -> u64 {
+        u64::from(self.n_layer).saturating_mul(elements)
+    }
+
+    /// Elements of keys and values of some heads.
+    fn heads(&self, heads: u32) -> u64 {
+        self.layers(u64::from(heads).saturating_mul(u64::from(self.d_nope) + u64::from(self.d_value)))
+    }
+
+    /// Grouped-query attention.
+    fn grouped(&self, heads: u32) -> CacheRow {
+        let (elements, mha) = (self.heads(heads), self.heads(self.n_head));
+        CacheRow::new(format!("GQA {heads} heads"), elements, Some(100.0 * (1.0 - elements as f64 / mha as f64)), None)
+    }
+
     /// MHA, then MLA of latent width `mla`, then EG-MLA of the others, each compared with the first two.
     fn rows(&self, mla: u32, gated: &[u32]) -> Vec<CacheRow> {
-        let layers = u64::from(self.n_layer);
-        // The layers of a configuration may overflow the count of elements.
-        let of_layers = |elements: u64| layers.saturating_mul(elements);
-        let of_head = u64::from(self.d_nope) + u64::from(self.d_value);
-        let mha = of_layers(u64::from(self.n_head).saturating_mul(of_head));
-        let latent = |width: u32| of_layers(u64::from(width) + u64::from(self.d_rope));
+        let mha = self.heads(self.n_head);
+        let latent = |width: u32| self.layers(u64::from(width) + u64::from(self.d_rope));
         let below = |elements: u64, base: u64| Some(100.0 * (1.0 - elements as f64 / base as f64));
-        let row = |attention: String, elements: u64, below_mha, below_mla| CacheRow {
-            attention,
-            elements,
-            bytes_f32: elements.saturating_mul(Storage::F32.bytes()),
-            bytes_f16: elements.saturating_mul(Storage::F16.bytes()),
-            below_mha,
-            below_mla,
-        };
+        let row = CacheRow::new;
         let mut rows = vec![
             row("MHA".to_owned(), mha, None, None),
             row(format!("MLA r={mla}"), latent(mla), below(latent(mla), mha), None),
@@ -263,6 +320,14 @@ impl Shape {
             row(format!("EG-MLA r={width}"), elements, below(elements, mha), below(elements, latent(mla)))
         }));
         rows
+    }
+}
+
+impl CacheRow {
+    fn new(attention: String, elements: u64, below_mha: Option<f64>, below_mla: Option<f64>) -> Self {
+        let [bytes_f32, bytes_f16] =
+            [Storage::F32, Storage::F16].map(|storage| elements.saturating_mul(storage.bytes()));
+        CacheRow { attention, elements, bytes_f32, bytes_f16, below_mha, below_mla }
     }
 }
 
@@ -278,37 +343,51 @@ impl CacheTable {
         }
     }
 
-    fn of_model(folder: &Path) -> Result<Self, Failure> {
-        let path = folder.join("config.json");
-        let text = read_text(&path, MOST_CONFIG)?;
-        let config = DecoderConfig::from_json(&text).map_err(|error| error.in_file(path))?;
-        let c = &config.attention;
+    fn of_model(path: &Path, summary: &ModelSummary) -> Self {
+        let ModelSummary { n_layer, attention: c, .. } = summary;
         let shape =
-            Shape { n_layer: config.n_layer, n_head: c.n_head, d_nope: c.d_nope, d_value: c.d_value, d_rope: c.d_rope };
+            Shape { n_layer: *n_layer, n_head: c.n_head, d_nope: c.d_nope, d_value: c.d_value, d_rope: c.d_rope };
         // The paper compares EG-MLA with MLA of four times the latent width (64 against 256); a plain MLA is its own.
-        let rows = match c.gate {
+        let mut rows = match c.gate {
             Some(_) => shape.rows(c.d_latent.saturating_mul(4), &[c.d_latent]),
             None => shape.rows(c.d_latent, &[]),
         };
+        if c.n_head > GROUPS && c.n_head.is_multiple_of(GROUPS) {
+            rows.insert(1, shape.grouped(GROUPS));
+        }
         let gate = c.up_projected_gate();
-        Ok(CacheTable {
+        CacheTable {
             title: format!(
                 "model {} ({} layers, {} heads, content {}, value {}, rope {})",
-                folder.display(),
-                config.n_layer,
+                path.display(),
+                n_layer,
                 c.n_head,
                 c.d_nope,
                 c.d_value,
                 c.d_rope
             ),
-            n_layer: config.n_layer,
+            n_layer: *n_layer,
             rows,
             bookkeeping_bytes: bookkeeping(
-                config.n_layer,
+                *n_layer,
                 gate.is_some(),
                 gate.is_some_and(|gate| gate.norm != GateNorm::None),
             ),
-        })
+        }
+    }
+
+    /// Bytes of one sequence at some lengths.
+    fn lengths(&self) -> Table {
+        let header = LENGTHS.into_iter().flat_map(|(name, _)| [format!("{name} f32"), format!("{name} f16")]);
+        let mut table = new_table(std::iter::once("a sequence of".to_owned()).chain(header));
+        for row in &self.rows {
+            let bytes = LENGTHS
+                .into_iter()
+                .flat_map(|(_, tokens)| [row.bytes_f32, row.bytes_f16].map(|of| of.saturating_mul(tokens)));
+            table.add_row(std::iter::once(row.attention.clone()).chain(bytes.map(console::bytes)));
+        }
+        right_align(&mut table, 1..1 + 2 * LENGTHS.len());
+        table
     }
 
     fn table(&self) -> Table {
@@ -348,11 +427,15 @@ impl Report {
         if let Some(problem) = &self.model_problem {
             parts.push(format!("No model: {problem}"));
         }
+        if let (Some(model), Some(commands)) = (&self.model, &self.commands) {
+            parts.push(format!("Model {model}: {}", commands.text()));
+        }
         for cache in &self.caches {
             parts.push(format!(
-                "Cache of {}:\n{}\nBookkeeping beside that count (ids, norm statistics): {} bytes per token",
+                "Cache of {}:\n{}\n{}\nBookkeeping beside that count (ids, norm statistics): {} bytes per token",
                 cache.title,
                 cache.table(),
+                cache.lengths(),
                 cache.bookkeeping_bytes
             ));
         }

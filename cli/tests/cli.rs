@@ -523,6 +523,34 @@ fn a_reader_that_goes_away_is_no_failure() {
 }
 
 #[test]
+fn info_shows_a_model_that_is_not_computed() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sparse.json");
+    let config = r#"{"model_type": "deepseek_v32", "hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_hidden_layers": 61,
+        "n_routed_experts": 256, "index_topk": 2048, "vocab_size": 129280, "intermediate_size": 18432,
+        "max_position_embeddings": 163840}"#;
+    std::fs::write(&file, config).unwrap();
+    let file = file.to_str().unwrap();
+    let shown = egmla(&["info", "--model", file]).done().stdout;
+    // 61 · 576 elements a token; 128k tokens of 2 bytes each; 8 heads of 256.
+    for text in [
+        "deepseek_v32",
+        "187107328",
+        "35136",
+        "8.58 GiB",
+        "124928",
+        "GQA 8 heads",
+        "attend, one layer: no",
+        "index_topk",
+    ] {
+        assert!(shown.contains(text), "{text} is not in\n{shown}");
+    }
+    let report: Value = serde_json::from_str(&egmla(&["info", "--json", "--model", file]).done().stdout).unwrap();
+    assert!(report["commands"]["generate"].as_str().unwrap().contains("n_routed_experts"), "{report}");
+}
+
+#[test]
 fn info_knows_the_papers_cache_sizes_and_an_adapter() {
     let report: Value = serde_json::from_str(&egmla(&["info", "--json"]).done().stdout).unwrap();
     let caches = report["caches"].as_array().unwrap();

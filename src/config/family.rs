@@ -66,9 +66,15 @@ impl Family {
     /// The family of a type; without one, that of the definition.
     pub(super) fn of(model_type: Option<&str>) -> Option<&'static Family> {
         match model_type {
-            None => FAMILIES.first(),
+            None => Some(Family::of_definition()),
             Some(name) => FAMILIES.iter().find(|family| family.name == name),
         }
+    }
+
+    /// The rule of `docs/definition.md`.
+    pub(super) fn of_definition() -> &'static Family {
+        const DEFINITION: &Family = &plain("egmla");
+        DEFINITION
     }
 
     pub(super) fn rope(&self) -> RopeConfig {

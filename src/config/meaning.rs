@@ -14,6 +14,8 @@ pub(super) enum Scope {
     Attention,
     /// A whole decoder.
     Decoder,
+    /// Sizes alone, whatever is computed with them.
+    Sizes,
 }
 
 /// What a key is about.
@@ -191,6 +193,9 @@ fn neutral(value: &Value) -> bool {
 
 /// Refuses what is unknown, and what changes what is read; all of it in one line.
 pub(super) fn check(map: &Map<String, Value>, scope: Scope, model_type: &str, family: Option<&Family>) -> Result<()> {
+    if scope == Scope::Sizes {
+        return Ok(());
+    }
     let keys = Keys::new(map, "");
     let mut problems = Vec::new();
     match family.map(|family| family.refused) {

@@ -19,6 +19,7 @@ mod family;
 mod keys;
 mod meaning;
 mod rope;
+mod summary;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -30,6 +31,7 @@ use meaning::Scope;
 
 pub use decoder::DecoderConfig;
 pub use rope::{RopeConfig, RopeScaling};
+pub use summary::ModelSummary;
 
 /// Where the embedding gate acts (EG-MLA; the paper leaves it open, see `docs/definition.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -203,7 +205,7 @@ impl AttentionConfig {
         };
         let family = Family::of(model_type);
         meaning::check(map, scope, model_type.unwrap_or_default(), family)?;
-        let Some(family) = family else { return Err(keys.error("model_type", "is not known")) };
+        let family = family.unwrap_or(Family::of_definition());
         let gate = match keys.object("embedding_gate")? {
             None => None,
             Some(object) => {
@@ -377,6 +379,29 @@ impl AttentionConfig {
                 above("rope_scaling.mscale_all_dim", self.scale(), 0.0)
             }
         }
+    }
+
+    /// Elements of a layer's weights, its gate table among them.
+    pub fn parameters(&self) -> u64 {
+        let wide = u64::from;
+        let (hidden, queries) = (wide(self.hidden_size), wide(self.n_head) * wide(self.d_query()));
+        let biased = u64::from(self.attention_bias);
+        let query = match self.d_q_latent.map(wide) {
+            None => hidden * queries,
+            Some(rank) => (hidden + biased + 1 + queries) * rank,
+        };
+        let down = (hidden + biased) * (wide(self.d_latent) + wide(self.d_rope)) + wide(self.d_latent);
+        let up = wide(self.d_latent) * wide(self.d_kv());
+        let out = (wide(self.n_head) * wide(self.d_value) + biased) * hidden;
+        let gate = self.gate.as_ref().map_or(0, |gate| {
+            let affine = match gate.norm {
+                GateNorm::LayerNorm => 2,
+                GateNorm::RmsNorm => 1,
+                GateNorm::None => 0,
+            };
+            wide(gate.d_gate) * wide(gate.vocab_size) + (wide(gate.d_gate) + affine) * wide(self.gated_width())
+        });
+        query + down + up + out + gate
     }
 
     /// `d_nope + d_rope`, width of one query head.
