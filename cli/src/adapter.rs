@@ -141,13 +141,25 @@ pub fn describe(info: &wgpu::AdapterInfo) -> String {
     format!("{} ({:?}{driver}{software})", info.name, info.backend)
 }
 
-/// Every adapter of the machine, real GPUs first.
-pub fn adapters() -> Vec<wgpu::Adapter> {
+/// Every adapter of the machine that `WGPU_BACKEND` allows, real GPUs first.
+///
+/// # Errors
+/// Bad usage when that variable names no backend: wgpu would find no adapter, and not say why.
+pub fn adapters() -> Result<Vec<wgpu::Adapter>, Failure> {
+    let asked = std::env::var_os("WGPU_BACKEND");
+    let asked = asked.as_ref().map(|asked| asked.to_string_lossy());
+    if let Some(name) =
+        asked.iter().flat_map(|names| names.split(',')).find(|name| wgpu::Backends::from_comma_list(name).is_empty())
+    {
+        return Err(Failure::usage(format!(
+            "WGPU_BACKEND holds `{name}`, which is no backend; unset it, or name some of vulkan, metal, dx12, gl"
+        )));
+    }
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
     let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
     adapters.sort_by_key(|adapter| rank(&adapter.get_info()));
-    adapters
+    Ok(adapters)
 }
 
 fn rank(info: &wgpu::AdapterInfo) -> (u8, u8) {
@@ -176,7 +188,7 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
     if wanted == "cpu" {
         return Ok(Backend::Cpu { reason: "asked for" });
     }
-    let found = adapters();
+    let found = adapters()?;
     if wanted == "auto" {
         for (number, adapter) in found.iter().enumerate() {
             match open_device(adapter, option.shader_checks, limits).map(|gpu| gpu.proven(number)) {
@@ -224,7 +236,7 @@ pub fn features(adapter: &wgpu::Adapter) -> wgpu::Features {
 
 /// Opens an adapter by its number, with every kernel: to prove them.
 pub fn open_unproven(number: usize, shader_checks: bool) -> Result<Backend, Failure> {
-    match adapters().get(number) {
+    match adapters()?.get(number) {
         Some(adapter) => {
             open_device(adapter, shader_checks, LimitsOption::Adapter).map(|gpu| Backend::Gpu(Box::new(gpu)))
         }

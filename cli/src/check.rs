@@ -80,6 +80,10 @@ struct Report {
 
 /// Runs the cases.
 pub fn run(args: CheckArgs) -> Result<(), Failure> {
+    // clap asks for --long only where nothing given excludes it.
+    if args.svg.is_some() && !args.long {
+        return Err(Failure::usage("--svg is the plot of --long: give both, or neither"));
+    }
     let mut cases = egmla::check::cases();
     let of = cases.len();
     if let Some(filter) = &args.filter {

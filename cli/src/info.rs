@@ -131,7 +131,7 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
         commands = Some(Commands::of(summary));
     }
     caches.push(CacheTable::of_paper());
-    let adapters = adapter::adapters().iter().map(Adapter::of).collect();
+    let adapters = adapter::adapters()?.iter().map(Adapter::of).collect();
     let model = model.map(|folder| folder.display().to_string());
     let report = Report { adapters, model, model_problem, commands, caches };
     let text =

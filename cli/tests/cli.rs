@@ -523,6 +523,18 @@ fn a_reader_that_goes_away_is_no_failure() {
 }
 
 #[test]
+fn a_backend_that_does_not_exist_is_said() {
+    for (asked, name) in [("", "``"), ("vulcan", "`vulcan`"), ("vulkan,,gl", "``"), ("gl, dx13", "` dx13`")] {
+        for arguments in [&["info"][..], &["generate", "--prompt", "x"], &["check", "--filter", "norm"]] {
+            let mut command = command(arguments);
+            command.env("WGPU_BACKEND", asked);
+            finish(command).refused(2, &["WGPU_BACKEND", name]);
+        }
+    }
+    egmla(&["check", "--filter", "norm", "--svg", "plots"]).refused(2, &["--svg", "--long"]);
+}
+
+#[test]
 fn info_shows_a_model_that_is_not_computed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("sparse.json");
