@@ -81,7 +81,7 @@ struct DecodeSequence {
     unused: u32,
 }
 
-// 16 bytes of a cache row.
+// 16 bytes of a row.
 struct Halves {
     low: vec4<f16>,
     high: vec4<f16>,

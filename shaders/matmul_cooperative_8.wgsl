@@ -2,26 +2,39 @@
 //
 //   y[b, m, n] = Σ_k f16(x[b, m, k]) · w[b, n, k] + bias[n]
 //
-// grid: (⌈cols / TILE⌉, ⌈rows / TILE⌉, batch); four subgroups own a quarter of a tile each, FRAGMENTS × FRAGMENTS matrices of y.
-// Further subgroups repeat a quarter, and store the same: matrices need control flow that is uniform in the workgroup.
-// A tile is 64 × 64 with 32 k staged at once, or 32 × 32 with 64.
-// Matrix rows of x and w begin on 16-byte boundaries and are whole numbers of 8 elements.
+// grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); 2 × ACROSS subgroups own FRAGMENTS × FRAGMENTS matrices of y each.
+// Further subgroups repeat a part, and store the same: matrices need control flow that is uniform in the workgroup.
+// A tile is 64 × 128, 64 × 64 or 32 × 32; TILE_K k of it are staged at once, the next ones beside them where STAGES is 2.
+// Matrix rows of x and w begin on 16-byte boundaries and are whole numbers of 8 elements. In f16, matrix rows of y are whole words;
+// finite sums beyond f16 become its largest value.
 //
-// On lavapipe (Mesa 26, 2 cores): a quarter of the rate of matmul_subgroup, and seconds to compile. Not run on a GPU yet.
-// With 64 × 64, 8 matrices loaded from workgroup memory serve 16 multiply-adds; sums take 32 registers per lane of 32. Staged
-// matrix rows are 80 or 144 bytes apart: 16 bytes of 8 of them use each of 32 banks once. Halves are staged one by one, since Metal's
-// loads of matrices, as naga writes them, take no pointer to a vector.
+// 8 matrices loaded from workgroup memory serve 16 products of matrices; sums take 32 registers per lane of 32. Staged matrix rows
+// are 48 or 80 bytes apart: 16 bytes of 8 of them use each of 32 banks once. Halves are staged one by one, since Metal's loads of
+// matrices, as naga writes them, take no pointer to a vector. matmul_cooperative has the reasons for the tiles. On lavapipe
+// (Mesa 26, 2 cores): a quarter of the rate of matmul_subgroup, and seconds to compile. Not run on a GPU yet.
 
 enable f16;
 enable wgpu_cooperative_matrix;
 
 override HAS_BIAS: u32 = 0u;
-override WORKGROUP: u32 = 128u;                  // four subgroups or more
-override FRAGMENTS: u32 = 4u;                    // matrices along each side of a subgroup's tile: 4 or 2
-override TILE: u32 = FRAGMENTS * 16u;
-override TILE_K: u32 = 128u / FRAGMENTS;
-override QUADS: u32 = TILE_K / 4u;               // k staged at once, in fours; a tile has 512
+override Y_F16: u32 = 0u;
+override WORKGROUP: u32 = 128u;                  // 2 × ACROSS subgroups or more
+override FRAGMENTS: u32 = 4u;                    // matrices along each side of a subgroup's part: 4 or 2
+override ACROSS: u32 = 2u;                       // subgroups side by side along the columns
+override TILE_K: u32 = 16u;
+override STAGES: u32 = 1u;
+override TEAMS: u32 = 2u * ACROSS;
+override TILE_M: u32 = 2u * FRAGMENTS * SIDE;
+override TILE_N: u32 = ACROSS * FRAGMENTS * SIDE;
+// 16-byte loads that make a step of x, and of w.
+override X_ROW: u32 = TILE_K / 4u;
+override W_ROW: u32 = TILE_K / 8u;
+override X_LOADS: u32 = TILE_M * X_ROW;
+override W_LOADS: u32 = TILE_N * W_ROW;
+// Halves from one staged matrix row to the next, and of a stage.
 override PITCH: u32 = TILE_K + 8u;
+override X_STAGE: u32 = TILE_M * PITCH;
+override W_STAGE: u32 = TILE_N * PITCH;
 
 const SIDE: u32 = 8u;
 const MATRIX: u32 = SIDE * SIDE;
@@ -50,73 +63,106 @@ struct Params {
     tiles_z: u32,
 }
 
+// 16 bytes of a row.
+struct Halves {
+    low: vec4<f16>,
+    high: vec4<f16>,
+}
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;     // (x_offset + b·x_batch + m·x_row + k) / 4
 @group(0) @binding(2) var<storage, read> w: array<vec4<f16>>;     // (w_offset + b·w_batch + n·w_col + k) / 4
 @group(0) @binding(3) var<storage, read> bias: array<f16>;        // [cols]
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;     // y_offset + b·y_batch + m·y_row + n
+@group(0) @binding(4) var<storage, read_write> y: array<u32>;     // y_offset + b·y_batch + m·y_row + n, f16: / 2
 
-var<workgroup> sh_x: array<f16, TILE * PITCH>;  // [m, k]
-var<workgroup> sh_w: array<f16, TILE * PITCH>;  // [n, k]
-var<workgroup> sh_y: array<f32, 4u * MATRIX>;    // one matrix per subgroup
+var<workgroup> sh_x: array<f16, STAGES * X_STAGE>;        // [stage, m, k]
+var<workgroup> sh_w: array<f16, STAGES * W_STAGE>;        // [stage, n, k]
+var<workgroup> sh_y: array<f32, TEAMS * MATRIX>;         // one matrix per subgroup
 
-// Four elements of x for quad e of the tile; 0 past the last k. Matrix rows past the last repeat it.
-fn x_quad(e: u32, m0: u32, k0: u32, base: u32) -> vec4<f32> {
-    let k = k0 + e % QUADS * 4u;
-    if (e < TILE * QUADS && k < params.inner) {
-        return x[(base + min(m0 + e / QUADS, params.rows - 1u) * params.x_row + k) / 4u];
+// Two halves in a word; finite values beyond f16 become its largest. NaN and infinities stay what they are. Bits tell them apart,
+// since compilers take `v != v` for false, and bits are written, since WGSL leaves pack2x16float of them open: one driver takes
+// infinities for NaN and lets a NaN reach the other half.
+fn pack(a: f32, b: f32) -> u32 {
+    let v = vec2<f32>(a, b);
+    let bits = bitcast<vec2<u32>>(v);
+    let size = bits & vec2<u32>(0x7fffffffu);
+    let finite = size < vec2<u32>(0x7f800000u);
+    let packed = pack2x16float(select(vec2<f32>(0.0), clamp(v, vec2<f32>(-65504.0), vec2<f32>(65504.0)), finite));
+    let sign = (bits >> vec2<u32>(16u)) & vec2<u32>(0x8000u);
+    let odd = select(sign | vec2<u32>(0x7c00u) | min(size - vec2<u32>(0x7f800000u), vec2<u32>(0x200u)), vec2<u32>(0u), finite);
+    return packed | odd.x | (odd.y << 16u);
+}
+
+// Load e of a step of x, which begins at k0; 0 past the last k. Matrix rows past the last repeat it.
+fn x_load(e: u32, m0: u32, k0: u32, base: u32) -> vec4<f32> {
+    let k = k0 + e % X_ROW * 4u;
+    if (e < X_LOADS && k < params.inner) {
+        return x[(base + min(m0 + e / X_ROW, params.rows - 1u) * params.x_row + k) / 4u];
     }
     return vec4<f32>(0.0);
 }
 
 // Of w, likewise.
-fn w_quad(e: u32, n0: u32, k0: u32, base: u32) -> vec4<f16> {
-    let k = k0 + e % QUADS * 4u;
-    if (e < TILE * QUADS && k < params.inner) {
-        return w[(base + min(n0 + e / QUADS, params.cols - 1u) * params.w_col + k) / 4u];
+fn w_load(e: u32, n0: u32, k0: u32, base: u32) -> Halves {
+    let k = k0 + e % W_ROW * 8u;
+    if (e < W_LOADS && k < params.inner) {
+        let at = (base + min(n0 + e / W_ROW, params.cols - 1u) * params.w_col + k) / 8u * 2u;
+        return Halves(w[at], w[at + 1u]);
     }
-    return vec4<f16>();
+    return Halves(vec4<f16>(), vec4<f16>());
 }
 
-// Stages quad e of both, half by half.
-fn stage_halves(e: u32, x_four: vec4<f32>, w_four: vec4<f16>) {
-    if (e < TILE * QUADS) {
-        let at = e / QUADS * PITCH + e % QUADS * 4u;
-        let halves = vec4<f16>(x_four);
-        sh_x[at] = halves.x;
-        sh_x[at + 1u] = halves.y;
-        sh_x[at + 2u] = halves.z;
-        sh_x[at + 3u] = halves.w;
-        sh_w[at] = w_four.x;
-        sh_w[at + 1u] = w_four.y;
-        sh_w[at + 2u] = w_four.z;
-        sh_w[at + 3u] = w_four.w;
+// Stages load e of both, half by half.
+fn stage_x_apart(e: u32, stage: u32, load: vec4<f32>) {
+    if (e < X_LOADS) {
+        let at = stage * X_STAGE + e / X_ROW * PITCH + e % X_ROW * 4u;
+        let four = vec4<f16>(load);
+        sh_x[at] = four.x;
+        sh_x[at + 1u] = four.y;
+        sh_x[at + 2u] = four.z;
+        sh_x[at + 3u] = four.w;
     }
 }
 
-// Starts matrices (…, j) of each subgroup: every matrix row is the bias, or 0.
-fn begin_column(j: u32, n0: u32, local: u32) {
-    workgroupBarrier();
-    for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
-        var value = 0.0;
-        if (HAS_BIAS == 1u) {
-            let n = n0 + (e / MATRIX % 2u * FRAGMENTS + j) * SIDE + e % SIDE;
-            value = f32(bias[min(n, params.cols - 1u)]);
-        }
-        sh_y[e] = value;
+fn stage_w_apart(e: u32, stage: u32, load: Halves) {
+    if (e < W_LOADS) {
+        let at = stage * W_STAGE + e / W_ROW * PITCH + e % W_ROW * 8u;
+        sh_w[at] = load.low.x;
+        sh_w[at + 1u] = load.low.y;
+        sh_w[at + 2u] = load.low.z;
+        sh_w[at + 3u] = load.low.w;
+        sh_w[at + 4u] = load.high.x;
+        sh_w[at + 5u] = load.high.y;
+        sh_w[at + 6u] = load.high.z;
+        sh_w[at + 7u] = load.high.w;
     }
-    workgroupBarrier();
+}
+
+// What is added to the sums of column n.
+fn bias_of(n: u32) -> f32 {
+    if (HAS_BIAS == 1u) {
+        return f32(bias[n]);
+    }
+    return 0.0;
 }
 
 // Writes matrix (i, j) of each subgroup.
 fn put(sums: Sums, i: u32, j: u32, m0: u32, n0: u32, base: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_y[MATRIX * own], SIDE);
     workgroupBarrier();
-    for (var e = local; e < 4u * MATRIX; e += WORKGROUP) {
-        let m = m0 + (e / (2u * MATRIX) * FRAGMENTS + i) * SIDE + e % MATRIX / SIDE;
-        let n = n0 + (e / MATRIX % 2u * FRAGMENTS + j) * SIDE + e % SIDE;
+    // Elements of a word.
+    let each = 1u + Y_F16;
+    for (var e = each * local; e < TEAMS * MATRIX; e += each * WORKGROUP) {
+        let team = e / MATRIX;
+        let m = m0 + (team / ACROSS * FRAGMENTS + i) * SIDE + e % MATRIX / SIDE;
+        let n = n0 + (team % ACROSS * FRAGMENTS + j) * SIDE + e % SIDE;
         if (m < params.rows && n < params.cols) {
-            y[base + m * params.y_row + n] = sh_y[e];
+            let at = base + m * params.y_row + n;
+            if (Y_F16 == 1u) {
+                y[at / 2u] = pack(sh_y[e] + bias_of(n), sh_y[e + 1u] + bias_of(n + 1u));
+            } else {
+                y[at] = bitcast<u32>(sh_y[e] + bias_of(n));
+            }
         }
     }
     workgroupBarrier();
@@ -138,85 +184,97 @@ fn main(
     if (work.z >= params.tiles_z) {
         return;
     }
-    let m0 = work.y * TILE;
-    let n0 = work.x * TILE;
+    let m0 = work.y * TILE_M;
+    let n0 = work.x * TILE_N;
     let x_base = params.x_offset + work.z * params.x_batch;
     let w_base = params.w_offset + work.z * params.w_batch;
     let y_base = params.y_offset + work.z * params.y_batch;
-    // Where the matrix rows and columns of a subgroup's quarter are staged.
-    let own = subgroup % 4u;
-    let own_x = own / 2u * FRAGMENTS * SIDE * PITCH;
-    let own_w = own % 2u * FRAGMENTS * SIDE * PITCH;
+    // Where the matrix rows and columns of a subgroup's part are staged.
+    let own = subgroup % TEAMS;
+    let own_x = own / ACROSS * FRAGMENTS * SIDE * PITCH;
+    let own_w = own % ACROSS * FRAGMENTS * SIDE * PITCH;
     let next = SIDE * PITCH;
 
-    // sumIJ: matrix rows from I · SIDE, columns from J · SIDE of the quarter.
-    begin_column(0u, n0, local);
-    var sum00 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum10 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum20 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum30 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    begin_column(1u, n0, local);
-    var sum01 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum11 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum21 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum31 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    begin_column(2u, n0, local);
-    var sum02 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum12 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum22 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum32 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    begin_column(3u, n0, local);
-    var sum03 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum13 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum23 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
-    var sum33 = coopLoadT<Sums>(&sh_y[MATRIX * own], SIDE);
+    for (var e = local; e < MATRIX; e += WORKGROUP) {
+        sh_y[e] = 0.0;
+    }
+    workgroupBarrier();
+    // sumIJ: matrix rows from I · SIDE, columns from J · SIDE of the part.
+    let zero = coopLoadT<Sums>(&sh_y[0], SIDE);
+    var sum00 = zero;
+    var sum01 = zero;
+    var sum02 = zero;
+    var sum03 = zero;
+    var sum10 = zero;
+    var sum11 = zero;
+    var sum12 = zero;
+    var sum13 = zero;
+    var sum20 = zero;
+    var sum21 = zero;
+    var sum22 = zero;
+    var sum23 = zero;
+    var sum30 = zero;
+    var sum31 = zero;
+    var sum32 = zero;
+    var sum33 = zero;
 
-    let e0 = local;
+    // Loads on their way: all of a step where the workgroup has 128 invocations or more.
     let e1 = local + WORKGROUP;
     let e2 = local + 2u * WORKGROUP;
     let e3 = local + 3u * WORKGROUP;
-    var x0 = x_quad(e0, m0, 0u, x_base);
-    var x1 = x_quad(e1, m0, 0u, x_base);
-    var x2 = x_quad(e2, m0, 0u, x_base);
-    var x3 = x_quad(e3, m0, 0u, x_base);
-    var w0 = w_quad(e0, n0, 0u, w_base);
-    var w1 = w_quad(e1, n0, 0u, w_base);
-    var w2 = w_quad(e2, n0, 0u, w_base);
-    var w3 = w_quad(e3, n0, 0u, w_base);
+    var x0 = x_load(local, m0, 0u, x_base);
+    var x1 = x_load(e1, m0, 0u, x_base);
+    var x2 = x_load(e2, m0, 0u, x_base);
+    var x3 = x_load(e3, m0, 0u, x_base);
+    var w0 = w_load(local, n0, 0u, w_base);
+    var w1 = w_load(e1, n0, 0u, w_base);
+    var stage = 0u;
     for (var k0 = 0u; k0 < params.inner; k0 += TILE_K) {
-        workgroupBarrier();
-        stage_halves(e0, x0, w0);
-        stage_halves(e1, x1, w1);
-        stage_halves(e2, x2, w2);
-        stage_halves(e3, x3, w3);
+        stage_x_apart(local, stage, x0);
+        stage_x_apart(e1, stage, x1);
+        stage_w_apart(local, stage, w0);
+        if (X_LOADS > 2u * WORKGROUP) {
+            stage_x_apart(e2, stage, x2);
+            stage_x_apart(e3, stage, x3);
+        }
+        if (W_LOADS > WORKGROUP) {
+            stage_w_apart(e1, stage, w1);
+        }
         // For small workgroups, as those of subgroups of 8.
-        for (var e = local + 4u * WORKGROUP; e < TILE * QUADS; e += WORKGROUP) {
-            stage_halves(e, x_quad(e, m0, k0, x_base), w_quad(e, n0, k0, w_base));
+        for (var e = local + 4u * WORKGROUP; e < X_LOADS; e += WORKGROUP) {
+            stage_x_apart(e, stage, x_load(e, m0, k0, x_base));
+        }
+        for (var e = local + 2u * WORKGROUP; e < W_LOADS; e += WORKGROUP) {
+            stage_w_apart(e, stage, w_load(e, n0, k0, w_base));
         }
         workgroupBarrier();
         // These loads are in flight while this step multiplies.
-        x0 = x_quad(e0, m0, k0 + TILE_K, x_base);
-        x1 = x_quad(e1, m0, k0 + TILE_K, x_base);
-        x2 = x_quad(e2, m0, k0 + TILE_K, x_base);
-        x3 = x_quad(e3, m0, k0 + TILE_K, x_base);
-        w0 = w_quad(e0, n0, k0 + TILE_K, w_base);
-        w1 = w_quad(e1, n0, k0 + TILE_K, w_base);
-        w2 = w_quad(e2, n0, k0 + TILE_K, w_base);
-        w3 = w_quad(e3, n0, k0 + TILE_K, w_base);
+        x0 = x_load(local, m0, k0 + TILE_K, x_base);
+        x1 = x_load(e1, m0, k0 + TILE_K, x_base);
+        w0 = w_load(local, n0, k0 + TILE_K, w_base);
+        if (X_LOADS > 2u * WORKGROUP) {
+            x2 = x_load(e2, m0, k0 + TILE_K, x_base);
+            x3 = x_load(e3, m0, k0 + TILE_K, x_base);
+        }
+        if (W_LOADS > WORKGROUP) {
+            w1 = w_load(e1, n0, k0 + TILE_K, w_base);
+        }
+        let x_at = stage * X_STAGE + own_x;
+        let w_at = stage * W_STAGE + own_w;
         for (var k = 0u; k < TILE_K; k += SIDE) {
-            let a0 = coopLoadT<Left>(&sh_x[own_x + k], PITCH);
-            let a1 = coopLoadT<Left>(&sh_x[own_x + next + k], PITCH);
-            let b0 = coopLoad<Right>(&sh_w[own_w + k], PITCH);
-            let b1 = coopLoad<Right>(&sh_w[own_w + next + k], PITCH);
+            let a0 = coopLoadT<Left>(&sh_x[x_at + k], PITCH);
+            let a1 = coopLoadT<Left>(&sh_x[x_at + next + k], PITCH);
+            let b0 = coopLoad<Right>(&sh_w[w_at + k], PITCH);
+            let b1 = coopLoad<Right>(&sh_w[w_at + next + k], PITCH);
             sum00 = coopMultiplyAdd(a0, b0, sum00);
             sum01 = coopMultiplyAdd(a0, b1, sum01);
             sum10 = coopMultiplyAdd(a1, b0, sum10);
             sum11 = coopMultiplyAdd(a1, b1, sum11);
             if (FRAGMENTS == 4u) {
-                let a2 = coopLoadT<Left>(&sh_x[own_x + 2u * next + k], PITCH);
-                let a3 = coopLoadT<Left>(&sh_x[own_x + 3u * next + k], PITCH);
-                let b2 = coopLoad<Right>(&sh_w[own_w + 2u * next + k], PITCH);
-                let b3 = coopLoad<Right>(&sh_w[own_w + 3u * next + k], PITCH);
+                let a2 = coopLoadT<Left>(&sh_x[x_at + 2u * next + k], PITCH);
+                let a3 = coopLoadT<Left>(&sh_x[x_at + 3u * next + k], PITCH);
+                let b2 = coopLoad<Right>(&sh_w[w_at + 2u * next + k], PITCH);
+                let b3 = coopLoad<Right>(&sh_w[w_at + 3u * next + k], PITCH);
                 sum02 = coopMultiplyAdd(a0, b2, sum02);
                 sum03 = coopMultiplyAdd(a0, b3, sum03);
                 sum12 = coopMultiplyAdd(a1, b2, sum12);
@@ -231,8 +289,12 @@ fn main(
                 sum33 = coopMultiplyAdd(a3, b3, sum33);
             }
         }
+        // Two stages take turns. One is free again when all have read it.
+        stage = STAGES - 1u - stage;
+        if (STAGES == 1u) {
+            workgroupBarrier();
+        }
     }
-    workgroupBarrier();
 
     put(sum00, 0u, 0u, m0, n0, y_base, local, own);
     put(sum01, 0u, 1u, m0, n0, y_base, local, own);

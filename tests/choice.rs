@@ -81,6 +81,58 @@ fn cooperative_matrices_multiply_halves_where_they_are_offered() {
     assert_eq!(chosen(&Matmul::linear(32, 16, 64, false, Storage::F16), &wide), "matmul_vec4");
 }
 
+/// As large as workgroup memory and the number of workgroups allow.
+#[test]
+fn tiles_of_matrices_follow_the_shape_and_the_workgroup_memory() {
+    let tile = |class, workgroup_bytes: u32, [rows, cols]: [u32; 2], cooperative| {
+        let mut context =
+            PlanContext { features: COOPERATIVE_FEATURES, cooperative, ..PlanContext::webgpu_defaults(class) };
+        context.limits.max_compute_workgroup_storage_size = workgroup_bytes << 10;
+        (context.subgroup_min_size, context.subgroup_max_size) = (32, 32);
+        let plan = choose(&Matmul::linear(rows, 64, cols, false, Storage::F16), &context).unwrap().1;
+        assert!(
+            plan.workgroup_bytes <= workgroup_bytes << 10
+                && plan.workgroup_size == 32 * 2 * plan.value("ACROSS") as u32
+        );
+        let [cols, rows, _] = plan.tile();
+        ([rows, cols], plan.value("STAGES"))
+    };
+    let discrete =
+        |workgroup_bytes, extents| tile(AdapterClass::Discrete, workgroup_bytes, extents, Cooperative::BY_16);
+    let (large, middle, small) = ([4096, 4096], [1024, 2048], [64, 768]);
+    assert_eq!([large, middle, small].map(|of| discrete(48, of)), [([128, 256], 2), ([128, 128], 2), ([64, 64], 2)]);
+    assert_eq!([large, middle, small].map(|of| discrete(32, of)), [([128, 128], 2), ([128, 128], 2), ([64, 64], 2)]);
+    // WebGPU's default.
+    assert_eq!([large, middle, small].map(|of| discrete(16, of)), [([128, 128], 1), ([128, 128], 1), ([64, 64], 2)]);
+    // Fewer workgroups fill a smaller GPU.
+    let integrated = |extents| tile(AdapterClass::Integrated, 48, extents, Cooperative::BY_16);
+    assert_eq!([middle, small].map(integrated), [([128, 256], 2), ([64, 64], 2)]);
+    let apple = |extents| tile(AdapterClass::Apple, 32, extents, Cooperative::BY_8);
+    assert_eq!([large, [256, 1024], small].map(apple), [([64, 128], 2), ([64, 64], 2), ([32, 32], 2)]);
+}
+
+/// 1 024³ of f32 is too small for the largest tiles of a discrete GPU: smaller ones, each summed in parts.
+#[test]
+fn products_of_f32_fill_the_device() {
+    let tile = |class, size| {
+        let plan = choose(&Matmul::linear(size, 64, size, false, Storage::F32), &context(class, NONE, 4)).unwrap().1;
+        (plan.tile()[0], plan.value("PARTS"), plan.workgroup_size)
+    };
+    assert_eq!([1024, 2048].map(|size| tile(AdapterClass::Discrete, size)), [(64, 4, 256), (128, 1, 256)]);
+    assert_eq!(tile(AdapterClass::Software, 1024), (128, 1, 256));
+    assert_eq!([AdapterClass::Integrated, AdapterClass::Apple].map(|class| tile(class, 1024)), [(64, 1, 64); 2]);
+}
+
+#[test]
+fn products_in_halves_have_a_shader_on_every_device() {
+    for class in AdapterClass::ALL {
+        for (rows, storage) in [1, 8, 40].into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage))) {
+            let op = Matmul { y_storage: Storage::F16, ..Matmul::linear(rows, 16, 64, false, storage) };
+            assert_eq!(chosen(&op, &context(class, SUBGROUP, 8)), "matmul_vec4");
+        }
+    }
+}
+
 #[test]
 fn operands_suit_16_byte_loads_only_where_every_step_does() {
     let dense = Matmul::linear(2, 16, 8, false, Storage::F16);

@@ -198,7 +198,7 @@ fn a_misplaced_matrix_is_seen() {
         ("attention_prefill_cooperative", "CHUNK_PITCH: u32 = QUADS + 2u", "CHUNK_PITCH: u32 = QUADS + 1u"),
         ("attention_prefill_cooperative", "d += SIDE / 4u", "d += SIDE / 16u"),
         ("attention_prefill_cooperative_8", "sh_stage[q_at + d], CHUNK_PITCH", "sh_stage[q_at + d + 4u], CHUNK_PITCH"),
-        ("matmul_cooperative_8", "sh_x: array<f16, TILE * PITCH>", "sh_x: array<f16, TILE * PITCH + 2u>"),
+        ("matmul_cooperative_8", "sh_x: array<f16, STAGES * X_STAGE>", "sh_x: array<f16, STAGES * X_STAGE + 2u>"),
         ("roofline_cooperative", "&sh_x[MATRIX], SIDE", "&sh_x[MATRIX - 4u], SIDE"),
     ] {
         let spec = shaders().find(|spec| spec.name == name).unwrap();

@@ -384,6 +384,20 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     for name in ["attention_prefill_cooperative", "attention_prefill_cooperative_8"] {
         assert_eq!(refusal(name, prefill), "the cache must be stored in f16");
     }
+    // Results in halves.
+    let halves = Matmul { y_storage: Storage::F16, ..Matmul::linear(8, 8, 8, false, f32) };
+    for name in ["matmul", "matmul_subgroup", "matmul_gemv", "matmul_gemv_vec4", "matmul_gemv_subgroup"] {
+        assert_eq!(refusal(name, halves), "y must be stored in f32");
+    }
+    for odd in [
+        Matmul { cols: 7, ..halves },
+        Matmul { y: Layout { offset: 1, ..halves.y }, ..halves },
+        Matmul { y: Layout { row: 9, ..halves.y }, ..halves },
+        Matmul { y: Layout { batch: 3, ..halves.y }, ..halves },
+        Matmul { x: Layout { row: 9, ..halves.x }, ..halves },
+    ] {
+        assert!(refusal("matmul_vec4", odd).starts_with("y in f16: its rows must be whole words"));
+    }
     for name in ["matmul_cooperative", "matmul_cooperative_8"] {
         assert_eq!(refusal(name, Matmul::linear(32, 8, 8, false, f32)), "weights must be stored in f16");
     }

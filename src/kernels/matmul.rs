@@ -26,7 +26,7 @@ crate::args! {
         w: Read,
         /// `[cols]` in `storage`; not bound without a bias.
         bias: Read,
-        /// f32, written.
+        /// In `y_storage`, written.
         y: Write,
     }
 }
@@ -85,6 +85,9 @@ pub struct Matmul {
     pub bias: bool,
     /// Storage of `w` and `bias`.
     pub storage: Storage,
+    /// Storage of `y`. Sums are f32; in f16, finite ones beyond ±65 504 become the largest half, infinities and NaN stay, and
+    /// the variants that read 16 bytes at a time write it in whole words.
+    pub y_storage: Storage,
 }
 
 /// Most rows of `x` that the GEMV variants are preferred for.
@@ -92,9 +95,6 @@ pub(crate) const FEW_ROWS: u32 = 8;
 
 /// Fewest rows of `x` for cooperative matrices: half their smallest tile on most adapters.
 const COOPERATIVE_ROWS: u32 = 32;
-
-/// Fewest workgroups of the larger tiles that keep a GPU busy; below it, smaller tiles make more workgroups.
-const FULL: u64 = 128;
 
 impl Matmul {
     /// `y [rows, cols] = x [rows, inner] · wᵀ`, everything dense, `w` `[cols, inner]` as in checkpoints.
@@ -109,6 +109,7 @@ impl Matmul {
             y: Layout::dense(cols),
             bias,
             storage,
+            y_storage: Storage::F32,
         }
     }
 
@@ -131,6 +132,20 @@ impl Matmul {
         Ok(())
     }
 
+    fn check_y_f32(&self) -> Result<(), String> {
+        if self.y_storage != Storage::F32 {
+            return Err("y must be stored in f32".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whether tiles of these columns and rows are workgroups enough to fill a GPU: on each of its processors the four subgroups that
+    /// it runs at once. Below it, smaller tiles make more workgroups.
+    fn fills(&self, context: &PlanContext, [cols, rows]: [u32; 2]) -> bool {
+        let tiles = product(&[self.cols.div_ceil(cols), self.rows.div_ceil(rows), self.batch]);
+        tiles.saturating_mul(4) >= context.class.full().into()
+    }
+
     fn few(&self) -> bool {
         self.rows <= FEW_ROWS
     }
@@ -151,6 +166,10 @@ impl Op for Matmul {
     fn validate(&self) -> Result<(), String> {
         if self.x.inner != 1 || self.y.inner != 1 {
             return Err("rows of x and y must be contiguous (inner stride 1)".to_owned());
+        }
+        let of_y = [self.cols, self.y.offset, self.y.row, self.y.batch];
+        if self.y_storage == Storage::F16 && !(self.in_vec4() && of_y.iter().all(|step| step.is_multiple_of(2))) {
+            return Err("y in f16: its rows must be whole words, those of x and w whole 16-byte loads".to_owned());
         }
         Ok(())
     }
@@ -182,12 +201,12 @@ impl Op for Matmul {
             x: words(self.x.end(self.rows, self.inner, self.batch)),
             w: self.storage.sized(self.w.end(self.cols, self.inner, self.batch)),
             bias: self.storage.sized(if self.bias { self.cols.into() } else { 0 }),
-            y: words(self.y.end(self.rows, self.cols, self.batch)),
+            y: self.y_storage.sized(self.y.end(self.rows, self.cols, self.batch)),
         }
     }
 
     fn cost(&self) -> Cost {
-        let Matmul { rows, inner, cols, batch, bias, storage, .. } = *self;
+        let Matmul { rows, inner, cols, batch, bias, storage, y_storage, .. } = *self;
         // A stride of 0: every product of the batch reads the same operand.
         let matrices = |layout: Layout| if layout.batch == 0 { batch.min(1) } else { batch };
         Cost::of(
@@ -196,7 +215,7 @@ impl Op for Matmul {
                 times(4, &[rows, inner, matrices(self.x)]),
                 times(storage.bytes(), &[cols, inner, matrices(self.w)]),
                 when(bias, times(storage.bytes(), &[cols])),
-                times(4, &[rows, cols, batch]),
+                times(y_storage.bytes(), &[rows, cols, batch]),
             ],
         )
     }
@@ -209,6 +228,7 @@ pub(crate) const TILES: Variant<Matmul> = {
         ("matmul", include_str!("../../shaders/matmul.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
+            op.check_y_f32()?;
             let (wg_x, wg_y, tile_k) = TUNINGS[setting];
             Ok(op
                 .tiled(wg_x * wg_y, [wg_x * 4, wg_y * 4])
@@ -227,27 +247,35 @@ pub(crate) const TILES: Variant<Matmul> = {
     })
 };
 
-/// Many rows in 16-byte loads. (WG_X, WG_Y): 8 × 8 results per invocation.
+/// Many rows in 16-byte loads. (WG_X, WG_Y, PARTS, TILE_K): 8 × 8 results per invocation, each summed in PARTS.
 pub(crate) const VEC4: Variant<Matmul> = {
-    const TUNINGS: &[(u32, u32)] = &[(8, 8), (16, 16)];
+    const TUNINGS: &[(u32, u32, u32, u32)] = &[(8, 8, 1, 16), (16, 16, 1, 16), (8, 8, 4, 32)];
     Variant::<Matmul>::new(
         ("matmul_vec4", include_str!("../../shaders/matmul_vec4.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;
-            let (wg_x, wg_y) = TUNINGS[setting];
+            let (wg_x, wg_y, parts, tile_k) = TUNINGS[setting];
             Ok(op
-                .tiled(wg_x * wg_y, [8 * wg_x, 8 * wg_y])
-                .with([("WG_X", wg_x), ("WG_Y", wg_y)])
-                .bytes(4 * 16 * (8 * wg_x + 8 * wg_y))
-                .walks("inner", op.inner, 16))
+                .tiled(wg_x * wg_y * parts, [8 * wg_x, 8 * wg_y])
+                .with([("Y_F16", op.y_storage.constant())])
+                .with([("WG_X", wg_x), ("WG_Y", wg_y), ("PARTS", parts), ("TILE_K", tile_k)])
+                .bytes(4 * tile_k * (8 * wg_x + 8 * wg_y))
+                .walks("inner", op.inner, tile_k))
         },
         |_, _, plan| {
-            let sides = [plan.value("WG_X"), plan.value("WG_Y")];
-            let whole = sides.iter().all(|side| side.is_multiple_of(4));
+            let [wg_x, wg_y, parts, tile_k] = ["WG_X", "WG_Y", "PARTS", "TILE_K"].map(|name| plan.value(name));
+            let sides = [wg_x, wg_y];
+            let whole = sides.iter().all(|side| (4 * side).is_multiple_of(tile_k));
             hold(&[
-                (whole, "quads move about within groups of 8: sides are multiples of 4"),
-                (plan.tile() == [8 * sides[0], 8 * sides[1], 1], "an invocation owns 8 × 8 results"),
+                (whole, "quads move about within groups of TILE_K / 2, and a workgroup has twice its sides"),
+                (tile_k.is_multiple_of(8 * parts), "a step is whole loads of f16, and whole parts"),
+                (tile_k * (wg_x + wg_y) <= 4 * wg_x * wg_y * parts, "a step has two blocks per invocation at most"),
+                (
+                    parts == 1 || sides.iter().all(|side| tile_k * 2 * side >= 8 * wg_x * wg_y),
+                    "a part's sums fit a step",
+                ),
+                (plan.tile() == [8 * wg_x, 8 * wg_y, 1], "an invocation owns 8 × 8 results"),
             ])
         },
     )
@@ -255,9 +283,8 @@ pub(crate) const VEC4: Variant<Matmul> = {
         AdapterClass::Software => 1,
         AdapterClass::Integrated | AdapterClass::Apple => 0,
         AdapterClass::Discrete => {
-            let (wg_x, wg_y) = TUNINGS[1];
-            let tiles = product(&[op.cols.div_ceil(8 * wg_x), op.rows.div_ceil(8 * wg_y), op.batch]);
-            usize::from(tiles >= FULL)
+            let (wg_x, wg_y, ..) = TUNINGS[1];
+            if op.fills(context, [8 * wg_x, 8 * wg_y]) { 1 } else { 2 }
         }
     })
     .preferred(|op, _| op.in_vec4())
@@ -269,6 +296,7 @@ pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
     1,
     |op, context, _| {
         op.check_vec4()?;
+        op.check_y_f32()?;
         // Rows of y along the grid's x: neighbouring workgroups read the same weights. Eight rows and 32 columns each.
         let grid = Grid::Tiled { size: [op.rows, op.cols, op.batch], tile: [8, 32, 1] };
         Ok(Draft { grid, ..op.tiled(8, [8, 32]) }
@@ -292,34 +320,63 @@ pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
 /// infinite, as in any f16.
 pub(crate) const COOPERATIVE: Variant<Matmul> = Variant::<Matmul>::new(
     ("matmul_cooperative", include_str!("../../shaders/matmul_cooperative.wgsl")),
-    FRAGMENTS.len(),
+    TILES_OF_MATRICES.len(),
     |op, context, setting| by_matrices(op, 16, context, setting),
     |_, context, plan| whole_subgroups(16, context, plan),
 )
 .cooperative(Cooperative::BY_16)
-.auto(|op, _| usize::from(product(&matrix_grid(op, 16, FRAGMENTS[0])) < FULL))
+.auto(|op, context| largest_that_fills(op, 16, context))
 .preferred(rounds_as_weights_do);
 
 /// The same with matrices of 8 × 8: Apple's GPUs have these.
 pub(crate) const COOPERATIVE_8: Variant<Matmul> = Variant::<Matmul>::new(
     ("matmul_cooperative_8", include_str!("../../shaders/matmul_cooperative_8.wgsl")),
-    FRAGMENTS.len(),
+    TILES_OF_MATRICES.len(),
     |op, context, setting| by_matrices(op, 8, context, setting),
     |_, context, plan| whole_subgroups(8, context, plan),
 )
 .cooperative(Cooperative::BY_8)
-.auto(|op, _| usize::from(product(&matrix_grid(op, 8, FRAGMENTS[0])) < FULL))
+.auto(|op, context| largest_that_fills(op, 8, context))
 .preferred(rounds_as_weights_do);
 
-/// Matrices along each side of a subgroup's tile; a workgroup has 2 × 2 such tiles.
-const FRAGMENTS: &[u32] = &[4, 2];
+/// A tile of cooperative matrices: `2 · across` subgroups of `fragments · fragments` matrices.
+struct MatrixTile {
+    fragments: u32,
+    across: u32,
+    /// Elements of the sums that are staged at once.
+    tile_k: u32,
+    /// Two: the next ones are staged while these are multiplied.
+    stages: u32,
+}
 
-/// vec4s of `x`, and of `w`, staged per step, whatever the tile.
-const QUADS: u32 = 512;
+/// The largest first. One that the device's workgroup memory does not hold is planned as the first behind it that it holds: of
+/// 16 × 16 the first takes 45 056 bytes, the second 28 672, the fourth 24 576, and the third and the last the 16 384 that WebGPU
+/// grants everywhere.
+const TILES_OF_MATRICES: &[MatrixTile] = &[
+    MatrixTile { fragments: 4, across: 4, tile_k: 16, stages: 2 },
+    MatrixTile { fragments: 4, across: 2, tile_k: 16, stages: 2 },
+    MatrixTile { fragments: 4, across: 2, tile_k: 16, stages: 1 },
+    MatrixTile { fragments: 2, across: 2, tile_k: 32, stages: 2 },
+    MatrixTile { fragments: 2, across: 2, tile_k: 16, stages: 2 },
+];
 
-fn matrix_grid(op: &Matmul, side: u32, fragments: u32) -> [u32; 3] {
-    let tile = 2 * fragments * side;
-    [op.cols.div_ceil(tile), op.rows.div_ceil(tile), op.batch]
+impl MatrixTile {
+    /// Columns and rows, of matrices of `side`.
+    fn extents(&self, side: u32) -> [u32; 2] {
+        [self.across * self.fragments * side, 2 * self.fragments * side]
+    }
+
+    /// Workgroup memory: staged halves with eight behind each row, and a matrix of sums per subgroup.
+    fn bytes(&self, side: u32) -> u32 {
+        let rows: u32 = self.extents(side).iter().sum();
+        2 * self.stages * rows * (self.tile_k + 8) + 4 * 2 * self.across * side * side
+    }
+}
+
+/// The first tile that fills the device, or the smaller one.
+fn largest_that_fills(op: &Matmul, side: u32, context: &PlanContext) -> usize {
+    let fills = |tile: &MatrixTile| tile.fragments == 2 || op.fills(context, tile.extents(side));
+    TILES_OF_MATRICES.iter().position(fills).unwrap_or(0)
 }
 
 fn by_matrices(op: &Matmul, side: u32, context: &PlanContext, setting: usize) -> Result<Draft, String> {
@@ -327,16 +384,18 @@ fn by_matrices(op: &Matmul, side: u32, context: &PlanContext, setting: usize) ->
     if op.storage != Storage::F16 {
         return Err("weights must be stored in f16".to_owned());
     }
-    let fragments = FRAGMENTS[setting];
-    let tile = 2 * fragments * side;
-    let tile_k = QUADS * 4 / tile;
-    let grid = Grid::Tiled { size: [op.cols, op.rows, op.batch], tile: [tile, tile, 1] };
-    let workgroup_size = four_subgroups(context);
+    let holds = |tile: &&MatrixTile| tile.bytes(side) <= context.limits.max_compute_workgroup_storage_size;
+    let held = TILES_OF_MATRICES[setting..].iter().find(holds);
+    let tile = held.unwrap_or(&TILES_OF_MATRICES[setting]);
+    let MatrixTile { fragments, across, tile_k, stages } = *tile;
+    let [cols, rows] = tile.extents(side);
+    let grid = Grid::Tiled { size: [op.cols, op.rows, op.batch], tile: [cols, rows, 1] };
+    let workgroup_size = 2 * across * context.widest_subgroup();
     Ok(Draft::new(workgroup_size, grid)
-        .with([("HAS_BIAS", flag(op.bias))])
-        .with([("WORKGROUP", workgroup_size), ("FRAGMENTS", fragments)])
-        // Staged halves, and a matrix of sums per subgroup.
-        .bytes(2 * 2 * tile * (tile_k + 8) + 4 * 4 * side * side)
+        .with([("HAS_BIAS", flag(op.bias)), ("Y_F16", op.y_storage.constant())])
+        .with([("WORKGROUP", workgroup_size), ("FRAGMENTS", fragments), ("ACROSS", across)])
+        .with([("TILE_K", tile_k), ("STAGES", stages)])
+        .bytes(tile.bytes(side))
         .walks("inner", op.inner, tile_k))
 }
 
@@ -346,12 +405,17 @@ pub(super) fn four_subgroups(context: &PlanContext) -> u32 {
 }
 
 fn whole_subgroups(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
-    let fragments = plan.value("FRAGMENTS");
-    let tile = 2 * fragments * side;
+    let [fragments, across, tile_k, stages] = ["FRAGMENTS", "ACROSS", "TILE_K", "STAGES"].map(|name| plan.value(name));
+    let subgroups = 2 * across * u64::from(context.widest_subgroup());
     hold(&[
         ([2, 4].contains(&fragments), "fragments are unrolled by 2 or 4"),
-        (plan.tile() == [tile, tile, 1], "2 × 2 subgroups have FRAGMENTS × FRAGMENTS matrices each"),
-        (plan.workgroup_size.is_multiple_of(four_subgroups(context)), "a workgroup is four whole subgroups at least"),
+        (
+            plan.tile() == [across * fragments * side, 2 * fragments * side, 1],
+            "2 × ACROSS subgroups have FRAGMENTS × FRAGMENTS matrices each",
+        ),
+        (tile_k.is_multiple_of(16), "a step is whole matrices, and rows of 16 bytes with the eight halves behind them"),
+        ([1, 2].contains(&stages), "there are one or two stages"),
+        (plan.workgroup_size.is_multiple_of(subgroups as u32), "a workgroup is all its subgroups, whole"),
     ])
 }
 
@@ -367,6 +431,7 @@ pub(crate) const GEMV: Variant<Matmul> = {
         ("matmul_gemv", include_str!("../../shaders/matmul_gemv.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
+            op.check_y_f32()?;
             let (workgroup, lanes) = TUNINGS[setting];
             Ok(op
                 .tiled(workgroup, [workgroup / lanes, 4])
@@ -394,6 +459,7 @@ pub(crate) const GEMV_VEC4: Variant<Matmul> = {
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;
+            op.check_y_f32()?;
             let (workgroup, lanes) = TUNINGS[setting];
             Ok(op
                 .tiled(workgroup, [4 * workgroup / lanes, 4])
@@ -428,6 +494,7 @@ pub(crate) const GEMV_SUBGROUP: Variant<Matmul> = {
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;
+            op.check_y_f32()?;
             let workgroup = TUNINGS[setting];
             Ok(op.tiled(workgroup, [4, 4]).with([("WORKGROUP", workgroup)]).bytes(16 * workgroup).walks(
                 "inner",
@@ -454,7 +521,7 @@ pub(crate) const GEMV_SUBGROUP: Variant<Matmul> = {
 };
 
 crate::vary!(Layout { offset, row, inner, batch });
-crate::vary!(Matmul { rows, inner, cols, batch, x, w, y, bias, storage });
+crate::vary!(Matmul { rows, inner, cols, batch, x, w, y, bias, storage, y_storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for Matmul {
@@ -462,12 +529,17 @@ impl crate::sample::Sampled for Matmul {
         let rows = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65];
         let cols = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129];
         let mut all = Vec::new();
-        for (m, n) in rows.iter().flat_map(|&m| cols.map(|n| (m, n))) {
+        // Enough for the larger tiles, last.
+        let large = [(1600, 1600), (4096, 4096)];
+        for (m, n) in rows.iter().flat_map(|&m| cols.map(|n| (m, n))).chain(large) {
             for (storage, bias) in Storage::ALL.into_iter().flat_map(|s| [false, true].map(|bias| (s, bias))) {
                 // Odd lengths, whole loads, and weights that are read across.
                 let of = |inner| Matmul { batch: 3, ..Matmul::linear(m, inner, n, bias, storage) };
                 let across = Layout { offset: 0, row: 1, inner: n, batch: 5 * n };
                 all.extend([of(5), of(24), Matmul { w: across, ..of(5) }]);
+                if n % 2 == 0 {
+                    all.push(Matmul { y_storage: Storage::F16, ..of(24) });
+                }
             }
         }
         all
@@ -475,6 +547,9 @@ impl crate::sample::Sampled for Matmul {
 
     fn counted() -> Vec<(Self, Cost)> {
         // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
-        vec![(Matmul::linear(2, 3, 5, true, Storage::F16), Cost { flops: 60 + 10, bytes: 24 + 30 + 10 + 40 })]
+        let op = Matmul::linear(2, 3, 5, true, Storage::F16);
+        let cost = Cost { flops: 60 + 10, bytes: 24 + 30 + 10 + 40 };
+        // y in f16: 2·5·2.
+        vec![(op, cost), (Matmul { y_storage: Storage::F16, ..op }, Cost { bytes: cost.bytes - 20, ..cost })]
     }
 }

@@ -78,11 +78,28 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             problems.push((format!("apart_{rows}"), apart(rows, storage)));
         }
     }
+    // y in f16, a word of two columns at a time.
+    for storage in Storage::ALL {
+        for (index, (rows, inner, cols)) in
+            [(1, 8, 2), (33, 24, 30), (65, 64, 62), (129, 40, 258)].into_iter().enumerate()
+        {
+            let op = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
+            problems.push((format!("{rows}x{inner}x{cols}/y_f16"), in_halves(op)));
+        }
+        let (op, offset) = (apart(34, storage), 6);
+        let op = matmul::Matmul { cols: 38, y: Layout { offset, ..op.y }, ..op };
+        problems.push(("apart_34/y_f16".to_owned(), in_halves(op)));
+    }
     for (index, (sizes, op)) in problems.iter().enumerate() {
         // Lists share some of their problems.
         if problems[..index].iter().all(|(_, other)| other != op) {
-            product_cases(cases, sizes, *op);
+            product_cases(cases, sizes, *op, 1.0);
         }
+    }
+    // Sums on both sides of the largest half.
+    for storage in Storage::ALL {
+        let op = in_halves(matmul::Matmul::linear(40, 64, 48, true, storage));
+        product_cases(cases, "beyond_40x64x48/y_f16", op, 1e4);
     }
 }
 
@@ -98,6 +115,7 @@ fn absorb(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
         y: Layout { offset: 0, row: n_head * 12, inner: 1, batch: 12 },
         bias: false,
         storage,
+        y_storage: Storage::F32,
     }
 }
 
@@ -112,7 +130,12 @@ fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
         y: Layout { offset: 3, row: n_head * 6, inner: 1, batch: 6 },
         bias: false,
         storage,
+        y_storage: Storage::F32,
     }
+}
+
+fn in_halves(op: matmul::Matmul) -> matmul::Matmul {
+    matmul::Matmul { y_storage: Storage::F16, ..op }
 }
 
 /// Aligned operands with gaps, three matrices each.
@@ -127,34 +150,40 @@ fn apart(rows: u32, storage: Storage) -> matmul::Matmul {
         y: Layout { offset: 3, row: 3 * 40, inner: 1, batch: 40 },
         bias: true,
         storage,
+        y_storage: Storage::F32,
     }
 }
 
 /// `(x, w, bias, rows, inner, cols)` to `y`.
 type Definition = fn(&[f64], &[f64], Option<&[f64]>, usize, usize, usize) -> Vec<f64>;
 
-fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul) {
+/// Values of x are `scale` wide.
+fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul, scale: f32) {
     let bias = if p.bias { "/bias" } else { "" };
     let id = format!("{sizes}/{}{bias}", p.storage.name());
     let (rows, inner, cols) = (p.rows as usize, p.inner as usize, p.cols as usize);
     let end = move |layout: Layout, rows: u32, inner: u32| {
         layout.offset + (rows - 1) * layout.row + (inner - 1) * layout.inner + (p.batch - 1) * layout.batch + 1
     };
-    let tolerance = Tolerance::sums(&[inner]);
+    let halves = p.y_storage == Storage::F16;
+    // WGSL does not say how pack2x16float rounds: a unit in the last place of f16 is 2^-10.
+    let of_halves = if halves { 2f64.powi(-10) } else { 0.0 };
+    let tolerance = Tolerance { relative: Tolerance::sums(&[inner]).relative + of_halves };
+    let words = move |elements: usize| if halves { elements.div_ceil(2) } else { elements };
     each_variant(cases, id, p, tolerance, move |lab, launch| {
         let reference: Definition = if launch.of_halves() { reference::matmul_of_halves } else { reference::matmul };
         let mut random = Random::new(SEED);
-        let x_values = random.values(end(p.x, p.rows, p.inner) as usize, 1.0);
+        let x_values = random.values(end(p.x, p.rows, p.inner) as usize, scale);
         let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
         let x = lab.floats(&x_values)?;
         let (w, w_kept) = lab.stored(&w_values, p.storage)?;
         let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
-        let y = lab.output(end(p.y, p.rows, p.cols) as usize)?;
+        let y = lab.output(words(end(p.y, p.rows, p.cols) as usize))?;
         let args = matmul::Args { x: &x.region, w: &w.region, bias: &bias.region, y: &y.region };
         launch.run(lab, args)?;
         let got = lab.read(&y)?;
         // Nothing else was written: neither before the offset nor between the rows.
-        let elements = [f64::from(p.batch) * (rows * cols) as f64];
+        let elements = [f64::from(p.batch) * words(rows * cols) as f64];
         let written = View::all(Reading::Written, got.words.len());
         let count = lab.compare_views(&[(&got, written)], &elements, Tolerance::EXACT);
         std::iter::once(Ok(count))
@@ -166,9 +195,12 @@ fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul) {
                 let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
                 let w = pick(&w_kept, p.w, p.cols, p.inner);
                 let bias = p.bias.then_some(&bias_kept[..]);
-                let expected = reference(&x, &w, bias, rows, inner, cols);
+                let mut expected = reference(&x, &w, bias, rows, inner, cols);
+                if halves {
+                    expected.iter_mut().for_each(|sum| *sum = sum.clamp(-65504.0, 65504.0));
+                }
                 let y = View {
-                    reading: Reading::F32,
+                    reading: if halves { Reading::F16 } else { Reading::F32 },
                     first: (p.y.offset + b * p.y.batch) as usize,
                     counts: [rows, cols],
                     strides: [p.y.row as usize, p.y.inner as usize],
