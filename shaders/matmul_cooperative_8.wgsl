@@ -1,4 +1,4 @@
-// Matrix product by cooperative matrices of 8 × 8: f16 weights, x rounded to f16, sums in f32.
+// Matrix product by cooperative matrices of 8 × 8: f16 weights, x rounded to f16 unless it is, sums in f32.
 //
 //   y[b, m, n] = Σ_k f16(x[b, m, k]) · w[b, n, k] + bias[n]
 //
@@ -17,6 +17,7 @@ enable f16;
 enable wgpu_cooperative_matrix;
 
 override HAS_BIAS: u32 = 0u;
+override X_F16: u32 = 0u;
 override Y_F16: u32 = 0u;
 override WORKGROUP: u32 = 128u;                  // 2 × ACROSS subgroups or more
 override FRAGMENTS: u32 = 4u;                    // matrices along each side of a subgroup's part: 4 or 2
@@ -27,7 +28,7 @@ override TEAMS: u32 = 2u * ACROSS;
 override TILE_M: u32 = 2u * FRAGMENTS * SIDE;
 override TILE_N: u32 = ACROSS * FRAGMENTS * SIDE;
 // 16-byte loads that make a step of x, and of w.
-override X_ROW: u32 = TILE_K / 4u;
+override X_ROW: u32 = (TILE_K / 4u) >> X_F16;
 override W_ROW: u32 = TILE_K / 8u;
 override X_LOADS: u32 = TILE_M * X_ROW;
 override W_LOADS: u32 = TILE_N * W_ROW;
@@ -70,7 +71,7 @@ struct Halves {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;     // (x_offset + b·x_batch + m·x_row + k) / 4
+@group(0) @binding(1) var<storage, read> x: array<vec4<u32>>;     // (x_offset + b·x_batch + m·x_row + k) / 4, f16: / 8
 @group(0) @binding(2) var<storage, read> w: array<vec4<f16>>;     // (w_offset + b·w_batch + n·w_col + k) / 4
 @group(0) @binding(3) var<storage, read> bias: array<f16>;        // [cols]
 @group(0) @binding(4) var<storage, read_write> y: array<u32>;     // y_offset + b·y_batch + m·y_row + n, f16: / 2
@@ -94,12 +95,12 @@ fn pack(a: f32, b: f32) -> u32 {
 }
 
 // Load e of a step of x, which begins at k0; 0 past the last k. Matrix rows past the last repeat it.
-fn x_load(e: u32, m0: u32, k0: u32, base: u32) -> vec4<f32> {
-    let k = k0 + e % X_ROW * 4u;
+fn x_load(e: u32, m0: u32, k0: u32, base: u32) -> vec4<u32> {
+    let k = k0 + e % X_ROW * (TILE_K / X_ROW);
     if (e < X_LOADS && k < params.inner) {
-        return x[(base + min(m0 + e / X_ROW, params.rows - 1u) * params.x_row + k) / 4u];
+        return x[(base + min(m0 + e / X_ROW, params.rows - 1u) * params.x_row + k) / (TILE_K / X_ROW)];
     }
-    return vec4<f32>(0.0);
+    return vec4<u32>();
 }
 
 // Of w, likewise.
@@ -112,15 +113,24 @@ fn w_load(e: u32, n0: u32, k0: u32, base: u32) -> Halves {
     return Halves(vec4<f16>(), vec4<f16>());
 }
 
+// Stages four of x, half by half.
+fn stage_four_apart(at: u32, four: vec4<f16>) {
+    sh_x[at] = four.x;
+    sh_x[at + 1u] = four.y;
+    sh_x[at + 2u] = four.z;
+    sh_x[at + 3u] = four.w;
+}
+
 // Stages load e of both, half by half.
-fn stage_x_apart(e: u32, stage: u32, load: vec4<f32>) {
+fn stage_x_apart(e: u32, stage: u32, load: vec4<u32>) {
     if (e < X_LOADS) {
-        let at = stage * X_STAGE + e / X_ROW * PITCH + e % X_ROW * 4u;
-        let four = vec4<f16>(load);
-        sh_x[at] = four.x;
-        sh_x[at + 1u] = four.y;
-        sh_x[at + 2u] = four.z;
-        sh_x[at + 3u] = four.w;
+        let at = stage * X_STAGE + e / X_ROW * PITCH + e % X_ROW * (TILE_K / X_ROW);
+        if (X_F16 == 1u) {
+            stage_four_apart(at, vec4<f16>(vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y))));
+            stage_four_apart(at + 4u, vec4<f16>(vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w))));
+        } else {
+            stage_four_apart(at, vec4<f16>(bitcast<vec4<f32>>(load)));
+        }
     }
 }
 

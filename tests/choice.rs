@@ -127,8 +127,10 @@ fn products_of_f32_fill_the_device() {
 fn products_in_halves_have_a_shader_on_every_device() {
     for class in AdapterClass::ALL {
         for (rows, storage) in [1, 8, 40].into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage))) {
-            let op = Matmul { y_storage: Storage::F16, ..Matmul::linear(rows, 16, 64, false, storage) };
-            assert_eq!(chosen(&op, &context(class, SUBGROUP, 8)), "matmul_vec4");
+            let op = Matmul::linear(rows, 16, 64, false, storage);
+            for op in [Matmul { x_storage: Storage::F16, ..op }, Matmul { y_storage: Storage::F16, ..op }] {
+                assert_eq!(chosen(&op, &context(class, SUBGROUP, 8)), "matmul_vec4");
+            }
         }
     }
 }

@@ -387,16 +387,21 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     // Results in halves.
     let halves = Matmul { y_storage: Storage::F16, ..Matmul::linear(8, 8, 8, false, f32) };
     for name in ["matmul", "matmul_subgroup", "matmul_gemv", "matmul_gemv_vec4", "matmul_gemv_subgroup"] {
-        assert_eq!(refusal(name, halves), "y must be stored in f32");
+        for op in [halves, Matmul { x_storage: Storage::F16, y_storage: f32, ..halves }] {
+            assert_eq!(refusal(name, op), "x and y must be stored in f32");
+        }
     }
     for odd in [
         Matmul { cols: 7, ..halves },
         Matmul { y: Layout { offset: 1, ..halves.y }, ..halves },
         Matmul { y: Layout { row: 9, ..halves.y }, ..halves },
         Matmul { y: Layout { batch: 3, ..halves.y }, ..halves },
-        Matmul { x: Layout { row: 9, ..halves.x }, ..halves },
     ] {
-        assert!(refusal("matmul_vec4", odd).starts_with("y in f16: its rows must be whole words"));
+        assert_eq!(refusal("matmul_vec4", odd), "rows of y in f16 must be whole words");
+    }
+    for x in [Layout { row: 9, ..halves.x }, Layout { offset: 4, ..halves.x }] {
+        let odd = Matmul { x, x_storage: Storage::F16, ..halves };
+        assert!(refusal("matmul_vec4", odd).starts_with("rows of x and w must be whole 16-byte loads"));
     }
     for name in ["matmul_cooperative", "matmul_cooperative_8"] {
         assert_eq!(refusal(name, Matmul::linear(32, 8, 8, false, f32)), "weights must be stored in f16");

@@ -4,7 +4,7 @@ use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::cost::{Cost, times, when};
 use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, flag};
-use crate::storage::{Storage, product, words};
+use crate::storage::{Storage, product};
 
 crate::params! {
     /// Uniform parameters, as in the shaders.
@@ -20,7 +20,7 @@ crate::params! {
 crate::args! {
     /// Buffers of one dispatch; shapes and strides as in [`Matmul`].
     pub struct Args {
-        /// f32.
+        /// In `x_storage`.
         x: Read,
         /// Weights in `storage`.
         w: Read,
@@ -85,6 +85,8 @@ pub struct Matmul {
     pub bias: bool,
     /// Storage of `w` and `bias`.
     pub storage: Storage,
+    /// Storage of `x`.
+    pub x_storage: Storage,
     /// Storage of `y`. Sums are f32; in f16, finite ones beyond ±65 504 become the largest half, infinities and NaN stay, and
     /// the variants that read 16 bytes at a time write it in whole words.
     pub y_storage: Storage,
@@ -109,6 +111,7 @@ impl Matmul {
             y: Layout::dense(cols),
             bias,
             storage,
+            x_storage: Storage::F32,
             y_storage: Storage::F32,
         }
     }
@@ -122,7 +125,7 @@ impl Matmul {
                     .all(|step| step.is_multiple_of(elements))
         };
         // With no inner element, a binding would be smaller than one load.
-        self.inner > 0 && whole(self.x, 4) && whole(self.w, 16 / self.storage.bytes() as u32)
+        self.inner > 0 && whole(self.x, self.x_storage.of_load()) && whole(self.w, self.storage.of_load())
     }
 
     fn check_vec4(&self) -> Result<(), String> {
@@ -132,9 +135,9 @@ impl Matmul {
         Ok(())
     }
 
-    fn check_y_f32(&self) -> Result<(), String> {
-        if self.y_storage != Storage::F32 {
-            return Err("y must be stored in f32".to_owned());
+    fn check_f32(&self) -> Result<(), String> {
+        if [self.x_storage, self.y_storage] != [Storage::F32; 2] {
+            return Err("x and y must be stored in f32".to_owned());
         }
         Ok(())
     }
@@ -167,9 +170,12 @@ impl Op for Matmul {
         if self.x.inner != 1 || self.y.inner != 1 {
             return Err("rows of x and y must be contiguous (inner stride 1)".to_owned());
         }
+        if [self.x_storage, self.y_storage].contains(&Storage::F16) {
+            self.check_vec4()?;
+        }
         let of_y = [self.cols, self.y.offset, self.y.row, self.y.batch];
-        if self.y_storage == Storage::F16 && !(self.in_vec4() && of_y.iter().all(|step| step.is_multiple_of(2))) {
-            return Err("y in f16: its rows must be whole words, those of x and w whole 16-byte loads".to_owned());
+        if self.y_storage == Storage::F16 && !of_y.iter().all(|step| step.is_multiple_of(2)) {
+            return Err("rows of y in f16 must be whole words".to_owned());
         }
         Ok(())
     }
@@ -198,7 +204,7 @@ impl Op for Matmul {
 
     fn bytes(&self) -> Args<u64> {
         Args {
-            x: words(self.x.end(self.rows, self.inner, self.batch)),
+            x: self.x_storage.sized(self.x.end(self.rows, self.inner, self.batch)),
             w: self.storage.sized(self.w.end(self.cols, self.inner, self.batch)),
             bias: self.storage.sized(if self.bias { self.cols.into() } else { 0 }),
             y: self.y_storage.sized(self.y.end(self.rows, self.cols, self.batch)),
@@ -206,13 +212,13 @@ impl Op for Matmul {
     }
 
     fn cost(&self) -> Cost {
-        let Matmul { rows, inner, cols, batch, bias, storage, y_storage, .. } = *self;
+        let Matmul { rows, inner, cols, batch, bias, storage, x_storage, y_storage, .. } = *self;
         // A stride of 0: every product of the batch reads the same operand.
         let matrices = |layout: Layout| if layout.batch == 0 { batch.min(1) } else { batch };
         Cost::of(
             &[times(2, &[rows, inner, cols, batch]), when(bias, times(1, &[rows, cols, batch]))],
             &[
-                times(4, &[rows, inner, matrices(self.x)]),
+                times(x_storage.bytes(), &[rows, inner, matrices(self.x)]),
                 times(storage.bytes(), &[cols, inner, matrices(self.w)]),
                 when(bias, times(storage.bytes(), &[cols])),
                 times(y_storage.bytes(), &[rows, cols, batch]),
@@ -228,7 +234,7 @@ pub(crate) const TILES: Variant<Matmul> = {
         ("matmul", include_str!("../../shaders/matmul.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
-            op.check_y_f32()?;
+            op.check_f32()?;
             let (wg_x, wg_y, tile_k) = TUNINGS[setting];
             Ok(op
                 .tiled(wg_x * wg_y, [wg_x * 4, wg_y * 4])
@@ -258,7 +264,7 @@ pub(crate) const VEC4: Variant<Matmul> = {
             let (wg_x, wg_y, parts, tile_k) = TUNINGS[setting];
             Ok(op
                 .tiled(wg_x * wg_y * parts, [8 * wg_x, 8 * wg_y])
-                .with([("Y_F16", op.y_storage.constant())])
+                .with([("X_F16", op.x_storage.constant()), ("Y_F16", op.y_storage.constant())])
                 .with([("WG_X", wg_x), ("WG_Y", wg_y), ("PARTS", parts), ("TILE_K", tile_k)])
                 .bytes(4 * tile_k * (8 * wg_x + 8 * wg_y))
                 .walks("inner", op.inner, tile_k))
@@ -296,7 +302,7 @@ pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
     1,
     |op, context, _| {
         op.check_vec4()?;
-        op.check_y_f32()?;
+        op.check_f32()?;
         // Rows of y along the grid's x: neighbouring workgroups read the same weights. Eight rows and 32 columns each.
         let grid = Grid::Tiled { size: [op.rows, op.cols, op.batch], tile: [8, 32, 1] };
         Ok(Draft { grid, ..op.tiled(8, [8, 32]) }
@@ -316,7 +322,7 @@ pub(crate) const SUBGROUP: Variant<Matmul> = Variant::<Matmul>::new(
 
 /// Many rows by cooperative matrices of 16 × 16, f16 weights and f32 sums.
 ///
-/// `x` is rounded to f16 first, so this needs f16 weights, whose rounding is as coarse. Values of `x` beyond ±65 504 become
+/// `x` is rounded to f16 where it is f32, so this needs f16 weights, whose rounding is as coarse. Values of `x` beyond ±65 504 become
 /// infinite, as in any f16.
 pub(crate) const COOPERATIVE: Variant<Matmul> = Variant::<Matmul>::new(
     ("matmul_cooperative", include_str!("../../shaders/matmul_cooperative.wgsl")),
@@ -392,7 +398,8 @@ fn by_matrices(op: &Matmul, side: u32, context: &PlanContext, setting: usize) ->
     let grid = Grid::Tiled { size: [op.cols, op.rows, op.batch], tile: [cols, rows, 1] };
     let workgroup_size = 2 * across * context.widest_subgroup();
     Ok(Draft::new(workgroup_size, grid)
-        .with([("HAS_BIAS", flag(op.bias)), ("Y_F16", op.y_storage.constant())])
+        .with([("HAS_BIAS", flag(op.bias))])
+        .with([("X_F16", op.x_storage.constant()), ("Y_F16", op.y_storage.constant())])
         .with([("WORKGROUP", workgroup_size), ("FRAGMENTS", fragments), ("ACROSS", across)])
         .with([("TILE_K", tile_k), ("STAGES", stages)])
         .bytes(tile.bytes(side))
@@ -431,7 +438,7 @@ pub(crate) const GEMV: Variant<Matmul> = {
         ("matmul_gemv", include_str!("../../shaders/matmul_gemv.wgsl")),
         TUNINGS.len(),
         |op, _, setting| {
-            op.check_y_f32()?;
+            op.check_f32()?;
             let (workgroup, lanes) = TUNINGS[setting];
             Ok(op
                 .tiled(workgroup, [workgroup / lanes, 4])
@@ -459,7 +466,7 @@ pub(crate) const GEMV_VEC4: Variant<Matmul> = {
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;
-            op.check_y_f32()?;
+            op.check_f32()?;
             let (workgroup, lanes) = TUNINGS[setting];
             Ok(op
                 .tiled(workgroup, [4 * workgroup / lanes, 4])
@@ -494,7 +501,7 @@ pub(crate) const GEMV_SUBGROUP: Variant<Matmul> = {
         TUNINGS.len(),
         |op, _, setting| {
             op.check_vec4()?;
-            op.check_y_f32()?;
+            op.check_f32()?;
             let workgroup = TUNINGS[setting];
             Ok(op.tiled(workgroup, [4, 4]).with([("WORKGROUP", workgroup)]).bytes(16 * workgroup).walks(
                 "inner",
@@ -521,7 +528,7 @@ pub(crate) const GEMV_SUBGROUP: Variant<Matmul> = {
 };
 
 crate::vary!(Layout { offset, row, inner, batch });
-crate::vary!(Matmul { rows, inner, cols, batch, x, w, y, bias, storage, y_storage });
+crate::vary!(Matmul { rows, inner, cols, batch, x, w, y, bias, storage, x_storage, y_storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for Matmul {
@@ -537,8 +544,10 @@ impl crate::sample::Sampled for Matmul {
                 let of = |inner| Matmul { batch: 3, ..Matmul::linear(m, inner, n, bias, storage) };
                 let across = Layout { offset: 0, row: 1, inner: n, batch: 5 * n };
                 all.extend([of(5), of(24), Matmul { w: across, ..of(5) }]);
+                all.push(Matmul { x_storage: Storage::F16, ..of(24) });
                 if n % 2 == 0 {
                     all.push(Matmul { y_storage: Storage::F16, ..of(24) });
+                    all.push(Matmul { x_storage: Storage::F16, y_storage: Storage::F16, ..of(24) });
                 }
             }
         }
@@ -549,7 +558,11 @@ impl crate::sample::Sampled for Matmul {
         // 2·3·5 multiply-adds and 2·5 additions. x 2·3·4, w 5·3·2, bias 5·2, y 2·5·4.
         let op = Matmul::linear(2, 3, 5, true, Storage::F16);
         let cost = Cost { flops: 60 + 10, bytes: 24 + 30 + 10 + 40 };
-        // y in f16: 2·5·2.
-        vec![(op, cost), (Matmul { y_storage: Storage::F16, ..op }, Cost { bytes: cost.bytes - 20, ..cost })]
+        // x in f16: 2·3·2, y: 2·5·2.
+        vec![
+            (op, cost),
+            (Matmul { x_storage: Storage::F16, ..op }, Cost { bytes: cost.bytes - 12, ..cost }),
+            (Matmul { y_storage: Storage::F16, ..op }, Cost { bytes: cost.bytes - 20, ..cost }),
+        ]
     }
 }

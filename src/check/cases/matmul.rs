@@ -1,6 +1,6 @@
 //! Cases of `matmul`: tails of every tile, the layouts of the absorbed path, and operands with gaps.
 
-use super::{SEED, each_variant, widen};
+use super::{SEED, each_variant};
 use crate::check::Case;
 use crate::check::compare::Tolerance;
 use crate::check::view::{Reading, View};
@@ -78,17 +78,21 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             problems.push((format!("apart_{rows}"), apart(rows, storage)));
         }
     }
-    // y in f16, a word of two columns at a time.
+    // x and y in f16; y a word of two columns at a time.
     for storage in Storage::ALL {
         for (index, (rows, inner, cols)) in
             [(1, 8, 2), (33, 24, 30), (65, 64, 62), (129, 40, 258)].into_iter().enumerate()
         {
             let op = matmul::Matmul::linear(rows, inner, cols, index % 2 == 1, storage);
             problems.push((format!("{rows}x{inner}x{cols}/y_f16"), in_halves(op)));
+            let both = matmul::Matmul { x_storage: Storage::F16, ..in_halves(op) };
+            problems.push((format!("{rows}x{inner}x{cols}/x_f16/y_f16"), both));
         }
         let (op, offset) = (apart(34, storage), 6);
         let op = matmul::Matmul { cols: 38, y: Layout { offset, ..op.y }, ..op };
         problems.push(("apart_34/y_f16".to_owned(), in_halves(op)));
+        let x = Layout { offset: 8, row: 3 * 40, batch: 40, ..op.x };
+        problems.push(("apart_34/x_f16".to_owned(), matmul::Matmul { x, x_storage: Storage::F16, ..op }));
     }
     for (index, (sizes, op)) in problems.iter().enumerate() {
         // Lists share some of their problems.
@@ -115,6 +119,7 @@ fn absorb(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
         y: Layout { offset: 0, row: n_head * 12, inner: 1, batch: 12 },
         bias: false,
         storage,
+        x_storage: Storage::F32,
         y_storage: Storage::F32,
     }
 }
@@ -130,6 +135,7 @@ fn fold(rows: u32, n_head: u32, storage: Storage) -> matmul::Matmul {
         y: Layout { offset: 3, row: n_head * 6, inner: 1, batch: 6 },
         bias: false,
         storage,
+        x_storage: Storage::F32,
         y_storage: Storage::F32,
     }
 }
@@ -150,6 +156,7 @@ fn apart(rows: u32, storage: Storage) -> matmul::Matmul {
         y: Layout { offset: 3, row: 3 * 40, inner: 1, batch: 40 },
         bias: true,
         storage,
+        x_storage: Storage::F32,
         y_storage: Storage::F32,
     }
 }
@@ -175,7 +182,7 @@ fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul, scale: f
         let mut random = Random::new(SEED);
         let x_values = random.values(end(p.x, p.rows, p.inner) as usize, scale);
         let w_values = random.values(end(p.w, p.cols, p.inner) as usize, 1.0);
-        let x = lab.floats(&x_values)?;
+        let (x, x_kept) = lab.stored(&x_values, p.x_storage)?;
         let (w, w_kept) = lab.stored(&w_values, p.storage)?;
         let (bias, bias_kept) = lab.stored(&random.values(cols, 1.0), p.storage)?;
         let y = lab.output(words(end(p.y, p.rows, p.cols) as usize))?;
@@ -192,7 +199,7 @@ fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul, scale: f
                     let at = |m, k| layout.offset + b * layout.batch + m * layout.row + k * layout.inner;
                     (0..rows).flat_map(|m| (0..inner).map(move |k| at(m, k))).map(|i| values[i as usize]).collect()
                 };
-                let x = pick(&widen(&x_values), p.x, p.rows, p.inner);
+                let x = pick(&x_kept, p.x, p.rows, p.inner);
                 let w = pick(&w_kept, p.w, p.cols, p.inner);
                 let bias = p.bias.then_some(&bias_kept[..]);
                 let mut expected = reference(&x, &w, bias, rows, inner, cols);
