@@ -85,10 +85,10 @@ pub struct Matmul {
     pub bias: bool,
     /// Storage of `w` and `bias`.
     pub storage: Storage,
-    /// Storage of `x`.
+    /// Storage of `x`. In f16, rows of `x` and `w` must be whole 16-byte loads ([`Matmul::in_vec4`]).
     pub x_storage: Storage,
-    /// Storage of `y`. Sums are f32; in f16, finite ones beyond ±65 504 become the largest half, infinities and NaN stay, and
-    /// the variants that read 16 bytes at a time write it in whole words.
+    /// Storage of `y`. In f16, so must they, and rows of `y` whole words. Sums are f32: as halves, finite ones beyond ±65 504 become
+    /// the largest half with their sign; infinities and NaN stay.
     pub y_storage: Storage,
 }
 
