@@ -907,14 +907,25 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
         names.into_iter().map(str::to_owned).collect()
     };
     println!("cooperative matrices: {offered:?}");
-    // Decode takes matrices for more than four heads.
-    let config = AttentionConfig { n_head: 5, d_latent: 24, d_nope: 16, d_rope: 8, d_value: 16, ..mla() };
-    let weights = attention_weights(&config, true, 1).unwrap();
-    let layer = Layer::new(config.clone(), &weights);
+    // Decode takes matrices for more than four heads; by groups where they fit workgroup memory.
+    let whole = |config| AttentionConfig { n_head: 5, d_latent: 24, d_nope: 16, d_rope: 8, d_value: 16, ..config };
+    let grouped = AttentionConfig { d_latent: 32, ..whole(gated(GateSite::UpProjected)) };
+    let held = kernels.context().limits.max_compute_workgroup_storage_size >= 32 << 10;
+    let by_groups: &[&str] = if offered.by_8 || held { &["attention_grouped"] } else { &[] };
     let (tokens, decoded) = (71, 2);
     let all = Random::new(5).values((tokens + decoded) * HIDDEN, 1.0);
     let (hidden, further) = all.split_at(tokens * HIDDEN);
-    for (storage, limit) in [(Storage::F32, F32_LIMIT), (Storage::F16, F16_LIMIT)] {
+    let ids: Vec<u32> =
+        (0..(tokens + decoded) as u32).map(|token| if token % 2 == 0 { 3 } else { token % 17 }).collect();
+    let layers = [(whole(mla()), &["attention_absorbed"][..]), (grouped, by_groups)];
+    let stores = [(Storage::F32, F32_LIMIT), (Storage::F16, F16_LIMIT)];
+    for ((config, decodes), (storage, limit)) in
+        layers.into_iter().flat_map(|layer| stores.map(|store| (layer.clone(), store)))
+    {
+        let weights = attention_weights(&config, true, 1).unwrap();
+        let layer = Layer::new(config.clone(), &weights);
+        let ids = if config.gate.is_some() { &ids[..] } else { &[] };
+        let of = |range: std::ops::Range<usize>| config.gate.is_some().then(|| &ids[range]);
         let attention = Attention::new(&kernels, &config, &weights, stored(storage)).unwrap();
         for broken in [None, Some(37)] {
             let decode_path = DecodePath::Absorbed;
@@ -929,7 +940,7 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
             let out = Region::from(&kernels.allocate("out", 4 * hidden.len() as u64).unwrap());
             let mut recording = Recording::new(&kernels);
             let counts = [tokens as u32];
-            let new = Tokens { counts: &counts, ids: None, hidden: input, out: out.clone() };
+            let new = Tokens { counts: &counts, ids: of(0..tokens), hidden: input, out: out.clone() };
             attention.prefill(&mut recording, &mut cache, new).unwrap();
             assert_eq!(used(&recording), named(&["attention_prefill", "matmul"], storage), "{storage:?}");
             readback::submit(&mut recording).unwrap();
@@ -937,21 +948,24 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
             let whole = broken.unwrap_or(tokens) * HIDDEN;
             let wide: Vec<f64> = hidden[..whole].iter().map(|&value| value.into()).collect();
             let mut history = History::default();
-            let reference = layer.forward(&wide, &[], &mut history);
+            let known = if ids.is_empty() { ids } else { &ids[..whole / HIDDEN] };
+            let reference = layer.forward(&wide, known, &mut history);
             compare(&got[..whole], &reference, Tolerance { relative: limit }).verdict.unwrap();
             assert!(got[whole..].iter().all(|value| value.is_nan()), "{storage:?}");
 
             let input = Region::from(&kernels.upload("further", bytemuck::cast_slice(further)).unwrap());
-            let new = Tokens { counts: &[decoded as u32], ids: None, hidden: input, out: out.clone() };
+            let new = Tokens { counts: &[decoded as u32], ids: of(tokens..ids.len()), hidden: input, out: out.clone() };
             let mut recording = Recording::new(&kernels);
             attention.decode(&mut recording, &mut cache, new).unwrap();
-            assert_eq!(used(&recording), named(&["attention_absorbed"], storage), "{storage:?}");
+            assert_eq!(used(&recording), named(decodes, storage), "{storage:?}");
             readback::submit(&mut recording).unwrap();
             let got = readback::wait(readback::read_f32(&kernels, &[&out])).unwrap().remove(0);
             let got = &got[..decoded * HIDDEN];
             if broken.is_none() {
                 let wide: Vec<f64> = further.iter().map(|&value| value.into()).collect();
-                compare(got, &layer.forward(&wide, &[], &mut history), Tolerance { relative: limit }).verdict.unwrap();
+                let known = if ids.is_empty() { ids } else { &ids[tokens..] };
+                let expected = layer.forward(&wide, known, &mut history);
+                compare(got, &expected, Tolerance { relative: limit }).verdict.unwrap();
             } else {
                 assert!(got.iter().all(|value| value.is_nan()), "{storage:?}");
             }

@@ -6,12 +6,15 @@ use std::collections::BTreeMap;
 
 use egmla::attention::cost::{DecodeWork, decode_time, faster_path};
 use egmla::bench::paper_120m;
+use egmla::low_level::kernels::attention_grouped::{Tiling, Widths};
 use egmla::low_level::kernels::attention_prefill::{QUERY_TILES, tile_q};
 use egmla::low_level::kernels::matmul::Layout;
 use egmla::low_level::kernels::{
-    AttentionAbsorbed, AttentionDecode, AttentionPrefill, Matmul, RooflineCooperative, shaders,
+    AttentionAbsorbed, AttentionDecode, AttentionGrouped, AttentionPrefill, Matmul, RooflineCooperative, shaders,
 };
-use egmla::low_level::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, Op, PlanContext, Tuning, Tunings, choose};
+use egmla::low_level::{
+    AdapterClass, COOPERATIVE_FEATURES, Cooperative, Op, PlanContext, Sampled, Tuning, Tunings, choose,
+};
 use egmla::{DecodePath, Storage, wgpu};
 
 const NONE: wgpu::Features = wgpu::Features::empty();
@@ -229,6 +232,48 @@ fn cooperative_matrices_decode_halves_of_many_heads_where_workgroup_memory_holds
         assert_eq!(of(class, Cooperative::NONE, 48 << 10, halves).0, "attention_absorbed_stream");
     }
     assert_eq!(of(AdapterClass::Software, both, 48 << 10, halves).0, "attention_absorbed_subgroup");
+}
+
+#[test]
+fn cooperative_matrices_decode_halves_by_groups_where_workgroup_memory_holds_them() {
+    let paper = Widths { d_latent: 64, d_nope: 64, d_rope: 64, d_value: 64 };
+    let halves = AttentionGrouped {
+        n_head: 12,
+        widths: paper,
+        tiling: Tiling { groups: 8, span: 1 },
+        storage: Storage::F16,
+        cache_storage: Storage::F16,
+        ..AttentionGrouped::samples()[0]
+    };
+    let of = |class, cooperative, workgroup_bytes, op: AttentionGrouped| {
+        let mut context =
+            PlanContext { features: COOPERATIVE_FEATURES, cooperative, ..PlanContext::webgpu_defaults(class) };
+        context.limits.max_compute_workgroup_storage_size = workgroup_bytes;
+        (context.subgroup_min_size, context.subgroup_max_size) = (32, 32);
+        chosen(&op, &context)
+    };
+    let both = Cooperative { by_16: true, by_8: true };
+    for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
+        assert_eq!(of(class, both, 48 << 10, halves), "attention_grouped_cooperative");
+        assert_eq!(of(class, both, 32 << 10, halves), "attention_grouped_cooperative_8");
+        assert_eq!(of(class, Cooperative::BY_8, 32 << 10, halves), "attention_grouped_cooperative_8");
+        assert_eq!(of(class, Cooperative::BY_16, 32 << 10, halves), "attention_grouped_subgroup");
+        // Rows of 24 halves are three matrices of 8 × 8, and none of 16 × 16.
+        let odd = AttentionGrouped { widths: Widths { d_latent: 20, ..paper }, ..halves };
+        assert_eq!(of(class, both, 48 << 10, odd), "attention_grouped_cooperative_8");
+        let wide = AttentionGrouped { widths: Widths { d_nope: 128, ..paper }, ..halves };
+        assert_eq!(of(class, both, 48 << 10, wide), "attention_grouped_cooperative_8");
+        for other in [
+            AttentionGrouped { storage: Storage::F32, ..halves },
+            AttentionGrouped { cache_storage: Storage::F32, ..halves },
+            AttentionGrouped { tiling: Tiling { groups: 8, span: 2 }, ..halves },
+        ] {
+            assert_eq!(of(class, both, 48 << 10, other), "attention_grouped_subgroup", "{other:?}");
+        }
+        assert_eq!(of(class, Cooperative::NONE, 48 << 10, halves), "attention_grouped_subgroup");
+        assert_eq!(of(class, both, 16 << 10, halves), "attention_grouped_subgroup");
+    }
+    assert_eq!(of(AdapterClass::Software, both, 48 << 10, halves), "attention_grouped_subgroup");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::adapter::{AdapterClass, PlanContext};
+use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::config::{Activation, GateNorm};
 use crate::cost::{Cost, times};
 use crate::error::{Error, Result};
@@ -286,20 +286,24 @@ impl AttentionGrouped {
         self.n_head * (self.widths.d_nope + self.widths.d_value)
     }
 
-    /// A draft with `heads` heads per workgroup and `lanes` invocations per head, entries folded into y and z.
+    /// A draft with `heads` heads per workgroup and `lanes` invocations per head.
     fn draft(&self, heads: u32, lanes: u32) -> Draft {
-        let x = self.n_head.div_ceil(heads).saturating_mul(self.most_tokens);
-        Draft::new(heads * lanes, Grid::Columns { x, rows: self.entries })
-            .with([
-                ("CACHE_F16", self.cache_storage.constant()),
-                ("STORAGE_F16", self.storage.constant()),
-                ("GATES_F16", self.gates_storage.constant()),
-                ("MORE_F16", self.more_storage.constant()),
-                ("SOURCES", sources(self.resident, self.more)),
-                ("ACTIVATION", f64::from(self.activation as u32)),
-                ("NORM", f64::from(self.norm as u32)),
-            ])
+        self.draft_of(heads * lanes, heads)
+            .with([("CACHE_F16", self.cache_storage.constant())])
             .with([("HEADS", heads), ("SPAN", self.tiling.span)])
+    }
+
+    /// A draft with `heads` heads per workgroup, entries folded into y and z.
+    fn draft_of(&self, workgroup_size: u32, heads: u32) -> Draft {
+        let x = self.n_head.div_ceil(heads).saturating_mul(self.most_tokens);
+        Draft::new(workgroup_size, Grid::Columns { x, rows: self.entries }).with([
+            ("STORAGE_F16", self.storage.constant()),
+            ("GATES_F16", self.gates_storage.constant()),
+            ("MORE_F16", self.more_storage.constant()),
+            ("SOURCES", sources(self.resident, self.more)),
+            ("ACTIVATION", f64::from(self.activation as u32)),
+            ("NORM", f64::from(self.norm as u32)),
+        ])
     }
 }
 
@@ -317,7 +321,7 @@ impl Op for AttentionGrouped {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
     const NAME: &'static str = "attention_grouped";
-    const VARIANTS: &'static [Variant<Self>] = &[SUBGROUP, WORKGROUP];
+    const VARIANTS: &'static [Variant<Self>] = &[COOPERATIVE, COOPERATIVE_8, SUBGROUP, WORKGROUP];
 
     fn widths(&self) -> [(&'static str, u32); 4] {
         let Widths { d_latent, d_nope, d_rope, d_value } = self.widths;
@@ -547,6 +551,87 @@ pub(crate) const SUBGROUP: Variant<AttentionGrouped> = {
     .preferred(|op, _| op.tiling.groups == SUBGROUP_GROUPS)
 };
 
+/// By cooperative matrices of 16 × 16: for weights and caches of halves, entries of one tile.
+///
+/// Gated and absorbed queries, rotary queries, weights of positions and sums of latents are rounded to f16, each row in units of a
+/// power of two; other sums and the softmax are f32. A score is off by about 2⁻¹¹ of its terms, a sum by 2⁻¹¹ of itself.
+pub(crate) const COOPERATIVE: Variant<AttentionGrouped> = Variant::<AttentionGrouped>::new(
+    ("attention_grouped_cooperative", include_str!("../../shaders/attention_grouped_cooperative.wgsl")),
+    1,
+    |op, context, _| by_matrices(op, 16, context),
+    |_, context, plan| whole_matrices(context, plan),
+)
+.cooperative(Cooperative::BY_16)
+.preferred(|op, context| halves_in_tiles(op, 16, context));
+
+/// The same with matrices of 8 × 8: Apple's GPUs have these.
+pub(crate) const COOPERATIVE_8: Variant<AttentionGrouped> = Variant::<AttentionGrouped>::new(
+    ("attention_grouped_cooperative_8", include_str!("../../shaders/attention_grouped_cooperative_8.wgsl")),
+    1,
+    |op, context, _| by_matrices(op, 8, context),
+    |_, context, plan| whole_matrices(context, plan),
+)
+.cooperative(Cooperative::BY_8)
+.preferred(|op, context| halves_in_tiles(op, 8, context));
+
+/// Places of a workgroup of matrices, and its subgroups.
+const PLACES: u32 = SUBGROUP_GROUPS;
+
+/// Wherever they hold the layer: software gains nothing by matrices.
+fn halves_in_tiles(op: &AttentionGrouped, side: u32, context: &PlanContext) -> bool {
+    check_matrices(op, side).is_ok() && context.class != AdapterClass::Software
+}
+
+/// Refuses what matrices of this side do not hold.
+fn check_matrices(op: &AttentionGrouped, side: u32) -> Result<(), String> {
+    let Widths { d_latent, d_nope, d_rope, d_value } = op.widths;
+    if op.storage != Storage::F16 || op.cache_storage != Storage::F16 {
+        return Err("weights and cache must be stored in f16".to_owned());
+    }
+    let Tiling { groups, span } = op.tiling;
+    if groups != PLACES || span != 1 {
+        return Err(format!("tiles of {groups} groups, {span} of them an entry"));
+    }
+    // Matrices of weights are read where they are: their rows have no columns behind the last matrix.
+    let whole = [op.storage.row_pitch(d_latent), d_nope, d_value].iter().all(|width| width.is_multiple_of(side));
+    let most_nope = 1024 / side;
+    if !whole || d_latent > 64 || d_rope > 64 || d_nope > most_nope {
+        return Err(format!(
+            "d_latent {d_latent}, d_nope {d_nope}, d_rope {d_rope}, d_value {d_value}: latents and rotary keys go up to 64, \
+             contents of queries to {most_nope}, latents and heads are whole blocks of {side}"
+        ));
+    }
+    Ok(())
+}
+
+fn by_matrices(op: &AttentionGrouped, side: u32, context: &PlanContext) -> Result<Draft, String> {
+    check_matrices(op, side)?;
+    let Widths { d_latent, d_nope, d_rope, .. } = op.widths;
+    let [columns, rotary] = [d_latent, d_rope].map(|width| width.div_ceil(side));
+    // Four lanes per gated query at least, eight columns of a matrix row per invocation at most.
+    let workgroup = PLACES * context.widest_subgroup().max(32);
+    let lanes = context.lanes(workgroup / (PLACES * PLACES));
+    let width = (side * columns.max(rotary)).max(d_nope);
+    let (tile, kept) = (PLACES * side * (width + 8), (side + side / 8 - 1) * PLACES * (side * columns + 8));
+    Ok(op
+        .draft_of(workgroup, side)
+        .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMNS", columns), ("ROTARY", rotary), ("WIDTH", width)])
+        // Rows of halves, matrices of sums; what is known of positions, places and heads; 32 bytes more.
+        .bytes(2 * (tile + kept) + 4 * PLACES * side * side + 20 * PLACES * side + 16 * PLACES + 8 * side + 32))
+}
+
+fn whole_matrices(context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    let [workgroup, lanes, columns, rotary, width] =
+        ["WORKGROUP", "LANES", "COLUMNS", "ROTARY", "WIDTH"].map(|name| plan.value(name));
+    hold(&[
+        (workgroup >= 8 * u64::from(context.widest_subgroup()), "a workgroup has a whole subgroup for every place"),
+        (workgroup >= 256 && lanes * 64 <= workgroup, "every gated query and every eight columns have their lanes"),
+        (lanes == u64::from(context.lanes(lanes as u32)), "the lanes of a gated query are of one subgroup"),
+        ((1..=8).contains(&columns) && rotary <= 8, "one to eight matrices of columns are named"),
+        (width.is_multiple_of(8), "staged rows are whole loads"),
+    ])
+}
+
 crate::vary!(Widths { d_latent, d_nope, d_rope, d_value });
 crate::vary!(Tiling { groups, span });
 crate::vary!(AttentionGrouped {
@@ -616,13 +701,15 @@ impl crate::sample::Sampled for AttentionGrouped {
             cache_storage: f16,
             storage: f16,
         };
-        // In workgroup memory from one group per tile to four, then in registers.
+        // In workgroup memory from one group per tile to four, then in registers, then by matrices.
         let shapes = [
             ((64, 64, 64, 64), (4, 2)),
             ((13, 0, 0, 11), (4, 4)),
             ((512, 128, 64, 128), (1, 2)),
             ((57, 0, 62, 128), (8, 1)),
             ((64, 64, 64, 64), (8, 2)),
+            ((20, 0, 0, 8), (8, 1)),
+            ((64, 64, 64, 64), (8, 1)),
         ];
         let mut all = Vec::new();
         for (n_head, (widths, tiling)) in

@@ -57,13 +57,17 @@ pub fn attention_absorbed_of_halves(
     let (mut a, mut q_rope) = (a.to_vec(), q_rope.to_vec());
     for head in 0..a.len() / d_latent.max(1) {
         let (a, q_rope) = (&mut a[head * d_latent..][..d_latent], &mut q_rope[head * d_rope..][..d_rope]);
-        let largest = a.iter().chain(&*q_rope).fold(0f32, |most, value| most.max(value.abs() as f32));
-        // The exponent alone; of numbers below the smallest normal one, that one's.
-        let exponent = (largest.to_bits() & 0x7f80_0000).clamp(0x0080_0000, 0x7e80_0000);
-        let unit = f64::from(f32::from_bits(exponent));
+        let unit = unit_of_halves(a.iter().chain(&*q_rope));
         for value in a.iter_mut().chain(q_rope) {
             *value = half::f16::from_f64(*value / unit).to_f64() * unit;
         }
     }
     attention_absorbed(&a, &q_rope, latent, k_rope, splits, n_head, d_latent, d_rope, scale)
+}
+
+/// The power of two below the largest of some numbers, as f32 knows it; of numbers below its smallest normal one, that one.
+pub(super) fn unit_of_halves<'a>(values: impl Iterator<Item = &'a f64>) -> f64 {
+    let largest = values.fold(0f32, |most, value| most.max(value.abs() as f32));
+    let exponent = (largest.to_bits() & 0x7f80_0000).clamp(0x0080_0000, 0x7e80_0000);
+    f64::from(f32::from_bits(exponent))
 }

@@ -1,5 +1,6 @@
 //! Attention over the latent cache with a gate per token id between latent and key: one absorbed query per id.
 
+use super::attention_absorbed::unit_of_halves;
 use super::attention_prefill::{exponentials, weighted_sum};
 use super::matmul::dot;
 use super::{Heads, Partial};
@@ -35,8 +36,8 @@ pub struct GroupedItem {
 }
 
 /// ```text
-/// a[u] = W_Kᵀ (q_C ⊙ γ_K ⊙ g_K[u])
-/// s_j  = scale · ( ρ_j (a[u(j)] · c_j − μ_j Σ(q_C ⊙ γ_K)) + q_R · k_R_j )
+/// a[u] = W_Kᵀ (scale · q_C ⊙ γ_K ⊙ g_K[u])
+/// s_j  = ρ_j (a[u(j)] · c_j − μ_j · scale · Σ(q_C ⊙ γ_K)) + scale · q_R · k_R_j
 /// S[u] = Σ_{j in u} e^(s_j − max) ρ_j c_j
 /// o    = γ_V ⊙ ( Σ_u g_V[u] ⊙ (W_V S[u]) − Σ_j e^(s_j − max) ρ_j μ_j ) + β_V Σ_j e^(s_j − max)
 /// ```
@@ -49,6 +50,33 @@ pub fn attention_grouped(
     d_latent: usize,
     scale: f64,
 ) -> Partial {
+    attend(input, items, heads, d_latent, scale, |_| {})
+}
+
+/// [`attention_grouped`](attention_grouped()) of queries that are rounded to f16: gated ones, absorbed ones and rotary ones, each in
+/// units of the power of two below its largest element. Weights of positions and sums of latents are not rounded here.
+pub fn attention_grouped_of_halves(
+    input: &Grouped<'_>,
+    items: &[GroupedItem],
+    heads: Heads,
+    d_latent: usize,
+    scale: f64,
+) -> Partial {
+    attend(input, items, heads, d_latent, scale, |row| {
+        let unit = unit_of_halves(row.iter());
+        row.iter_mut().for_each(|value| *value = half::f16::from_f64(*value / unit).to_f64() * unit);
+    })
+}
+
+/// [`attention_grouped`](attention_grouped()) whose queries are `rounded`.
+fn attend(
+    input: &Grouped<'_>,
+    items: &[GroupedItem],
+    heads: Heads,
+    d_latent: usize,
+    scale: f64,
+    rounded: impl Fn(&mut [f64]),
+) -> Partial {
     let d_kv = heads.n_head * heads.d_kv();
     let mut partial = Partial { values: Vec::new(), max: Vec::new(), sum: Vec::new() };
     for GroupedItem { token, groups } in items {
@@ -59,16 +87,21 @@ pub fn attention_grouped(
             let latent = |row: usize| &input.latent[row * d_latent..][..d_latent];
             let query = &input.q[(token * heads.n_head + head) * heads.d_query()..][..heads.d_query()];
             let (q_nope, q_rope) = query.split_at(heads.d_nope);
-            let q_gamma: Vec<f64> = q_nope.iter().zip(&input.gamma[keys.clone()]).map(|(q, gamma)| q * gamma).collect();
+            let gamma = &input.gamma[keys.clone()];
+            let q_gamma: Vec<f64> = q_nope.iter().zip(gamma).map(|(q, gamma)| scale * q * gamma).collect();
+            let mut q_rope = q_rope.to_vec();
+            rounded(&mut q_rope);
             let mut scores = Vec::new();
             for (gate_row, rows) in groups {
                 let gate = &input.gates[gate_row * d_kv..][..d_kv];
-                let gated: Vec<f64> = q_gamma.iter().zip(&gate[keys.clone()]).map(|(q, g)| q * g).collect();
-                let absorbed = weighted_sum(&gated, keys.clone().map(weight_row), d_latent);
+                let mut gated: Vec<f64> = q_gamma.iter().zip(&gate[keys.clone()]).map(|(q, g)| q * g).collect();
+                rounded(&mut gated);
+                let mut absorbed = weighted_sum(&gated, keys.clone().map(weight_row), d_latent);
+                rounded(&mut absorbed);
                 scores.extend(rows.iter().map(|&row| {
                     let [mu, rho] = input.statistics[row];
                     let content = rho * (dot(&absorbed, latent(row)) - mu * q_gamma.iter().sum::<f64>());
-                    scale * (content + dot(q_rope, &input.k_rope[row * heads.d_rope..][..heads.d_rope]))
+                    content + scale * dot(&q_rope, &input.k_rope[row * heads.d_rope..][..heads.d_rope])
                 }));
             }
             let (max, weights, sum) = exponentials(&scores, f64::from(f32::MIN));

@@ -89,16 +89,12 @@ pub fn subgroups(spec: &Spec) -> &'static [(u32, u32)] {
     }
 }
 
-/// The limits that a shader is made for: WebGPU's, but for decode and products by matrices, which take what devices with matrices
-/// offer.
+/// The limits that a shader is made for: WebGPU's, but for kernels on matrices, which may need what devices with matrices offer.
 pub fn limits_for(spec: &Spec) -> Limits {
-    match spec.name {
-        "attention_absorbed_cooperative"
-        | "attention_absorbed_cooperative_8"
-        | "matmul_cooperative"
-        | "matmul_cooperative_8" => Limits { max_compute_workgroup_storage_size: 48 << 10, ..large_limits() },
-        _ => Limits::default(),
+    if spec.cooperative == Cooperative::NONE {
+        return Limits::default();
     }
+    Limits { max_compute_workgroup_storage_size: 48 << 10, ..large_limits() }
 }
 
 /// Every plan of every sample: each class of adapter, each size of its subgroups where they matter, each tuning, the limits that

@@ -3,15 +3,16 @@
 use super::batch::{HOSTILE_PADDING, compare_softmax};
 use super::extreme::{Extreme, attention_tolerance};
 use super::grouped_batch::{GroupedBatch, Ids, Sources};
-use super::{Launch, SEED, each_variant, widen, widest};
+use super::{Launch, SEED, each_able, rounds_to_halves, widen, widest};
 use crate::adapter::{AdapterClass, PlanContext};
-use crate::check::compare::{Comparison, Tolerance};
+use crate::check::compare::{Comparison, HALF_ROUNDOFF, Tolerance};
 use crate::check::view::{Reading, View};
-use crate::check::{Case, Lab, pack};
+use crate::check::{Case, Lab, name_of, outcome, pack};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
 use crate::kernels::attention_grouped::Tiling;
 use crate::kernels::{AttentionGrouped, attention_grouped};
+use crate::op::Spec;
 use crate::random::Random;
 use crate::reference;
 use crate::storage::Storage;
@@ -93,7 +94,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     ];
     let in_workgroup: TilingOf = |device, widths| attention_grouped::tiling_in_workgroup(device, widths).map(Some);
     for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes()) {
-        attend(cases, name, sizes, in_workgroup);
+        attend(cases, name, sizes, in_workgroup, |_| true);
     }
 
     // Slots are filled, half filled and overfull; latents and rotary keys end within a block of 8 and within the eighth.
@@ -133,14 +134,63 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     let tiling: TilingOf = |device, widths| Ok(attention_grouped::tiling_in_registers(device, widths));
     for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes())
     {
-        attend(cases, name, sizes, tiling);
+        attend(cases, name, sizes, tiling, |spec| !rounds_to_halves(spec));
+    }
+
+    // By matrices: latents that end within a load and on a matrix, heads on both sides of one, groups around a turn's positions.
+    let plain =
+        GroupedSizes { widths: widths(27, 16, 8, 48), storage: Storage::F16, cache_storage: Storage::F16, ..plain };
+    let mixed = |norm, activation| GroupedSizes { norm, activation, ..plain };
+    let by_matrices = [
+        ("t1", GroupedSizes { sequences: &[(1, Ids::Distinct)], ..plain }),
+        ("equal", GroupedSizes { sequences: &[(1700, Ids::Equal)], ..plain }),
+        (
+            "equal_64",
+            GroupedSizes {
+                sequences: &[(8, Ids::Equal), (17, Ids::Equal), (64, Ids::Equal), (65, Ids::Equal), (320, Ids::Equal)],
+                ..plain
+            },
+        ),
+        (
+            "distinct",
+            GroupedSizes { sequences: &[(7, Ids::Distinct), (8, Ids::Distinct), (99, Ids::Distinct)], ..plain },
+        ),
+        ("ragged", GroupedSizes { sequences: &[(1000, Ids::Skewed), (1, Ids::Equal), (17, Ids::Distinct)], ..plain }),
+        (
+            "q5",
+            GroupedSizes { sequences: &[(70, Ids::Equal), (9, Ids::Distinct), (3, Ids::Skewed)], queries: 5, ..plain },
+        ),
+        ("q16", GroupedSizes { sequences: &[(330, Ids::Equal), (40, Ids::Skewed)], queries: 16, ..plain }),
+        ("h1_no_rope", GroupedSizes { n_head: 1, widths: widths(16, 16, 0, 16), ..plain }),
+        ("h9_odd", GroupedSizes { n_head: 9, widths: widths(13, 16, 2, 16), norm: GateNorm::RmsNorm, ..plain }),
+        ("h17_no_nope", GroupedSizes { n_head: 17, widths: widths(30, 0, 4, 16), ..mixed(GateNorm::LayerNorm, Activation::Silu) }),
+        ("no_norm", mixed(GateNorm::None, Activation::OnePlus)),
+        ("sigmoid", mixed(GateNorm::RmsNorm, Activation::Sigmoid)),
+        ("identity", mixed(GateNorm::LayerNorm, Activation::Identity)),
+        ("t32768", GroupedSizes { sequences: &[(32_768, Ids::Text)], ..plain }),
+        ("paper", GroupedSizes { n_head: 12, widths: widths(64, 64, 64, 64), ..plain }),
+        ("r57", GroupedSizes { n_head: 2, widths: widths(57, 48, 62, 80), ..plain }),
+        ("heads_of_128", GroupedSizes { widths: widths(64, 128, 64, 128), ..plain }),
+        ("resident", GroupedSizes { sources: Sources::Resident, ..plain }),
+        ("projected", GroupedSizes { sources: Sources::Further, sequences: twice, passes: 2, ..plain }),
+        ("two_passes", GroupedSizes { sequences: twice, queries: 3, passes: 2, ..plain }),
+        ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..plain }),
+    ];
+    // Tables of a GPU, whatever the device.
+    let tiling: TilingOf = |device, widths| {
+        let device = PlanContext { class: AdapterClass::Discrete, ..device.clone() };
+        Ok(attention_grouped::tiling_in_registers(&device, widths))
+    };
+    let extremes = plain.extremes().into_iter().filter(|(_, sizes)| sizes.cache_storage == Storage::F16);
+    for (name, sizes) in by_matrices.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(extremes) {
+        attend(cases, name, sizes, tiling, rounds_to_halves);
     }
 }
 
 /// The tiling of a device, where it has one for these widths. With it goes which variants take the step's tables.
 type TilingOf = fn(&PlanContext, attention_grouped::Widths) -> Result<Option<Tiling>>;
 
-fn attend(cases: &mut Vec<Case>, id: String, sizes: GroupedSizes, tiling: TilingOf) {
+fn attend(cases: &mut Vec<Case>, id: String, sizes: GroupedSizes, tiling: TilingOf, checked: fn(&Spec) -> bool) {
     let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
     let attention_grouped::Widths { d_latent, d_nope, d_rope, d_value } = widths;
     let d_kv = n_head * (d_nope + d_value);
@@ -183,17 +233,37 @@ fn attend(cases: &mut Vec<Case>, id: String, sizes: GroupedSizes, tiling: Tiling
         cache_storage,
         storage,
     };
-    each_variant(cases, id, op, tolerance, move |lab, launch| match tiling(lab.kernels.context(), widths)? {
-        Some(tiling) => attend_groups(lab, launch.of(AttentionGrouped { tiling, ..op }), sizes, tolerance),
-        None => Ok(Vec::new()),
+    each_able(cases, id, op, checked, move |lab, variant| {
+        let tolerances = if rounds_to_halves(&variant.spec) { of_halves(tolerance, spread) } else { [tolerance; 2] };
+        let of = |tuning| {
+            let compared = match tiling(lab.kernels.context(), widths)? {
+                Some(tiling) => {
+                    let launch = Launch { op: AttentionGrouped { tiling, ..op }, variant, tuning };
+                    attend_groups(lab, launch, sizes, tolerances)?
+                }
+                None => Vec::new(),
+            };
+            Ok(outcome(name_of(tuning), tolerances[0], compared))
+        };
+        lab.settings(variant.spec.tunings).map(of).collect()
     });
+}
+
+/// Tolerances of values and of scores where factors are rounded to halves, out of those of f32.
+///
+/// The reference rounds queries as the kernel does. But where f32 is off by 8 u before such a rounding, one number of 1024 becomes
+/// the next half, 2⁻¹⁰ away: a root mean square of 2⁻¹⁵ of a score's terms, for each of two roundings one after another. The
+/// weights of the softmax and the sums of latents are each off by at most 2⁻¹¹ of themselves.
+fn of_halves(of: Tolerance, spread: f64) -> [Tolerance; 2] {
+    let of_scores = of.relative + 2.0 * HALF_ROUNDOFF / 16.0 * spread;
+    [of_scores + 2.0 * HALF_ROUNDOFF, of_scores].map(|relative| Tolerance { relative })
 }
 
 fn attend_groups(
     lab: &Lab<'_>,
     launch: Launch<AttentionGrouped>,
     sizes: GroupedSizes,
-    tolerance: Tolerance,
+    [tolerance, of_scores]: [Tolerance; 2],
 ) -> Result<Vec<Comparison>> {
     let GroupedSizes { sequences, queries, n_head, widths, activation, norm, storage, cache_storage, .. } = sizes;
     let (extreme, passes, tiling) = (sizes.extreme, sizes.passes, launch.op.tiling);
@@ -330,11 +400,15 @@ fn attend_groups(
         d_rope: d_rope as usize,
         d_value: d_value as usize,
     };
-    let expected = reference::attention_grouped(&input, &batch.expected, heads, d_latent as usize, op.scale.into());
+    let attend = match launch.of_halves() {
+        true => reference::attention_grouped_of_halves,
+        false => reference::attention_grouped,
+    };
+    let expected = attend(&input, &batch.expected, heads, d_latent as usize, op.scale.into());
     extreme.check_scores(launch.variant.spec.name, &expected.max)?;
     let got = lab.read(&partial)?;
     let values = View::all(Reading::F32, expected.values.len());
     Ok(std::iter::once(lab.compare_views(&[(&got, values)], &expected.values, tolerance))
-        .chain(compare_softmax(lab, (&got, softmax_word), &expected, tolerance))
+        .chain(compare_softmax(lab, (&got, softmax_word), &expected, of_scores))
         .collect())
 }
