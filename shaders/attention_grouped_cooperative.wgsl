@@ -38,6 +38,7 @@ override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one
 override NORM: u32 = 0u;         // 0 layer_norm, 1 rms_norm, 2 none
 override WORKGROUP: u32 = 256u;  // 8 whole subgroups or more, 8 columns of a matrix row per place and head
 override LANES: u32 = 4u;        // that share a gated query; at most a subgroup and WORKGROUP / 64
+override NOPE: u32 = 0u;         // d_nope: blocks of 8, at most four per lane
 override COLUMNS: u32 = 1u;      // matrices of a latent: 1 to 4
 override ROTARY: u32 = 1u;       // of a rotary key: 0 to 4
 override WIDTH: u32 = 16u;       // of staged rows: latents, rotary keys, contents of queries; whole matrices
@@ -323,14 +324,15 @@ fn query8(query: u32, output: u32, b: u32) -> Eight {
     var low = params.scale * vec4<f32>(q[i], q[i + 1u], q[i + 2u], q[i + 3u]);
     var high = params.scale * vec4<f32>(q[i + 4u], q[i + 5u], q[i + 6u], q[i + 7u]);
     if (NORM != 2u) {
-        let k = output + 8u * b;
-        low *= vec4<f32>(gamma_at(k), gamma_at(k + 1u), gamma_at(k + 2u), gamma_at(k + 3u));
-        high *= vec4<f32>(gamma_at(k + 4u), gamma_at(k + 5u), gamma_at(k + 6u), gamma_at(k + 7u));
+        let k = index_of(output + 8u * b);
+        low *= halves(affine[k], affine[k + 1u]);
+        high *= halves(affine[k + 2u], affine[k + 3u]);
     }
     return Eight(low, high);
 }
 
-fn gamma_at(i: u32) -> f32 {
+// Element i of γ or β.
+fn affine_at(i: u32) -> f32 {
     return decode(affine[index_of(i)], i);
 }
 
@@ -354,7 +356,7 @@ fn rotary4(query: u32, i: u32) -> vec4<f32> {
 
 // The bits of the largest exponent of eight numbers.
 fn exponent8(x: Eight) -> u32 {
-    let bits = max(bitcast<vec4<u32>>(x.low) & vec4<u32>(0x7f800000u), bitcast<vec4<u32>>(x.high) & vec4<u32>(0x7f800000u));
+    let bits = max(bitcast<vec4<u32>>(abs(x.low)), bitcast<vec4<u32>>(abs(x.high))) & vec4<u32>(0x7f800000u);
     return max(max(bits.x, bits.y), max(bits.z, bits.w));
 }
 
@@ -403,6 +405,16 @@ fn keep8_together(at: u32, x: Eight, reciprocal: f32) {
     keep_together(at + 4u, vec4<f16>(reciprocal * x.high));
 }
 
+// Stages eight numbers as halves, in units.
+fn stage8_together(at: u32, x: Eight, reciprocal: f32) {
+    stage_together(at, vec4<f16>(reciprocal * x.low));
+    stage_together(at + 4u, vec4<f16>(reciprocal * x.high));
+}
+
+fn times(a: Eight, b: Eight) -> Eight {
+    return Eight(a.low * b.low, a.high * b.high);
+}
+
 // The largest of the bits that the invocations of a matrix row have.
 fn most_of_row(bits: u32) -> u32 {
     if (SHARED > 1u) {
@@ -411,23 +423,32 @@ fn most_of_row(bits: u32) -> u32 {
     return bits;
 }
 
-// Stages columns of the rows of all places: `first` and `pitch` say where they are in the cache; 0 past `width`, and for no row.
-fn stage_rows_together(columns: u32, first: u32, pitch: u32, width: u32, local: u32) {
-    let loads = columns / 8u;
-    for (var e = local; e < GROUPS * SIDE * loads; e += WORKGROUP) {
+// Load e of the rows of all places, each of `loads` loads, `first` and `pitch` say where they are in the cache; elements past
+// `width` are 0, and those of no row.
+fn fetched(e: u32, loads: u32, first: u32, pitch: u32, width: u32) -> vec4<u32> {
+    var words = vec4<u32>(0u);
+    if (e < GROUPS * SIDE * loads) {
         let row = sh_positions[e / loads].w;
         let column = e % loads * 8u;
-        var low = vec4<f32>(0.0);
-        var high = vec4<f32>(0.0);
         if (row != NO_ROW && column < width) {
-            let four = vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u);
-            let bits = cache[first + row * pitch + column / 8u];
-            low = select(vec4<f32>(0.0), halves(bits.x, bits.y), four < vec4<u32>(width));
-            high = select(vec4<f32>(0.0), halves(bits.z, bits.w), four + vec4<u32>(4u) < vec4<u32>(width));
+            words = cache[first + row * pitch + column / 8u];
+            if (column + 8u > width) {
+                let even = vec4<u32>(column) + vec4<u32>(0u, 2u, 4u, 6u);
+                let low = select(vec4<u32>(0u), vec4<u32>(0xffffu), even < vec4<u32>(width));
+                let high = select(vec4<u32>(0u), vec4<u32>(0xffff0000u), even + vec4<u32>(1u) < vec4<u32>(width));
+                words &= low | high;
+            }
         }
-        let at = e / loads * STRIDE + column;
-        stage_together(at, vec4<f16>(low));
-        stage_together(at + 4u, vec4<f16>(high));
+    }
+    return words;
+}
+
+// Stages load e.
+fn stage_load_together(e: u32, loads: u32, words: vec4<u32>) {
+    if (e < GROUPS * SIDE * loads) {
+        let at = e / loads * STRIDE + e % loads * 8u;
+        stage_together(at, vec4<f16>(halves(words.x, words.y)));
+        stage_together(at + 4u, vec4<f16>(halves(words.z, words.w)));
     }
 }
 
@@ -487,7 +508,8 @@ fn main(
         let of_token = tile_entries + params.passes * chunk_entries;
         // Tiles belong to one pass, which writes their partial result. A chunk belongs to one pass, too, but every pass writes a
         // partial result of it.
-        let index = lists[line + SEQUENCE_PARTIAL] + query * of_token + own_entry + select(0u, params.pass_index * chunk_entries, of_chunk);
+        let before = select(0u, params.pass_index * chunk_entries, of_chunk);
+        let index = lists[line + SEQUENCE_PARTIAL] + query * of_token + own_entry + before;
         let number = lists[line + SEQUENCE_FIRST_GROUP] + own_entry * GROUPS;
         let of_pass = of_chunk || (number >= params.first_group && number - params.first_group < params.groups);
         let idle = query >= lists[line + SEQUENCE_TOKENS] || !of_pass;
@@ -558,27 +580,57 @@ fn main(
         let gate_row = sh_places[place].x;
         var most = 0u;
         var gamma = 0.0;
-        if (of_query < GROUPS * GROUPS) {
-            for (var b = lane; b < params.d_nope / 8u; b += LANES) {
-                let x = query8(first_query + head * d_query, output, b);
-                let gate = gate8(gate_row, output / 8u + b);
-                most = max(most, exponent8(Eight(x.low * gate.low, x.high * gate.high)));
-                gamma += total4(x.low + x.high);
-            }
+        var x0 = Eight();
+        var x1 = Eight();
+        var x2 = Eight();
+        var x3 = Eight();
+        let own0 = lane < NOPE / 8u && of_query < GROUPS * GROUPS;
+        let own1 = 1u * LANES < NOPE / 8u && lane + 1u * LANES < NOPE / 8u && of_query < GROUPS * GROUPS;
+        let own2 = 2u * LANES < NOPE / 8u && lane + 2u * LANES < NOPE / 8u && of_query < GROUPS * GROUPS;
+        let own3 = 3u * LANES < NOPE / 8u && lane + 3u * LANES < NOPE / 8u && of_query < GROUPS * GROUPS;
+        if (own0) {
+            x0 = query8(first_query + head * d_query, output, lane);
+            gamma += total4(x0.low + x0.high);
+            x0 = times(x0, gate8(gate_row, output / 8u + lane));
+            most = max(most, exponent8(x0));
+        }
+        if (own1) {
+            x1 = query8(first_query + head * d_query, output, lane + 1u * LANES);
+            gamma += total4(x1.low + x1.high);
+            x1 = times(x1, gate8(gate_row, output / 8u + lane + 1u * LANES));
+            most = max(most, exponent8(x1));
+        }
+        if (own2) {
+            x2 = query8(first_query + head * d_query, output, lane + 2u * LANES);
+            gamma += total4(x2.low + x2.high);
+            x2 = times(x2, gate8(gate_row, output / 8u + lane + 2u * LANES));
+            most = max(most, exponent8(x2));
+        }
+        if (own3) {
+            x3 = query8(first_query + head * d_query, output, lane + 3u * LANES);
+            gamma += total4(x3.low + x3.high);
+            x3 = times(x3, gate8(gate_row, output / 8u + lane + 3u * LANES));
+            most = max(most, exponent8(x3));
         }
         for (var apart = 1u; apart < LANES; apart *= 2u) {
             most = max(most, subgroupShuffleXor(most, apart));
             gamma += subgroupShuffleXor(gamma, apart);
         }
         let unit = unit_of(most);
+        let query_at = (of_query / GROUPS * SIDE + place) * STRIDE + 8u * lane;
+        if (own0) {
+            stage8_together(query_at, x0, reciprocal_of(unit));
+        }
+        if (own1) {
+            stage8_together(query_at + 1u * 8u * LANES, x1, reciprocal_of(unit));
+        }
+        if (own2) {
+            stage8_together(query_at + 2u * 8u * LANES, x2, reciprocal_of(unit));
+        }
+        if (own3) {
+            stage8_together(query_at + 3u * 8u * LANES, x3, reciprocal_of(unit));
+        }
         if (of_query < GROUPS * GROUPS) {
-            for (var b = lane; b < params.d_nope / 8u; b += LANES) {
-                let x = query8(first_query + head * d_query, output, b);
-                let gate = gate8(gate_row, output / 8u + b);
-                let at = (of_query / GROUPS * SIDE + place) * STRIDE + 8u * b;
-                stage_together(at, vec4<f16>(reciprocal_of(unit) * (x.low * gate.low)));
-                stage_together(at + 4u, vec4<f16>(reciprocal_of(unit) * (x.high * gate.high)));
-            }
             if (lane == 0u) {
                 sh_factor[place * SIDE + head] = bitcast<f32>(unit);
                 if (place == 0u) {
@@ -592,10 +644,10 @@ fn main(
         var sum1 = zero;
         var sum2 = zero;
         var sum3 = zero;
-        for (var k = 0u; k < params.d_nope; k += SIDE) {
+        for (var k = 0u; k < NOPE; k += SIDE) {
             let x = coopLoadT<Left>(&sh_tile[own * SIDE * PITCH + k / SIDE * STEP], PITCH);
             let at = w_at + k * weight_pitch;
-            sum0 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 0u * STEP], weight_pitch), sum0);
+            sum0 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at], weight_pitch), sum0);
             if (COLUMNS > 1u) {
                 sum1 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 1u * STEP], weight_pitch), sum1);
             }
@@ -642,7 +694,7 @@ fn main(
             let absorbed_unit = unit_of(exponent);
             let reciprocal = reciprocal_of(absorbed_unit);
             let to = (row_head * GROUPS + row_place) * KEPT_STRIDE + column;
-            keep8_together(to + 0u * SIDE, a0, reciprocal);
+            keep8_together(to, a0, reciprocal);
             if (COLUMNS > 1u) {
                 keep8_together(to + 1u * SIDE, a1, reciprocal);
             }
@@ -730,9 +782,23 @@ fn main(
             sh_positions[local] = vec4<u32>(bitcast<vec3<u32>>(vec3<f32>(pair, log(pair.y))), row);
         }
         workgroupBarrier();
+        // All loads are asked for before the first is needed.
+        let rotary_loads = ROTARY * SIDE / 8u;
+        let latent_loads = COLUMNS * SIDE / 8u;
+        let k0 = fetched(local, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
+        let k1 = fetched(local + 1u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
+        let k2 = fetched(local + 2u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
+        let k3 = fetched(local + 3u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
+        let c0 = fetched(local, latent_loads, params.latent, params.latent_pitch, params.d_latent);
+        let c1 = fetched(local + 1u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
+        let c2 = fetched(local + 2u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
+        let c3 = fetched(local + 3u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
         var rotary = Eight();
         if (ROTARY > 0u) {
-            stage_rows_together(ROTARY * SIDE, params.rope, params.rope_pitch, params.d_rope, local);
+            stage_load_together(local, rotary_loads, k0);
+            stage_load_together(local + 1u * WORKGROUP, rotary_loads, k1);
+            stage_load_together(local + 2u * WORKGROUP, rotary_loads, k2);
+            stage_load_together(local + 3u * WORKGROUP, rotary_loads, k3);
             workgroupBarrier();
             let k_at = own * SIDE * PITCH;
             var product = coopMultiplyAdd(r0, coopLoad<Right>(&sh_tile[k_at], PITCH), zero);
@@ -747,7 +813,10 @@ fn main(
             }
             rotary = exchanged(product, own, at);
         }
-        stage_rows_together(COLUMNS * SIDE, params.latent, params.latent_pitch, params.d_latent, local);
+        stage_load_together(local, latent_loads, c0);
+        stage_load_together(local + 1u * WORKGROUP, latent_loads, c1);
+        stage_load_together(local + 2u * WORKGROUP, latent_loads, c2);
+        stage_load_together(local + 3u * WORKGROUP, latent_loads, c3);
         workgroupBarrier();
         let c_at = own * SIDE * PITCH;
         var product = coopMultiplyAdd(a0, coopLoad<Right>(&sh_tile[c_at], PITCH), zero);
@@ -808,7 +877,7 @@ fn main(
             }
         }
         let weights = coopLoadT<Left>(&sh_kept[kept_at], GROUPS * KEPT_PITCH);
-        value0 = coopMultiplyAdd(weights, coopLoadT<Right>(&sh_tile[c_at + 0u * STEP], PITCH), value0);
+        value0 = coopMultiplyAdd(weights, coopLoadT<Right>(&sh_tile[c_at], PITCH), value0);
         if (COLUMNS > 1u) {
             value1 = coopMultiplyAdd(weights, coopLoadT<Right>(&sh_tile[c_at + 1u * STEP], PITCH), value1);
         }
@@ -853,7 +922,7 @@ fn main(
     }
     if (working && state_head < heads) {
         let reciprocal = reciprocal_of(sum_unit);
-        keep8_together(kept + 0u * SIDE, s0, reciprocal);
+        keep8_together(kept, s0, reciprocal);
         if (COLUMNS > 1u) {
             keep8_together(kept + 1u * SIDE, s1, reciprocal);
         }
@@ -889,15 +958,31 @@ fn main(
         let w_at = ((head0 + head) * d_head + params.d_nope + matrix / heads * SIDE) * weight_pitch;
         let s_at = head * GROUPS * KEPT_PITCH;
         var product = zero;
-        product = coopMultiplyAdd(coopLoadT<Left>(&sh_kept[s_at + 0u * STEP], KEPT_PITCH), coopLoad<Right>(&kv_b_proj[w_at + 0u * STEP], weight_pitch), product);
+        product = coopMultiplyAdd(
+            coopLoadT<Left>(&sh_kept[s_at], KEPT_PITCH),
+            coopLoad<Right>(&kv_b_proj[w_at], weight_pitch),
+            product,
+        );
         if (COLUMNS > 1u) {
-            product = coopMultiplyAdd(coopLoadT<Left>(&sh_kept[s_at + 1u * STEP], KEPT_PITCH), coopLoad<Right>(&kv_b_proj[w_at + 1u * STEP], weight_pitch), product);
+            product = coopMultiplyAdd(
+                coopLoadT<Left>(&sh_kept[s_at + 1u * STEP], KEPT_PITCH),
+                coopLoad<Right>(&kv_b_proj[w_at + 1u * STEP], weight_pitch),
+                product,
+            );
         }
         if (COLUMNS > 2u) {
-            product = coopMultiplyAdd(coopLoadT<Left>(&sh_kept[s_at + 2u * STEP], KEPT_PITCH), coopLoad<Right>(&kv_b_proj[w_at + 2u * STEP], weight_pitch), product);
+            product = coopMultiplyAdd(
+                coopLoadT<Left>(&sh_kept[s_at + 2u * STEP], KEPT_PITCH),
+                coopLoad<Right>(&kv_b_proj[w_at + 2u * STEP], weight_pitch),
+                product,
+            );
         }
         if (COLUMNS > 3u) {
-            product = coopMultiplyAdd(coopLoadT<Left>(&sh_kept[s_at + 3u * STEP], KEPT_PITCH), coopLoad<Right>(&kv_b_proj[w_at + 3u * STEP], weight_pitch), product);
+            product = coopMultiplyAdd(
+                coopLoadT<Left>(&sh_kept[s_at + 3u * STEP], KEPT_PITCH),
+                coopLoad<Right>(&kv_b_proj[w_at + 3u * STEP], weight_pitch),
+                product,
+            );
         }
         coopStoreT(product, &sh_scores[MATRIX * own], SIDE);
         workgroupBarrier();
@@ -937,10 +1022,10 @@ fn main(
             }
             let output = (head0 + of_head) * d_head + params.d_nope + n;
             if (NORM != 2u) {
-                out = (out - all_shift) * gamma_at(output);
+                out = (out - all_shift) * affine_at(output);
             }
             if (NORM == 0u) {
-                out += all_sum * gamma_at(params.beta + output);
+                out += all_sum * affine_at(params.beta + output);
             }
             partial[(begin.w * params.n_head + head0 + of_head) * params.d_value + n] = out;
         }

@@ -559,7 +559,7 @@ pub(crate) const COOPERATIVE: Variant<AttentionGrouped> = Variant::<AttentionGro
     ("attention_grouped_cooperative", include_str!("../../shaders/attention_grouped_cooperative.wgsl")),
     1,
     |op, context, _| by_matrices(op, 16, context),
-    |_, context, plan| whole_matrices(context, plan),
+    |_, context, plan| whole_matrices(16, context, plan),
 )
 .cooperative(Cooperative::BY_16)
 .preferred(|op, context| halves_in_tiles(op, 16, context));
@@ -569,7 +569,7 @@ pub(crate) const COOPERATIVE_8: Variant<AttentionGrouped> = Variant::<AttentionG
     ("attention_grouped_cooperative_8", include_str!("../../shaders/attention_grouped_cooperative_8.wgsl")),
     1,
     |op, context, _| by_matrices(op, 8, context),
-    |_, context, plan| whole_matrices(context, plan),
+    |_, context, plan| whole_matrices(8, context, plan),
 )
 .cooperative(Cooperative::BY_8)
 .preferred(|op, context| halves_in_tiles(op, 8, context));
@@ -615,12 +615,12 @@ fn by_matrices(op: &AttentionGrouped, side: u32, context: &PlanContext) -> Resul
     let (tile, kept) = (PLACES * side * (width + 8), (side + side / 8 - 1) * PLACES * (side * columns + 8));
     Ok(op
         .draft_of(workgroup, side)
-        .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMNS", columns), ("ROTARY", rotary), ("WIDTH", width)])
+        .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMNS", columns), ("ROTARY", rotary), ("NOPE", d_nope), ("WIDTH", width)])
         // Rows of halves, matrices of sums; what is known of positions, places and heads; 32 bytes more.
         .bytes(2 * (tile + kept) + 4 * PLACES * side * side + 20 * PLACES * side + 16 * PLACES + 8 * side + 32))
 }
 
-fn whole_matrices(context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+fn whole_matrices(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
     let [workgroup, lanes, columns, rotary, width] =
         ["WORKGROUP", "LANES", "COLUMNS", "ROTARY", "WIDTH"].map(|name| plan.value(name));
     hold(&[
@@ -629,6 +629,11 @@ fn whole_matrices(context: &PlanContext, plan: &Plan) -> Result<(), &'static str
         (lanes == u64::from(context.lanes(lanes as u32)), "the lanes of a gated query are of one subgroup"),
         ((1..=8).contains(&columns) && rotary <= 8, "one to eight matrices of columns are named"),
         (width.is_multiple_of(8), "staged rows are whole loads"),
+        (plan.value("NOPE") <= 32 * lanes, "a lane has up to four blocks of a gated query"),
+        (
+            columns.max(rotary) * side * side <= side / 4 * workgroup,
+            "an invocation has up to four loads of a turn's rows, two with matrices of 8 × 8",
+        ),
     ])
 }
 
