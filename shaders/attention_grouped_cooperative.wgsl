@@ -11,18 +11,23 @@
 // takes a detour through workgroup memory, and the reserve makes that seldom.
 // A workgroup takes a tile and up to 16 heads. It has 8 places, one per subgroup: a group of the tile, or an eighth of a chunk,
 // all of whose places have the same group. Further subgroups repeat one, and store the same.
-// - x W_K: places are the rows, a subgroup takes a head after another; weights are loaded from storage as matrices.
-// - s and S: heads are the rows, positions of the place the columns, 16 at a time; a subgroup takes its place. What a row of the
-//   cache brings serves all heads.
+// - x W_K: places are the rows. SHARE subgroups share a head, whose weights are staged while those before are multiplied.
+// - s and S: heads are the rows, positions of the place the columns, 16 a turn; a subgroup takes its place. A row of the cache is
+//   read once for all heads.
 // - S W_Vᵀ: places are the rows again, a subgroup takes 16 values of a head; then gates and the sum over places.
 // Rows of matrices behind the last place or head are not used, whatever they hold.
 // grid: (⌈n_head / 16⌉ · query tokens of a sequence, entries folded into y and z)
 //
 // Floor, per tile of 8 groups of 12 heads, d_nope = d_rope = d_value = d_latent = 64: 24 KiB of gates and 256 bytes a position from
-// memory, 192 KiB of weights from the L2, which all tiles share; 440 products of matrices, half of whose rows are empty where
-// places are the rows. With 5 positions a group memory and L2 take some 50 ns of a whole GPU each, matrices fewer. What remains
-// is the time of one workgroup: five barriers a turn of positions, some sixty in all, so that several workgroups have to run
-// beside each other on a multiprocessor: they take 48 KiB each.
+// memory, 192 KiB of weights from the L2, which all tiles share; 480 products of matrices, half of whose rows are empty where
+// places are the rows. With 5 positions a group that is 7 ns of an H200's memory, some 40 of its L2 and 9 of its matrices. What
+// remains is the time of one workgroup: 75 barriers with one turn of positions, 9 more with each other, so that several workgroups
+// have to run beside each other on a multiprocessor. They take 48 KiB each.
+// Weights loaded from storage as matrices took 16 times the loads: rows of W_K are 16-bit elements of a column there.
+//
+// AMD's compiler (RDNA3, Mesa 25): 192 registers, 48 KiB of workgroup memory, no spills; inverse throughput 13 700 to 15 900 by its
+// estimate for each of 8 subgroups and 16 heads, where attention_grouped_subgroup has 12 700 to 12 900 for one subgroup and 4 heads.
+// The estimate guesses how often loops turn, and there are more of them, one in another, in the latter.
 //
 // Not run on a GPU yet.
 // Padding: outputs of kv_b_proj end with 0; cache rows with anything.
@@ -40,18 +45,20 @@ override WORKGROUP: u32 = 256u;  // 8 whole subgroups or more, 8 columns of a ma
 override LANES: u32 = 4u;        // that share a gated query; at most a subgroup and WORKGROUP / 64
 override NOPE: u32 = 0u;         // d_nope: blocks of 8, at most four per lane
 override COLUMNS: u32 = 1u;      // matrices of a latent: 1 to 4
+override SHARE: u32 = 1u;        // subgroups of a head's absorbed queries: a power of two, COLUMNS or more
 override ROTARY: u32 = 1u;       // of a rotary key: 0 to 4
-override WIDTH: u32 = 16u;       // of staged rows: latents, rotary keys, contents of queries; whole matrices
+override WIDTH: u32 = 16u;       // of staged rows: latents or rotary keys, whole matrices
 override SIDE: u32 = 16u;
 override RESERVE: f32 = 4.0;
 override MATRIX: u32 = SIDE * SIDE;
+override LOADS: u32 = COLUMNS * SIDE / 8u;        // 16-byte loads of a latent, and of an output's weights
+override PARTS: u32 = SHARE * SIDE / 8u;          // invocations of an absorbed query
 override SHARED: u32 = SIDE / 8u;                 // invocations of a matrix row
 // In fours; pitches 16 bytes beyond a multiple of 128 meet different banks.
 override STRIDE: u32 = WIDTH + 8u;                // elements of a staged row
 override PITCH: u32 = STRIDE / 4u;
-override LOAD: u32 = 2u;                          // places of a 16-byte load of weights
 override STEP: u32 = SIDE / 4u;                   // places of a matrix row in staged rows
-override KEPT_STRIDE: u32 = COLUMNS * SIDE + 8u;  // elements of a kept row
+override KEPT_STRIDE: u32 = max(COLUMNS * SIDE, NOPE) + 8u;  // elements of a kept row
 override KEPT_PITCH: u32 = KEPT_STRIDE / 4u;
 
 const LOWEST: f32 = -3.4028234e38;
@@ -132,9 +139,10 @@ struct Params {
 @group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table: see attention/groups.rs
 @group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, d_value], then [partials, n_head, 2]
 
-// [subgroup, place or head or position, column]: gated queries, rotary queries, rotary keys, latents, one after another.
+// [subgroup, matrix row, column]: weights of keys, rotary queries, rotary keys and latents in turn, weights of values.
 var<workgroup> sh_tile: array<vec4<f16>, GROUPS * SIDE * PITCH>;
-// [head, place, column]: absorbed queries, then weights of positions, then sums of latents. Matrices of places end behind it.
+// [head, place, column]: gated queries, absorbed queries, then weights of positions, then sums of latents. Matrices of places end
+// behind the last head.
 var<workgroup> sh_kept: array<vec4<f16>, (SIDE + SHARED - 1u) * GROUPS * KEPT_PITCH>;
 var<workgroup> sh_scores: array<f32, GROUPS * MATRIX>;   // one matrix per subgroup on its way from or to storage
 // [place, position]: (μ, ρ, ln ρ) as bits, cache row or NO_ROW; at the end [place, head]: m as bits, l, Σ w μ.
@@ -142,9 +150,10 @@ var<workgroup> sh_positions: array<vec4<u32>, GROUPS * SIDE>;
 // [place, head]: units of absorbed queries, then factors on sums, then those on values.
 var<workgroup> sh_factor: array<f32, GROUPS * SIDE>;
 var<workgroup> sh_queries: array<vec2<f32>, SIDE>;       // [head]: scale · unit of q_R, scale · Σ(q_C ⊙ γ_K)
-var<workgroup> sh_places: array<vec4<u32>, GROUPS>;      // gate row, word and group of the place, first position, positions
-// (line of the sequence table, entry of its sequence, most positions of a place, partial result), and the last turn, counted from
-// 1, that gave some sum a factor other than 1. 16 bytes each: matrices need the arrays around them to begin on multiples of 16.
+var<workgroup> sh_places: array<vec4<u32>, GROUPS>;      // gate row, group, word of the header or chunk, positions
+// (line of the sequence table, entry of its sequence, whether there is nothing to do, later most positions of a place, partial
+// result), and the last turn, counted from 1, that gave some sum a factor other than 1. 16 bytes each: matrices need the arrays
+// around them to begin on multiples of 16.
 var<workgroup> sh_line: vec4<u32>;
 var<workgroup> sh_scaled: vec4<u32>;
 
@@ -405,12 +414,6 @@ fn keep8_together(at: u32, x: Eight, reciprocal: f32) {
     keep_together(at + 4u, vec4<f16>(reciprocal * x.high));
 }
 
-// Stages eight numbers as halves, in units.
-fn stage8_together(at: u32, x: Eight, reciprocal: f32) {
-    stage_together(at, vec4<f16>(reciprocal * x.low));
-    stage_together(at + 4u, vec4<f16>(reciprocal * x.high));
-}
-
 fn times(a: Eight, b: Eight) -> Eight {
     return Eight(a.low * b.low, a.high * b.high);
 }
@@ -421,6 +424,44 @@ fn most_of_row(bits: u32) -> u32 {
         return max(bits, subgroupShuffleXor(bits, 1u));
     }
     return bits;
+}
+
+// 16 bytes of weights.
+struct Loaded {
+    first: vec4<f16>,
+    second: vec4<f16>,
+}
+
+// Load e of staged weights, of an output of kv_b_proj; 0 past its end.
+fn load_weights(e: u32, output: u32) -> Loaded {
+    if (e < GROUPS * SIDE * LOADS && e % LOADS < params.weight_pitch) {
+        let at = (output * params.weight_pitch + e % LOADS) * 2u;
+        return Loaded(kv_b_proj[at], kv_b_proj[at + 1u]);
+    }
+    return Loaded(vec4<f16>(), vec4<f16>());
+}
+
+// Its output among the contents of keys: SHARE · SIDE from k0 on of each head from h0 on; `head` is the workgroup's first.
+fn key_of(e: u32, h0: u32, k0: u32, head: u32, heads: u32) -> u32 {
+    let row = e / LOADS;
+    let of_head = head + min(h0 + row / (SHARE * SIDE), heads - 1u);
+    return of_head * (params.d_nope + params.d_value) + min(k0 + row % (SHARE * SIDE), max(NOPE, 1u) - 1u);
+}
+
+// Its output among values: SIDE of each matrix from `first` on; matrices are counted head by head, block by block.
+fn value_of(e: u32, first: u32, head: u32, heads: u32) -> u32 {
+    let matrix = min(first + e / LOADS / SIDE, heads * (params.d_value / SIDE) - 1u);
+    let n = matrix / heads * SIDE + e / LOADS % SIDE;
+    return (head + matrix % heads) * (params.d_nope + params.d_value) + params.d_nope + n;
+}
+
+// Stages load e of weights.
+fn stage_weights_together(e: u32, loaded: Loaded) {
+    if (e < GROUPS * SIDE * LOADS) {
+        let at = e / LOADS * STRIDE + e % LOADS * 8u;
+        stage_together(at, loaded.first);
+        stage_together(at + 4u, loaded.second);
+    }
 }
 
 // Load e of the rows of all places, each of `loads` loads, `first` and `pitch` say where they are in the cache; elements past
@@ -535,7 +576,6 @@ fn main(
     let d_query = params.d_nope + params.d_rope;
     let d_head = params.d_nope + params.d_value;
     let first_query = (token * params.n_head + head0) * d_query;
-    let weight_pitch = params.weight_pitch * LOAD;
 
     if (local < GROUPS) {
         var place = Place(0u, 0u, 0u);
@@ -569,7 +609,12 @@ fn main(
     let zero = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     let most_positions = workgroupUniformLoad(&sh_line).z;
 
-    // Absorbed queries, a head per subgroup and turn. Heads past the last repeat it.
+    // The first weights are on their way while queries are gated.
+    var w0 = load_weights(local, key_of(local, 0u, 0u, head0, heads));
+    var w1 = load_weights(local + 1u * WORKGROUP, key_of(local + 1u * WORKGROUP, 0u, 0u, head0, heads));
+    var w2 = load_weights(local + 2u * WORKGROUP, key_of(local + 2u * WORKGROUP, 0u, 0u, head0, heads));
+    var w3 = load_weights(local + 3u * WORKGROUP, key_of(local + 3u * WORKGROUP, 0u, 0u, head0, heads));
+    // Gated queries, eight heads a turn. Heads past the last repeat it.
     for (var h0 = 0u; h0 < heads; h0 += GROUPS) {
         // LANES invocations share the gated query of a place.
         let of_query = local / LANES;
@@ -617,18 +662,18 @@ fn main(
             gamma += subgroupShuffleXor(gamma, apart);
         }
         let unit = unit_of(most);
-        let query_at = (of_query / GROUPS * SIDE + place) * STRIDE + 8u * lane;
+        let query_at = (head * GROUPS + place) * KEPT_STRIDE + 8u * lane;
         if (own0) {
-            stage8_together(query_at, x0, reciprocal_of(unit));
+            keep8_together(query_at, x0, reciprocal_of(unit));
         }
         if (own1) {
-            stage8_together(query_at + 1u * 8u * LANES, x1, reciprocal_of(unit));
+            keep8_together(query_at + 1u * 8u * LANES, x1, reciprocal_of(unit));
         }
         if (own2) {
-            stage8_together(query_at + 2u * 8u * LANES, x2, reciprocal_of(unit));
+            keep8_together(query_at + 2u * 8u * LANES, x2, reciprocal_of(unit));
         }
         if (own3) {
-            stage8_together(query_at + 3u * 8u * LANES, x3, reciprocal_of(unit));
+            keep8_together(query_at + 3u * 8u * LANES, x3, reciprocal_of(unit));
         }
         if (of_query < GROUPS * GROUPS) {
             if (lane == 0u) {
@@ -638,74 +683,49 @@ fn main(
                 }
             }
         }
-        workgroupBarrier();
-        let w_at = (head0 + min(h0 + own, heads - 1u)) * d_head * weight_pitch;
-        var sum0 = zero;
-        var sum1 = zero;
-        var sum2 = zero;
-        var sum3 = zero;
-        for (var k = 0u; k < NOPE; k += SIDE) {
-            let x = coopLoadT<Left>(&sh_tile[own * SIDE * PITCH + k / SIDE * STEP], PITCH);
-            let at = w_at + k * weight_pitch;
-            sum0 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at], weight_pitch), sum0);
-            if (COLUMNS > 1u) {
-                sum1 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 1u * STEP], weight_pitch), sum1);
+    }
+    // Absorbed queries in their place, of a few heads a turn: SHARE subgroups share a head, each has a matrix of columns; those
+    // past the last repeat it.
+    for (var h0 = 0u; h0 < heads; h0 += GROUPS / SHARE) {
+        let x_at = min(h0 + own / SHARE, heads - 1u) * GROUPS * KEPT_PITCH;
+        let w_at = own / SHARE * SHARE * SIDE * PITCH + min(own % SHARE, COLUMNS - 1u) * STEP;
+        var product = zero;
+        for (var k0 = 0u; k0 < NOPE; k0 += SHARE * SIDE) {
+            workgroupBarrier();
+            stage_weights_together(local, w0);
+            stage_weights_together(local + 1u * WORKGROUP, w1);
+            stage_weights_together(local + 2u * WORKGROUP, w2);
+            stage_weights_together(local + 3u * WORKGROUP, w3);
+            // These loads are in flight while these weights are multiplied; those behind the last are not needed.
+            let ends = k0 + SHARE * SIDE >= NOPE;
+            let h1 = h0 + select(0u, GROUPS / SHARE, ends);
+            let k1 = select(k0 + SHARE * SIDE, 0u, ends);
+            w0 = load_weights(local, key_of(local, h1, k1, head0, heads));
+            w1 = load_weights(local + 1u * WORKGROUP, key_of(local + 1u * WORKGROUP, h1, k1, head0, heads));
+            w2 = load_weights(local + 2u * WORKGROUP, key_of(local + 2u * WORKGROUP, h1, k1, head0, heads));
+            w3 = load_weights(local + 3u * WORKGROUP, key_of(local + 3u * WORKGROUP, h1, k1, head0, heads));
+            workgroupBarrier();
+            for (var k = 0u; k < min(SHARE, (NOPE - k0) / SIDE); k++) {
+                let x = coopLoadT<Left>(&sh_kept[x_at + (k0 / SIDE + k) * STEP], KEPT_PITCH);
+                product = coopMultiplyAdd(x, coopLoadT<Right>(&sh_tile[w_at + k * SIDE * PITCH], PITCH), product);
             }
-            if (COLUMNS > 2u) {
-                sum2 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 2u * STEP], weight_pitch), sum2);
-            }
-            if (COLUMNS > 3u) {
-                sum3 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 3u * STEP], weight_pitch), sum3);
-            }
         }
-        // SHARED invocations share the absorbed query of a place.
-        let of_row = local / SHARED;
-        let row_place = of_row % GROUPS;
-        let row_head = min(h0 + of_row / GROUPS, heads - 1u);
-        let row_own = min(of_row / GROUPS, GROUPS - 1u);
-        let column = local % SHARED * 8u;
-        let row_at = row_own * MATRIX + row_place * SIDE + column;
-        var a0 = Eight();
-        var a1 = Eight();
-        var a2 = Eight();
-        var a3 = Eight();
-        a0 = exchanged(sum0, own, row_at);
-        if (COLUMNS > 1u) {
-            a1 = exchanged(sum1, own, row_at);
+        // PARTS invocations share the absorbed query of a place.
+        let row = local / PARTS;
+        let column = local % PARTS * 8u;
+        let row_head = h0 + row / GROUPS;
+        let row_own = min(row / GROUPS * SHARE + column / SIDE, GROUPS - 1u);
+        let absorbed = exchanged(product, own, row_own * MATRIX + row % GROUPS * SIDE + column % SIDE);
+        let mine = local < GROUPS * SIDE && row_head < heads && column < COLUMNS * SIDE;
+        var exponent = select(0u, exponent8(absorbed), mine);
+        for (var apart = 1u; apart < PARTS; apart *= 2u) {
+            exponent = max(exponent, subgroupShuffleXor(exponent, apart));
         }
-        if (COLUMNS > 2u) {
-            a2 = exchanged(sum2, own, row_at);
-        }
-        if (COLUMNS > 3u) {
-            a3 = exchanged(sum3, own, row_at);
-        }
-        var exponent = exponent8(a0);
-        if (COLUMNS > 1u) {
-            exponent = max(exponent, exponent8(a1));
-        }
-        if (COLUMNS > 2u) {
-            exponent = max(exponent, exponent8(a2));
-        }
-        if (COLUMNS > 3u) {
-            exponent = max(exponent, exponent8(a3));
-        }
-        exponent = most_of_row(exponent);
-        if (of_row < GROUPS * GROUPS) {
+        if (mine) {
             let absorbed_unit = unit_of(exponent);
-            let reciprocal = reciprocal_of(absorbed_unit);
-            let to = (row_head * GROUPS + row_place) * KEPT_STRIDE + column;
-            keep8_together(to, a0, reciprocal);
-            if (COLUMNS > 1u) {
-                keep8_together(to + 1u * SIDE, a1, reciprocal);
-            }
-            if (COLUMNS > 2u) {
-                keep8_together(to + 2u * SIDE, a2, reciprocal);
-            }
-            if (COLUMNS > 3u) {
-                keep8_together(to + 3u * SIDE, a3, reciprocal);
-            }
-            if (column == 0u && h0 + of_row / GROUPS < heads) {
-                sh_factor[row_place * SIDE + row_head] *= bitcast<f32>(absorbed_unit);
+            keep8_together((row_head * GROUPS + row % GROUPS) * KEPT_STRIDE + column, absorbed, reciprocal_of(absorbed_unit));
+            if (column == 0u) {
+                sh_factor[row % GROUPS * SIDE + row_head] *= bitcast<f32>(absorbed_unit);
             }
         }
     }
@@ -784,15 +804,14 @@ fn main(
         workgroupBarrier();
         // All loads are asked for before the first is needed.
         let rotary_loads = ROTARY * SIDE / 8u;
-        let latent_loads = COLUMNS * SIDE / 8u;
         let k0 = fetched(local, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
         let k1 = fetched(local + 1u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
         let k2 = fetched(local + 2u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
         let k3 = fetched(local + 3u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
-        let c0 = fetched(local, latent_loads, params.latent, params.latent_pitch, params.d_latent);
-        let c1 = fetched(local + 1u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
-        let c2 = fetched(local + 2u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
-        let c3 = fetched(local + 3u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
+        let c0 = fetched(local, LOADS, params.latent, params.latent_pitch, params.d_latent);
+        let c1 = fetched(local + 1u * WORKGROUP, LOADS, params.latent, params.latent_pitch, params.d_latent);
+        let c2 = fetched(local + 2u * WORKGROUP, LOADS, params.latent, params.latent_pitch, params.d_latent);
+        let c3 = fetched(local + 3u * WORKGROUP, LOADS, params.latent, params.latent_pitch, params.d_latent);
         var rotary = Eight();
         if (ROTARY > 0u) {
             stage_load_together(local, rotary_loads, k0);
@@ -813,10 +832,10 @@ fn main(
             }
             rotary = exchanged(product, own, at);
         }
-        stage_load_together(local, latent_loads, c0);
-        stage_load_together(local + 1u * WORKGROUP, latent_loads, c1);
-        stage_load_together(local + 2u * WORKGROUP, latent_loads, c2);
-        stage_load_together(local + 3u * WORKGROUP, latent_loads, c3);
+        stage_load_together(local, LOADS, c0);
+        stage_load_together(local + 1u * WORKGROUP, LOADS, c1);
+        stage_load_together(local + 2u * WORKGROUP, LOADS, c2);
+        stage_load_together(local + 3u * WORKGROUP, LOADS, c3);
         workgroupBarrier();
         let c_at = own * SIDE * PITCH;
         var product = coopMultiplyAdd(a0, coopLoad<Right>(&sh_tile[c_at], PITCH), zero);
@@ -952,35 +971,48 @@ fn main(
 
     // Values, a matrix of columns of a head per subgroup and turn; those past the last repeat it.
     let matrices = heads * (params.d_value / SIDE);
+    w0 = load_weights(local, value_of(local, 0u, head0, heads));
+    w1 = load_weights(local + 1u * WORKGROUP, value_of(local + 1u * WORKGROUP, 0u, head0, heads));
+    w2 = load_weights(local + 2u * WORKGROUP, value_of(local + 2u * WORKGROUP, 0u, head0, heads));
+    w3 = load_weights(local + 3u * WORKGROUP, value_of(local + 3u * WORKGROUP, 0u, head0, heads));
     for (var first = 0u; first < matrices; first += GROUPS) {
         let matrix = min(first + own, matrices - 1u);
         let head = matrix % heads;
-        let w_at = ((head0 + head) * d_head + params.d_nope + matrix / heads * SIDE) * weight_pitch;
+        let w_at = own * SIDE * PITCH;
         let s_at = head * GROUPS * KEPT_PITCH;
+        stage_weights_together(local, w0);
+        stage_weights_together(local + 1u * WORKGROUP, w1);
+        stage_weights_together(local + 2u * WORKGROUP, w2);
+        stage_weights_together(local + 3u * WORKGROUP, w3);
+        w0 = load_weights(local, value_of(local, first + GROUPS, head0, heads));
+        w1 = load_weights(local + 1u * WORKGROUP, value_of(local + 1u * WORKGROUP, first + GROUPS, head0, heads));
+        w2 = load_weights(local + 2u * WORKGROUP, value_of(local + 2u * WORKGROUP, first + GROUPS, head0, heads));
+        w3 = load_weights(local + 3u * WORKGROUP, value_of(local + 3u * WORKGROUP, first + GROUPS, head0, heads));
+        workgroupBarrier();
         var product = zero;
         product = coopMultiplyAdd(
             coopLoadT<Left>(&sh_kept[s_at], KEPT_PITCH),
-            coopLoad<Right>(&kv_b_proj[w_at], weight_pitch),
+            coopLoad<Right>(&sh_tile[w_at], PITCH),
             product,
         );
         if (COLUMNS > 1u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 1u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 1u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 1u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 2u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 2u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 2u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 2u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 3u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 3u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 3u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 3u * STEP], PITCH),
                 product,
             );
         }

@@ -26,18 +26,20 @@ override WORKGROUP: u32 = 256u;  // 8 whole subgroups or more, 8 columns of a ma
 override LANES: u32 = 4u;        // that share a gated query; at most a subgroup and WORKGROUP / 64
 override NOPE: u32 = 0u;         // d_nope: blocks of 8, at most four per lane
 override COLUMNS: u32 = 1u;      // matrices of a latent: 1 to 4
+override SHARE: u32 = 1u;        // subgroups of a head's absorbed queries: a power of two, COLUMNS or more
 override ROTARY: u32 = 1u;       // of a rotary key: 0 to 8
-override WIDTH: u32 = 16u;       // of staged rows: latents, rotary keys, contents of queries; whole matrices
+override WIDTH: u32 = 16u;       // of staged rows: latents or rotary keys, whole matrices
 override SIDE: u32 = 8u;
 override RESERVE: f32 = 4.0;
 override MATRIX: u32 = SIDE * SIDE;
+override LOADS: u32 = COLUMNS * SIDE / 8u;        // 16-byte loads of a latent, and of an output's weights
+override PARTS: u32 = SHARE * SIDE / 8u;          // invocations of an absorbed query
 override SHARED: u32 = SIDE / 8u;                 // invocations of a matrix row
 // Pitches 16 bytes beyond a multiple of 128 meet different banks.
 override STRIDE: u32 = WIDTH + 8u;                // elements of a staged row
 override PITCH: u32 = STRIDE;
-override LOAD: u32 = 8u;                          // places of a 16-byte load of weights
 override STEP: u32 = SIDE;                       // places of a matrix row in staged rows
-override KEPT_STRIDE: u32 = COLUMNS * SIDE + 8u;  // elements of a kept row
+override KEPT_STRIDE: u32 = max(COLUMNS * SIDE, NOPE) + 8u;  // elements of a kept row
 override KEPT_PITCH: u32 = KEPT_STRIDE;
 
 const LOWEST: f32 = -3.4028234e38;
@@ -110,7 +112,7 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<f32>;                  // [tokens, n_head, d_nope + d_rope], rotated
-@group(0) @binding(2) var<storage, read> kv_b_proj: array<f16>;    // [n_head, d_nope + d_value, 8 · weight_pitch]
+@group(0) @binding(2) var<storage, read> kv_b_proj: array<vec4<f16>>;    // [n_head, d_nope + d_value, 2 · weight_pitch]
 @group(0) @binding(3) var<storage, read> affine: array<u32>;             // γ [n_head, d_nope + d_value], then β
 @group(0) @binding(4) var<storage, read> gates: array<vec4<u32>>;        // [resident, gate_pitch], before the activation
 @group(0) @binding(5) var<storage, read> gates_more: array<vec4<u32>>;   // [more gate rows, more_pitch]
@@ -118,9 +120,9 @@ struct Params {
 @group(0) @binding(7) var<storage, read> lists: array<u32>;              // group lists and sequence table: see attention/groups.rs
 @group(0) @binding(8) var<storage, read_write> partial: array<f32>;      // [partials, n_head, d_value], then [partials, n_head, 2]
 
-// [subgroup, place or head or position, column]: gated queries, rotary queries, rotary keys, latents, one after another.
+// [subgroup, matrix row, column]: weights of keys, rotary queries, rotary keys and latents in turn, weights of values.
 var<workgroup> sh_tile: array<f16, GROUPS * SIDE * PITCH>;
-// [head, place, column]: absorbed queries, then weights of positions, then sums of latents.
+// [head, place, column]: gated queries, absorbed queries, then weights of positions, then sums of latents.
 var<workgroup> sh_kept: array<f16, (SIDE + SHARED - 1u) * GROUPS * KEPT_PITCH>;
 var<workgroup> sh_scores: array<f32, GROUPS * MATRIX>;   // one matrix per subgroup on its way from or to storage
 // [place, position]: (μ, ρ, ln ρ) as bits, cache row or NO_ROW; at the end [place, head]: m as bits, l, Σ w μ.
@@ -128,9 +130,10 @@ var<workgroup> sh_positions: array<vec4<u32>, GROUPS * SIDE>;
 // [place, head]: units of absorbed queries, then factors on sums, then those on values.
 var<workgroup> sh_factor: array<f32, GROUPS * SIDE>;
 var<workgroup> sh_queries: array<vec2<f32>, SIDE>;       // [head]: scale · unit of q_R, scale · Σ(q_C ⊙ γ_K)
-var<workgroup> sh_places: array<vec4<u32>, GROUPS>;      // gate row, word and group of the place, first position, positions
-// (line of the sequence table, entry of its sequence, most positions of a place, partial result), and the last turn, counted from
-// 1, that gave some sum a factor other than 1. 16 bytes each: matrices need the arrays around them to begin on multiples of 16.
+var<workgroup> sh_places: array<vec4<u32>, GROUPS>;      // gate row, group, word of the header or chunk, positions
+// (line of the sequence table, entry of its sequence, whether there is nothing to do, later most positions of a place, partial
+// result), and the last turn, counted from 1, that gave some sum a factor other than 1. 16 bytes each: matrices need the arrays
+// around them to begin on multiples of 16.
 var<workgroup> sh_line: vec4<u32>;
 var<workgroup> sh_scaled: vec4<u32>;
 
@@ -397,12 +400,6 @@ fn keep8_apart(at: u32, x: Eight, reciprocal: f32) {
     keep_apart(at + 4u, vec4<f16>(reciprocal * x.high));
 }
 
-// Stages eight numbers as halves, in units.
-fn stage8_apart(at: u32, x: Eight, reciprocal: f32) {
-    stage_apart(at, vec4<f16>(reciprocal * x.low));
-    stage_apart(at + 4u, vec4<f16>(reciprocal * x.high));
-}
-
 fn times(a: Eight, b: Eight) -> Eight {
     return Eight(a.low * b.low, a.high * b.high);
 }
@@ -413,6 +410,44 @@ fn most_of_row(bits: u32) -> u32 {
         return max(bits, subgroupShuffleXor(bits, 1u));
     }
     return bits;
+}
+
+// 16 bytes of weights.
+struct Loaded {
+    first: vec4<f16>,
+    second: vec4<f16>,
+}
+
+// Load e of staged weights, of an output of kv_b_proj; 0 past its end.
+fn load_weights(e: u32, output: u32) -> Loaded {
+    if (e < GROUPS * SIDE * LOADS && e % LOADS < params.weight_pitch) {
+        let at = (output * params.weight_pitch + e % LOADS) * 2u;
+        return Loaded(kv_b_proj[at], kv_b_proj[at + 1u]);
+    }
+    return Loaded(vec4<f16>(), vec4<f16>());
+}
+
+// Its output among the contents of keys: SHARE · SIDE from k0 on of each head from h0 on; `head` is the workgroup's first.
+fn key_of(e: u32, h0: u32, k0: u32, head: u32, heads: u32) -> u32 {
+    let row = e / LOADS;
+    let of_head = head + min(h0 + row / (SHARE * SIDE), heads - 1u);
+    return of_head * (params.d_nope + params.d_value) + min(k0 + row % (SHARE * SIDE), max(NOPE, 1u) - 1u);
+}
+
+// Its output among values: SIDE of each matrix from `first` on; matrices are counted head by head, block by block.
+fn value_of(e: u32, first: u32, head: u32, heads: u32) -> u32 {
+    let matrix = min(first + e / LOADS / SIDE, heads * (params.d_value / SIDE) - 1u);
+    let n = matrix / heads * SIDE + e / LOADS % SIDE;
+    return (head + matrix % heads) * (params.d_nope + params.d_value) + params.d_nope + n;
+}
+
+// Stages load e of weights.
+fn stage_weights_apart(e: u32, loaded: Loaded) {
+    if (e < GROUPS * SIDE * LOADS) {
+        let at = e / LOADS * STRIDE + e % LOADS * 8u;
+        stage_apart(at, loaded.first);
+        stage_apart(at + 4u, loaded.second);
+    }
 }
 
 // Load e of the rows of all places, each of `loads` loads, `first` and `pitch` say where they are in the cache; elements past
@@ -527,7 +562,6 @@ fn main(
     let d_query = params.d_nope + params.d_rope;
     let d_head = params.d_nope + params.d_value;
     let first_query = (token * params.n_head + head0) * d_query;
-    let weight_pitch = params.weight_pitch * LOAD;
 
     if (local < GROUPS) {
         var place = Place(0u, 0u, 0u);
@@ -561,7 +595,10 @@ fn main(
     let zero = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
     let most_positions = workgroupUniformLoad(&sh_line).z;
 
-    // Absorbed queries, a head per subgroup and turn. Heads past the last repeat it.
+    // The first weights are on their way while queries are gated.
+    var w0 = load_weights(local, key_of(local, 0u, 0u, head0, heads));
+    var w1 = load_weights(local + 1u * WORKGROUP, key_of(local + 1u * WORKGROUP, 0u, 0u, head0, heads));
+    // Gated queries, eight heads a turn. Heads past the last repeat it.
     for (var h0 = 0u; h0 < heads; h0 += GROUPS) {
         // LANES invocations share the gated query of a place.
         let of_query = local / LANES;
@@ -609,18 +646,18 @@ fn main(
             gamma += subgroupShuffleXor(gamma, apart);
         }
         let unit = unit_of(most);
-        let query_at = (of_query / GROUPS * SIDE + place) * STRIDE + 8u * lane;
+        let query_at = (head * GROUPS + place) * KEPT_STRIDE + 8u * lane;
         if (own0) {
-            stage8_apart(query_at, x0, reciprocal_of(unit));
+            keep8_apart(query_at, x0, reciprocal_of(unit));
         }
         if (own1) {
-            stage8_apart(query_at + 1u * 8u * LANES, x1, reciprocal_of(unit));
+            keep8_apart(query_at + 1u * 8u * LANES, x1, reciprocal_of(unit));
         }
         if (own2) {
-            stage8_apart(query_at + 2u * 8u * LANES, x2, reciprocal_of(unit));
+            keep8_apart(query_at + 2u * 8u * LANES, x2, reciprocal_of(unit));
         }
         if (own3) {
-            stage8_apart(query_at + 3u * 8u * LANES, x3, reciprocal_of(unit));
+            keep8_apart(query_at + 3u * 8u * LANES, x3, reciprocal_of(unit));
         }
         if (of_query < GROUPS * GROUPS) {
             if (lane == 0u) {
@@ -630,130 +667,45 @@ fn main(
                 }
             }
         }
-        workgroupBarrier();
-        let w_at = (head0 + min(h0 + own, heads - 1u)) * d_head * weight_pitch;
-        var sum0 = zero;
-        var sum1 = zero;
-        var sum2 = zero;
-        var sum3 = zero;
-        var sum4 = zero;
-        var sum5 = zero;
-        var sum6 = zero;
-        var sum7 = zero;
-        for (var k = 0u; k < NOPE; k += SIDE) {
-            let x = coopLoadT<Left>(&sh_tile[own * SIDE * PITCH + k / SIDE * STEP], PITCH);
-            let at = w_at + k * weight_pitch;
-            sum0 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at], weight_pitch), sum0);
-            if (COLUMNS > 1u) {
-                sum1 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 1u * STEP], weight_pitch), sum1);
-            }
-            if (COLUMNS > 2u) {
-                sum2 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 2u * STEP], weight_pitch), sum2);
-            }
-            if (COLUMNS > 3u) {
-                sum3 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 3u * STEP], weight_pitch), sum3);
-            }
-            if (COLUMNS > 4u) {
-                sum4 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 4u * STEP], weight_pitch), sum4);
-            }
-            if (COLUMNS > 5u) {
-                sum5 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 5u * STEP], weight_pitch), sum5);
-            }
-            if (COLUMNS > 6u) {
-                sum6 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 6u * STEP], weight_pitch), sum6);
-            }
-            if (COLUMNS > 7u) {
-                sum7 = coopMultiplyAdd(x, coopLoadT<Right>(&kv_b_proj[at + 7u * STEP], weight_pitch), sum7);
+    }
+    // Absorbed queries in their place, of a few heads a turn: SHARE subgroups share a head, each has a matrix of columns; those
+    // past the last repeat it.
+    for (var h0 = 0u; h0 < heads; h0 += GROUPS / SHARE) {
+        let x_at = min(h0 + own / SHARE, heads - 1u) * GROUPS * KEPT_PITCH;
+        let w_at = own / SHARE * SHARE * SIDE * PITCH + min(own % SHARE, COLUMNS - 1u) * STEP;
+        var product = zero;
+        for (var k0 = 0u; k0 < NOPE; k0 += SHARE * SIDE) {
+            workgroupBarrier();
+            stage_weights_apart(local, w0);
+            stage_weights_apart(local + 1u * WORKGROUP, w1);
+            // These loads are in flight while these weights are multiplied; those behind the last are not needed.
+            let ends = k0 + SHARE * SIDE >= NOPE;
+            let h1 = h0 + select(0u, GROUPS / SHARE, ends);
+            let k1 = select(k0 + SHARE * SIDE, 0u, ends);
+            w0 = load_weights(local, key_of(local, h1, k1, head0, heads));
+            w1 = load_weights(local + 1u * WORKGROUP, key_of(local + 1u * WORKGROUP, h1, k1, head0, heads));
+            workgroupBarrier();
+            for (var k = 0u; k < min(SHARE, (NOPE - k0) / SIDE); k++) {
+                let x = coopLoadT<Left>(&sh_kept[x_at + (k0 / SIDE + k) * STEP], KEPT_PITCH);
+                product = coopMultiplyAdd(x, coopLoadT<Right>(&sh_tile[w_at + k * SIDE * PITCH], PITCH), product);
             }
         }
-        // SHARED invocations share the absorbed query of a place.
-        let of_row = local / SHARED;
-        let row_place = of_row % GROUPS;
-        let row_head = min(h0 + of_row / GROUPS, heads - 1u);
-        let row_own = min(of_row / GROUPS, GROUPS - 1u);
-        let column = local % SHARED * 8u;
-        let row_at = row_own * MATRIX + row_place * SIDE + column;
-        var a0 = Eight();
-        var a1 = Eight();
-        var a2 = Eight();
-        var a3 = Eight();
-        var a4 = Eight();
-        var a5 = Eight();
-        var a6 = Eight();
-        var a7 = Eight();
-        a0 = exchanged(sum0, own, row_at);
-        if (COLUMNS > 1u) {
-            a1 = exchanged(sum1, own, row_at);
+        // PARTS invocations share the absorbed query of a place.
+        let row = local / PARTS;
+        let column = local % PARTS * 8u;
+        let row_head = h0 + row / GROUPS;
+        let row_own = min(row / GROUPS * SHARE + column / SIDE, GROUPS - 1u);
+        let absorbed = exchanged(product, own, row_own * MATRIX + row % GROUPS * SIDE + column % SIDE);
+        let mine = local < GROUPS * SIDE && row_head < heads && column < COLUMNS * SIDE;
+        var exponent = select(0u, exponent8(absorbed), mine);
+        for (var apart = 1u; apart < PARTS; apart *= 2u) {
+            exponent = max(exponent, subgroupShuffleXor(exponent, apart));
         }
-        if (COLUMNS > 2u) {
-            a2 = exchanged(sum2, own, row_at);
-        }
-        if (COLUMNS > 3u) {
-            a3 = exchanged(sum3, own, row_at);
-        }
-        if (COLUMNS > 4u) {
-            a4 = exchanged(sum4, own, row_at);
-        }
-        if (COLUMNS > 5u) {
-            a5 = exchanged(sum5, own, row_at);
-        }
-        if (COLUMNS > 6u) {
-            a6 = exchanged(sum6, own, row_at);
-        }
-        if (COLUMNS > 7u) {
-            a7 = exchanged(sum7, own, row_at);
-        }
-        var exponent = exponent8(a0);
-        if (COLUMNS > 1u) {
-            exponent = max(exponent, exponent8(a1));
-        }
-        if (COLUMNS > 2u) {
-            exponent = max(exponent, exponent8(a2));
-        }
-        if (COLUMNS > 3u) {
-            exponent = max(exponent, exponent8(a3));
-        }
-        if (COLUMNS > 4u) {
-            exponent = max(exponent, exponent8(a4));
-        }
-        if (COLUMNS > 5u) {
-            exponent = max(exponent, exponent8(a5));
-        }
-        if (COLUMNS > 6u) {
-            exponent = max(exponent, exponent8(a6));
-        }
-        if (COLUMNS > 7u) {
-            exponent = max(exponent, exponent8(a7));
-        }
-        exponent = most_of_row(exponent);
-        if (of_row < GROUPS * GROUPS) {
+        if (mine) {
             let absorbed_unit = unit_of(exponent);
-            let reciprocal = reciprocal_of(absorbed_unit);
-            let to = (row_head * GROUPS + row_place) * KEPT_STRIDE + column;
-            keep8_apart(to, a0, reciprocal);
-            if (COLUMNS > 1u) {
-                keep8_apart(to + 1u * SIDE, a1, reciprocal);
-            }
-            if (COLUMNS > 2u) {
-                keep8_apart(to + 2u * SIDE, a2, reciprocal);
-            }
-            if (COLUMNS > 3u) {
-                keep8_apart(to + 3u * SIDE, a3, reciprocal);
-            }
-            if (COLUMNS > 4u) {
-                keep8_apart(to + 4u * SIDE, a4, reciprocal);
-            }
-            if (COLUMNS > 5u) {
-                keep8_apart(to + 5u * SIDE, a5, reciprocal);
-            }
-            if (COLUMNS > 6u) {
-                keep8_apart(to + 6u * SIDE, a6, reciprocal);
-            }
-            if (COLUMNS > 7u) {
-                keep8_apart(to + 7u * SIDE, a7, reciprocal);
-            }
-            if (column == 0u && h0 + of_row / GROUPS < heads) {
-                sh_factor[row_place * SIDE + row_head] *= bitcast<f32>(absorbed_unit);
+            keep8_apart((row_head * GROUPS + row % GROUPS) * KEPT_STRIDE + column, absorbed, reciprocal_of(absorbed_unit));
+            if (column == 0u) {
+                sh_factor[row % GROUPS * SIDE + row_head] *= bitcast<f32>(absorbed_unit);
             }
         }
     }
@@ -844,11 +796,10 @@ fn main(
         workgroupBarrier();
         // All loads are asked for before the first is needed.
         let rotary_loads = ROTARY * SIDE / 8u;
-        let latent_loads = COLUMNS * SIDE / 8u;
         let k0 = fetched(local, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
         let k1 = fetched(local + 1u * WORKGROUP, rotary_loads, params.rope, params.rope_pitch, params.d_rope);
-        let c0 = fetched(local, latent_loads, params.latent, params.latent_pitch, params.d_latent);
-        let c1 = fetched(local + 1u * WORKGROUP, latent_loads, params.latent, params.latent_pitch, params.d_latent);
+        let c0 = fetched(local, LOADS, params.latent, params.latent_pitch, params.d_latent);
+        let c1 = fetched(local + 1u * WORKGROUP, LOADS, params.latent, params.latent_pitch, params.d_latent);
         var rotary = Eight();
         if (ROTARY > 0u) {
             stage_load_apart(local, rotary_loads, k0);
@@ -879,8 +830,8 @@ fn main(
             }
             rotary = exchanged(product, own, at);
         }
-        stage_load_apart(local, latent_loads, c0);
-        stage_load_apart(local + 1u * WORKGROUP, latent_loads, c1);
+        stage_load_apart(local, LOADS, c0);
+        stage_load_apart(local + 1u * WORKGROUP, LOADS, c1);
         workgroupBarrier();
         let c_at = own * SIDE * PITCH;
         var product = coopMultiplyAdd(a0, coopLoad<Right>(&sh_tile[c_at], PITCH), zero);
@@ -1092,63 +1043,70 @@ fn main(
 
     // Values, a matrix of columns of a head per subgroup and turn; those past the last repeat it.
     let matrices = heads * (params.d_value / SIDE);
+    w0 = load_weights(local, value_of(local, 0u, head0, heads));
+    w1 = load_weights(local + 1u * WORKGROUP, value_of(local + 1u * WORKGROUP, 0u, head0, heads));
     for (var first = 0u; first < matrices; first += GROUPS) {
         let matrix = min(first + own, matrices - 1u);
         let head = matrix % heads;
-        let w_at = ((head0 + head) * d_head + params.d_nope + matrix / heads * SIDE) * weight_pitch;
+        let w_at = own * SIDE * PITCH;
         let s_at = head * GROUPS * KEPT_PITCH;
+        stage_weights_apart(local, w0);
+        stage_weights_apart(local + 1u * WORKGROUP, w1);
+        w0 = load_weights(local, value_of(local, first + GROUPS, head0, heads));
+        w1 = load_weights(local + 1u * WORKGROUP, value_of(local + 1u * WORKGROUP, first + GROUPS, head0, heads));
+        workgroupBarrier();
         var product = zero;
         product = coopMultiplyAdd(
             coopLoadT<Left>(&sh_kept[s_at], KEPT_PITCH),
-            coopLoad<Right>(&kv_b_proj[w_at], weight_pitch),
+            coopLoad<Right>(&sh_tile[w_at], PITCH),
             product,
         );
         if (COLUMNS > 1u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 1u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 1u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 1u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 2u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 2u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 2u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 2u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 3u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 3u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 3u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 3u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 4u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 4u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 4u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 4u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 5u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 5u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 5u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 5u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 6u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 6u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 6u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 6u * STEP], PITCH),
                 product,
             );
         }
         if (COLUMNS > 7u) {
             product = coopMultiplyAdd(
                 coopLoadT<Left>(&sh_kept[s_at + 7u * STEP], KEPT_PITCH),
-                coopLoad<Right>(&kv_b_proj[w_at + 7u * STEP], weight_pitch),
+                coopLoad<Right>(&sh_tile[w_at + 7u * STEP], PITCH),
                 product,
             );
         }

@@ -258,8 +258,8 @@ fn cooperative_matrices_decode_halves_by_groups_where_workgroup_memory_holds_the
         assert_eq!(of(class, both, 32 << 10, halves), "attention_grouped_cooperative_8");
         assert_eq!(of(class, Cooperative::BY_8, 32 << 10, halves), "attention_grouped_cooperative_8");
         assert_eq!(of(class, Cooperative::BY_16, 32 << 10, halves), "attention_grouped_subgroup");
-        // Rows of 24 halves are three matrices of 8 × 8, and none of 16 × 16.
-        let odd = AttentionGrouped { widths: Widths { d_latent: 20, ..paper }, ..halves };
+        // Heads of 24 are three matrices of 8 × 8, and none of 16 × 16.
+        let odd = AttentionGrouped { widths: Widths { d_value: 24, ..paper }, ..halves };
         assert_eq!(of(class, both, 48 << 10, odd), "attention_grouped_cooperative_8");
         let wide = AttentionGrouped { widths: Widths { d_nope: 128, ..paper }, ..halves };
         assert_eq!(of(class, both, 48 << 10, wide), "attention_grouped_cooperative_8");

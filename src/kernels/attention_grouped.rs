@@ -561,6 +561,7 @@ pub(crate) const COOPERATIVE: Variant<AttentionGrouped> = Variant::<AttentionGro
     |op, context, _| by_matrices(op, 16, context),
     |_, context, plan| whole_matrices(16, context, plan),
 )
+.subgroups(8)
 .cooperative(Cooperative::BY_16)
 .preferred(|op, context| halves_in_tiles(op, 16, context));
 
@@ -571,6 +572,7 @@ pub(crate) const COOPERATIVE_8: Variant<AttentionGrouped> = Variant::<AttentionG
     |op, context, _| by_matrices(op, 8, context),
     |_, context, plan| whole_matrices(8, context, plan),
 )
+.subgroups(8)
 .cooperative(Cooperative::BY_8)
 .preferred(|op, context| halves_in_tiles(op, 8, context));
 
@@ -592,13 +594,12 @@ fn check_matrices(op: &AttentionGrouped, side: u32) -> Result<(), String> {
     if groups != PLACES || span != 1 {
         return Err(format!("tiles of {groups} groups, {span} of them an entry"));
     }
-    // Matrices of weights are read where they are: their rows have no columns behind the last matrix.
-    let whole = [op.storage.row_pitch(d_latent), d_nope, d_value].iter().all(|width| width.is_multiple_of(side));
+    let whole = d_nope.is_multiple_of(side) && d_value.is_multiple_of(side);
     let most_nope = 1024 / side;
     if !whole || d_latent > 64 || d_rope > 64 || d_nope > most_nope {
         return Err(format!(
             "d_latent {d_latent}, d_nope {d_nope}, d_rope {d_rope}, d_value {d_value}: latents and rotary keys go up to 64, \
-             contents of queries to {most_nope}, latents and heads are whole blocks of {side}"
+             contents of queries to {most_nope}, heads are whole blocks of {side}"
         ));
     }
     Ok(())
@@ -611,11 +612,13 @@ fn by_matrices(op: &AttentionGrouped, side: u32, context: &PlanContext) -> Resul
     // Four lanes per gated query at least, eight columns of a matrix row per invocation at most.
     let workgroup = PLACES * context.widest_subgroup().max(32);
     let lanes = context.lanes(workgroup / (PLACES * PLACES));
-    let width = (side * columns.max(rotary)).max(d_nope);
-    let (tile, kept) = (PLACES * side * (width + 8), (side + side / 8 - 1) * PLACES * (side * columns + 8));
+    let width = side * columns.max(rotary);
+    let tile = PLACES * side * (width + 8);
+    let kept = (side + side / 8 - 1) * PLACES * ((side * columns).max(d_nope) + 8);
     Ok(op
         .draft_of(workgroup, side)
-        .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMNS", columns), ("ROTARY", rotary), ("NOPE", d_nope), ("WIDTH", width)])
+        .with([("WORKGROUP", workgroup), ("LANES", lanes), ("NOPE", d_nope), ("WIDTH", width)])
+        .with([("COLUMNS", columns), ("SHARE", columns.next_power_of_two()), ("ROTARY", rotary)])
         // Rows of halves, matrices of sums; what is known of positions, places and heads; 32 bytes more.
         .bytes(2 * (tile + kept) + 4 * PLACES * side * side + 20 * PLACES * side + 16 * PLACES + 8 * side + 32))
 }
@@ -628,7 +631,11 @@ fn whole_matrices(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &
         (workgroup >= 256 && lanes * 64 <= workgroup, "every gated query and every eight columns have their lanes"),
         (lanes == u64::from(context.lanes(lanes as u32)), "the lanes of a gated query are of one subgroup"),
         ((1..=8).contains(&columns) && rotary <= 8, "one to eight matrices of columns are named"),
-        (width.is_multiple_of(8), "staged rows are whole loads"),
+        (width.is_multiple_of(side), "staged rows are whole matrices"),
+        (
+            (columns..=8).contains(&plan.value("SHARE")) && plan.value("SHARE").is_power_of_two(),
+            "the matrices of a head's absorbed queries each have a subgroup, all heads of a turn as many",
+        ),
         (plan.value("NOPE") <= 32 * lanes, "a lane has up to four blocks of a gated query"),
         (
             columns.max(rotary) * side * side <= side / 4 * workgroup,
