@@ -25,7 +25,7 @@
 // have to run beside each other on a multiprocessor. They take 48 KiB each.
 // Weights loaded from storage as matrices took 16 times the loads: rows of W_K are 16-bit elements of a column there.
 //
-// AMD's compiler (RDNA3, Mesa 25): 192 registers, 48 KiB of workgroup memory, no spills; inverse throughput 13 700 to 15 900 by its
+// AMD's compiler (RDNA3, Mesa 25): 192 registers, 48 KiB of workgroup memory, no spills; inverse throughput 13 700 to 16 000 by its
 // estimate for each of 8 subgroups and 16 heads, where attention_grouped_subgroup has 12 700 to 12 900 for one subgroup and 4 heads.
 // The estimate guesses how often loops turn, and there are more of them, one in another, in the latter.
 //

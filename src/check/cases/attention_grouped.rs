@@ -163,7 +163,10 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         ("q16", GroupedSizes { sequences: &[(330, Ids::Equal), (40, Ids::Skewed)], queries: 16, ..plain }),
         ("h1_no_rope", GroupedSizes { n_head: 1, widths: widths(16, 16, 0, 16), ..plain }),
         ("h9_odd", GroupedSizes { n_head: 9, widths: widths(13, 16, 2, 16), norm: GateNorm::RmsNorm, ..plain }),
-        ("h17_no_nope", GroupedSizes { n_head: 17, widths: widths(30, 0, 4, 16), ..mixed(GateNorm::LayerNorm, Activation::Silu) }),
+        (
+            "h17_no_nope",
+            GroupedSizes { n_head: 17, widths: widths(30, 0, 4, 16), ..mixed(GateNorm::LayerNorm, Activation::Silu) },
+        ),
         ("no_norm", mixed(GateNorm::None, Activation::OnePlus)),
         ("sigmoid", mixed(GateNorm::RmsNorm, Activation::Sigmoid)),
         ("identity", mixed(GateNorm::LayerNorm, Activation::Identity)),
