@@ -127,7 +127,7 @@ fn halves(low: u32, high: u32) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
 }
 
-// Eight columns.
+// Eight numbers.
 struct Eight {
     low: vec4<f32>,
     high: vec4<f32>,

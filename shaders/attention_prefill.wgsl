@@ -15,7 +15,8 @@
 //   without workgroup memory, 8 × 16 scores per lane, all written out: 1.1 to 1.3×, not worth it
 //   loads at an index that is the same in all lanes: 1.2× per load, the driver gathers lane by lane all the same
 
-override STORAGE_F16: u32 = 0u;
+override STORAGE_F16: u32 = 0u;                  // of the rope cache
+override KV_F16: u32 = 0u;                       // of keys and values
 override ROWS: u32 = 8u;                         // groups of 4 queries
 override CHUNK: u32 = 8u;                        // elements of queries and keys staged at once, in fours
 override VALUE_ROWS: u32 = 16u;                  // values staged at once; divides TILE_KV, and fits into the memory of the chunk
@@ -65,7 +66,7 @@ struct SequenceRow {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;               // [tokens, n_head, (d_nope + d_rope) / 4], rotated
-@group(0) @binding(2) var<storage, read> kv: array<vec4<f32>>;              // [kv_rows, n_kv_head, (d_nope + d_value) / 4]
+@group(0) @binding(2) var<storage, read> kv: array<vec4<u32>>;              // [kv_rows, n_kv_head, d_nope + d_value], 16 bytes each
 @group(0) @binding(3) var<storage, read> rope_cache: array<vec4<u32>>;      // [cache rows, rope_pitch], 16 bytes per element
 @group(0) @binding(4) var<storage, read> queries: array<QueryTile>;         // [query tiles]
 @group(0) @binding(5) var<storage, read> sequences: array<SequenceRow>;     // [n_sequence]
@@ -85,6 +86,16 @@ fn rope_four(i: u32) -> vec4<f32> {
         return vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y));
     }
     return bitcast<vec4<f32>>(rope_cache[i >> 2u]);
+}
+
+// The i-th four elements of keys and values.
+fn kv_four(i: u32) -> vec4<f32> {
+    if (KV_F16 == 1u) {
+        let eight = kv[i >> 1u];
+        let four = select(eight.xy, eight.zw, (i & 1u) == 1u);
+        return vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y));
+    }
+    return bitcast<vec4<f32>>(kv[i]);
 }
 
 // Of the four components of each column.
@@ -238,7 +249,7 @@ fn main(
                 var loaded = vec4<f32>(0.0);
                 if (d < width && key0 + r < end) {
                     if (d < nope) {
-                        loaded = kv[kv_base + r * kv_row + d];
+                        loaded = kv_four(kv_base + r * kv_row + d);
                     } else {
                         loaded = rope_four((sequence.first_slot + key0 + r) * params.rope_pitch + 4u * (d - nope));
                     }
@@ -297,7 +308,7 @@ fn main(
                 let column = column0 + e % columns;
                 var loaded = vec4<f32>(0.0);
                 if (column < value_width && key0 + r < end) {
-                    loaded = kv[kv_base + r * kv_row + nope + column];
+                    loaded = kv_four(kv_base + r * kv_row + nope + column);
                 }
                 sh_stage[e] = loaded;
             }

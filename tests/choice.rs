@@ -277,6 +277,34 @@ fn cooperative_matrices_decode_halves_by_groups_where_workgroup_memory_holds_the
 }
 
 #[test]
+fn cooperative_matrices_attend_in_smaller_tiles_where_workgroup_memory_is_less() {
+    let of = |cooperative, workgroup_bytes, op: AttentionPrefill| {
+        let class = AdapterClass::Discrete;
+        let mut context =
+            PlanContext { features: COOPERATIVE_FEATURES, cooperative, ..PlanContext::webgpu_defaults(class) };
+        context.limits.max_compute_workgroup_storage_size = workgroup_bytes;
+        (context.subgroup_min_size, context.subgroup_max_size) = (32, 32);
+        let (variant, plan) = choose(&op, &context).unwrap();
+        (variant.spec.name, plan.value("QUERIES"), plan.value("TILE"))
+    };
+    let op = AttentionPrefill { tile_q: 64, weights: Storage::F16, ..prefill_of(64, 1, 3, [128, 0, 128]) };
+    let with_rope = AttentionPrefill { d_rope: 64, ..op };
+    let both = Cooperative { by_16: true, by_8: true };
+    for kv in Storage::ALL {
+        let (op, with_rope) = (AttentionPrefill { kv, ..op }, AttentionPrefill { kv, ..with_rope });
+        assert_eq!(of(both, 48 << 10, with_rope), ("attention_prefill_cooperative", 64, 32));
+        assert_eq!(of(both, 32 << 10, with_rope), ("attention_prefill_cooperative", 64, 16));
+        assert_eq!(of(both, 32 << 10, op), ("attention_prefill_cooperative", 64, 32));
+        // WebGPU's 16 KiB.
+        assert_eq!(of(both, 16 << 10, op), ("attention_prefill_cooperative", 32, 16));
+        assert_eq!(of(Cooperative::BY_8, 32 << 10, op), ("attention_prefill_cooperative_8", 32, 32));
+        assert_eq!(of(Cooperative::BY_8, 16 << 10, op), ("attention_prefill_cooperative_8", 16, 16));
+        let other = if kv == Storage::F16 { "attention_prefill" } else { "attention_prefill_subgroup" };
+        assert_eq!(of(both, 16 << 10, with_rope).0, other);
+    }
+}
+
+#[test]
 fn decode_takes_whole_loads() {
     let of = |[d_nope, d_rope, d_value]: [u32; 3], storage, kv_storage, context: &PlanContext| {
         let op = AttentionDecode {

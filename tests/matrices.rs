@@ -195,9 +195,9 @@ fn matrices_lie_where_vulkan_wants_them() {
 fn a_misplaced_matrix_is_seen() {
     for (name, old, new) in [
         ("attention_prefill_cooperative", "sh_scaled: vec4<u32>", "sh_scaled: vec3<u32>"),
-        ("attention_prefill_cooperative", "CHUNK_PITCH: u32 = QUADS + 2u", "CHUNK_PITCH: u32 = QUADS + 1u"),
-        ("attention_prefill_cooperative", "d += SIDE / 4u", "d += SIDE / 16u"),
-        ("attention_prefill_cooperative_8", "sh_stage[q_at + d], CHUNK_PITCH", "sh_stage[q_at + d + 4u], CHUNK_PITCH"),
+        ("attention_prefill_cooperative", "VALUE_PITCH: u32 = (SLICE + 8u)", "VALUE_PITCH: u32 = (SLICE + 4u)"),
+        ("attention_prefill_cooperative", "share * SIDE;", "share * 2u;"),
+        ("attention_prefill_cooperative_8", "sh_stage[v_at], VALUE_PITCH", "sh_stage[v_at + 4u], VALUE_PITCH"),
         ("matmul_cooperative_8", "sh_x: array<f16, STAGES * X_STAGE>", "sh_x: array<f16, STAGES * X_STAGE + 2u>"),
         ("roofline_cooperative", "&sh_x[MATRIX], SIDE", "&sh_x[MATRIX - 4u], SIDE"),
     ] {

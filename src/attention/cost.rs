@@ -468,6 +468,7 @@ pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         scale: config.scale() as f32,
         weights: storage,
         storage,
+        kv: Storage::F32,
     };
     projections(&Counted, config, tokens, storage)
         + rebuilding(&Counted, config, tokens, storage, storage)

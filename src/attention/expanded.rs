@@ -47,6 +47,7 @@ impl<'a> Frame<'a> {
             scale: layer.config.scale() as f32,
             weights: layer.storage,
             storage: self.cache.options().storage,
+            kv: Storage::F32,
         };
         let args = attention_prefill::Args {
             q: &workspace.q,

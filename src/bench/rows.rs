@@ -444,6 +444,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32, s
         scale: scale as f32,
         weights: storage,
         storage,
+        kv: Storage::F32,
     };
     let args = attention_prefill::Args {
         q: &q,

@@ -6,7 +6,6 @@ use bytemuck::{Pod, Zeroable};
 
 use super::attention_absorbed::wide_enough;
 use super::attention_decode::check_groups;
-use super::matmul::four_subgroups;
 use crate::adapter::{AdapterClass, Cooperative, PlanContext};
 use crate::cost::{Cost, times};
 use crate::op::{Op, Variant, hold};
@@ -41,7 +40,7 @@ crate::args! {
     pub struct Args {
         /// `[tokens, n_head, d_nope + d_rope]` f32, rotated.
         q: Read,
-        /// `[kv_rows, n_kv_head, d_nope + d_value]` f32: gated and normed where the model says so.
+        /// `[kv_rows, n_kv_head, d_nope + d_value]` in `kv`: gated and normed where the model says so.
         kv: Read,
         /// `[cache_rows, pitch of d_rope]` in `storage`; not bound without a rotary key.
         rope_cache: Read,
@@ -107,6 +106,9 @@ pub struct AttentionPrefill {
     pub weights: Storage,
     /// Storage of the rope cache.
     pub storage: Storage,
+    /// Storage of keys and values; of halves `d_nope` and `d_value` are multiples of 8, so that heads begin at whole 16-byte
+    /// loads.
+    pub kv: Storage,
 }
 
 /// Most queries of a [`QueryTile`] on a device.
@@ -143,7 +145,8 @@ impl Op for AttentionPrefill {
     fn validate(&self) -> Result<(), String> {
         check_nonzero(&[("n_head", self.n_head), ("d_value", self.d_value), ("n_sequence", self.n_sequence)])?;
         check_groups(self.n_head, self.n_kv_head)?;
-        check_multiples(4, &[("d_nope", self.d_nope), ("d_rope", self.d_rope), ("d_value", self.d_value)])?;
+        check_multiples(4, &[("d_rope", self.d_rope)])?;
+        check_multiples(self.kv.of_load(), &[("d_nope", self.d_nope), ("d_value", self.d_value)])?;
         if self.d_nope == 0 && self.d_rope == 0 {
             return Err("d_nope and d_rope are both 0".to_owned());
         }
@@ -177,7 +180,7 @@ impl Op for AttentionPrefill {
         let rope = product(&[self.cache_rows, self.storage.row_pitch(self.d_rope)]);
         Args {
             q: words(product(&[self.tokens, self.n_head, self.d_nope + self.d_rope])),
-            kv: words(product(&[self.kv_rows, self.n_kv_head, self.d_nope + self.d_value])),
+            kv: self.kv.sized(product(&[self.kv_rows, self.n_kv_head, self.d_nope + self.d_value])),
             rope_cache: self.storage.sized(rope),
             queries: words(product(&[self.query_tiles, 4])),
             sequences: words(product(&[self.n_sequence, 4])),
@@ -187,7 +190,7 @@ impl Op for AttentionPrefill {
     }
 
     fn cost(&self) -> Cost {
-        let AttentionPrefill { tokens, n_head, n_kv_head, d_nope, d_rope, d_value, kv_rows, storage, .. } = *self;
+        let AttentionPrefill { tokens, n_head, n_kv_head, d_nope, d_rope, d_value, kv_rows, storage, kv, .. } = *self;
         // Every tile writes the state, and all but the first read it. One (m, l) per query and head: a schedule that splits
         // the value width keeps more.
         let state = if self.first { 1 } else { 2 };
@@ -200,8 +203,8 @@ impl Op for AttentionPrefill {
             &[
                 times(4, &[tokens, n_head, d_nope]),
                 times(4, &[tokens, n_head, d_rope]),
-                times(4, &[kv_rows, n_kv_head, d_nope]),
-                times(4, &[kv_rows, n_kv_head, d_value]),
+                times(kv.bytes(), &[kv_rows, n_kv_head, d_nope]),
+                times(kv.bytes(), &[kv_rows, n_kv_head, d_value]),
                 times(storage.bytes(), &[kv_rows.min(self.cache_rows), d_rope]),
                 times(16, &[self.query_tiles]),
                 times(16, &[self.n_sequence]),
@@ -228,7 +231,7 @@ pub(crate) const TILES: Variant<AttentionPrefill> = {
             let staged = (rows * 4 + TILE_KV) * (chunk + 1) + TILE_KV * (rows + 1);
             Ok(op
                 .draft(rows * LANES, 1)
-                .with([("STORAGE_F16", op.storage.constant())])
+                .with([("STORAGE_F16", op.storage.constant()), ("KV_F16", op.kv.constant())])
                 .with([("ROWS", rows), ("CHUNK", chunk), ("VALUE_ROWS", value_rows), ("COLUMNS", columns)])
                 .bytes(16 * staged))
         },
@@ -260,6 +263,9 @@ pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
         ("attention_prefill_subgroup", include_str!("../../shaders/attention_prefill_subgroup.wgsl")),
         TUNINGS.len(),
         |op, context, setting| {
+            if op.kv != Storage::F32 {
+                return Err("keys and values must be stored in f32".to_owned());
+            }
             let (staged, most_teams) = TUNINGS[setting];
             let lanes = context.lanes(MOST_LANES);
             let tile_teams = op.tile_q.div_ceil(QUERIES);
@@ -287,19 +293,19 @@ pub(crate) const SUBGROUP: Variant<AttentionPrefill> = {
     .preferred(|_, context| wide_enough(context))
 };
 
-/// Fewest queries per tile, on average, for cooperative matrices, which take 32 at a time.
+/// Fewest queries per tile, on average, for cooperative matrices.
 const COOPERATIVE_QUERIES: u32 = 16;
 
 /// By cooperative matrices of 16 × 16.
 ///
 /// Queries, keys, values and weights are rounded to f16, sums and the softmax are f32: for f16 caches only, whose rounding is
 /// as coarse. A score is off by about 2⁻¹¹ of its terms, a weight by 2⁻¹¹ of itself. Queries, keys and values beyond
-/// ±65 504 become infinite, as in any f16.
+/// ±65 504 become infinite, as in any f16. Tuning: (matrices of queries of a workgroup, keys at a time).
 pub(crate) const COOPERATIVE: Variant<AttentionPrefill> = Variant::<AttentionPrefill>::new(
     ("attention_prefill_cooperative", include_str!("../../shaders/attention_prefill_cooperative.wgsl")),
-    1,
-    |op, context, _| by_matrices(op, context),
-    whole_subgroups,
+    MATRICES.len(),
+    |op, context, setting| by_matrices(op, 16, context, setting),
+    |op, context, plan| whole_matrices(op, 16, context, plan),
 )
 .cooperative(Cooperative::BY_16)
 .preferred(rounds_as_weights_do);
@@ -307,43 +313,74 @@ pub(crate) const COOPERATIVE: Variant<AttentionPrefill> = Variant::<AttentionPre
 /// The same with matrices of 8 × 8: Apple's GPUs have these.
 pub(crate) const COOPERATIVE_8: Variant<AttentionPrefill> = Variant::<AttentionPrefill>::new(
     ("attention_prefill_cooperative_8", include_str!("../../shaders/attention_prefill_cooperative_8.wgsl")),
-    1,
-    |op, context, _| by_matrices(op, context),
-    whole_subgroups,
+    MATRICES.len(),
+    |op, context, setting| by_matrices(op, 8, context, setting),
+    |op, context, plan| whole_matrices(op, 8, context, plan),
 )
 .cooperative(Cooperative::BY_8)
 .preferred(rounds_as_weights_do);
 
-/// Queries, and keys, per workgroup of matrices at a time.
-const MATRIX_TILE: u32 = 32;
+/// (most matrices of queries of a workgroup, keys at a time).
+const MATRICES: &[(u32, u32)] = &[(4, 32), (4, 16), (2, 32), (2, 16)];
 
-/// The draft of either kernel; both stage the same bytes.
-fn by_matrices(op: &AttentionPrefill, context: &PlanContext) -> Result<Draft, String> {
+/// Most matrices of queries that a subgroup keeps in registers.
+const MOST_KEPT: u32 = 8;
+
+/// The draft of a setting.
+fn by_matrices(op: &AttentionPrefill, side: u32, context: &PlanContext, setting: usize) -> Result<Draft, String> {
     if op.storage != Storage::F16 {
         return Err("the cache must be stored in f16".to_owned());
     }
-    let parts = op.tile_q.div_ceil(MATRIX_TILE);
-    let workgroup = four_subgroups(context).max(MATRIX_TILE);
-    // Value columns per subgroup; half of them if that is enough.
-    let columns = if op.d_value <= SLICE / 2 { SLICE / 8 } else { SLICE / 4 };
+    let (most, tile) = MATRICES[setting];
+    // Pairs of matrices share the values that they meet; each share of a matrix's scores has a matrix of keys at least.
+    let queries = op.tile_q.clamp(2 * side, most * side);
+    let shares = (tile / side).min(2);
+    let teams = queries / side * shares;
+    let workgroup = (teams * context.widest_subgroup()).max(queries);
+    let lanes = context.lanes(32).min(workgroup / queries).min(tile / 4);
+    let nope = op.d_nope.next_multiple_of(8);
+    let width = (nope + op.d_rope).next_multiple_of(side.max(16));
+    let kept = (width / side).min(MOST_KEPT);
+    let columns = op.d_value.min(SLICE).div_ceil(2 * shares * side);
+    // Rows of halves: of keys and values, of weights, of queries that are not kept, of queries that will be.
+    let keys = tile * (width + 8 + 2 * shares * side * columns + 8);
+    let weights = queries * (tile + 8);
+    let rest = width - kept * side;
+    let rests = if rest == 0 { 0 } else { queries * (rest + 8) };
+    let staged = (keys + weights).max(queries * (4 * side + 8)) + rests;
     Ok(op
-        .draft(workgroup, parts)
-        .with([("WORKGROUP", workgroup), ("PARTS", parts), ("COLUMNS", columns)])
-        // Staged halves of 64 columns, scores, maxima, factors and marks, 16 bytes more.
-        .bytes(
-            2 * 2 * MATRIX_TILE * (64 + 8)
-                + 4 * MATRIX_TILE * (MATRIX_TILE + 4)
-                + 4 * (workgroup + 2 * MATRIX_TILE + 4),
-        ))
+        .draft(workgroup, op.tile_q.div_ceil(queries))
+        .with([("WORKGROUP", workgroup), ("PARTS", op.tile_q.div_ceil(queries)), ("QUERIES", queries), ("TILE", tile)])
+        .with([("SHARES", shares), ("LANES", lanes), ("NOPE", nope), ("WIDTH", width), ("KEPT", kept)])
+        .with([("COLUMNS", f64::from(columns)), ("KV_F16", op.kv.constant())])
+        // Staged halves, scores, factors and marks, 16 bytes more.
+        .bytes(2 * staged + 4 * queries * (tile + 4) + 4 * (queries + tile + 4)))
 }
 
-fn whole_subgroups(op: &AttentionPrefill, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
-    let (workgroup, parts) = (plan.workgroup_size, plan.value("PARTS") as u32);
+fn whole_matrices(op: &AttentionPrefill, side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
+    let [workgroup, parts, queries, tile, shares, lanes, nope, width, kept, columns] =
+        ["WORKGROUP", "PARTS", "QUERIES", "TILE", "SHARES", "LANES", "NOPE", "WIDTH", "KEPT", "COLUMNS"]
+            .map(|name| plan.value(name));
+    let [d_nope, d_rope, d_value] = [op.d_nope, op.d_rope, op.d_value].map(u64::from);
     hold(&[
-        ([16, 32].contains(&plan.value("COLUMNS")), "value columns of a subgroup are 16 or 32"),
-        ([32, 64, 128, 256, 512].contains(&workgroup), "1 to 16 lanes share a row of 32 queries"),
-        (workgroup.is_multiple_of(four_subgroups(context)), "a workgroup is four whole subgroups at least"),
-        ((MATRIX_TILE * parts).abs_diff(op.tile_q) < MATRIX_TILE, "the parts of a tile have its queries"),
+        (plan.tile() == [1, 1, 128], "a workgroup has a slice of the value columns"),
+        ((queries * parts).abs_diff(op.tile_q.into()) < queries, "the parts of a tile have its queries"),
+        (queries.is_multiple_of(2 * side), "queries are whole pairs of matrices"),
+        (shares > 0 && tile.is_multiple_of(shares * side), "every share has whole matrices of keys"),
+        (
+            workgroup >= queries / side * shares * u64::from(context.widest_subgroup()),
+            "a workgroup has a whole subgroup for every team",
+        ),
+        (lanes.is_power_of_two() && lanes * queries <= workgroup, "every query has its lanes"),
+        (lanes <= u64::from(context.lanes(32)), "the lanes of a query are of one subgroup"),
+        ((4 * lanes..=32).contains(&tile), "a block has four keys for every lane"),
+        (nope.is_multiple_of(8) && (d_nope..d_nope + 8).contains(&nope), "the rotary part begins at an eight"),
+        (width.is_multiple_of(side) && width >= nope + d_rope, "queries and keys are whole matrices"),
+        ((1..=8).contains(&kept) && kept * side <= width, "a subgroup keeps one to eight matrices of queries"),
+        (
+            (1..=4).contains(&columns) && 2 * shares * side * columns >= d_value.min(128),
+            "one to four matrices of columns are owned",
+        ),
     ])
 }
 
@@ -371,7 +408,8 @@ crate::vary!(AttentionPrefill {
     last,
     scale,
     weights,
-    storage
+    storage,
+    kv
 });
 
 #[cfg(feature = "check")]
@@ -403,14 +441,24 @@ impl crate::sample::Sampled for AttentionPrefill {
                     scale: 1.0,
                     weights: storage,
                     storage,
+                    kv: Storage::F32,
                 }));
+            }
+        }
+        // As many matrices of queries and columns as a subgroup keeps, and more, in both storages of keys and values.
+        let widths = [(16, 8, 32), (56, 24, 48), (64, 64, 128), (128, 0, 64), (128, 64, 128)];
+        let alike = all.iter().filter(|op| op.storage == Storage::F16 && op.query_tiles == 5 && op.n_head == 3);
+        let alike: Vec<_> = alike.filter(|op| op.d_value == 4).copied().collect();
+        for kv in Storage::ALL {
+            for (d_nope, d_rope, d_value) in widths {
+                all.extend(alike.iter().map(|op| AttentionPrefill { d_nope, d_rope, d_value, kv, ..*op }));
             }
         }
         all
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        let of = |n_head| AttentionPrefill {
+        let of = |n_head, kv| AttentionPrefill {
             tokens: 4,
             query_tiles: 1,
             tile_q: QUERY_TILES[0],
@@ -428,14 +476,16 @@ impl crate::sample::Sampled for AttentionPrefill {
             scale: 1.0,
             weights: Storage::F16,
             storage: Storage::F16,
+            kv,
         };
         // The bound: 4 queries · 7 keys · 2 heads · (3 + 2 + 5) multiply-adds. A second tile reads its state.
         // In: q 4·2·5·4, kv 7·2·8·4, keys 7·2·2, tables 16 + 16, state 4·2·(5·4 + 8). Out: the state again.
         let flops = 2 * 4 * 7 * 2 * 10;
         vec![
-            (of(2), Cost { flops, bytes: 160 + 448 + 28 + 32 + 224 + 224 }),
+            (of(2, Storage::F32), Cost { flops, bytes: 160 + 448 + 28 + 32 + 224 + 224 }),
+            (of(2, Storage::F16), Cost { flops, bytes: 160 + 224 + 28 + 32 + 224 + 224 }),
             // Three times the query heads over the same keys and values.
-            (of(6), Cost { flops: 3 * flops, bytes: 3 * 160 + 448 + 28 + 32 + 3 * (224 + 224) }),
+            (of(6, Storage::F32), Cost { flops: 3 * flops, bytes: 3 * 160 + 448 + 28 + 32 + 3 * (224 + 224) }),
         ]
     }
 }

@@ -131,6 +131,7 @@ pub fn prefill(device: &wgpu::Device, queue: &wgpu::Queue, inputs: &Prefill) -> 
         scale: inputs.scale(),
         weights: Storage::F32,
         storage: Storage::F32,
+        kv: Storage::F32,
     };
     let output = values.clone();
     let encode = move |recording: &mut Recording| {

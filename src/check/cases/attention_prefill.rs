@@ -2,7 +2,7 @@
 
 use super::batch::{Batch, Widths, cache_rows};
 use super::extreme::{Extreme, attention_tolerance};
-use super::{Launch, SEED, each_able, refusal_of, rounds_to_halves, widen};
+use super::{Launch, SEED, each_able, held, rounds_to_halves, widen};
 use crate::adapter::Tuning;
 use crate::check::compare::{Comparison, HALF_ROUNDOFF, Tolerance};
 use crate::check::view::{Reading, View};
@@ -22,6 +22,7 @@ struct Sizes {
     widths: Widths,
     n_kv_head: usize,
     storage: Storage,
+    kv: Storage,
     extreme: Extreme,
     first_has_no_keys: bool,
 }
@@ -43,8 +44,13 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             for &storage in storages {
                 let id = format!("{name}_h{n_head}_{d_nope}+{d_rope}_v{d_value}/{}", storage.name());
                 let extreme = Extreme::Plain;
-                let sizes = Sizes { lengths, widths, n_kv_head: n_head, storage, extreme, first_has_no_keys: false };
-                add_case(cases, id, sizes);
+                let (kv, first_has_no_keys) = (Storage::F32, false);
+                let sizes = Sizes { lengths, widths, n_kv_head: n_head, storage, kv, extreme, first_has_no_keys };
+                add_case(cases, id.clone(), sizes);
+                // In halves, where heads are whole loads.
+                if storage == Storage::F16 && d_nope.is_multiple_of(8) && d_value.is_multiple_of(8) {
+                    add_case(cases, format!("{id}_kv_f16"), Sizes { kv: Storage::F16, ..sizes });
+                }
             }
         }
     };
@@ -68,6 +74,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             widths: (2, 16, 8, 16),
             n_kv_head: 2,
             storage,
+            kv: Storage::F32,
             extreme: Extreme::Plain,
             first_has_no_keys: false,
         };
@@ -82,10 +89,23 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             add_case(cases, format!("gqa_{n_head}_{n_kv_head}/{}", storage.name()), sizes);
         }
     }
+    let (n_head, n_kv_head) = (9, 3);
+    let plain = Sizes {
+        lengths: &[(0, 40), (70, 1)],
+        widths: (n_head, 16, 8, 16),
+        n_kv_head,
+        storage: Storage::F16,
+        kv: Storage::F16,
+        extreme: Extreme::Plain,
+        first_has_no_keys: false,
+    };
+    for extreme in Extreme::ALL {
+        add_case(cases, format!("{}/f16_kv_f16", extreme.name()), Sizes { extreme, ..plain });
+    }
 }
 
 fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
-    let Sizes { lengths, widths: (n_head, d_nope, d_rope, d_value), n_kv_head, storage, extreme, .. } = sizes;
+    let Sizes { lengths, widths: (n_head, d_nope, d_rope, d_value), n_kv_head, storage, kv, extreme, .. } = sizes;
     let batch = Batch::new(lengths, 3);
     let op = AttentionPrefill {
         tokens: batch.tokens,
@@ -105,6 +125,7 @@ fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
         scale: ((d_nope + d_rope) as f32).sqrt().recip(),
         weights: storage,
         storage,
+        kv,
     };
     // Queries are scaled before they are halves, where these are 0 or have few digits left.
     let lost = matches!(extreme, Extreme::Denormals | Extreme::Largest);
@@ -123,12 +144,14 @@ fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
             let device = lab.kernels.context();
             let tiled = |tile_q| AttentionPrefill { tile_q, ..op };
             let own = tiled(tile_q(device));
+            let fits = |tuning| variant.plan(&own, device, tuning).is_ok();
             let of_own = lab
                 .settings(variant.spec.tunings)
-                .filter(|&tuning| tuning == Tuning::Auto || refusal_of(variant, &own, device, tuning).is_none())
-                .map(|tuning| (name_of(tuning), own, tuning));
+                .map(|tuning| if tuning == Tuning::Auto { (tuning, held(variant, &own, device)) } else { (tuning, tuning) })
+                .filter(|&(of, tuning)| of == Tuning::Auto || fits(tuning))
+                .map(|(of, tuning)| (name_of(of), own, tuning));
             let others = QUERY_TILES.into_iter().filter(|&tile| tile != own.tile_q);
-            let others = others.map(|tile| (format!("tile_{tile}"), tiled(tile), Tuning::Auto));
+            let others = others.map(|tile| (format!("tile_{tile}"), tiled(tile), held(variant, &tiled(tile), device)));
             let of = |(name, op, tuning)| {
                 let launch = Launch { op, variant, tuning };
                 Ok(outcome(name, tolerance, prefill(lab, launch, sizes, [tolerance, of_scores])?))
@@ -144,7 +167,7 @@ fn prefill(
     sizes: Sizes,
     [tolerance, of_scores]: [Tolerance; 2],
 ) -> Result<Vec<Comparison>> {
-    let Sizes { lengths, widths, n_kv_head, storage, extreme, first_has_no_keys } = sizes;
+    let Sizes { lengths, widths, n_kv_head, storage, kv, extreme, first_has_no_keys } = sizes;
     let (n_head, d_nope, d_rope, d_value) = widths;
     let batch = Batch::new(lengths, 3);
     let slots = batch.slots();
@@ -159,9 +182,9 @@ fn prefill(
     let mut kv_values = random.values(slots.len() * d_kv, 1.0);
     let mut rope_values = random.values(slots.len() * d_rope, 1.0);
     extreme.of_queries(&mut q_values);
-    extreme.of_keys(&mut kv_values, d_kv, Storage::F32);
+    extreme.of_keys(&mut kv_values, d_kv, kv);
     extreme.of_keys(&mut rope_values, d_rope, storage);
-    let rope_kept = pack(&rope_values, storage).1;
+    let (kv_kept, rope_kept) = (pack(&kv_values, kv).1, pack(&rope_values, storage).1);
     let q = lab.floats(&q_values)?;
     let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
     // A binding holds 16 bytes, also without a rotary part.
@@ -178,7 +201,7 @@ fn prefill(
         .step_by(tile_rows as usize)
         .map(|first| {
             let rows = tile_rows.min(batch.rows - first);
-            Ok((first, rows, lab.floats(&batch.tile(&kv_values, d_kv, first, rows))?))
+            Ok((first, rows, lab.stored(&batch.tile(&kv_values, d_kv, first, rows), kv)?.0))
         })
         .collect::<Result<Vec<_>>>()?;
     lab.launch(|recording| {
@@ -206,7 +229,7 @@ fn prefill(
     })?;
     let heads = reference::Heads { n_head, n_kv_head, d_nope, d_rope, d_value };
     let attend = if launch.of_halves() { reference::attention_prefill_of_halves } else { reference::attention_prefill };
-    let expected = attend(&widen(&q_values), &widen(&kv_values), &rope_kept, &visible, heads, launch.op.scale.into());
+    let expected = attend(&widen(&q_values), &kv_kept, &rope_kept, &visible, heads, launch.op.scale.into());
     let state = lab.read(&softmax)?;
     let counts = [batch.tokens as usize * n_head, 1];
     let lse = View { reading: Reading::LogSumExp, first: 0, counts, strides: [2 * slices, 1] };

@@ -145,6 +145,13 @@ fn refusal_of<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext, tuning:
     }
 }
 
+/// The setting that a variant takes by itself: `Auto`, or where the device's limits do not hold that the first that they hold, as
+/// [`choose`](crate::op::choose) has it.
+fn held<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext) -> Tuning {
+    let fits = |&tuning: &Tuning| !matches!(variant.plan(op, device, tuning), Err(Error::Limit { .. }));
+    settings(variant.spec.tunings).find(fits).unwrap_or_default()
+}
+
 /// Rows of parts, one after another, with every part padded to whole loads; `filling` gives the padding.
 fn spread<T: Copy>(rows: &[T], parts: &[u32], mut filling: impl FnMut() -> T) -> Vec<T> {
     let mut rest = rows;
