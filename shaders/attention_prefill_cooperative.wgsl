@@ -118,7 +118,7 @@ struct Keys {
     rope_pitch: u32,
 }
 
-// Loaded elements of a block on their way to workgroup memory.
+// Eight elements of a block on their way to workgroup memory.
 struct Unit {
     row: u32,
     unit: u32,         // of the row
@@ -128,13 +128,13 @@ struct Unit {
     left: u32,         // elements from there to the part's end; 0 past it, and past the last key
 }
 
-// Loaded elements as memory has them: halves are all in `low`.
+// Eight elements as memory has them: halves are all in `low`.
 struct Loaded {
     low: vec4<u32>,
     high: vec4<u32>,
 }
 
-// Loaded elements as numbers.
+// Eight numbers.
 struct Eight {
     low: vec4<f32>,
     high: vec4<f32>,
