@@ -175,6 +175,7 @@ fn prefill_of(tokens: u32, query_tiles: u32, n_head: u32, [d_nope, d_rope, d_val
         scale: 1.0,
         weights: Storage::F32,
         storage: Storage::F16,
+        kv: Storage::F32,
     }
 }
 

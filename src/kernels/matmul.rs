@@ -406,11 +406,6 @@ fn by_matrices(op: &Matmul, side: u32, context: &PlanContext, setting: usize) ->
         .walks("inner", op.inner, tile_k))
 }
 
-/// Invocations of at least four whole subgroups of any size.
-pub(super) fn four_subgroups(context: &PlanContext) -> u32 {
-    4 * context.widest_subgroup()
-}
-
 fn whole_subgroups(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
     let [fragments, across, tile_k, stages] = ["FRAGMENTS", "ACROSS", "TILE_K", "STAGES"].map(|name| plan.value(name));
     let subgroups = 2 * across * u64::from(context.widest_subgroup());
