@@ -1,13 +1,18 @@
 // Writes latents and rotary keys of new tokens to their cache rows, in 16-byte loads and stores: latents normed and gated, keys
-// rotated on the way. Copies the queries that stand beside them, rotated.
+// rotated on the way. Copies the queries that stand beside them, rotated; those of a low rank are products with their normed latents.
 //
 //   c = RMSNorm(x[t, latent]) · weight           with a gate: c ← Norm(c ⊙ act(g[t])), layer_norm, rms_norm or none as in `gate`
 //   latents[slots[t], :] = c    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    q[t, h] = (q_C[t, h], RoPE_t(q_R[t, h]))
+//   of a low rank:  (q_C, q_R)[t, n] = ρ_t Σ_k w[n, k] · γ[k] · x[t, k]        ρ_t = 1/√(mean(x[t]²) + eps)
 //
 // RoPE rotates the pairs (2i, 2i+1): a layer whose pairs are half a head apart brings them together when it uploads its weights.
 // f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN, so that a broken model shows.
 // Norms are those of `norm` and `gate`: one pass updates mean and spread vector by vector, then joins them across lanes.
-// grid: one workgroup per WORKGROUP / LANES items, folded into x and y; items are the tokens, then the heads of all tokens.
+// The latents of queries and of the cache do not wait for each other: one dispatch has both. The norm's factor ρ leaves the sum, so
+// that the squares of a query's latent are summed along with the products, and x is read once.
+// grid: one workgroup per WORKGROUP / LANES items, folded into x and y; items are the tokens, then the heads of all tokens. With
+// queries of a low rank the items are the tokens alone, and behind them come ⌈columns / COLUMNS⌉ workgroups for every 4 tokens, where
+// COLUMN_LANES invocations share 4 columns of q, each summing every COLUMN_LANES-th load. Floor there: w, read once per 4 tokens.
 //
 // Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64 without a norm, per cent of the copy kernel: in f16
 // 8 invocations with an item each 76, with rotation 72; with pack2x16float in place of integers 55, before halves of
@@ -22,12 +27,21 @@ override NORM: u32 = 2u;         // of the gate: 0 layer_norm, 1 rms_norm, 2 non
 override PADDED: u32 = 0u;       // 1: latents end with padding
 override ROTATE: u32 = 0u;       // 1: keys and queries are rotated
 override KEPT: u32 = 0u;         // 1: latents are kept as the cache has them
+override LOW_RANK: u32 = 0u;     // 1: queries are of a low rank
+override SINGLE: u32 = 0u;       // 1: there is one token, and no code for products of more
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 16u;       // invocations that share an item; a power of two
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
+override COLUMN_LANES: u32 = 16u;    // that share four columns of q; a power of two
+override COLUMNS: u32 = 4u * WORKGROUP / COLUMN_LANES;
+override TOKENS: u32 = select(4u, 1u, SINGLE == 1u);
+// One invocation per column has nothing to add up.
+override SUMS: u32 = select(select(WORKGROUP * (TOKENS + 1u), 1u, COLUMN_LANES == 1u), 1u, LOW_RANK == 0u);
 override INTEGERS: u32 = 0u;     // 1: integer arithmetic rounds halves
 // 16-byte loads for one store.
 override LOADS: u32 = 1u + CACHE_F16;
+// 16-byte loads of x for one of w.
+override X_LOADS: u32 = 1u + STORAGE_F16;
 
 struct Params {
     tokens: u32,
@@ -38,27 +52,36 @@ struct Params {
     d_rope: u32,
     rope_offset: u32,
     rope_cache: u32,     // first 16 bytes of the rotary keys in `cache`
-    q_heads: u32,        // heads to copy; 0 for none
+    q_heads: u32,        // 0 for none
     q_offset: u32,
     d_nope: u32,         // elements of a head before its rotary part
     gamma: u32,          // elements of `weight` before γ and β of the gate's norm
     beta: u32,
+    kept: u32,           // elements of q before the kept latents
     eps: f32,
     gate_eps: f32,
+    rank: u32,           // of the queries, padding included
+    rank_used: u32,      // without it
+    q_gamma: u32,        // elements of `weight` before γ of the queries
+    q_eps: f32,
+    row_groups: u32,     // workgroups before those of the columns
+    column_tiles: u32,   // workgroups of the columns of 4 tokens
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;             // [tokens, row] / 4
-@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;        // [d_latent] each: norm, γ, β; / 4, f16: / 8
+@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;        // [d_latent] each: norm, γ, β; at q_gamma [rank]; / 4, f16: / 8
 @group(0) @binding(3) var<storage, read> g: array<vec4<f32>>;             // [tokens, d_latent] / 4 gate before its activation
 @group(0) @binding(4) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, d_rope / 4] (cos, sin) of two pairs
 @group(0) @binding(5) var<storage, read> slots: array<u32>;               // [tokens] cache rows
 @group(0) @binding(6) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, d_latent], [cache rows, d_rope]; / 4, f16: / 8
-@group(0) @binding(7) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, q_heads, d_nope + d_rope] / 4
-@group(0) @binding(8) var<storage, read_write> kept: array<vec4<f32>>;    // [tokens, d_latent] / 4
+@group(0) @binding(7) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, q_heads, d_nope + d_rope], at kept [tokens, d_latent]; / 4
+@group(0) @binding(8) var<storage, read> w: array<vec4<u32>>;             // [q_heads · (d_nope + d_rope), rank] / 4, f16: / 8
 
 // (elements, mean, squared distances from it) per invocation.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
+// sh_sums[j·WORKGROUP + lane]: four columns of token j; behind them the squares, one component per token.
+var<workgroup> sh_sums: array<vec4<f32>, SUMS>;
 
 // Vector i of a tensor in f32 or f16 storage, given the load that holds it.
 fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
@@ -288,12 +311,12 @@ fn append(token: u32, part: u32, scale: f32, moments: vec2<f32>) {
         let load = stored(first, second);
         cache[slot * latents + i] = load;
         if (KEPT == 1u) {
-            let target_at = (token * latents + i) * LOADS;
+            let target_at = params.kept / 4u + (token * latents + i) * LOADS;
             if (CACHE_F16 == 1u) {
-                kept[target_at] = vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
-                kept[target_at + 1u] = vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
+                q[target_at] = vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+                q[target_at + 1u] = vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
             } else {
-                kept[target_at] = first;
+                q[target_at] = first;
             }
         }
     }
@@ -324,13 +347,152 @@ fn copy_head(token: u32, head: u32, part: u32) {
     }
 }
 
+// The first four elements of a load.
+fn first_of(load: vec4<u32>) -> vec4<f32> {
+    if (STORAGE_F16 == 1u) {
+        return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+    }
+    return bitcast<vec4<f32>>(load);
+}
+
+// The other four of a load of f16.
+fn second_of(load: vec4<u32>) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
+}
+
+// Products of four columns with 4 elements of a latent.
+fn column_products(w0: vec4<f32>, w1: vec4<f32>, w2: vec4<f32>, w3: vec4<f32>, v: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(dot(w0, v), dot(w1, v), dot(w2, v), dot(w3, v));
+}
+
+// Four columns of a token: scaled, rotated, stored.
+fn finish_columns(token: u32, column: u32, sum: vec4<f32>, squares: f32) {
+    let head = params.d_nope + params.d_rope;
+    var v = sum * inverseSqrt(squares / f32(params.rank_used) + params.q_eps);
+    let at = column % head;
+    if (ROTATE == 1u && at >= params.d_nope) {
+        v = rotated(v, rotations[(token * params.d_rope + at - params.d_nope) / 4u]);
+    }
+    q[(token * params.q_heads * head + column) / 4u] = v;
+}
+
+// Queries of a low rank: a tile of columns of up to four tokens.
+fn query_columns(tile: u32, lane: u32) {
+    let part = lane % COLUMN_LANES;
+    let t0 = tile / params.column_tiles * 4u;
+    // A folded grid has a few workgroups more.
+    if (t0 >= params.tokens) {
+        return;
+    }
+    let count = select(min(params.tokens - t0, 4u), 1u, SINGLE == 1u);
+    let columns = params.q_heads * (params.d_nope + params.d_rope);
+    let column = tile % params.column_tiles * COLUMNS + lane / COLUMN_LANES * 4u;
+    let loads = params.rank / (4u * X_LOADS);
+
+    // Columns past the last repeat it; they are not stored.
+    let w0 = min(column, columns - 4u) * loads;
+    let w1 = w0 + loads;
+    let w2 = w1 + loads;
+    let w3 = w2 + loads;
+    // Tokens past the last repeat it.
+    let pitch = params.row / 4u;
+    let x0 = params.q_offset / 4u + t0 * pitch;
+    let x1 = x0 + min(1u, count - 1u) * pitch;
+    let x2 = x0 + min(2u, count - 1u) * pitch;
+    let x3 = x0 + min(3u, count - 1u) * pitch;
+
+    var acc0 = vec4<f32>(0.0);
+    var acc1 = vec4<f32>(0.0);
+    var acc2 = vec4<f32>(0.0);
+    var acc3 = vec4<f32>(0.0);
+    var squares = vec4<f32>(0.0);
+    for (var k = part; k < loads; k += COLUMN_LANES) {
+        let scale = weight[params.q_gamma / (4u * X_LOADS) + k];
+        let l0 = w[w0 + k];
+        let l1 = w[w1 + k];
+        let l2 = w[w2 + k];
+        let l3 = w[w3 + k];
+        for (var half = 0u; half < X_LOADS; half++) {
+            var s = first_of(scale);
+            var a = first_of(l0);
+            var b = first_of(l1);
+            var c = first_of(l2);
+            var d = first_of(l3);
+            if (half == 1u) {
+                s = second_of(scale);
+                a = second_of(l0);
+                b = second_of(l1);
+                c = second_of(l2);
+                d = second_of(l3);
+            }
+            let i = k * X_LOADS + half;
+            let v0 = x[x0 + i];
+            squares.x += dot(v0, v0);
+            acc0 += column_products(a, b, c, d, v0 * s);
+            if (SINGLE == 0u) {
+                let v1 = x[x1 + i];
+                let v2 = x[x2 + i];
+                let v3 = x[x3 + i];
+                squares += vec4<f32>(0.0, dot(v1, v1), dot(v2, v2), dot(v3, v3));
+                acc1 += column_products(a, b, c, d, v1 * s);
+                acc2 += column_products(a, b, c, d, v2 * s);
+                acc3 += column_products(a, b, c, d, v3 * s);
+            }
+        }
+    }
+    if (COLUMN_LANES > 1u) {
+        sh_sums[lane] = acc0;
+        sh_sums[TOKENS * WORKGROUP + lane] = squares;
+        if (SINGLE == 0u) {
+            sh_sums[WORKGROUP + lane] = acc1;
+            sh_sums[2u * WORKGROUP + lane] = acc2;
+            sh_sums[3u * WORKGROUP + lane] = acc3;
+        }
+        for (var step = COLUMN_LANES / 2u; step > 0u; step /= 2u) {
+            workgroupBarrier();
+            if (part < step) {
+                for (var j = 0u; j <= TOKENS; j++) {
+                    sh_sums[j * WORKGROUP + lane] += sh_sums[j * WORKGROUP + lane + step];
+                }
+            }
+        }
+        if (part == 0u) {
+            acc0 = sh_sums[lane];
+            squares = sh_sums[TOKENS * WORKGROUP + lane];
+            if (SINGLE == 0u) {
+                acc1 = sh_sums[WORKGROUP + lane];
+                acc2 = sh_sums[2u * WORKGROUP + lane];
+                acc3 = sh_sums[3u * WORKGROUP + lane];
+            }
+        }
+    }
+    if (part > 0u || column >= columns) {
+        return;
+    }
+    finish_columns(t0, column, acc0, squares.x);
+    if (SINGLE == 0u && count > 1u) {
+        finish_columns(t0 + 1u, column, acc1, squares.y);
+    }
+    if (SINGLE == 0u && count > 2u) {
+        finish_columns(t0 + 2u, column, acc2, squares.z);
+    }
+    if (SINGLE == 0u && count > 3u) {
+        finish_columns(t0 + 3u, column, acc3, squares.w);
+    }
+}
+
 @compute @workgroup_size(WORKGROUP, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let item = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
+    let index = group.y * groups.x + group.x;
+    if (LOW_RANK == 1u && index >= params.row_groups) {
+        query_columns(index - params.row_groups, lane);
+        return;
+    }
+    let item = index * (WORKGROUP / LANES) + lane / LANES;
     let part = lane % LANES;
     var scale = 1.0;
     var moments = vec2<f32>(0.0, 1.0);
@@ -345,7 +507,7 @@ fn main(
         return;
     }
     let head = item - params.tokens;
-    if (head < params.tokens * params.q_heads) {
+    if (LOW_RANK == 0u && head < params.tokens * params.q_heads) {
         copy_head(head / params.q_heads, head % params.q_heads, part);
     }
 }

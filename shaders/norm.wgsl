@@ -3,10 +3,9 @@
 //   RMSNorm:   y = x / √(mean(x²) + eps) · weight
 //   LayerNorm: y = (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias
 //
-// A token may have a second segment behind the first, with a norm of its own. Padding at the end of a segment has weight and
-// bias 0; the norm does not count it. One pass updates mean and spread vector by vector, then joins them across lanes:
-// E[x²] − mean² would cancel.
-// grid: one workgroup per WORKGROUP / LANES segments, all first ones before all second ones, folded into x and y.
+// Padding at the end of a token has weight and bias 0; the norm does not count it. One pass updates mean and spread vector by
+// vector, then joins them across lanes: E[x²] − mean² would cancel.
+// grid: one workgroup per WORKGROUP / LANES tokens, folded into x and y.
 //
 // Results, interleaved runs on lavapipe (2 cores), 2048 × 1024 in f32, per cent of the copy kernel: 8 invocations with
 // a token each, read twice, RMSNorm 79, LayerNorm with bias 63; 8 that share a token 57, 64 that share one 18. Tokens in registers
@@ -16,17 +15,15 @@
 override STORAGE_F16: u32 = 0u;
 override CENTER: u32 = 0u;       // 1: LayerNorm
 override HAS_BIAS: u32 = 0u;
-override PADDED: u32 = 0u;       // 1: segments end with padding
+override PADDED: u32 = 0u;       // 1: tokens end with padding
 override WORKGROUP: u32 = 64u;
-override LANES: u32 = 64u;       // invocations that share a segment; a power of two
+override LANES: u32 = 64u;       // invocations that share a token; a power of two
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 
 struct Params {
-    rows: u32,             // tokens
-    width: u32,            // of the first segment, padding included
-    second: u32,           // of the second; 0 for none
-    width_used: u32,       // elements of the first segment without its padding
-    second_used: u32,
+    rows: u32,     // tokens
+    width: u32,    // padding included
+    used: u32,     // elements of a token without its padding
     x_offset: u32,
     x_row: u32,
     eps: f32,
@@ -34,9 +31,9 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;          // (x_offset + token·x_row + i) / 4
-@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;     // [width + second] / 4, f16: / 8
-@group(0) @binding(3) var<storage, read> bias: array<vec4<u32>>;       // [width + second] / 4, f16: / 8
-@group(0) @binding(4) var<storage, read_write> y: array<vec4<f32>>;    // [rows, width + second] / 4
+@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;     // [width] / 4, f16: / 8
+@group(0) @binding(3) var<storage, read> bias: array<vec4<u32>>;       // [width] / 4, f16: / 8
+@group(0) @binding(4) var<storage, read_write> y: array<vec4<f32>>;    // [rows, width] / 4
 
 // (elements, mean, squared distances from it) per invocation.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
@@ -112,16 +109,12 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let part = lane % LANES;
-    let index = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
-    let is_second = index >= params.rows;
-    let token = select(index, index - params.rows, is_second);
-    let first = select(0u, params.width / 4u, is_second);
-    let width = select(params.width, params.second, is_second);
-    let used = select(params.width_used, params.second_used, is_second);
-    // Past the last segment there is nothing to do, but the barriers need every invocation.
-    let vectors = select(0u, width / 4u, token < params.rows);
-    let source = (params.x_offset + token * params.x_row) / 4u + first;
-    let target_at = token * ((params.width + params.second) / 4u) + first;
+    let token = (group.y * groups.x + group.x) * (WORKGROUP / LANES) + lane / LANES;
+    let used = params.used;
+    // Past the last token there is nothing to do, but the barriers need every invocation.
+    let vectors = select(0u, params.width / 4u, token < params.rows);
+    let source = (params.x_offset + token * params.x_row) / 4u;
+    let target_at = token * (params.width / 4u);
 
     // One component per fourth element.
     var count = 0.0;
@@ -156,10 +149,10 @@ fn main(
     let centre = select(0.0, moments.y, CENTER == 1u);
     let scale = inverseSqrt(moments.z / f32(used) + params.eps);
     for (var i = part; i < vectors; i += LANES) {
-        let at = index_of(first + i);
-        var value = (x[source + i] - centre) * scale * four_of(weight[at], first + i);
+        let at = index_of(i);
+        var value = (x[source + i] - centre) * scale * four_of(weight[at], i);
         if (HAS_BIAS == 1u) {
-            value += four_of(bias[at], first + i);
+            value += four_of(bias[at], i);
         }
         y[target_at + i] = value;
     }

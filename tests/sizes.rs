@@ -105,7 +105,7 @@ fn bindings_that_no_number_counts_are_refused() {
         queries: cache_append::Queries::default(),
         norm: None,
         gate: None,
-        kept: false,
+        kept: None,
         rope_byte: u64::MAX - 15,
         weights: Storage::F32,
         storage: Storage::F32,
@@ -118,7 +118,7 @@ fn bindings_that_no_number_counts_are_refused() {
         slots: small,
         cache: small,
         q: small,
-        kept: small,
+        w: small,
     };
     refused(recording.add(&append, args));
     let rows = gate_project::GateProject {

@@ -12,14 +12,13 @@ use crate::cost::{Cost, times};
 use crate::kernels::attention_decode::{SPLIT, split_length};
 use crate::kernels::attention_grouped::{self, Tiling, Widths};
 use crate::kernels::attention_prefill::QUERY_TILES;
-use crate::kernels::cache_append::{LatentGate, Queries};
+use crate::kernels::cache_append::{LatentGate, LowRank, Queries};
 use crate::kernels::cache_read::Table;
 use crate::kernels::matmul::{FEW_ROWS, Layout};
 use crate::kernels::norm::Kind;
 use crate::kernels::{
     AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheRead,
-    Gate, GateProject, GateStatistics, Gather, Matmul, Norm, QueryProject, Rope, ValueProject, attention_absorbed,
-    value_project,
+    Gate, GateProject, GateStatistics, Gather, Matmul, Norm, Rope, ValueProject, attention_absorbed, value_project,
 };
 use crate::op::{Op, choose};
 use crate::rates::Time;
@@ -515,8 +514,8 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, stora
         // All down projections are one product.
         None => linear(tally, tokens, hidden_size, d_q + d_kv_a, bias, storage),
         Some(rank) => {
-            linear(tally, tokens, hidden_size, rank + d_kv_a, bias, storage)
-                + low_rank_queries(tally, config, rank, tokens, storage)
+            let down = linear(tally, tokens, hidden_size, rank + d_kv_a, bias, storage);
+            if tokens <= FEW_ROWS { down } else { down + low_rank_queries(tally, config, rank, tokens, storage) }
         }
     };
     let latent_gate = config.latent_gate().map_or(T::Sum::default(), |gate| {
@@ -539,6 +538,8 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, stora
         tally.of(&table) + linear(tally, tokens, width, d_latent, false, storage)
     });
     let queries = config.d_q_latent.unwrap_or(d_q);
+    let low_rank = config.d_q_latent.map(|rank| LowRank { rank, used: rank, weight: 0, eps: 0.0 });
+    let of_append = if low_rank.is_some() && tokens > FEW_ROWS { 0 } else { n_head };
     let append = CacheAppend {
         tokens,
         cache_rows: tokens,
@@ -549,14 +550,14 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, stora
         rope_offset: queries + d_latent,
         d_rope,
         rotate: true,
-        queries: Queries { n_head: if config.d_q_latent.is_none() { n_head } else { 0 }, offset: 0, d_nope },
+        queries: Queries { n_head: of_append, offset: 0, d_nope, low_rank: low_rank.filter(|_| of_append > 0) },
         norm: Some(0.0),
         gate: config.latent_gate().map(|gate| LatentGate {
             activation: gate.activation,
             norm: gate.norm,
             eps: gate.norm_eps as f32,
         }),
-        kept: false,
+        kept: None,
         rope_byte: product(&[tokens, storage.row_loads(d_latent), 16]),
         weights: storage,
         storage,
@@ -564,17 +565,14 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, stora
     down + latent_gate + tally.of(&append) + linear(tally, tokens, n_head * config.d_value, hidden_size, bias, storage)
 }
 
-/// Queries of their latents, normed and rotated.
+/// Many queries of their latents, normed and rotated.
 fn low_rank_queries<T: Tally>(tally: &T, config: &AttentionConfig, rank: u32, tokens: u32, storage: Storage) -> T::Sum {
     let AttentionConfig { n_head, d_latent, d_nope, d_rope, .. } = *config;
     let (x_row, eps) = (rank + d_latent + d_rope, 0.0);
-    if tokens <= FEW_ROWS {
-        return tally.of(&QueryProject { tokens, rank, rank_used: rank, x_row, n_head, d_nope, d_rope, eps, storage });
-    }
     let (head_stride, token_stride) = (config.d_query(), n_head * config.d_query());
     let rotated = Rope { tokens, n_head, d_rope, offset: d_nope, token_stride, head_stride, interleave: true };
-    let (x_offset, second, kind, bias) = (0, 0, Kind::Rms, false);
-    let normed = Norm { rows: tokens, width: rank, second, x_offset, x_row, eps, kind, bias, storage };
+    let (x_offset, kind, bias) = (0, Kind::Rms, false);
+    let normed = Norm { rows: tokens, width: rank, x_offset, x_row, eps, kind, bias, storage };
     let projected = tally.of(&normed) + linear(tally, tokens, rank, token_stride, false, storage);
     if d_rope == 0 { projected } else { projected + tally.of(&rotated) }
 }

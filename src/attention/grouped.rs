@@ -206,7 +206,9 @@ impl Frame<'_> {
     fn measure(&mut self, gate: &GateConfig, source: &GateSource, more: u32, more_first: u32) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
         let op = self.linear(step.tokens, layer.widths.d_latent, layer.widths.d_kv());
-        self.product(&op, &workspace.kept, &layer.weights.kv_b_proj, None, &workspace.kv)?;
+        let (q, kept) = (&workspace.q, 4 * u64::from(layer.widths.kept(step.tokens)));
+        let kept = &Region::new(&q.buffer, kept, q.size.saturating_sub(kept));
+        self.product(&op, kept, &layer.weights.kv_b_proj, None, &workspace.kv)?;
         let op = gate_statistics::GateStatistics {
             tokens: step.tokens,
             segments: gated_segments(&layer.config, gate),

@@ -7,7 +7,7 @@ use crate::config::GateConfig;
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::matmul::{FEW_ROWS, Layout, Matmul};
-use crate::kernels::{cache_append, norm, query_project, rope};
+use crate::kernels::{cache_append, norm, rope};
 use crate::storage::Storage;
 
 /// Hidden states of the caller: elements per token, and elements from one token to the next.
@@ -34,7 +34,7 @@ impl Frame<'_> {
     }
 
     /// Appends latents and rotary keys to the cache, and makes `q [tokens, n_head, d_nope + d_rope]` of the queries. Latents are
-    /// kept as the cache has them where the norm of a gate is to be measured.
+    /// kept as the cache has them, behind the queries, where the norm of a gate is to be measured.
     pub fn append(&mut self) -> Result<()> {
         let (layer, workspace, step) = (self.layer, self.workspace, self.step);
         let (widths, config, weights) = (&layer.widths, &layer.config, &layer.weights);
@@ -42,7 +42,16 @@ impl Frame<'_> {
         if let Some(gate) = gate {
             self.project_latent_gates(gate)?;
         }
-        let n_head = if weights.query.is_none() { widths.n_head } else { 0 };
+        let low_rank = weights.query.as_ref().map(|query| cache_append::LowRank {
+            rank: widths.rank,
+            used: config.d_q_latent.unwrap_or(0),
+            weight: query.norm,
+            eps: layer.config.low_rank_norm_eps as f32,
+        });
+        // Many are a product of their own.
+        let apart = low_rank.is_some() && step.tokens > FEW_ROWS;
+        let n_head = if apart { 0 } else { widths.n_head };
+        let queries = cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope, low_rank };
         let op = cache_append::CacheAppend {
             tokens: step.tokens,
             cache_rows: self.cache.rows(),
@@ -53,30 +62,30 @@ impl Frame<'_> {
             rope_offset: widths.query_down() + widths.d_latent,
             d_rope: widths.d_rope,
             rotate: true,
-            queries: cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope },
+            queries: if apart { cache_append::Queries::default() } else { queries },
             norm: weights.has_kv_a_norm.then_some(layer.config.low_rank_norm_eps as f32),
             gate: gate.map(|gate| cache_append::LatentGate {
                 activation: gate.activation,
                 norm: gate.norm,
                 eps: gate.norm_eps as f32,
             }),
-            kept: self.measures(),
+            kept: self.measures().then(|| widths.kept(step.tokens)),
             rope_byte: self.cached.rope_key.offset,
             weights: layer.storage,
             storage: self.cache.options().storage,
         };
         let args = cache_append::Args {
             x: &workspace.down,
-            weight: weights.latent_norms.as_ref().unwrap_or(&self.absent),
+            weight: weights.norms.as_ref().unwrap_or(&self.absent),
             g: &workspace.gate,
             rotations: &self.table(Table::Rotations),
             slots: &self.table(Table::Slots),
             cache: &self.cached.whole,
             q: &workspace.q,
-            kept: &workspace.kept,
+            w: weights.query.as_ref().map_or(&self.absent, |query| &query.proj),
         };
         self.recording.add_own(&op, args)?;
-        self.project_queries()
+        if apart { self.project_queries() } else { Ok(()) }
     }
 
     /// The gates of the new tokens' latents, before their activation.
@@ -92,32 +101,20 @@ impl Frame<'_> {
         self.product(&op, &workspace.gate_rows, &self.gate_weights()?.b_proj, None, &workspace.gate)
     }
 
-    /// Queries of a low rank: norm, product, rotation.
+    /// Many queries of a low rank: norm, product, rotation.
     fn project_queries(&mut self) -> Result<()> {
         let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
-        let widths = &layer.widths;
-        let Some(LowRank { norm: weight, proj }) = &layer.weights.query else { return Ok(()) };
+        let (widths, weights) = (&layer.widths, &layer.weights);
+        let (Some(LowRank { norm: first, proj }), Some(norms)) = (&weights.query, &weights.norms) else {
+            return Ok(());
+        };
+        let at = layer.storage.sized((*first).into());
+        let weight = &Region::new(&norms.buffer, at, norms.size.saturating_sub(at));
         let (rank_used, eps) = (layer.config.d_q_latent.unwrap_or(0), layer.config.low_rank_norm_eps as f32);
         let rotations = &self.table(Table::Rotations);
-        if tokens <= FEW_ROWS {
-            let op = query_project::QueryProject {
-                tokens,
-                rank: widths.rank,
-                rank_used,
-                x_row: widths.down(),
-                n_head: widths.n_head,
-                d_nope: widths.d_nope,
-                d_rope: widths.d_rope,
-                eps,
-                storage: layer.storage,
-            };
-            let args = query_project::Args { x: &workspace.down, weight, w: proj, rotations, q: &workspace.q };
-            return self.recording.add_own(&op, args);
-        }
         let op = norm::Norm {
             rows: tokens,
             width: rank_used,
-            second: 0,
             x_offset: 0,
             x_row: widths.down(),
             eps,

@@ -250,8 +250,8 @@ pub(super) struct GateWeights<T> {
 /// From the latent of a query to its heads.
 #[derive(Debug, Clone)]
 pub(super) struct LowRank<T> {
-    /// `q_a_layernorm`
-    pub norm: T,
+    /// First element of `q_a_layernorm` in the norms, at a binding's alignment in either storage.
+    pub norm: u32,
     /// `q_b_proj`
     pub proj: T,
 }
@@ -263,8 +263,8 @@ pub(super) struct LayerWeights<T> {
     pub down: Vec<DownProjection<T>>,
     /// Of a low-rank query.
     pub query: Option<LowRank<T>>,
-    /// `kv_a_layernorm`, then γ and β of the norm of a gate at `latent`, those that there are.
-    pub latent_norms: Option<T>,
+    /// `kv_a_layernorm`, then γ and β of the norm of a gate at `latent`, then `q_a_layernorm`, those that there are.
+    pub norms: Option<T>,
     pub has_kv_a_norm: bool,
     pub kv_b_proj: T,
     pub o_proj: T,
@@ -285,11 +285,11 @@ impl<T> LayerWeights<T> {
         let query = self
             .query
             .as_ref()
-            .map(|LowRank { norm, proj }| -> Result<_> { Ok(LowRank { norm: of(norm)?, proj: of(proj)? }) });
+            .map(|LowRank { norm, proj }| -> Result<_> { Ok(LowRank { norm: *norm, proj: of(proj)? }) });
         Ok(LayerWeights {
             down: down.collect::<Result<_>>()?,
             query: query.transpose()?,
-            latent_norms: optional(&self.latent_norms)?,
+            norms: optional(&self.norms)?,
             has_kv_a_norm: self.has_kv_a_norm,
             kv_b_proj: of(&self.kv_b_proj)?,
             o_proj: of(&self.o_proj)?,
@@ -326,11 +326,20 @@ impl<'a> LayerWeights<Upload<'a>> {
             proj: matrix(&weights.kv_a_proj, kv_a(), hidden()),
             bias: kv_a_bias.map(|bias| vector(bias, kv_a())),
         };
+        let of_gate = weights.gate.as_ref().filter(|_| config.latent_gate().is_some());
+        let affine = of_gate.map(|gate| [&gate.norm_weight, &gate.norm_bias]);
+        let kv_a_norm = weights.kv_a_norm.iter().map(|norm| vector(norm, latent()).times(config.latent_factor));
+        let affine = affine.into_iter().flatten().flatten().map(|norm| vector(norm, latent()));
+        let mut norms = kv_a_norm.chain(affine).reduce(Upload::and);
         let (query_proj, query_bias, query) = match &weights.query {
             QueryWeights::Full { proj } => (matrix(proj, queries, hidden()), None, None),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
                 let bias = a_bias.as_ref().map(|bias| vector(bias, rank()));
-                let query = LowRank { norm: vector(a_norm, rank()), proj: matrix(b_proj, queries, rank()) };
+                // Up to three of the latent, whose width is below 2^29.
+                let norm = beta_element(norms.as_ref().map_or(0, |norms| norms.elements as u32));
+                let before = norms.take().unwrap_or_else(|| Upload::blank(0));
+                norms = Some(before.and_at(norm.into(), vector(a_norm, rank())));
+                let query = LowRank { norm, proj: matrix(b_proj, queries, rank()) };
                 (matrix(a_proj, rank(), hidden()), bias, Some(query))
             }
         };
@@ -338,16 +347,6 @@ impl<'a> LayerWeights<Upload<'a>> {
         let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
         let down =
             if both <= context.largest_binding() { vec![query_down.and(kv_down)] } else { vec![query_down, kv_down] };
-        let mut norms = weights.kv_a_norm.as_ref().map(|norm| vector(norm, latent()).times(config.latent_factor));
-        let of_gate = weights.gate.as_ref().filter(|_| config.latent_gate().is_some());
-        let affine = of_gate.map(|gate| [&gate.norm_weight, &gate.norm_bias]);
-        for tensor in affine.into_iter().flatten().flatten() {
-            let next = vector(tensor, latent());
-            norms = Some(match norms {
-                None => next,
-                Some(before) => before.and(next),
-            });
-        }
         let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| {
             let segments = gated_segments(config, of);
             let [first, second] = segments.parts;
@@ -368,7 +367,7 @@ impl<'a> LayerWeights<Upload<'a>> {
         let planned = LayerWeights {
             down,
             query,
-            latent_norms: norms,
+            norms,
             has_kv_a_norm: weights.kv_a_norm.is_some(),
             kv_b_proj: matrix(&weights.kv_b_proj, keys_and_values, latent()),
             o_proj: matrix(&weights.o_proj, hidden(), values),

@@ -56,6 +56,12 @@ impl Widths {
         self.n_head * self.d_query()
     }
 
+    /// Element of `q` where the latents of tokens are kept, behind their queries at a binding's alignment.
+    pub fn kept(&self, tokens: u32) -> u32 {
+        // Within a binding, so 32 bits count them.
+        product(&[tokens, self.queries()]).next_multiple_of(64) as u32
+    }
+
     /// Width of the keys and values of a token.
     pub fn d_kv(&self) -> u32 {
         self.n_head * (self.d_nope + self.d_value)

@@ -28,8 +28,7 @@ pub(super) struct Workspace<T = Region> {
     pub down: T,
     /// `[tokens, q rank]`
     pub normed: T,
-    /// `[tokens, d_latent]` as cached, where the norm of a gate is measured.
-    pub kept: T,
+    /// `[tokens, queries]`, then, where the norm of a gate is measured, the latents `[tokens, d_latent]` as cached.
     pub q: T,
     pub gate_rows: T,
     pub gate: T,
@@ -96,7 +95,6 @@ impl Workspace {
         [
             &self.down,
             &self.normed,
-            &self.kept,
             &self.q,
             &self.gate_rows,
             &self.gate,
@@ -163,6 +161,12 @@ impl<T> Workspace<T> {
         let grouped = softmax_word(grouped_partials, n_head, widths.d_value).saturating_add(of_pairs);
         let grouped = if lists.is_some() { u32::try_from(grouped).unwrap_or(u32::MAX) } else { 0 };
         let measured = config.up_projected_gate().is_some_and(|gate| gate.norm != GateNorm::None);
+        let kept = if measured {
+            product(&[decoding, widths.d_latent]).saturating_add(widths.kept(decoding).into())
+        } else {
+            0
+        };
+        let queries = u32::try_from(product(&[tokens, widths.queries()]).max(kept)).unwrap_or(u32::MAX);
         let partial_width = if absorbable { widths.d_value.max(widths.d_latent) } else { widths.d_value };
 
         let mut bytes = 0;
@@ -179,8 +183,7 @@ impl<T> Workspace<T> {
             decode_tokens,
             down: allocate("down", &[tokens, widths.down()])?,
             normed: allocate("normed", &[tokens, widths.rank])?,
-            kept: allocate("kept", &[on(measured, decoding), widths.d_latent])?,
-            q: allocate("q", &[tokens, widths.queries()])?,
+            q: allocate("q", &[queries])?,
             gate_rows: allocate("gate_rows", &[gate_rows, d_gate])?,
             gate: allocate("gate", &[gate_rows, gate_width])?,
             tile_latent: allocate("tile_latent", &[tile_rows, widths.d_latent])?,

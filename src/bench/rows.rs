@@ -317,9 +317,9 @@ fn norm_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
     let elements = (rows * width) as usize;
     let (x, weight, y) = (inputs.floats(elements)?, inputs.floats(width as usize)?, inputs.output(elements)?);
-    let (kind, bias, second) = (norm::Kind::Rms, false, 0);
+    let (kind, bias) = (norm::Kind::Rms, false);
     let (x_offset, x_row, eps, storage) = (0, width, 1e-6, Storage::F32);
-    let problem = norm::Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage };
+    let problem = norm::Norm { rows, width, x_offset, x_row, eps, kind, bias, storage };
     let mut recording = Recording::new(kernels);
     let args = norm::Args { x: &x, weight: &weight, bias: &kernels.absent(), y: &y };
     recording.add_own(&problem, args)?;
@@ -380,7 +380,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         queries: cache_append::Queries::default(),
         norm: None,
         gate: None,
-        kept: false,
+        kept: None,
         rope_byte: 4 * words(d_latent) as u64,
         weights: storage,
         storage,
@@ -395,7 +395,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
         slots,
         cache: &cache,
         q: absent,
-        kept: absent,
+        w: absent,
     };
     let mut recording = Recording::new(kernels);
     recording.add_own(&problem, args)?;
@@ -797,7 +797,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             queries: cache_append::Queries::default(),
             norm: None,
             gate: None,
-            kept: false,
+            kept: None,
             rope_byte: tile.size,
             weights: Storage::F16,
             storage: Storage::F16,
@@ -812,7 +812,7 @@ fn decode_heads(kernels: &Kernels, cached: u32, n_head: u32, d_head: u32) -> Res
             slots: &slots,
             cache: tile,
             q: absent,
-            kept: absent,
+            w: absent,
         };
         recording.add_own(&problem, args)?;
         cost = cost + problem.cost();

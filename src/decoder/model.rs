@@ -388,7 +388,6 @@ impl Decoder {
         let problem = norm::Norm {
             rows,
             width: self.config.attention.hidden_size,
-            second: 0,
             x_offset: 0,
             x_row: self.hidden,
             eps: self.config.rms_norm_eps as f32,

@@ -1,11 +1,10 @@
-//! Writes latents and rotary keys of new tokens to their cache rows: normed, gated and rotated on the way, and the queries beside
-//! them.
+//! Writes latents and rotary keys of new tokens to their cache rows: normed, gated and rotated on the way. And makes their queries:
+//! copied and rotated, or projected of a low rank.
 
-use super::norm::{ROW_LANES, row_lanes, whole_rows};
-use crate::adapter::AdapterClass;
+use crate::adapter::{AdapterClass, PlanContext};
 use crate::config::{Activation, GateNorm};
 use crate::cost::{Cost, times, when};
-use crate::op::{Op, Variant};
+use crate::op::{Op, Variant, hold};
 use crate::plan::{Draft, Grid, Plan, check_multiples, check_nonzero, flag};
 use crate::storage::{Storage, product, words};
 
@@ -15,16 +14,18 @@ crate::params! {
         tokens: u32, row: u32, d_latent: u32, latent_used: u32, latent_offset: u32,
         d_rope: u32, rope_offset: u32, rope_cache: u32,
         q_heads: u32, q_offset: u32, d_nope: u32,
-        gamma: u32, beta: u32, eps: f32, gate_eps: f32,
+        gamma: u32, beta: u32, kept: u32, eps: f32, gate_eps: f32,
+        rank: u32, rank_used: u32, q_gamma: u32, q_eps: f32, row_groups: u32, column_tiles: u32,
     }
 }
 
 crate::args! {
     /// Buffers of one dispatch.
     pub struct Args {
-        /// `[tokens, row]` f32: latents, 0 in their padding; rotary keys; queries.
+        /// `[tokens, row]` f32: latents, 0 in their padding; rotary keys; queries or their latents, likewise.
         x: Read,
         /// `[d_latent]` in `weights` each, padded with zeros: of the norm, then γ and β of the gate's norm, those that there are.
+        /// `[rank]` likewise where [`LowRank`] says: of the norm of the queries' latents.
         weight: Read,
         /// `[tokens, d_latent]` f32: the projected gate before its activation; not bound without a gate.
         g: Read,
@@ -34,22 +35,38 @@ crate::args! {
         slots: Read,
         /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
         cache: Write,
-        /// `[tokens, n_head, d_nope + d_rope]` f32, written; not bound without queries.
+        /// `[tokens, n_head, d_nope + d_rope]` f32, and where `kept` says `[tokens, d_latent]` f32, the latents as cached; written.
+        /// Not bound without either.
         q: Write,
-        /// `[tokens, d_latent]` f32: the latents as cached, written; not bound unless they are kept.
-        kept: Write,
+        /// `[n_head · (d_nope + d_rope), rank]` in `weights`, padded with zeros; bound for queries of a low rank alone.
+        w: Read,
     }
 }
 
-/// Query heads to copy and rotate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Query heads to copy, or to project, and to rotate.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Queries {
     /// Heads per token, one after another; 0 for none.
     pub n_head: u32,
-    /// First element of a token's row.
+    /// First element of a token's row, or of its query's latent.
     pub offset: u32,
     /// Elements of a head before its rotary part.
     pub d_nope: u32,
+    /// They are products with their latents.
+    pub low_rank: Option<LowRank>,
+}
+
+/// Latents of queries: normed, then projected.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct LowRank {
+    /// Width of a query's latent, whole 16-byte loads in the weights' storage.
+    pub rank: u32,
+    /// Its elements without padding: those that the norm counts.
+    pub used: u32,
+    /// Element of `weight` where the norm's begin; a whole load.
+    pub weight: u32,
+    /// Added to the mean square.
+    pub eps: f32,
 }
 
 /// The gate of a latent: `c ← Norm(c ⊙ act(g))`.
@@ -91,8 +108,8 @@ pub struct CacheAppend {
     pub norm: Option<f32>,
     /// Then gated.
     pub gate: Option<LatentGate>,
-    /// Latents are kept as the cache has them, so rounded where it is f16.
-    pub kept: bool,
+    /// Latents are kept as the cache has them, so rounded where it is f16: behind the queries, from this element on, a multiple of 4.
+    pub kept: Option<u32>,
     /// Byte of `cache` where the rotary keys begin, after the latents.
     pub rope_byte: u64,
     /// Storage of the norms' weights.
@@ -107,8 +124,25 @@ impl CacheAppend {
         self.storage.sized(self.storage.row_pitch(width).into())
     }
 
+    /// Elements of the queries of a token.
+    fn columns(&self) -> u64 {
+        product(&[self.queries.n_head, self.head()])
+    }
+
+    /// Where `kept` begins, or the queries end.
+    fn after_queries(&self) -> u64 {
+        product(&[self.tokens]).saturating_mul(self.columns())
+    }
+
     fn rotated(&self) -> bool {
         self.rotate && self.d_rope > 0
+    }
+
+    /// Workgroups of the tokens, and of the columns of 4 tokens, in workgroups of WORKGROUP, LANES and COLUMN_LANES.
+    fn groups(&self, [workgroup, lanes, column_lanes]: [u64; 3]) -> [u64; 2] {
+        let columns = if self.queries.low_rank.is_some() { self.columns() } else { 0 };
+        let [rows, fours] = [lanes, column_lanes].map(|lanes| (workgroup / lanes.max(1)).max(1));
+        [u64::from(self.tokens).div_ceil(rows), columns.div_ceil(4 * fours)]
     }
 
     fn head(&self) -> u32 {
@@ -145,6 +179,22 @@ impl Op for CacheAppend {
         check_multiples(4, &[("row", self.row), ("latent_offset", self.latent_offset)])?;
         check_multiples(4, &[("rope_offset", self.rope_offset), ("offset of q", self.queries.offset)])?;
         check_multiples(4, &[("d_nope", self.queries.d_nope)])?;
+        if let Some(LowRank { rank, used, weight, .. }) = self.queries.low_rank {
+            check_nonzero(&[("rank", rank), ("used", used)])?;
+            check_multiples(self.weights.of_load(), &[("rank", rank), ("weight", weight)])?;
+            if used > rank {
+                return Err(format!("{used} of {rank} elements of a query's latent"));
+            }
+            if !(4..1 << 31).contains(&self.columns()) {
+                return Err(format!("{} columns, must be at least 4 and below 2^31", self.columns()));
+            }
+        }
+        if let Some(kept) = self.kept {
+            check_multiples(4, &[("kept", kept)])?;
+            if u64::from(kept) < self.after_queries() {
+                return Err(format!("latents are kept from element {kept} on, queries take {}", self.after_queries()));
+            }
+        }
         if self.latent_used > self.d_latent {
             return Err(format!("latent_used is {}, d_latent {}", self.latent_used, self.d_latent));
         }
@@ -158,8 +208,11 @@ impl Op for CacheAppend {
         Ok(())
     }
 
-    fn params(&self, _: &Plan) -> Params {
+    fn params(&self, plan: &Plan) -> Params {
         let [gamma, beta, _] = self.weight_vectors();
+        let [row_groups, column_tiles] =
+            self.groups(["WORKGROUP", "LANES", "COLUMN_LANES"].map(|name| plan.value(name)));
+        let low_rank = self.queries.low_rank.unwrap_or_default();
         Params {
             tokens: self.tokens,
             row: self.row,
@@ -175,31 +228,43 @@ impl Op for CacheAppend {
             d_nope: self.queries.d_nope,
             gamma: gamma * self.d_latent,
             beta: beta * self.d_latent,
+            kept: self.kept.unwrap_or(0),
             eps: self.norm.unwrap_or(0.0),
             gate_eps: self.gate.map_or(0.0, |gate| gate.eps),
+            rank: low_rank.rank,
+            rank_used: low_rank.used,
+            q_gamma: low_rank.weight,
+            q_eps: low_rank.eps,
+            // Of a plan, so both fit.
+            row_groups: row_groups as u32,
+            column_tiles: column_tiles as u32,
         }
     }
 
     fn bytes(&self) -> Args<u64> {
-        let Queries { n_head, offset, .. } = self.queries;
+        let Queries { offset, low_rank, .. } = self.queries;
         let end = |offset: u32, width: u64| {
             let before = product(&[self.tokens.saturating_sub(1), self.row]).saturating_add(offset.into());
             if self.tokens == 0 || width == 0 { 0 } else { before.saturating_add(width) }
         };
-        let heads = product(&[n_head, self.head()]);
+        let heads = low_rank.map_or(self.columns(), |low_rank| low_rank.rank.into());
         let x = [(self.latent_offset, self.d_latent.into()), (self.rope_offset, self.d_rope.into()), (offset, heads)];
         let x = x.map(|(offset, width)| end(offset, width)).into_iter().max().unwrap_or(0);
         let latents = |on: bool| words(if on { product(&[self.tokens, self.d_latent]) } else { 0 });
         let keys = product(&[self.cache_rows]).saturating_mul(self.row_bytes(self.d_rope));
+        let norms = product(&[self.weight_vectors()[2], self.d_latent]);
+        let of_queries = low_rank.map_or(0, |low_rank| u64::from(low_rank.weight) + u64::from(low_rank.rank));
+        let kept = self.kept.map_or(0, |first| u64::from(first).saturating_add(product(&[self.tokens, self.d_latent])));
+        let projection = low_rank.map_or(0, |low_rank| self.columns().saturating_mul(low_rank.rank.into()));
         Args {
             x: words(x),
-            weight: self.weights.sized(product(&[self.weight_vectors()[2], self.d_latent])),
+            weight: self.weights.sized(norms.max(of_queries)),
             g: latents(self.gate.is_some()),
             rotations: words(if self.rotated() { product(&[self.tokens, self.d_rope]) } else { 0 }),
             slots: words(self.tokens.into()),
             cache: self.rope_byte.saturating_add(keys),
-            q: words(product(&[self.tokens, n_head, self.head()])),
-            kept: latents(self.kept),
+            q: words(kept.max(self.after_queries())),
+            w: self.weights.sized(projection),
         }
     }
 
@@ -216,6 +281,19 @@ impl Op for CacheAppend {
             (activation.flops() + 1 + element, row)
         });
         let (normed, of_norm) = self.norm.map_or((0, 0), |_| (4, 3));
+        let head = self.head();
+        // Queries or their latents in; of a low rank, the norm of these and the product.
+        let (latents, weights, read) = match queries.low_rank {
+            Some(LowRank { rank, .. }) => (
+                times(2, &[tokens, rank, queries.n_head, head])
+                    .saturating_add(times(4, &[tokens, rank]))
+                    .saturating_add(times(3, &[tokens])),
+                times(self.weights.bytes(), &[rank])
+                    .saturating_add(times(self.weights.bytes(), &[rank, queries.n_head, head])),
+                times(4, &[tokens, rank]),
+            ),
+            None => (0, 0, times(4, &[tokens, queries.n_head, head])),
+        };
         // The padding of a cache row is written too.
         let written = [d_latent, d_rope].map(|width| times(storage.bytes(), &[tokens, storage.row_pitch(width)]));
         Cost::of(
@@ -224,16 +302,19 @@ impl Op for CacheAppend {
                 times(3, &[tokens, queries.n_head, rotated]),
                 times(normed + gated, &[tokens, d_latent]),
                 times(of_norm + of_token, &[tokens]),
+                latents,
             ],
             &[
                 times(4, &[tokens, rotated]),
-                times(8, &[tokens, queries.n_head, self.head()]),
+                times(4, &[tokens, queries.n_head, head]),
+                read,
+                weights,
                 times(4, &[tokens, d_latent]),
                 times(4, &[tokens, d_rope]),
                 times(4, &[tokens]),
                 times(self.weights.bytes(), &[self.weight_vectors()[2], d_latent]),
                 when(self.gate.is_some(), times(4, &[tokens, d_latent])),
-                when(self.kept, times(4, &[tokens, d_latent])),
+                when(self.kept.is_some(), times(4, &[tokens, d_latent])),
                 written[0],
                 written[1],
             ],
@@ -241,32 +322,69 @@ impl Op for CacheAppend {
     }
 }
 
-/// In 16-byte loads and stores, at the settings of `norm`: LANES invocations share a latent, or a head.
+/// (WORKGROUP, LANES, COLUMN_LANES): LANES invocations share a latent, or a head; COLUMN_LANES four columns of the queries.
+const TUNINGS: &[(u32, u32, u32)] = &[(8, 1, 1), (64, 16, 16), (64, 64, 32)];
+
+/// In 16-byte loads and stores.
 pub(crate) const ROWS: Variant<CacheAppend> = Variant::<CacheAppend>::new(
     ("cache_append", include_str!("../../shaders/cache_append.wgsl")),
-    ROW_LANES.len(),
+    TUNINGS.len(),
     |op, context, setting| {
-        let (workgroup, lanes) = ROW_LANES[setting];
-        // Tokens, then heads of tokens.
-        let rows = u64::from(op.tokens).saturating_add(product(&[op.tokens, op.queries.n_head]));
+        let (workgroup, lanes, column_lanes) = TUNINGS[setting];
+        let (rank, single) = (op.queries.low_rank.map(|low_rank| low_rank.rank), op.tokens == 1);
+        let grid = match rank {
+            // Tokens, then heads of tokens.
+            None => {
+                let heads = product(&[op.tokens, op.queries.n_head]);
+                Grid::Folded { items: heads.saturating_add(op.tokens.into()), each: workgroup / lanes }
+            }
+            // Workgroups of tokens, then of columns.
+            Some(_) => {
+                let [rows, columns] = op.groups([workgroup, lanes, column_lanes].map(u64::from));
+                let columns = columns.saturating_mul(op.tokens.div_ceil(4).into());
+                Grid::Folded { items: rows.saturating_add(columns), each: 1 }
+            }
+        };
+        let moments = if lanes == 1 { 1 } else { workgroup };
+        let sums = match rank {
+            Some(_) if column_lanes > 1 => workgroup * if single { 2 } else { 5 },
+            _ => 1,
+        };
         let gate = op.gate.unwrap_or(LatentGate { norm: GateNorm::None, ..LatentGate::default() });
-        Ok(Draft::new(workgroup, Grid::Folded { items: rows, each: workgroup / lanes })
+        Ok(Draft::new(workgroup, grid)
             .with([("STORAGE_F16", op.weights.constant()), ("CACHE_F16", op.storage.constant())])
             .with([("RMS", flag(op.norm.is_some())), ("GATED", flag(op.gate.is_some()))])
             .with([("ACTIVATION", gate.activation as u32), ("NORM", gate.norm as u32)])
             .with([("PADDED", flag(op.latent_used < op.d_latent)), ("ROTATE", flag(op.rotate))])
-            .with([("KEPT", flag(op.kept)), ("INTEGERS", flag(context.class == AdapterClass::Software))])
-            .with([("WORKGROUP", workgroup), ("LANES", lanes)])
-            .bytes(16 * if lanes == 1 { 1 } else { workgroup }))
+            .with([("KEPT", flag(op.kept.is_some())), ("INTEGERS", flag(context.class == AdapterClass::Software))])
+            .with([("LOW_RANK", flag(rank.is_some())), ("SINGLE", flag(rank.is_some() && single))])
+            .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMN_LANES", column_lanes)])
+            .bytes(16 * (moments + sums))
+            .walks("rank", rank.unwrap_or(0), 4 * column_lanes))
     },
-    whole_rows,
+    |_, _, plan| {
+        let [workgroup, lanes, column_lanes] = ["WORKGROUP", "LANES", "COLUMN_LANES"].map(|name| plan.value(name));
+        hold(&[
+            (lanes.is_power_of_two() && column_lanes.is_power_of_two(), "lanes join in pairs"),
+            (workgroup.is_multiple_of(lanes.max(1)), "a workgroup has whole rows"),
+            (workgroup.is_multiple_of(column_lanes.max(1)), "a workgroup has whole columns"),
+        ])
+    },
 )
-.auto(|op, context| {
-    let measured = op.norm.is_some() || op.gate.is_some();
-    row_lanes(context, if measured { op.d_latent } else { 0 })
-});
+.auto(setting);
 
-crate::vary!(Queries { n_head, offset, d_nope });
+/// On a CPU one invocation per row and column, without sums; on a GPU a few loads per invocation.
+fn setting(op: &CacheAppend, context: &PlanContext) -> usize {
+    if context.class == AdapterClass::Software {
+        return 0;
+    }
+    let measured = op.norm.is_some() || op.gate.is_some();
+    let wide_query = op.queries.low_rank.is_some_and(|low_rank| low_rank.rank >= 512);
+    if measured && op.d_latent >= 256 || wide_query { 2 } else { 1 }
+}
+
+crate::vary!(Queries { n_head, offset, d_nope, low_rank });
+crate::vary!(LowRank { rank, used, weight, eps });
 crate::vary!(LatentGate { activation, norm, eps });
 crate::vary!(CacheAppend {
     tokens,
@@ -301,10 +419,10 @@ impl crate::sample::Sampled for CacheAppend {
             rope_offset: n_head * (8 + d_rope) + d_latent,
             d_rope,
             rotate: tokens % 2 == 1,
-            queries: Queries { n_head, offset: 0, d_nope: 8 },
+            queries: Queries { n_head, offset: 0, d_nope: 8, low_rank: None },
             norm: None,
             gate: None,
-            kept: false,
+            kept: None,
             rope_byte: u64::from(tokens) * u64::from(storage.row_pitch(d_latent)) * storage.bytes(),
             weights: Storage::F32,
             storage,
@@ -319,11 +437,21 @@ impl crate::sample::Sampled for CacheAppend {
             .flat_map(|activation| GateNorm::ALL.map(|norm| Some(LatentGate { activation, norm, eps: 1e-5 })));
         for gate in gates.chain([None]) {
             for (d_latent, norm) in [8, 256, 4096].into_iter().flat_map(|d| [(d, None), (d, Some(1e-6))]) {
-                for (weights, kept) in Storage::ALL.into_iter().flat_map(|s| [(s, false), (s, true)]) {
-                    let latent_used = if kept { d_latent - 3 } else { d_latent };
+                for (weights, kept) in Storage::ALL.into_iter().flat_map(|s| [(s, None), (s, Some(192))]) {
+                    let latent_used = if kept.is_some() { d_latent - 3 } else { d_latent };
                     let plain = of(3, (d_latent, 8), 3, weights);
                     all.push(CacheAppend { latent_used, norm, gate, kept, weights, ..plain });
                 }
+            }
+        }
+        for (tokens, weights) in [0, 1, 3, 4, 5, 8, 9].iter().flat_map(|&n| Storage::ALL.map(|storage| (n, storage))) {
+            for (rank, n_head, d_nope, d_rope) in [(8, 1, 8, 0), (8, 3, 0, 8), (24, 9, 16, 8), (1536, 5, 128, 64)] {
+                let low_rank = Some(LowRank { rank, used: rank - 3, weight: 256, eps: 1e-6 });
+                let queries = Queries { n_head, offset: 0, d_nope, low_rank };
+                let plain = of(tokens, (32, d_rope), 0, weights);
+                let row = rank + 32 + d_rope;
+                let (latent_offset, rope_offset, norm) = (rank, rank + 32, Some(1e-6));
+                all.push(CacheAppend { row, latent_offset, rope_offset, norm, rotate: true, queries, ..plain });
             }
         }
         all
@@ -343,13 +471,14 @@ impl crate::sample::Sampled for CacheAppend {
             queries,
             norm: None,
             gate: None,
-            kept: false,
+            kept: None,
             rope_byte: 144,
             weights: Storage::F16,
             storage: Storage::F16,
         };
         let gate = LatentGate { activation: Activation::Sigmoid, norm: GateNorm::LayerNorm, eps: 1e-5 };
-        let heads = Queries { n_head: 2, offset: 0, d_nope: 4 };
+        let heads = Queries { n_head: 2, offset: 0, d_nope: 4, low_rank: None };
+        let low_rank = Some(LowRank { rank: 8, used: 7, weight: 0, eps: 1e-6 });
         vec![
             // 3 pairs of 6. In: 3·(5 + 2)·4, cos and sin 3·2·4, slots 3·4. Out: rows of 8 and 8 halves.
             (of((5, 2), Queries::default()), Cost { flops: 18, bytes: 24 + 84 + 12 + 3 * 32 }),
@@ -357,8 +486,16 @@ impl crate::sample::Sampled for CacheAppend {
             (of((8, 8), heads), Cost { flops: 3 * 4 * 6 + 6 * 4 * 6, bytes: 3 * (32 + 32 + 32 + 4 + 32) + 6 * 96 }),
             // RMSNorm 4 per element and 3 per token; sigmoid 3, product 1, layer_norm 7 and 4. Weights 3·8·2, g and what is kept 3·8·4.
             (
-                CacheAppend { norm: Some(1e-6), gate: Some(gate), kept: true, ..of((8, 0), Queries::default()) },
+                CacheAppend { norm: Some(1e-6), gate: Some(gate), kept: Some(0), ..of((8, 0), Queries::default()) },
                 Cost { flops: 3 * (8 * 15 + 7), bytes: 3 * (32 + 4 + 16) + 48 + 2 * 96 },
+            ),
+            // Heads as above, of latents of 8: 3·8·24 multiply-adds, their norm 3·(8·4 + 3). In: 3·8·4, weights 8·2 and 24·8·2.
+            (
+                of((8, 8), Queries { low_rank, ..heads }),
+                Cost {
+                    flops: 10 * 4 * 6 - 24 + 1152 + 105,
+                    bytes: 3 * (32 + 32 + 32 + 4 + 32) + 6 * 48 + 96 + 16 + 384,
+                },
             ),
         ]
     }

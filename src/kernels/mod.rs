@@ -31,7 +31,6 @@ macro_rules! for_each_operation {
             group_ids: GroupIds,
             matmul: Matmul,
             norm: Norm,
-            query_project: QueryProject,
             residual_add: ResidualAdd,
             roofline_cooperative: RooflineCooperative,
             roofline_copy: RooflineCopy,

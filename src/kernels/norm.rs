@@ -9,7 +9,7 @@ use crate::storage::{Storage, UNIT, padded_width, product, rows_end, words};
 crate::params! {
     /// Uniform parameters, as in the shader.
     pub struct Params {
-        rows: u32, width: u32, second: u32, width_used: u32, second_used: u32, x_offset: u32, x_row: u32, eps: f32,
+        rows: u32, width: u32, used: u32, x_offset: u32, x_row: u32, eps: f32,
     }
 }
 
@@ -18,11 +18,11 @@ crate::args! {
     pub struct Args {
         /// f32, rows as in [`Norm`].
         x: Read,
-        /// `[width + second]`, each padded with zeros to [`UNIT`] elements, in `storage`.
+        /// `[width]`, padded with zeros to [`UNIT`] elements, in `storage`.
         weight: Read,
         /// The same; not bound without a bias.
         bias: Read,
-        /// `[rows, width + second]` f32, padded likewise; written.
+        /// `[rows, width]` f32, padded likewise; written.
         y: Write,
     }
 }
@@ -43,8 +43,6 @@ pub struct Norm {
     pub rows: u32,
     /// Elements that a norm spans.
     pub width: u32,
-    /// Elements of a second segment with its own norm, after the first and its padding; 0 for none.
-    pub second: u32,
     /// First element of `x`; a multiple of 4.
     pub x_offset: u32,
     /// From one row of `x` to the next; a multiple of 4.
@@ -59,18 +57,6 @@ pub struct Norm {
     pub storage: Storage,
 }
 
-impl Norm {
-    /// Elements of both segments in memory.
-    fn whole(&self) -> u32 {
-        padded_width(self.width).saturating_add(padded_width(self.second))
-    }
-
-    /// Segments of all rows.
-    fn segments(&self) -> u64 {
-        product(&[self.rows, if self.second > 0 { 2 } else { 1 }])
-    }
-}
-
 impl Op for Norm {
     type Args<T: Copy> = Args<T>;
     type Params = Params;
@@ -83,14 +69,12 @@ impl Op for Norm {
     }
 
     fn params(&self, _: &Plan) -> Params {
-        let Norm { rows, width, second, x_offset, x_row, eps, .. } = *self;
-        let (width_used, second_used) = (width, second);
-        let [width, second] = [width, second].map(padded_width);
-        Params { rows, width, second, width_used, second_used, x_offset, x_row, eps }
+        let Norm { rows, width: used, x_offset, x_row, eps, .. } = *self;
+        Params { rows, width: padded_width(used), used, x_offset, x_row, eps }
     }
 
     fn bytes(&self) -> Args<u64> {
-        let whole = self.whole();
+        let whole = padded_width(self.width);
         let stored = |elements: u32| self.storage.sized(elements.into());
         Args {
             x: words(rows_end(self.x_offset, self.rows, self.x_row, whole)),
@@ -101,16 +85,15 @@ impl Op for Norm {
     }
 
     fn cost(&self) -> Cost {
-        let Norm { rows, width, second, kind, bias, storage, .. } = *self;
-        let (whole, segments) = (width.saturating_add(second), if second > 0 { 2 } else { 1 });
+        let Norm { rows, width, kind, bias, storage, .. } = *self;
         // Square and sum, scale, weight; LayerNorm also sums and centres.
         let (element, row) = match kind {
             Kind::Rms => (4, 3),
             Kind::Layer => (6, 4),
         };
         Cost::of(
-            &[times(element + u64::from(bias), &[rows, whole]), times(row, &[rows, segments])],
-            &[times(8, &[rows, whole]), times(storage.bytes() * (1 + u64::from(bias)), &[whole])],
+            &[times(element + u64::from(bias), &[rows, width]), times(row, &[rows])],
+            &[times(8, &[rows, width]), times(storage.bytes() * (1 + u64::from(bias)), &[width])],
         )
     }
 }
@@ -144,54 +127,52 @@ pub(crate) const ROWS: Variant<Norm> = Variant::<Norm>::new(
     ROW_LANES.len(),
     |op, _, setting| {
         let (workgroup, lanes) = ROW_LANES[setting];
-        let padded = [op.width, op.second].iter().any(|width| !width.is_multiple_of(UNIT));
         let step = (4 * lanes).min(64);
-        Ok(Draft::new(workgroup, Grid::Folded { items: op.segments(), each: workgroup / lanes })
+        Ok(Draft::new(workgroup, Grid::Folded { items: op.rows.into(), each: workgroup / lanes })
             .with([
                 ("STORAGE_F16", op.storage.constant()),
                 ("CENTER", flag(op.kind == Kind::Layer)),
                 ("HAS_BIAS", flag(op.bias)),
-                ("PADDED", flag(padded)),
+                ("PADDED", flag(!op.width.is_multiple_of(UNIT))),
             ])
             .with([("WORKGROUP", workgroup), ("LANES", lanes)])
             .bytes(16 * if lanes == 1 { 1 } else { workgroup })
-            .walks("width", op.width, step)
-            .walks("second", op.second, step))
+            .walks("width", op.width, step))
     },
     whole_rows,
 )
-.auto(|op, context| row_lanes(context, op.width.max(op.second)));
+.auto(|op, context| row_lanes(context, op.width));
 
-crate::vary!(Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage });
+crate::vary!(Norm { rows, width, x_offset, x_row, eps, kind, bias, storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for Norm {
     fn samples() -> Vec<Self> {
-        // Odd widths, then widths for one to many lanes; with a second segment.
-        let widths = [(3, 0), (3, 5), (8, 0), (1024, 0), (24, 4096)];
+        // Odd widths, then widths for one to many lanes.
+        let widths = [3, 8, 24, 1024, 4096];
         let switches = [(Kind::Rms, false), (Kind::Rms, true), (Kind::Layer, false), (Kind::Layer, true)];
         let mut all = Vec::new();
         for (rows, storage) in
             crate::sample::ROWS.into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage)))
         {
-            for ((kind, bias), (width, second)) in switches.into_iter().flat_map(|s| widths.map(|width| (s, width))) {
-                let (x_offset, x_row, eps) = (0, padded_width(width) + padded_width(second), 1e-6);
-                all.push(Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage });
+            for ((kind, bias), width) in switches.into_iter().flat_map(|s| widths.map(|width| (s, width))) {
+                let (x_offset, x_row, eps) = (0, padded_width(width), 1e-6);
+                all.push(Norm { rows, width, x_offset, x_row, eps, kind, bias, storage });
             }
         }
         all
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        let of = |(width, second), kind, bias| {
-            let (rows, x_offset, x_row, eps, storage) = (2, 0, width + second, 1e-5, Storage::F16);
-            Norm { rows, width, second, x_offset, x_row, eps, kind, bias, storage }
+        let of = |width, kind, bias| {
+            let (rows, x_offset, x_row, eps, storage) = (2, 0, width, 1e-5, Storage::F16);
+            Norm { rows, width, x_offset, x_row, eps, kind, bias, storage }
         };
         vec![
             // LayerNorm with bias: 2·5·7 + 2·4. In and out 2·5·8, weight and bias 5·4.
-            (of((5, 0), Kind::Layer, true), Cost { flops: 70 + 8, bytes: 80 + 20 }),
-            // RMSNorm of two segments: 2·(8 + 16)·4 + 2·2·3. In and out 2·24·8, weights 24·2.
-            (of((8, 16), Kind::Rms, false), Cost { flops: 192 + 12, bytes: 384 + 48 }),
+            (of(5, Kind::Layer, true), Cost { flops: 70 + 8, bytes: 80 + 20 }),
+            // RMSNorm: 2·24·4 + 2·3. In and out 2·24·8, weights 24·2.
+            (of(24, Kind::Rms, false), Cost { flops: 192 + 6, bytes: 384 + 48 }),
         ]
     }
 }

@@ -1,4 +1,5 @@
-//! Cases of `cache_append`: keys rotated and not, latents normed and gated, inputs with gaps, and the rounding of latents to f16.
+//! Cases of `cache_append`: keys rotated and not, latents normed and gated, inputs with gaps, queries of a low rank beside them, and
+//! the rounding of latents to f16.
 
 use super::batch::{row_words, unpack};
 use super::{Launch, SEED, each_able, each_variant, equal_rows, spread, widen};
@@ -62,6 +63,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             }
         }
     }
+    low_rank(cases);
     halves(cases);
 }
 
@@ -89,7 +91,7 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
     // Heads of queries, each with a content part, then latent and key, in rows that stand apart.
     let (n_head, d_nope) = (3, 2 * step);
     let head = d_nope + d_rope;
-    let queries = cache_append::Queries { n_head, offset: step, d_nope };
+    let queries = cache_append::Queries { n_head, offset: step, d_nope, low_rank: None };
     let latent_offset = step + n_head * head;
     let rope_offset = latent_offset + d_latent;
     let row = rope_offset + d_rope + step;
@@ -109,7 +111,8 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
         queries,
         norm: normed.then_some(1e-6),
         gate: gate.map(|(activation, norm)| cache_append::LatentGate { activation, norm, eps: 1e-5 }),
-        kept: !plain,
+        // Behind the queries and four elements more.
+        kept: (!plain).then_some(tokens * n_head * head + step),
         rope_byte: 4 * rope_word as u64,
         weights,
         storage,
@@ -148,8 +151,8 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
         let used_vectors = &vectors[..used.max(1) * latent as usize];
         let weight = lab.stored(&spread(used_vectors, &[latent], || 0.0), weights)?.0;
         let cache = Guarded::poisoned_as(lab.kernels, "cache", rope_word + rope_words, storage)?;
-        let q = lab.output((tokens * n_head * head) as usize)?;
-        let kept = lab.output((tokens * d_latent) as usize)?;
+        let kept = launch.op.kept.map_or(0, |_| step + tokens * d_latent);
+        let q = lab.output((tokens * n_head * head + kept) as usize)?;
         let args = cache_append::Args {
             x: &source.region,
             weight: &weight.region,
@@ -158,7 +161,7 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
             slots: &slot_words.region,
             cache: &cache.region,
             q: &q.region,
-            kept: &kept.region,
+            w: &lab.kernels.absent(),
         };
         launch.run(lab, args)?;
         let part =
@@ -207,11 +210,120 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
             reference::cache_append(&mut expected, &new, width as usize, &slots);
             comparisons.push(lab.compare_views(&[(&words, got)], &expected, tolerance));
         }
-        comparisons.push(lab.compare(&q, &heads, Tolerance::sums(&[2]))?);
-        if op.kept {
-            comparisons.push(lab.compare(&kept, &latents, tolerance)?);
+        let words = lab.read(&q)?;
+        let queries = unpack(0, tokens, n_head * head, Storage::F32);
+        comparisons.push(lab.compare_views(&[(&words, queries)], &heads, Tolerance::sums(&[2])));
+        if let Some(first) = op.kept {
+            let kept = unpack(first as usize, tokens, d_latent, Storage::F32);
+            comparisons.push(lab.compare_views(&[(&words, kept)], &latents, tolerance));
         }
         Ok(comparisons)
+    });
+}
+
+/// One token and several, latents of queries that end anywhere in a load, heads with and without a rotary part; latents of the cache
+/// beside them, normed, too.
+fn low_rank(cases: &mut Vec<Case>) {
+    for storage in Storage::ALL {
+        for (tokens, rank, n_head, d_nope, d_rope) in [
+            (1, 1, 1, 8, 0),
+            (1, 8, 3, 0, 8),
+            (1, 131, 5, 16, 8),
+            (1, 1536, 3, 24, 64),
+            (2, 63, 1, 8, 8),
+            (4, 264, 9, 8, 16),
+            (5, 257, 3, 40, 8),
+            (8, 512, 2, 64, 64),
+            (9, 72, 7, 0, 16),
+        ] {
+            for size in [1.0, 1e-12, 1e12] {
+                project(cases, (tokens, rank), (n_head, d_nope, d_rope), size, storage);
+            }
+        }
+    }
+}
+
+/// Latents of queries stand first in a row, four elements apart from the latent of the cache, of 20.
+fn project(
+    cases: &mut Vec<Case>,
+    (tokens, rank): (u32, u32),
+    (n_head, d_nope, d_rope): (u32, u32, u32),
+    size: f32,
+    storage: Storage,
+) {
+    let (latent, padded) = (20, padded_width(rank));
+    let d_latent = padded_width(latent);
+    let latent_offset = padded + 4;
+    let rope_offset = latent_offset + d_latent;
+    let row = rope_offset + d_rope;
+    let low_rank = cache_append::LowRank { rank: padded, used: rank, weight: d_latent + 8, eps: 1e-6 };
+    let op = CacheAppend {
+        tokens,
+        cache_rows: tokens,
+        row,
+        latent_offset,
+        d_latent,
+        latent_used: latent,
+        rope_offset,
+        d_rope,
+        rotate: true,
+        queries: cache_append::Queries { n_head, offset: 0, d_nope, low_rank: Some(low_rank) },
+        norm: Some(1e-6),
+        gate: None,
+        kept: None,
+        rope_byte: 4 * u64::from(tokens * d_latent),
+        weights: storage,
+        storage: Storage::F32,
+    };
+    let of_size = if size == 1.0 { String::new() } else { format!("_of_{size:e}") };
+    let id = format!("{tokens}x{rank}_to_{n_head}x{d_nope}+{d_rope}{of_size}/{}", storage.name());
+    let tolerance = Tolerance::sums(&[rank as usize, rank as usize, 2]);
+    each_variant(cases, id, op, tolerance, move |lab, launch| {
+        let mut random = Random::new(SEED);
+        let columns = n_head * (d_nope + d_rope);
+        let mut values = random.values((tokens * row) as usize, size);
+        for of_token in values.chunks_mut(row as usize) {
+            of_token[rank as usize..padded as usize].fill(0.0);
+            of_token[(latent_offset + latent) as usize..rope_offset as usize].fill(0.0);
+        }
+        let part = |first: u32, width: u32| -> Vec<f64> {
+            let of_token = |token: u32| widen(&values[(token * row + first) as usize..][..width as usize]);
+            (0..tokens).flat_map(of_token).collect()
+        };
+        let [gamma, scales] = [latent, rank].map(|width| random.values(width as usize, 1.0));
+        let matrix = random.values((columns * rank) as usize, 1.0);
+        let mut norms = spread(&gamma, &[latent], || 0.0);
+        norms.resize(low_rank.weight as usize, f32::NAN);
+        norms.extend(spread(&scales, &[rank], || 0.0));
+        let (weight, w) = (lab.stored(&norms, storage)?.0, lab.stored(&spread(&matrix, &[rank], || 0.0), storage)?.0);
+        let positions: Vec<u32> = (0..tokens).map(|token| 700 * token + 3).collect();
+        let turns = reference::rotations(&RopeConfig::default(), d_rope as usize, &positions);
+        let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 4]);
+        let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
+        let slots = lab.words(&(0..tokens).collect::<Vec<_>>())?;
+        let (x, q) = (lab.floats(&values)?, lab.output((tokens * columns) as usize)?);
+        let cache = lab.output((tokens * (d_latent + d_rope)) as usize)?;
+        let args = cache_append::Args {
+            x: &x.region,
+            weight: &weight.region,
+            g: &lab.kernels.absent(),
+            rotations: &rotations.region,
+            slots: &slots.region,
+            cache: &cache.region,
+            q: &q.region,
+            w: &w.region,
+        };
+        launch.run(lab, args)?;
+        let [gamma, scales, matrix] = [&gamma, &scales, &matrix].map(|values| pack(values, storage).1);
+        let heads = (n_head as usize, (d_nope + d_rope) as usize, d_rope as usize);
+        let queries = reference::low_rank_queries(&part(0, rank), &scales, &matrix, &turns, heads, 1e-6);
+        let latents = reference::rms_norm(&part(latent_offset, latent), Some(&gamma), latent as usize, 1e-6);
+        let mut expected = spread(&latents, &[latent], || 0.0);
+        let mut keys = part(rope_offset, d_rope);
+        reference::rope(&mut keys, &turns, 1, d_rope as usize, d_rope as usize, true);
+        expected.extend(keys);
+        let appended = Tolerance::sums(&[latent as usize, 2]);
+        Ok(vec![lab.compare(&q, &queries, tolerance)?, lab.compare(&cache, &expected, appended)?])
     });
 }
 
@@ -245,7 +357,7 @@ fn halves(cases: &mut Vec<Case>) {
         queries: cache_append::Queries::default(),
         norm: None,
         gate: None,
-        kept: false,
+        kept: None,
         rope_byte: 2 * u64::from(width),
         weights: Storage::F32,
         storage: Storage::F16,
@@ -282,7 +394,7 @@ fn halve(lab: &Lab<'_>, launch: Launch<CacheAppend>, values: &[f32]) -> Result<V
         slots: &slots.region,
         cache: &cache.region,
         q: &absent,
-        kept: &absent,
+        w: &absent,
     };
     launch.run(lab, args)?;
     let got = unpack(0, 1, values.len() as u32, Storage::F16).apply(&lab.read(&cache)?.words);
