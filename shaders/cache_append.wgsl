@@ -1,18 +1,21 @@
 // Writes latents and rotary keys of new tokens to their cache rows, in 16-byte loads and stores: latents normed and gated, keys
-// rotated on the way. Copies the queries that stand beside them, rotated; those of a low rank are products with their normed latents.
+// rotated on the way. Copies the queries that stand beside them, rotated; those of a low rank are products with their normed latents. Keys
+// and values of the new latents, whose statistics a gate's norm needs, are products of the same form.
 //
 //   c = RMSNorm(x[t, latent]) · weight           with a gate: c ← Norm(c ⊙ act(g[t])), layer_norm, rms_norm or none as in `gate`
 //   latents[slots[t], :] = c    rotary keys[slots[t], :] = RoPE_t(k_R[t, :])    q[t, h] = (q_C[t, h], RoPE_t(q_R[t, h]))
 //   of a low rank:  (q_C, q_R)[t, n] = ρ_t Σ_k w[n, k] · γ[k] · x[t, k]        ρ_t = 1/√(mean(x[t]²) + eps)
+//   keys and values:  kv[t, n] = Σ_k kv_b_proj[n, k] · c[t, k]        c as the cache has it, so rounded where it is f16
 //
 // RoPE rotates the pairs (2i, 2i+1): a layer whose pairs are half a head apart brings them together when it uploads its weights.
 // f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN, so that a broken model shows.
 // Norms are those of `norm` and `gate`: one pass updates mean and spread vector by vector, then joins them across lanes.
-// The latents of queries and of the cache do not wait for each other: one dispatch has both. The norm's factor ρ leaves the sum, so
-// that the squares of a query's latent are summed along with the products, and x is read once.
-// grid: one workgroup per WORKGROUP / LANES items, folded into x and y; items are the tokens, then the heads of all tokens. With
-// queries of a low rank the items are the tokens alone, and behind them come ⌈columns / COLUMNS⌉ workgroups for every 4 tokens, where
-// COLUMN_LANES invocations share 4 columns of q, each summing every COLUMN_LANES-th load. Floor there: w, read once per 4 tokens.
+// None of these waits for another, so one dispatch has them all. The norm's factor ρ leaves the sum of a query, so that the squares of
+// its latent are summed along with the products, and x is read once; a workgroup of keys and values norms and rounds the latents of
+// its tokens first.
+// grid: one workgroup per WORKGROUP / LANES items, folded into x and y; items are the tokens, then the heads of all tokens, unless
+// queries are of a low rank. Behind them come ⌈columns / COLUMNS⌉ workgroups of products for every 4 tokens, those of queries first,
+// where COLUMN_LANES invocations share 4 columns, each summing every COLUMN_LANES-th load. Floor there: the weights, once per 4 tokens.
 //
 // Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64 without a norm, per cent of the copy kernel: in f16
 // 8 invocations with an item each 76, with rotation 72; with pack2x16float in place of integers 55, before halves of
@@ -26,21 +29,22 @@ override ACTIVATION: u32 = 0u;   // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one
 override NORM: u32 = 2u;         // of the gate: 0 layer_norm, 1 rms_norm, 2 none
 override PADDED: u32 = 0u;       // 1: latents end with padding
 override ROTATE: u32 = 0u;       // 1: keys and queries are rotated
-override KEPT: u32 = 0u;         // 1: latents are kept as the cache has them
+override KEPT: u32 = 0u;         // 1: latents are kept as the cache has them; 2: their keys and values
 override LOW_RANK: u32 = 0u;     // 1: queries are of a low rank
 override SINGLE: u32 = 0u;       // 1: there is one token, and no code for products of more
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 16u;       // invocations that share an item; a power of two
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
-override COLUMN_LANES: u32 = 16u;    // that share four columns of q; a power of two
+override COLUMN_LANES: u32 = 16u;    // invocations that share four columns of a product; a power of two
 override COLUMNS: u32 = 4u * WORKGROUP / COLUMN_LANES;
 override TOKENS: u32 = select(4u, 1u, SINGLE == 1u);
 // One invocation per column has nothing to add up.
-override SUMS: u32 = select(select(WORKGROUP * (TOKENS + 1u), 1u, COLUMN_LANES == 1u), 1u, LOW_RANK == 0u);
+override SUMS: u32 = select(select(WORKGROUP * (TOKENS + 1u), 1u, COLUMN_LANES == 1u), 1u, LOW_RANK == 0u && KEPT != 2u);
+override STAGED: u32 = 1u;           // vectors of the latents of TOKENS tokens, if keys and values are made of them
 override INTEGERS: u32 = 0u;     // 1: integer arithmetic rounds halves
 // 16-byte loads for one store.
 override LOADS: u32 = 1u + CACHE_F16;
-// 16-byte loads of x for one of w.
+// Vectors of x for a 16-byte load of weights.
 override X_LOADS: u32 = 1u + STORAGE_F16;
 
 struct Params {
@@ -57,31 +61,37 @@ struct Params {
     d_nope: u32,         // elements of a head before its rotary part
     gamma: u32,          // elements of `weight` before γ and β of the gate's norm
     beta: u32,
-    kept: u32,           // elements of q before the kept latents
+    kept: u32,           // elements of q before what is kept
+    kv_columns: u32,     // of keys and values
     eps: f32,
     gate_eps: f32,
     rank: u32,           // of the queries, padding included
     rank_used: u32,      // without it
     q_gamma: u32,        // elements of `weight` before γ of the queries
     q_eps: f32,
-    row_groups: u32,     // workgroups before those of the columns
-    column_tiles: u32,   // workgroups of the columns of 4 tokens
+    row_groups: u32,     // workgroups before those of queries
+    kv_groups: u32,      // before those of keys and values
+    column_tiles: u32,   // workgroups of 4 queries
+    kv_tiles: u32,       // of the keys and values of 4 tokens
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;             // [tokens, row] / 4
 @group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;        // [d_latent] each: norm, γ, β; at q_gamma [rank]; / 4, f16: / 8
-@group(0) @binding(3) var<storage, read> g: array<vec4<f32>>;             // [tokens, d_latent] / 4 gate before its activation
+// [tokens, d_latent] f32 / 4 gate before its activation; or kv_b_proj [kv_columns, d_latent] / 4, f16: / 8
+@group(0) @binding(3) var<storage, read> g: array<vec4<u32>>;             // [tokens, d_latent] or [kv_columns, d_latent]
 @group(0) @binding(4) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, d_rope / 4] (cos, sin) of two pairs
 @group(0) @binding(5) var<storage, read> slots: array<u32>;               // [tokens] cache rows
-@group(0) @binding(6) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, d_latent], [cache rows, d_rope]; / 4, f16: / 8
-@group(0) @binding(7) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, q_heads, d_nope + d_rope], at kept [tokens, d_latent]; / 4
-@group(0) @binding(8) var<storage, read> w: array<vec4<u32>>;             // [q_heads · (d_nope + d_rope), rank] / 4, f16: / 8
+@group(0) @binding(6) var<storage, read> w: array<vec4<u32>>;             // [q_heads · (d_nope + d_rope), rank] / 4, f16: / 8
+@group(0) @binding(7) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, d_latent], [cache rows, d_rope]; / 4, f16: / 8
+@group(0) @binding(8) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, q_heads, d_nope + d_rope], at kept [tokens, d_latent or kv_columns]; / 4
 
 // (elements, mean, squared distances from it) per invocation.
 var<workgroup> sh_moments: array<vec4<f32>, SHARED>;
 // sh_sums[j·WORKGROUP + lane]: four columns of token j; behind them the squares, one component per token.
 var<workgroup> sh_sums: array<vec4<f32>, SUMS>;
+// Latents as the cache has them.
+var<workgroup> sh_latents: array<vec4<f32>, STAGED>;
 
 // Vector i of a tensor in f32 or f16 storage, given the load that holds it.
 fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
@@ -233,7 +243,7 @@ fn unnormed(token: u32, i: u32, scale: f32) -> vec4<f32> {
         v = v * scale * four_of(weight[index_of(i)], i);
     }
     if (GATED == 1u) {
-        v = v * activate_four(g[token * (params.d_latent / 4u) + i]);
+        v = v * activate_four(bitcast<vec4<f32>>(g[token * (params.d_latent / 4u) + i]));
     }
     return v;
 }
@@ -298,6 +308,40 @@ fn latent(token: u32, i: u32, scale: f32, moments: vec2<f32>) -> vec4<f32> {
     return v;
 }
 
+// The first vector of a load of the cache.
+fn kept_first(load: vec4<u32>, value: vec4<f32>) -> vec4<f32> {
+    if (CACHE_F16 == 1u) {
+        return vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
+    }
+    return value;
+}
+
+// Latents of the tokens from t0 on, as the cache has them, for a workgroup of their keys and values. Those past the last repeat it.
+fn stage_latents(lane: u32, t0: u32) {
+    let loads = params.d_latent / (4u * LOADS);
+    for (var j = 0u; j < TOKENS; j++) {
+        let token = min(t0 + j, params.tokens - 1u);
+        var scale = 1.0;
+        if (RMS == 1u) {
+            // Every LANES invocations measure the same latent.
+            scale = moments_over(lane, token, false, 1.0).y;
+        }
+        for (var i = lane; i < loads; i += WORKGROUP) {
+            let first = unnormed(token, i * LOADS, scale);
+            var second = first;
+            if (CACHE_F16 == 1u) {
+                second = unnormed(token, i * LOADS + 1u, scale);
+            }
+            let load = stored(first, second);
+            let to = (j * loads + i) * LOADS;
+            sh_latents[to % STAGED] = kept_first(load, first);
+            if (CACHE_F16 == 1u) {
+                sh_latents[(to + 1u) % STAGED] = second_of(load);
+            }
+        }
+    }
+}
+
 // Latent and rotary key of a token.
 fn append(token: u32, part: u32, scale: f32, moments: vec2<f32>) {
     let slot = slots[token];
@@ -312,11 +356,9 @@ fn append(token: u32, part: u32, scale: f32, moments: vec2<f32>) {
         cache[slot * latents + i] = load;
         if (KEPT == 1u) {
             let target_at = params.kept / 4u + (token * latents + i) * LOADS;
+            q[target_at] = kept_first(load, first);
             if (CACHE_F16 == 1u) {
-                q[target_at] = vec4<f32>(unpack2x16float(load.x), unpack2x16float(load.y));
-                q[target_at + 1u] = vec4<f32>(unpack2x16float(load.z), unpack2x16float(load.w));
-            } else {
-                q[target_at] = first;
+                q[target_at + 1u] = second_of(load);
             }
         }
     }
@@ -366,7 +408,11 @@ fn column_products(w0: vec4<f32>, w1: vec4<f32>, w2: vec4<f32>, w3: vec4<f32>, v
 }
 
 // Four columns of a token: scaled, rotated, stored.
-fn finish_columns(token: u32, column: u32, sum: vec4<f32>, squares: f32) {
+fn finish_columns(of_kv: bool, token: u32, column: u32, sum: vec4<f32>, squares: f32) {
+    if (of_kv) {
+        q[(params.kept + token * params.kv_columns + column) / 4u] = sum;
+        return;
+    }
     let head = params.d_nope + params.d_rope;
     var v = sum * inverseSqrt(squares / f32(params.rank_used) + params.q_eps);
     let at = column % head;
@@ -376,18 +422,29 @@ fn finish_columns(token: u32, column: u32, sum: vec4<f32>, squares: f32) {
     q[(token * params.q_heads * head + column) / 4u] = v;
 }
 
-// Queries of a low rank: a tile of columns of up to four tokens.
-fn query_columns(tile: u32, lane: u32) {
-    let part = lane % COLUMN_LANES;
-    let t0 = tile / params.column_tiles * 4u;
-    // A folded grid has a few workgroups more.
-    if (t0 >= params.tokens) {
-        return;
+// A load of the weights of queries, or of keys and values.
+fn weights_at(of_kv: bool, i: u32) -> vec4<u32> {
+    if (KEPT == 2u && (LOW_RANK == 0u || of_kv)) {
+        return g[i];
     }
+    return w[i];
+}
+
+// A vector of what they are multiplied with.
+fn factor_at(of_kv: bool, i: u32) -> vec4<f32> {
+    if (KEPT == 2u && (LOW_RANK == 0u || of_kv)) {
+        return sh_latents[i % STAGED];
+    }
+    return x[i];
+}
+
+// A tile of columns of up to four tokens from t0 on: of queries of a low rank, or of keys and values.
+fn project_tile(of_kv: bool, t0: u32, tile: u32, lane: u32) {
+    let part = lane % COLUMN_LANES;
     let count = select(min(params.tokens - t0, 4u), 1u, SINGLE == 1u);
-    let columns = params.q_heads * (params.d_nope + params.d_rope);
-    let column = tile % params.column_tiles * COLUMNS + lane / COLUMN_LANES * 4u;
-    let loads = params.rank / (4u * X_LOADS);
+    let columns = select(params.q_heads * (params.d_nope + params.d_rope), params.kv_columns, of_kv);
+    let column = tile * COLUMNS + lane / COLUMN_LANES * 4u;
+    let loads = select(params.rank, params.d_latent, of_kv) / (4u * X_LOADS);
 
     // Columns past the last repeat it; they are not stored.
     let w0 = min(column, columns - 4u) * loads;
@@ -395,8 +452,8 @@ fn query_columns(tile: u32, lane: u32) {
     let w2 = w1 + loads;
     let w3 = w2 + loads;
     // Tokens past the last repeat it.
-    let pitch = params.row / 4u;
-    let x0 = params.q_offset / 4u + t0 * pitch;
+    let pitch = select(params.row, params.d_latent, of_kv) / 4u;
+    let x0 = select(params.q_offset / 4u + t0 * pitch, 0u, of_kv);
     let x1 = x0 + min(1u, count - 1u) * pitch;
     let x2 = x0 + min(2u, count - 1u) * pitch;
     let x3 = x0 + min(3u, count - 1u) * pitch;
@@ -407,11 +464,14 @@ fn query_columns(tile: u32, lane: u32) {
     var acc3 = vec4<f32>(0.0);
     var squares = vec4<f32>(0.0);
     for (var k = part; k < loads; k += COLUMN_LANES) {
-        let scale = weight[params.q_gamma / (4u * X_LOADS) + k];
-        let l0 = w[w0 + k];
-        let l1 = w[w1 + k];
-        let l2 = w[w2 + k];
-        let l3 = w[w3 + k];
+        var scale = vec4<u32>(0u);
+        if (LOW_RANK == 1u && !of_kv) {
+            scale = weight[params.q_gamma / (4u * X_LOADS) + k];
+        }
+        let l0 = weights_at(of_kv, w0 + k);
+        let l1 = weights_at(of_kv, w1 + k);
+        let l2 = weights_at(of_kv, w2 + k);
+        let l3 = weights_at(of_kv, w3 + k);
         for (var half = 0u; half < X_LOADS; half++) {
             var s = first_of(scale);
             var a = first_of(l0);
@@ -425,14 +485,17 @@ fn query_columns(tile: u32, lane: u32) {
                 c = second_of(l2);
                 d = second_of(l3);
             }
+            if (of_kv) {
+                s = vec4<f32>(1.0);
+            }
             let i = k * X_LOADS + half;
-            let v0 = x[x0 + i];
+            let v0 = factor_at(of_kv, x0 + i);
             squares.x += dot(v0, v0);
             acc0 += column_products(a, b, c, d, v0 * s);
             if (SINGLE == 0u) {
-                let v1 = x[x1 + i];
-                let v2 = x[x2 + i];
-                let v3 = x[x3 + i];
+                let v1 = factor_at(of_kv, x1 + i);
+                let v2 = factor_at(of_kv, x2 + i);
+                let v3 = factor_at(of_kv, x3 + i);
                 squares += vec4<f32>(0.0, dot(v1, v1), dot(v2, v2), dot(v3, v3));
                 acc1 += column_products(a, b, c, d, v1 * s);
                 acc2 += column_products(a, b, c, d, v2 * s);
@@ -469,15 +532,15 @@ fn query_columns(tile: u32, lane: u32) {
     if (part > 0u || column >= columns) {
         return;
     }
-    finish_columns(t0, column, acc0, squares.x);
+    finish_columns(of_kv, t0, column, acc0, squares.x);
     if (SINGLE == 0u && count > 1u) {
-        finish_columns(t0 + 1u, column, acc1, squares.y);
+        finish_columns(of_kv, t0 + 1u, column, acc1, squares.y);
     }
     if (SINGLE == 0u && count > 2u) {
-        finish_columns(t0 + 2u, column, acc2, squares.z);
+        finish_columns(of_kv, t0 + 2u, column, acc2, squares.z);
     }
     if (SINGLE == 0u && count > 3u) {
-        finish_columns(t0 + 3u, column, acc3, squares.w);
+        finish_columns(of_kv, t0 + 3u, column, acc3, squares.w);
     }
 }
 
@@ -488,8 +551,25 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = group.y * groups.x + group.x;
+    // Every workgroup is of one kind. A folded grid has a few more at its end.
+    if (KEPT == 2u && index >= params.kv_groups) {
+        let tile = index - params.kv_groups;
+        let t0 = tile / params.kv_tiles * 4u;
+        if (t0 >= params.tokens) {
+            return;
+        }
+        stage_latents(lane, t0);
+        workgroupBarrier();
+        project_tile(true, t0, tile % params.kv_tiles, lane);
+        return;
+    }
     if (LOW_RANK == 1u && index >= params.row_groups) {
-        query_columns(index - params.row_groups, lane);
+        let tile = index - params.row_groups;
+        let t0 = tile / params.column_tiles * 4u;
+        if (t0 >= params.tokens) {
+            return;
+        }
+        project_tile(false, t0, tile % params.column_tiles, lane);
         return;
     }
     let item = index * (WORKGROUP / LANES) + lane / LANES;

@@ -512,7 +512,7 @@ fn loops_over_parameters_are_those_that_plans_bound() {
         names.extend(case.sample.widths().map(|(name, _)| name));
         // Steps are what the overrides say.
         for walked in &case.plan.loops {
-            let named = ["TILE_K", "LANES", "WORKGROUP"].map(|name| case.plan.value(name)).into_iter();
+            let named = ["TILE_K", "LANES", "COLUMN_LANES", "WORKGROUP"].map(|name| case.plan.value(name)).into_iter();
             let steps = named.flat_map(|step| [step, 4 * step]).chain([1, 4, 16, 64]);
             let of_matrices = case.spec.cooperative != Cooperative::NONE;
             assert!(

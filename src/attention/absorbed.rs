@@ -1,13 +1,14 @@
 //! Attention over the latents themselves: the absorbed path of MLA and of the gate at `latent`.
 
 use super::frame::Frame;
+use super::project::Hidden;
 use super::step::Table;
 use crate::error::Result;
 use crate::kernels::matmul::{Layout, Matmul};
 use crate::kernels::{attention_absorbed, value_project};
 
 impl Frame<'_> {
-    pub fn attend_absorbed(&mut self) -> Result<()> {
+    pub fn attend_absorbed(&mut self, out: Hidden<'_>) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
         let widths = &layer.widths;
         let (n_head, d_latent, d_nope, d_value) = (widths.n_head, widths.d_latent, widths.d_nope, widths.d_value);
@@ -72,9 +73,10 @@ impl Frame<'_> {
                 w: kv_b_proj,
                 values: &workspace.values,
             };
-            return self.recording.add_own(&op, args);
+            self.recording.add_own(&op, args)?;
+            return self.project_out(out);
         }
-        self.combine(d_latent, &workspace.combined)?;
+        self.combine(&self.row_partials(), d_latent, &workspace.combined)?;
         let values = Matmul {
             batch: n_head,
             x: latents,
@@ -82,6 +84,7 @@ impl Frame<'_> {
             y: Layout { offset: 0, row: widths.values(), inner: 1, batch: d_value },
             ..self.linear(step.tokens, d_latent, d_value)
         };
-        self.product(&values, &workspace.combined, kv_b_proj, None, &workspace.values)
+        self.product(&values, &workspace.combined, kv_b_proj, None, &workspace.values)?;
+        self.project_out(out)
     }
 }

@@ -12,13 +12,14 @@ use crate::cost::{Cost, times};
 use crate::kernels::attention_decode::{SPLIT, split_length};
 use crate::kernels::attention_grouped::{self, Tiling, Widths};
 use crate::kernels::attention_prefill::QUERY_TILES;
-use crate::kernels::cache_append::{LatentGate, LowRank, Queries};
+use crate::kernels::cache_append::{Kept, LatentGate, LowRank, Queries, keeps_values};
 use crate::kernels::cache_read::Table;
 use crate::kernels::matmul::{FEW_ROWS, Layout};
 use crate::kernels::norm::Kind;
 use crate::kernels::{
     AttentionAbsorbed, AttentionCombine, AttentionDecode, AttentionGrouped, AttentionPrefill, CacheAppend, CacheRead,
-    Gate, GateProject, GateStatistics, Gather, Matmul, Norm, Rope, ValueProject, attention_absorbed, value_project,
+    Gate, GateProject, GateStatistics, Gather, Matmul, Norm, OutputProject, Rope, ValueProject, attention_absorbed,
+    value_project,
 };
 use crate::op::{Op, choose};
 use crate::rates::Time;
@@ -169,13 +170,13 @@ pub fn decode_time(
     let expanded = || {
         // Not used by this path.
         let tally = tally(Tiling { groups: 1, span: 1 });
-        projections(&tally, &config, work.tokens, storage) + expanded(&tally, &config, work, storage)
+        whole(&tally, &config, work, expanded(&tally, &config, work, storage), storage)
     };
     let absorbed = || match (config.up_projected_gate(), tiling) {
         (Some(_), Err(_)) => Time::NEVER,
         (_, tiling) => {
             let tally = tally(tiling.unwrap_or(Tiling { groups: 1, span: 1 }));
-            projections(&tally, &config, work.tokens, storage) + absorbed(&tally, &config, work, storage)
+            whole(&tally, &config, work, absorbed(&tally, &config, work, storage), storage)
         }
     };
     match path {
@@ -206,8 +207,8 @@ pub fn faster_path(
 /// `cached` tokens are attended to, the new one included. The sum of the layer's dispatches over all cache rows, without padding:
 /// each weight counts once, however many tiles read it. Weights and cache in `storage`.
 pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) -> Cost {
-    projections(&Counted, config, 1, storage)
-        + attend_expanded(config, &DecodeWork::one(cached, 0, 0, storage), storage)
+    let work = DecodeWork::one(cached, 0, 0, storage);
+    whole(&Counted, config, &work, expanded(&Counted, config, &work, storage), storage)
 }
 
 /// One new token of one sequence through one whole layer, over the cached latents themselves.
@@ -216,16 +217,55 @@ pub fn decode_expanded(config: &AttentionConfig, cached: u32, storage: Storage) 
 /// projected first. The two matter with the gate at `up_projected` alone. Otherwise as [`decode_expanded`].
 pub fn decode_absorbed(config: &AttentionConfig, cached: u32, groups: u32, projected: u32, storage: Storage) -> Cost {
     let work = DecodeWork::one(cached, groups, projected, storage);
-    projections(&Counted, config, 1, storage) + attend_absorbed(config, &work, storage)
+    whole(&Counted, config, &work, absorbed(&Counted, config, &work, storage), storage)
+}
+
+/// A path's part of a step, up to the partial results.
+struct Attended<T: Tally> {
+    sum: T::Sum,
+    /// Those of values, not combined yet.
+    partials: Option<u32>,
+    /// The append leaves something of the latents, by which the new tokens are measured.
+    measured: bool,
+}
+
+fn combined(config: &AttentionConfig, work: &DecodeWork, attended: Attended<Counted>, storage: Storage) -> Cost {
+    let Attended { sum, partials, measured } = attended;
+    let kv = if measured && keeps_values(work.tokens, config.d_latent) { config.d_kv() } else { 0 };
+    let kept = Cost {
+        flops: times(2, &[work.tokens, config.d_latent, kv]),
+        bytes: times(storage.bytes(), &[config.d_latent, kv]),
+    };
+    sum + kept + partials.map_or(Cost::default(), |p| merged(&Counted, work.tokens, config.n_head, config.d_value, p))
+}
+
+/// A whole layer: projections of the new tokens, a path, the output.
+fn whole<T: Tally>(
+    tally: &T,
+    config: &AttentionConfig,
+    work: &DecodeWork,
+    attended: Attended<T>,
+    storage: Storage,
+) -> T::Sum {
+    let DecodeWork { tokens, .. } = *work;
+    let AttentionConfig { hidden_size: columns, n_head, d_value, attention_bias: bias, .. } = *config;
+    let before = projections(tally, config, tokens, attended.measured, storage) + attended.sum;
+    let output = |sum: T::Sum| sum + linear(tally, tokens, n_head * d_value, columns, bias, storage);
+    let Some(splits) = attended.partials else { return output(before) };
+    let both = OutputProject { tokens, n_head, d_value, columns, splits, bias, storage };
+    if both.pays() {
+        return before + tally.of(&both);
+    }
+    output(before + merged(tally, tokens, n_head, d_value, splits))
 }
 
 /// The expanded path's part of a step: keys and values of `work.rows` cache rows for `rows · D · (d_latent + d_gate)` multiply-adds,
 /// the second term only with the gate at `up_projected`, and the attention over them.
 pub fn attend_expanded(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
-    expanded(&Counted, config, work, storage)
+    combined(config, work, expanded(&Counted, config, work, storage), storage)
 }
 
-fn expanded<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> T::Sum {
+fn expanded<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Attended<T> {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
     let Cut { split, tile_rows, .. } = tally.cut();
     let partials = partials(work, split);
@@ -258,20 +298,20 @@ fn expanded<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, st
     if whole > 0 {
         sum = sum + T::times(tile(tile_rows, Cost::default()), whole);
     }
-    sum + merged(tally, work.tokens, n_head, d_value, partials)
+    Attended { sum, partials: Some(partials), measured: false }
 }
 
 /// The absorbed path's part of a step: `positions · n_head · (2·d_latent + d_rope)` multiply-adds, and `D · d_latent` for
 /// every new token, or, with the gate at `up_projected`, for every distinct id of its sequence; there the new tokens' own keys
 /// and values for their statistics, and `D · d_gate` for every gate row that is not resident.
 pub fn attend_absorbed(config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Cost {
-    absorbed(&Counted, config, work, storage)
+    combined(config, work, absorbed(&Counted, config, work, storage), storage)
 }
 
-fn absorbed<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> T::Sum {
+fn absorbed<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, storage: Storage) -> Attended<T> {
     match config.up_projected_gate() {
         Some(gate) => attend_grouped(tally, config, gate, work, storage),
-        None => attend_one_group(tally, config, work, storage),
+        None => Attended { sum: attend_one_group(tally, config, work, storage), partials: None, measured: false },
     }
 }
 
@@ -366,8 +406,8 @@ fn attend_grouped<T: Tally>(
     gate: &GateConfig,
     work: &DecodeWork,
     storage: Storage,
-) -> T::Sum {
-    let (n_head, d_value, d_kv) = (config.n_head, config.d_value, config.d_kv());
+) -> Attended<T> {
+    let (n_head, d_kv) = (config.n_head, config.d_kv());
     let projected = if work.projected > 0 { work.projected.saturating_add(work.tokens) } else { 0 };
     let resident = if projected > 0 { 0 } else { gate.vocab_size };
     let more_storage = if projected > 0 { Storage::F32 } else { storage };
@@ -420,19 +460,15 @@ fn attend_grouped<T: Tally>(
         cache_storage: work.cache_storage,
         storage,
     };
-    // The append keeps the new latents.
-    let kept = Cost { flops: 0, bytes: times(4, &[work.tokens, config.d_latent]) };
     let measured = match gate.norm {
         GateNorm::None => T::Sum::default(),
-        GateNorm::RmsNorm | GateNorm::LayerNorm => {
-            linear(tally, work.tokens, config.d_latent, d_kv, false, storage) + tally.with(&statistics, kept)
-        }
+        // Keys and values of few are made by the append.
+        _ if keeps_values(work.tokens, config.d_latent) => tally.of(&statistics),
+        _ => linear(tally, work.tokens, config.d_latent, d_kv, false, storage) + tally.of(&statistics),
     };
-    tally.of(&rows)
-        + linear(tally, projected, gate.d_gate, d_kv, false, storage)
-        + measured
-        + tally.of(&attention)
-        + merged(tally, work.tokens, n_head, d_value, partials)
+    let sum =
+        tally.of(&rows) + linear(tally, projected, gate.d_gate, d_kv, false, storage) + measured + tally.of(&attention);
+    Attended { sum, partials: Some(partials), measured: gate.norm != GateNorm::None }
 }
 
 /// A product; none without rows.
@@ -469,7 +505,9 @@ pub fn prefill(config: &AttentionConfig, tokens: u32, storage: Storage) -> Cost 
         storage,
         kv: Storage::F32,
     };
-    projections(&Counted, config, tokens, storage)
+    let output = linear(&Counted, tokens, n_head * d_value, config.hidden_size, config.attention_bias, storage);
+    projections(&Counted, config, tokens, false, storage)
+        + output
         + rebuilding(&Counted, config, tokens, storage, storage)
         + causal(&attention)
 }
@@ -505,8 +543,8 @@ fn gated<T: Tally>(
     linear(tally, rows, config.d_gate, segments.used(), false, storage) + tally.of(&gate)
 }
 
-/// New tokens on every path: queries, latents and rotary keys into the cache, outputs.
-fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, storage: Storage) -> T::Sum {
+/// New tokens on every path: queries, latents and rotary keys into the cache.
+fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, measured: bool, storage: Storage) -> T::Sum {
     let AttentionConfig { hidden_size, n_head, d_latent, d_nope, d_rope, attention_bias: bias, .. } = *config;
     let d_q = n_head * config.d_query();
     let d_kv_a = d_latent + d_rope;
@@ -557,12 +595,16 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, stora
             norm: gate.norm,
             eps: gate.norm_eps as f32,
         }),
-        kept: None,
+        kept: measured.then(|| Kept {
+            // Behind the queries; a binding holds them.
+            first: tokens.saturating_mul(d_q).next_multiple_of(4),
+            columns: if keeps_values(tokens, d_latent) { config.d_kv() } else { 0 },
+        }),
         rope_byte: product(&[tokens, storage.row_loads(d_latent), 16]),
         weights: storage,
         storage,
     };
-    down + latent_gate + tally.of(&append) + linear(tally, tokens, n_head * config.d_value, hidden_size, bias, storage)
+    down + latent_gate + tally.of(&append)
 }
 
 /// Many queries of their latents, normed and rotated.
@@ -741,7 +783,8 @@ mod tests {
                 for path in [expanded, absorbed] {
                     let time = |split| {
                         let cut = Cut { split, tile_rows: 1024, tiling: Tiling { groups: 1, span: 1 } };
-                        path(&Timed { context: &context, cut }, &config, &work, Storage::F16).us
+                        let timed = Timed { context: &context, cut };
+                        whole(&timed, &config, &work, path(&timed, &config, &work, Storage::F16), Storage::F16).us
                     };
                     let best = SPLITS.map(time).into_iter().fold(f64::INFINITY, f64::min);
                     assert!(time(chosen) <= 1.15 * best, "{class:?}, {tokens} × {cached}: {chosen}");
@@ -770,8 +813,8 @@ mod tests {
         // W_K 3·16·32, one key 3·(2·32 + 8), combine 3·(2·32 + 5) + 3·(32 + 1), without lse, W_V 3·32·24.
         let absorbed = 2 * 3 * 16 * 32 + 2 * 3 * 72 + 207 + 99 + 2 * 3 * 32 * 24;
         assert_eq!(decode_absorbed(&config(None), 1, 0, 0, Storage::F32).flops, shared + absorbed);
-        // kv_b 32·120, one key 3·48, combine 3·(2·24 + 5) + 3·(24 + 3).
-        let expanded = 2 * 32 * 120 + 2 * 3 * 48 + 159 + 81;
+        // kv_b 32·120, one key 3·48, combine 3·(2·24 + 5) + 3·(24 + 1), without lse.
+        let expanded = 2 * 32 * 120 + 2 * 3 * 48 + 159 + 75;
         assert_eq!(decode_expanded(&config(None), 1, Storage::F32).flops, shared + expanded);
         // Every weight once: f16 halves weights and cache, and nothing else. Elements: q, kv_a, norm, kv_b, o, and the
         // new cache row, which the append writes and the attention reads (40 elements each).
@@ -782,10 +825,10 @@ mod tests {
 
     #[test]
     fn prefill_counts_each_causal_pair_once() {
-        // One token is a decode step of a first token, without the combine of its one split: 159 + 81.
+        // One token is a decode step of a first token, without the combine of its one split: 159 + 75.
         let config = config(Some(GateSite::UpProjected));
         let one = prefill(&config, 1, Storage::F32).flops;
-        assert_eq!(one, decode_expanded(&config, 1, Storage::F32).flops - 159 - 81);
+        assert_eq!(one, decode_expanded(&config, 1, Storage::F32).flops - 159 - 75);
         // 64 tokens: 64 times the rest of it, and 64 · 65 / 2 pairs in place of one.
         let pair = 2 * 3 * (16 + 8 + 24);
         assert_eq!(prefill(&config, 64, Storage::F32).flops, 64 * (one - pair) + 64 * 65 / 2 * pair);

@@ -1,6 +1,7 @@
 //! Attention over keys and values that are rebuilt from the cache, one tile of cache rows at a time.
 
-use super::frame::{Frame, Latents, Statistics};
+use super::frame::{Frame, Latents, Partials, Statistics};
+use super::project::Hidden;
 use super::step::{Mode, Table};
 use crate::device::Region;
 use crate::error::Result;
@@ -8,7 +9,7 @@ use crate::kernels::{attention_combine, attention_decode, attention_prefill, cac
 use crate::storage::Storage;
 
 impl<'a> Frame<'a> {
-    pub fn attend_expanded(&mut self) -> Result<()> {
+    pub fn attend_expanded(&mut self, out: Hidden<'_>) -> Result<()> {
         let step = self.step;
         let mut first = 0;
         while first < step.rows {
@@ -22,8 +23,8 @@ impl<'a> Frame<'a> {
             first += rows;
         }
         match step.mode {
-            Mode::Prefill => Ok(()),
-            Mode::Decode => self.combine(self.layer.widths.d_value, &self.workspace.values),
+            Mode::Prefill => self.project_out(out),
+            Mode::Decode => self.project_partials(&self.row_partials(), out),
         }
     }
 
@@ -136,18 +137,21 @@ impl<'a> Frame<'a> {
         Ok(&workspace.kv_gated)
     }
 
-    /// Combines the partial results of the kernels that split the cache by rows.
-    pub fn combine(&mut self, width: u32, values: &Region) -> Result<()> {
-        let (step, workspace) = (self.step, self.workspace);
-        let n_head = self.layer.widths.n_head;
-        let op = attention_combine::AttentionCombine { tokens: step.tokens, n_head, width, splits: step.partials };
-        let args = attention_combine::Args {
-            partial_values: &workspace.partial_values,
-            partial_softmax: &workspace.partial_softmax,
-            ranges: &self.table(Table::Ranges),
-            values,
-            lse: &workspace.lse,
-        };
-        self.recording.add_own(&op, args)
+    /// Partial results of the kernels that split the cache by rows.
+    pub fn row_partials(&self) -> Partials {
+        Partials {
+            values: self.workspace.partial_values.clone(),
+            softmax: self.workspace.partial_softmax.clone(),
+            ranges: self.table(Table::Ranges),
+            count: self.step.partials,
+        }
+    }
+
+    pub fn combine(&mut self, partials: &Partials, width: u32, values: &Region) -> Result<()> {
+        let Partials { values: partial_values, softmax: partial_softmax, ranges, count: splits } = partials;
+        let (tokens, n_head, splits) = (self.step.tokens, self.layer.widths.n_head, *splits);
+        let op = attention_combine::AttentionCombine { tokens, n_head, width, splits };
+        let lse = &self.workspace.lse;
+        self.recording.add_own(&op, attention_combine::Args { partial_values, partial_softmax, ranges, values, lse })
     }
 }

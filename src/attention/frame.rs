@@ -34,6 +34,16 @@ pub(super) struct Statistics<'a> {
     pub rows: u32,
 }
 
+/// Partial results of an attention over splits.
+pub(super) struct Partials {
+    pub values: Region,
+    /// (m, l) of each.
+    pub softmax: Region,
+    /// First split and splits of each token.
+    pub ranges: Region,
+    pub count: u32,
+}
+
 pub(super) struct Frame<'a> {
     pub layer: &'a Attention,
     pub cache: &'a LatentCache,

@@ -1,14 +1,15 @@
 //! Attention over the latents with one absorbed query per distinct token id: the gate at `up_projected`.
 
-use super::frame::Frame;
+use super::frame::{Frame, Partials};
 use super::layer::DecodePath;
 use super::lists::{GateRows, Grouped, Lists};
+use super::project::Hidden;
 use super::step::Table;
 use super::widths::gated_segments;
 use crate::config::{GateConfig, GateNorm};
 use crate::device::Region;
 use crate::error::Result;
-use crate::kernels::{attention_combine, attention_grouped, gate_project, gate_statistics, group_ids, word_scatter};
+use crate::kernels::{attention_grouped, cache_append, gate_project, gate_statistics, group_ids, word_scatter};
 use crate::storage::Storage;
 
 /// Gate rows as the grouped kernels bind them: resident ones, then others.
@@ -117,7 +118,7 @@ impl Frame<'_> {
         normed && self.step.path == DecodePath::Absorbed && self.step.grouped().is_some()
     }
 
-    pub fn attend_grouped(&mut self, grouped: &Grouped) -> Result<()> {
+    pub fn attend_grouped(&mut self, grouped: &Grouped, out: Hidden<'_>) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
         let (Some(lists), Some(gate)) = (self.cache.lists(), layer.config.up_projected_gate()) else { return Ok(()) };
         let table = Region::from(&lists.buffer);
@@ -199,16 +200,21 @@ impl Frame<'_> {
             };
             self.recording.add_own(&op, args)?;
         }
-        self.combine_groups(grouped)
+        self.project_partials(&self.group_partials(grouped), out)
     }
 
     /// Statistics of the new tokens' norm, from their keys and values.
     fn measure(&mut self, gate: &GateConfig, source: &GateSource, more: u32, more_first: u32) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
-        let op = self.linear(step.tokens, layer.widths.d_latent, layer.widths.d_kv());
         let (q, kept) = (&workspace.q, 4 * u64::from(layer.widths.kept(step.tokens)));
         let kept = &Region::new(&q.buffer, kept, q.size.saturating_sub(kept));
-        self.product(&op, kept, &layer.weights.kv_b_proj, None, &workspace.kv)?;
+        let d_latent = layer.widths.d_latent;
+        // Few have been made by the append.
+        let made = cache_append::keeps_values(step.tokens, d_latent);
+        if !made {
+            let op = self.linear(step.tokens, d_latent, layer.widths.d_kv());
+            self.product(&op, kept, &layer.weights.kv_b_proj, None, &workspace.kv)?;
+        }
         let op = gate_statistics::GateStatistics {
             tokens: step.tokens,
             segments: gated_segments(&layer.config, gate),
@@ -223,7 +229,7 @@ impl Frame<'_> {
             more_storage: source.more_storage,
         };
         let args = gate_statistics::Args {
-            kv: &workspace.kv,
+            kv: if made { kept } else { &workspace.kv },
             gates: &source.gates,
             gates_more: &source.more,
             rows: &self.table(Table::GateRows),
@@ -233,25 +239,16 @@ impl Frame<'_> {
         self.recording.add_own(&op, args)
     }
 
-    fn combine_groups(&mut self, grouped: &Grouped) -> Result<()> {
-        let (step, workspace) = (self.step, self.workspace);
-        let (n_head, d_value) = (self.layer.widths.n_head, self.layer.widths.d_value);
-        let softmax = 4 * attention_grouped::softmax_word(workspace.grouped_partials, n_head, d_value);
+    fn group_partials(&self, grouped: &Grouped) -> Partials {
+        let (workspace, widths) = (self.workspace, &self.layer.widths);
         let partial = &workspace.grouped;
-        let op = attention_combine::AttentionCombine {
-            tokens: step.tokens,
-            n_head,
-            width: d_value,
-            splits: grouped.partials,
-        };
-        let args = attention_combine::Args {
-            partial_values: &Region::new(&partial.buffer, 0, softmax),
-            partial_softmax: &Region::new(&partial.buffer, softmax, partial.size.saturating_sub(softmax)),
-            ranges: &self.table(Table::GroupedRanges),
-            values: &workspace.values,
-            lse: &workspace.lse,
-        };
-        self.recording.add_own(&op, args)
+        let softmax = 4 * attention_grouped::softmax_word(workspace.grouped_partials, widths.n_head, widths.d_value);
+        Partials {
+            values: Region::new(&partial.buffer, 0, softmax),
+            softmax: Region::new(&partial.buffer, softmax, partial.size.saturating_sub(softmax)),
+            ranges: self.table(Table::GroupedRanges),
+            count: grouped.partials,
+        }
     }
 
     /// Gate rows of the ids that a pass has listed, into the workspace.

@@ -242,10 +242,9 @@ impl Frame<'_> {
         self.project(hidden)?;
         self.append()?;
         match (self.step.path, self.step.grouped()) {
-            (DecodePath::Absorbed, Some(grouped)) => self.attend_grouped(grouped)?,
-            (DecodePath::Absorbed, None) => self.attend_absorbed()?,
-            (DecodePath::Expanded | DecodePath::Auto, _) => self.attend_expanded()?,
+            (DecodePath::Absorbed, Some(grouped)) => self.attend_grouped(grouped, out),
+            (DecodePath::Absorbed, None) => self.attend_absorbed(out),
+            (DecodePath::Expanded | DecodePath::Auto, _) => self.attend_expanded(out),
         }
-        self.project_out(out)
     }
 }

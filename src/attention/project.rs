@@ -1,13 +1,13 @@
 //! From hidden states to queries and to new cache rows, and from values to the output.
 
-use super::frame::Frame;
+use super::frame::{Frame, Partials};
 use super::step::Table;
 use super::weights::{DownProjection, LowRank};
 use crate::config::GateConfig;
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::matmul::{FEW_ROWS, Layout, Matmul};
-use crate::kernels::{cache_append, norm, rope};
+use crate::kernels::{cache_append, norm, output_project, rope};
 use crate::storage::Storage;
 
 /// Hidden states of the caller: elements per token, and elements from one token to the next.
@@ -34,7 +34,7 @@ impl Frame<'_> {
     }
 
     /// Appends latents and rotary keys to the cache, and makes `q [tokens, n_head, d_nope + d_rope]` of the queries. Latents are
-    /// kept as the cache has them, behind the queries, where the norm of a gate is to be measured.
+    /// kept as the cache has them, behind the queries, where the norm of a gate is to be measured: they, or their keys and values.
     pub fn append(&mut self) -> Result<()> {
         let (layer, workspace, step) = (self.layer, self.workspace, self.step);
         let (widths, config, weights) = (&layer.widths, &layer.config, &layer.weights);
@@ -48,6 +48,7 @@ impl Frame<'_> {
             weight: query.norm,
             eps: layer.config.low_rank_norm_eps as f32,
         });
+        let keeps_values = cache_append::keeps_values(step.tokens, widths.d_latent);
         // Many are a product of their own.
         let apart = low_rank.is_some() && step.tokens > FEW_ROWS;
         let n_head = if apart { 0 } else { widths.n_head };
@@ -69,7 +70,10 @@ impl Frame<'_> {
                 norm: gate.norm,
                 eps: gate.norm_eps as f32,
             }),
-            kept: self.measures().then(|| widths.kept(step.tokens)),
+            kept: self.measures().then(|| cache_append::Kept {
+                first: widths.kept(step.tokens),
+                columns: if keeps_values { widths.d_kv() } else { 0 },
+            }),
             rope_byte: self.cached.rope_key.offset,
             weights: layer.storage,
             storage: self.cache.options().storage,
@@ -77,7 +81,7 @@ impl Frame<'_> {
         let args = cache_append::Args {
             x: &workspace.down,
             weight: weights.norms.as_ref().unwrap_or(&self.absent),
-            g: &workspace.gate,
+            g: if keeps_values && gate.is_none() { &weights.kv_b_proj } else { &workspace.gate },
             rotations: &self.table(Table::Rotations),
             slots: &self.table(Table::Slots),
             cache: &self.cached.whole,
@@ -139,6 +143,34 @@ impl Frame<'_> {
             return Ok(());
         }
         self.recording.add_own(&op, rope::Args { rotations, values: &workspace.q })
+    }
+
+    /// `out = o_proj · values` of the values that partial results combine to.
+    pub fn project_partials(&mut self, partials: &Partials, out: Hidden<'_>) -> Result<()> {
+        let (layer, workspace) = (self.layer, self.workspace);
+        let (widths, weights) = (&layer.widths, &layer.weights);
+        let op = output_project::OutputProject {
+            tokens: self.step.tokens,
+            n_head: widths.n_head,
+            d_value: widths.d_value,
+            columns: out.width,
+            splits: partials.count,
+            bias: weights.o_bias.is_some(),
+            storage: layer.storage,
+        };
+        if !op.pays() {
+            self.combine(partials, widths.d_value, &workspace.values)?;
+            return self.project_out(out);
+        }
+        let args = output_project::Args {
+            partial_values: &partials.values,
+            partial_softmax: &partials.softmax,
+            ranges: &partials.ranges,
+            w: &weights.o_proj,
+            bias: weights.o_bias.as_ref().unwrap_or(&self.absent),
+            y: out.region,
+        };
+        self.recording.add_own(&op, args)
     }
 
     /// `out = o_proj · values`

@@ -56,7 +56,7 @@ impl Widths {
         self.n_head * self.d_query()
     }
 
-    /// Element of `q` where the latents of tokens are kept, behind their queries at a binding's alignment.
+    /// Element of `q` behind the queries of tokens, at a binding's alignment: where something of their latents is kept.
     pub fn kept(&self, tokens: u32) -> u32 {
         // Within a binding, so 32 bits count them.
         product(&[tokens, self.queries()]).next_multiple_of(64) as u32

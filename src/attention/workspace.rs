@@ -13,6 +13,7 @@ use crate::kernels::attention_absorbed::workgroups;
 use crate::kernels::attention_decode::{SPLIT, SPLITS, most_partials};
 use crate::kernels::attention_grouped::softmax_word;
 use crate::kernels::attention_prefill;
+use crate::kernels::matmul::FEW_ROWS;
 use crate::storage::{product, words};
 
 /// Most keys per dispatch of the prefill kernels: their loops stay within the limit.
@@ -28,7 +29,8 @@ pub(super) struct Workspace<T = Region> {
     pub down: T,
     /// `[tokens, q rank]`
     pub normed: T,
-    /// `[tokens, queries]`, then, where the norm of a gate is measured, the latents `[tokens, d_latent]` as cached.
+    /// `[tokens, queries]`, then, where the norm of a gate is measured, the latents `[tokens, d_latent]` as cached, or their keys
+    /// and values.
     pub q: T,
     pub gate_rows: T,
     pub gate: T,
@@ -161,11 +163,8 @@ impl<T> Workspace<T> {
         let grouped = softmax_word(grouped_partials, n_head, widths.d_value).saturating_add(of_pairs);
         let grouped = if lists.is_some() { u32::try_from(grouped).unwrap_or(u32::MAX) } else { 0 };
         let measured = config.up_projected_gate().is_some_and(|gate| gate.norm != GateNorm::None);
-        let kept = if measured {
-            product(&[decoding, widths.d_latent]).saturating_add(widths.kept(decoding).into())
-        } else {
-            0
-        };
+        let of_latents = product(&[decoding, widths.d_latent]).max(product(&[decoding.min(FEW_ROWS), widths.d_kv()]));
+        let kept = if measured { of_latents.saturating_add(widths.kept(decoding).into()) } else { 0 };
         let queries = u32::try_from(product(&[tokens, widths.queries()]).max(kept)).unwrap_or(u32::MAX);
         let partial_width = if absorbable { widths.d_value.max(widths.d_latent) } else { widths.d_value };
 

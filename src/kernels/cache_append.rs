@@ -1,6 +1,7 @@
 //! Writes latents and rotary keys of new tokens to their cache rows: normed, gated and rotated on the way. And makes their queries:
 //! copied and rotated, or projected of a low rank.
 
+use super::matmul::FEW_ROWS;
 use crate::adapter::{AdapterClass, PlanContext};
 use crate::config::{Activation, GateNorm};
 use crate::cost::{Cost, times, when};
@@ -14,8 +15,9 @@ crate::params! {
         tokens: u32, row: u32, d_latent: u32, latent_used: u32, latent_offset: u32,
         d_rope: u32, rope_offset: u32, rope_cache: u32,
         q_heads: u32, q_offset: u32, d_nope: u32,
-        gamma: u32, beta: u32, kept: u32, eps: f32, gate_eps: f32,
-        rank: u32, rank_used: u32, q_gamma: u32, q_eps: f32, row_groups: u32, column_tiles: u32,
+        gamma: u32, beta: u32, kept: u32, kv_columns: u32, eps: f32, gate_eps: f32,
+        rank: u32, rank_used: u32, q_gamma: u32, q_eps: f32, row_groups: u32, kv_groups: u32,
+        column_tiles: u32, kv_tiles: u32,
     }
 }
 
@@ -27,19 +29,19 @@ crate::args! {
         /// `[d_latent]` in `weights` each, padded with zeros: of the norm, then γ and β of the gate's norm, those that there are.
         /// `[rank]` likewise where [`LowRank`] says: of the norm of the queries' latents.
         weight: Read,
-        /// `[tokens, d_latent]` f32: the projected gate before its activation; not bound without a gate.
+        /// `[tokens, d_latent]` f32: the projected gate before its activation. Or `[columns, d_latent]` in `weights`: `kv_b_proj`, where
+        /// keys and values are [`Kept`]. Not bound without either.
         g: Read,
         /// `[tokens, d_rope / 2, 2]` f32: cos and sin of each pair; not bound where nothing is rotated.
         rotations: Read,
         /// `[tokens]` u32 cache rows, all different.
         slots: Read,
-        /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
-        cache: Write,
-        /// `[tokens, n_head, d_nope + d_rope]` f32, and where `kept` says `[tokens, d_latent]` f32, the latents as cached; written.
-        /// Not bound without either.
-        q: Write,
         /// `[n_head · (d_nope + d_rope), rank]` in `weights`, padded with zeros; bound for queries of a low rank alone.
         w: Read,
+        /// `[cache_rows, pitch of d_latent]`, then at `rope_byte` `[cache_rows, pitch of d_rope]`, in `storage`, written.
+        cache: Write,
+        /// `[tokens, n_head, d_nope + d_rope]` f32, and what is [`Kept`]; written. Not bound without either.
+        q: Write,
     }
 }
 
@@ -80,6 +82,28 @@ pub struct LatentGate {
     pub eps: f32,
 }
 
+/// What is left of the latents as the cache has them, so rounded where it is f16: of those that no gate changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Kept {
+    /// Element of `q` where it begins, behind the queries; a multiple of 4.
+    pub first: u32,
+    /// Width of the keys and values `[tokens, columns]` of the latents, a multiple of 4; 0 to keep the latents `[tokens, d_latent]`.
+    pub columns: u32,
+}
+
+/// Most elements of the latents of four tokens, or of one, that a workgroup of keys and values stages: within WebGPU's default limit.
+const MOST_STAGED: u32 = 2048;
+
+/// Whether keys and values of the latents can be kept, and so few of them are not faster as a product of their own.
+pub fn keeps_values(tokens: u32, d_latent: u32) -> bool {
+    tokens <= FEW_ROWS && staged(tokens, d_latent) <= MOST_STAGED
+}
+
+/// Elements that a workgroup of keys and values stages.
+fn staged(tokens: u32, d_latent: u32) -> u32 {
+    d_latent.saturating_mul(if tokens == 1 { 1 } else { 4 })
+}
+
 /// Tokens to append.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CacheAppend {
@@ -108,8 +132,8 @@ pub struct CacheAppend {
     pub norm: Option<f32>,
     /// Then gated.
     pub gate: Option<LatentGate>,
-    /// Latents are kept as the cache has them, so rounded where it is f16: behind the queries, from this element on, a multiple of 4.
-    pub kept: Option<u32>,
+    /// Something is left of the latents.
+    pub kept: Option<Kept>,
     /// Byte of `cache` where the rotary keys begin, after the latents.
     pub rope_byte: u64,
     /// Storage of the norms' weights.
@@ -122,6 +146,11 @@ impl CacheAppend {
     /// Bytes of a cache row.
     fn row_bytes(&self, width: u32) -> u64 {
         self.storage.sized(self.storage.row_pitch(width).into())
+    }
+
+    /// Elements of the keys and values of a token that are kept.
+    fn kv_columns(&self) -> u32 {
+        self.kept.map_or(0, |kept| kept.columns)
     }
 
     /// Elements of the queries of a token.
@@ -138,11 +167,16 @@ impl CacheAppend {
         self.rotate && self.d_rope > 0
     }
 
-    /// Workgroups of the tokens, and of the columns of 4 tokens, in workgroups of WORKGROUP, LANES and COLUMN_LANES.
-    fn groups(&self, [workgroup, lanes, column_lanes]: [u64; 3]) -> [u64; 2] {
-        let columns = if self.queries.low_rank.is_some() { self.columns() } else { 0 };
+    /// Workgroups of the tokens and of the heads that are copied, of the queries of 4 tokens that are projected, and of their keys and
+    /// values, in workgroups of WORKGROUP, LANES and COLUMN_LANES.
+    fn groups(&self, [workgroup, lanes, column_lanes]: [u64; 3]) -> [u64; 3] {
         let [rows, fours] = [lanes, column_lanes].map(|lanes| (workgroup / lanes.max(1)).max(1));
-        [u64::from(self.tokens).div_ceil(rows), columns.div_ceil(4 * fours)]
+        let (copied, projected) = match self.queries.low_rank {
+            Some(_) => (0, self.columns()),
+            None => (product(&[self.tokens, self.queries.n_head]), 0),
+        };
+        let items = copied.saturating_add(self.tokens.into());
+        [items.div_ceil(rows), projected.div_ceil(4 * fours), u64::from(self.kv_columns()).div_ceil(4 * fours)]
     }
 
     fn head(&self) -> u32 {
@@ -189,17 +223,21 @@ impl Op for CacheAppend {
                 return Err(format!("{} columns, must be at least 4 and below 2^31", self.columns()));
             }
         }
-        if let Some(kept) = self.kept {
-            check_multiples(4, &[("kept", kept)])?;
-            if u64::from(kept) < self.after_queries() {
-                return Err(format!("latents are kept from element {kept} on, queries take {}", self.after_queries()));
+        if let Some(Kept { first, columns }) = self.kept {
+            check_multiples(4, &[("first", first), ("columns", columns)])?;
+            if u64::from(first) < self.after_queries() {
+                return Err(format!("latents are kept from element {first} on, queries take {}", self.after_queries()));
+            }
+            let staged = staged(self.tokens, self.d_latent);
+            if columns > 0 && (self.gate.is_some() || staged > MOST_STAGED) {
+                return Err(format!("no keys and values of gated latents, or of {staged} elements over {MOST_STAGED}"));
             }
         }
         if self.latent_used > self.d_latent {
             return Err(format!("latent_used is {}, d_latent {}", self.latent_used, self.d_latent));
         }
         // A vector of weights begins at a load.
-        let of_weights = if self.weight_vectors()[2] > 0 { self.weights.of_load() } else { 4 };
+        let of_weights = if self.weight_vectors()[2] > 0 || self.kv_columns() > 0 { self.weights.of_load() } else { 4 };
         check_multiples(of_weights, &[("d_latent", self.d_latent)])?;
         let latents = product(&[self.cache_rows]).saturating_mul(self.row_bytes(self.d_latent));
         if self.rope_byte < latents || !self.rope_byte.is_multiple_of(16) {
@@ -210,8 +248,9 @@ impl Op for CacheAppend {
 
     fn params(&self, plan: &Plan) -> Params {
         let [gamma, beta, _] = self.weight_vectors();
-        let [row_groups, column_tiles] =
-            self.groups(["WORKGROUP", "LANES", "COLUMN_LANES"].map(|name| plan.value(name)));
+        let settings = ["WORKGROUP", "LANES", "COLUMN_LANES"].map(|name| plan.value(name));
+        let [row_groups, column_tiles, kv_tiles] = self.groups(settings);
+        let of_queries = column_tiles.saturating_mul(self.tokens.div_ceil(4).into());
         let low_rank = self.queries.low_rank.unwrap_or_default();
         Params {
             tokens: self.tokens,
@@ -228,16 +267,19 @@ impl Op for CacheAppend {
             d_nope: self.queries.d_nope,
             gamma: gamma * self.d_latent,
             beta: beta * self.d_latent,
-            kept: self.kept.unwrap_or(0),
+            kept: self.kept.map_or(0, |kept| kept.first),
+            kv_columns: self.kv_columns(),
             eps: self.norm.unwrap_or(0.0),
             gate_eps: self.gate.map_or(0.0, |gate| gate.eps),
             rank: low_rank.rank,
             rank_used: low_rank.used,
             q_gamma: low_rank.weight,
             q_eps: low_rank.eps,
-            // Of a plan, so both fit.
+            // Of a plan, so all fit.
             row_groups: row_groups as u32,
+            kv_groups: row_groups.saturating_add(of_queries) as u32,
             column_tiles: column_tiles as u32,
+            kv_tiles: kv_tiles as u32,
         }
     }
 
@@ -254,17 +296,21 @@ impl Op for CacheAppend {
         let keys = product(&[self.cache_rows]).saturating_mul(self.row_bytes(self.d_rope));
         let norms = product(&[self.weight_vectors()[2], self.d_latent]);
         let of_queries = low_rank.map_or(0, |low_rank| u64::from(low_rank.weight) + u64::from(low_rank.rank));
-        let kept = self.kept.map_or(0, |first| u64::from(first).saturating_add(product(&[self.tokens, self.d_latent])));
+        let kept = self.kept.map_or(0, |Kept { first, columns }| {
+            let width = if columns > 0 { columns } else { self.d_latent };
+            u64::from(first).saturating_add(product(&[self.tokens, width]))
+        });
+        let kv_b_proj = self.weights.sized(product(&[self.kv_columns(), self.d_latent]));
         let projection = low_rank.map_or(0, |low_rank| self.columns().saturating_mul(low_rank.rank.into()));
         Args {
             x: words(x),
             weight: self.weights.sized(norms.max(of_queries)),
-            g: latents(self.gate.is_some()),
+            g: latents(self.gate.is_some()).max(kv_b_proj),
             rotations: words(if self.rotated() { product(&[self.tokens, self.d_rope]) } else { 0 }),
             slots: words(self.tokens.into()),
+            w: self.weights.sized(projection),
             cache: self.rope_byte.saturating_add(keys),
             q: words(kept.max(self.after_queries())),
-            w: self.weights.sized(projection),
         }
     }
 
@@ -303,6 +349,7 @@ impl Op for CacheAppend {
                 times(normed + gated, &[tokens, d_latent]),
                 times(of_norm + of_token, &[tokens]),
                 latents,
+                times(2, &[tokens, d_latent, self.kv_columns()]),
             ],
             &[
                 times(4, &[tokens, rotated]),
@@ -314,7 +361,13 @@ impl Op for CacheAppend {
                 times(4, &[tokens]),
                 times(self.weights.bytes(), &[self.weight_vectors()[2], d_latent]),
                 when(self.gate.is_some(), times(4, &[tokens, d_latent])),
-                when(self.kept.is_some(), times(4, &[tokens, d_latent])),
+                match self.kept {
+                    None => 0,
+                    Some(Kept { columns: 0, .. }) => times(4, &[tokens, d_latent]),
+                    Some(Kept { columns, .. }) => {
+                        times(4, &[tokens, columns]).saturating_add(times(self.weights.bytes(), &[columns, d_latent]))
+                    }
+                },
                 written[0],
                 written[1],
             ],
@@ -331,36 +384,29 @@ pub(crate) const ROWS: Variant<CacheAppend> = Variant::<CacheAppend>::new(
     TUNINGS.len(),
     |op, context, setting| {
         let (workgroup, lanes, column_lanes) = TUNINGS[setting];
-        let (rank, single) = (op.queries.low_rank.map(|low_rank| low_rank.rank), op.tokens == 1);
-        let grid = match rank {
-            // Tokens, then heads of tokens.
-            None => {
-                let heads = product(&[op.tokens, op.queries.n_head]);
-                Grid::Folded { items: heads.saturating_add(op.tokens.into()), each: workgroup / lanes }
-            }
-            // Workgroups of tokens, then of columns.
-            Some(_) => {
-                let [rows, columns] = op.groups([workgroup, lanes, column_lanes].map(u64::from));
-                let columns = columns.saturating_mul(op.tokens.div_ceil(4).into());
-                Grid::Folded { items: rows.saturating_add(columns), each: 1 }
-            }
-        };
+        let rank = op.queries.low_rank.map(|low_rank| low_rank.rank);
+        let (has_products, single) = (rank.is_some() || op.kv_columns() > 0, op.tokens == 1);
+        let [rows, columns, kv] = op.groups([workgroup, lanes, column_lanes].map(u64::from));
+        let products = columns.saturating_add(kv).saturating_mul(op.tokens.div_ceil(4).into());
+        let grid = Grid::Folded { items: rows.saturating_add(products), each: 1 };
         let moments = if lanes == 1 { 1 } else { workgroup };
-        let sums = match rank {
-            Some(_) if column_lanes > 1 => workgroup * if single { 2 } else { 5 },
-            _ => 1,
-        };
+        let sums = if has_products && column_lanes > 1 { workgroup * if single { 2 } else { 5 } } else { 1 };
+        let staged = if op.kv_columns() > 0 { staged(op.tokens, op.d_latent) / 4 } else { 1 };
+        let kept = op.kept.map_or(0, |kept| if kept.columns > 0 { 2 } else { 1 });
         let gate = op.gate.unwrap_or(LatentGate { norm: GateNorm::None, ..LatentGate::default() });
-        Ok(Draft::new(workgroup, grid)
+        let draft = Draft::new(workgroup, grid)
             .with([("STORAGE_F16", op.weights.constant()), ("CACHE_F16", op.storage.constant())])
             .with([("RMS", flag(op.norm.is_some())), ("GATED", flag(op.gate.is_some()))])
             .with([("ACTIVATION", gate.activation as u32), ("NORM", gate.norm as u32)])
             .with([("PADDED", flag(op.latent_used < op.d_latent)), ("ROTATE", flag(op.rotate))])
-            .with([("KEPT", flag(op.kept.is_some())), ("INTEGERS", flag(context.class == AdapterClass::Software))])
-            .with([("LOW_RANK", flag(rank.is_some())), ("SINGLE", flag(rank.is_some() && single))])
-            .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMN_LANES", column_lanes)])
-            .bytes(16 * (moments + sums))
-            .walks("rank", rank.unwrap_or(0), 4 * column_lanes))
+            .with([("KEPT", f64::from(kept)), ("INTEGERS", flag(context.class == AdapterClass::Software))])
+            .with([("LOW_RANK", flag(rank.is_some())), ("SINGLE", flag(has_products && single))])
+            .with([("WORKGROUP", workgroup), ("LANES", lanes), ("COLUMN_LANES", column_lanes), ("STAGED", staged)])
+            .bytes(16 * (moments + sums + staged));
+        Ok(match rank {
+            Some(rank) => draft.walks("rank", rank, 4 * column_lanes),
+            None => draft,
+        })
     },
     |_, _, plan| {
         let [workgroup, lanes, column_lanes] = ["WORKGROUP", "LANES", "COLUMN_LANES"].map(|name| plan.value(name));
@@ -385,6 +431,7 @@ fn setting(op: &CacheAppend, context: &PlanContext) -> usize {
 
 crate::vary!(Queries { n_head, offset, d_nope, low_rank });
 crate::vary!(LowRank { rank, used, weight, eps });
+crate::vary!(Kept { first, columns });
 crate::vary!(LatentGate { activation, norm, eps });
 crate::vary!(CacheAppend {
     tokens,
@@ -437,7 +484,9 @@ impl crate::sample::Sampled for CacheAppend {
             .flat_map(|activation| GateNorm::ALL.map(|norm| Some(LatentGate { activation, norm, eps: 1e-5 })));
         for gate in gates.chain([None]) {
             for (d_latent, norm) in [8, 256, 4096].into_iter().flat_map(|d| [(d, None), (d, Some(1e-6))]) {
-                for (weights, kept) in Storage::ALL.into_iter().flat_map(|s| [(s, None), (s, Some(192))]) {
+                for (weights, kept) in
+                    Storage::ALL.into_iter().flat_map(|s| [(s, None), (s, Some(Kept { first: 192, columns: 0 }))])
+                {
                     let latent_used = if kept.is_some() { d_latent - 3 } else { d_latent };
                     let plain = of(3, (d_latent, 8), 3, weights);
                     all.push(CacheAppend { latent_used, norm, gate, kept, weights, ..plain });
@@ -451,7 +500,19 @@ impl crate::sample::Sampled for CacheAppend {
                 let plain = of(tokens, (32, d_rope), 0, weights);
                 let row = rank + 32 + d_rope;
                 let (latent_offset, rope_offset, norm) = (rank, rank + 32, Some(1e-6));
-                all.push(CacheAppend { row, latent_offset, rope_offset, norm, rotate: true, queries, ..plain });
+                let first = tokens * n_head * (d_nope + d_rope);
+                for kept in [None, Some(Kept { first, columns: 84 })] {
+                    all.push(CacheAppend {
+                        row,
+                        latent_offset,
+                        rope_offset,
+                        norm,
+                        rotate: true,
+                        queries,
+                        kept,
+                        ..plain
+                    });
+                }
             }
         }
         all
@@ -486,7 +547,12 @@ impl crate::sample::Sampled for CacheAppend {
             (of((8, 8), heads), Cost { flops: 3 * 4 * 6 + 6 * 4 * 6, bytes: 3 * (32 + 32 + 32 + 4 + 32) + 6 * 96 }),
             // RMSNorm 4 per element and 3 per token; sigmoid 3, product 1, layer_norm 7 and 4. Weights 3·8·2, g and what is kept 3·8·4.
             (
-                CacheAppend { norm: Some(1e-6), gate: Some(gate), kept: Some(0), ..of((8, 0), Queries::default()) },
+                CacheAppend {
+                    norm: Some(1e-6),
+                    gate: Some(gate),
+                    kept: Some(Kept::default()),
+                    ..of((8, 0), Queries::default())
+                },
                 Cost { flops: 3 * (8 * 15 + 7), bytes: 3 * (32 + 4 + 16) + 48 + 2 * 96 },
             ),
             // Heads as above, of latents of 8: 3·8·24 multiply-adds, their norm 3·(8·4 + 3). In: 3·8·4, weights 8·2 and 24·8·2.

@@ -31,6 +31,7 @@ macro_rules! for_each_operation {
             group_ids: GroupIds,
             matmul: Matmul,
             norm: Norm,
+            output_project: OutputProject,
             residual_add: ResidualAdd,
             roofline_cooperative: RooflineCooperative,
             roofline_copy: RooflineCopy,

@@ -112,7 +112,7 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
         norm: normed.then_some(1e-6),
         gate: gate.map(|(activation, norm)| cache_append::LatentGate { activation, norm, eps: 1e-5 }),
         // Behind the queries and four elements more.
-        kept: (!plain).then_some(tokens * n_head * head + step),
+        kept: (!plain).then_some(cache_append::Kept { first: tokens * n_head * head + step, columns: 0 }),
         rope_byte: 4 * rope_word as u64,
         weights,
         storage,
@@ -213,8 +213,8 @@ fn append(cases: &mut Vec<Case>, id: String, way: Way) {
         let words = lab.read(&q)?;
         let queries = unpack(0, tokens, n_head * head, Storage::F32);
         comparisons.push(lab.compare_views(&[(&words, queries)], &heads, Tolerance::sums(&[2])));
-        if let Some(first) = op.kept {
-            let kept = unpack(first as usize, tokens, d_latent, Storage::F32);
+        if let Some(kept) = op.kept {
+            let kept = unpack(kept.first as usize, tokens, d_latent, Storage::F32);
             comparisons.push(lab.compare_views(&[(&words, kept)], &latents, tolerance));
         }
         Ok(comparisons)
@@ -243,7 +243,7 @@ fn low_rank(cases: &mut Vec<Case>) {
     }
 }
 
-/// Latents of queries stand first in a row, four elements apart from the latent of the cache, of 20.
+/// Latents of queries stand first in a row, four elements apart from the latent of the cache, of 20. Their keys and values are kept.
 fn project(
     cases: &mut Vec<Case>,
     (tokens, rank): (u32, u32),
@@ -256,6 +256,9 @@ fn project(
     let latent_offset = padded + 4;
     let rope_offset = latent_offset + d_latent;
     let row = rope_offset + d_rope;
+    let columns = n_head * (d_nope + d_rope);
+    let kv_columns = 36;
+    let rope_word = tokens as usize * row_words(d_latent, storage);
     let low_rank = cache_append::LowRank { rank: padded, used: rank, weight: d_latent + 8, eps: 1e-6 };
     let op = CacheAppend {
         tokens,
@@ -270,19 +273,19 @@ fn project(
         queries: cache_append::Queries { n_head, offset: 0, d_nope, low_rank: Some(low_rank) },
         norm: Some(1e-6),
         gate: None,
-        kept: None,
-        rope_byte: 4 * u64::from(tokens * d_latent),
+        kept: Some(cache_append::Kept { first: tokens * columns, columns: kv_columns }),
+        rope_byte: 4 * rope_word as u64,
         weights: storage,
-        storage: Storage::F32,
+        storage,
     };
     let of_size = if size == 1.0 { String::new() } else { format!("_of_{size:e}") };
     let id = format!("{tokens}x{rank}_to_{n_head}x{d_nope}+{d_rope}{of_size}/{}", storage.name());
     let tolerance = Tolerance::sums(&[rank as usize, rank as usize, 2]);
     each_variant(cases, id, op, tolerance, move |lab, launch| {
         let mut random = Random::new(SEED);
-        let columns = n_head * (d_nope + d_rope);
-        let mut values = random.values((tokens * row) as usize, size);
+        let mut values = random.values((tokens * row) as usize, 1.0);
         for of_token in values.chunks_mut(row as usize) {
+            of_token[..rank as usize].iter_mut().for_each(|value| *value *= size);
             of_token[rank as usize..padded as usize].fill(0.0);
             of_token[(latent_offset + latent) as usize..rope_offset as usize].fill(0.0);
         }
@@ -291,22 +294,26 @@ fn project(
             (0..tokens).flat_map(of_token).collect()
         };
         let [gamma, scales] = [latent, rank].map(|width| random.values(width as usize, 1.0));
-        let matrix = random.values((columns * rank) as usize, 1.0);
+        let [matrix, kv] = [(columns, rank), (kv_columns, latent)].map(|(n, k)| random.values((n * k) as usize, 1.0));
         let mut norms = spread(&gamma, &[latent], || 0.0);
         norms.resize(low_rank.weight as usize, f32::NAN);
         norms.extend(spread(&scales, &[rank], || 0.0));
-        let (weight, w) = (lab.stored(&norms, storage)?.0, lab.stored(&spread(&matrix, &[rank], || 0.0), storage)?.0);
+        let weight = lab.stored(&norms, storage)?.0;
+        let [w, kv_b_proj] =
+            [(&matrix, rank), (&kv, latent)].map(|(tensor, k)| lab.stored(&spread(tensor, &[k], || 0.0), storage));
+        let (w, kv_b_proj) = (w?.0, kv_b_proj?.0);
         let positions: Vec<u32> = (0..tokens).map(|token| 700 * token + 3).collect();
         let turns = reference::rotations(&RopeConfig::default(), d_rope as usize, &positions);
         let turns_f32 = turns.iter().flatten().map(|&value| value as f32).chain([0.0; 4]);
         let rotations = lab.floats(&turns_f32.collect::<Vec<_>>())?;
         let slots = lab.words(&(0..tokens).collect::<Vec<_>>())?;
-        let (x, q) = (lab.floats(&values)?, lab.output((tokens * columns) as usize)?);
-        let cache = lab.output((tokens * (d_latent + d_rope)) as usize)?;
+        let (x, q) = (lab.floats(&values)?, lab.output((tokens * (columns + kv_columns)) as usize)?);
+        let words = rope_word + tokens as usize * row_words(d_rope, storage);
+        let cache = Guarded::poisoned_as(lab.kernels, "cache", words, storage)?;
         let args = cache_append::Args {
             x: &x.region,
             weight: &weight.region,
-            g: &lab.kernels.absent(),
+            g: &kv_b_proj.region,
             rotations: &rotations.region,
             slots: &slots.region,
             cache: &cache.region,
@@ -314,16 +321,37 @@ fn project(
             w: &w.region,
         };
         launch.run(lab, args)?;
-        let [gamma, scales, matrix] = [&gamma, &scales, &matrix].map(|values| pack(values, storage).1);
+        let [gamma, scales, matrix, kv] = [&gamma, &scales, &matrix, &kv].map(|values| pack(values, storage).1);
         let heads = (n_head as usize, (d_nope + d_rope) as usize, d_rope as usize);
         let queries = reference::low_rank_queries(&part(0, rank), &scales, &matrix, &turns, heads, 1e-6);
         let latents = reference::rms_norm(&part(latent_offset, latent), Some(&gamma), latent as usize, 1e-6);
-        let mut expected = spread(&latents, &[latent], || 0.0);
         let mut keys = part(rope_offset, d_rope);
         reference::rope(&mut keys, &turns, 1, d_rope as usize, d_rope as usize, true);
-        expected.extend(keys);
-        let appended = Tolerance::sums(&[latent as usize, 2]);
-        Ok(vec![lab.compare(&q, &queries, tolerance)?, lab.compare(&cache, &expected, appended)?])
+        // As the cache has them.
+        let rounding = match storage {
+            Storage::F32 => 0.0,
+            Storage::F16 => 2f64.powi(-10),
+        };
+        let single: Vec<f32> = latents.iter().map(|&value| value as f32).collect();
+        let cached = pack(&single, storage).1;
+        let values = reference::matmul(&cached, &kv, None, tokens as usize, latent as usize, kv_columns as usize);
+        let appended = Tolerance { relative: rounding + Tolerance::sums(&[latent as usize, 2]).relative };
+        let of_values =
+            Tolerance { relative: rounding + Tolerance::sums(&[latent as usize, latent as usize]).relative };
+        let (got, rows) = (lab.read(&q)?, lab.read(&cache)?);
+        let largest = |value: &f64| if storage == Storage::F16 { value.clamp(-65504.0, 65504.0) } else { *value };
+        let keys: Vec<f64> = keys.iter().map(largest).collect();
+        let view = |first: usize, width: u32, storage| unpack(first, tokens, width, storage);
+        Ok(vec![
+            lab.compare_views(&[(&got, view(0, columns, Storage::F32))], &queries, tolerance),
+            lab.compare_views(
+                &[(&got, view((tokens * columns) as usize, kv_columns, Storage::F32))],
+                &values,
+                of_values,
+            ),
+            lab.compare_views(&[(&rows, view(0, d_latent, storage))], &spread(&latents, &[latent], || 0.0), appended),
+            lab.compare_views(&[(&rows, view(rope_word, d_rope, storage))], &keys, appended),
+        ])
     });
 }
 
