@@ -175,7 +175,7 @@ fn halves(low: u32, high: u32) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(low), unpack2x16float(high));
 }
 
-// Eight columns.
+// Eight numbers.
 struct Eight {
     low: vec4<f32>,
     high: vec4<f32>,
@@ -426,19 +426,19 @@ fn most_of_row(bits: u32) -> u32 {
     return bits;
 }
 
-// 16 bytes of weights.
-struct Loaded {
-    first: vec4<f16>,
-    second: vec4<f16>,
+// 16 bytes of a row.
+struct Halves {
+    low: vec4<f16>,
+    high: vec4<f16>,
 }
 
 // Load e of staged weights, of an output of kv_b_proj; 0 past its end.
-fn load_weights(e: u32, output: u32) -> Loaded {
+fn load_weights(e: u32, output: u32) -> Halves {
     if (e < GROUPS * SIDE * LOADS && e % LOADS < params.weight_pitch) {
         let at = (output * params.weight_pitch + e % LOADS) * 2u;
-        return Loaded(kv_b_proj[at], kv_b_proj[at + 1u]);
+        return Halves(kv_b_proj[at], kv_b_proj[at + 1u]);
     }
-    return Loaded(vec4<f16>(), vec4<f16>());
+    return Halves(vec4<f16>(), vec4<f16>());
 }
 
 // Its output among the contents of keys: SHARE · SIDE from k0 on of each head from h0 on; `head` is the workgroup's first.
@@ -456,11 +456,11 @@ fn value_of(e: u32, first: u32, head: u32, heads: u32) -> u32 {
 }
 
 // Stages load e of weights.
-fn stage_weights_together(e: u32, loaded: Loaded) {
+fn stage_weights_together(e: u32, loaded: Halves) {
     if (e < GROUPS * SIDE * LOADS) {
         let at = e / LOADS * STRIDE + e % LOADS * 8u;
-        stage_together(at, loaded.first);
-        stage_together(at + 4u, loaded.second);
+        stage_together(at, loaded.low);
+        stage_together(at + 4u, loaded.high);
     }
 }
 

@@ -180,16 +180,23 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// Whether a device has what it needs.
+    pub fn offered(&self, device: &PlanContext) -> bool {
+        device.features.contains(self.features)
+            && device.subgroup_min_size >= self.subgroup
+            && self.cooperative.without(device.cooperative) == Cooperative::NONE
+    }
+
     /// Names of the features that a device lacks for it; `None` when it can run.
     pub fn missing(&self, device: &PlanContext) -> Option<String> {
-        let features = self.features - device.features;
-        let narrow = device.subgroup_min_size < self.subgroup;
-        // Called before every dispatch: only a missing feature is formatted.
-        let subgroup = narrow.then(|| format!("subgroups of {} invocations and more", self.subgroup));
-        let matrices = self.cooperative.without(device.cooperative);
-        if features.is_empty() && subgroup.is_none() && matrices == Cooperative::NONE {
+        // Called before every dispatch: only what is missing is named.
+        if self.offered(device) {
             return None;
         }
+        let features = self.features - device.features;
+        let narrow = device.subgroup_min_size < self.subgroup;
+        let subgroup = narrow.then(|| format!("subgroups of {} invocations and more", self.subgroup));
+        let matrices = self.cooperative.without(device.cooperative);
         let matrices = matrices.names().into_iter().map(|name| format!("cooperative matrices of {name}"));
         let names = features.iter_names().map(|(name, _)| name.to_lowercase());
         Some(names.chain(subgroup).chain(matrices).collect::<Vec<_>>().join(", "))
@@ -279,7 +286,7 @@ impl<O: Op> Variant<O> {
 pub fn choose<O: Op>(op: &O, context: &PlanContext) -> Result<(&'static Variant<O>, Plan)> {
     let mut refusal = None;
     for variant in O::VARIANTS {
-        let runs = variant.spec.missing(context).is_none() && !context.left_out.0.contains_key(variant.spec.name);
+        let runs = variant.spec.offered(context) && !context.left_out.0.contains_key(variant.spec.name);
         if !runs || !(variant.preferred)(op, context) {
             continue;
         }

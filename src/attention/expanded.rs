@@ -3,10 +3,19 @@
 use super::frame::{Frame, Latents, Partials, Statistics};
 use super::project::Hidden;
 use super::step::{Mode, Table};
+use crate::adapter::{Cooperative, PlanContext};
 use crate::device::Region;
 use crate::error::Result;
+use crate::kernels::attention_prefill::AttentionPrefill;
+use crate::kernels::matmul::Matmul;
 use crate::kernels::{attention_combine, attention_decode, attention_prefill, cache_read};
+use crate::op::{Op, choose};
 use crate::storage::Storage;
+
+/// Whether a kernel on cooperative matrices computes it.
+fn by_matrices<O: Op>(op: &O, context: &PlanContext) -> bool {
+    choose(op, context).is_ok_and(|(variant, _)| variant.spec.cooperative != Cooperative::NONE)
+}
 
 impl<'a> Frame<'a> {
     pub fn attend_expanded(&mut self, out: Hidden<'_>) -> Result<()> {
@@ -15,9 +24,11 @@ impl<'a> Frame<'a> {
         while first < step.rows {
             let rows = self.workspace.tile_rows.min(step.rows - first);
             // The padding behind the last sequence is never read.
-            let kv = self.rebuild(first, rows.min(step.used_rows - first))?;
+            let used = rows.min(step.used_rows - first);
+            let op = self.prefill_of(first, rows, used);
+            let kv = self.rebuild(first, used, op.kv)?;
             match step.mode {
-                Mode::Prefill => self.prefill_tile(first, rows, kv)?,
+                Mode::Prefill => self.prefill_tile(&op, kv)?,
                 Mode::Decode => self.decode_tile(first, rows, kv)?,
             }
             first += rows;
@@ -28,9 +39,11 @@ impl<'a> Frame<'a> {
         }
     }
 
-    fn prefill_tile(&mut self, kv_first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
-        let (layer, step, workspace) = (self.layer, self.step, self.workspace);
-        let op = attention_prefill::AttentionPrefill {
+    /// Attention of a prefill over a tile of which `used` rows are read. Keys and values are halves where matrices make them and
+    /// attend to them, which would round them for every tile of queries; a gate on them works in f32.
+    fn prefill_of(&self, kv_first: u32, kv_rows: u32, used: u32) -> AttentionPrefill {
+        let (layer, step) = (self.layer, self.step);
+        let op = AttentionPrefill {
             tokens: step.tokens,
             query_tiles: step.query_tiles,
             tile_q: step.tile_q,
@@ -50,6 +63,16 @@ impl<'a> Frame<'a> {
             storage: self.cache.options().storage,
             kv: Storage::F32,
         };
+        let halves = AttentionPrefill { kv: Storage::F16, ..op };
+        let made = Matmul { y_storage: Storage::F16, ..self.linear(used, layer.widths.d_latent, layer.widths.d_kv()) };
+        let gated = layer.config.up_projected_gate().is_some();
+        let context = self.recording.kernels().context();
+        let of_halves = step.mode == Mode::Prefill && layer.storage == Storage::F16 && !gated;
+        if of_halves && by_matrices(&halves, context) && by_matrices(&made, context) { halves } else { op }
+    }
+
+    fn prefill_tile(&mut self, op: &AttentionPrefill, kv: &Region) -> Result<()> {
+        let workspace = self.workspace;
         let args = attention_prefill::Args {
             q: &workspace.q,
             kv,
@@ -59,7 +82,7 @@ impl<'a> Frame<'a> {
             values: &workspace.values,
             softmax: &workspace.softmax,
         };
-        self.recording.add_own(&op, args)
+        self.recording.add_own(op, args)
     }
 
     fn decode_tile(&mut self, kv_first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
@@ -94,8 +117,9 @@ impl<'a> Frame<'a> {
         self.recording.add_own(&op, args)
     }
 
-    /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile, gated and normed where the configuration says so.
-    fn rebuild(&mut self, first_row: u32, rows: u32) -> Result<&'a Region> {
+    /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile, gated and normed where the configuration says so, in `storage`
+    /// where there is no gate on them.
+    fn rebuild(&mut self, first_row: u32, rows: u32, storage: Storage) -> Result<&'a Region> {
         let (layer, workspace) = (self.layer, self.workspace);
         let widths = &layer.widths;
         let gate = layer.config.up_projected_gate();
@@ -126,7 +150,7 @@ impl<'a> Frame<'a> {
             slots: &workspace.tile_slots,
         };
         self.recording.add_own(&op, args)?;
-        let op = self.linear(rows, widths.d_latent, widths.d_kv());
+        let op = Matmul { y_storage: storage, ..self.linear(rows, widths.d_latent, widths.d_kv()) };
         self.product(&op, &workspace.tile_latent, &layer.weights.kv_b_proj, None, &workspace.kv)?;
         let Some(gate) = gate else { return Ok(&workspace.kv) };
         let cache_rows = self.cache.rows();

@@ -72,7 +72,7 @@ fn best(timer: &Timer, recording: &mut Recording) -> Result<f64> {
 fn fastest<O: Op>(kernels: &Kernels, timer: &Timer, op: &O, args: O::Args<&Region>) -> Result<f64> {
     choose(op, kernels.context())?;
     let mut least = f64::INFINITY;
-    for variant in O::VARIANTS.iter().filter(|variant| variant.spec.missing(kernels.context()).is_none()) {
+    for variant in O::VARIANTS.iter().filter(|variant| variant.spec.offered(kernels.context())) {
         for tuning in (0..variant.spec.tunings).map(Tuning::Forced) {
             if variant.plan(op, kernels.context(), tuning).is_ok() {
                 let mut recording = Recording::new(kernels);

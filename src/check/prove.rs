@@ -53,7 +53,7 @@ impl Proofs {
     /// Kernels that need optional features which the device has, and of which nothing is known yet.
     pub fn unknown(&self, kernels: &Kernels) -> Vec<&'static str> {
         let context = kernels.context();
-        let optional = shaders().filter(|spec| !spec.features.is_empty() && spec.missing(context).is_none());
+        let optional = shaders().filter(|spec| !spec.features.is_empty() && spec.offered(context));
         let known = |name: &str| self.right.contains(name) || self.left_out.0.contains_key(name);
         optional.map(|spec| spec.name).filter(|name| !known(name)).collect()
     }

@@ -191,7 +191,7 @@ pub fn tiling_in_registers(context: &PlanContext, widths: Widths) -> Option<Tili
         AdapterClass::Software => 2,
         AdapterClass::Integrated | AdapterClass::Discrete | AdapterClass::Apple => 1,
     };
-    let offered = SUBGROUP.spec.missing(context).is_none();
+    let offered = SUBGROUP.spec.offered(context);
     (offered && suit_registers(widths)).then_some(Tiling { groups: SUBGROUP_GROUPS, span })
 }
 
