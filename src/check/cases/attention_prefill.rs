@@ -147,7 +147,11 @@ fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
             let fits = |tuning| variant.plan(&own, device, tuning).is_ok();
             let of_own = lab
                 .settings(variant.spec.tunings)
-                .map(|tuning| if tuning == Tuning::Auto { (tuning, held(variant, &own, device)) } else { (tuning, tuning) })
+                .map(
+                    |tuning| {
+                        if tuning == Tuning::Auto { (tuning, held(variant, &own, device)) } else { (tuning, tuning) }
+                    },
+                )
                 .filter(|&(of, tuning)| of == Tuning::Auto || fits(tuning))
                 .map(|(of, tuning)| (name_of(of), own, tuning));
             let others = QUERY_TILES.into_iter().filter(|&tile| tile != own.tile_q);
