@@ -3,8 +3,8 @@
 //   (a, b) ← (a·cos − b·sin, a·sin + b·cos)    pairs (2i, 2i+1) or (i, i + d_rope/2)
 //
 // cos and sin come from the host in f64 precision, YaRN's amplitude included: WGSL promises nothing of sin beyond ±π.
-// The layer rotates as it appends (cache_append) or projects (query_project); this kernel is for many queries of a low rank, and for
-// callers that rotate outside of a cache.
+// The layer rotates as it appends (cache_append); this kernel is for many queries of a low rank, and for callers that rotate outside
+// of a cache.
 // grid: one invocation per (token, head, pair), folded into x and y.
 
 override INTERLEAVE: u32 = 1u;

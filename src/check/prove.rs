@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use serde::{Deserialize, Serialize};
 
 use super::{Case, cases};
-use crate::adapter::{LeftOut, WhyLeftOut};
+use crate::adapter::{Cooperative, LeftOut, WhyLeftOut};
 use crate::device::Kernels;
 use crate::error::Result;
 use crate::kernels::shaders;
@@ -87,14 +87,16 @@ pub fn prove(kernels: &Kernels, proofs: &mut Proofs) -> Result<()> {
     Ok(())
 }
 
-/// Runs the first of a kernel's cases that this device computes, at the setting that it takes by itself; `None` if all was right.
+/// Runs the first of a kernel's cases that this device computes; `None` if all was right. At the setting that it takes by itself:
+/// but kernels on matrices at every setting that the device holds, since their larger tiles are for problems that no small case is.
 ///
 /// # Errors
 /// A lost device.
 pub fn prove_kernel(kernels: &Kernels, kernel: &str) -> Result<Option<WhyLeftOut>> {
     let kernels = kernels.leaving_out(LeftOut::default());
+    let on_matrices = shaders().any(|spec| spec.name == kernel && spec.cooperative != Cooperative::NONE);
     for case in cases().iter().filter(|case| case.kernel() == kernel) {
-        if let Some(verdict) = verdict(case, &kernels)? {
+        if let Some(verdict) = verdict(case, &kernels, on_matrices)? {
             return Ok(verdict.err().map(WhyLeftOut::Wrong));
         }
     }
@@ -102,13 +104,15 @@ pub fn prove_kernel(kernels: &Kernels, kernel: &str) -> Result<Option<WhyLeftOut
     Ok(Some(WhyLeftOut::Wrong("none of its cases runs on this device".to_owned())))
 }
 
-/// Whether a case is right, or what is wrong; `None` if the device does not compute it.
+/// Whether a case is right, at every setting or at that of the device alone, or what is wrong; `None` if the device does not
+/// compute it.
 ///
 /// # Errors
 /// A lost device.
-fn verdict(case: &Case, kernels: &Kernels) -> Result<Option<Result<(), String>>> {
+fn verdict(case: &Case, kernels: &Kernels, every_setting: bool) -> Result<Option<Result<(), String>>> {
+    let run = || if every_setting { case.run(kernels) } else { case.run_once(kernels) };
     // wgpu's compilers panic on some shaders that its validation accepts.
-    let Ok(outcomes) = catch_unwind(AssertUnwindSafe(|| case.run_once(kernels))) else {
+    let Ok(outcomes) = catch_unwind(AssertUnwindSafe(run)) else {
         return Ok(Some(Err("it makes wgpu panic".to_owned())));
     };
     let outcomes = match outcomes {
@@ -237,12 +241,27 @@ mod tests {
     #[test]
     fn planted_kernels_are_left_out_and_right_ones_are_not() {
         let kernels = kernels();
-        let of = |case: Case| verdict(&case, &kernels).unwrap().unwrap();
+        let of = |case: Case| verdict(&case, &kernels, false).unwrap().unwrap();
         let [right, wrong, refused] = [0, 1, 2].map(|index| of(case(&Ones::VARIANTS[index])));
         assert_eq!(right, Ok(()));
         assert!(wrong.unwrap_err().starts_with("ones_wrong/5: relative error 1.00e0"));
         assert!(refused.unwrap_err().contains("nothing"));
         assert_eq!(of(panics()), Err("it makes wgpu panic".to_owned()));
+        let larger = || {
+            Case::new("larger", "1", |lab| {
+                let right = |tuning| if tuning == Tuning::Auto { &[1.0; 5] } else { &[2.0; 5] };
+                let tried = lab.settings(1).map(|tuning| {
+                    let values = lab.output(5)?;
+                    let args = Args { values: &values.region };
+                    lab.launch(|recording| recording.add_variant(&Ones::VARIANTS[0], &Ones(5), args, Tuning::Auto))?;
+                    let comparison = lab.compare(&values, right(tuning), Tolerance::EXACT)?;
+                    Ok(outcome(name_of(tuning), Tolerance::EXACT, vec![comparison]))
+                });
+                tried.collect()
+            })
+        };
+        assert_eq!(of(larger()), Ok(()));
+        assert!(verdict(&larger(), &kernels, true).unwrap().unwrap().unwrap_err().starts_with("larger/1: "));
         // The device is as it was.
         assert_eq!(of(case(&Ones::VARIANTS[0])), Ok(()));
     }
