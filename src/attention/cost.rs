@@ -597,7 +597,7 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, measu
         }),
         kept: measured.then(|| Kept {
             // Behind the queries; a binding holds them.
-            first: tokens.saturating_mul(d_q).next_multiple_of(4),
+            first: tokens.saturating_mul(d_q).saturating_add(3) & !3,
             columns: if keeps_values(tokens, d_latent) { config.d_kv() } else { 0 },
         }),
         rope_byte: product(&[tokens, storage.row_loads(d_latent), 16]),
