@@ -22,8 +22,9 @@
 // rooflines 4 and 39 µs. Behind the matrices workgroup memory is the limit: a block of 64 queries and 32 keys, a MFLOP, moves 110
 // KiB there, 860 cycles of 128 bytes; a third is scores and weights, which matrices let nobody touch elsewhere.
 // By AMD's compiler (RDNA3, Mesa 25), 128 + 128, f32 keys: 192 registers, nothing spilled, 32 KiB; 32 keys wait 4 971 cycles. The
-// kernel before, which staged its queries again for every block within 16 KiB, waited 14 116; the throughput of 64 queries is
-// 8 721 for 2 · 11 155. On the way: loads that a condition guards are waited for where they stand (40 400 cycles in all for
+// kernel before, which staged its queries again for every block within 16 KiB, waited 14 116. The inverse throughput of a subgroup,
+// for the whole shader, is 8 721 where it was 11 155, but that of a block alone 3 884 where it was 2 211: more registers leave fewer
+// subgroups beside each other. On the way: loads that a condition guards are waited for where they stand (40 400 cycles in all for
 // 17 400); with 16 queries of values per subgroup each value is loaded twice as often. With d_rope 64: 204 registers, 45 KiB.
 // On a GPU: not run yet.
 

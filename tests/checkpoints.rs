@@ -187,7 +187,7 @@ fn every_model_is_read_as_it_ships() {
 fn the_type_decides_the_arithmetic() {
     let [plain, minicpm3, kimi_linear, longcat] =
         [deepseek(), minicpm3(), kimi_linear(), longcat()].map(|config| read(&config));
-    assert_eq!((plain.rope.interleave, plain.rope.turned), (true, true));
+    assert_eq!((plain.rope.interleave, plain.rope.rotate), (true, true));
     assert_eq!((plain.query_factor, plain.latent_factor), (1.0, 1.0));
     assert!(!minicpm3.rope.interleave);
     // 32 divisors of 1 change nothing.
@@ -204,7 +204,7 @@ fn the_type_decides_the_arithmetic() {
     let as_deepseek = as_deepseek.map_err(|error| error.to_string());
     assert!(as_deepseek.as_ref().is_err_and(|message| message.contains("v_head_dim")), "{as_deepseek:?}");
     let turned = AttentionConfig::from_json_as(&self::kimi_linear().to_string(), Some("deepseek_v3")).unwrap();
-    assert!(turned.rope.turned);
+    assert!(turned.rope.rotate);
     let unscaled = with(&self::longcat(), json!({"mla_scale_q_lora": false, "mla_scale_kv_lora": false}));
     assert_eq!((read(&unscaled).query_factor, read(&unscaled).latent_factor), (1.0, 1.0));
     let eps = with(&deepseek(), json!({"low_rank_norm_eps": 1e-5}));

@@ -844,7 +844,7 @@ fn factors_are_those_of_the_weights_before_them() {
 #[test]
 fn what_is_never_turned_is_as_at_position_0() {
     let x = normal(1, 8);
-    let never = RopeConfig { turned: false, ..yarn(40.0, None, None, None) };
+    let never = RopeConfig { rotate: false, ..yarn(40.0, None, None, None) };
     assert_eq!(rotated(&never, &x, 5000), x);
     assert_far(&rotated(&yarn(40.0, None, None, None), &x, 5000), &x);
 }

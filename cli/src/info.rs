@@ -32,7 +32,7 @@ pub struct InfoArgs {
 #[derive(Debug, Serialize)]
 struct Report {
     adapters: Vec<Adapter>,
-    /// Folder of the model in `caches`; null when there is none.
+    /// Folder or file of the model in `caches`; null when there is none.
     model: Option<String>,
     /// Why there is no model.
     model_problem: Option<String>,
@@ -301,30 +301,28 @@ impl Shape {
 
     /// Grouped-query attention.
     fn grouped(&self, heads: u32) -> CacheRow {
-        let (elements, mha) = (self.heads(heads), self.heads(self.n_head));
-        CacheRow::new(format!("GQA {heads} heads"), elements, Some(100.0 * (1.0 - elements as f64 / mha as f64)), None)
+        CacheRow::new(format!("GQA {heads} heads"), self.heads(heads), Some(self.heads(self.n_head)), None)
     }
 
     /// MHA, then MLA of latent width `mla`, then EG-MLA of the others, each compared with the first two.
     fn rows(&self, mla: u32, gated: &[u32]) -> Vec<CacheRow> {
         let mha = self.heads(self.n_head);
         let latent = |width: u32| self.layers(u64::from(width) + u64::from(self.d_rope));
-        let below = |elements: u64, base: u64| Some(100.0 * (1.0 - elements as f64 / base as f64));
         let row = CacheRow::new;
-        let mut rows = vec![
-            row("MHA".to_owned(), mha, None, None),
-            row(format!("MLA r={mla}"), latent(mla), below(latent(mla), mha), None),
-        ];
-        rows.extend(gated.iter().map(|&width| {
-            let elements = latent(width);
-            row(format!("EG-MLA r={width}"), elements, below(elements, mha), below(elements, latent(mla)))
-        }));
+        let mut rows =
+            vec![row("MHA".to_owned(), mha, None, None), row(format!("MLA r={mla}"), latent(mla), Some(mha), None)];
+        rows.extend(
+            gated.iter().map(|&width| row(format!("EG-MLA r={width}"), latent(width), Some(mha), Some(latent(mla)))),
+        );
         rows
     }
 }
 
 impl CacheRow {
-    fn new(attention: String, elements: u64, below_mha: Option<f64>, below_mla: Option<f64>) -> Self {
+    /// Of elements per token, beside those of MHA and of MLA.
+    fn new(attention: String, elements: u64, mha: Option<u64>, mla: Option<u64>) -> Self {
+        let [below_mha, below_mla] =
+            [mha, mla].map(|base| base.map(|base| 100.0 * (1.0 - elements as f64 / base as f64)));
         let [bytes_f32, bytes_f16] =
             [Storage::F32, Storage::F16].map(|storage| elements.saturating_mul(storage.bytes()));
         CacheRow { attention, elements, bytes_f32, bytes_f16, below_mha, below_mla }

@@ -86,7 +86,7 @@ fn config(u: &mut Unstructured<'_>, small: bool) -> Result<AttentionConfig> {
         d_value,
         attention_bias: u.arbitrary()?,
         gate: u.ratio(3, 4)?.then_some(gate),
-        rope: RopeConfig { interleave: u.arbitrary()?, turned: u.ratio(3, 4)?, ..RopeConfig::default() },
+        rope: RopeConfig { interleave: u.arbitrary()?, rotate: u.ratio(3, 4)?, ..RopeConfig::default() },
         ..AttentionConfig::default()
     })
 }

@@ -25,11 +25,16 @@ impl<'a> Frame<'a> {
             let rows = self.workspace.tile_rows.min(step.rows - first);
             // The padding behind the last sequence is never read.
             let used = rows.min(step.used_rows - first);
-            let op = self.prefill_of(first, rows, used);
-            let kv = self.rebuild(first, used, op.kv)?;
             match step.mode {
-                Mode::Prefill => self.prefill_tile(&op, kv)?,
-                Mode::Decode => self.decode_tile(first, rows, kv)?,
+                Mode::Prefill => {
+                    let op = self.prefill_of(first, rows, used);
+                    let kv = self.rebuild(first, used, op.kv)?;
+                    self.prefill_tile(&op, kv)?;
+                }
+                Mode::Decode => {
+                    let kv = self.rebuild(first, used, Storage::F32)?;
+                    self.decode_tile(first, rows, kv)?;
+                }
             }
             first += rows;
         }
@@ -67,7 +72,7 @@ impl<'a> Frame<'a> {
         let made = Matmul { y_storage: Storage::F16, ..self.linear(used, layer.widths.d_latent, layer.widths.d_kv()) };
         let gated = layer.config.up_projected_gate().is_some();
         let context = self.recording.kernels().context();
-        let of_halves = step.mode == Mode::Prefill && layer.storage == Storage::F16 && !gated;
+        let of_halves = layer.storage == Storage::F16 && !gated;
         if of_halves && by_matrices(&halves, context) && by_matrices(&made, context) { halves } else { op }
     }
 

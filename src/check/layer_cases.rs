@@ -57,7 +57,7 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         attention_factor: None,
         truncate: true,
     };
-    let rope = |interleave, scaling| RopeConfig { theta: 10000.0, interleave, scaling, turned: true };
+    let rope = |interleave, scaling| RopeConfig { theta: 10000.0, interleave, scaling, rotate: true };
     let mut all = vec![
         ("mla".to_owned(), base(), true),
         ("mla_no_norm".to_owned(), base(), false),
@@ -84,7 +84,7 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         ),
         (
             "mla_unturned".to_owned(),
-            AttentionConfig { rope: RopeConfig { turned: false, ..RopeConfig::default() }, ..base() },
+            AttentionConfig { rope: RopeConfig { rotate: false, ..RopeConfig::default() }, ..base() },
             true,
         ),
         ("mla_no_rope_h1".to_owned(), AttentionConfig { n_head: 1, d_rope: 0, ..base() }, true),

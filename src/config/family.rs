@@ -38,9 +38,12 @@ const fn refused(name: &'static str, why: &'static str) -> Family {
 const INDEXER: &str = "its queries attend only to the keys that an indexer chooses; up to index_topk tokens that is \
                        deepseek_v3's attention (without the index_… keys)";
 
-/// Every type that is known, the rule of configurations without a type first.
+/// The rule of `docs/definition.md`, and of configurations without a type.
+const DEFINITION: Family = plain("egmla");
+
+/// Every type that is known.
 pub(super) const FAMILIES: &[Family] = &[
-    plain("egmla"),
+    DEFINITION,
     plain("deepseek_v2"),
     plain("deepseek_v3"),
     plain("kimi_k2"),
@@ -71,16 +74,14 @@ impl Family {
         }
     }
 
-    /// The rule of `docs/definition.md`.
     pub(super) fn of_definition() -> &'static Family {
-        const DEFINITION: &Family = &plain("egmla");
-        DEFINITION
+        &DEFINITION
     }
 
     pub(super) fn rope(&self) -> RopeConfig {
         RopeConfig {
             interleave: self.turning != Turning::Halves,
-            turned: self.turning != Turning::Never,
+            rotate: self.turning != Turning::Never,
             ..RopeConfig::default()
         }
     }

@@ -229,7 +229,7 @@ impl AttentionConfig {
         };
         let mut rope = family.rope();
         if let Some(unturned) = keys.boolean("mla_use_nope")? {
-            rope.turned = !unturned;
+            rope.rotate = !unturned;
         }
         let config = AttentionConfig {
             hidden_size,

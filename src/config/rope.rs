@@ -68,12 +68,12 @@ pub struct RopeConfig {
     /// Context extension.
     pub scaling: RopeScaling,
     /// False leaves the rotary part as it is, at every position (Kimi-Linear).
-    pub turned: bool,
+    pub rotate: bool,
 }
 
 impl Default for RopeConfig {
     fn default() -> Self {
-        RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, turned: true }
+        RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, rotate: true }
     }
 }
 
@@ -112,12 +112,12 @@ impl RopeConfig {
             }
             RopeScaling::LongRope { short_factor, .. } => base(i) / short_factor.get(i as usize).unwrap_or(&1.0),
         };
-        (0..d_rope / 2).map(|i| if self.turned { scaled(i) } else { 0.0 }).collect()
+        (0..d_rope / 2).map(|i| if self.rotate { scaled(i) } else { 0.0 }).collect()
     }
 
     /// Factor on cos and sin (YaRN and LongRoPE; 1 otherwise).
     pub fn amplitude(&self) -> f64 {
-        if !self.turned {
+        if !self.rotate {
             return 1.0;
         }
         match self.scaling {
@@ -143,7 +143,7 @@ impl RopeConfig {
     }
 }
 
-/// Keys of a scaling's object that say no more than the others, or that nothing here computes where they change something.
+/// Keys that the object of any scaling may have; the last two only where they change nothing.
 const SPELLINGS: &[&str] = &["type", "rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta"];
 
 /// The rotary embedding of a configuration whose family, without a key that says otherwise, has these `defaults`.

@@ -181,7 +181,7 @@ impl Shape {
             d_value: self.d_value,
             attention_bias: self.attention_bias,
             gate: self.gate.clone(),
-            rope: RopeConfig { theta: 10000.0, interleave: self.rope != Rope::Halves, scaling, turned: true },
+            rope: RopeConfig { theta: 10000.0, interleave: self.rope != Rope::Halves, scaling, rotate: true },
             ..AttentionConfig::default()
         }
     }
