@@ -120,6 +120,34 @@ fn assert_close(got: &[f32], expected: &[f64], limit: f64) {
 }
 
 #[test]
+fn matrices_over_a_binding_are_computed_in_shards() {
+    // Keys and values of a tile of 256 rows fill a binding; every projection but that of the latents is larger.
+    let full = AttentionConfig {
+        hidden_size: 700,
+        n_head: 1,
+        d_latent: 12,
+        d_nope: 8,
+        d_rope: 8,
+        d_value: 24,
+        attention_bias: true,
+        ..AttentionConfig::default()
+    };
+    let low = AttentionConfig { d_q_latent: Some(600), ..full.clone() };
+    let binding = 256 * (8 + 24) * 4;
+    for (config, storage) in [(&full, Storage::F32), (&low, Storage::F32), (&low, Storage::F16)] {
+        let gpu = gpu_with(wgpu::Limits { max_storage_buffer_binding_size: binding, ..wgpu::Limits::default() });
+        let mut rig = Rig::on(gpu, config, 1, 8, storage, GateRows::Recompute);
+        let hidden = Random::new(5).values(8 * 700, 1.0);
+        let [prompt, first, second] = [0..5, 5..6, 6..8].map(|tokens| &hidden[700 * tokens.start..700 * tokens.end]);
+        let mut got = rig.prefill(&[5], prompt, &[]);
+        got.extend(rig.decode(&[1], first, &[], DecodePath::Absorbed));
+        got.extend(rig.decode(&[2], second, &[], DecodePath::Expanded));
+        let expected = rig.expected(&hidden, &[]);
+        assert_close(&got, &expected, if storage == Storage::F32 { F32_LIMIT } else { F16_LIMIT });
+    }
+}
+
+#[test]
 fn rolling_back_and_going_on_otherwise_is_as_if_it_never_happened() {
     for config in [mla(), gated(GateSite::UpProjected), gated(GateSite::Latent)] {
         let mut rig = Rig::new(&config, 1, 16, Storage::F32);

@@ -140,15 +140,17 @@ fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
     // The gate's embedding comes last: 5 floats a row, padded to 8.
     let wide = config(1025, 5);
     let wide_weights = attention_weights(&wide, true, 1).unwrap();
-    // And the output's projection after the others: 24 rows of 450 floats.
-    let tall = AttentionConfig { d_value: 150, ..config(4, 1) };
+    // Keys and values of three heads, 16 floats a row: one kernel takes them whole.
+    let tall = AttentionConfig { d_value: 200, ..config(4, 1) };
     let tall_weights = attention_weights(&tall, true, 1).unwrap();
     for gpu in small() {
         let refusals = || {
             let found =
                 refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &wide_weights, stored(Storage::F32)));
             assert_eq!(found, (1025 * 32, BINDING));
-            refused(&gpu, "o_proj", || Attention::new(&gpu.kernels, &tall, &tall_weights, stored(Storage::F32)));
+            let found =
+                refused(&gpu, "kv_b_proj", || Attention::new(&gpu.kernels, &tall, &tall_weights, stored(Storage::F32)));
+            assert_eq!(found, (3 * 208 * 64, BINDING));
         };
         refusals();
         Attention::new(&gpu.kernels, &wide, &wide_weights, stored(Storage::F16)).unwrap();

@@ -20,9 +20,13 @@ impl AttentionConfig {
     /// ```
     /// # let config = egmla::AttentionConfig::from_json(r#"{"hidden_size": 7168, "num_attention_heads": 128,
     /// #     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}"#)?;
-    /// // `o_proj` of DeepSeek-V3 is 7168 × 16 384 elements: more than the default 128 MiB of a binding, in either storage.
+    /// // DeepSeek-V3 fits WebGPU's defaults: a matrix that one binding does not hold, as its `o_proj`, is kept in shards.
     /// let limits = config.required_limits(Default::default(), &Default::default())?;
-    /// assert_eq!(limits.max_storage_buffer_binding_size, 7168 * 16_384 * 4);
+    /// assert_eq!(limits, wgpu::Limits::default());
+    /// // Latents of 512 and rotary keys of 64 elements: 100 000 tokens in f32 are more than 128 MiB.
+    /// let options = egmla::CacheOptions { capacity: 100_000, ..Default::default() };
+    /// let limits = config.required_limits(Default::default(), &options)?;
+    /// assert_eq!(limits.max_storage_buffer_binding_size, 100_000 * (512 + 64) * 4);
     /// # Ok::<(), egmla::Error>(())
     /// ```
     ///

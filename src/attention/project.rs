@@ -2,7 +2,7 @@
 
 use super::frame::{Frame, Partials};
 use super::step::Table;
-use super::weights::{DownProjection, LowRank};
+use super::weights::{LowRank, Shard};
 use crate::config::GateConfig;
 use crate::device::Region;
 use crate::error::Result;
@@ -17,20 +17,24 @@ pub(crate) struct Hidden<'a> {
     pub width: u32,
 }
 
+/// The shard of a matrix that one binding holds.
+fn sole<T>(shards: &[Shard<T>]) -> Option<&Shard<T>> {
+    match shards {
+        [whole] => Some(whole),
+        _ => None,
+    }
+}
+
 impl Frame<'_> {
     /// Projects what the hidden states say of queries, latents and rotary keys, neither normed nor rotated.
     pub fn project(&mut self, hidden: Hidden<'_>) -> Result<()> {
         let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
         let widths = &layer.widths;
-        for DownProjection { first, columns, proj, bias } in &layer.weights.down {
-            let op = Matmul {
-                w: Layout::dense(widths.hidden),
-                y: Layout { offset: *first, row: widths.down(), ..Layout::dense(*columns) },
-                ..Matmul::linear(tokens, hidden.width, *columns, false, layer.storage)
-            };
-            self.product(&op, hidden.region, proj, bias.as_ref(), &workspace.down)?;
-        }
-        Ok(())
+        let op = Matmul {
+            w: Layout::dense(widths.hidden),
+            ..Matmul::linear(tokens, hidden.width, widths.down(), false, layer.storage)
+        };
+        self.products(&op, hidden.region, &layer.weights.down, &workspace.down)
     }
 
     /// Appends latents and rotary keys to the cache, and makes `q [tokens, n_head, d_nope + d_rope]` of the queries. Latents are
@@ -49,8 +53,9 @@ impl Frame<'_> {
             eps: layer.config.low_rank_norm_eps as f32,
         });
         let keeps_values = cache_append::keeps_values(step.tokens, widths.d_latent);
-        // Many are a product of their own.
-        let apart = low_rank.is_some() && step.tokens > FEW_ROWS;
+        // Many are a product of their own, and those of more weights than one binding holds.
+        let whole = weights.query.as_ref().and_then(|query| sole(&query.proj));
+        let apart = low_rank.is_some() && (step.tokens > FEW_ROWS || whole.is_none());
         let n_head = if apart { 0 } else { widths.n_head };
         let queries = cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope, low_rank };
         let op = cache_append::CacheAppend {
@@ -86,7 +91,7 @@ impl Frame<'_> {
             slots: &self.table(Table::Slots),
             cache: &self.cached.whole,
             q: &workspace.q,
-            w: weights.query.as_ref().map_or(&self.absent, |query| &query.proj),
+            w: whole.map_or(&self.absent, |whole| &whole.proj),
         };
         self.recording.add_own(&op, args)?;
         if apart { self.project_queries() } else { Ok(()) }
@@ -129,7 +134,7 @@ impl Frame<'_> {
         let args = norm::Args { x: &workspace.down, weight, bias: &self.absent, y: &workspace.normed };
         self.recording.add_own(&op, args)?;
         let op = self.linear(tokens, widths.rank, widths.queries());
-        self.product(&op, &workspace.normed, proj, None, &workspace.q)?;
+        self.products(&op, &workspace.normed, proj, &workspace.q)?;
         let op = rope::Rope {
             tokens,
             n_head: widths.n_head,
@@ -155,19 +160,19 @@ impl Frame<'_> {
             d_value: widths.d_value,
             columns: out.width,
             splits: partials.count,
-            bias: weights.o_bias.is_some(),
+            bias: weights.o_proj.iter().any(|shard| shard.bias.is_some()),
             storage: layer.storage,
         };
-        if !op.pays() {
+        let (Some(whole), true) = (sole(&weights.o_proj), op.pays()) else {
             self.combine(partials, widths.d_value, &workspace.values)?;
             return self.project_out(out);
-        }
+        };
         let args = output_project::Args {
             partial_values: &partials.values,
             partial_softmax: &partials.softmax,
             ranges: &partials.ranges,
-            w: &weights.o_proj,
-            bias: weights.o_bias.as_ref().unwrap_or(&self.absent),
+            w: &whole.proj,
+            bias: whole.bias.as_ref().unwrap_or(&self.absent),
             y: out.region,
         };
         self.recording.add_own(&op, args)
@@ -177,6 +182,6 @@ impl Frame<'_> {
     pub fn project_out(&mut self, out: Hidden<'_>) -> Result<()> {
         let (layer, workspace) = (self.layer, self.workspace);
         let op = self.linear(self.step.tokens, layer.widths.values(), out.width);
-        self.product(&op, &workspace.values, &layer.weights.o_proj, layer.weights.o_bias.as_ref(), out.region)
+        self.products(&op, &workspace.values, &layer.weights.o_proj, out.region)
     }
 }

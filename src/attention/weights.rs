@@ -8,7 +8,7 @@ use crate::config::{AttentionConfig, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result, TensorError};
 use crate::kernels::attention_grouped::beta_element;
-use crate::storage::{Storage, padded_width, product};
+use crate::storage::{Storage, UNIT, padded_width, product};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 /// Elements of a tensor that stay together in device memory.
@@ -67,6 +67,16 @@ impl Axis {
     /// The parts of every head.
     fn heads(n_head: u32, part: impl Fn(Self) -> Self) -> Self {
         (0..n_head).fold(Axis::default(), |axis, _| part(axis))
+    }
+
+    /// Those of `count` elements of device memory from `first` on.
+    fn range(&self, first: u32, count: u32) -> Self {
+        let within = |run: &Run| {
+            let begin = run.to.max(first);
+            let end = (run.to + run.len).min(first + count);
+            (begin < end).then(|| Run { to: begin - first, from: run.from + (begin - run.to), len: end - begin })
+        };
+        Axis { runs: self.runs.iter().filter_map(within).collect(), from: self.from, to: count }
     }
 
     /// Target and source of each element.
@@ -215,22 +225,53 @@ impl<'a> Upload<'a> {
     }
 }
 
-/// Columns of `[queries or their latent, latent, rotary key]` of every new token.
+/// Rows of a matrix that one binding holds: columns `[first, first + columns)` of its product.
 #[derive(Debug, Clone)]
-pub(super) struct DownProjection<T> {
+pub(crate) struct Shard<T> {
     pub first: u32,
     pub columns: u32,
     pub proj: T,
     pub bias: Option<T>,
 }
 
-impl DownProjection<Upload<'_>> {
+impl<T> Shard<T> {
+    /// The same rows with every tensor mapped.
+    pub fn map<U>(&self, of: impl Fn(&T) -> Result<U>) -> Result<Shard<U>> {
+        let bias = self.bias.as_ref().map(&of).transpose()?;
+        Ok(Shard { first: self.first, columns: self.columns, proj: of(&self.proj)?, bias })
+    }
+}
+
+impl<'a> Shard<Upload<'a>> {
+    /// A matrix with its bias in the fewest shards; its product's columns begin at `first`.
+    pub fn all(
+        context: &PlanContext,
+        storage: Storage,
+        first: u32,
+        (proj, bias): (&'a HostTensor, Option<&'a HostTensor>),
+        [rows, cols]: [Axis; 2],
+    ) -> Vec<Self> {
+        let most = context.largest_binding() / storage.tensor_bytes(cols.to.into()).max(1);
+        // Whole loads of the product; a row over the limit is refused when it is checked.
+        let most = (most.min(rows.to.into()) as u32 / UNIT * UNIT).max(UNIT);
+        let shards = (0..rows.to).step_by(most as usize).map(|at| {
+            let rows = rows.range(at, most.min(rows.to - at));
+            Shard {
+                first: first + at,
+                columns: rows.to,
+                bias: bias.map(|bias| Upload::vector(bias, rows.clone())),
+                proj: Upload::matrix(proj, rows, cols.clone()),
+            }
+        });
+        shards.collect()
+    }
+
     /// This one and the next as one product.
     fn and(self, next: Self) -> Self {
         let biased = self.bias.is_some() || next.bias.is_some();
         let bias = self.bias.unwrap_or_else(|| Upload::blank(self.columns));
         let bias = bias.and(next.bias.unwrap_or_else(|| Upload::blank(next.columns)));
-        DownProjection {
+        Shard {
             first: self.first,
             columns: self.columns + next.columns,
             proj: self.proj.and(next.proj),
@@ -253,22 +294,22 @@ pub(super) struct LowRank<T> {
     /// First element of `q_a_layernorm` in the norms, at a binding's alignment in either storage.
     pub norm: u32,
     /// `q_b_proj`
-    pub proj: T,
+    pub proj: Vec<Shard<T>>,
 }
 
 /// The weights of a layer: uploads to make, then regions of device memory.
 #[derive(Debug, Clone)]
 pub(super) struct LayerWeights<T> {
-    /// `q_proj`, or `q_a_proj` of a low-rank query, and `kv_a_proj_with_mqa`: fused if one binding holds both.
-    pub down: Vec<DownProjection<T>>,
+    /// To `[queries or their latent, latent, rotary key]` of every new token: `q_proj`, or `q_a_proj` of a low-rank query, and
+    /// `kv_a_proj_with_mqa`, fused if one binding holds both.
+    pub down: Vec<Shard<T>>,
     /// Of a low-rank query.
     pub query: Option<LowRank<T>>,
     /// `kv_a_layernorm`, then γ and β of the norm of a gate at `latent`, then `q_a_layernorm`, those that there are.
     pub norms: Option<T>,
     pub has_kv_a_norm: bool,
     pub kv_b_proj: T,
-    pub o_proj: T,
-    pub o_bias: Option<T>,
+    pub o_proj: Vec<Shard<T>>,
     pub gate: Option<GateWeights<T>>,
 }
 
@@ -276,24 +317,21 @@ impl<T> LayerWeights<T> {
     /// The same layer with every tensor mapped.
     fn map<U>(&self, of: impl Fn(&T) -> Result<U>) -> Result<LayerWeights<U>> {
         let optional = |part: &Option<T>| part.as_ref().map(&of).transpose();
-        let down = self.down.iter().map(|DownProjection { first, columns, proj, bias }| {
-            Ok(DownProjection { first: *first, columns: *columns, proj: of(proj)?, bias: optional(bias)? })
-        });
+        let shards = |all: &[Shard<T>]| all.iter().map(|shard| shard.map(&of)).collect::<Result<Vec<_>>>();
         let gate = self.gate.as_ref().map(|GateWeights { embedding, b_proj, affine }| -> Result<_> {
             Ok(GateWeights { embedding: of(embedding)?, b_proj: of(b_proj)?, affine: optional(affine)? })
         });
         let query = self
             .query
             .as_ref()
-            .map(|LowRank { norm, proj }| -> Result<_> { Ok(LowRank { norm: *norm, proj: of(proj)? }) });
+            .map(|LowRank { norm, proj }| -> Result<_> { Ok(LowRank { norm: *norm, proj: shards(proj)? }) });
         Ok(LayerWeights {
-            down: down.collect::<Result<_>>()?,
+            down: shards(&self.down)?,
             query: query.transpose()?,
             norms: optional(&self.norms)?,
             has_kv_a_norm: self.has_kv_a_norm,
             kv_b_proj: of(&self.kv_b_proj)?,
-            o_proj: of(&self.o_proj)?,
-            o_bias: optional(&self.o_bias)?,
+            o_proj: shards(&self.o_proj)?,
             gate: gate.transpose()?,
         })
     }
@@ -319,34 +357,37 @@ impl<'a> LayerWeights<Upload<'a>> {
         let queries = Axis::heads(n_head, |axis| axis.part(config.d_nope).rotary(config.d_rope, interleave));
         let keys_and_values = Axis::heads(n_head, |axis| axis.part(config.d_nope).part(config.d_value));
         let (matrix, vector) = (Upload::matrix, Upload::vector);
-        let kv_a_bias = weights.kv_a_bias.as_ref();
-        let kv_down = DownProjection {
-            first: widths.query_down(),
-            columns: widths.d_latent + widths.d_rope,
-            proj: matrix(&weights.kv_a_proj, kv_a(), hidden()),
-            bias: kv_a_bias.map(|bias| vector(bias, kv_a())),
+        let shards = |first: u32, proj, bias: &'a Option<HostTensor>, axes| {
+            Shard::all(context, storage, first, (proj, bias.as_ref()), axes)
         };
+        let mut kv_down = shards(widths.query_down(), &weights.kv_a_proj, &weights.kv_a_bias, [kv_a(), hidden()]);
         let of_gate = weights.gate.as_ref().filter(|_| config.latent_gate().is_some());
         let affine = of_gate.map(|gate| [&gate.norm_weight, &gate.norm_bias]);
         let kv_a_norm = weights.kv_a_norm.iter().map(|norm| vector(norm, latent()).times(config.latent_factor));
         let affine = affine.into_iter().flatten().flatten().map(|norm| vector(norm, latent()));
         let mut norms = kv_a_norm.chain(affine).reduce(Upload::and);
-        let (query_proj, query_bias, query) = match &weights.query {
-            QueryWeights::Full { proj } => (matrix(proj, queries, hidden()), None, None),
+        let (mut down, query) = match &weights.query {
+            QueryWeights::Full { proj } => (shards(0, proj, &None, [queries, hidden()]), None),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
-                let bias = a_bias.as_ref().map(|bias| vector(bias, rank()));
                 // Up to three of the latent, whose width is below 2^29.
                 let norm = beta_element(norms.as_ref().map_or(0, |norms| norms.elements as u32));
                 let before = norms.take().unwrap_or_else(|| Upload::blank(0));
                 norms = Some(before.and_at(norm.into(), vector(a_norm, rank())));
-                let query = LowRank { norm, proj: matrix(b_proj, queries, rank()) };
-                (matrix(a_proj, rank(), hidden()), bias, Some(query))
+                let query = LowRank { norm, proj: shards(0, b_proj, &None, [queries, rank()]) };
+                (shards(0, a_proj, a_bias, [rank(), hidden()]), Some(query))
             }
         };
-        let query_down = DownProjection { first: 0, columns: widths.query_down(), proj: query_proj, bias: query_bias };
-        let both = storage.tensor_bytes(query_down.proj.elements + kv_down.proj.elements);
-        let down =
-            if both <= context.largest_binding() { vec![query_down.and(kv_down)] } else { vec![query_down, kv_down] };
+        let elements = |shards: &[Shard<Upload<'_>>]| shards.iter().map(|shard| shard.proj.elements).sum::<u64>();
+        let fits = storage.tensor_bytes(elements(&down) + elements(&kv_down)) <= context.largest_binding();
+        match (down.pop(), kv_down.pop()) {
+            // What fits together is one shard each.
+            (Some(query), Some(kv)) if fits => down.push(query.and(kv)),
+            (query, kv) => {
+                down.extend(query);
+                down.extend(kv_down);
+                down.extend(kv);
+            }
+        }
         let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| {
             let segments = gated_segments(config, of);
             let [first, second] = segments.parts;
@@ -370,8 +411,7 @@ impl<'a> LayerWeights<Upload<'a>> {
             norms,
             has_kv_a_norm: weights.kv_a_norm.is_some(),
             kv_b_proj: matrix(&weights.kv_b_proj, keys_and_values, latent()),
-            o_proj: matrix(&weights.o_proj, hidden(), values),
-            o_bias: weights.o_bias.as_ref().map(|bias| vector(bias, hidden())),
+            o_proj: shards(0, &weights.o_proj, &weights.o_bias, [hidden(), values]),
             gate,
         };
         planned.map(|upload| upload.check(context, storage)).map(|_| planned)
