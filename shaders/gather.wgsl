@@ -1,8 +1,8 @@
 // Embeddings by token id.
 //
-//   y[r, :] = table[ids[r], :]        an id of u32 max gives zeros
+//   y[r, :] = table[ids[r] - first_id, :]        an id of u32 max gives zeros
 //
-// The host has checked every other id against the vocabulary.
+// Rows of ids that the table does not hold stay as they are: another shard of it writes them.
 // grid: one invocation per element of y, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;
@@ -11,7 +11,9 @@ override WORKGROUP: u32 = 64u;
 struct Params {
     rows: u32,
     width: u32,
-    table_row: u32,   // elements from one embedding to the next
+    table_row: u32,    // elements from one embedding to the next
+    first_id: u32,     // of the table
+    vocab_size: u32,   // embeddings of the table
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -49,6 +51,10 @@ fn main(
         y[index] = 0.0;
         return;
     }
-    let i = id * params.table_row + index % params.width;
+    let row = id - params.first_id;
+    if (id < params.first_id || row >= params.vocab_size) {
+        return;
+    }
+    let i = row * params.table_row + index % params.width;
     y[index] = decode(table[index_of(i)], i);
 }

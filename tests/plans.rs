@@ -476,7 +476,7 @@ fn plan_refuses_what_the_shaders_cannot_do() {
     }
     let behind = CacheAppend { rope_byte: append.rope_byte + 4, ..append };
     assert!(refusal("cache_append", behind).starts_with("rotary keys begin at byte"));
-    let table = Gather { rows: 1, width: 1, table_row: 1, vocab_size: 1, storage: f32 };
+    let table = Gather { rows: 1, width: 1, table_row: 1, first_id: 0, vocab_size: 1, storage: f32 };
     assert_eq!(refusal("gather", Gather { width: 0, ..table }), "width is 0");
     assert_eq!(refusal("gather", Gather { vocab_size: 0, ..table }), "vocab_size is 0");
     let rope = sample(|op: &Rope| op.tokens == 1);
@@ -497,7 +497,7 @@ fn plan_refuses_what_the_shaders_cannot_do() {
         }
     }
     // Elements are indexed with 32 bits.
-    let huge = Gather { rows: u32::MAX, width: u32::MAX, table_row: u32::MAX, vocab_size: 1, storage: f32 };
+    let huge = Gather { rows: u32::MAX, width: u32::MAX, table_row: u32::MAX, ..table };
     assert!(refusal("gather", huge).contains("2^31"));
 }
 

@@ -116,7 +116,7 @@ fn hostile_tables_of_an_application_reach_no_other_memory() {
     let patches = Guarded::filled(kernels, "patches", &patches).unwrap();
     let words = Guarded::filled(kernels, "words", &[0; 8]).unwrap();
     let mut recording = Recording::new(kernels);
-    let op = Gather { rows, width: 4, table_row: 4, vocab_size: 8, storage: Storage::F32 };
+    let op = Gather { rows, width: 4, table_row: 4, first_id: 0, vocab_size: 8, storage: Storage::F32 };
     recording.add(&op, gather::Args { table: &table.region, ids: &ids.region, y: &y.region }).unwrap();
     let args = word_scatter::Args { patches: &patches.region, words: &words.region };
     recording.add(&WordScatter { count: rows, words: 8 }, args).unwrap();

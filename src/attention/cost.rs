@@ -411,8 +411,14 @@ fn attend_grouped<T: Tally>(
     let projected = if work.projected > 0 { work.projected.saturating_add(work.tokens) } else { 0 };
     let resident = if projected > 0 { 0 } else { gate.vocab_size };
     let more_storage = if projected > 0 { Storage::F32 } else { storage };
-    let rows =
-        Gather { rows: projected, width: gate.d_gate, table_row: gate.d_gate, vocab_size: gate.vocab_size, storage };
+    let rows = Gather {
+        rows: projected,
+        width: gate.d_gate,
+        table_row: gate.d_gate,
+        first_id: 0,
+        vocab_size: gate.vocab_size,
+        storage,
+    };
     let statistics = GateStatistics {
         tokens: work.tokens,
         segments: gated_segments(config, gate),
@@ -572,7 +578,7 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, measu
                 y_storage: Storage::F32,
             });
         }
-        let table = Gather { rows: tokens, width, table_row: width, vocab_size, storage };
+        let table = Gather { rows: tokens, width, table_row: width, first_id: 0, vocab_size, storage };
         tally.of(&table) + linear(tally, tokens, width, d_latent, false, storage)
     });
     let queries = config.d_q_latent.unwrap_or(d_q);

@@ -98,7 +98,7 @@ impl<'a> Frame<'a> {
     pub fn look_up(&mut self, gate: &GateConfig, rows: u32, ids: &Region, y: &Region) -> Result<()> {
         let width = self.layer.widths.d_gate;
         let (vocab_size, storage) = (gate.vocab_size, self.layer.storage);
-        let op = gather::Gather { rows, width, table_row: width, vocab_size, storage };
+        let op = gather::Gather { rows, width, table_row: width, first_id: 0, vocab_size, storage };
         self.recording.add_own(&op, gather::Args { table: &self.gate_weights()?.embedding, ids, y })
     }
 

@@ -380,7 +380,7 @@ impl Decoder {
         (table, ids, y): (&Region, &Region, &Region),
     ) -> Result<()> {
         let width = self.hidden;
-        let problem = gather::Gather { rows, width, table_row: width, vocab_size: table_rows, storage };
+        let problem = gather::Gather { rows, width, table_row: width, first_id: 0, vocab_size: table_rows, storage };
         recording.add_own(&problem, gather::Args { table, ids, y })
     }
 

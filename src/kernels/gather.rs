@@ -7,7 +7,7 @@ use crate::storage::{Storage, product, words};
 
 crate::params! {
     /// Uniform parameters, as in the shader.
-    pub struct Params { rows: u32, width: u32, table_row: u32 }
+    pub struct Params { rows: u32, width: u32, table_row: u32, first_id: u32, vocab_size: u32 }
 }
 
 crate::args! {
@@ -17,7 +17,7 @@ crate::args! {
         table: Read,
         /// `[rows]` u32; `u32::MAX` for a row of zeros.
         ids: Read,
-        /// `[rows, width]` f32, written.
+        /// `[rows, width]` f32; rows of ids that the table does not hold stay as they are.
         y: Write,
     }
 }
@@ -31,7 +31,9 @@ pub struct Gather {
     pub width: u32,
     /// Elements from one embedding of the table to the next.
     pub table_row: u32,
-    /// Embeddings of the table; the caller has checked that every id is below it.
+    /// Id of the table's first embedding: 0, but for the further shards of a table over one binding.
+    pub first_id: u32,
+    /// Embeddings of the table.
     pub vocab_size: u32,
     /// Storage of the table.
     pub storage: Storage,
@@ -52,7 +54,8 @@ impl Op for Gather {
     }
 
     fn params(&self, _: &Plan) -> Params {
-        Params { rows: self.rows, width: self.width, table_row: self.table_row }
+        let Gather { rows, width, table_row, first_id, vocab_size, .. } = *self;
+        Params { rows, width, table_row, first_id, vocab_size }
     }
 
     fn bytes(&self) -> Args<u64> {
@@ -80,18 +83,19 @@ pub(crate) const ELEMENTS: Variant<Gather> = Variant::<Gather>::new(
     anything,
 );
 
-crate::vary!(Gather { rows, width, table_row, vocab_size, storage });
+crate::vary!(Gather { rows, width, table_row, first_id, vocab_size, storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for Gather {
     fn samples() -> Vec<Self> {
-        let of = |rows| Storage::ALL.map(|storage| Gather { rows, width: 3, table_row: 3, vocab_size: 7, storage });
+        let op = Gather { rows: 0, width: 3, table_row: 3, first_id: 0, vocab_size: 7, storage: Storage::F32 };
+        let of = |rows| Storage::ALL.map(|storage| Gather { rows, storage, ..op });
         crate::sample::ELEMENTS.into_iter().flat_map(of).collect()
     }
 
     fn counted() -> Vec<(Self, Cost)> {
         // Table rows 4·6·2, ids 4·4, out 4·6·4.
-        let op = Gather { rows: 4, width: 6, table_row: 8, vocab_size: 50, storage: Storage::F16 };
+        let op = Gather { rows: 4, width: 6, table_row: 8, first_id: 0, vocab_size: 50, storage: Storage::F16 };
         vec![(op, Cost { flops: 0, bytes: 48 + 16 + 96 })]
     }
 }
