@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::error::{ArgumentError, DataError, Error, Result};
@@ -63,7 +64,7 @@ pub fn read_text(path: &Path, most: u64) -> Result<String> {
 /// # Errors
 /// `DataError::Io` as [`read()`]; `DataError::Safetensors` in [`Error::File`] for a header that is invalid or does not fit.
 pub fn read_safetensors(path: &Path) -> Result<Vec<u8>> {
-    let (mut file, length, mut bytes) = open_safetensors(path)?;
+    let (mut file, length, mut bytes, _) = open_safetensors(path)?;
     let rest = length - bytes.len() as u64;
     append(&mut bytes, &mut file, rest).map_err(|source| Error::from(DataError::Io(source)).in_file(path))?;
     // The file may have been cut meanwhile: its tensors then end past it, which `tensors` refuses.
@@ -83,16 +84,34 @@ pub fn check_safetensors(path: &Path) -> Result<()> {
 /// # Errors
 /// `DataError::Safetensors` when the bytes are no whole safetensors file, or name a tensor twice.
 pub(crate) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
+    metadata(bytes)?;
+    SafeTensors::deserialize(bytes).map_err(|error| Error::Data(DataError::Safetensors(error.to_string())))
+}
+
+/// The header of a safetensors file in memory, and what stands behind it.
+///
+/// # Errors
+/// As [`tensors`].
+pub(crate) fn metadata(bytes: &[u8]) -> Result<(Metadata, &[u8])> {
     let whole = bytes.len() as u64;
     let start = LENGTH + header_length(bytes.first_chunk(), whole)?;
     // `header_length` has checked that the header ends within the bytes.
-    check_header(&bytes[LENGTH..start], whole - start as u64)?;
-    SafeTensors::deserialize(bytes).map_err(|error| Error::Data(DataError::Safetensors(error.to_string())))
+    let (header, data) = (&bytes[LENGTH..start], &bytes[start..]);
+    Ok((check_header(header, data.len() as u64)?, data))
+}
+
+/// The header of a safetensors file: the file, its length, the first byte behind the header, and the tensors.
+///
+/// # Errors
+/// As [`read_safetensors`].
+pub(crate) fn open_metadata(path: &Path) -> Result<(File, u64, u64, Metadata)> {
+    let (file, length, bytes, metadata) = open_safetensors(path)?;
+    Ok((file, length, bytes.len() as u64, metadata))
 }
 
 /// A regular file and its length. The type is checked before opening, because opening a pipe waits for its other end, and again
 /// after, because the name may then point to another file.
-fn open(path: &Path) -> Result<(File, u64)> {
+pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
     let io = |source| Error::from(DataError::Io(source)).in_file(path);
     let regular = |found: std::fs::Metadata| match (found.is_file(), found.is_dir()) {
         (true, _) => Ok(found.len()),
@@ -106,15 +125,16 @@ fn open(path: &Path) -> Result<(File, u64)> {
 }
 
 /// A safetensors file, its length, and the bytes to the end of its header, which has been checked.
-fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>)> {
+fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>, Metadata)> {
     let (mut file, length) = open(path)?;
     let io = |source| Error::from(DataError::Io(source)).in_file(path);
     let mut bytes = Vec::new();
     append(&mut bytes, &mut file, LENGTH as u64).map_err(io)?;
     let header = header_length(bytes.first_chunk(), length).map_err(|error| error.in_file(path))?;
     append(&mut bytes, &mut file, header as u64).map_err(io)?;
-    check_header(&bytes[LENGTH..], length - (LENGTH + header) as u64).map_err(|error| error.in_file(path))?;
-    Ok((file, length, bytes))
+    let tensors = check_header(&bytes[LENGTH..], length.saturating_sub(bytes.len() as u64));
+    let tensors = tensors.map_err(|error| error.in_file(path))?;
+    Ok((file, length, bytes, tensors))
 }
 
 /// Reads `count` more bytes, or as many as there are.
@@ -138,17 +158,20 @@ fn header_length(first: Option<&[u8; LENGTH]>, whole: u64) -> Result<usize> {
 
 /// Checks that a header names each tensor once and that the tensors take exactly `data` bytes. The format's own reader checks
 /// each tensor, but adds their ends up without checking for overflow.
-fn check_header(header: &[u8], data: u64) -> Result<()> {
+fn check_header(header: &[u8], data: u64) -> Result<Metadata> {
     let invalid = |problem: String| Err(Error::Data(DataError::Safetensors(problem)));
     let text = match std::str::from_utf8(header) {
         Ok(text) => text,
         Err(error) => return invalid(format!("the header is not UTF-8 (byte {})", error.valid_up_to())),
     };
     match serde_json::from_str(text) {
-        Err(error) => invalid(format!("the header: {error}")),
-        Ok(Header { end, .. }) if end == data => Ok(()),
-        Ok(Header { end, .. }) => invalid(format!("the header tells of {end} bytes of tensors, the file has {data}")),
+        Err(error) => return invalid(format!("the header: {error}")),
+        Ok(Header { end }) if end == data => {}
+        Ok(Header { end }) => {
+            return invalid(format!("the header tells of {end} bytes of tensors, the file has {data}"));
+        }
     }
+    serde_json::from_str(text).map_err(|error| Error::Data(DataError::Safetensors(error.to_string())))
 }
 
 /// End of the last tensor.

@@ -33,6 +33,7 @@ pub mod attention;
 pub mod bench;
 #[cfg(feature = "check")]
 pub mod check;
+mod checkpoint;
 pub mod config;
 mod cost;
 #[cfg(feature = "decoder")]

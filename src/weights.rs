@@ -1,11 +1,9 @@
 //! Weights on the host: read from a checkpoint by name, checked against the configuration.
 
-use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors};
-
 use crate::config::{AttentionConfig, GateNorm};
 use crate::error::{Error, Result, TensorError};
-use crate::files::tensors;
+
+pub use crate::checkpoint::{Checkpoint, TensorInfo};
 
 /// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).
 #[derive(Debug, Clone, PartialEq)]
@@ -22,82 +20,6 @@ impl HostTensor {
     /// The same values in double precision, as the reference takes them.
     pub fn to_f64(&self) -> Vec<f64> {
         self.data.iter().copied().map(f64::from).collect()
-    }
-}
-
-/// A checkpoint: tensors are taken by name, and it tracks those never asked for.
-pub struct Checkpoint<'a> {
-    tensors: SafeTensors<'a>,
-    taken: std::cell::RefCell<std::collections::BTreeSet<String>>,
-}
-
-impl<'a> Checkpoint<'a> {
-    /// Reads the header of a safetensors file.
-    ///
-    /// # Errors
-    /// `DataError::Safetensors` when the bytes are truncated, no safetensors file, or name a tensor twice.
-    pub fn new(bytes: &'a [u8]) -> Result<Self> {
-        Ok(Checkpoint { tensors: tensors(bytes)?, taken: Default::default() })
-    }
-
-    /// Whether a tensor of that name exists.
-    pub fn contains(&self, name: &str) -> bool {
-        self.tensors.tensor(name).is_ok()
-    }
-
-    /// Takes one tensor (f32, f16 or bf16) and checks its shape. NaN and infinities are kept, with a warning.
-    ///
-    /// # Errors
-    /// `TensorError::Missing`, `TensorError::Shape` or `TensorError::Type`.
-    pub fn take(&self, name: &str, expected: &[usize]) -> Result<HostTensor> {
-        let view = self
-            .tensors
-            .tensor(name)
-            .map_err(|_| Error::Tensor(TensorError::Missing { name: name.to_owned(), expected: expected.to_vec() }))?;
-        if view.shape() != expected {
-            return Err(Error::Tensor(TensorError::Shape {
-                name: name.to_owned(),
-                expected: expected.to_vec(),
-                found: view.shape().to_vec(),
-            }));
-        }
-        self.taken.borrow_mut().insert(name.to_owned());
-        let data: Vec<f32> = match view.dtype() {
-            Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            Dtype::F16 => view.data().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::BF16 => view.data().chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            other => {
-                return Err(Error::Tensor(TensorError::Type {
-                    name: name.to_owned(),
-                    expected: "F32, F16 or BF16",
-                    found: format!("{other:?}"),
-                }));
-            }
-        };
-        let non_finite = data.iter().filter(|value| !value.is_finite()).count();
-        if non_finite > 0 {
-            tracing::warn!("tensor `{name}` holds {non_finite} NaN or infinite values of {}", data.len());
-        }
-        Ok(HostTensor { name: name.to_owned(), shape: expected.to_vec(), data })
-    }
-
-    /// Refuses tensors under `prefix` that were never taken.
-    ///
-    /// # Errors
-    /// `TensorError::Extra` with the first such name.
-    pub fn refuse_rest(&self, prefix: &str) -> Result<()> {
-        let taken = self.taken.borrow();
-        let mut rest: Vec<_> = self
-            .tensors
-            .tensors()
-            .into_iter()
-            .filter(|(name, _)| name.starts_with(prefix) && !taken.contains(name))
-            .collect();
-        rest.sort_by(|a, b| a.0.cmp(&b.0));
-        match rest.into_iter().next() {
-            None => Ok(()),
-            Some((name, view)) => Err(Error::Tensor(TensorError::Extra { name, found: view.shape().to_vec() })),
-        }
     }
 }
 
