@@ -1,8 +1,8 @@
 //! Seeded random values: the same on every machine.
 
-use crate::config::AttentionConfig;
+use crate::config::{AttentionConfig, GqaConfig};
 use crate::error::Result;
-use crate::weights::{AttentionWeights, HostTensor};
+use crate::weights::{AttentionWeights, GqaWeights, HostTensor};
 
 /// A seeded generator.
 #[derive(Debug, Clone)]
@@ -37,6 +37,19 @@ impl Random {
     }
 }
 
+/// A tensor that keeps activations of order 1, by its name.
+fn tensor(random: &mut Random, name: &str, shape: &[u32]) -> HostTensor {
+    let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
+    let elements = shape.iter().product();
+    let data = match name {
+        _ if name.ends_with("norm.weight") => random.values(elements, 0.1).iter().map(|x| 1.0 + x).collect(),
+        _ if name.ends_with(".bias") => random.values(elements, 0.1),
+        "gate_embedding.weight" => random.values(elements, 1.0),
+        _ => random.values(elements, (shape.last().copied().unwrap_or(1) as f32).sqrt().recip()),
+    };
+    HostTensor { name: name.to_owned(), shape, data }
+}
+
 /// Weights for `config` that keep activations of order 1: matrices of deviation `1/√inner`, norm weights near 1,
 /// biases near 0, gate rows of deviation 1. `kv_a_norm`: whether there is a `kv_a_layernorm`.
 ///
@@ -45,16 +58,15 @@ impl Random {
 pub fn attention_weights(config: &AttentionConfig, kv_a_norm: bool, seed: u64) -> Result<AttentionWeights> {
     config.validate()?;
     let mut random = Random::new(seed);
-    let make = |name: &str, shape: &[u32]| -> Result<HostTensor> {
-        let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
-        let elements = shape.iter().product();
-        let data = match name {
-            _ if name.ends_with("norm.weight") => random.values(elements, 0.1).iter().map(|x| 1.0 + x).collect(),
-            _ if name.ends_with(".bias") => random.values(elements, 0.1),
-            "gate_embedding.weight" => random.values(elements, 1.0),
-            _ => random.values(elements, (shape.last().copied().unwrap_or(1) as f32).sqrt().recip()),
-        };
-        Ok(HostTensor { name: name.to_owned(), shape, data })
-    };
-    AttentionWeights::build(config, kv_a_norm, make)
+    AttentionWeights::build(config, kv_a_norm, |name, shape| Ok(tensor(&mut random, name, shape)))
+}
+
+/// The same for a layer with keys and values per head.
+///
+/// # Errors
+/// A configuration that contradicts itself or overflows.
+pub fn gqa_weights(config: &GqaConfig, seed: u64) -> Result<GqaWeights> {
+    config.validate()?;
+    let mut random = Random::new(seed);
+    GqaWeights::build(config, |name, shape| Ok(tensor(&mut random, name, shape)))
 }

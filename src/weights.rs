@@ -1,9 +1,12 @@
 //! Weights on the host: read from a checkpoint by name, checked against the configuration.
 
+mod gqa;
+
 use crate::config::{AttentionConfig, GateNorm};
 use crate::error::{Error, Result, TensorError};
 
 pub use crate::checkpoint::{Checkpoint, TensorInfo};
+pub use gqa::GqaWeights;
 
 /// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).
 #[derive(Debug, Clone, PartialEq)]
@@ -109,38 +112,7 @@ impl AttentionWeights {
             let shape = shape.iter().map(|&extent| extent as usize).collect();
             Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
         })?;
-        for (found, expected) in self.tensors().into_iter().zip(expected.tensors()) {
-            match (found, expected) {
-                (None, None) => {}
-                (None, Some(expected)) => {
-                    return Err(Error::Tensor(TensorError::Missing {
-                        name: expected.name.clone(),
-                        expected: expected.shape.clone(),
-                    }));
-                }
-                (Some(found), None) => {
-                    return Err(Error::Tensor(TensorError::Extra {
-                        name: found.name.clone(),
-                        found: found.shape.clone(),
-                    }));
-                }
-                (Some(found), Some(expected)) => {
-                    let (name, expected) = (found.name.clone(), expected.shape.clone());
-                    if found.shape != expected {
-                        return Err(Error::Tensor(TensorError::Shape { name, expected, found: found.shape.clone() }));
-                    }
-                    // The shape and the number of elements disagree.
-                    if found.data.len() != expected.iter().product::<usize>() {
-                        return Err(Error::Tensor(TensorError::Shape {
-                            name,
-                            expected,
-                            found: vec![found.data.len()],
-                        }));
-                    }
-                }
-            }
-        }
-        Ok(())
+        same_tensors(&self.tensors(), &expected.tensors())
     }
 
     /// Every tensor that a layer may have, in one order.
@@ -216,4 +188,36 @@ impl AttentionWeights {
             },
         })
     }
+}
+
+/// Compares the tensors of a layer, those that it may have in one order, with what they must be.
+///
+/// # Errors
+/// A tensor that is missing, has no place, or has another shape or length.
+fn same_tensors(found: &[Option<&HostTensor>], expected: &[Option<&HostTensor>]) -> Result<()> {
+    for (found, expected) in found.iter().zip(expected) {
+        match (found, expected) {
+            (None, None) => {}
+            (None, Some(expected)) => {
+                return Err(Error::Tensor(TensorError::Missing {
+                    name: expected.name.clone(),
+                    expected: expected.shape.clone(),
+                }));
+            }
+            (Some(found), None) => {
+                return Err(Error::Tensor(TensorError::Extra { name: found.name.clone(), found: found.shape.clone() }));
+            }
+            (Some(found), Some(expected)) => {
+                let (name, expected) = (found.name.clone(), expected.shape.clone());
+                if found.shape != expected {
+                    return Err(Error::Tensor(TensorError::Shape { name, expected, found: found.shape.clone() }));
+                }
+                // The shape and the number of elements disagree.
+                if found.data.len() != expected.iter().product::<usize>() {
+                    return Err(Error::Tensor(TensorError::Shape { name, expected, found: vec![found.data.len()] }));
+                }
+            }
+        }
+    }
+    Ok(())
 }

@@ -5,7 +5,8 @@
 
 use approx::assert_relative_eq;
 use egmla::config::{
-    AttentionConfig, DecoderConfig, LOW_RANK_NORM_EPS, ModelSummary, RopeConfig, RopeScaling, model_types,
+    AttentionConfig, DecoderAttention, DecoderConfig, DecoderScales, GqaConfig, LOW_RANK_NORM_EPS, ModelSummary,
+    RopeConfig, RopeScaling, model_types,
 };
 use serde_json::{Value, json};
 
@@ -359,8 +360,12 @@ fn whole_models_are_read_or_refused_by_name() {
     assert_eq!(DecoderConfig::from_json(&youtu().to_string()).unwrap().n_layer, 32);
     let dense = with(&deepseek(), json!({"first_k_dense_replace": 61, "quantization_config": null}));
     assert_eq!(DecoderConfig::from_json(&dense.to_string()).unwrap().n_layer, 61);
-    refused(&deepseek(), &["n_routed_experts", "256", "mixture of experts", "quantization_config"]);
-    refused(&minicpm3(), &["scale_depth", "1.4", "scale_emb", "dim_model_base"]);
+    refused(
+        &deepseek(),
+        &["n_routed_experts", "256", "mixture of experts", "quantization_config", "attend --layer", "info"],
+    );
+    // Scales of another type than theirs are not guessed at.
+    refused(&with(&minicpm3(), json!({"model_type": "youtu"})), &["scale_depth", "1.4", "scale_emb", "dim_model_base"]);
     refused(&longcat(), &["n_routed_experts", "ffn_hidden_size"]);
     refused(&kimi_linear(), &["linear_num_heads", "num_experts"]);
 }
@@ -369,12 +374,12 @@ fn whole_models_are_read_or_refused_by_name() {
 fn every_model_has_its_sizes_and_what_runs_it() {
     for (name, config, shape) in models() {
         let summary = ModelSummary::from_json(&config.to_string()).unwrap();
-        let c = &summary.attention;
+        let DecoderAttention::Latent(c) = &summary.attention else { panic!("{name}") };
         assert_eq!((c.n_head, c.d_latent, c.d_q_latent, c.d_nope, c.d_rope, c.d_value), shape, "{name}");
         assert!(summary.attention_problem.is_none(), "{name}: {:?}", summary.attention_problem);
         assert_eq!(
             summary.decoder_problem.is_none(),
-            name.starts_with("Youtu"),
+            ["Youtu", "MiniCPM3"].iter().any(|dense| name.starts_with(dense)),
             "{name}: {:?}",
             summary.decoder_problem
         );
@@ -389,4 +394,127 @@ fn every_model_has_its_sizes_and_what_runs_it() {
     assert!(ModelSummary::from_json(&with(&deepseek(), json!({"kv_lora_rank": 0})).to_string()).is_err());
     // By hand: 7168·1536 + 1536 + 1536·128·192, 7168·576 + 512, 512·128·256, 128·128·7168.
     assert_eq!(read(&deepseek()).parameters(), 48_760_320 + 4_129_280 + 16_777_216 + 117_440_512);
+}
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "mlp_bias": false, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": true, "vocab_size": 128256,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+    })
+}
+
+fn mistral() -> Value {
+    json!({
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32768
+    })
+}
+
+fn qwen2() -> Value {
+    json!({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
+        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21, "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936
+    })
+}
+
+#[test]
+fn models_with_keys_and_values_per_head_are_read() {
+    let heads = |config: &Value| match DecoderConfig::from_json(&config.to_string()).unwrap().attention {
+        DecoderAttention::Heads(config) => config,
+        other => panic!("{other:?}"),
+    };
+    let shape = |c: &GqaConfig| (c.hidden_size, c.n_head, c.n_kv_head, c.head_dim, c.qkv_bias, c.o_bias);
+    let c = heads(&llama());
+    assert_eq!(shape(&c), (2048, 32, 8, 64, false, false));
+    assert!(!c.rope.interleave && c.rope.rotate && c.rope.theta == 500000.0);
+    assert!(matches!(c.rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
+    assert_eq!((c.scale(), c.cache_elements(), c.mha_cache_elements()), (0.125, 1024, 4096));
+    // By hand: 2048·(2048 + 2·512) and 2048·2048.
+    assert_eq!(c.parameters(), 6_291_456 + 4_194_304);
+    assert_eq!(shape(&heads(&mistral())), (4096, 32, 8, 128, false, false));
+    assert_eq!(shape(&heads(&qwen2())), (896, 14, 2, 64, true, false));
+    let bare = json!({"num_key_value_heads": null, "head_dim": null, "attention_bias": true});
+    assert_eq!(shape(&heads(&with(&llama(), bare))), (2048, 32, 32, 64, true, true));
+    // YaRN turns keys here as well, but does not scale the scores.
+    let yarn = with(
+        &llama(),
+        json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}),
+    );
+    assert_eq!(heads(&yarn).scale(), 0.125);
+    assert_relative_eq!(heads(&yarn).rope.amplitude(), 0.1 * 4f64.ln() + 1.0);
+    // An unused window, as a program without the switch writes it.
+    let mut unused = qwen2();
+    unused.as_object_mut().unwrap().remove("use_sliding_window");
+    assert_eq!(heads(&unused), heads(&qwen2()));
+    let summary = ModelSummary::from_json(&llama().to_string()).unwrap();
+    assert_eq!((summary.n_layer, summary.attention), (16, DecoderAttention::Heads(c)));
+    assert!(summary.decoder_problem.is_none());
+    let problem = summary.attention_problem.unwrap().to_string();
+    assert!(problem.contains("model_type") && problem.contains("not latents"), "{problem}");
+    assert_eq!(GqaConfig::from_json(&llama().to_string()).unwrap(), heads(&llama()));
+    assert!(GqaConfig::from_json(&youtu().to_string()).unwrap_err().to_string().contains("not keys and values"));
+}
+
+#[test]
+fn what_heads_do_not_compute_is_refused_by_name() {
+    let refused = |config: Value, names: &[&str]| {
+        let message = DecoderConfig::from_json(&config.to_string()).unwrap_err().to_string();
+        for name in names {
+            assert!(message.contains(name) && !message.contains('\n'), "`{message}` does not name `{name}`");
+        }
+    };
+    refused(with(&llama(), json!({"model_type": "gemma2"})), &["model_type", "gemma2", "not known", "llama", "youtu"]);
+    refused(with(&llama(), json!({"kv_lora_rank": 64})), &["kv_lora_rank", "llama"]);
+    refused(with(&llama(), json!({"num_key_value_heads": 5})), &["num_key_value_heads", "5", "32"]);
+    refused(with(&llama(), json!({"num_key_value_heads": 0})), &["num_key_value_heads", "0"]);
+    refused(with(&llama(), json!({"head_dim": 63})), &["head_dim", "63", "even"]);
+    refused(with(&llama(), json!({"head_dim": 0})), &["head_dim", "0"]);
+    refused(with(&llama(), json!({"head_dim": 4_294_967_294_u64})), &["head_dim", "2^31"]);
+    refused(with(&llama(), json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor", "0.5"]);
+    refused(with(&llama(), json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}})), &["rope_scaling", "dynamic"]);
+    refused(with(&llama(), json!({"attention_multiplier": 0.5})), &["attention_multiplier", "not known"]);
+    refused(with(&llama(), json!({"num_local_experts": 8})), &["num_local_experts", "mixture", "egmla info"]);
+    refused(with(&llama(), json!({"layer_types": ["full_attention", "sliding_attention"]})), &["layer_types"]);
+    refused(with(&llama(), json!({"mlp_bias": true})), &["mlp_bias"]);
+    refused(with(&mistral(), json!({"sliding_window": 4096})), &["sliding_window", "4096"]);
+    refused(with(&mistral(), json!({"num_key_value_heads": null})), &["num_key_value_heads", "missing"]);
+    let mut windowed = mistral();
+    windowed.as_object_mut().unwrap().remove("sliding_window");
+    refused(windowed, &["sliding_window", "missing"]);
+    refused(with(&qwen2(), json!({"use_sliding_window": true})), &["sliding_window", "32768", "use_sliding_window"]);
+}
+
+#[test]
+fn scales_around_the_layers_are_read() {
+    let scales = |config: Value| DecoderConfig::from_json(&config.to_string()).unwrap().scales;
+    let of_file = DecoderScales { embedding: 12.0, residual: 1.4 / 62f64.sqrt(), logits: 0.1 };
+    assert_eq!(scales(minicpm3()), of_file);
+    let none = json!({"scale_emb": null, "scale_depth": null, "dim_model_base": null});
+    assert_eq!(scales(with(&minicpm3(), none)), DecoderScales::default());
+    let mut absent = minicpm3();
+    for key in ["scale_emb", "scale_depth", "dim_model_base"] {
+        absent.as_object_mut().unwrap().remove(key);
+    }
+    assert_eq!(scales(absent), of_file);
+    assert_eq!((scales(youtu()), scales(llama())), Default::default());
+    for key in ["scale_emb", "scale_depth", "dim_model_base"] {
+        for value in [0.0, -1.0, 1e300, 1e-300] {
+            let error = DecoderConfig::from_json(&with(&minicpm3(), json!({key: value})).to_string()).unwrap_err();
+            assert!(error.to_string().contains(key), "{error}");
+        }
+    }
+    // Nothing in MiniCPM3's file says that its output embedding is that of the input.
+    assert!(DecoderConfig::from_json(&minicpm3().to_string()).unwrap().tie_word_embeddings);
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use egmla::Storage;
 use egmla::attention::MemoryReport;
-use egmla::config::AttentionConfig;
+use egmla::config::DecoderAttention;
 use egmla::decoder::{ModelFolder, Sampler, SamplingOptions, TextStream};
 
 use crate::adapter::{self, AdapterOption, Backend};
@@ -73,22 +73,29 @@ struct Report<'a> {
 pub struct CacheBytes {
     this: u64,
     mha: u64,
-    mla: u64,
+    /// Null where keys and values per head are cached.
+    mla: Option<u64>,
     /// Latent width of the MLA that it is compared with.
     #[serde(rename = "mla_kv_lora_rank")]
-    mla_rank: u64,
+    mla_rank: Option<u64>,
 }
 
 impl CacheBytes {
     /// The paper compares EG-MLA with MLA of four times the latent width (64 against 256); a plain MLA is its own.
-    pub fn of(config: &AttentionConfig, n_layer: u32, storage: Storage) -> Self {
+    pub fn of(attention: &DecoderAttention, n_layer: u32, storage: Storage) -> Self {
         let bytes = |elements: u64| elements * u64::from(n_layer) * storage.bytes();
-        let mla_rank = u64::from(config.d_latent) * if config.gate.is_some() { 4 } else { 1 };
+        let mla = match attention {
+            DecoderAttention::Latent(config) => {
+                let rank = u64::from(config.d_latent) * if config.gate.is_some() { 4 } else { 1 };
+                Some((rank, bytes(rank + u64::from(config.d_rope))))
+            }
+            DecoderAttention::Heads(_) => None,
+        };
         CacheBytes {
-            this: bytes(config.cache_elements().into()),
-            mha: bytes(config.mha_cache_elements().into()),
-            mla: bytes(mla_rank + u64::from(config.d_rope)),
-            mla_rank,
+            this: bytes(attention.cache_elements().into()),
+            mha: bytes(attention.mha_cache_elements().into()),
+            mla: mla.map(|(_, bytes)| bytes),
+            mla_rank: mla.map(|(rank, _)| rank),
         }
     }
 }
@@ -262,13 +269,13 @@ fn tell(report: &Report<'_>, first_use: Duration) {
         cache.mha,
         less(cache.mha)
     ));
-    console::note(format_args!(
-        "  MLA with kv_lora_rank {}: {} bytes, {} a token ({:.1} % less here)",
-        cache.mla_rank,
-        cached * cache.mla,
-        cache.mla,
-        less(cache.mla)
-    ));
+    if let (Some(rank), Some(mla)) = (cache.mla_rank, cache.mla) {
+        console::note(format_args!(
+            "  MLA with kv_lora_rank {rank}: {} bytes, {mla} a token ({:.1} % less here)",
+            cached * mla,
+            less(mla)
+        ));
+    }
     match &report.memory {
         None => console::note(
             "  (the CPU reference keeps whole keys and values in f64 instead; the figures are a device's)",

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
-use egmla::config::{GateNorm, ModelSummary};
+use egmla::config::{DecoderAttention, GateNorm, GqaConfig, ModelSummary};
 use egmla::files::{MOST_CONFIG, read_text};
 use egmla::low_level::kernels::REGISTRY;
 use egmla::low_level::{AdapterClass, PlanContext, Tuning, Tunings};
@@ -21,7 +21,7 @@ use crate::unchecked;
 /// Options of `egmla info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// Folder with config.json, or such a file, of any model with latent attention; without it, the model of the project's own repository
+    /// Folder with config.json, or such a file, of any model with latent or grouped-query attention; without it, the model of the project's own repository
     #[arg(long, value_name = "DIR|FILE")]
     model: Option<PathBuf>,
     /// Print one JSON object instead of tables
@@ -342,7 +342,11 @@ impl CacheTable {
     }
 
     fn of_model(path: &Path, summary: &ModelSummary) -> Self {
-        let ModelSummary { n_layer, attention: c, .. } = summary;
+        let n_layer = &summary.n_layer;
+        let c = match &summary.attention {
+            DecoderAttention::Latent(config) => config,
+            DecoderAttention::Heads(config) => return CacheTable::of_heads(path, *n_layer, config),
+        };
         let shape =
             Shape { n_layer: *n_layer, n_head: c.n_head, d_nope: c.d_nope, d_value: c.d_value, d_rope: c.d_rope };
         // The paper compares EG-MLA with MLA of four times the latent width (64 against 256); a plain MLA is its own.
@@ -371,6 +375,27 @@ impl CacheTable {
                 gate.is_some(),
                 gate.is_some_and(|gate| gate.norm != GateNorm::None),
             ),
+        }
+    }
+
+    /// A model with keys and values per head.
+    fn of_heads(path: &Path, n_layer: u32, c: &GqaConfig) -> Self {
+        let shape = Shape { n_layer, n_head: c.n_head, d_nope: c.head_dim, d_value: c.head_dim, d_rope: 0 };
+        let mut rows = vec![CacheRow::new("MHA".to_owned(), shape.heads(c.n_head), None, None)];
+        if c.n_kv_head < c.n_head {
+            rows.push(shape.grouped(c.n_kv_head));
+        }
+        CacheTable {
+            title: format!(
+                "model {} ({n_layer} layers, {} heads of {}, keys and values of {})",
+                path.display(),
+                c.n_head,
+                c.head_dim,
+                c.n_kv_head
+            ),
+            n_layer,
+            rows,
+            bookkeeping_bytes: 0,
         }
     }
 

@@ -1,8 +1,10 @@
-//! What a `model_type` means beyond the names of its tensors: the same names do not mean the same arithmetic.
+//! What a `model_type` means beyond the names of its tensors and of its keys: the same names do not mean the same arithmetic.
 //!
 //! Source: the modelling files of transformers 5.23, one per type, and the checkpoints' own files where those differ.
 
+use super::keys::Keys;
 use super::rope::RopeConfig;
+use crate::error::Result;
 
 /// How queries and keys of a family are turned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,12 +17,31 @@ enum Turning {
     Never,
 }
 
-/// A `model_type` with MLA.
+/// Keys and values per head, as a family has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HeadsRule {
+    /// `attention_bias` biases all four projections, `num_key_value_heads` may be absent.
+    Llama,
+    /// No biases; without `sliding_window` there is one.
+    Mistral,
+    /// Biases on queries, keys and values.
+    Qwen2,
+}
+
+/// A `model_type` that is known.
 #[derive(Debug)]
 pub(super) struct Family {
     /// The value of `model_type`.
     pub name: &'static str,
+    /// `None` caches latents (MLA), the others keys and values per head.
+    pub heads: Option<HeadsRule>,
     turning: Turning,
+    /// The output embedding is that of the input where a configuration does not say.
+    pub tied: bool,
+    /// `rms_norm_eps` where a configuration does not say.
+    pub rms_norm_eps: f64,
+    /// `scale_emb`, `scale_depth` and `dim_model_base` scale embeddings, residuals and logits.
+    pub scales: bool,
     /// Queries are multiplied by √(hidden_size / q_lora_rank), normed latents by √(hidden_size / kv_lora_rank).
     pub scaled: bool,
     /// What its attention does that is not computed here.
@@ -28,7 +49,20 @@ pub(super) struct Family {
 }
 
 const fn plain(name: &'static str) -> Family {
-    Family { name, turning: Turning::Neighbours, scaled: false, refused: None }
+    Family {
+        name,
+        heads: None,
+        turning: Turning::Neighbours,
+        tied: false,
+        rms_norm_eps: 1e-6,
+        scales: false,
+        scaled: false,
+        refused: None,
+    }
+}
+
+const fn of_heads(name: &'static str, rule: HeadsRule) -> Family {
+    Family { heads: Some(rule), turning: Turning::Halves, ..plain(name) }
 }
 
 const fn refused(name: &'static str, why: &'static str) -> Family {
@@ -47,14 +81,17 @@ pub(super) const FAMILIES: &[Family] = &[
     plain("deepseek_v2"),
     plain("deepseek_v3"),
     plain("kimi_k2"),
-    plain("glm4_moe_lite"),
-    plain("youtu"),
+    Family { rms_norm_eps: 1e-5, ..plain("glm4_moe_lite") },
+    Family { tied: true, ..plain("youtu") },
     plain("axk1"),
-    Family { scaled: true, ..plain("longcat_flash") },
-    Family { turning: Turning::Halves, ..plain("minicpm3") },
+    Family { scaled: true, rms_norm_eps: 1e-5, ..plain("longcat_flash") },
+    Family { turning: Turning::Halves, tied: true, rms_norm_eps: 1e-5, scales: true, ..plain("minicpm3") },
     Family { turning: Turning::Never, ..plain("kimi_linear") },
     // Its scaling of queries is a key: llama_4_scaling_beta.
     plain("mistral4"),
+    of_heads("llama", HeadsRule::Llama),
+    of_heads("mistral", HeadsRule::Mistral),
+    of_heads("qwen2", HeadsRule::Qwen2),
     refused("deepseek_v32", INDEXER),
     refused("glm_moe_dsa", INDEXER),
     refused("axk2", "its queries attend only to chosen keys, and a gate multiplies its output"),
@@ -66,6 +103,14 @@ pub(super) const FAMILIES: &[Family] = &[
 ];
 
 impl Family {
+    /// The family of a configuration's `model_type`.
+    ///
+    /// # Errors
+    /// The key, if it holds no text.
+    pub(super) fn of_keys(keys: &Keys<'_>) -> Result<Option<&'static Family>> {
+        Ok(Family::of(keys.text("model_type")?))
+    }
+
     /// The family of a type; without one, that of the definition.
     pub(super) fn of(model_type: Option<&str>) -> Option<&'static Family> {
         match model_type {

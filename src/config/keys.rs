@@ -23,6 +23,11 @@ impl<'a> Keys<'a> {
         Error::config(&format!("{}{key}", self.prefix), problem)
     }
 
+    /// Whether there is the key, be it null.
+    pub(super) fn holds(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
     /// The value, `None` when absent or null.
     pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|value| !value.is_null())

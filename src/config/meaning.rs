@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::family::{FAMILIES, Family};
+use super::family::{FAMILIES, Family, HeadsRule};
 use super::keys::Keys;
 use crate::error::Result;
 
@@ -16,6 +16,15 @@ pub(super) enum Scope {
     Decoder,
     /// Sizes alone, whatever is computed with them.
     Sizes,
+}
+
+/// What an attention layer caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// One latent per token.
+    Latent,
+    /// Keys and values per head.
+    Heads,
 }
 
 /// What a key is about.
@@ -43,6 +52,7 @@ const KEYS: &[(&str, Meaning)] = &[
     // Attention.
     ("attention_bias", Read),
     ("embedding_gate", Read),
+    ("head_dim", Read),
     ("hidden_size", Read),
     ("kv_lora_rank", Read),
     ("low_rank_norm_eps", Read),
@@ -51,6 +61,7 @@ const KEYS: &[(&str, Meaning)] = &[
     ("mla_use_nope", Read),
     ("model_type", Read),
     ("num_attention_heads", Read),
+    ("num_key_value_heads", Read),
     ("q_lora_rank", Read),
     ("qk_nope_head_dim", Read),
     ("qk_rope_head_dim", Read),
@@ -78,7 +89,6 @@ const KEYS: &[(&str, Meaning)] = &[
     ("eos_token_id", Harmless),
     ("ep_size", Harmless),
     ("first_k_dense_replace", Harmless),
-    ("head_dim", Harmless),
     ("id2label", Harmless),
     ("is_decoder", Harmless),
     ("is_encoder_decoder", Harmless),
@@ -88,7 +98,6 @@ const KEYS: &[(&str, Meaning)] = &[
     ("n_group", Harmless),
     ("name_or_path", Harmless),
     ("norm_topk_prob", Harmless),
-    ("num_key_value_heads", Harmless),
     ("num_layers", Harmless),
     ("output_attentions", Harmless),
     ("output_hidden_states", Harmless),
@@ -139,6 +148,23 @@ const KEYS: &[(&str, Meaning)] = &[
     ("zero_expert_num", Model(EXPERTS)),
     ("zero_expert_type", Harmless),
 ];
+
+/// Keys of latents: in a configuration of keys and values per head they would contradict it.
+const OF_LATENTS: &[&str] = &[
+    "embedding_gate",
+    "kv_lora_rank",
+    "low_rank_norm_eps",
+    "mla_scale_kv_lora",
+    "mla_scale_q_lora",
+    "mla_use_nope",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+];
+
+/// Keys of models whose embeddings, residuals and logits are scaled.
+const SCALES: &[&str] = &["dim_model_base", "scale_depth", "scale_emb"];
 
 /// Keys by a part of their name, the first that fits.
 const PATTERNS: &[(&str, Meaning)] = &[
@@ -192,17 +218,31 @@ fn neutral(value: &Value) -> bool {
 }
 
 /// Refuses what is unknown, and what changes what is read; all of it in one line.
-pub(super) fn check(map: &Map<String, Value>, scope: Scope, model_type: &str, family: Option<&Family>) -> Result<()> {
+pub(super) fn check(
+    map: &Map<String, Value>,
+    (scope, kind): (Scope, Kind),
+    model_type: &str,
+    family: Option<&Family>,
+) -> Result<()> {
     if scope == Scope::Sizes {
         return Ok(());
     }
     let keys = Keys::new(map, "");
     let mut problems = Vec::new();
+    let of_heads = family.is_some_and(|family| family.heads.is_some());
     match family.map(|family| family.refused) {
-        Some(None) => {}
+        Some(None) if of_heads == (kind == Kind::Heads) => {}
+        Some(None) => {
+            let [is, not] = ["keys and values per head", "latents"];
+            let [is, not] = if of_heads { [is, not] } else { [not, is] };
+            problems.push(("model_type", format!("is `{model_type}`: its layers cache {is}, not {not}")));
+        }
         Some(Some(why)) => problems.push(("model_type", format!("is `{model_type}`: {why}, which is not computed"))),
         None => {
-            let known: Vec<_> = FAMILIES.iter().filter(|family| family.refused.is_none()).map(|it| it.name).collect();
+            let fits = |family: &&Family| {
+                family.refused.is_none() && (scope == Scope::Decoder || family.heads.is_some() == (kind == Kind::Heads))
+            };
+            let known: Vec<_> = FAMILIES.iter().filter(fits).map(|it| it.name).collect();
             problems.push((
                 "model_type",
                 format!(
@@ -212,6 +252,20 @@ pub(super) fn check(map: &Map<String, Value>, scope: Scope, model_type: &str, fa
             ));
         }
     }
+    if of_heads {
+        let contradicting = OF_LATENTS.iter().filter(|key| keys.get(key).is_some());
+        let what = format!("does not belong to `{model_type}`, whose layers cache keys and values per head");
+        problems.extend(contradicting.map(|key| (*key, what.clone())));
+        let kinds = map.get("layer_types").and_then(Value::as_array);
+        if kinds.is_some_and(|kinds| kinds.iter().any(|kind| kind != "full_attention")) {
+            problems.push(("layer_types", "is not `full_attention` throughout, which is not computed".to_owned()));
+        }
+    }
+    let rule = family.and_then(|family| family.heads);
+    if rule == Some(HeadsRule::Mistral) && !map.contains_key("sliding_window") {
+        problems.push(("sliding_window", format!("is missing: {WINDOW}, unless it is null")));
+    }
+    let scaled = family.is_some_and(|family| family.scales);
     // Written beside a switch that is off, or by models all of whose layers are dense, they say nothing.
     let dense = match (map.get("first_k_dense_replace"), map.get("num_hidden_layers"), map.get("mlp_layer_types")) {
         (_, _, Some(Value::Array(kinds))) => kinds.iter().all(|kind| kind == "dense"),
@@ -220,9 +274,14 @@ pub(super) fn check(map: &Map<String, Value>, scope: Scope, model_type: &str, fa
     };
     let unused = |key: &str, what: &str| match key {
         "partial_rotary_factor" => map.get(key).and_then(Value::as_f64) == Some(1.0),
-        "sliding_window" => map.get("use_sliding_window") == Some(&Value::Bool(false)),
+        "sliding_window" => match map.get("use_sliding_window") {
+            Some(used) => used == false,
+            None => rule == Some(HeadsRule::Qwen2),
+        },
+        key if SCALES.contains(&key) => scaled,
         _ => what == EXPERTS && dense,
     };
+    let mut experts = false;
     for (key, value) in map {
         let what = match meaning(key) {
             Some(Attention(what)) => what,
@@ -237,7 +296,15 @@ pub(super) fn check(map: &Map<String, Value>, scope: Scope, model_type: &str, fa
         };
         if !neutral(value) && !unused(key, what) {
             problems.push((&**key, format!("is {}: {what}, which is not computed", keys.shown(key))));
+            experts |= what == EXPERTS;
         }
+    }
+    if let (true, Some((_, last))) = (experts, problems.last_mut()) {
+        // What does work of such a model.
+        last.push_str(match kind {
+            Kind::Latent => "; `egmla attend --layer` runs one of its attention layers, `egmla info` shows its sizes",
+            Kind::Heads => "; `egmla info` shows its sizes",
+        });
     }
     match &problems[..] {
         [] => Ok(()),

@@ -10,12 +10,15 @@
 //! | `d_rope` | `qk_rope_head_dim` | d_h^R | rotary part; one key shared by all heads; may be 0 |
 //! | `d_value` | `v_head_dim` | d_h | value width per head |
 //! | `d_gate` | `embedding_gate.embed_dim` | d_e | token-embedding width of the gate |
+//! | `n_kv_head` | `num_key_value_heads` | | heads of keys and values, of [`GqaConfig`] |
+//! | `head_dim` | `head_dim` | | width of query, key and value per head, of [`GqaConfig`] |
 //! | [`AttentionConfig::d_kv`] | | D | `n_head · (d_nope + d_value)`, width of the up-projected keys and values |
 //!
 //! Papers: MLA is DeepSeek-V2 (arXiv 2405.04434) and V3 (2412.19437), EG-MLA is arXiv 2509.16686.
 
 mod decoder;
 mod family;
+mod gqa;
 mod keys;
 mod meaning;
 mod rope;
@@ -27,9 +30,11 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use family::{FAMILIES, Family};
 use keys::{Keys, parse_object};
-use meaning::Scope;
+use meaning::{Kind, Scope};
+use rope::above;
 
-pub use decoder::DecoderConfig;
+pub use decoder::{DecoderAttention, DecoderConfig, DecoderScales};
+pub use gqa::GqaConfig;
 pub use rope::{RopeConfig, RopeScaling};
 pub use summary::ModelSummary;
 
@@ -204,7 +209,7 @@ impl AttentionConfig {
             None => keys.text("model_type")?,
         };
         let family = Family::of(model_type);
-        meaning::check(map, scope, model_type.unwrap_or_default(), family)?;
+        meaning::check(map, (scope, Kind::Latent), model_type.unwrap_or_default(), family)?;
         let family = family.unwrap_or(Family::of_definition());
         let gate = match keys.object("embedding_gate")? {
             None => None,
@@ -319,65 +324,11 @@ impl AttentionConfig {
     }
 
     fn validate_rope(&self) -> Result<()> {
-        // In f32, the device's type: a value that becomes 0 or infinite there would make every result NaN.
-        let above = |key: &str, value: f64, bound: f32| {
-            let single = value as f32;
-            if single.is_finite() && single > bound {
-                Ok(())
-            } else {
-                Err(Error::config(key, format!("is {value}, must be above {bound} and finite in f32")))
-            }
-        };
-        above("rope_theta", self.rope.theta, 1.0)?;
-        match &self.rope.scaling {
-            RopeScaling::None => Ok(()),
-            &RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
-            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                above("rope_scaling.factor", factor, 0.0)?;
-                above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
-                above("rope_scaling.low_freq_factor", low_freq_factor, 0.0)?;
-                above("rope_scaling.high_freq_factor", high_freq_factor, low_freq_factor as f32)
-            }
-            RopeScaling::LongRope { short_factor, attention_factor } => {
-                if short_factor.len() != (self.d_rope / 2) as usize {
-                    let (found, expected) = (short_factor.len(), self.d_rope / 2);
-                    let problem = format!("has {found} numbers, must have {expected}, half of qk_rope_head_dim");
-                    return Err(Error::config("rope_scaling.short_factor", problem));
-                }
-                short_factor.iter().try_for_each(|&factor| above("rope_scaling.short_factor", factor, 0.0))?;
-                above("rope_scaling.attention_factor", *attention_factor, 0.0)
-            }
-            &RopeScaling::Yarn {
-                factor,
-                original_max_position_embeddings,
-                beta_fast,
-                beta_slow,
-                mscale,
-                mscale_all_dim,
-                attention_factor,
-                truncate: _,
-            } => {
-                above("rope_scaling.factor", factor, 0.0)?;
-                above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
-                above("rope_scaling.beta_slow", beta_slow, 0.0)?;
-                if beta_fast < beta_slow {
-                    let problem = format!("is {beta_fast}, must be at least beta_slow, {beta_slow}");
-                    return Err(Error::config("rope_scaling.beta_fast", problem));
-                }
-                above("rope_scaling.beta_fast", beta_fast, 0.0)?;
-                above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
-                for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
-                    if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
-                        return Err(Error::config(
-                            key,
-                            format!("is {}, must be at least 0", value.unwrap_or_default()),
-                        ));
-                    }
-                }
-                // Each may be valid and the square of their result too large.
-                above("rope_scaling.mscale", self.rope.amplitude(), 0.0)?;
-                above("rope_scaling.mscale_all_dim", self.scale(), 0.0)
-            }
+        self.rope.validate(self.d_rope, "qk_rope_head_dim")?;
+        match self.rope.scaling {
+            // Each may be valid and the square of their result too large.
+            RopeScaling::Yarn { .. } => above("rope_scaling.mscale_all_dim", self.scale(), 0.0),
+            _ => Ok(()),
         }
     }
 
@@ -456,9 +407,9 @@ fn of_text(map: &Map<String, Value>) -> &Map<String, Value> {
     if map.contains_key("kv_lora_rank") { map } else { nested().unwrap_or(map) }
 }
 
-/// Every `model_type` that is known, and what is not computed of it.
+/// Every `model_type` with latents that is known, and what is not computed of it.
 pub fn model_types() -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
-    FAMILIES.iter().map(|family| (family.name, family.refused))
+    FAMILIES.iter().filter(|family| family.heads.is_none()).map(|family| (family.name, family.refused))
 }
 
 /// The shaders take it as f32: there it must not become 0 or infinite.

@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 use serde::Serialize;
 
 use super::keys::Keys;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Context extension: scaling of positions beyond the length of the training.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
@@ -83,6 +83,62 @@ fn yarn_mscale(factor: f64, x: f64) -> f64 {
 }
 
 impl RopeConfig {
+    /// Checks that the fields fit each other and the rotary width, which `width_key` names.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the checkpoint key that does not fit.
+    pub(super) fn validate(&self, d_rope: u32, width_key: &str) -> Result<()> {
+        above("rope_theta", self.theta, 1.0)?;
+        match &self.scaling {
+            RopeScaling::None => Ok(()),
+            &RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
+            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                above("rope_scaling.factor", factor, 0.0)?;
+                above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
+                above("rope_scaling.low_freq_factor", low_freq_factor, 0.0)?;
+                above("rope_scaling.high_freq_factor", high_freq_factor, low_freq_factor as f32)
+            }
+            RopeScaling::LongRope { short_factor, attention_factor } => {
+                if short_factor.len() != (d_rope / 2) as usize {
+                    let (found, expected) = (short_factor.len(), d_rope / 2);
+                    let problem = format!("has {found} numbers, must have {expected}, half of {width_key}");
+                    return Err(Error::config("rope_scaling.short_factor", problem));
+                }
+                short_factor.iter().try_for_each(|&factor| above("rope_scaling.short_factor", factor, 0.0))?;
+                above("rope_scaling.attention_factor", *attention_factor, 0.0)
+            }
+            &RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                beta_fast,
+                beta_slow,
+                mscale,
+                mscale_all_dim,
+                attention_factor,
+                truncate: _,
+            } => {
+                above("rope_scaling.factor", factor, 0.0)?;
+                above("rope_scaling.original_max_position_embeddings", original_max_position_embeddings, 0.0)?;
+                above("rope_scaling.beta_slow", beta_slow, 0.0)?;
+                if beta_fast < beta_slow {
+                    let problem = format!("is {beta_fast}, must be at least beta_slow, {beta_slow}");
+                    return Err(Error::config("rope_scaling.beta_fast", problem));
+                }
+                above("rope_scaling.beta_fast", beta_fast, 0.0)?;
+                above("rope_scaling.attention_factor", attention_factor.unwrap_or(1.0), 0.0)?;
+                for (key, value) in [("rope_scaling.mscale", mscale), ("rope_scaling.mscale_all_dim", mscale_all_dim)] {
+                    if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
+                        return Err(Error::config(
+                            key,
+                            format!("is {}, must be at least 0", value.unwrap_or_default()),
+                        ));
+                    }
+                }
+                above("rope_scaling.mscale", self.amplitude(), 0.0)
+            }
+        }
+    }
+
     /// Angle per position of each of the `d_rope / 2` pairs, in radians.
     pub fn frequencies(&self, d_rope: u32) -> Vec<f64> {
         let d = f64::from(d_rope);
@@ -140,6 +196,16 @@ impl RopeConfig {
             RopeScaling::Yarn { factor, mscale_all_dim: Some(all_dim), .. } => yarn_mscale(factor, all_dim).powi(2),
             _ => 1.0,
         }
+    }
+}
+
+/// In f32, the device's type: a value that becomes 0 or infinite there would make every result NaN.
+pub(super) fn above(key: &str, value: f64, bound: f32) -> Result<()> {
+    let single = value as f32;
+    if single.is_finite() && single > bound {
+        Ok(())
+    } else {
+        Err(Error::config(key, format!("is {value}, must be above {bound} and finite in f32")))
     }
 }
 

@@ -2,9 +2,10 @@
 
 use serde_json::Value;
 
+use super::family::Family;
 use super::keys::{Keys, parse_object};
 use super::meaning::Scope;
-use super::{AttentionConfig, DecoderConfig, of_text};
+use super::{AttentionConfig, DecoderAttention, DecoderConfig, GqaConfig, of_text};
 use crate::error::{Error, Result};
 
 /// The sizes of a model, and what of it is not computed.
@@ -15,7 +16,7 @@ pub struct ModelSummary {
     /// Layers that have this attention; both of a layer where it has two.
     pub n_layer: u32,
     /// Sizes of a layer's attention. To be computed with only where `attention_problem` is `None`.
-    pub attention: AttentionConfig,
+    pub attention: DecoderAttention,
     /// Why one attention layer is not computed.
     pub attention_problem: Option<Error>,
     /// Why the model is not run whole.
@@ -23,7 +24,7 @@ pub struct ModelSummary {
 }
 
 impl ModelSummary {
-    /// Reads any `config.json` with multi-head latent attention.
+    /// Reads any `config.json` with multi-head latent attention, or with keys and values per head.
     ///
     /// # Errors
     /// `DataError::Json`, or [`Error::Config`] for a size that is missing or impossible.
@@ -32,7 +33,12 @@ impl ModelSummary {
         let map = of_text(&whole);
         let keys = Keys::new(map, "");
         let model_type = keys.text("model_type")?.map(str::to_owned);
-        let attention = AttentionConfig::from_map(map, None, Scope::Sizes)?;
+        let of_heads = Family::of_keys(&keys)?.is_some_and(|family| family.heads.is_some())
+            || !keys.holds("kv_lora_rank") && keys.holds("num_key_value_heads");
+        let attention = match of_heads {
+            true => DecoderAttention::Heads(GqaConfig::from_map(map, Scope::Sizes)?),
+            false => DecoderAttention::Latent(AttentionConfig::from_map(map, None, Scope::Sizes)?),
+        };
         // Layers of other kinds have no latents.
         let n_layer = match keys.get("layer_types").and_then(Value::as_array) {
             Some(kinds) if kinds.iter().any(|kind| kind == "linear_attention") => {

@@ -2,11 +2,11 @@
 
 use std::num::NonZero;
 
-use super::folder::DecoderWeights;
+use super::folder::{DecoderAttentionWeights, DecoderWeights};
 use super::model::{Logits, check_ids};
-use crate::config::DecoderConfig;
+use crate::config::{DecoderAttention, DecoderConfig, DecoderScales};
 use crate::error::{ArgumentError, Error, Result};
-use crate::reference::{History, Layer, gather, matmul, residual_add, rms_norm, swiglu};
+use crate::reference::{GqaLayer, History, Layer, gather, matmul, residual_add, rms_norm, swiglu};
 use crate::weights::HostTensor;
 
 /// A decoder in f64.
@@ -22,11 +22,51 @@ pub struct CpuDecoder {
 #[derive(Debug)]
 struct CpuLayer {
     input_norm: Vec<f64>,
-    attention: Layer,
+    attention: CpuAttention,
     post_attention_norm: Vec<f64>,
     gate_proj: Vec<f64>,
     up_proj: Vec<f64>,
     down_proj: Vec<f64>,
+}
+
+#[derive(Debug)]
+enum CpuAttention {
+    Latent(Box<Layer>),
+    Heads(Box<GqaLayer>),
+}
+
+impl CpuAttention {
+    /// Refuses weights of the other kind.
+    fn new(config: &DecoderAttention, weights: &DecoderAttentionWeights) -> Result<Self> {
+        match (config, weights) {
+            (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
+                Ok(CpuAttention::Latent(Box::new(Layer::new(config.clone(), weights))))
+            }
+            (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
+                Ok(CpuAttention::Heads(Box::new(GqaLayer::new(config.clone(), weights))))
+            }
+            _ => Err(other_kind()),
+        }
+    }
+
+    fn forward(&self, hidden: &[f64], token_ids: &[u32], history: &mut History) -> Vec<f64> {
+        match self {
+            CpuAttention::Latent(layer) => layer.forward(hidden, token_ids, history),
+            CpuAttention::Heads(layer) => layer.forward(hidden, history),
+        }
+    }
+
+    fn bytes(config: &DecoderAttention, cached: u64, new: u64) -> u64 {
+        match config {
+            DecoderAttention::Latent(config) => Layer::bytes(config, cached, new),
+            DecoderAttention::Heads(config) => GqaLayer::bytes(config, cached, new),
+        }
+    }
+}
+
+/// For weights of another kind of attention than the configuration's.
+pub(super) fn other_kind() -> Error {
+    Error::config("(attention)", "the weights are of another kind of attention than the configuration")
 }
 
 /// Keys and values of one sequence, for every layer.
@@ -56,22 +96,25 @@ impl CpuDecoder {
     /// Copies the weights to f64. They must have been loaded with the same `config`.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, or `ArgumentError::Count` for another number of layers.
+    /// A configuration that contradicts itself, weights of another kind of attention, or `ArgumentError::Count` for another number
+    /// of layers.
     pub fn new(config: &DecoderConfig, weights: &DecoderWeights) -> Result<Self> {
         config.validate()?;
         check_layers(config, weights)?;
-        let layers = weights.layers.iter().map(|layer| CpuLayer {
-            input_norm: layer.input_norm.to_f64(),
-            attention: Layer::new(config.attention.clone(), &layer.attention),
-            post_attention_norm: layer.post_attention_norm.to_f64(),
-            gate_proj: layer.gate_proj.to_f64(),
-            up_proj: layer.up_proj.to_f64(),
-            down_proj: layer.down_proj.to_f64(),
+        let layers = weights.layers.iter().map(|layer| {
+            Ok(CpuLayer {
+                input_norm: layer.input_norm.to_f64(),
+                attention: CpuAttention::new(&config.attention, &layer.attention)?,
+                post_attention_norm: layer.post_attention_norm.to_f64(),
+                gate_proj: layer.gate_proj.to_f64(),
+                up_proj: layer.up_proj.to_f64(),
+                down_proj: layer.down_proj.to_f64(),
+            })
         });
         Ok(CpuDecoder {
             config: config.clone(),
             embedding: weights.embedding.to_f64(),
-            layers: layers.collect(),
+            layers: layers.collect::<Result<_>>()?,
             norm: weights.norm.to_f64(),
             lm_head: weights.lm_head.as_ref().map(HostTensor::to_f64),
         })
@@ -81,9 +124,9 @@ impl CpuDecoder {
     /// `rows` of them.
     pub fn bytes(config: &DecoderConfig, cached: u64, new: u64, rows: u64) -> u64 {
         let wide = |value: u32| u64::from(value);
-        let state = Layer::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
-        let stream = 3 * wide(config.attention.hidden_size) + 4 * wide(config.intermediate_size);
-        let step = Layer::bytes(&config.attention, 0, new).saturating_add(new.saturating_mul(8 * stream));
+        let state = CpuAttention::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
+        let stream = 3 * wide(config.attention.hidden_size()) + 4 * wide(config.intermediate_size);
+        let step = CpuAttention::bytes(&config.attention, 0, new).saturating_add(new.saturating_mul(8 * stream));
         // In f64, and in f32 for whoever asked.
         let logits = rows.saturating_mul(12 * wide(config.vocab_size));
         state.saturating_add(step).saturating_add(logits)
@@ -112,17 +155,23 @@ impl CpuDecoder {
             return Err(Error::Argument(ArgumentError::Count { what: "layers of the state", expected, found }));
         }
         let tokens = token_ids.len();
-        let hidden = self.config.attention.hidden_size as usize;
+        let hidden = self.config.attention.hidden_size() as usize;
         let inner = self.config.intermediate_size as usize;
         let eps = self.config.rms_norm_eps;
+        let DecoderScales { embedding, residual, logits: of_logits } = self.config.scales;
         let mut stream = gather(&self.embedding, hidden, token_ids);
+        scale(&mut stream, embedding);
         for (layer, history) in self.layers.iter().zip(&mut state.layers) {
             let normed = rms_norm(&stream, Some(&layer.input_norm), hidden, eps);
-            stream = residual_add(&stream, &layer.attention.forward(&normed, token_ids, history));
+            let mut delta = layer.attention.forward(&normed, token_ids, history);
+            scale(&mut delta, residual);
+            stream = residual_add(&stream, &delta);
             let normed = rms_norm(&stream, Some(&layer.post_attention_norm), hidden, eps);
             let gate = linear(&normed, &layer.gate_proj, tokens, hidden, inner);
             let up = linear(&normed, &layer.up_proj, tokens, hidden, inner);
-            stream = residual_add(&stream, &linear(&swiglu(&gate, &up), &layer.down_proj, tokens, inner, hidden));
+            let mut delta = linear(&swiglu(&gate, &up), &layer.down_proj, tokens, inner, hidden);
+            scale(&mut delta, residual);
+            stream = residual_add(&stream, &delta);
         }
         let rows = match logits {
             Logits::None => return Ok(Vec::new()),
@@ -131,8 +180,14 @@ impl CpuDecoder {
         };
         let normed = rms_norm(&stream[(tokens - rows) * hidden..], Some(&self.norm), hidden, eps);
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        Ok(linear(&normed, head, rows, hidden, self.config.vocab_size as usize))
+        let mut logits = linear(&normed, head, rows, hidden, self.config.vocab_size as usize);
+        scale(&mut logits, of_logits);
+        Ok(logits)
     }
+}
+
+fn scale(values: &mut [f64], factor: f64) {
+    values.iter_mut().for_each(|value| *value *= factor);
 }
 
 /// Refuses weights of another number of layers.

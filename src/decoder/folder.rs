@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::tokenizer::TextTokenizer;
-use crate::config::DecoderConfig;
+use crate::config::{DecoderAttention, DecoderConfig};
 use crate::error::{DataError, Error, Result};
 use crate::files;
-use crate::weights::{AttentionWeights, Checkpoint, HostTensor};
+use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor};
 
 /// A model in Hugging Face layout: configuration and tokenizer are read at once, weights on request.
 pub struct ModelFolder {
@@ -86,13 +86,32 @@ impl ModelFolder {
     }
 }
 
+/// One layer's attention, of the kind that the configuration has.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "one a layer, and handles only: the elements are on the heap")]
+pub enum DecoderAttentionWeights {
+    /// Latents: MLA or EG-MLA.
+    Latent(AttentionWeights),
+    /// Keys and values per head.
+    Heads(GqaWeights),
+}
+
+impl DecoderAttentionWeights {
+    fn load(checkpoint: &Checkpoint<'_>, prefix: &str, config: &DecoderAttention) -> Result<Self> {
+        Ok(match config {
+            DecoderAttention::Latent(config) => Self::Latent(AttentionWeights::load(checkpoint, prefix, config)?),
+            DecoderAttention::Heads(config) => Self::Heads(GqaWeights::load(checkpoint, prefix, config)?),
+        })
+    }
+}
+
 /// One layer's weights, named under `model.layers.N.`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderLayerWeights {
     /// `input_layernorm.weight` `[hidden]`
     pub input_norm: HostTensor,
     /// `self_attn.…`
-    pub attention: AttentionWeights,
+    pub attention: DecoderAttentionWeights,
     /// `post_attention_layernorm.weight` `[hidden]`
     pub post_attention_norm: HostTensor,
     /// `mlp.gate_proj.weight` `[intermediate, hidden]`
@@ -125,14 +144,14 @@ impl DecoderWeights {
     pub fn load(checkpoint: &Checkpoint<'_>, config: &DecoderConfig) -> Result<Self> {
         config.validate()?;
         let vocab = config.vocab_size as usize;
-        let hidden = config.attention.hidden_size as usize;
+        let hidden = config.attention.hidden_size() as usize;
         let inner = config.intermediate_size as usize;
         let layer = |number: u32| -> Result<DecoderLayerWeights> {
             let take = |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{number}.{name}"), shape);
             let attention = format!("model.layers.{number}.self_attn.");
             Ok(DecoderLayerWeights {
                 input_norm: take("input_layernorm.weight", &[hidden])?,
-                attention: AttentionWeights::load(checkpoint, &attention, &config.attention)?,
+                attention: DecoderAttentionWeights::load(checkpoint, &attention, &config.attention)?,
                 post_attention_norm: take("post_attention_layernorm.weight", &[hidden])?,
                 gate_proj: take("mlp.gate_proj.weight", &[inner, hidden])?,
                 up_proj: take("mlp.up_proj.weight", &[inner, hidden])?,

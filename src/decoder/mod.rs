@@ -1,4 +1,4 @@
-//! A small decoder-only language model around the attention layer: RMSNorm, MLA or EG-MLA, RMSNorm, SwiGLU.
+//! A decoder-only language model around the attention layer: RMSNorm, MLA, EG-MLA or grouped-query attention, RMSNorm, SwiGLU.
 //!
 //! ```text
 //! token ids ─ embed_tokens ─┬─ input_layernorm ─ attention ─┬─(+)─ post_attention_layernorm ─ SwiGLU ─(+)─▶ … ─ norm ─ logits
@@ -18,7 +18,7 @@ mod tokenizer;
 
 pub use cpu::{CpuDecoder, CpuState};
 pub use evaluate::{Score, Window, Windows, scored_characters};
-pub use folder::{DecoderLayerWeights, DecoderWeights, ModelFolder};
+pub use folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, ModelFolder};
 pub use model::{Decoder, DecoderState, DecoderStep, Logits};
 pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use tokenizer::{TextStream, TextTokenizer, panics_are_caught};

@@ -1,12 +1,12 @@
 //! The decoder on the device: every layer of a step in one recording.
 
-use super::cpu::check_layers;
-use super::folder::DecoderWeights;
+use super::cpu::{check_layers, other_kind};
+use super::folder::{DecoderAttentionWeights, DecoderWeights};
 use crate::attention::{
     Attention, AttentionOptions, Axis, CacheOptions, Hidden, LatentCache, MemoryReport, Mode, Step, StepTokens, Upload,
     check_weights,
 };
-use crate::config::DecoderConfig;
+use crate::config::{AttentionConfig, DecoderAttention, DecoderConfig, DecoderScales};
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
@@ -129,7 +129,8 @@ impl Decoder {
         let storage = options.storage;
         config.validate()?;
         check_layers(config, weights)?;
-        let (hidden_size, intermediate_size) = (config.attention.hidden_size, config.intermediate_size);
+        let of_latents = on_device(config)?;
+        let (hidden_size, intermediate_size) = (of_latents.hidden_size, config.intermediate_size);
         let (hidden, inner) = (|| Axis::padded(hidden_size), || Axis::padded(intermediate_size));
         let vocabulary = || Axis::whole(config.vocab_size);
         let (matrix, vector) = (Upload::matrix, Upload::vector);
@@ -139,21 +140,22 @@ impl Decoder {
         let layers = weights.layers.iter().map(|layer| {
             let norms = [&layer.input_norm, &layer.post_attention_norm].map(|norm| vector(norm, hidden()));
             let up = [&layer.gate_proj, &layer.up_proj].map(|proj| matrix(proj, inner(), hidden()));
-            (norms, &layer.attention, up, matrix(&layer.down_proj, hidden(), inner()))
+            let DecoderAttentionWeights::Latent(attention) = &layer.attention else { return Err(other_kind()) };
+            Ok((norms, attention, up, matrix(&layer.down_proj, hidden(), inner())))
         });
-        let layers: Vec<_> = layers.collect();
+        let layers: Vec<_> = layers.collect::<Result<_>>()?;
         let check = |upload: &Upload<'_>| upload.check(kernels.context(), storage);
         [&embedding, &norm].into_iter().chain(&lm_head).try_for_each(check)?;
         for (norms, attention, up, down) in &layers {
             norms.iter().chain(up).chain([down]).try_for_each(check)?;
-            check_weights(kernels, &config.attention, attention, storage)?;
+            check_weights(kernels, of_latents, attention, storage)?;
         }
         let upload = |upload: &Upload<'_>| upload.upload(kernels, storage);
         let layers =
             layers.iter().map(|([input_norm, post_attention_norm], attention, [gate_proj, up_proj], down_proj)| {
                 Ok(DeviceLayer {
                     input_norm: upload(input_norm)?,
-                    attention: Attention::new(kernels, &config.attention, attention, options)?,
+                    attention: Attention::new(kernels, of_latents, attention, options)?,
                     post_attention_norm: upload(post_attention_norm)?,
                     gate_proj: upload(gate_proj)?,
                     up_proj: upload(up_proj)?,
@@ -387,7 +389,7 @@ impl Decoder {
     fn norm(&self, recording: &mut Recording, rows: u32, x: &Region, weight: &Region, y: &Region) -> Result<()> {
         let problem = norm::Norm {
             rows,
-            width: self.config.attention.hidden_size,
+            width: self.config.attention.hidden_size(),
             x_offset: 0,
             x_row: self.hidden,
             eps: self.config.rms_norm_eps as f32,
@@ -418,6 +420,19 @@ impl Decoder {
         let elements = elements(residual_add::ResidualAdd::NAME, tokens, self.hidden)?;
         let problem = residual_add::ResidualAdd { elements };
         recording.add_own(&problem, residual_add::Args { delta, stream })
+    }
+}
+
+/// The attention of a model that a device runs.
+fn on_device(config: &DecoderConfig) -> Result<&AttentionConfig> {
+    match &config.attention {
+        _ if config.scales != DecoderScales::default() => {
+            Err(Error::config("scale_depth", "scales a residual stream, which runs on the CPU only"))
+        }
+        DecoderAttention::Latent(config) => Ok(config),
+        DecoderAttention::Heads(_) => {
+            Err(Error::config("num_key_value_heads", "keys and values per head run on the CPU only"))
+        }
     }
 }
 

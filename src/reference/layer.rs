@@ -70,12 +70,19 @@ impl History {
         }
     }
 
-    /// Keys without the rotary part and values, gated: `[len, n_head, d_nope + d_value]`.
+    pub(super) fn append(&mut self, tokens: usize, kv: Vec<f64>, k_rope: Vec<f64>) {
+        self.kv.extend(kv);
+        self.k_rope.extend(k_rope);
+        self.length += tokens;
+    }
+
+    /// Keys without the rotary part and values, gated: `[len, n_head, d_nope + d_value]`; of [`super::GqaLayer`], rotated keys and
+    /// values `[len, n_kv_head, 2 · head_dim]`.
     pub fn kv(&self) -> &[f64] {
         &self.kv
     }
 
-    /// Rotary keys `[len, d_rope]`.
+    /// Rotary keys `[len, d_rope]`; of [`super::GqaLayer`] there are none.
     pub fn k_rope(&self) -> &[f64] {
         &self.k_rope
     }
@@ -188,9 +195,7 @@ impl Layer {
         let (first, tokens) = (history.len(), self.tokens(hidden));
         let q = self.queries(hidden, first as u32);
         let (latents, kv) = self.keys_and_values(hidden, token_ids, first as u32);
-        history.kv.extend(kv);
-        history.k_rope.extend(latents.k_rope);
-        history.length += tokens;
+        history.append(tokens, kv, latents.k_rope);
         let visible: Vec<_> = (0..tokens).map(|t| 0..first + t + 1).collect();
         let heads = self.heads();
         let attended = attention_prefill(&q, &history.kv, &history.k_rope, &visible, heads, self.config.scale());

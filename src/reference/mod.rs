@@ -9,7 +9,8 @@
 //! - The caller always gives `scale`; `lse` is the natural logarithm of `Σ exp(score)`; a query without any key gives zeros.
 //! - Sizes that do not fit each other panic: callers check them first.
 //!
-//! [`layer`] puts the kernels together into one attention layer, expanded and absorbed.
+//! [`layer`] puts the kernels together into one attention layer, expanded and absorbed; [`gqa`] into one with keys and values per
+//! head.
 
 macro_rules! declare {
     ($($stem:ident: $op:ident),* $(,)?) => {
@@ -19,6 +20,8 @@ macro_rules! declare {
 }
 crate::for_each_operation!(declare);
 
+pub mod gqa;
 pub mod layer;
 
+pub use gqa::GqaLayer;
 pub use layer::{History, Latents, Layer};

@@ -97,7 +97,7 @@ struct Model<'a> {
 impl Model<'_> {
     /// Records a text: all tokens but the last prefilled, then that one decoded.
     fn record(&mut self, capture: &Capture, ids: &[u32]) -> Result<Vec<Action>, Failure> {
-        let width = self.decoder.config().attention.hidden_size as usize;
+        let width = self.decoder.config().attention.hidden_size() as usize;
         self.cache.reset();
         let (first, last) = ids.split_at(ids.len() - 1);
         for (mode, ids) in [(Mode::Prefill, first), (Mode::Decode, last)] {
@@ -154,7 +154,7 @@ impl Source {
         let mut weights = model.weights()?;
         weights.layers.truncate(1);
         let config = DecoderConfig { n_layer: 1, ..model.config().clone() };
-        if config.attention.gate.is_none() || (config.vocab_size as usize) < 1024 {
+        if config.attention.gate().is_none() || (config.vocab_size as usize) < 1024 {
             return Err(Failure::usage(format!("{}: a gate and a vocabulary of 1024 are needed", folder.display())));
         }
         Ok(Source { model, config, weights })
@@ -199,7 +199,7 @@ pub fn write(gpu: &Gpu, source: Source, out: &Path) -> Result<u64, Failure> {
     let logits = blobs.add(bytemuck::cast_slice(&logits));
     let data = LayerData {
         most_tokens: MOST_TOKENS,
-        hidden_size: config.attention.hidden_size,
+        hidden_size: config.attention.hidden_size(),
         buffers,
         variants,
         tokenizer,
