@@ -122,6 +122,18 @@ pub enum TensorError {
         /// The type in the file.
         found: String,
     },
+    /// A tensor is there in a form of quantised weights that is not read.
+    #[error(
+        "tensor `{name}`: `{found}` stands for it, of weights quantised by {method}, which are not read; take f32, f16, bf16 or fp8 (e4m3 with _scale_inv)"
+    )]
+    Quantised {
+        /// Full name of the tensor that was asked for.
+        name: String,
+        /// The tensor that tells.
+        found: String,
+        /// The method.
+        method: &'static str,
+    },
     /// A weight does not fit the storage type that was asked for.
     #[error("tensor `{name}`: element {index} is {value}, beyond ±65504, the range of f16 storage; use f32 storage")]
     OutOfF16Range {
@@ -314,6 +326,12 @@ pub enum DataError {
     /// The bytes are not a whole safetensors file.
     #[error("not a valid safetensors file: {0}")]
     Safetensors(String),
+    /// An index of shards, or a folder of models, that does not lead to whole files.
+    #[error("index of shards: {0}")]
+    Index(String),
+    /// A checkpoint has no such layer, or another one than is computed.
+    #[error("{0}")]
+    Layer(String),
     /// The text of a configuration file is not the JSON that is expected.
     #[error("config is not valid: {0}")]
     Json(#[from] serde_json::Error),

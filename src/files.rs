@@ -26,6 +26,9 @@ const MOST_HEADER: u64 = 100_000_000;
 /// Bytes that hold the length of a safetensors header.
 const LENGTH: usize = 8;
 
+/// Bytes that tell what a file is that is none.
+const BEGINNING: u64 = 64;
+
 /// Reads a whole file of `most` bytes at most.
 ///
 /// # Errors
@@ -94,7 +97,7 @@ pub(crate) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
 /// As [`tensors`].
 pub(crate) fn metadata(bytes: &[u8]) -> Result<(Metadata, &[u8])> {
     let whole = bytes.len() as u64;
-    let start = LENGTH + header_length(bytes.first_chunk(), whole)?;
+    let start = LENGTH + header_length(bytes, whole)?;
     // `header_length` has checked that the header ends within the bytes.
     let (header, data) = (&bytes[LENGTH..start], &bytes[start..]);
     Ok((check_header(header, data.len() as u64)?, data))
@@ -130,7 +133,14 @@ fn open_safetensors(path: &Path) -> Result<(File, u64, Vec<u8>, Metadata)> {
     let io = |source| Error::from(DataError::Io(source)).in_file(path);
     let mut bytes = Vec::new();
     append(&mut bytes, &mut file, LENGTH as u64).map_err(io)?;
-    let header = header_length(bytes.first_chunk(), length).map_err(|error| error.in_file(path))?;
+    let header = match header_length(&bytes, length) {
+        Ok(header) => header,
+        Err(_) => {
+            // Its beginning says what it is.
+            append(&mut bytes, &mut file, BEGINNING).map_err(io)?;
+            header_length(&bytes, length).map_err(|error| error.in_file(path))?
+        }
+    };
     append(&mut bytes, &mut file, header as u64).map_err(io)?;
     let tensors = check_header(&bytes[LENGTH..], length.saturating_sub(bytes.len() as u64));
     let tensors = tensors.map_err(|error| error.in_file(path))?;
@@ -143,17 +153,43 @@ fn append(bytes: &mut Vec<u8>, file: impl Read, count: u64) -> io::Result<()> {
 }
 
 /// Bytes of the header of a safetensors file of `whole` bytes that begins with `first`.
-fn header_length(first: Option<&[u8; LENGTH]>, whole: u64) -> Result<usize> {
-    let invalid = |problem: String| Err(Error::Data(DataError::Safetensors(problem)));
-    let Some(first) = first else { return invalid(format!("{whole} bytes are no header")) };
-    let header = u64::from_le_bytes(*first);
+fn header_length(first: &[u8], whole: u64) -> Result<usize> {
+    let invalid = |problem: String| {
+        let problem = foreign(first).map(|found| format!("{problem}; {found}")).unwrap_or(problem);
+        Err(Error::Data(DataError::Safetensors(problem)))
+    };
+    let Some(length) = first.first_chunk::<LENGTH>() else { return invalid(format!("{whole} bytes are no header")) };
+    let header = u64::from_le_bytes(*length);
     if header > MOST_HEADER {
         return invalid(format!("a header of {header} bytes, at most {MOST_HEADER} are read"));
     }
-    if header > whole - LENGTH as u64 {
+    if header > whole.saturating_sub(LENGTH as u64) {
         return invalid(format!("a header of {header} bytes in a file of {whole}"));
     }
     Ok(header as usize)
+}
+
+/// What a file is that stands where another is expected, by its first bytes; `None` where they say nothing.
+pub(crate) fn foreign(bytes: &[u8]) -> Option<&'static str> {
+    let text = bytes.trim_ascii_start();
+    let begins = |word: &str| text.get(..word.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(word.as_bytes()));
+    match bytes {
+        [] => Some("the file is empty"),
+        [b'P', b'K', 3, 4, ..] => {
+            Some("it is a zip archive, as torch.save writes: convert it with safetensors.torch.save_file")
+        }
+        [0x80, 2..=5, ..] => {
+            Some("it is a Python pickle, as torch.save wrote: convert it with safetensors.torch.save_file")
+        }
+        [b'G', b'G', b'U', b'F', ..] => Some("it is a GGUF file"),
+        _ if begins("version https://git-lfs") => {
+            Some("it is the pointer that git-LFS keeps in place of the file: git lfs pull fetches the file")
+        }
+        _ if begins("<!doctype html") || begins("<html") || begins("<?xml") => {
+            Some("it is a web page, as a server's message of an error")
+        }
+        _ => None,
+    }
 }
 
 /// Checks that a header names each tensor once and that the tensors take exactly `data` bytes. The format's own reader checks
@@ -261,7 +297,7 @@ mod tests {
     #[test]
     fn headers_that_do_not_fit_are_refused() {
         let header = |tensors: &[String], data| refused(&file(&format!("{{{}}}", tensors.join(",")), data));
-        assert!(refused(b"").ends_with("0 bytes are no header"));
+        assert!(refused(b"").ends_with("0 bytes are no header; the file is empty"));
         assert!(refused(b"1234567").ends_with("7 bytes are no header"));
         assert!(refused(&[0xff; 64]).contains("a header of 18446744073709551615 bytes"));
         assert!(refused(&60u64.to_le_bytes()).ends_with("a header of 60 bytes in a file of 8"));

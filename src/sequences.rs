@@ -1,5 +1,6 @@
 //! Sequences of hidden states in one file: the input of `egmla attend`.
 
+use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -22,7 +23,8 @@ pub struct Sequences {
 
 impl Sequences {
     /// Takes the tensors `hidden_states`, `token_ids` and `sequence_lengths` from a safetensors file and checks them against the
-    /// layer. NaN and infinities are kept, with a warning.
+    /// layer: hidden states in f32, f16 or bf16, integers in u32, i32 or i64, with a leading extent of 1 or without. NaN and
+    /// infinities are kept, with a warning.
     ///
     /// # Errors
     /// `DataError::Safetensors` when the bytes are no safetensors file; `DataError::Input` or `ArgumentError::TokenId` for a
@@ -44,7 +46,7 @@ impl Sequences {
                 "tensor `hidden_states` is missing (expected shape [tokens, {width}])"
             )))
         })?;
-        let &[tokens, found] = hidden.shape() else {
+        let Some([tokens, found]) = without_batch(hidden.shape()) else {
             return refused(format!(
                 "tensor `hidden_states` has shape {:?}, expected [tokens, {width}]",
                 hidden.shape()
@@ -56,17 +58,13 @@ impl Sequences {
                 hidden.shape()
             ));
         }
-        if hidden.dtype() != Dtype::F32 {
-            return refused(format!("tensor `hidden_states` has element type {:?}, expected F32", hidden.dtype()));
-        }
         if tokens == 0 {
             return refused("tensor `hidden_states` is empty: it holds 0 tokens".to_owned());
         }
         if tokens > i32::MAX as usize {
             return refused(format!("tensor `hidden_states` holds {tokens} tokens, at most {} can be run", i32::MAX));
         }
-        let hidden: Vec<f32> =
-            hidden.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let hidden = floats("hidden_states", &hidden)?;
         let non_finite = hidden.iter().filter(|value| !value.is_finite()).count();
         if non_finite > 0 {
             tracing::warn!("tensor `hidden_states` holds {non_finite} NaN or infinite values of {}", hidden.len());
@@ -98,7 +96,7 @@ fn token_ids(tensors: &SafeTensors<'_>, config: &AttentionConfig, tokens: usize)
         }
         (Ok(view), _) => view,
     };
-    if view.shape() != [tokens] {
+    if without_batch(view.shape()) != Some([tokens]) {
         return refused(format!("tensor `token_ids` has shape {:?}, expected [{tokens}]", view.shape()));
     }
     let ids = integers("token_ids", &view)?;
@@ -144,16 +142,36 @@ fn sequence_lengths(tensors: &SafeTensors<'_>, tokens: usize) -> Result<Vec<u32>
     Ok(checked)
 }
 
-/// Elements of a u32 or i64 tensor.
+/// A shape of some extents, which may have the leading 1 of a batch of one, as torch writes it.
+fn without_batch<const N: usize>(shape: &[usize]) -> Option<[usize; N]> {
+    match shape {
+        [1, rest @ ..] if rest.len() == N => rest.try_into().ok(),
+        _ => shape.try_into().ok(),
+    }
+}
+
+/// Elements of an f32, f16 or bf16 tensor.
+fn floats(name: &str, view: &TensorView<'_>) -> Result<Vec<f32>> {
+    let data = view.data();
+    match view.dtype() {
+        Dtype::F32 => Ok(data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+        Dtype::F16 => Ok(data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        Dtype::BF16 => Ok(data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        other => refused(format!("tensor `{name}` has element type {other:?}, expected F32, F16 or BF16")),
+    }
+}
+
+/// Elements of a u32, i32 or i64 tensor.
 fn integers(name: &str, view: &TensorView<'_>) -> Result<Vec<i64>> {
     let data = view.data();
     match view.dtype() {
         Dtype::U32 => Ok(data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()).collect()),
+        Dtype::I32 => Ok(data.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()).collect()),
         Dtype::I64 => Ok(data
             .chunks_exact(8)
             .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
             .collect()),
-        other => refused(format!("tensor `{name}` has element type {other:?}, expected U32 or I64")),
+        other => refused(format!("tensor `{name}` has element type {other:?}, expected U32, I32 or I64")),
     }
 }
 
@@ -242,6 +260,27 @@ mod tests {
     }
 
     #[test]
+    fn what_torch_writes_is_read() {
+        let expected = Sequences { hidden: vec![0.5; 4], width: 2, token_ids: Some(vec![3, 1]), lengths: vec![2] };
+        let ids = || bytes(&[3i32, 1], i32::to_le_bytes);
+        let half = |to: fn(f32) -> [u8; 2]| bytes(&[0.5f32; 4], to);
+        let f16 = half(|value| half::f16::from_f32(value).to_le_bytes());
+        let bf16 = half(|value| half::bf16::from_f32(value).to_le_bytes());
+        for (dtype, data) in [(Dtype::F16, f16), (Dtype::BF16, bf16)] {
+            let whole = file(&[("hidden_states", dtype, &[1, 2, 2], data), ("token_ids", Dtype::I32, &[1, 2], ids())]);
+            assert_eq!(read(&whole, &gated()).as_ref(), Ok(&expected), "{dtype:?}");
+        }
+        // One token is no batch, and a batch of two is none of one.
+        assert_eq!(parse(&config("null"), 1, &[]).unwrap().tokens(), 1);
+        let of = |shape: &[usize], count| {
+            let data = bytes(&vec![0f32; count], f32::to_le_bytes);
+            read(&file(&[("hidden_states", Dtype::F32, shape, data)]), &config("null"))
+        };
+        assert!(of(&[2, 1, 2], 4).unwrap_err().contains("has shape [2, 1, 2], expected [tokens, 2]"));
+        assert!(of(&[1, 1, 1, 2], 2).unwrap_err().contains("expected [tokens, 2]"));
+    }
+
+    #[test]
     fn without_a_gate_ids_are_not_needed_and_not_kept() {
         let plain = config("null");
         assert_eq!(parse(&plain, 2, &[]).unwrap().token_ids, None);
@@ -263,7 +302,7 @@ mod tests {
         assert_eq!(refused(&[0, 1, 2]), "tensor `token_ids` has shape [3], expected [2]");
         assert!(parse(&gated(), 2, &[]).unwrap_err().starts_with("tensor `token_ids` is missing (expected shape [2])"));
         let float = ("token_ids", Dtype::F32, &[2][..], bytes(&[0f32; 2], f32::to_le_bytes));
-        assert!(parse(&gated(), 2, &[float]).unwrap_err().contains("has element type F32, expected U32 or I64"));
+        assert!(parse(&gated(), 2, &[float]).unwrap_err().contains("has element type F32, expected U32, I32 or I64"));
 
         let plain = config("null");
         let lengths = |values: &[i64]| {
@@ -290,7 +329,7 @@ mod tests {
         );
         assert_eq!(
             of(Dtype::F64, &[1, 2], bytes(&[0f64; 2], f64::to_le_bytes)).unwrap_err(),
-            "tensor `hidden_states` has element type F64, expected F32"
+            "tensor `hidden_states` has element type F64, expected F32, F16 or BF16"
         );
         let missing = read(&file(&[]), &plain).unwrap_err();
         assert_eq!(missing, "tensor `hidden_states` is missing (expected shape [tokens, 2])");

@@ -5,7 +5,7 @@ mod gqa;
 use crate::config::{AttentionConfig, GateNorm};
 use crate::error::{Error, Result, TensorError};
 
-pub use crate::checkpoint::{Checkpoint, TensorInfo};
+pub use crate::checkpoint::{Checkpoint, LayerNumber, TensorInfo, model_folder};
 pub use gqa::GqaWeights;
 
 /// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).

@@ -226,7 +226,7 @@ fn config_is_held_to_what_is_computed() {
     };
     assert_says(&set("hidden_sise", json!(3)), &["hidden_sise", "not known"]);
     assert_says(&set("n_routed_experts", json!(64)), &["n_routed_experts"]);
-    assert_says(&set("quantization_config", json!({"quant_method": "fp8"})), &["quantization_config"]);
+    assert_says(&set("quantization_config", json!({"quant_method": "awq"})), &["quantization_config", "awq"]);
     assert_says(&set("hidden_act", json!("gelu")), &["hidden_act", "gelu"]);
     assert_says(&set("num_hidden_layers", json!(0)), &["num_hidden_layers"]);
     assert_says(&set("intermediate_size", json!(u32::MAX)), &["intermediate_size"]);

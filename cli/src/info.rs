@@ -9,6 +9,7 @@ use egmla::config::{DecoderAttention, GateNorm, GqaConfig, ModelSummary};
 use egmla::files::{MOST_CONFIG, read_text};
 use egmla::low_level::kernels::REGISTRY;
 use egmla::low_level::{AdapterClass, PlanContext, Tuning, Tunings};
+use egmla::weights::model_folder;
 use egmla::{Error, Storage, wgpu};
 use serde::Serialize;
 
@@ -21,8 +22,9 @@ use crate::unchecked;
 /// Options of `egmla info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// Folder with config.json, or such a file, of any model with latent or grouped-query attention; without it, the model of the project's own repository
-    #[arg(long, value_name = "DIR|FILE")]
+    /// Folder with config.json, or such a file, or a name in Hugging Face's cache (org/name), of any model with latent or
+    /// grouped-query attention; without it, the model of the project's own repository
+    #[arg(long, value_name = "DIR|FILE|NAME")]
     model: Option<PathBuf>,
     /// Print one JSON object instead of tables
     #[arg(long)]
@@ -125,7 +127,8 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
     let mut caches = Vec::new();
     let mut commands = None;
     if let Some(path) = &model {
-        let file = if path.is_file() { path.clone() } else { path.join("config.json") };
+        let found = model_folder(path)?;
+        let file = if found.is_file() { found } else { found.join("config.json") };
         let summary = ModelSummary::from_json(&read_text(&file, MOST_CONFIG)?).map_err(|error| error.in_file(file))?;
         caches.push(CacheTable::of_model(path, &summary));
         commands = Some(Commands::of(summary));

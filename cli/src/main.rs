@@ -122,7 +122,7 @@ mod tests {
         let error = Cli::try_parse_from(["egmla", "attend", "--input", "x"]).unwrap_err();
         let failure = usage(&error);
         assert_eq!(failure.exit_code(), 2);
-        assert!(failure.message().contains("--config <FILE> --weights <FILE> --output <FILE>"), "{failure:?}");
+        assert!(failure.message().contains("--output <FILE> --config <FILE> --weights <FILE>"), "{failure:?}");
         assert!(failure.message().ends_with("(see egmla --help)"), "{failure:?}");
         assert!(!failure.message().contains('\n'), "{failure:?}");
     }

@@ -241,9 +241,8 @@ fn help_and_version_go_to_stdout() {
     }
     assert_eq!(help.stderr, "");
     let help = egmla(&["attend", "--help"]).done();
-    for option in
-        ["--config", "--weights", "--input", "--output", "--prefill", "--chunk", "--adapter", "--storage", "--decode"]
-    {
+    let of_files = ["--config", "--weights", "--model", "--layer", "--input", "--output", "--expected", "--tolerance"];
+    for option in of_files.into_iter().chain(["--prefill", "--chunk", "--adapter", "--storage", "--decode"]) {
         assert!(help.stdout.contains(option), "{option}: {help:?}");
     }
     let version = egmla(&["--version"]).done();
@@ -331,7 +330,7 @@ fn wrong_weights_are_named() {
         "w.safetensors",
         "`gate_norm.bias`",
         "I64",
-        "F32, F16 or BF16",
+        "F32, F16, BF16 or F8_E4M3",
     ]);
 }
 
@@ -366,12 +365,12 @@ fn wrong_inputs_are_named() {
     ]);
     given("token_ids", Tensor::i64(&[0, 1, -2, 3, 4, 0])).refused(&["x.safetensors", "token id -2", "position 2"]);
     given("token_ids", Tensor::i64(&[0, 1])).refused(&["`token_ids`", "[2]", "[6]"]);
-    given("token_ids", Tensor::f32(&[6], |_| 0.0)).refused(&["`token_ids`", "F32", "U32 or I64"]);
+    given("token_ids", Tensor::f32(&[6], |_| 0.0)).refused(&["`token_ids`", "F32", "U32, I32 or I64"]);
     given("hidden_states", Tensor::f32(&[0, 8], |_| 0.0)).refused(&["`hidden_states`", "empty"]);
     given("hidden_states", Tensor::f32(&[6, 7], |_| 0.0)).refused(&["`hidden_states`", "[6, 7]", "[tokens, 8]"]);
-    given("hidden_states", Tensor { dtype: Dtype::F16, shape: vec![6, 8], bytes: vec![0; 96] }).refused(&[
+    given("hidden_states", Tensor { dtype: Dtype::I16, shape: vec![6, 8], bytes: vec![0; 96] }).refused(&[
         "`hidden_states`",
-        "F16",
+        "I16",
         "F32",
     ]);
     given("sequence_lengths", Tensor::u32(&[4, 3])).refused(&["`sequence_lengths`", "7", "6 tokens"]);

@@ -80,14 +80,19 @@ const fn reader(command: &'static str, file: &'static str) -> Reader {
     Reader { command, file }
 }
 
-const CONFIGS: [Reader; 4] = [
+/// One layer of the whole model.
+const LAYER: &str = "attend --layer";
+
+const CONFIGS: [Reader; 5] = [
     reader("attend", "c.json"),
+    reader(LAYER, "config.json"),
     reader("generate", "config.json"),
     reader("eval", "config.json"),
     reader("info", "config.json"),
 ];
-const TENSORS: [Reader; 4] = [
+const TENSORS: [Reader; 5] = [
     reader("attend", "w.safetensors"),
+    reader(LAYER, "model.safetensors"),
     reader("attend", "x.safetensors"),
     reader("generate", "model.safetensors"),
     reader("eval", "model.safetensors"),
@@ -119,6 +124,10 @@ impl Job {
         for name in ["config.json", "model.safetensors", "tokenizer.json"] {
             copy(&format!("models/shakespeare/{name}"), name);
         }
+        // Two tokens for the model's layers.
+        let header =
+            [tensor("hidden_states", "F32", "[2,256]", "[0,2048]"), tensor("token_ids", "I32", "[2]", "[2048,2056]")];
+        fs::write(folder.path().join("h.safetensors"), tensors(&format!("{{{}}}", header.join(",")), 2056)).unwrap();
         fs::write(folder.path().join("text"), "To be, or not to be").unwrap();
         Job { folder }
     }
@@ -146,7 +155,7 @@ impl Job {
     }
 
     fn run(&self, command: &str) -> Finished {
-        let mut arguments = vec![OsString::from(command)];
+        let mut arguments: Vec<OsString> = command.split(' ').map(OsString::from).collect();
         let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
         match command {
             "attend" => {
@@ -159,8 +168,16 @@ impl Job {
                     option(name, self.path(file).into());
                 }
             }
+            LAYER => {
+                arguments.push("0".into());
+                let mut option = |name: &str, value: PathBuf| arguments.extend([name.into(), value.into()]);
+                option("--model", self.folder.path().into());
+                option("--input", self.path("h.safetensors"));
+                option("--output", self.path("y"));
+            }
             _ => option("--model", self.folder.path().into()),
         }
+        let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
         match command {
             "generate" => {
                 option("--prompt", "a".into());
@@ -197,7 +214,7 @@ fn tensor(name: &str, dtype: &str, shape: &str, offsets: &str) -> String {
 #[test]
 fn files_that_are_right_are_read_within_the_same_bounds() {
     let job = Job::new();
-    for command in ["attend", "generate", "eval"] {
+    for command in ["attend", LAYER, "generate", "eval"] {
         let finished = job.run(command);
         assert_eq!(finished.code, Some(0), "{command}: {finished:?}");
     }
@@ -323,6 +340,136 @@ fn a_file_of_holes_takes_no_memory() {
     }
 }
 
+/// A model in shards.
+const SHARDED: [Reader; 3] = [
+    reader(LAYER, "model.safetensors.index.json"),
+    reader("generate", "model.safetensors.index.json"),
+    reader("eval", "model.safetensors.index.json"),
+];
+
+/// The model's tensors in one shard, with an index.
+fn sharded() -> Job {
+    let job = Job::new();
+    fs::rename(job.path("model.safetensors"), job.path("shard")).unwrap();
+    let bytes = job.read("shard");
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let names = header.as_object().unwrap().keys().filter(|name| *name != "__metadata__");
+    let map: serde_json::Map<_, _> = names.map(|name| (name.clone(), json!("shard"))).collect();
+    job.write(SHARDED[0].file, json!({"weight_map": map}).to_string());
+    job
+}
+
+#[test]
+fn indexes_of_shards_lead_nowhere_else_and_take_no_time() {
+    for reader in SHARDED {
+        let job = sharded();
+        let whole = String::from_utf8(job.read(reader.file)).unwrap();
+        assert_eq!(sharded().run(reader.command).code, Some(0), "{reader:?}");
+        let entry = |name: &str| {
+            whole.replacen("{", &format!(r#"{{"weight_map":{{"a":"{name}"}},"#), 1).replacen(
+                &format!(r#""weight_map":{{"a":"{name}"}},"weight_map":{{"#),
+                &format!(r#""weight_map":{{"a":"{name}","#),
+                1,
+            )
+        };
+        for name in ["../w.safetensors", "/dev/zero", "/etc/passwd", "..", "", "a/b", "shard/", "a\\\\b", "a\\b"] {
+            job.write(reader.file, entry(name)).refused(reader, &["`a`", "is not the name of a file"]);
+        }
+        job.write(reader.file, entry("none")).refused(reader, &["none", "is not there"]);
+        job.write(reader.file, entry("shard")).refused(reader, &["`a` is listed in shard"]);
+        for text in ["", "[]", "{}", "null", &"[".repeat(1 << 20), &r#"{"weight_map":"#.repeat(1 << 18), "\u{ff}"] {
+            job.write(reader.file, text).refused(reader, &["index of shards: "]);
+        }
+        job.write(reader.file, [0xff; 4096]).refused(reader, &["index of shards: "]);
+        for target in ["/dev/zero", "/", "nowhere"] {
+            job.link(reader.file, target).refused(reader, &[]);
+        }
+        // As long as may be, of as many tensors as there is room for.
+        let mut long = String::from(r#"{"weight_map":{"#);
+        for tensor in 0..4_000_000 {
+            long.push_str(&format!(r#""{tensor:x}":"s","#));
+        }
+        let end = r#""z":"s"}}"#;
+        assert!(long.len() + end.len() < 64 << 20);
+        job.write(reader.file, long + end).refused(reader, &["the file s, which is not there"]);
+        job.write(reader.file, " ".repeat(1 + (64 << 20))).refused(reader, &["67108865", "67108864"]);
+        job.write(reader.file, &whole);
+        // The shard itself.
+        for target in ["/dev/zero", "/", "nowhere"] {
+            let job = sharded();
+            job.link("shard", target).run(reader.command).refused("shard", &[]);
+        }
+        for bytes in [&b""[..], &[0xff; 4096], b"version https://git-lfs.github.com/spec/v1\n"] {
+            job.write("shard", bytes).run(reader.command).refused("shard", &["not a valid safetensors file"]);
+        }
+    }
+}
+
+#[test]
+fn a_cache_of_models_leads_nowhere_else() {
+    for (main, part) in [
+        (&b"../../../etc"[..], "refs/main"),
+        (b"/etc", "refs/main"),
+        (b"", "refs/main"),
+        (b"0123", "refs/main"),
+        (b"\xff", "not UTF-8"),
+        (&[b'a'; 5000], "size of the file"),
+    ] {
+        let job = Job::new();
+        for folder in ["refs", "snapshots/none"] {
+            fs::create_dir_all(job.path(folder)).unwrap();
+        }
+        fs::remove_file(job.path("config.json")).unwrap();
+        job.write("refs/main", main);
+        for command in [LAYER, "generate", "eval", "info"] {
+            job.run(command).refused("", &[part]);
+        }
+        job.link("refs/main", "/dev/zero").run(LAYER).refused("main", &["is not a regular file"]);
+    }
+}
+
+#[test]
+fn factors_of_fp8_weights_are_checked() {
+    let of = |factors: &[String], data: usize| {
+        let job = Job::new();
+        let config: Value = json!({
+            "hidden_size": 256, "num_attention_heads": 1, "kv_lora_rank": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 0,
+            "v_head_dim": 1,
+        });
+        job.write("config.json", config.to_string());
+        let mut entries = factors.to_vec();
+        entries.push(tensor(
+            "layers.0.kv_a_proj_with_mqa.weight",
+            "F8_E4M3",
+            "[1,256]",
+            &format!("[{data},{}]", data + 256),
+        ));
+        entries.push(tensor(
+            "layers.0.q_proj.weight",
+            "F8_E4M3",
+            "[1,256]",
+            &format!("[{},{}]", data + 256, data + 512),
+        ));
+        job.write("model.safetensors", tensors(&format!("{{{}}}", entries.join(",")), data + 512));
+        job
+    };
+    let name = "layers.0.q_proj.weight_scale_inv";
+    let reader = reader(LAYER, "model.safetensors");
+    of(&[], 0).refused(reader, &[name, "is missing", "[1, 2]"]);
+    of(&[tensor(name, "F32", "[2,1]", "[0,8]")], 8).refused(reader, &[name, "[2, 1]", "[1, 2]"]);
+    of(&[tensor(name, "F32", "[0,9]", "[0,0]")], 0).refused(reader, &[name, "[0, 9]", "[1, 2]"]);
+    of(&[tensor(name, "I32", "[1,2]", "[0,8]")], 8).refused(reader, &[name, "element type I32"]);
+    let job = of(&[tensor(name, "F32", "[1,2]", "[0,8]")], 8);
+    for block in ["[0, 1]", "[-1, 1]", "[4294967296, 1]", "1", "[]", "{}"] {
+        let config = String::from_utf8(job.read("config.json")).unwrap();
+        let with = format!(r#"{{"quantization_config":{{"weight_block_size":{block}}},{}"#, &config[1..]);
+        job.write("config.json", with);
+        job.run(LAYER).refused("config.json", &["quantization_config.weight_block_size"]);
+        job.write("config.json", config);
+    }
+}
+
 #[test]
 fn wrong_types_are_named() {
     for reader in TENSORS {
@@ -330,7 +477,7 @@ fn wrong_types_are_named() {
         let bytes = job.read(reader.file);
         let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let mut text: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
-        let name = if reader.file == "x.safetensors" { "hidden_states" } else { "norm.weight" };
+        let name = if reader.file == "x.safetensors" { "hidden_states" } else { "kv_a_layernorm.weight" };
         let found = text.as_object_mut().unwrap().iter_mut().find(|(key, _)| key.ends_with(name)).unwrap().1;
         // As many bytes of another kind.
         found["dtype"] = match found["dtype"].as_str().unwrap() {

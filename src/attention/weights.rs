@@ -100,9 +100,10 @@ impl Placed<'_> {
         product(&[self.rows.to, self.cols.to])
     }
 
-    /// Writes the tensor as it is stored, without its padding.
+    /// Writes the tensor as it is stored, without its padding; warns of weights that f16 makes zero.
     fn write(&self, storage: Storage, to: &mut [u8]) -> Result<()> {
         let Placed { tensor, rows, cols, factor } = self;
+        let mut zeros = 0;
         for (to_row, from_row) in rows.elements() {
             for run in &cols.runs {
                 let from = from_row as usize * cols.from as usize + run.from as usize;
@@ -110,20 +111,25 @@ impl Placed<'_> {
                 let values = &tensor.data[from..][..run.len as usize];
                 let size = storage.bytes() as usize;
                 let to = &mut to[first * size..][..values.len() * size];
-                if *factor == 1.0 {
-                    write_elements(tensor, from, values, storage, to)?;
+                zeros += if *factor == 1.0 {
+                    write_elements(tensor, from, values, storage, to)?
                 } else {
                     let values: Vec<_> = values.iter().map(|value| factor * value).collect();
-                    write_elements(tensor, from, &values, storage, to)?;
-                }
+                    write_elements(tensor, from, &values, storage, to)?
+                };
             }
+        }
+        if zeros > 0 {
+            let (name, of) = (&tensor.name, tensor.data.len());
+            tracing::warn!("tensor `{name}`: {zeros} of {of} weights are too small for f16 storage and become 0");
         }
         Ok(())
     }
 }
 
-/// Writes elements of a tensor, from one on.
-fn write_elements(tensor: &HostTensor, from: usize, values: &[f32], storage: Storage, to: &mut [u8]) -> Result<()> {
+/// Writes elements of a tensor, from one on; counts those that become 0.
+fn write_elements(tensor: &HostTensor, from: usize, values: &[f32], storage: Storage, to: &mut [u8]) -> Result<usize> {
+    let mut zeros = 0;
     match storage {
         Storage::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
         Storage::F16 => {
@@ -136,11 +142,12 @@ fn write_elements(tensor: &HostTensor, from: usize, values: &[f32], storage: Sto
                         value,
                     }));
                 }
+                zeros += usize::from(value != 0.0 && half == f16::ZERO);
                 to.copy_from_slice(&half.to_le_bytes());
             }
         }
     }
-    Ok(())
+    Ok(zeros)
 }
 
 /// Tensors in one buffer.
@@ -452,6 +459,15 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn weights_that_f16_makes_zero_are_counted() {
+        let tensor = HostTensor { name: "w".to_owned(), shape: vec![5], data: vec![] };
+        // Half of the smallest number of f16, 2^-24, rounds to 0; a bit more does not.
+        let values = [0.0, -0.0, 2f32.powi(-25), -1e-20, 2f32.powi(-25) * 1.001];
+        assert_eq!(write_elements(&tensor, 0, &values, Storage::F16, &mut [0; 10]).unwrap(), 2);
+        assert_eq!(write_elements(&tensor, 0, &values, Storage::F32, &mut [0; 20]).unwrap(), 0);
+    }
 
     fn placed(rows: Axis, cols: Axis, storage: Storage) -> Result<Vec<u8>> {
         let shape = vec![rows.from as usize, cols.from as usize];

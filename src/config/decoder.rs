@@ -6,7 +6,7 @@ use super::family::Family;
 use super::keys::{Keys, parse_object};
 use super::meaning::Scope;
 use super::rope::above;
-use super::{AttentionConfig, GateConfig, GqaConfig, validate_eps};
+use super::{AttentionConfig, GateConfig, GqaConfig, quantisation, validate_eps};
 use crate::error::{Error, Result};
 
 /// Every layer's attention, by what it caches.
@@ -134,7 +134,7 @@ impl DecoderConfig {
     ///
     /// # Errors
     /// `DataError::Json` or [`Error::Config`] with the key; keys of architectures that are not computed here (experts,
-    /// quantised weights) are refused by name.
+    /// weights quantised otherwise than by fp8) are refused by name.
     pub fn from_json(text: &str) -> Result<Self> {
         let map = parse_object(text)?;
         let keys = Keys::new(&map, "");
@@ -145,6 +145,7 @@ impl DecoderConfig {
         };
         // A type that is not known has been refused.
         let family = family.unwrap_or(Family::of_definition());
+        quantisation::check(&map)?;
         match keys.text("hidden_act")? {
             None | Some("silu") => {}
             Some(other) => return Err(Error::config("hidden_act", format!("`{other}` is not supported, only silu"))),

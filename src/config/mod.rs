@@ -21,6 +21,7 @@ mod family;
 mod gqa;
 mod keys;
 mod meaning;
+mod quantisation;
 mod rope;
 mod summary;
 
@@ -35,6 +36,7 @@ use rope::above;
 
 pub use decoder::{DecoderAttention, DecoderConfig, DecoderScales};
 pub use gqa::GqaConfig;
+pub use quantisation::weight_block_size;
 pub use rope::{RopeConfig, RopeScaling};
 pub use summary::ModelSummary;
 

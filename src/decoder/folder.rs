@@ -1,19 +1,21 @@
-//! A model's folder: `config.json`, `model.safetensors`, `tokenizer.json`.
+//! A model's folder: `config.json`, `tokenizer.json`, and the weights in `model.safetensors` or in shards.
 
 use std::path::{Path, PathBuf};
 
 use super::tokenizer::TextTokenizer;
-use crate::config::{DecoderAttention, DecoderConfig};
+use crate::checkpoint::layer_of;
+use crate::config::{DecoderAttention, DecoderConfig, weight_block_size};
 use crate::error::{DataError, Error, Result};
 use crate::files;
-use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor};
+use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, model_folder};
 
 /// A model in Hugging Face layout: configuration and tokenizer are read at once, weights on request.
 pub struct ModelFolder {
     path: PathBuf,
     config: DecoderConfig,
     tokenizer: TextTokenizer,
-    weights_path: PathBuf,
+    /// Blocks of fp8 weights, where the configuration gives some.
+    block: Option<[u32; 2]>,
 }
 
 impl std::fmt::Debug for ModelFolder {
@@ -23,18 +25,21 @@ impl std::fmt::Debug for ModelFolder {
 }
 
 impl ModelFolder {
-    /// Opens a folder. Weights are checked against the configuration by [`ModelFolder::weights`].
+    /// Opens a folder, or the name `org/name` of a model in Hugging Face's cache ([`model_folder`]). Weights are checked against
+    /// the configuration by [`ModelFolder::weights`].
     ///
     /// # Errors
-    /// `DataError::Io` for a file that is not there or not readable; [`Error::File`] with what is wrong in `config.json`,
-    /// in the header of `model.safetensors` or in `tokenizer.json`, among them a tokenizer with ids beyond `vocab_size`.
+    /// `DataError::Io` for a file that is not there or not readable; [`Error::File`] with what is wrong in `config.json`, in the
+    /// headers of the weights (as [`Checkpoint::open`]) or in `tokenizer.json`, among them a tokenizer with ids beyond
+    /// `vocab_size`.
     pub fn open(dir: &Path) -> Result<Self> {
+        let dir = model_folder(dir)?;
         let config_path = dir.join("config.json");
         let text = files::read_text(&config_path, files::MOST_CONFIG)?;
         let config = DecoderConfig::from_json(&text).map_err(|error| error.in_file(&config_path))?;
+        let block = weight_block_size(&text).map_err(|error| error.in_file(&config_path))?;
 
-        let weights_path = dir.join("model.safetensors");
-        files::check_safetensors(&weights_path)?;
+        Checkpoint::open(&dir)?;
 
         let tokenizer_path = dir.join("tokenizer.json");
         let bytes = files::read(&tokenizer_path, files::MOST_TOKENIZER)?;
@@ -47,7 +52,7 @@ impl ModelFolder {
             );
             return Err(Error::Data(DataError::Tokenizer(problem)).in_file(&tokenizer_path));
         }
-        Ok(ModelFolder { path: dir.to_owned(), config, tokenizer, weights_path })
+        Ok(ModelFolder { path: dir, config, tokenizer, block })
     }
 
     /// The folder.
@@ -73,16 +78,18 @@ impl ModelFolder {
         self.tokenizer.encode(text).map_err(|error| error.in_file(self.path.join("tokenizer.json")))
     }
 
-    /// Reads all weights, widened to f32. The file's bytes are in memory beside them until it returns: with a mapping instead,
-    /// another process that shortens the file would end this one.
+    /// Reads all weights, widened to f32, a piece of a file at a time: with a mapping instead, another process that shortens the
+    /// file would end this one.
     ///
     /// # Errors
-    /// `DataError::Io` if the file cannot be read any more, [`Error::File`] with a tensor that is missing, has another shape or
+    /// `DataError::Io` if a file cannot be read any more, [`Error::File`] with a tensor that is missing, has another shape or
     /// type, or has no place in the configuration.
     pub fn weights(&self) -> Result<DecoderWeights> {
-        Checkpoint::new(&files::read_safetensors(&self.weights_path)?)
-            .and_then(|checkpoint| DecoderWeights::load(&checkpoint, &self.config))
-            .map_err(|error| error.in_file(&self.weights_path))
+        let mut checkpoint = Checkpoint::open(&self.path)?;
+        if let Some(block) = self.block {
+            checkpoint = checkpoint.with_block_size(block);
+        }
+        DecoderWeights::load(&checkpoint, &self.config)
     }
 }
 
@@ -131,12 +138,14 @@ pub struct DecoderWeights {
     pub layers: Vec<DecoderLayerWeights>,
     /// `model.norm.weight` `[hidden]`
     pub norm: HostTensor,
-    /// `lm_head.weight` `[vocab, hidden]`; `None` when the embedding serves as both
+    /// `lm_head.weight` `[vocab, hidden]`; `None` when the embedding serves as both. With `tie_word_embeddings` it is there only
+    /// where a checkpoint holds one that differs from the embedding: then it is taken, with a warning, as transformers 5 does
     pub lm_head: Option<HostTensor>,
 }
 
 impl DecoderWeights {
-    /// Takes a decoder's weights from a checkpoint that holds nothing else.
+    /// Takes a decoder's weights from a checkpoint that holds nothing else, but for layers behind the last that predict further
+    /// tokens, with an `eh_proj`, and what [`Checkpoint::refuse_rest`] passes over.
     ///
     /// # Errors
     /// `TensorError::Missing`, `TensorError::Shape`, `TensorError::Type` or `TensorError::Extra`, each with the
@@ -146,6 +155,12 @@ impl DecoderWeights {
         let vocab = config.vocab_size as usize;
         let hidden = config.attention.hidden_size() as usize;
         let inner = config.intermediate_size as usize;
+        let predicting = checkpoint.prediction_layers(config.n_layer);
+        checkpoint.pass_over(
+            &format!("of layers that predict further tokens, from num_hidden_layers {} on", config.n_layer),
+            |name| layer_of(name).is_some_and(|layer| predicting.contains(&layer)),
+        );
+        checkpoint.pass_over_harmless("");
         let layer = |number: u32| -> Result<DecoderLayerWeights> {
             let take = |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{number}.{name}"), shape);
             let attention = format!("model.layers.{number}.self_attn.");
@@ -158,16 +173,34 @@ impl DecoderWeights {
                 down_proj: take("mlp.down_proj.weight", &[hidden, inner])?,
             })
         };
+        let embedding = checkpoint.take("model.embed_tokens.weight", &[vocab, hidden])?;
+        let lm_head = match config.tie_word_embeddings {
+            true if !checkpoint.contains("lm_head.weight") => None,
+            tied => Some(checkpoint.take("lm_head.weight", &[vocab, hidden])?)
+                .filter(|head| !(tied && is_tied(head, &embedding))),
+        };
         let weights = DecoderWeights {
-            embedding: checkpoint.take("model.embed_tokens.weight", &[vocab, hidden])?,
+            embedding,
             layers: (0..config.n_layer).map(layer).collect::<Result<_>>()?,
             norm: checkpoint.take("model.norm.weight", &[hidden])?,
-            lm_head: match config.tie_word_embeddings {
-                true => None,
-                false => Some(checkpoint.take("lm_head.weight", &[vocab, hidden])?),
-            },
+            lm_head,
         };
         checkpoint.refuse_rest("")?;
         Ok(weights)
     }
+}
+
+/// Whether an output embedding beside a tied one says the same; a note says which is taken.
+fn is_tied(head: &HostTensor, embedding: &HostTensor) -> bool {
+    let (head_name, name) = (&head.name, &embedding.name);
+    let same = head.data.iter().zip(&embedding.data).all(|(a, b)| a.to_bits() == b.to_bits());
+    match same {
+        true => tracing::warn!(
+            "passed over: tensor `{head_name}`, the same as `{name}`, to which tie_word_embeddings ties it"
+        ),
+        false => tracing::warn!(
+            "tensor `{head_name}` differs from `{name}`, to which tie_word_embeddings ties it: it is taken as it is"
+        ),
+    }
+    same
 }
