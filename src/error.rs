@@ -332,6 +332,9 @@ pub enum DataError {
     /// A checkpoint has no such layer, or another one than is computed.
     #[error("{0}")]
     Layer(String),
+    /// The bytes are not a whole GGUF file of a version that is read.
+    #[error("not a valid GGUF file: {0}")]
+    Gguf(String),
     /// The text of a configuration file is not the JSON that is expected.
     #[error("config is not valid: {0}")]
     Json(#[from] serde_json::Error),

@@ -10,6 +10,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`config`], [`weights`] | a model's configuration, and a checkpoint's tensors |
+//! | [`gguf`] | a model in one GGUF file, read as a checkpoint and its configuration |
 //! | [`attention`] | cache and layer, and their costs |
 //! | [`error`], [`fault`] | errors, and faults that a device reports between calls |
 //! | [`readback`] | submits, waits and reads, for programs without a frame of their own |
@@ -42,6 +43,7 @@ mod device;
 pub mod error;
 pub mod fault;
 pub mod files;
+pub mod gguf;
 mod json;
 mod kernels;
 mod op;

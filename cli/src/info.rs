@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use comfy_table::{CellAlignment, Table};
 use egmla::config::{DecoderAttention, GateNorm, GqaConfig, ModelSummary};
-use egmla::files::{MOST_CONFIG, read_text};
+use egmla::gguf::read_config;
 use egmla::low_level::kernels::REGISTRY;
 use egmla::low_level::{AdapterClass, PlanContext, Tuning, Tunings};
 use egmla::weights::model_folder;
@@ -22,7 +22,7 @@ use crate::unchecked;
 /// Options of `egmla info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// Folder with config.json, or such a file, or a name in Hugging Face's cache (org/name), of any model with latent or
+    /// Folder with config.json, such a file, a GGUF file, or a name in Hugging Face's cache (org/name), of any model with latent or
     /// grouped-query attention; without it, the model of the project's own repository
     #[arg(long, value_name = "DIR|FILE|NAME")]
     model: Option<PathBuf>,
@@ -129,7 +129,7 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
     if let Some(path) = &model {
         let found = model_folder(path)?;
         let file = if found.is_file() { found } else { found.join("config.json") };
-        let summary = ModelSummary::from_json(&read_text(&file, MOST_CONFIG)?).map_err(|error| error.in_file(file))?;
+        let summary = ModelSummary::from_json(&read_config(&file)?).map_err(|error| error.in_file(file))?;
         caches.push(CacheTable::of_model(path, &summary));
         commands = Some(Commands::of(summary));
     }

@@ -89,9 +89,9 @@ impl StorageOption {
 /// `--model`, shared by the commands that run a language model.
 #[derive(Args, Debug, Clone)]
 pub struct ModelOption {
-    /// Folder with config.json, model.safetensors or its shards, and tokenizer.json, or a model's name in Hugging Face's cache
-    /// (org/name); without it, the model of the project's own repository
-    #[arg(long, value_name = "DIR|NAME")]
+    /// Folder with config.json, model.safetensors or its shards, and tokenizer.json, a GGUF file, or a model's name in Hugging Face's
+    /// cache (org/name); without it, the model of the project's own repository
+    #[arg(long, value_name = "DIR|FILE|NAME")]
     pub model: Option<PathBuf>,
 }
 

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::error::{Error, Result, TensorError};
+use crate::gguf;
 use crate::weights::HostTensor;
 
 pub use folder::model_folder;
@@ -180,7 +181,7 @@ impl<'a> Checkpoint<'a> {
 }
 
 impl Checkpoint<'static> {
-    /// Opens a safetensors file, an index of shards (`….index.json`), or a folder with `model.safetensors` or
+    /// Opens a safetensors file, an index of shards (`….index.json`), a GGUF file, or a folder with `model.safetensors` or
     /// `model.safetensors.index.json`; a folder of Hugging Face's cache, or the name of a model in it, as [`model_folder`].
     /// Headers are read at once, a tensor when it is taken: a file that changed meanwhile is an error.
     ///
@@ -188,7 +189,9 @@ impl Checkpoint<'static> {
     /// [`Error::File`] with `DataError::Io`, or with what is wrong in a header or index.
     pub fn open(path: &Path) -> Result<Self> {
         let path = model_folder(path)?;
-        // Readers of other formats come here, chosen by the file's extension or its first bytes.
+        if gguf::is_gguf(&path) {
+            return Ok(Checkpoint::of(gguf::open(&path)?));
+        }
         let files = if path.is_dir() {
             safetensors::Files::folder(&path)?
         } else if path.extension().is_some_and(|extension| extension == "json") {

@@ -1,4 +1,4 @@
-//! A model's folder: `config.json`, `tokenizer.json`, and the weights in `model.safetensors` or in shards.
+//! A model's folder: `config.json`, `tokenizer.json`, and the weights in `model.safetensors` or in shards; or one GGUF file.
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +7,15 @@ use crate::checkpoint::layer_of;
 use crate::config::{DecoderAttention, DecoderConfig, weight_block_size};
 use crate::error::{DataError, Error, Result};
 use crate::files;
+use crate::gguf::{self, Gguf};
 use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, model_folder};
 
-/// A model in Hugging Face layout: configuration and tokenizer are read at once, weights on request.
+/// A model in Hugging Face layout, or in a GGUF file: configuration and tokenizer are read at once, weights on request.
 pub struct ModelFolder {
     path: PathBuf,
     config: DecoderConfig,
     tokenizer: TextTokenizer,
+    tokenizer_path: PathBuf,
     /// Blocks of fp8 weights, where the configuration gives some.
     block: Option<[u32; 2]>,
 }
@@ -25,15 +27,27 @@ impl std::fmt::Debug for ModelFolder {
 }
 
 impl ModelFolder {
-    /// Opens a folder, or the name `org/name` of a model in Hugging Face's cache ([`model_folder`]). Weights are checked against
-    /// the configuration by [`ModelFolder::weights`].
+    /// Opens a folder, a GGUF file, or the name `org/name` of a model in Hugging Face's cache ([`model_folder`]). Weights are
+    /// checked against the configuration by [`ModelFolder::weights`].
     ///
     /// # Errors
     /// `DataError::Io` for a file that is not there or not readable; [`Error::File`] with what is wrong in `config.json`, in the
     /// headers of the weights (as [`Checkpoint::open`]) or in `tokenizer.json`, among them a tokenizer with ids beyond
-    /// `vocab_size`.
+    /// `vocab_size`; or in the GGUF file.
     pub fn open(dir: &Path) -> Result<Self> {
         let dir = model_folder(dir)?;
+        if gguf::is_gguf(&dir) {
+            let read = |file: Gguf| -> Result<Self> {
+                Ok(ModelFolder {
+                    config: DecoderConfig::from_json(&file.config_json()?)?,
+                    tokenizer: file.tokenizer()?,
+                    tokenizer_path: dir.clone(),
+                    path: dir.clone(),
+                    block: None,
+                })
+            };
+            return read(Gguf::open(&dir)?).map_err(|error| error.in_file(&dir))?.checked();
+        }
         let config_path = dir.join("config.json");
         let text = files::read_text(&config_path, files::MOST_CONFIG)?;
         let config = DecoderConfig::from_json(&text).map_err(|error| error.in_file(&config_path))?;
@@ -44,18 +58,22 @@ impl ModelFolder {
         let tokenizer_path = dir.join("tokenizer.json");
         let bytes = files::read(&tokenizer_path, files::MOST_TOKENIZER)?;
         let tokenizer = TextTokenizer::from_bytes(&bytes).map_err(|error| error.in_file(&tokenizer_path))?;
-        if tokenizer.vocab_size() > u64::from(config.vocab_size) {
-            let problem = format!(
-                "the vocabulary needs {} rows of the embedding, but vocab_size in config.json is {}",
-                tokenizer.vocab_size(),
-                config.vocab_size
-            );
-            return Err(Error::Data(DataError::Tokenizer(problem)).in_file(&tokenizer_path));
-        }
-        Ok(ModelFolder { path: dir, config, tokenizer, block })
+        ModelFolder { path: dir, config, tokenizer, tokenizer_path, block }.checked()
     }
 
-    /// The folder.
+    /// Refuses a tokenizer with ids beyond the embedding.
+    fn checked(self) -> Result<Self> {
+        let (needed, vocab_size) = (self.tokenizer.vocab_size(), self.config.vocab_size);
+        if needed > u64::from(vocab_size) {
+            let problem = format!(
+                "the vocabulary needs {needed} rows of the embedding, but vocab_size in config.json is {vocab_size}"
+            );
+            return Err(Error::Data(DataError::Tokenizer(problem)).in_file(self.tokenizer_path));
+        }
+        Ok(self)
+    }
+
+    /// The folder or file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -75,7 +93,7 @@ impl ModelFolder {
     /// # Errors
     /// `DataError::Tokenizer` in [`Error::File`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text).map_err(|error| error.in_file(self.path.join("tokenizer.json")))
+        self.tokenizer.encode(text).map_err(|error| error.in_file(&self.tokenizer_path))
     }
 
     /// Reads all weights, widened to f32, a piece of a file at a time: with a mapping instead, another process that shortens the
