@@ -30,7 +30,8 @@ impl Model {
         let step = self.cache.prepare(mode, StepTokens { counts, ids: None })?;
         for (index, layer) in self.layers.iter().enumerate() {
             layer.forward(&mut self.recording, &self.cache, &step, index, &stream, &delta)?;
-            self.recording.add(&ResidualAdd { elements }, residual_add::Args { delta: &delta, stream: &stream })?;
+            self.recording
+                .add(&ResidualAdd { elements, factor: 1.0 }, residual_add::Args { delta: &delta, stream: &stream })?;
         }
         readback::submit(&mut self.recording)?;
         // Consumes the step: the tokens are part of the cache, once.

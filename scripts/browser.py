@@ -60,10 +60,10 @@ FAULT_CASE = "residual_add/65"
 KERNEL = "/shaders/residual_add.wgsl"
 DISAGREES = "disagrees with the library"
 FAULTS = [
-    Fault("a kernel that computes something else", KERNEL, "+= delta[i]", "-= delta[i]", "relative error"),
+    Fault("a kernel that computes something else", KERNEL, "+= params.factor * delta[i]", "-= params.factor * delta[i]", "relative error"),
     Fault("a kernel that leaves the last element out", KERNEL, "i < params.elements", "i + 1 < params.elements", "worst element 64"),
     Fault("a kernel that does not compile", KERNEL, "stream[i] +=", "stream[i] =+", "residual_add.wgsl:"),
-    Fault("a kernel that writes NaN", KERNEL, "+= delta[i]", "= bitcast<f32>(params.elements | 0x7fc00000u)", "NaN"),
+    Fault("a kernel that writes NaN", KERNEL, "+= params.factor * delta[i]", "= bitcast<f32>(params.elements | 0x7fc00000u)", "NaN"),
     Fault("guard words of another kind", "/web/data/index.json", '"poison":2143346349', '"poison":2143346348', "guard word"),
     Fault("a comparator that sees no error", "/web/compare.js", "excess > tolerance.element || error", "false && error", DISAGREES),
     Fault("a comparator without positions", "/web/compare.js", "if (different >= 0) {", "if (false) {", DISAGREES),

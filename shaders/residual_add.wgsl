@@ -1,4 +1,4 @@
-// Residual connection, in place: stream += delta.
+// Residual connection, in place: stream += factor · delta.
 //
 // grid: one invocation per element, folded into x and y.
 
@@ -6,6 +6,7 @@ override WORKGROUP: u32 = 64u;
 
 struct Params {
     elements: u32,
+    factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -20,6 +21,6 @@ fn main(
 ) {
     let i = (group.y * groups.x + group.x) * WORKGROUP + lane;
     if (i < params.elements) {
-        stream[i] += delta[i];
+        stream[i] += params.factor * delta[i];
     }
 }

@@ -1,4 +1,4 @@
-// Residual connection, in place, in 16-byte loads: stream += delta. For elements that are a multiple of 4.
+// Residual connection, in place, in 16-byte loads: stream += factor · delta. For elements that are a multiple of 4.
 //
 // grid: one invocation four elements, folded into x and y.
 //
@@ -9,6 +9,7 @@ override WORKGROUP: u32 = 64u;
 
 struct Params {
     elements: u32,
+    factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -23,6 +24,6 @@ fn main(
 ) {
     let i = (group.y * groups.x + group.x) * WORKGROUP + lane;
     if (i < params.elements / 4u) {
-        stream[i] += delta[i];
+        stream[i] += params.factor * delta[i];
     }
 }

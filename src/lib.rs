@@ -63,14 +63,15 @@ mod vouched;
 pub mod weights;
 
 pub use attention::{
-    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, Step, StepTokens, Tokens,
+    Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, GqaAttention, KvCache, LatentCache, Mode, Step,
+    StepTokens, Tokens,
 };
-pub use config::AttentionConfig;
+pub use config::{AttentionConfig, GqaConfig};
 pub use device::{Kernels, Region};
 pub use error::{Error, Result};
 pub use recording::Recording;
 pub use storage::Storage;
-pub use weights::{AttentionWeights, Checkpoint};
+pub use weights::{AttentionWeights, Checkpoint, GqaWeights};
 pub use wgpu;
 
 /// Single kernels: to run them, to plan and count them, or to add operations of your own to a [`Recording`].

@@ -338,7 +338,7 @@ fn new<'a>(mode: Mode, counts: &'a [u32], ids: &'a [u32]) -> (Mode, StepTokens<'
 fn step(
     gpu: &common::Gpu,
     decoder: &Decoder,
-    cache: &mut egmla::attention::LatentCache,
+    cache: &mut egmla::decoder::DecoderCache,
     state: &egmla::decoder::DecoderState,
     new: (Mode, StepTokens<'_>),
     logits: Logits,

@@ -156,7 +156,7 @@ fn only_words_may_differ_between_recordings_of_one_shape() {
         let stream = Guarded::filled(&gpu.kernels, "stream", &[0; 8]).unwrap();
         let mut recording = Recording::new(capture.kernels());
         let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
-        recording.add(&residual_add::ResidualAdd { elements }, args).unwrap();
+        recording.add(&residual_add::ResidualAdd { elements, factor: 1.0 }, args).unwrap();
         capture.submit(&mut recording).unwrap();
         capture.read(&stream).unwrap();
         let actions = capture.take_actions();

@@ -25,7 +25,7 @@ fn a_copy_of_a_shader_is_planned_as_the_library_plans_it() {
     let (delta, stream) = (floats(&gpu.kernels, &[1.0; 8]), floats(&gpu.kernels, &[2.0; 8]));
     let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
     let mut recording = Recording::new(&gpu.kernels);
-    let op = ResidualAdd { elements: 8 };
+    let op = ResidualAdd { elements: 8, factor: 1.0 };
     recording.add_variant(forged(), &op, args, Tuning::Auto).unwrap();
     assert_eq!((recording.dispatches(), recording.checked_kernels().count()), (1, 0));
     readback::submit(&mut recording).unwrap();
@@ -95,7 +95,7 @@ fn an_own_shader_under_a_name_of_the_library_is_another_and_checked() {
     let own = Args { delta: &delta.region, stream: &stream.region };
     recording.add(&Halve(8), own).unwrap();
     let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
-    recording.add(&ResidualAdd { elements: 8 }, args).unwrap();
+    recording.add(&ResidualAdd { elements: 8, factor: 1.0 }, args).unwrap();
     recording.add(&Halve(8), own).unwrap();
     assert_eq!(recording.checked_kernels().collect::<Vec<_>>(), ["residual_add"; 2]);
     readback::submit(&mut recording).unwrap();
@@ -143,7 +143,7 @@ fn checks_change_no_result() {
         let (delta, stream) = (floats(&kernels, &values), floats(&kernels, &values));
         let mut recording = Recording::new(&kernels);
         let args = residual_add::Args { delta: &delta.region, stream: &stream.region };
-        recording.add(&ResidualAdd { elements: 999 }, args).unwrap();
+        recording.add(&ResidualAdd { elements: 999, factor: 1.0 }, args).unwrap();
         readback::submit(&mut recording).unwrap();
         stream.read(&kernels).unwrap()
     });

@@ -2,11 +2,9 @@
 
 use std::time::Instant;
 
-use egmla::attention::{
-    AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, MemoryReport, Mode, StepTokens,
-};
+use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, GateRows, MemoryReport, Mode, StepTokens};
 use egmla::config::DecoderConfig;
-use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderState, DecoderWeights, Logits};
+use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderCache, DecoderState, DecoderWeights, Logits};
 use egmla::readback;
 use egmla::{Recording, Storage};
 
@@ -58,7 +56,7 @@ pub enum Engine<'a> {
         /// The model.
         decoder: Box<Decoder>,
         /// Its past.
-        cache: Box<LatentCache>,
+        cache: Box<DecoderCache>,
         /// Buffers of a step.
         state: Box<DecoderState>,
         /// The recording of the steps.

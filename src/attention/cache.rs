@@ -1,7 +1,6 @@
 //! The latent cache of a model: what EG-MLA and MLA keep of every past token.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
+use super::batch::{Batch, Extents, Numbering};
 use super::cost;
 use super::layer::{Attention, DecodePath};
 use super::layout::{CacheLayout, LayerCache, MemoryReport};
@@ -15,6 +14,7 @@ use crate::adapter::PlanContext;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
+use crate::kernels::attention_absorbed::workgroups;
 use crate::kernels::attention_grouped;
 use crate::storage::Storage;
 #[cfg(feature = "check")]
@@ -57,6 +57,17 @@ impl CacheOptions {
     }
 }
 
+impl CacheOptions {
+    /// A commit after one layer would lose the others.
+    pub(super) fn check_one_layer(&self) -> Result<()> {
+        if self.n_layer == 1 {
+            return Ok(());
+        }
+        let what = "layers of the cache (with several, use prepare, forward and commit)";
+        Err(Error::Argument(ArgumentError::Count { what, expected: 1, found: self.n_layer.into() }))
+    }
+}
+
 impl Default for CacheOptions {
     /// One layer and one sequence of up to 2048 tokens in f32, 512 new tokens in a step and one in a decode step.
     fn default() -> Self {
@@ -90,14 +101,7 @@ pub struct LatentCache {
     pub(super) layers: Vec<LayerCache>,
     pub(super) lists: Option<Lists>,
     workspace: Workspace,
-    pub(super) lengths: Vec<u32>,
-    /// Angle per position of every rotary pair, and the factor on cos and sin.
-    frequencies: Vec<f64>,
-    amplitude: f64,
-    /// Identifies the cache: it refuses a step of another.
-    identity: u64,
-    /// Counts changes of the state: a step made before a change is stale.
-    generation: u64,
+    pub(super) batch: Batch,
     /// The faster path of a decode step's work, as it was last decided.
     faster: Option<(cost::DecodeWork, DecodePath)>,
 }
@@ -124,7 +128,14 @@ impl LatentCache {
         let lists = layout.lists.map(|lists| Lists::new(kernels, lists)).transpose()?;
         let workspace = Workspace::new(kernels, config, &widths, &options, layout.lists.as_ref())?;
         let layers = (0..options.n_layer).map(|_| layout.allocate(kernels)).collect::<Result<Vec<_>>>()?;
-        static IDENTITIES: AtomicU64 = AtomicU64::new(0);
+        let extents = Extents {
+            batch: options.batch,
+            capacity: options.capacity,
+            numbering: Numbering::Dense,
+            max_tokens: workspace.max_tokens,
+            decode_tokens: workspace.decode_tokens,
+            groups: workgroups(widths.n_head),
+        };
         Ok(LatentCache {
             kernels: kernels.clone(),
             config: config.clone(),
@@ -136,11 +147,7 @@ impl LatentCache {
             layers,
             lists,
             workspace,
-            lengths: vec![0; options.batch as usize],
-            frequencies: config.rope.frequencies(config.d_rope),
-            amplitude: config.rope.amplitude(),
-            identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
-            generation: 0,
+            batch: Batch::new(extents, &config.rope, config.d_rope),
             faster: None,
         })
     }
@@ -162,7 +169,7 @@ impl LatentCache {
 
     /// Tokens that each sequence holds.
     pub fn lengths(&self) -> &[u32] {
-        &self.lengths
+        &self.batch.lengths
     }
 
     pub(super) fn layer(&self, layer: usize) -> Result<&LayerCache> {
@@ -201,22 +208,6 @@ impl LatentCache {
     /// Most new tokens of a step: `max_tokens` of the options, or every cache row of a smaller cache.
     pub fn max_tokens(&self) -> u32 {
         self.workspace.max_tokens
-    }
-
-    /// Most new tokens of a step, and of a sequence in a decode step.
-    pub(super) fn most_tokens(&self) -> (u32, u32) {
-        (self.workspace.max_tokens, self.workspace.decode_tokens)
-    }
-
-    /// cos and sin of every rotary pair at a position.
-    pub(super) fn rotate(&self, position: u32, rotations: &mut Vec<[f32; 2]>) {
-        let end = rotations.len() + self.widths.d_rope as usize / 2;
-        rotations.extend(self.frequencies.iter().map(|frequency| {
-            let (sin, cos) = (f64::from(position) * frequency).sin_cos();
-            [(cos * self.amplitude) as f32, (sin * self.amplitude) as f32]
-        }));
-        // The padding stays as it is.
-        rotations.resize(end, [1.0, 0.0]);
     }
 
     /// The path of a step by the options: [`DecodePath::Auto`] is the one that takes less time by [`crate::attention::cost`], a
@@ -281,7 +272,7 @@ impl LatentCache {
     }
 
     pub(super) fn stamp(&self) -> (u64, u64) {
-        (self.identity, self.generation)
+        self.batch.stamp()
     }
 
     /// Marks a change of the state: steps made before it are stale, and their appended tokens are rolled back.
@@ -289,7 +280,7 @@ impl LatentCache {
         if let Some(lists) = &mut self.lists {
             lists.settle();
         }
-        self.generation += 1;
+        self.batch.settle();
     }
 
     /// Makes the tokens of a step part of the cache. Call it once all layers are recorded.
@@ -297,14 +288,11 @@ impl LatentCache {
     /// # Errors
     /// [`Error::StaleStep`] for a step of another cache, or after a change of the cache.
     pub fn commit(&mut self, step: Step) -> Result<()> {
-        if step.stamp != self.stamp() {
-            return Err(Error::StaleStep);
-        }
+        self.batch.check_stamp(&step)?;
         if let Some(lists) = &mut self.lists {
             lists.commit(&step.lists);
         }
-        self.lengths = step.lengths_after;
-        self.generation += 1;
+        self.batch.commit(step);
         Ok(())
     }
 
@@ -383,20 +371,8 @@ impl LatentCache {
         if let Some(lists) = &mut self.lists {
             lists.fill(kernels, ids)?;
         }
-        self.lengths.fill(ids.len() as u32);
-        self.generation += 1;
-        Ok(())
-    }
-
-    pub(super) fn check_sequence(&self, sequence: usize) -> Result<()> {
-        if sequence >= self.lengths.len() {
-            let limit = self.lengths.len() as u64 - 1;
-            return Err(Error::Argument(ArgumentError::OutOfRange {
-                what: "sequence of the cache",
-                found: sequence as u64,
-                limit,
-            }));
-        }
+        self.batch.lengths.fill(ids.len() as u32);
+        self.batch.settle();
         Ok(())
     }
 
@@ -405,21 +381,12 @@ impl LatentCache {
     /// # Errors
     /// `ArgumentError::OutOfRange` for a sequence that does not exist or is shorter.
     pub fn truncate(&mut self, sequence: usize, length: u32) -> Result<()> {
-        self.check_sequence(sequence)?;
-        let limit = self.lengths[sequence];
-        if length > limit {
-            let found = length.into();
-            return Err(Error::Argument(ArgumentError::OutOfRange {
-                what: "length to truncate to",
-                found,
-                limit: limit.into(),
-            }));
-        }
+        self.batch.check_truncation(sequence, length)?;
         self.settle();
         if let Some(lists) = &mut self.lists {
             lists.truncate(sequence as u32, length);
         }
-        self.lengths[sequence] = length;
+        self.batch.lengths[sequence] = length;
         Ok(())
     }
 
@@ -429,7 +396,7 @@ impl LatentCache {
         if let Some(lists) = &mut self.lists {
             lists.reset();
         }
-        self.lengths.fill(0);
+        self.batch.lengths.fill(0);
     }
 
     /// Bytes allocated on the device, by purpose.

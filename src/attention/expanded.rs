@@ -1,14 +1,14 @@
 //! Attention over keys and values that are rebuilt from the cache, one tile of cache rows at a time.
 
 use super::frame::{Frame, Latents, Partials, Statistics};
-use super::project::Hidden;
+use super::project::{Hidden, combine};
 use super::step::{Mode, Table};
 use crate::adapter::{Cooperative, PlanContext};
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::attention_prefill::AttentionPrefill;
 use crate::kernels::matmul::Matmul;
-use crate::kernels::{attention_combine, attention_decode, attention_prefill, cache_read};
+use crate::kernels::{attention_decode, attention_prefill, cache_read};
 use crate::op::{Op, choose};
 use crate::storage::Storage;
 
@@ -177,10 +177,7 @@ impl<'a> Frame<'a> {
     }
 
     pub fn combine(&mut self, partials: &Partials, width: u32, values: &Region) -> Result<()> {
-        let Partials { values: partial_values, softmax: partial_softmax, ranges, count: splits } = partials;
-        let (tokens, n_head, splits) = (self.step.tokens, self.layer.widths.n_head, *splits);
-        let op = attention_combine::AttentionCombine { tokens, n_head, width, splits };
-        let lse = &self.workspace.lse;
-        self.recording.add_own(&op, attention_combine::Args { partial_values, partial_softmax, ranges, values, lse })
+        let extents = (self.step.tokens, self.layer.widths.n_head, width);
+        combine(self.recording, extents, partials, values, &self.workspace.lse)
     }
 }

@@ -4,14 +4,14 @@ use super::cache::LatentCache;
 use super::layer::Attention;
 use super::layout::LayerCache;
 use super::step::{Step, Table};
-use super::weights::{GateWeights, Shard};
+use super::weights::GateWeights;
 use super::widths::gated_segments;
 use super::workspace::Workspace;
 use crate::config::{GateConfig, GateNorm};
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::attention_grouped::beta_element;
-use crate::kernels::matmul::{self, Layout, Matmul};
+use crate::kernels::matmul::{self, Matmul};
 use crate::kernels::{gate, gather};
 use crate::recording::Recording;
 
@@ -64,17 +64,6 @@ impl<'a> Frame<'a> {
         let op = Matmul { bias: bias.is_some(), ..*op };
         let bias = bias.unwrap_or(&self.absent);
         self.recording.add_own(&op, matmul::Args { x, w, bias, y })
-    }
-
-    /// A product with a matrix in shards.
-    pub fn products(&mut self, op: &Matmul, x: &Region, shards: &[Shard<Region>], y: &Region) -> Result<()> {
-        for Shard { first, columns, proj, bias } in shards {
-            // The caller's rows may end before the padding.
-            let cols = (*columns).min(op.cols.saturating_sub(*first));
-            let to = Layout { offset: op.y.offset + first, ..op.y };
-            self.product(&Matmul { cols, y: to, ..*op }, x, proj, bias.as_ref(), y)?;
-        }
-        Ok(())
     }
 
     /// Dense `y [rows, cols] = x [rows, inner] · wᵀ`.

@@ -154,12 +154,7 @@ impl Attention {
         mode: Mode,
         tokens: Tokens<'_>,
     ) -> Result<()> {
-        let n_layer = cache.options().n_layer;
-        if n_layer != 1 {
-            // A commit after one layer would lose the others.
-            let what = "layers of the cache (with several, use prepare, forward and commit)";
-            return Err(Error::Argument(ArgumentError::Count { what, expected: 1, found: n_layer.into() }));
-        }
+        cache.options().check_one_layer()?;
         let Tokens { counts, ids, hidden, out } = tokens;
         let step = cache.prepare(mode, StepTokens { counts, ids })?;
         self.forward(recording, cache, &step, 0, &hidden, &out)?;

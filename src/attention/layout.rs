@@ -114,25 +114,7 @@ impl CacheLayout {
         options: &CacheOptions,
         gate_rows: GateRows,
     ) -> Result<Self> {
-        for (what, extent) in [
-            ("layers of the cache", options.n_layer),
-            ("sequences of the cache", options.batch),
-            ("capacity of the cache", options.capacity),
-            ("step (max_tokens is 0)", options.max_tokens),
-        ] {
-            if extent == 0 {
-                return Err(Error::Argument(ArgumentError::Empty { what }));
-            }
-        }
-        let rows = product(&[options.batch, options.capacity]);
-        let most = (1 << 31) - 1;
-        if rows > most {
-            return Err(Error::Argument(ArgumentError::OutOfRange {
-                what: "batch × capacity of the cache",
-                found: rows,
-                limit: most,
-            }));
-        }
+        let rows = options.check_extents(options.capacity)?;
         // The kernels bind a layer's cache whole.
         let bytes = |what: &str, needed: u64| {
             let what = || format!("{what} of {} sequences × {} tokens", options.batch, options.capacity);
@@ -175,6 +157,7 @@ impl CacheLayout {
         MemoryReport {
             latent: of_layers(self.latent),
             rope_key: of_layers(self.rope_key),
+            keys_and_values: 0,
             lists: self.lists.map_or(0, |lists| words(lists.words.into())),
             statistics: of_layers(self.statistics),
             gate_rows: of_layers(self.pool.unwrap_or(0)),
@@ -196,13 +179,44 @@ impl CacheLayout {
     }
 }
 
+impl CacheOptions {
+    /// Cache rows of sequences `pitch` rows apart.
+    ///
+    /// # Errors
+    /// Extents of 0 or over 2^31 cache rows.
+    pub(super) fn check_extents(&self, pitch: u32) -> Result<u64> {
+        for (what, extent) in [
+            ("layers of the cache", self.n_layer),
+            ("sequences of the cache", self.batch),
+            ("capacity of the cache", self.capacity),
+            ("step (max_tokens is 0)", self.max_tokens),
+        ] {
+            if extent == 0 {
+                return Err(Error::Argument(ArgumentError::Empty { what }));
+            }
+        }
+        let rows = product(&[self.batch, pitch]);
+        let most = (1 << 31) - 1;
+        if rows > most {
+            return Err(Error::Argument(ArgumentError::OutOfRange {
+                what: "batch × capacity of the cache",
+                found: rows,
+                limit: most,
+            }));
+        }
+        Ok(rows)
+    }
+}
+
 /// Bytes on the device, by purpose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct MemoryReport {
     /// Cached latents of all layers.
     pub latent: u64,
     /// Cached rotary keys of all layers.
     pub rope_key: u64,
+    /// Cached keys and values per head of all layers.
+    pub keys_and_values: u64,
     /// Token ids and group lists, shared by the layers.
     pub lists: u64,
     /// Cached norm statistics of all layers.
@@ -216,10 +230,11 @@ pub struct MemoryReport {
 
 impl MemoryReport {
     /// The lines of the report: name and bytes.
-    pub fn lines(&self) -> [(&'static str, u64); 6] {
+    pub fn lines(&self) -> [(&'static str, u64); 7] {
         [
             ("latent", self.latent),
             ("rope key", self.rope_key),
+            ("keys and values", self.keys_and_values),
             ("token ids and groups", self.lists),
             ("norm statistics", self.statistics),
             ("gate rows", self.gate_rows),

@@ -8,17 +8,23 @@
 //!                                                            └──────────── absorbed ─────────────┘
 //! ```
 //!
+//! [`GqaAttention`] is the layer with keys and values per head (MHA, GQA, MQA), [`KvCache`] its cache; all that follows holds for
+//! them, too.
+//!
 //! A [`LatentCache`] serves every layer of a model. [`LatentCache::prepare`] checks new tokens and makes the tables that all
 //! layers share; [`Attention::forward`] records one layer of that [`Step`]; [`LatentCache::commit`] makes the tokens part of
 //! the cache. [`Attention::prefill`] and [`Attention::decode`] do all three for a cache of one layer.
 
 mod absorbed;
+mod batch;
 mod cache;
 pub mod cost;
 mod expanded;
 mod frame;
+mod gqa;
 mod grouped;
 pub(crate) mod groups;
+mod kv_cache;
 mod layer;
 mod layout;
 mod limits;
@@ -32,11 +38,15 @@ mod widths;
 mod workspace;
 
 pub use cache::{CacheOptions, LatentCache};
+pub use gqa::GqaAttention;
+pub use kv_cache::KvCache;
 pub use layer::{Attention, AttentionOptions, DecodePath, Tokens};
 pub use layout::MemoryReport;
 pub use lists::GateRows;
 pub use step::{MOST_DECODED, Mode, Step, StepTokens};
 
+#[cfg(feature = "decoder")]
+pub(crate) use gqa::check_gqa_weights;
 #[cfg(feature = "decoder")]
 pub(crate) use project::Hidden;
 #[cfg(feature = "decoder")]

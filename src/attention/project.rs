@@ -7,7 +7,8 @@ use crate::config::GateConfig;
 use crate::device::Region;
 use crate::error::Result;
 use crate::kernels::matmul::{FEW_ROWS, Layout, Matmul};
-use crate::kernels::{cache_append, norm, output_project, rope};
+use crate::kernels::{attention_combine, cache_append, norm, output_project, rope};
+use crate::recording::Recording;
 use crate::storage::Storage;
 
 /// Hidden states of the caller: elements per token, and elements from one token to the next.
@@ -17,15 +18,7 @@ pub(crate) struct Hidden<'a> {
     pub width: u32,
 }
 
-/// The shard of a matrix that one binding holds.
-fn sole<T>(shards: &[Shard<T>]) -> Option<&Shard<T>> {
-    match shards {
-        [whole] => Some(whole),
-        _ => None,
-    }
-}
-
-impl Frame<'_> {
+impl<'a> Frame<'a> {
     /// Projects what the hidden states say of queries, latents and rotary keys, neither normed nor rotated.
     pub fn project(&mut self, hidden: Hidden<'_>) -> Result<()> {
         let (layer, workspace, tokens) = (self.layer, self.workspace, self.step.tokens);
@@ -34,7 +27,7 @@ impl Frame<'_> {
             w: Layout::dense(widths.hidden),
             ..Matmul::linear(tokens, hidden.width, widths.down(), false, layer.storage)
         };
-        self.products(&op, hidden.region, &layer.weights.down, &workspace.down)
+        Shard::product(&layer.weights.down, self.recording, &op, hidden.region, &workspace.down)
     }
 
     /// Appends latents and rotary keys to the cache, and makes `q [tokens, n_head, d_nope + d_rope]` of the queries. Latents are
@@ -54,7 +47,7 @@ impl Frame<'_> {
         });
         let keeps_values = cache_append::keeps_values(step.tokens, widths.d_latent);
         // Many are a product of their own, and those of more weights than one binding holds.
-        let whole = weights.query.as_ref().and_then(|query| sole(&query.proj));
+        let whole = weights.query.as_ref().and_then(|query| Shard::sole(&query.proj));
         let apart = low_rank.is_some() && (step.tokens > FEW_ROWS || whole.is_none());
         let n_head = if apart { 0 } else { widths.n_head };
         let queries = cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope, low_rank };
@@ -134,7 +127,7 @@ impl Frame<'_> {
         let args = norm::Args { x: &workspace.down, weight, bias: &self.absent, y: &workspace.normed };
         self.recording.add_own(&op, args)?;
         let op = self.linear(tokens, widths.rank, widths.queries());
-        self.products(&op, &workspace.normed, proj, &workspace.q)?;
+        Shard::product(proj, self.recording, &op, &workspace.normed, &workspace.q)?;
         let op = rope::Rope {
             tokens,
             n_head: widths.n_head,
@@ -152,20 +145,60 @@ impl Frame<'_> {
 
     /// `out = o_proj · values` of the values that partial results combine to.
     pub fn project_partials(&mut self, partials: &Partials, out: Hidden<'_>) -> Result<()> {
+        self.output().project_partials(self.recording, partials, out)
+    }
+
+    /// `out = o_proj · values`
+    pub fn project_out(&mut self, out: Hidden<'_>) -> Result<()> {
+        self.output().project(self.recording, out)
+    }
+
+    fn output(&self) -> Output<'a> {
         let (layer, workspace) = (self.layer, self.workspace);
-        let (widths, weights) = (&layer.widths, &layer.weights);
-        let op = output_project::OutputProject {
+        Output {
             tokens: self.step.tokens,
-            n_head: widths.n_head,
-            d_value: widths.d_value,
+            n_head: layer.widths.n_head,
+            d_value: layer.widths.d_value,
+            storage: layer.storage,
+            o_proj: &layer.weights.o_proj,
+            values: &workspace.values,
+            lse: &workspace.lse,
+            absent: self.absent.clone(),
+        }
+    }
+}
+
+/// From the values of the heads to a layer's output.
+pub(super) struct Output<'a> {
+    pub tokens: u32,
+    pub n_head: u32,
+    pub d_value: u32,
+    /// Of the weights.
+    pub storage: Storage,
+    pub o_proj: &'a [Shard<Region>],
+    /// `[tokens, n_head, d_value]`
+    pub values: &'a Region,
+    /// `[tokens, n_head]`
+    pub lse: &'a Region,
+    /// Bound in place of absent buffers.
+    pub absent: Region,
+}
+
+impl Output<'_> {
+    /// `out = o_proj · values` of the values that partial results combine to.
+    pub fn project_partials(&self, recording: &mut Recording, partials: &Partials, out: Hidden<'_>) -> Result<()> {
+        let op = output_project::OutputProject {
+            tokens: self.tokens,
+            n_head: self.n_head,
+            d_value: self.d_value,
             columns: out.width,
             splits: partials.count,
-            bias: weights.o_proj.iter().any(|shard| shard.bias.is_some()),
-            storage: layer.storage,
+            bias: self.o_proj.iter().any(|shard| shard.bias.is_some()),
+            storage: self.storage,
         };
-        let (Some(whole), true) = (sole(&weights.o_proj), op.pays()) else {
-            self.combine(partials, widths.d_value, &workspace.values)?;
-            return self.project_out(out);
+        let (Some(whole), true) = (Shard::sole(self.o_proj), op.pays()) else {
+            combine(recording, (self.tokens, self.n_head, self.d_value), partials, self.values, self.lse)?;
+            return self.project(recording, out);
         };
         let args = output_project::Args {
             partial_values: &partials.values,
@@ -175,13 +208,25 @@ impl Frame<'_> {
             bias: whole.bias.as_ref().unwrap_or(&self.absent),
             y: out.region,
         };
-        self.recording.add_own(&op, args)
+        recording.add_own(&op, args)
     }
 
     /// `out = o_proj · values`
-    pub fn project_out(&mut self, out: Hidden<'_>) -> Result<()> {
-        let (layer, workspace) = (self.layer, self.workspace);
-        let op = self.linear(self.step.tokens, layer.widths.values(), out.width);
-        self.products(&op, &workspace.values, &layer.weights.o_proj, out.region)
+    pub fn project(&self, recording: &mut Recording, out: Hidden<'_>) -> Result<()> {
+        let op = Matmul::linear(self.tokens, self.n_head * self.d_value, out.width, false, self.storage);
+        Shard::product(self.o_proj, recording, &op, self.values, out.region)
     }
+}
+
+/// `values [tokens, n_head, width]` of partial results.
+pub(super) fn combine(
+    recording: &mut Recording,
+    (tokens, n_head, width): (u32, u32, u32),
+    partials: &Partials,
+    values: &Region,
+    lse: &Region,
+) -> Result<()> {
+    let Partials { values: partial_values, softmax: partial_softmax, ranges, count: splits } = partials;
+    let op = attention_combine::AttentionCombine { tokens, n_head, width, splits: *splits };
+    recording.add_own(&op, attention_combine::Args { partial_values, partial_softmax, ranges, values, lse })
 }

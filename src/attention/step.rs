@@ -1,15 +1,19 @@
 //! New tokens of a batch, checked, with the tables that every layer needs.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::cast_slice;
 
+use super::batch::{Batch, Numbering};
 use super::cache::LatentCache;
+use super::kv_cache::KvCache;
 use super::layer::DecodePath;
 use super::lists::{Grouped, ListStep};
-use crate::device::Region;
+use crate::adapter::PlanContext;
+use crate::config::GateConfig;
+use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
-use crate::kernels::attention_absorbed::workgroups;
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT, split_length};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
@@ -95,7 +99,7 @@ impl Tables {
     }
 }
 
-/// The part of a step that all layers share. [`LatentCache::prepare`] makes it, [`LatentCache::commit`] consumes it.
+/// The part of a step that all layers share. `prepare` of a cache makes it, `commit` consumes it.
 #[derive(Debug)]
 pub struct Step {
     pub(super) mode: Mode,
@@ -118,6 +122,8 @@ pub struct Step {
     pub(super) split: u32,
     /// Pairs of query and position, for the choice of a path.
     pub(super) expected_positions: u64,
+    /// Cache rows of the new tokens of each sequence that has some.
+    pub(super) appended: Vec<Range<u32>>,
     pub(super) lists: ListStep,
     tables: Tables,
     has_ids: bool,
@@ -142,56 +148,17 @@ impl LatentCache {
     /// `max_tokens` or `decode_tokens`, or a decode path that the device cannot run. The cache is then unchanged.
     pub fn prepare(&mut self, mode: Mode, tokens: StepTokens<'_>) -> Result<Step> {
         let StepTokens { counts, ids } = tokens;
-        let lengths_after = self.check_counts(mode, counts)?;
-        // Each count is within the capacity, so the sum is within the cache's rows.
-        let tokens: u32 = counts.iter().sum();
-        check_ids(self, ids, tokens)?;
-        let rows = Rows::new(self, mode, counts, &lengths_after)?;
+        let rows = Rows::checked(&self.batch, self.kernels.context(), (mode, counts))?;
+        check_ids(self.config.gate.as_ref(), ids, rows.slots.len() as u32)?;
         self.settle();
         let decode = mode == Mode::Decode;
         let lists = match (self.lists_mut(), ids) {
             (Some(lists), Some(ids)) => lists.prepare(counts, ids, decode),
             _ => ListStep::default(),
         };
-        let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
-        let tables = Tables::new(
-            [
-                cast_slice(&rows.slots),
-                cast_slice(&rows.rotations),
-                cast_slice(&rows.sequences),
-                cast_slice(if decode { &rows.decoding[..] } else { &[] }),
-                cast_slice(&rows.queries),
-                cast_slice(&rows.ranges),
-                cast_slice(ids.unwrap_or_default()),
-                cast_slice(&lists.token_rows),
-                cast_slice(grouped_ranges),
-                cast_slice(&lists.fills.0),
-                cast_slice(&lists.fills.1),
-                cast_slice(&lists.patches),
-            ],
-            self.kernels().context().limits.min_storage_buffer_offset_alignment,
-        );
-        let mut step = Step {
-            mode,
-            path: DecodePath::Expanded,
-            tokens,
-            rows: rows.end,
-            used_rows: rows.used,
-            n_sequence: rows.sequences.len() as u32,
-            query_tiles: rows.queries.len() as u32,
-            tile_q: rows.tile_q,
-            most_tokens: counts.iter().copied().max().unwrap_or(0),
-            partials: rows.partials,
-            split: rows.split,
-            expected_positions: rows.expected_positions,
-            lists,
-            tables,
-            has_ids: ids.is_some(),
-            identity: identity(),
-            lengths_after,
-            stamp: self.stamp(),
-        };
-        let checked = check_ranges(&rows.ranges)
+        let ranges = check_ranges(&rows.ranges);
+        let mut step = Step::new(rows, mode, ids, lists, &self.kernels, self.stamp());
+        let checked = ranges
             .and_then(|()| step.grouped().map_or(Ok(()), |grouped| check_ranges(&grouped.ranges)))
             .and_then(|()| if decode { self.path_of(&step) } else { Ok(DecodePath::Expanded) });
         match checked {
@@ -203,55 +170,21 @@ impl LatentCache {
         }
         Ok(step)
     }
+}
 
-    /// Lengths of the sequences after the step.
-    fn check_counts(&self, mode: Mode, counts: &[u32]) -> Result<Vec<u32>> {
-        let options = self.options();
-        if counts.len() != options.batch as usize {
-            let expected = options.batch.into();
-            return Err(Error::Argument(ArgumentError::Count {
-                what: "counts of new tokens",
-                expected,
-                found: counts.len() as u64,
-            }));
-        }
-        let tokens: u64 = counts.iter().map(|&count| u64::from(count)).sum();
-        if tokens == 0 {
-            return Err(Error::Argument(ArgumentError::Empty { what: "the step (no sequence has a new token)" }));
-        }
-        let mut lengths = self.lengths().to_vec();
-        for (sequence, (length, &count)) in lengths.iter_mut().zip(counts).enumerate() {
-            if mode == Mode::Decode && count > MOST_DECODED {
-                return Err(Error::Argument(ArgumentError::OutOfRange {
-                    what: "new tokens of a sequence in a decode step",
-                    found: count.into(),
-                    limit: MOST_DECODED.into(),
-                }));
-            }
-            match length.checked_add(count) {
-                Some(after) if after <= options.capacity => *length = after,
-                _ => {
-                    let (length, added, capacity) = (*length, count.into(), options.capacity);
-                    return Err(Error::CacheFull { sequence, length, added, capacity });
-                }
-            }
-        }
-        let most = counts.iter().copied().max().unwrap_or(0);
-        let (max_tokens, decode_tokens) = self.most_tokens();
-        let of_sequence = if mode == Mode::Decode { most } else { 0 };
-        for (what, found, limit) in [
-            ("new tokens of a step (the cache's max_tokens)", tokens, max_tokens),
-            (
-                "new tokens of a sequence in a decode step (the cache's decode_tokens)",
-                of_sequence.into(),
-                decode_tokens,
-            ),
-        ] {
-            if found > limit.into() {
-                return Err(Error::Argument(ArgumentError::OutOfRange { what, found, limit: limit.into() }));
-            }
-        }
-        Ok(lengths)
+impl KvCache {
+    /// Checks new tokens and makes the tables that every layer needs. A second `prepare` makes the first step stale.
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`], a wrong number of counts or ids, no new token at all, or more of them than `max_tokens` or
+    /// `decode_tokens`. The cache is then unchanged.
+    pub fn prepare(&mut self, mode: Mode, tokens: StepTokens<'_>) -> Result<Step> {
+        let StepTokens { counts, ids } = tokens;
+        let rows = Rows::checked(&self.batch, self.kernels.context(), (mode, counts))?;
+        check_ids(None, ids, rows.slots.len() as u32)?;
+        check_ranges(&rows.ranges)?;
+        self.batch.settle();
+        Ok(Step::new(rows, mode, ids, ListStep::default(), &self.kernels, self.batch.stamp()))
     }
 }
 
@@ -270,13 +203,25 @@ struct Rows {
     partials: u32,
     split: u32,
     expected_positions: u64,
+    /// Lengths of the sequences after the step.
+    lengths: Vec<u32>,
+    most_tokens: u32,
 }
 
 impl Rows {
-    fn new(cache: &LatentCache, mode: Mode, counts: &[u32], lengths: &[u32]) -> Result<Self> {
-        let tile_q = tile_q(cache.kernels().context());
+    /// # Errors
+    /// Counts that the cache does not take, or more rows than 32 bits number.
+    fn checked(batch: &Batch, context: &PlanContext, (mode, counts): (Mode, &[u32])) -> Result<Self> {
+        let lengths = batch.check_counts(mode, counts)?;
+        let most_tokens = counts.iter().copied().max().unwrap_or(0);
+        let rows = Rows::new(batch, context, (mode, counts), &lengths)?;
+        Ok(Rows { lengths, most_tokens, ..rows })
+    }
+
+    fn new(batch: &Batch, context: &PlanContext, (mode, counts): (Mode, &[u32]), lengths: &[u32]) -> Result<Self> {
+        let tile_q = tile_q(context);
         let met = counts.iter().zip(lengths).map(|(&count, &length)| u64::from(count) * u64::from(length)).sum();
-        let split = split_length(cache.kernels().context(), met, workgroups(cache.widths.n_head));
+        let split = split_length(context, met, batch.groups);
         let mut all = Rows { tile_q, split, ..Rows::default() };
         let mut end = 0u64;
         for (sequence, (&count, &length)) in (0..).zip(counts.iter().zip(lengths)) {
@@ -285,10 +230,13 @@ impl Rows {
             }
             let before = length - count;
             let token = all.slots.len() as u32;
-            let first_slot = sequence * cache.options().capacity;
+            let first_slot = sequence * batch.pitch;
             for position in before..length {
                 all.slots.push(first_slot + position);
-                cache.rotate(position, &mut all.rotations);
+                batch.rotate(position, &mut all.rotations);
+            }
+            if batch.numbering == Numbering::InPlace {
+                end = first_slot.into();
             }
             let first_row = end as u32;
             let line = all.sequences.len() as u32;
@@ -339,6 +287,58 @@ impl Rows {
 }
 
 impl Step {
+    /// The step of rows that have been checked.
+    fn new(rows: Rows, mode: Mode, ids: Option<&[u32]>, lists: ListStep, kernels: &Kernels, stamp: (u64, u64)) -> Self {
+        let decoding = if mode == Mode::Decode { &rows.decoding[..] } else { &[] };
+        let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
+        let tables = Tables::new(
+            [
+                cast_slice(&rows.slots),
+                cast_slice(&rows.rotations),
+                cast_slice(&rows.sequences),
+                cast_slice(decoding),
+                cast_slice(&rows.queries),
+                cast_slice(&rows.ranges),
+                cast_slice(ids.unwrap_or_default()),
+                cast_slice(&lists.token_rows),
+                cast_slice(grouped_ranges),
+                cast_slice(&lists.fills.0),
+                cast_slice(&lists.fills.1),
+                cast_slice(&lists.patches),
+            ],
+            kernels.context().limits.min_storage_buffer_offset_alignment,
+        );
+        // Each count is within the capacity, so the sum is within the cache's rows.
+        let tokens = rows.slots.len() as u32;
+        let new = rows.sequences.iter().zip(rows.sequences.iter().skip(1).map(|next| next.token).chain([tokens]));
+        Step {
+            mode,
+            path: DecodePath::Expanded,
+            tokens,
+            rows: rows.end,
+            used_rows: rows.used,
+            n_sequence: rows.sequences.len() as u32,
+            query_tiles: rows.queries.len() as u32,
+            tile_q: rows.tile_q,
+            most_tokens: rows.most_tokens,
+            partials: rows.partials,
+            split: rows.split,
+            expected_positions: rows.expected_positions,
+            appended: new
+                .map(|(of, end)| {
+                    let after = of.first_slot + of.length;
+                    after - (end - of.token)..after
+                })
+                .collect(),
+            lists,
+            tables,
+            has_ids: ids.is_some(),
+            identity: identity(),
+            lengths_after: rows.lengths,
+            stamp,
+        }
+    }
+
     /// New tokens of all sequences.
     pub fn tokens(&self) -> u32 {
         self.tokens
@@ -407,8 +407,7 @@ fn check_ranges(ranges: &[[u32; 2]]) -> Result<()> {
     }
 }
 
-fn check_ids(cache: &LatentCache, token_ids: Option<&[u32]>, tokens: u32) -> Result<()> {
-    let gate = cache.config().gate.as_ref();
+fn check_ids(gate: Option<&GateConfig>, token_ids: Option<&[u32]>, tokens: u32) -> Result<()> {
     let Some(ids) = token_ids else {
         return match gate {
             None => Ok(()),

@@ -89,8 +89,8 @@ impl LatentCache {
     /// `ArgumentError::OutOfRange` when there is no such sequence; what recording refuses. The cache is then unchanged.
     pub fn copy_sequence(&mut self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
         recording.kernels().same_device(&self.kernels, "the cache", "recording")?;
-        self.check_sequence(from)?;
-        self.check_sequence(to)?;
+        self.batch.check_sequence(from)?;
+        self.batch.check_sequence(to)?;
         if from == to {
             return Ok(());
         }
@@ -100,12 +100,12 @@ impl LatentCache {
         if let Some(lists) = &mut self.lists {
             lists.copy(from as u32, to as u32);
         }
-        self.lengths[to] = self.lengths[from];
+        self.batch.lengths[to] = self.batch.lengths[from];
         Ok(())
     }
 
     fn record_copy(&self, recording: &mut Recording, from: u32, to: u32) -> Result<()> {
-        let length = self.lengths[from as usize];
+        let length = self.batch.lengths[from as usize];
         let mut copy = |region: &Region, words: u32, from_word: u32, to_word: u32| {
             let op = cache_copy::CacheCopy { words, from_word, to_word };
             recording.add_own(&op, cache_copy::Args { cache: region })
@@ -138,13 +138,13 @@ impl LatentCache {
         from: usize,
     ) -> Result<()> {
         recording.kernels().same_device(&source.kernels, "the cache to copy from", "recording")?;
-        source.check_sequence(from)?;
+        source.batch.check_sequence(from)?;
         let alike = |cache: &LatentCache| (cache.options.storage, cache.options.n_layer);
         if source.config != self.config || alike(source) != alike(self) {
             let problem = "the cache to copy from is of another configuration, storage or number of layers";
             return Err(Error::config("(attention)", problem));
         }
-        let length = source.lengths[from];
+        let length = source.batch.lengths[from];
         let ids = source.lists.as_ref().map_or(&[][..], |lists| lists.ids_of(from, length));
         let first_row = from as u32 * source.options.capacity;
         let parts = source.parts();
@@ -154,7 +154,7 @@ impl LatentCache {
 
     /// Refuses a sequence that is not there, or has no room for `length` tokens in all.
     fn check_room(&self, sequence: usize, length: u32) -> Result<()> {
-        self.check_sequence(sequence)?;
+        self.batch.check_sequence(sequence)?;
         let capacity = self.options.capacity;
         match length <= capacity {
             true => Ok(()),
@@ -180,7 +180,7 @@ impl LatentCache {
             None => Ok(()),
         });
         match recorded {
-            Ok(()) => self.lengths[to] = length,
+            Ok(()) => self.batch.lengths[to] = length,
             Err(_) => {
                 recording.rewind(mark);
                 self.lists = before;
@@ -213,7 +213,7 @@ impl LatentCache {
         let options = CacheOptions { capacity, ..options };
         let mut larger = LatentCache::with(&self.kernels, &self.config, (self.weights, self.gate_rows), options)?;
         let mark = recording.mark();
-        for sequence in 0..self.lengths.len() {
+        for sequence in 0..self.batch.lengths.len() {
             let copied = larger.copy_sequence_from(recording, sequence, self, sequence);
             copied.inspect_err(|_| recording.rewind(mark))?;
         }
@@ -227,8 +227,8 @@ impl LatentCache {
     /// # Errors
     /// `ArgumentError::OutOfRange` when there is no such sequence.
     pub fn sequence_regions(&self, sequence: usize) -> Result<Vec<Region>> {
-        self.check_sequence(sequence)?;
-        let (first_row, length) = (sequence as u32 * self.options.capacity, self.lengths[sequence]);
+        self.batch.check_sequence(sequence)?;
+        let (first_row, length) = (sequence as u32 * self.options.capacity, self.batch.lengths[sequence]);
         Ok(self.parts().iter().map(|part| part.rows(first_row, length)).collect())
     }
 
@@ -239,8 +239,8 @@ impl LatentCache {
     /// # Errors
     /// `ArgumentError::OutOfRange` when there is no such sequence, `ArgumentError::Count` for rows of another length.
     pub fn save_sequence(&self, sequence: usize, rows: &[Vec<u8>]) -> Result<Vec<u8>> {
-        self.check_sequence(sequence)?;
-        let (parts, length) = (self.parts(), self.lengths[sequence]);
+        self.batch.check_sequence(sequence)?;
+        let (parts, length) = (self.parts(), self.batch.lengths[sequence]);
         let count = |what, expected, found| Err(ArgumentError::Count { what, expected, found }.into());
         if rows.len() != parts.len() {
             return count("regions of a saved sequence", parts.len() as u64, rows.len() as u64);

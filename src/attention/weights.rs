@@ -8,6 +8,8 @@ use crate::config::{AttentionConfig, GateSite};
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result, TensorError};
 use crate::kernels::attention_grouped::beta_element;
+use crate::kernels::matmul::{self, Layout, Matmul};
+use crate::recording::Recording;
 use crate::storage::{Storage, UNIT, padded_width, product};
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
@@ -41,7 +43,7 @@ impl Axis {
     }
 
     /// A further padded part.
-    fn part(mut self, extent: u32) -> Self {
+    pub fn part(mut self, extent: u32) -> Self {
         self.runs.push(Run { to: self.to, from: self.from, len: extent });
         self.end_part(extent)
     }
@@ -65,7 +67,7 @@ impl Axis {
     }
 
     /// The parts of every head.
-    fn heads(n_head: u32, part: impl Fn(Self) -> Self) -> Self {
+    pub fn heads(n_head: u32, part: impl Fn(Self) -> Self) -> Self {
         (0..n_head).fold(Axis::default(), |axis, _| part(axis))
     }
 
@@ -171,7 +173,7 @@ impl<'a> Upload<'a> {
     }
 
     /// The same with every element times a factor.
-    fn times(mut self, factor: f64) -> Self {
+    pub fn times(mut self, factor: f64) -> Self {
         self.parts.iter_mut().for_each(|(_, placed)| placed.factor *= factor as f32);
         self
     }
@@ -249,6 +251,32 @@ impl<T> Shard<T> {
     }
 }
 
+impl Shard<Region> {
+    /// The product of rows with a whole matrix: `op` is that of all its columns.
+    ///
+    /// # Errors
+    /// As [`Recording::add_own`].
+    pub fn product(shards: &[Self], recording: &mut Recording, op: &Matmul, x: &Region, y: &Region) -> Result<()> {
+        let absent = recording.kernels().absent();
+        for Shard { first, columns, proj, bias } in shards {
+            // The caller's rows may end before the padding.
+            let cols = (*columns).min(op.cols.saturating_sub(*first));
+            let to = Layout { offset: op.y.offset + first, ..op.y };
+            let op = Matmul { cols, y: to, bias: bias.is_some(), ..*op };
+            recording.add_own(&op, matmul::Args { x, w: proj, bias: bias.as_ref().unwrap_or(&absent), y })?;
+        }
+        Ok(())
+    }
+
+    /// The only shard of a matrix that one binding holds.
+    pub fn sole(shards: &[Self]) -> Option<&Self> {
+        match shards {
+            [whole] => Some(whole),
+            _ => None,
+        }
+    }
+}
+
 impl<'a> Shard<Upload<'a>> {
     /// A matrix with its bias in the fewest shards; its product's columns begin at `first`.
     pub fn all(
@@ -271,6 +299,13 @@ impl<'a> Shard<Upload<'a>> {
             }
         });
         shards.collect()
+    }
+
+    /// Products of the same rows: as one, where a binding holds all their weights.
+    pub fn fused(context: &PlanContext, storage: Storage, all: Vec<Self>) -> Vec<Self> {
+        let elements = all.iter().map(|shard| shard.proj.elements).sum();
+        let fits = storage.tensor_bytes(elements) <= context.largest_binding();
+        if fits { all.into_iter().reduce(Shard::and).into_iter().collect() } else { all }
     }
 
     /// This one and the next as one product.
@@ -367,7 +402,6 @@ impl<'a> LayerWeights<Upload<'a>> {
         let shards = |first: u32, proj, bias: &'a Option<HostTensor>, axes| {
             Shard::all(context, storage, first, (proj, bias.as_ref()), axes)
         };
-        let mut kv_down = shards(widths.query_down(), &weights.kv_a_proj, &weights.kv_a_bias, [kv_a(), hidden()]);
         let of_gate = weights.gate.as_ref().filter(|_| config.latent_gate().is_some());
         let affine = of_gate.map(|gate| [&gate.norm_weight, &gate.norm_bias]);
         let kv_a_norm = weights.kv_a_norm.iter().map(|norm| vector(norm, latent()).times(config.latent_factor));
@@ -384,17 +418,7 @@ impl<'a> LayerWeights<Upload<'a>> {
                 (shards(0, a_proj, a_bias, [rank(), hidden()]), Some(query))
             }
         };
-        let elements = |shards: &[Shard<Upload<'_>>]| shards.iter().map(|shard| shard.proj.elements).sum::<u64>();
-        let fits = storage.tensor_bytes(elements(&down) + elements(&kv_down)) <= context.largest_binding();
-        match (down.pop(), kv_down.pop()) {
-            // What fits together is one shard each.
-            (Some(query), Some(kv)) if fits => down.push(query.and(kv)),
-            (query, kv) => {
-                down.extend(query);
-                down.extend(kv_down);
-                down.extend(kv);
-            }
-        }
+        down.extend(shards(widths.query_down(), &weights.kv_a_proj, &weights.kv_a_bias, [kv_a(), hidden()]));
         let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| {
             let segments = gated_segments(config, of);
             let [first, second] = segments.parts;
@@ -413,7 +437,7 @@ impl<'a> LayerWeights<Upload<'a>> {
         });
         let values = Axis::heads(n_head, |axis| axis.part(config.d_value));
         let planned = LayerWeights {
-            down,
+            down: Shard::fused(context, storage, down),
             query,
             norms,
             has_kv_a_norm: weights.kv_a_norm.is_some(),

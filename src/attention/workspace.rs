@@ -17,7 +17,7 @@ use crate::kernels::matmul::FEW_ROWS;
 use crate::storage::{product, words};
 
 /// Most keys per dispatch of the prefill kernels: their loops stay within the limit.
-const MOST_TILE_ROWS: u32 = 1 << 19;
+pub(super) const MOST_TILE_ROWS: u32 = 1 << 19;
 
 /// Intermediate results of one step. Layers share them, and so do steps in flight on one queue, since commands run in order.
 #[derive(Debug)]
@@ -209,15 +209,15 @@ impl<T> Workspace<T> {
 }
 
 /// The cache's rows as the steps number them.
-struct CacheRows {
-    padded: u32,
-    splits: u32,
+pub(super) struct CacheRows {
+    pub padded: u32,
+    pub splits: u32,
     /// As splits of the shortest length.
-    short: u32,
+    pub short: u32,
 }
 
 impl CacheRows {
-    fn of(options: &CacheOptions) -> Self {
+    pub fn of(options: &CacheOptions) -> Self {
         let splits = product(&[options.batch, options.capacity.div_ceil(SPLIT)]).min(u32::MAX as u64 / SPLIT as u64);
         let shortest = SPLITS[SPLITS.len() - 1];
         let short = product(&[options.batch, options.capacity.div_ceil(shortest)]).min(u32::MAX.into());

@@ -272,7 +272,7 @@ mod tests {
         let mut proofs = Proofs::default();
         proofs.add("residual_add_vec4", Some(WhyLeftOut::Wrong("planted".to_owned())));
         let chosen = |kernels: &Kernels| {
-            let op = crate::kernels::ResidualAdd { elements: 8 };
+            let op = crate::kernels::ResidualAdd { elements: 8, factor: 1.0 };
             crate::op::choose(&op, kernels.context()).unwrap().0.spec.name
         };
         assert_eq!(chosen(&kernels), "residual_add_vec4");

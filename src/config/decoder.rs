@@ -195,6 +195,9 @@ impl DecoderConfig {
         }
         validate_eps("rms_norm_eps", self.rms_norm_eps)?;
         self.scales.validate()?;
+        // Each may be valid, and what a device makes of them not.
+        validate_eps("rms_norm_eps over scale_emb²", self.stream_eps())?;
+        above("scale_depth over scale_emb", self.stream_factor(), 0.0)?;
         if let Some(gate) = self.attention.gate()
             && gate.vocab_size != self.vocab_size
         {
@@ -204,5 +207,16 @@ impl DecoderConfig {
             ));
         }
         Ok(())
+    }
+
+    /// `eps` of the norms where the residual stream is kept over the factor on embeddings. A norm makes the same of x and of x / c,
+    /// whose eps is eps / c²: so that no dispatch scales embeddings.
+    pub(crate) fn stream_eps(&self) -> f64 {
+        self.rms_norm_eps / self.scales.embedding.powi(2)
+    }
+
+    /// Factor on what is added to that stream.
+    pub(crate) fn stream_factor(&self) -> f64 {
+        self.scales.residual / self.scales.embedding
     }
 }

@@ -163,15 +163,12 @@ impl CpuDecoder {
         scale(&mut stream, embedding);
         for (layer, history) in self.layers.iter().zip(&mut state.layers) {
             let normed = rms_norm(&stream, Some(&layer.input_norm), hidden, eps);
-            let mut delta = layer.attention.forward(&normed, token_ids, history);
-            scale(&mut delta, residual);
-            stream = residual_add(&stream, &delta);
+            stream = residual_add(&stream, &layer.attention.forward(&normed, token_ids, history), residual);
             let normed = rms_norm(&stream, Some(&layer.post_attention_norm), hidden, eps);
             let gate = linear(&normed, &layer.gate_proj, tokens, hidden, inner);
             let up = linear(&normed, &layer.up_proj, tokens, hidden, inner);
-            let mut delta = linear(&swiglu(&gate, &up), &layer.down_proj, tokens, inner, hidden);
-            scale(&mut delta, residual);
-            stream = residual_add(&stream, &delta);
+            let delta = linear(&swiglu(&gate, &up), &layer.down_proj, tokens, inner, hidden);
+            stream = residual_add(&stream, &delta, residual);
         }
         let rows = match logits {
             Logits::None => return Ok(Vec::new()),

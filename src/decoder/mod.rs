@@ -9,6 +9,7 @@
 //! [`CpuDecoder`] is the same model in f64 from [`crate::reference`]. [`Sampler`] picks tokens, [`TextStream`] turns them
 //! into text as they come, [`Windows`] and [`Score`] measure the model on a text.
 
+mod attention;
 mod cpu;
 mod evaluate;
 mod folder;
@@ -16,6 +17,7 @@ mod model;
 mod sampling;
 mod tokenizer;
 
+pub use attention::DecoderCache;
 pub use cpu::{CpuDecoder, CpuState};
 pub use evaluate::{Score, Window, Windows, scored_characters};
 pub use folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, ModelFolder};

@@ -1,12 +1,10 @@
 //! The decoder on the device: every layer of a step in one recording.
 
-use super::cpu::{check_layers, other_kind};
-use super::folder::{DecoderAttentionWeights, DecoderWeights};
-use crate::attention::{
-    Attention, AttentionOptions, Axis, CacheOptions, Hidden, LatentCache, MemoryReport, Mode, Step, StepTokens, Upload,
-    check_weights,
-};
-use crate::config::{AttentionConfig, DecoderAttention, DecoderConfig, DecoderScales};
+use super::attention::{DecoderCache, DeviceAttention};
+use super::cpu::check_layers;
+use super::folder::DecoderWeights;
+use crate::attention::{AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Step, StepTokens, Upload};
+use crate::config::DecoderConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
@@ -45,6 +43,10 @@ pub struct Decoder {
     hidden: u32,
     /// `intermediate_size`, padded.
     inner: u32,
+    /// `eps` of the norms of the residual stream, as it is kept.
+    eps: f32,
+    /// Factor on what is added to it.
+    residual: f32,
     storage: Storage,
     embedding: Region,
     layers: Vec<DeviceLayer>,
@@ -55,7 +57,7 @@ pub struct Decoder {
 #[derive(Debug)]
 struct DeviceLayer {
     input_norm: Region,
-    attention: Attention,
+    attention: DeviceAttention,
     post_attention_norm: Region,
     gate_proj: Region,
     up_proj: Region,
@@ -66,7 +68,7 @@ struct DeviceLayer {
 #[derive(Debug)]
 pub struct DecoderState {
     max_tokens: u32,
-    /// `[tokens, hidden]`, padded as the weights are: the residual stream.
+    /// `[tokens, hidden]`, padded as the weights are: the residual stream, over the factor on embeddings.
     stream: Region,
     /// `[tokens, hidden]`
     normed: Region,
@@ -129,33 +131,31 @@ impl Decoder {
         let storage = options.storage;
         config.validate()?;
         check_layers(config, weights)?;
-        let of_latents = on_device(config)?;
-        let (hidden_size, intermediate_size) = (of_latents.hidden_size, config.intermediate_size);
+        let (hidden_size, intermediate_size) = (config.attention.hidden_size(), config.intermediate_size);
         let (hidden, inner) = (|| Axis::padded(hidden_size), || Axis::padded(intermediate_size));
         let vocabulary = || Axis::whole(config.vocab_size);
         let (matrix, vector) = (Upload::matrix, Upload::vector);
         let embedding = matrix(&weights.embedding, vocabulary(), hidden());
-        let norm = vector(&weights.norm, hidden());
+        let norm = vector(&weights.norm, hidden()).times(config.scales.logits);
         let lm_head = weights.lm_head.as_ref().map(|head| matrix(head, vocabulary(), hidden()));
         let layers = weights.layers.iter().map(|layer| {
             let norms = [&layer.input_norm, &layer.post_attention_norm].map(|norm| vector(norm, hidden()));
             let up = [&layer.gate_proj, &layer.up_proj].map(|proj| matrix(proj, inner(), hidden()));
-            let DecoderAttentionWeights::Latent(attention) = &layer.attention else { return Err(other_kind()) };
-            Ok((norms, attention, up, matrix(&layer.down_proj, hidden(), inner())))
+            (norms, &layer.attention, up, matrix(&layer.down_proj, hidden(), inner()))
         });
-        let layers: Vec<_> = layers.collect::<Result<_>>()?;
+        let layers: Vec<_> = layers.collect();
         let check = |upload: &Upload<'_>| upload.check(kernels.context(), storage);
         [&embedding, &norm].into_iter().chain(&lm_head).try_for_each(check)?;
         for (norms, attention, up, down) in &layers {
             norms.iter().chain(up).chain([down]).try_for_each(check)?;
-            check_weights(kernels, of_latents, attention, storage)?;
+            DeviceAttention::check(kernels, &config.attention, attention, storage)?;
         }
         let upload = |upload: &Upload<'_>| upload.upload(kernels, storage);
         let layers =
             layers.iter().map(|([input_norm, post_attention_norm], attention, [gate_proj, up_proj], down_proj)| {
                 Ok(DeviceLayer {
                     input_norm: upload(input_norm)?,
-                    attention: Attention::new(kernels, of_latents, attention, options)?,
+                    attention: DeviceAttention::new(kernels, &config.attention, attention, options)?,
                     post_attention_norm: upload(post_attention_norm)?,
                     gate_proj: upload(gate_proj)?,
                     up_proj: upload(up_proj)?,
@@ -167,6 +167,8 @@ impl Decoder {
             config: config.clone(),
             hidden: padded_width(hidden_size),
             inner: padded_width(intermediate_size),
+            eps: config.stream_eps() as f32,
+            residual: config.stream_factor() as f32,
             storage,
             embedding: upload(&embedding)?,
             layers: layers.collect::<Result<_>>()?,
@@ -188,10 +190,10 @@ impl Decoder {
     /// Allocates a cache for the model; its layers are the model's, whatever `options` says.
     ///
     /// # Errors
-    /// As [`LatentCache::new`].
-    pub fn cache(&self, options: CacheOptions) -> Result<LatentCache> {
+    /// As [`LatentCache::new`](crate::LatentCache::new) and [`KvCache::new`](crate::KvCache::new).
+    pub fn cache(&self, options: CacheOptions) -> Result<DecoderCache> {
         let first = self.layers.first().ok_or(Error::Argument(ArgumentError::Empty { what: "the list of layers" }))?;
-        LatentCache::new(&first.attention, CacheOptions { n_layer: self.config.n_layer, ..options })
+        first.attention.cache(CacheOptions { n_layer: self.config.n_layer, ..options })
     }
 
     /// Bytes of the gate tables of all layers.
@@ -204,7 +206,7 @@ impl Decoder {
     ///
     /// # Errors
     /// A buffer over the device's limits, before any is allocated; no memory left, or a lost device.
-    pub fn state(&self, cache: &LatentCache, all_logits: bool) -> Result<DecoderState> {
+    pub fn state(&self, cache: &DecoderCache, all_logits: bool) -> Result<DecoderState> {
         let tokens = cache.max_tokens();
         let logit_rows = if all_logits { tokens } else { tokens.min(cache.options().batch) };
         let (hidden, inner) = (self.hidden, self.inner);
@@ -245,8 +247,8 @@ impl Decoder {
     /// Checks new tokens and makes the tables that every layer needs.
     ///
     /// # Errors
-    /// No token ids, ids beyond the vocabulary (also of a model without a gate), or what [`LatentCache::prepare`] refuses.
-    pub fn prepare(&self, cache: &mut LatentCache, mode: Mode, tokens: StepTokens<'_>) -> Result<DecoderStep> {
+    /// No token ids, ids beyond the vocabulary (also of a model without a gate), or what [`DecoderCache::prepare`] refuses.
+    pub fn prepare(&self, cache: &mut DecoderCache, mode: Mode, tokens: StepTokens<'_>) -> Result<DecoderStep> {
         check_ids(tokens.ids.unwrap_or_default(), self.config.vocab_size)?;
         let step = cache.prepare(mode, tokens)?;
         let mut end = 0;
@@ -265,7 +267,7 @@ impl Decoder {
     pub fn advance(
         &self,
         recording: &mut Recording,
-        cache: &mut LatentCache,
+        cache: &mut DecoderCache,
         state: &DecoderState,
         (mode, tokens): (Mode, StepTokens<'_>),
         logits: Logits,
@@ -276,7 +278,7 @@ impl Decoder {
         Ok(region)
     }
 
-    /// Records a step through all layers. The cache's lengths change with [`LatentCache::commit`].
+    /// Records a step through all layers. The cache's lengths change with [`DecoderCache::commit`].
     ///
     /// Returns the region of the logits: `[step.logit_rows(logits), vocab]` f32, in a buffer of `state` that the next step
     /// overwrites.
@@ -287,7 +289,7 @@ impl Decoder {
     pub fn forward(
         &self,
         recording: &mut Recording,
-        cache: &LatentCache,
+        cache: &DecoderCache,
         step: &DecoderStep,
         state: &DecoderState,
         logits: Logits,
@@ -333,7 +335,7 @@ impl Decoder {
     fn record(
         &self,
         recording: &mut Recording,
-        cache: &LatentCache,
+        cache: &DecoderCache,
         decoder_step: &DecoderStep,
         state: &DecoderState,
         logits: Logits,
@@ -348,7 +350,7 @@ impl Decoder {
         for (number, layer) in self.layers.iter().enumerate() {
             self.norm(recording, tokens, stream, &layer.input_norm, normed)?;
             let (of, to) = (rows_of(normed), rows_of(delta));
-            layer.attention.forward_rows(recording, cache, step, number, of, to)?;
+            layer.attention.forward(recording, cache, step, number, (of, to))?;
             self.add(recording, tokens, delta, stream)?;
             self.norm(recording, tokens, stream, &layer.post_attention_norm, normed)?;
             self.linear(recording, (tokens, hidden, inner), normed, &layer.gate_proj, gate)?;
@@ -392,7 +394,7 @@ impl Decoder {
             width: self.config.attention.hidden_size(),
             x_offset: 0,
             x_row: self.hidden,
-            eps: self.config.rms_norm_eps as f32,
+            eps: self.eps,
             kind: norm::Kind::Rms,
             bias: false,
             storage: self.storage,
@@ -415,24 +417,11 @@ impl Decoder {
         recording.add_own(&problem, matmul::Args { x, w, bias: &bias, y })
     }
 
-    /// `stream += delta`, both `[tokens, hidden]`.
+    /// `stream += residual · delta`, both `[tokens, hidden]`.
     fn add(&self, recording: &mut Recording, tokens: u32, delta: &Region, stream: &Region) -> Result<()> {
         let elements = elements(residual_add::ResidualAdd::NAME, tokens, self.hidden)?;
-        let problem = residual_add::ResidualAdd { elements };
+        let problem = residual_add::ResidualAdd { elements, factor: self.residual };
         recording.add_own(&problem, residual_add::Args { delta, stream })
-    }
-}
-
-/// The attention of a model that a device runs.
-fn on_device(config: &DecoderConfig) -> Result<&AttentionConfig> {
-    match &config.attention {
-        _ if config.scales != DecoderScales::default() => {
-            Err(Error::config("scale_depth", "scales a residual stream, which runs on the CPU only"))
-        }
-        DecoderAttention::Latent(config) => Ok(config),
-        DecoderAttention::Heads(_) => {
-            Err(Error::config("num_key_value_heads", "keys and values per head run on the CPU only"))
-        }
     }
 }
 
@@ -443,7 +432,7 @@ fn elements(kernel: &'static str, rows: u32, width: u32) -> Result<u32> {
 
 impl DecoderState {
     /// Bytes allocated on the device for `cache` and this state, by purpose; the decoder's own buffers count as workspace.
-    pub fn memory(&self, cache: &LatentCache) -> MemoryReport {
+    pub fn memory(&self, cache: &DecoderCache) -> MemoryReport {
         let mut report = cache.memory();
         report.workspace += self.bytes;
         report

@@ -29,6 +29,7 @@ macro_rules! for_each_operation {
             gate_statistics: GateStatistics,
             gather: Gather,
             group_ids: GroupIds,
+            heads_append: HeadsAppend,
             matmul: Matmul,
             norm: Norm,
             output_project: OutputProject,

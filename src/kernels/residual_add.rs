@@ -7,7 +7,7 @@ use crate::storage::words;
 
 crate::params! {
     /// Uniform parameters, as in the shader.
-    pub struct Params { elements: u32 }
+    pub struct Params { elements: u32, factor: f32 }
 }
 
 crate::args! {
@@ -20,11 +20,13 @@ crate::args! {
     }
 }
 
-/// `stream += delta` over this many elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// `stream += factor · delta`.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ResidualAdd {
     /// Elements.
     pub elements: u32,
+    /// On what is added.
+    pub factor: f32,
 }
 
 impl Op for ResidualAdd {
@@ -34,7 +36,7 @@ impl Op for ResidualAdd {
     const VARIANTS: &'static [Variant<Self>] = &[VEC4, ELEMENTS];
 
     fn params(&self, _: &Plan) -> Params {
-        Params { elements: self.elements }
+        Params { elements: self.elements, factor: self.factor }
     }
 
     fn bytes(&self) -> Args<u64> {
@@ -43,7 +45,7 @@ impl Op for ResidualAdd {
     }
 
     fn cost(&self) -> Cost {
-        Cost::of(&[times(1, &[self.elements])], &[times(12, &[self.elements])])
+        Cost::of(&[times(2, &[self.elements])], &[times(12, &[self.elements])])
     }
 }
 
@@ -66,15 +68,15 @@ pub(crate) const ELEMENTS: Variant<ResidualAdd> = Variant::<ResidualAdd>::new(
     anything,
 );
 
-crate::vary!(ResidualAdd { elements });
+crate::vary!(ResidualAdd { elements, factor });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for ResidualAdd {
     fn samples() -> Vec<Self> {
-        crate::sample::ELEMENTS.map(|elements| ResidualAdd { elements }).to_vec()
+        crate::sample::ELEMENTS.map(|elements| ResidualAdd { elements, factor: 1.0 }).to_vec()
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        vec![(ResidualAdd { elements: 11 }, Cost { flops: 11, bytes: 132 })]
+        vec![(ResidualAdd { elements: 11, factor: 1.0 }, Cost { flops: 22, bytes: 132 })]
     }
 }

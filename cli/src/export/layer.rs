@@ -8,12 +8,12 @@
 
 use std::path::Path;
 
-use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Mode, StepTokens};
+use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, GateRows, Mode, StepTokens};
 use egmla::check::capture::{Action, Blob, BufferData, Capture, Captured, ToleranceData};
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use egmla::check::export::webgpu;
 use egmla::config::DecoderConfig;
-use egmla::decoder::{CpuDecoder, Decoder, DecoderState, DecoderWeights, Logits, ModelFolder};
+use egmla::decoder::{CpuDecoder, Decoder, DecoderCache, DecoderState, DecoderWeights, Logits, ModelFolder};
 use egmla::{Recording, Storage};
 use serde::Serialize;
 
@@ -90,7 +90,7 @@ struct Program {
 /// The model cut down to its first layer.
 struct Model<'a> {
     decoder: &'a Decoder,
-    cache: LatentCache,
+    cache: DecoderCache,
     state: DecoderState,
 }
 
