@@ -38,7 +38,7 @@ fn registry_names_every_file_and_every_file_is_in_the_registry() {
     // A host module, a reference and a file of cases for each operation, and nothing else.
     for (folder, others) in [
         ("src/kernels", &["mod"][..]),
-        ("src/reference", &["mod", "layer"]),
+        ("src/reference", &["mod", "layer", "gqa"]),
         ("src/check/cases", &["mod", "batch", "extreme", "grouped_batch"]),
     ] {
         let others = others.iter().map(|&other| other.to_owned());

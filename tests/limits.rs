@@ -279,7 +279,7 @@ fn grids_that_fold_cover_every_element() {
     let gpu = gpu();
     // Workgroups of 64: one more than two full rows of the grid would need.
     let elements = 65_535 * 64 + 63;
-    let problem = residual_add::ResidualAdd { elements };
+    let problem = residual_add::ResidualAdd { elements, factor: 1.0 };
     let variant = choose(&problem, gpu.kernels.context()).unwrap().0;
     let plan = variant.plan(&problem, gpu.kernels.context(), Tuning::Forced(1)).unwrap();
     assert!(plan.grid[1] == 2 && plan.grid[0] < 65_536 && plan.workgroup_size == 64, "{plan:?}");

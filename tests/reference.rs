@@ -184,7 +184,8 @@ fn gate_is_a_product_and_then_the_norm() {
 #[test]
 fn small_kernels_by_hand() {
     assert_eq!(gather(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, &[2, 0, 2]), [5.0, 6.0, 1.0, 2.0, 5.0, 6.0]);
-    assert_eq!(residual_add(&[1.0, 2.0], &[0.5, -2.0]), [1.5, 0.0]);
+    assert_eq!(residual_add(&[1.0, 2.0], &[0.5, -2.0], 1.0), [1.5, 0.0]);
+    assert_eq!(residual_add(&[1.0, 2.0], &[0.5, -2.0], 3.0), [2.5, -4.0]);
     let y = swiglu(&[0.0, 2.0], &[3.0, 3.0]);
     assert_eq!(y[0], 0.0);
     assert_relative_eq!(y[1], 6.0 / (1.0 + (-2f64).exp()));

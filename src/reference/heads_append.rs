@@ -22,7 +22,8 @@ pub fn heads_append(
         rope(&mut turned, turns, n_head + n_kv_head, head_dim, head_dim, true);
         let (q, keys) = turned.split_at(n_head * head_dim);
         queries.extend_from_slice(q);
-        let Some(target) = cache.get_mut(slots[token] as usize * kv_row..).and_then(|rest| rest.get_mut(..kv_row)) else {
+        let Some(target) = cache.get_mut(slots[token] as usize * kv_row..).and_then(|rest| rest.get_mut(..kv_row))
+        else {
             continue;
         };
         let heads = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));

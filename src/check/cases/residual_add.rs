@@ -18,7 +18,11 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             let (a, b) = (random.values(elements as usize, 1.0), random.values(elements as usize, 1.0));
             let (stream, delta) = (lab.floats(&a)?, lab.floats(&b)?);
             launch.run(lab, residual_add::Args { delta: &delta.region, stream: &stream.region })?;
-            Ok(vec![lab.compare(&stream, &reference::residual_add(&widen(&a), &widen(&b), factor.into()), tolerance)?])
+            Ok(vec![lab.compare(
+                &stream,
+                &reference::residual_add(&widen(&a), &widen(&b), factor.into()),
+                tolerance,
+            )?])
         });
     }
 }
