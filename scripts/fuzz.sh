@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 seconds=${1:-30}
 [ $# -eq 0 ] || shift
-[ $# -gt 0 ] || set -- attend config fp8 index layer model plan weights
+[ $# -gt 0 ] || set -- attend config fp8 gguf index layer model plan weights
 
 command -v cargo-fuzz >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
 # No sanitizer: the library has no unsafe code to watch, and they want a nightly compiler.

@@ -268,6 +268,11 @@ fn what_a_header_says_is_checked() {
         }
         of().key("a", list_of(13)).refused("key `a` is a list of type 13, which is not known");
     }
+    let many = (1u64 << 22) + 1;
+    let values = typed(9, &[&0u32.to_le_bytes()[..], &many.to_le_bytes(), &vec![0; many as usize]].concat());
+    of().key("a", values).refused("key `a` has 4194305 values, at most 4194304 are read");
+    let keys = (0..65537).map(|key| (key.to_string(), typed(7, &[1]))).collect();
+    File { keys, ..of() }.refused("0 tensors and 65537 keys, at most 65536 of each are read");
     // Lists within lists, each of one more.
     let nested = (0..1000).fold(list(0, &[]), |inner, _| list(9, &[inner[4..].to_vec()]));
     of().key("a", nested).refused("key `a` has lists within lists more than 4 deep");

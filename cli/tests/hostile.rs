@@ -471,6 +471,63 @@ fn factors_of_fp8_weights_are_checked() {
 }
 
 #[test]
+fn gguf_files_are_checked_as_folders_are() {
+    let seeds = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds/gguf"));
+    let whole = fs::read(seeds.join("llama_gpt2")).unwrap();
+    let readers = ["generate", "eval", "info"].map(|command| reader(command, "m.gguf"));
+    let run = |job: &Job, command: &str| {
+        let mut arguments: Vec<OsString> = vec![command.into(), "--model".into(), job.path("m.gguf").into()];
+        match command {
+            "generate" => arguments.extend(["--prompt", "a", "--max-new-tokens", "1"].map(OsString::from)),
+            "eval" => arguments.extend(["--text".into(), job.path("text").into()]),
+            _ => {}
+        }
+        if command != "info" {
+            arguments.extend(["--adapter".into(), "cpu".into()]);
+        }
+        egmla(&arguments)
+    };
+    for reader in readers {
+        let job = Job::new();
+        let with = |bytes: &[u8], parts: &[&str]| {
+            job.write("m.gguf", bytes);
+            run(&job, reader.command).refused(reader.file, parts);
+        };
+        job.write("text", "abab").write("m.gguf", &whole);
+        assert_eq!(run(&job, reader.command).code, Some(0), "{reader:?}");
+
+        with(b"", &["not a valid GGUF file", "a file of 0 bytes"]);
+        with(&[0xff; 4096], &["not GGUF"]);
+        for length in [3, 20, 24, 100, 600, whole.len() - 1] {
+            with(&whole[..length], &["not a valid GGUF file", &format!("file of {length}")]);
+        }
+        for (at, count) in [(8, "tensors"), (16, "keys")] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 8].fill(0xff);
+            with(&bytes, &[&format!("18446744073709551615 {count}")]);
+        }
+        with(&fs::read(seeds.join("split")).unwrap(), &["number 1 of 3", "llama-gguf-split --merge"]);
+        with(&fs::read(seeds.join("metadata")).unwrap(), &["general.architecture"]);
+
+        for (target, part) in [("nowhere", "No such file"), ("/dev/zero", "is not a regular file")] {
+            job.link("m.gguf", target);
+            run(&job, reader.command).refused(reader.file, &[part]);
+        }
+        assert!(Command::new("mkfifo").arg(job.path("pipe")).status().unwrap().success());
+        job.link("m.gguf", "pipe");
+        run(&job, reader.command).refused(reader.file, &["is not a regular file"]);
+
+        // A terabyte that is not there, behind a text and a list that could reach into it.
+        for value in [&[8, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0][..], &[9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0]] {
+            let header = [&b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0a"[..], value];
+            job.write("m.gguf", header.concat());
+            fs::File::options().write(true).open(job.path("m.gguf")).unwrap().set_len(1 << 40).unwrap();
+            run(&job, reader.command).refused(reader.file, &[]);
+        }
+    }
+}
+
+#[test]
 fn wrong_types_are_named() {
     for reader in TENSORS {
         let job = Job::new();

@@ -15,7 +15,6 @@ pub struct ModelFolder {
     path: PathBuf,
     config: DecoderConfig,
     tokenizer: TextTokenizer,
-    tokenizer_path: PathBuf,
     /// Blocks of fp8 weights, where the configuration gives some.
     block: Option<[u32; 2]>,
 }
@@ -37,16 +36,7 @@ impl ModelFolder {
     pub fn open(dir: &Path) -> Result<Self> {
         let dir = model_folder(dir)?;
         if gguf::is_gguf(&dir) {
-            let read = |file: Gguf| -> Result<Self> {
-                Ok(ModelFolder {
-                    config: DecoderConfig::from_json(&file.config_json()?)?,
-                    tokenizer: file.tokenizer()?,
-                    tokenizer_path: dir.clone(),
-                    path: dir.clone(),
-                    block: None,
-                })
-            };
-            return read(Gguf::open(&dir)?).map_err(|error| error.in_file(&dir))?.checked();
+            return Self::open_gguf(dir);
         }
         let config_path = dir.join("config.json");
         let text = files::read_text(&config_path, files::MOST_CONFIG)?;
@@ -58,19 +48,20 @@ impl ModelFolder {
         let tokenizer_path = dir.join("tokenizer.json");
         let bytes = files::read(&tokenizer_path, files::MOST_TOKENIZER)?;
         let tokenizer = TextTokenizer::from_bytes(&bytes).map_err(|error| error.in_file(&tokenizer_path))?;
-        ModelFolder { path: dir, config, tokenizer, tokenizer_path, block }.checked()
+        check_vocabulary(&tokenizer, &config).map_err(|error| error.in_file(&tokenizer_path))?;
+        Ok(ModelFolder { path: dir, config, tokenizer, block })
     }
 
-    /// Refuses a tokenizer with ids beyond the embedding.
-    fn checked(self) -> Result<Self> {
-        let (needed, vocab_size) = (self.tokenizer.vocab_size(), self.config.vocab_size);
-        if needed > u64::from(vocab_size) {
-            let problem = format!(
-                "the vocabulary needs {needed} rows of the embedding, but vocab_size in config.json is {vocab_size}"
-            );
-            return Err(Error::Data(DataError::Tokenizer(problem)).in_file(self.tokenizer_path));
-        }
-        Ok(self)
+    fn open_gguf(path: PathBuf) -> Result<Self> {
+        let file = Gguf::open(&path)?;
+        let read = || {
+            let config = DecoderConfig::from_json(&file.config_json()?)?;
+            let tokenizer = file.tokenizer()?;
+            check_vocabulary(&tokenizer, &config)?;
+            Ok((config, tokenizer))
+        };
+        let (config, tokenizer) = read().map_err(|error: Error| error.in_file(&path))?;
+        Ok(ModelFolder { path, config, tokenizer, block: None })
     }
 
     /// The folder or file.
@@ -93,7 +84,8 @@ impl ModelFolder {
     /// # Errors
     /// `DataError::Tokenizer` in [`Error::File`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text).map_err(|error| error.in_file(&self.tokenizer_path))
+        let path = || if self.path.is_file() { self.path.clone() } else { self.path.join("tokenizer.json") };
+        self.tokenizer.encode(text).map_err(|error| error.in_file(path()))
     }
 
     /// Reads all weights, widened to f32, a piece of a file at a time: with a mapping instead, another process that shortens the
@@ -109,6 +101,18 @@ impl ModelFolder {
         }
         DecoderWeights::load(&checkpoint, &self.config)
     }
+}
+
+/// Refuses a tokenizer with ids beyond the embedding.
+fn check_vocabulary(tokenizer: &TextTokenizer, config: &DecoderConfig) -> Result<()> {
+    let (needed, vocab_size) = (tokenizer.vocab_size(), config.vocab_size);
+    if needed > u64::from(vocab_size) {
+        let problem = format!(
+            "the vocabulary needs {needed} rows of the embedding, but vocab_size in config.json is {vocab_size}"
+        );
+        return Err(Error::Data(DataError::Tokenizer(problem)));
+    }
+    Ok(())
 }
 
 /// One layer's attention, of the kind that the configuration has.

@@ -13,8 +13,14 @@ use crate::files;
 /// The first bytes of every GGUF file.
 pub(super) const MAGIC: [u8; 4] = *b"GGUF";
 
-/// Most bytes of metadata and list of tensors; published files have some tens of millions.
-const MOST_HEADER: u64 = 256 << 20;
+/// Most bytes of metadata and list of tensors; published files have up to some ten million.
+const MOST_HEADER: u64 = 64 << 20;
+
+/// Most keys, and most tensors; published files have up to some thousand.
+const MOST_ENTRIES: u64 = 1 << 16;
+
+/// Most values of a list; published vocabularies have some hundred thousand tokens and merges.
+const MOST_VALUES: u64 = 1 << 22;
 
 /// Most bytes of a key, as the format has it; a tensor's name has fewer.
 const MOST_NAME: u64 = 65535;
@@ -129,6 +135,9 @@ impl Gguf {
         // one byte.
         header.room(tensors, 8 + 4 + 8 + 4 + 8, "tensors")?;
         header.room(keys, 8 + 4 + 1, "keys")?;
+        if tensors.max(keys) > MOST_ENTRIES {
+            return Err(invalid(format!("{tensors} tensors and {keys} keys, at most {MOST_ENTRIES} of each are read")));
+        }
 
         let mut metadata = BTreeMap::new();
         for _ in 0..keys {
@@ -327,7 +336,9 @@ impl<R: Read> Header<R> {
         };
         self.room(count, least, "values of a list")
             .map_err(|_| self.short(format_args!("{count} values of `{key}`")))?;
-        // The count fits the file, and so does a list of it.
+        if count > MOST_VALUES {
+            return Err(invalid(format!("key `{key}` has {count} values, at most {MOST_VALUES} are read")));
+        }
         let mut values = |each: &mut dyn FnMut(&mut Self) -> Result<()>| (0..count).try_for_each(|_| each(self));
         macro_rules! collect {
             ($list:path, $read:expr) => {{

@@ -27,7 +27,8 @@ pub fn is_gguf(path: &Path) -> bool {
         first.fill(0);
         file.read_exact(&mut first).ok().filter(|()| first == container::MAGIC)
     };
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) || begins().is_some()
+    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    !path.is_dir() && (named || begins().is_some())
 }
 
 /// The text of a `config.json`: of that file, or what one of a GGUF file's model would say.
