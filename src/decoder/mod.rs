@@ -14,6 +14,7 @@ mod cpu;
 mod evaluate;
 mod folder;
 mod model;
+mod native;
 mod sampling;
 mod tokenizer;
 
@@ -22,5 +23,6 @@ pub use cpu::{CpuDecoder, CpuState};
 pub use evaluate::{Score, Window, Windows, scored_characters};
 pub use folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, ModelFolder};
 pub use model::{Decoder, DecoderState, DecoderStep, Logits};
+pub use native::{NativeDecoder, NativeHistory, NativeLayer, NativeState};
 pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use tokenizer::{TextStream, TextTokenizer, panics_are_caught};

@@ -1,0 +1,163 @@
+//! The decoder in f32 on the CPU, for speed: [`CpuDecoder`](super::CpuDecoder) is its definition.
+//!
+//! A decode step reads every weight once, so memory bandwidth bounds it: at best bytes of the weights over bytes per second. Plain
+//! MLA, and EG-MLA with the gate at `latent`, keep latents and attend to them; a step of many tokens makes keys and values of them
+//! first. With the gate at `up_projected` gated keys and values are kept.
+
+mod layer;
+mod product;
+
+pub use layer::{NativeHistory, NativeLayer};
+
+use super::cpu::check_layers;
+use super::folder::DecoderWeights;
+use super::model::{Logits, check_ids};
+use crate::config::DecoderConfig;
+use crate::error::{ArgumentError, Error, Result};
+use crate::weights::HostTensor;
+use product::Linear;
+
+/// A decoder in f32.
+#[derive(Debug)]
+pub struct NativeDecoder {
+    config: DecoderConfig,
+    embedding: Linear,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    lm_head: Option<Linear>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: Vec<f32>,
+    attention: NativeLayer,
+    post_attention_norm: Vec<f32>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// What every layer keeps of one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NativeState {
+    layers: Vec<NativeHistory>,
+}
+
+impl NativeState {
+    /// Tokens that it holds.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, NativeHistory::len)
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all but the first `length` tokens.
+    pub fn truncate(&mut self, length: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(length));
+    }
+}
+
+impl NativeDecoder {
+    /// Takes the weights, which must have been loaded with the same `config`.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself, or `ArgumentError::Count` for another number of layers.
+    pub fn new(config: &DecoderConfig, weights: DecoderWeights) -> Result<Self> {
+        config.validate()?;
+        check_layers(config, &weights)?;
+        let layers = weights.layers.into_iter().map(|layer| Layer {
+            input_norm: layer.input_norm.data,
+            attention: NativeLayer::new(&config.attention, layer.attention),
+            post_attention_norm: layer.post_attention_norm.data,
+            gate: Linear::new(layer.gate_proj, None),
+            up: Linear::new(layer.up_proj, None),
+            down: Linear::new(layer.down_proj, None),
+        });
+        Ok(NativeDecoder {
+            config: config.clone(),
+            layers: layers.collect(),
+            embedding: Linear::new(weights.embedding, None),
+            norm: weights.norm.data,
+            lm_head: weights.lm_head.map(|head| Linear::new(head, None)),
+        })
+    }
+
+    /// Most bytes, beside the weights, of a state of `cached` tokens and of computing `new` ones at once with the logits of
+    /// `rows` of them.
+    pub fn bytes(config: &DecoderConfig, cached: u64, new: u64, rows: u64) -> u64 {
+        let wide = |value: u32| u64::from(value);
+        let kept = NativeLayer::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
+        let stream = 3 * wide(config.attention.hidden_size) + 3 * wide(config.intermediate_size);
+        let step = NativeLayer::bytes(&config.attention, cached, new).saturating_add(new.saturating_mul(4 * stream));
+        kept.saturating_add(step).saturating_add(rows.saturating_mul(4 * wide(config.vocab_size)))
+    }
+
+    /// The configuration that it was built with.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The state of an empty sequence, with room for `capacity` tokens; it grows where there are more.
+    pub fn state(&self, capacity: usize) -> NativeState {
+        NativeState { layers: self.layers.iter().map(|layer| layer.attention.history(capacity)).collect() }
+    }
+
+    /// New tokens after those in `state`, which they are added to. Returns logits `[rows, vocab]`: a row for each new
+    /// token, for the last, or none, as `logits` says.
+    ///
+    /// # Errors
+    /// As [`CpuDecoder::forward`](super::CpuDecoder::forward); the state is then unchanged.
+    pub fn forward(&self, token_ids: &[u32], state: &mut NativeState, logits: Logits) -> Result<Vec<f32>> {
+        check_ids(token_ids, self.config.vocab_size)?;
+        if state.layers.len() != self.layers.len() {
+            let (expected, found) = (self.layers.len() as u64, state.layers.len() as u64);
+            return Err(Error::Argument(ArgumentError::Count { what: "layers of the state", expected, found }));
+        }
+        let (tokens, hidden) = (token_ids.len(), self.config.attention.hidden_size as usize);
+        let normed = |stream: &[f32], weight: &[f32]| {
+            let mut normed = stream.to_vec();
+            rms_norm(&mut normed, Some(weight), hidden, self.config.rms_norm_eps);
+            normed
+        };
+        let turns = NativeLayer::turns(&self.config.attention, state.len(), tokens);
+        let mut stream: Vec<f32> =
+            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).data).copied().collect();
+        for (layer, history) in self.layers.iter().zip(&mut state.layers) {
+            let x = normed(&stream, &layer.input_norm);
+            add(&mut stream, &layer.attention.forward_turned(&x, token_ids, &turns, history));
+            let x = normed(&stream, &layer.post_attention_norm);
+            let mut inner = layer.gate.apply(&x);
+            inner.iter_mut().zip(layer.up.apply(&x)).for_each(|(gate, up)| *gate = *gate / (1.0 + (-*gate).exp()) * up);
+            add(&mut stream, &layer.down.apply(&inner));
+        }
+        let rows = match logits {
+            Logits::None => return Ok(Vec::new()),
+            Logits::Last => 1,
+            Logits::All => tokens,
+        };
+        let x = normed(&stream[(tokens - rows) * hidden..], &self.norm);
+        Ok(self.lm_head.as_ref().unwrap_or(&self.embedding).apply(&x))
+    }
+}
+
+fn optional(tensor: Option<HostTensor>) -> Option<Vec<f32>> {
+    tensor.map(|tensor| tensor.data)
+}
+
+fn add(stream: &mut [f32], delta: &[f32]) {
+    stream.iter_mut().zip(delta).for_each(|(x, delta)| *x += delta);
+}
+
+/// `x ← x / √(mean x² + eps) · weight`, per row of `width`.
+fn rms_norm(x: &mut [f32], weight: Option<&[f32]>, width: usize, eps: f64) {
+    for row in x.chunks_exact_mut(width) {
+        let squares: f64 = row.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let rho = (1.0 / (squares / width as f64 + eps).sqrt()) as f32;
+        for (i, x) in row.iter_mut().enumerate() {
+            *x *= rho * weight.map_or(1.0, |weight| weight[i]);
+        }
+    }
+}

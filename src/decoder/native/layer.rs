@@ -1,0 +1,392 @@
+//! One attention layer in f32 on the CPU, as [`reference::Layer`](crate::reference::Layer) defines it.
+
+use super::product::{Attending, Linear, Rows, add_dot_products, add_weighted, for_each_part, share};
+use super::{optional, rms_norm};
+use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
+use crate::reference::rotations;
+use crate::weights::{AttentionWeights, QueryWeights};
+
+/// Queries of a head that attend together: their scores against the whole past are in memory at once.
+const BLOCK: usize = 64;
+
+/// One attention layer, MLA or EG-MLA, in f32.
+#[derive(Debug)]
+pub struct NativeLayer {
+    config: AttentionConfig,
+    query: Query,
+    kv_a: Linear,
+    kv_a_norm: Option<Vec<f32>>,
+    kv_b: Linear,
+    o: Linear,
+    gate: Option<Gate>,
+}
+
+#[derive(Debug)]
+enum Query {
+    Full(Linear),
+    LowRank { a: Linear, a_norm: Vec<f32>, b: Linear },
+}
+
+#[derive(Debug)]
+struct Gate {
+    config: GateConfig,
+    /// `[vocab, d_gate]`
+    embedding: Linear,
+    b: Linear,
+    norm_weight: Option<Vec<f32>>,
+    norm_bias: Option<Vec<f32>>,
+}
+
+/// What a layer keeps of one sequence: latents, or with a gate at `up_projected` gated keys and values; and rotary keys.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NativeHistory {
+    length: usize,
+    /// `[len, d_latent]` or `[len, n_head, d_nope + d_value]`
+    rows: Vec<f32>,
+    /// `[len, d_rope]`
+    k_rope: Vec<f32>,
+}
+
+impl NativeHistory {
+    /// Tokens that it holds.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Forgets all but the first `length` tokens; does nothing where there are no more than that.
+    pub fn truncate(&mut self, length: usize) {
+        if length < self.length {
+            self.rows.truncate(self.rows.len() / self.length * length);
+            self.k_rope.truncate(self.k_rope.len() / self.length * length);
+            self.length = length;
+        }
+    }
+}
+
+/// Head count and widths.
+#[derive(Debug, Clone, Copy)]
+struct Widths {
+    n_head: usize,
+    d_nope: usize,
+    d_rope: usize,
+    d_value: usize,
+    d_latent: usize,
+}
+
+impl Widths {
+    fn of(config: &AttentionConfig) -> Self {
+        let [n_head, d_nope, d_rope, d_value, d_latent] =
+            [config.n_head, config.d_nope, config.d_rope, config.d_value, config.d_latent].map(|width| width as usize);
+        Widths { n_head, d_nope, d_rope, d_value, d_latent }
+    }
+
+    fn query(self) -> usize {
+        self.d_nope + self.d_rope
+    }
+
+    fn kv(self) -> usize {
+        self.d_nope + self.d_value
+    }
+
+    /// `n_head · (d_nope + d_value)`
+    fn all_kv(self) -> usize {
+        self.n_head * self.kv()
+    }
+
+    /// Whether `tokens` new tokens attend to latents with fewer multiply-adds for each cached one than to keys and values, which
+    /// must be made of the latents first.
+    fn absorbed(self, tokens: usize) -> bool {
+        let expanded = self.kv() * self.d_latent + tokens * (self.query() + self.d_value);
+        tokens * (2 * self.d_latent + self.d_rope) < expanded
+    }
+}
+
+impl NativeLayer {
+    /// Takes the weights, which must have been built or loaded with the same `config`.
+    pub fn new(config: &AttentionConfig, weights: AttentionWeights) -> Self {
+        let query = match weights.query {
+            QueryWeights::Full { proj } => Query::Full(Linear::new(proj, None)),
+            QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
+                let (a, b) = (Linear::new(a_proj, a_bias), Linear::new(b_proj, None));
+                Query::LowRank { a, a_norm: a_norm.data, b }
+            }
+        };
+        let gate = config.gate.clone().zip(weights.gate).map(|(config, weights)| Gate {
+            config,
+            embedding: Linear::new(weights.embedding, None),
+            b: Linear::new(weights.b_proj, None),
+            norm_weight: optional(weights.norm_weight),
+            norm_bias: optional(weights.norm_bias),
+        });
+        NativeLayer {
+            config: config.clone(),
+            query,
+            kv_a: Linear::new(weights.kv_a_proj, weights.kv_a_bias),
+            kv_a_norm: optional(weights.kv_a_norm),
+            kv_b: Linear::new(weights.kv_b_proj, None),
+            o: Linear::new(weights.o_proj, weights.o_bias),
+            gate,
+        }
+    }
+
+    /// Most bytes of what is kept of `cached` tokens, and of computing `new` ones behind them at once.
+    pub fn bytes(config: &AttentionConfig, cached: u64, new: u64) -> u64 {
+        let widths = Widths::of(config);
+        let wide = |width: usize| width as u64;
+        let kept = match config.up_projected_gate() {
+            Some(_) => wide(widths.all_kv() + widths.d_rope),
+            None => wide(widths.d_latent + widths.d_rope),
+        };
+        let low = 3 * wide(widths.d_latent + widths.d_rope) + 2 * u64::from(config.d_q_latent.unwrap_or(0));
+        let gates = config.gate.as_ref().map_or(0, |gate| u64::from(gate.d_gate) + u64::from(config.gated_width()));
+        // Of a new token: what came in and goes out, queries, absorbed ones and their latents, values, keys and values, gates.
+        let heads =
+            wide(2 * widths.query() + 2 * widths.d_latent + 2 * widths.d_value).saturating_mul(wide(widths.n_head));
+        let computed = 2 * u64::from(config.hidden_size) + heads + low + 2 * wide(widths.all_kv()) + gates;
+        // Scores of the blocks that are computed at once, and keys and values of the past.
+        let scores = wide(rayon::current_num_threads()) * new.min(BLOCK as u64).max(wide(widths.n_head));
+        let all = cached.saturating_add(new);
+        let past = if config.up_projected_gate().is_some() { 0 } else { wide(widths.all_kv()) };
+        let of_past = all.saturating_mul(scores + past);
+        all.saturating_mul(kept).saturating_add(new.saturating_mul(computed)).saturating_add(of_past).saturating_mul(4)
+    }
+
+    /// The configuration that it was built with.
+    pub fn config(&self) -> &AttentionConfig {
+        &self.config
+    }
+
+    /// What is kept of an empty sequence, with room for `capacity` tokens; it grows where there are more.
+    pub fn history(&self, capacity: usize) -> NativeHistory {
+        let widths = Widths::of(&self.config);
+        let room = |width: usize| Vec::with_capacity(capacity.saturating_mul(width));
+        NativeHistory { length: 0, rows: room(self.row_width()), k_rope: room(widths.d_rope) }
+    }
+
+    /// Width of a kept row.
+    fn row_width(&self) -> usize {
+        let widths = Widths::of(&self.config);
+        if self.config.up_projected_gate().is_some() { widths.all_kv() } else { widths.d_latent }
+    }
+
+    /// cos and sin of the positions `first..first + tokens`: `[tokens, d_rope / 2]`. All layers of a configuration have the same.
+    pub(super) fn turns(config: &AttentionConfig, first: usize, tokens: usize) -> Vec<[f32; 2]> {
+        let positions: Vec<u32> = (first as u32..).take(tokens).collect();
+        let turns = rotations(&config.rope, config.d_rope as usize, &positions);
+        turns.into_iter().map(|turn| turn.map(|value| value as f32)).collect()
+    }
+
+    /// New tokens of one sequence behind those of `history`, which was made by this layer: each attends to the history, to the
+    /// new tokens before it and to itself. `history` keeps them.
+    ///
+    /// `hidden` `[tokens, hidden]`, `token_ids` `[tokens]`, below the gate's vocabulary (not looked at without a gate); returns
+    /// `[tokens, hidden]`.
+    pub fn forward(&self, hidden: &[f32], token_ids: &[u32], history: &mut NativeHistory) -> Vec<f32> {
+        let tokens = hidden.len() / self.config.hidden_size as usize;
+        let turns = Self::turns(&self.config, history.len(), tokens);
+        self.forward_turned(hidden, token_ids, &turns, history)
+    }
+
+    pub(super) fn forward_turned(
+        &self,
+        hidden: &[f32],
+        token_ids: &[u32],
+        turns: &[[f32; 2]],
+        history: &mut NativeHistory,
+    ) -> Vec<f32> {
+        let widths = Widths::of(&self.config);
+        let tokens = hidden.len() / self.config.hidden_size as usize;
+        let q = self.queries(hidden, turns);
+        self.keep(hidden, token_ids, turns, history);
+        history.length += tokens;
+        let attended = if self.config.up_projected_gate().is_some() {
+            self.expanded(&q, &history.rows, &history.k_rope, tokens)
+        } else if widths.absorbed(tokens) {
+            self.absorbed(&q, history, tokens)
+        } else {
+            self.expanded(&q, &self.kv_b.apply(&history.rows), &history.k_rope, tokens)
+        };
+        self.o.apply(&attended)
+    }
+
+    /// Rotated queries, times the scale of the scores: `[tokens, n_head, d_nope + d_rope]`.
+    fn queries(&self, hidden: &[f32], turns: &[[f32; 2]]) -> Vec<f32> {
+        let widths = Widths::of(&self.config);
+        let mut q = match &self.query {
+            Query::Full(proj) => proj.apply(hidden),
+            Query::LowRank { a, a_norm, b } => {
+                let mut latent = a.apply(hidden);
+                rms_norm(&mut latent, Some(a_norm), a.cols(), self.config.low_rank_norm_eps);
+                b.apply(&latent)
+            }
+        };
+        rotate(&mut q, turns, (widths.n_head, widths.query()), widths.d_rope, self.config.rope.interleave);
+        let scale = self.config.scale() as f32;
+        q.iter_mut().for_each(|q| *q *= scale);
+        q
+    }
+
+    /// Adds the rows of new tokens.
+    fn keep(&self, hidden: &[f32], token_ids: &[u32], turns: &[[f32; 2]], history: &mut NativeHistory) {
+        let Widths { d_rope, d_latent, .. } = Widths::of(&self.config);
+        let kv_a = self.kv_a.apply(hidden);
+        let mut latent = Vec::with_capacity(kv_a.len());
+        let mut k_rope = Vec::with_capacity(turns.len() * 2);
+        for row in kv_a.chunks_exact(d_latent + d_rope) {
+            latent.extend_from_slice(&row[..d_latent]);
+            k_rope.extend_from_slice(&row[d_latent..]);
+        }
+        if self.kv_a_norm.is_some() {
+            rms_norm(&mut latent, self.kv_a_norm.as_deref(), d_latent, self.config.low_rank_norm_eps);
+            let factor = self.config.latent_factor as f32;
+            latent.iter_mut().for_each(|element| *element *= factor);
+        }
+        rotate(&mut k_rope, turns, (1, d_rope), d_rope, self.config.rope.interleave);
+        history.k_rope.extend(k_rope);
+        match &self.gate {
+            None => history.rows.extend(latent),
+            Some(gate) => {
+                let mut rows = if self.config.latent_gate().is_some() { latent } else { self.kv_b.apply(&latent) };
+                gate.apply(&mut rows, token_ids);
+                history.rows.extend(rows);
+            }
+        }
+    }
+
+    /// Attention of the last `tokens` of the kept ones over keys and values `[len, n_head, d_nope + d_value]`; returns
+    /// `[tokens, n_head, d_value]`.
+    fn expanded(&self, q: &[f32], kv: &[f32], k_rope: &[f32], tokens: usize) -> Vec<f32> {
+        let widths = Widths::of(&self.config);
+        let Widths { n_head, d_nope, d_rope, d_value, .. } = widths;
+        let length = kv.len() / widths.all_kv();
+        let first = length - tokens;
+        let mut attended = vec![0.0; n_head * tokens * d_value];
+        let operations = n_head * tokens * length * (widths.query() + d_value);
+        // By head, then by token: a part of it is one head's.
+        for_each_part(&mut attended, tokens * d_value, operations, |head, out| {
+            for_each_part(out, BLOCK * d_value, operations / n_head, |block, out| {
+                let (block, count) = (block * BLOCK, out.len() / d_value);
+                let end = first + block + count;
+                let query = |from: usize, width: usize| {
+                    let data = &q[(block * n_head + head) * widths.query() + from..];
+                    Rows { data, count, width, stride: n_head * widths.query() }
+                };
+                let of_head = |from: usize, width: usize| {
+                    let data = &kv[head * widths.kv() + from..];
+                    Rows { data, count: end, width, stride: widths.all_kv() }
+                };
+                let k_rope = Rows { data: k_rope, count: end, width: d_rope, stride: d_rope };
+                let (q, q_rope) = (query(0, d_nope), query(d_nope, d_rope));
+                let (keys, values) = (of_head(0, d_nope), of_head(d_nope, d_value));
+                Attending { q, q_rope, keys, k_rope, values }.attend(|i| first + block + i + 1, out);
+            });
+        });
+        by_token(&attended, (n_head, tokens, d_value))
+    }
+
+    /// The same over the latents themselves: queries carry the key rows of `kv_b_proj`, value rows come after the sum.
+    fn absorbed(&self, q: &[f32], history: &NativeHistory, tokens: usize) -> Vec<f32> {
+        let widths = Widths::of(&self.config);
+        let Widths { n_head, d_nope, d_rope, d_value, d_latent } = widths;
+        let first = history.len() - tokens;
+        let mut attended = vec![0.0; n_head * tokens * d_value];
+        let of_head = tokens * (history.len() * (2 * d_latent + d_rope) + d_latent * widths.kv());
+        let part = share(n_head, n_head * of_head);
+        let latents = Rows { data: &history.rows, count: history.len(), width: d_latent, stride: d_latent };
+        let k_rope = Rows { data: &history.k_rope, count: history.len(), width: d_rope, stride: d_rope };
+        for_each_part(&mut attended, part * tokens * d_value, n_head * of_head, |number, out| {
+            let (heads, of_first) = (out.len() / (tokens * d_value), number * part);
+            let query = |token: usize, head: usize| {
+                q[(token * n_head + of_first + head) * widths.query()..][..widths.query()].split_at(d_nope)
+            };
+            // All heads of a token come before the next: they see the same rows.
+            let mut absorbed = vec![0.0; tokens * heads * d_latent];
+            let mut q_rope = Vec::with_capacity(tokens * heads * d_rope);
+            for (row, absorbed) in absorbed.chunks_exact_mut(d_latent).enumerate() {
+                let (q_nope, rotary) = query(row / heads, row % heads);
+                add_weighted(q_nope, self.kv_b.rows((of_first + row % heads) * widths.kv(), d_nope), absorbed);
+                q_rope.extend_from_slice(rotary);
+            }
+            let queries = tokens * heads;
+            let mut sums = vec![0.0; queries * d_latent];
+            let q = Rows { data: &absorbed, count: queries, width: d_latent, stride: d_latent };
+            let q_rope = Rows { data: &q_rope, count: queries, width: d_rope, stride: d_rope };
+            Attending { q, q_rope, keys: latents, k_rope, values: latents }
+                .attend(|i| first + i / heads + 1, &mut sums);
+            for (row, out) in out.chunks_exact_mut(d_value).enumerate() {
+                let (head, token) = (row / tokens, row % tokens);
+                let values = self.kv_b.rows((of_first + head) * widths.kv() + d_nope, d_value);
+                add_dot_products(&sums[(token * heads + head) * d_latent..][..d_latent], values, out);
+            }
+        });
+        by_token(&attended, (n_head, tokens, d_value))
+    }
+}
+
+/// `[n_head, tokens, width]` as `[tokens, n_head, width]`.
+fn by_token(values: &[f32], (n_head, tokens, width): (usize, usize, usize)) -> Vec<f32> {
+    let rows = (0..tokens * n_head).map(|row| (row % n_head) * tokens + row / n_head);
+    rows.flat_map(|row| &values[row * width..][..width]).copied().collect()
+}
+
+/// RoPE on the last `d_rope` of each head `[tokens, n_head, d_head]`.
+fn rotate(values: &mut [f32], turns: &[[f32; 2]], (n_head, d_head): (usize, usize), d_rope: usize, interleave: bool) {
+    let pairs = d_rope / 2;
+    if pairs == 0 {
+        return;
+    }
+    for (token, turns) in values.chunks_exact_mut(n_head * d_head).zip(turns.chunks_exact(pairs)) {
+        for head in token.chunks_exact_mut(d_head) {
+            let part = &mut head[d_head - d_rope..];
+            for (i, [cos, sin]) in turns.iter().enumerate() {
+                let (first, second) = if interleave { (2 * i, 2 * i + 1) } else { (i, i + pairs) };
+                let (x, y) = (part[first], part[second]);
+                part[first] = x * cos - y * sin;
+                part[second] = x * sin + y * cos;
+            }
+        }
+    }
+}
+
+impl Gate {
+    /// `x ← Norm(x ⊙ act(gate_b_proj · gate_embedding[id]))`, `[tokens, width]`.
+    fn apply(&self, x: &mut [f32], token_ids: &[u32]) {
+        let rows: Vec<f32> =
+            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).data).copied().collect();
+        let activation = self.config.activation;
+        x.iter_mut().zip(self.b.apply(&rows)).for_each(|(x, g)| *x *= activate(activation, g));
+        let weight = self.norm_weight.as_deref();
+        match self.config.norm {
+            GateNorm::None => {}
+            GateNorm::RmsNorm => rms_norm(x, weight, self.b.cols(), self.config.norm_eps),
+            GateNorm::LayerNorm => {
+                for row in x.chunks_exact_mut(self.b.cols()) {
+                    let mean =
+                        |of: &dyn Fn(f64) -> f64| row.iter().map(|&x| of(f64::from(x))).sum::<f64>() / row.len() as f64;
+                    let mu = mean(&|x| x);
+                    let rho = 1.0 / (mean(&|x| (x - mu).powi(2)) + self.config.norm_eps).sqrt();
+                    for (i, x) in row.iter_mut().enumerate() {
+                        let normed = (*x - mu as f32) * rho as f32;
+                        let scaled = normed * weight.map_or(1.0, |weight| weight[i]);
+                        *x = scaled + self.norm_bias.as_ref().map_or(0.0, |bias| bias[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn activate(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::Identity => x,
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Activation::Tanh => x.tanh(),
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::OnePlus => 1.0 + x,
+    }
+}

@@ -1,0 +1,254 @@
+//! The decoder in f32 on the CPU against its definition in f64: layers and decoders of every kind, with random sizes and options.
+#![cfg(feature = "decoder")]
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use egmla::config::{
+    Activation, AttentionConfig, DecoderConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling,
+};
+use egmla::decoder::{CpuDecoder, DecoderLayerWeights, DecoderWeights, Logits, NativeDecoder, NativeLayer};
+use egmla::error::ArgumentError;
+use egmla::random::{Random, attention_weights};
+use egmla::reference::{History, Layer};
+use egmla::weights::HostTensor;
+use egmla::{AttentionWeights, Error};
+
+/// `‖a − b‖ / ‖b‖`; NaN anywhere gives NaN, which no bound accepts.
+fn error(a: &[f32], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let difference: f64 = a.iter().zip(b).map(|(&a, b)| (f64::from(a) - b).powi(2)).sum();
+    (difference / b.iter().map(|b| b * b).sum::<f64>()).sqrt()
+}
+
+/// Bound of that error behind `depth` dependent operations whose sums have `terms` terms at most. A rounding is 2⁻²⁴ at most, those
+/// of a sum are independent and grow as √terms, both factors of a product bring theirs; errors of operations that follow each other
+/// add up.
+fn bound(depth: u32, terms: u32) -> f64 {
+    2.0 * f64::from(depth) * f64::from(terms).sqrt() * 2f64.powi(-24)
+}
+
+/// Operations of a layer that follow each other: low-rank product, norm, product, gate, its norm, scores, softmax, sum, output.
+const OF_LAYER: u32 = 9;
+
+/// The feed-forward part and the norms: two norms, two products, an activation.
+const OF_REST: u32 = 5;
+
+/// A configuration of a kind, drawn.
+fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
+    let mut below = |least: u32, most: u32| least + (random.unit() * f64::from(most - least + 1)) as u32;
+    let d_rope = 2 * below(0, 5);
+    let site = gate;
+    let gate = site.map(|site| GateConfig {
+        vocab_size: VOCAB,
+        d_gate: below(1, 9),
+        site,
+        activation: Activation::ALL[below(0, 4) as usize],
+        norm: GateNorm::ALL[below(0, 2) as usize],
+        norm_eps: 1e-5,
+    });
+    let scaling = match below(0, 2) {
+        0 => RopeScaling::None,
+        1 => RopeScaling::Linear { factor: 3.0 },
+        _ => RopeScaling::Yarn {
+            factor: 4.0,
+            original_max_position_embeddings: 16.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            mscale: Some(1.0),
+            mscale_all_dim: Some(0.7),
+            attention_factor: None,
+            truncate: true,
+        },
+    };
+    AttentionConfig {
+        hidden_size: below(5, 70),
+        n_head: below(1, 9),
+        d_latent: below(1, 40),
+        d_q_latent: (below(0, 1) == 1).then(|| below(2, 20)),
+        d_nope: below(u32::from(d_rope == 0), 21),
+        d_rope,
+        d_value: below(1, 21),
+        attention_bias: below(0, 1) == 1,
+        gate,
+        rope: RopeConfig { interleave: below(0, 1) == 1, scaling, rotate: below(0, 4) > 0, ..RopeConfig::default() },
+        low_rank_norm_eps: 1e-6,
+        query_factor: 1.25,
+        latent_factor: 0.75,
+    }
+}
+
+const VOCAB: u32 = 23;
+
+const KINDS: [Option<GateSite>; 3] = [None, Some(GateSite::Latent), Some(GateSite::UpProjected)];
+
+/// Sizes of steps; they take each path: one token, few, and many, with and without a past.
+const STEPS: [usize; 7] = [70, 1, 1, 3, 9, 1, 2];
+
+fn longest(config: &AttentionConfig) -> u32 {
+    let tokens = STEPS.iter().sum::<usize>() as u32;
+    let widths = [config.hidden_size, config.n_head * config.d_value, config.d_latent, config.d_kv(), tokens];
+    widths.into_iter().max().unwrap()
+}
+
+#[test]
+fn layers_of_every_kind_are_the_references() {
+    let mut random = Random::new(1);
+    for (number, gate) in KINDS.into_iter().cycle().take(60).enumerate() {
+        let config = drawn(&mut random, gate);
+        let weights = attention_weights(&config, true, number as u64).unwrap();
+        let reference = Layer::new(config.clone(), &weights);
+        let native = NativeLayer::new(&config, weights);
+        let (mut expected_past, mut past) = (History::default(), native.history(0));
+        for tokens in STEPS {
+            let hidden = random.values(tokens * config.hidden_size as usize, 1.0);
+            let ids = random.ids(tokens, VOCAB);
+            let wide: Vec<f64> = hidden.iter().copied().map(f64::from).collect();
+            let expected = reference.forward(&wide, &ids, &mut expected_past);
+            let found = error(&native.forward(&hidden, &ids, &mut past), &expected);
+            let bound = bound(OF_LAYER, longest(&config));
+            assert!(found < bound, "{number}, {tokens} tokens: {found:.1e}, at most {bound:.1e}; {config:?}");
+        }
+        assert_eq!(past.len(), expected_past.len());
+    }
+}
+
+fn decoder(random: &mut Random, attention: AttentionConfig) -> (DecoderConfig, DecoderWeights) {
+    let config = DecoderConfig {
+        vocab_size: VOCAB,
+        intermediate_size: 31,
+        n_layer: 2,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: 128,
+        tie_word_embeddings: random.unit() < 0.5,
+        attention,
+    };
+    let hidden = config.attention.hidden_size;
+    let mut tensor = |shape: &[u32]| {
+        let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
+        let data = match shape[..] {
+            [width] => random.values(width, 0.1).iter().map(|x| 1.0 + x).collect(),
+            _ => random.values(shape.iter().product(), (shape[1] as f32).sqrt().recip()),
+        };
+        HostTensor { name: String::new(), shape, data }
+    };
+    let layers = (0..config.n_layer).map(|layer| DecoderLayerWeights {
+        input_norm: tensor(&[hidden]),
+        attention: attention_weights(&config.attention, true, layer.into()).unwrap(),
+        post_attention_norm: tensor(&[hidden]),
+        gate_proj: tensor(&[31, hidden]),
+        up_proj: tensor(&[31, hidden]),
+        down_proj: tensor(&[hidden, 31]),
+    });
+    let layers = layers.collect();
+    let weights = DecoderWeights {
+        layers,
+        embedding: tensor(&[VOCAB, hidden]),
+        norm: tensor(&[hidden]),
+        lm_head: (!config.tie_word_embeddings).then(|| tensor(&[VOCAB, hidden])),
+    };
+    (config, weights)
+}
+
+#[test]
+fn decoders_of_every_kind_are_the_references() {
+    let mut random = Random::new(2);
+    for (number, gate) in KINDS.into_iter().cycle().take(24).enumerate() {
+        let attention = drawn(&mut random, gate);
+        let (config, weights) = decoder(&mut random, attention);
+        let reference = CpuDecoder::new(&config, &weights).unwrap();
+        let native = NativeDecoder::new(&config, weights).unwrap();
+        let (mut expected_past, mut past) = (reference.state(), native.state(10));
+        let bound = bound(config.n_layer * (OF_LAYER + OF_REST) + 2, longest(&config.attention));
+        for (step, tokens) in STEPS.into_iter().enumerate() {
+            let ids = random.ids(tokens, VOCAB);
+            let logits = [Logits::All, Logits::Last, Logits::None][step % 3];
+            let expected = reference.forward(&ids, &mut expected_past, logits).unwrap();
+            let found = native.forward(&ids, &mut past, logits).unwrap();
+            assert_eq!(found.len(), expected.len());
+            if logits != Logits::None {
+                let found = error(&found, &expected);
+                assert!(found < bound, "{number}, {tokens} tokens: {found:.1e}, at most {bound:.1e}; {config:?}");
+            }
+        }
+        // What was forgotten is computed again.
+        let ids = random.ids(5, VOCAB);
+        past.truncate(30);
+        expected_past.truncate(30);
+        let expected = reference.forward(&ids, &mut expected_past, Logits::All).unwrap();
+        let found = error(&native.forward(&ids, &mut past, Logits::All).unwrap(), &expected);
+        assert!(found < bound, "{number}, after a truncation: {found:.1e}");
+    }
+}
+
+/// A product of enough rows and columns for several threads, against one whose operands they do not share.
+#[test]
+fn threads_change_nothing_but_the_order_of_sums() {
+    let config = AttentionConfig {
+        hidden_size: 768,
+        n_head: 8,
+        d_latent: 64,
+        d_nope: 32,
+        d_rope: 16,
+        d_value: 48,
+        ..AttentionConfig::default()
+    };
+    let weights = attention_weights(&config, true, 3).unwrap();
+    let reference = Layer::new(config.clone(), &weights);
+    let native = NativeLayer::new(&config, weights);
+    let mut random = Random::new(3);
+    let (mut expected_past, mut past) = (History::default(), native.history(0));
+    for tokens in [300, 1] {
+        let hidden = random.values(tokens * 768, 1.0);
+        let wide: Vec<f64> = hidden.iter().copied().map(f64::from).collect();
+        let expected = reference.forward(&wide, &[], &mut expected_past);
+        let found = error(&native.forward(&hidden, &[], &mut past), &expected);
+        assert!(found < bound(OF_LAYER, 768), "{tokens} tokens: {found:.1e}");
+    }
+}
+
+/// What is not finite stays with the tokens that see it.
+#[test]
+fn later_tokens_do_not_reach_earlier_ones() {
+    let mut random = Random::new(4);
+    for gate in KINDS {
+        let config = AttentionConfig { hidden_size: 12, ..drawn(&mut random, gate) };
+        let layer = NativeLayer::new(&config, attention_weights(&config, true, 4).unwrap());
+        let mut hidden = random.values(90 * 12, 1.0);
+        let ids = random.ids(90, VOCAB);
+        let whole = layer.forward(&hidden, &ids, &mut layer.history(90));
+        hidden[80 * 12] = f32::NAN;
+        let spoilt = layer.forward(&hidden, &ids, &mut layer.history(90));
+        assert!(spoilt[80 * 12..].iter().all(|value| value.is_nan()));
+        let close = |a: &[f32], b: &[f32]| error(a, &b.iter().copied().map(f64::from).collect::<Vec<_>>());
+        assert!(close(&spoilt[..80 * 12], &whole[..80 * 12]) < bound(OF_LAYER, longest(&config)));
+    }
+}
+
+#[test]
+fn what_cannot_be_looked_up_is_refused() {
+    let mut random = Random::new(5);
+    let attention = drawn(&mut random, None);
+    let (config, weights) = decoder(&mut random, attention);
+    let decoder = NativeDecoder::new(&config, weights.clone()).unwrap();
+    let mut state = decoder.state(0);
+    let refused = |ids: &[u32], state: &mut _| decoder.forward(ids, state, Logits::Last).unwrap_err();
+    assert!(matches!(refused(&[], &mut state), Error::Argument(ArgumentError::Empty { .. })));
+    assert!(matches!(refused(&[1, VOCAB], &mut state), Error::Argument(ArgumentError::TokenId { index: 1, .. })));
+    assert!(state.is_empty());
+    let fewer = DecoderConfig { n_layer: 1, ..config };
+    assert!(matches!(
+        NativeDecoder::new(&fewer, weights),
+        Err(Error::Argument(ArgumentError::Count { expected: 1, found: 2, .. }))
+    ));
+}
+
+#[test]
+fn a_checkpoints_layer_without_its_norm_is_the_references() {
+    let config = AttentionConfig { latent_factor: 1.0, ..drawn(&mut Random::new(6), None) };
+    let weights: AttentionWeights = attention_weights(&config, false, 6).unwrap();
+    let hidden = Random::new(6).values(7 * config.hidden_size as usize, 1.0);
+    let wide: Vec<f64> = hidden.iter().copied().map(f64::from).collect();
+    let expected = Layer::new(config.clone(), &weights).forward(&wide, &[], &mut History::default());
+    let layer = NativeLayer::new(&config, weights);
+    let found = error(&layer.forward(&hidden, &[], &mut layer.history(0)), &expected);
+    assert!(found < bound(OF_LAYER, longest(&config)), "{found:.1e}");
+}
