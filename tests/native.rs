@@ -3,12 +3,16 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use egmla::config::{
-    Activation, AttentionConfig, DecoderConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling,
+    Activation, AttentionConfig, DecoderAttention, DecoderConfig, DecoderScales, GateConfig, GateNorm, GateSite,
+    GqaConfig, RopeConfig, RopeScaling,
 };
-use egmla::decoder::{CpuDecoder, DecoderLayerWeights, DecoderWeights, Logits, NativeDecoder, NativeLayer};
+use egmla::decoder::{
+    CpuDecoder, DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, Logits, NativeDecoder, NativeGqaLayer,
+    NativeLayer,
+};
 use egmla::error::ArgumentError;
-use egmla::random::{Random, attention_weights};
-use egmla::reference::{History, Layer};
+use egmla::random::{Random, attention_weights, gqa_weights};
+use egmla::reference::{GqaLayer, History, Layer};
 use egmla::weights::HostTensor;
 use egmla::{AttentionWeights, Error};
 
@@ -76,6 +80,21 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
     }
 }
 
+/// The same with keys and values per head: of every group, of some, and one for all.
+fn drawn_heads(random: &mut Random) -> GqaConfig {
+    let mut below = |least: u32, most: u32| least + (random.unit() * f64::from(most - least + 1)) as u32;
+    let (n_kv_head, group) = (below(1, 4), [1, 2, 3, 6][below(0, 3) as usize]);
+    GqaConfig {
+        hidden_size: below(5, 70),
+        n_head: n_kv_head * group,
+        n_kv_head,
+        head_dim: 2 * below(1, 20),
+        qkv_bias: below(0, 1) == 1,
+        o_bias: below(0, 1) == 1,
+        rope: RopeConfig { interleave: below(0, 1) == 1, ..RopeConfig::default() },
+    }
+}
+
 const VOCAB: u32 = 23;
 
 const KINDS: [Option<GateSite>; 3] = [None, Some(GateSite::Latent), Some(GateSite::UpProjected)];
@@ -111,7 +130,28 @@ fn layers_of_every_kind_are_the_references() {
     }
 }
 
-fn decoder(random: &mut Random, attention: AttentionConfig) -> (DecoderConfig, DecoderWeights) {
+#[test]
+fn layers_with_keys_and_values_per_head_are_the_references() {
+    let mut random = Random::new(7);
+    for number in 0..24 {
+        let config = drawn_heads(&mut random);
+        let weights = gqa_weights(&config, number).unwrap();
+        let reference = GqaLayer::new(config.clone(), &weights);
+        let native = NativeGqaLayer::new(&config, weights);
+        let (mut expected_past, mut past) = (History::default(), native.history(0));
+        let longest = config.hidden_size.max(config.n_head * config.head_dim).max(STEPS.iter().sum::<usize>() as u32);
+        for tokens in STEPS {
+            let hidden = random.values(tokens * config.hidden_size as usize, 1.0);
+            let wide: Vec<f64> = hidden.iter().copied().map(f64::from).collect();
+            let expected = reference.forward(&wide, &mut expected_past);
+            let found = error(&native.forward(&hidden, &mut past), &expected);
+            let bound = bound(OF_LAYER, longest);
+            assert!(found < bound, "{number}, {tokens} tokens: {found:.1e}, at most {bound:.1e}; {config:?}");
+        }
+    }
+}
+
+fn decoder(random: &mut Random, attention: DecoderAttention) -> (DecoderConfig, DecoderWeights) {
     let config = DecoderConfig {
         vocab_size: VOCAB,
         intermediate_size: 31,
@@ -120,8 +160,9 @@ fn decoder(random: &mut Random, attention: AttentionConfig) -> (DecoderConfig, D
         max_position_embeddings: 128,
         tie_word_embeddings: random.unit() < 0.5,
         attention,
+        scales: DecoderScales { embedding: 1.5, residual: 0.7, logits: 0.25 },
     };
-    let hidden = config.attention.hidden_size;
+    let hidden = config.attention.hidden_size();
     let mut tensor = |shape: &[u32]| {
         let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
         let data = match shape[..] {
@@ -132,7 +173,14 @@ fn decoder(random: &mut Random, attention: AttentionConfig) -> (DecoderConfig, D
     };
     let layers = (0..config.n_layer).map(|layer| DecoderLayerWeights {
         input_norm: tensor(&[hidden]),
-        attention: attention_weights(&config.attention, true, layer.into()).unwrap(),
+        attention: match &config.attention {
+            DecoderAttention::Latent(config) => {
+                DecoderAttentionWeights::Latent(attention_weights(config, true, layer.into()).unwrap())
+            }
+            DecoderAttention::Heads(config) => {
+                DecoderAttentionWeights::Heads(gqa_weights(config, layer.into()).unwrap())
+            }
+        },
         post_attention_norm: tensor(&[hidden]),
         gate_proj: tensor(&[31, hidden]),
         up_proj: tensor(&[31, hidden]),
@@ -151,13 +199,19 @@ fn decoder(random: &mut Random, attention: AttentionConfig) -> (DecoderConfig, D
 #[test]
 fn decoders_of_every_kind_are_the_references() {
     let mut random = Random::new(2);
-    for (number, gate) in KINDS.into_iter().cycle().take(24).enumerate() {
-        let attention = drawn(&mut random, gate);
+    for number in 0..32 {
+        let (attention, longest) = match KINDS.get(number % 4) {
+            Some(gate) => {
+                let config = drawn(&mut random, *gate);
+                (DecoderAttention::Latent(config.clone()), longest(&config))
+            }
+            None => (DecoderAttention::Heads(drawn_heads(&mut random)), 480),
+        };
         let (config, weights) = decoder(&mut random, attention);
         let reference = CpuDecoder::new(&config, &weights).unwrap();
         let native = NativeDecoder::new(&config, weights).unwrap();
         let (mut expected_past, mut past) = (reference.state(), native.state(10));
-        let bound = bound(config.n_layer * (OF_LAYER + OF_REST) + 2, longest(&config.attention));
+        let bound = bound(config.n_layer * (OF_LAYER + OF_REST) + 2, longest);
         for (step, tokens) in STEPS.into_iter().enumerate() {
             let ids = random.ids(tokens, VOCAB);
             let logits = [Logits::All, Logits::Last, Logits::None][step % 3];
@@ -226,7 +280,7 @@ fn later_tokens_do_not_reach_earlier_ones() {
 #[test]
 fn what_cannot_be_looked_up_is_refused() {
     let mut random = Random::new(5);
-    let attention = drawn(&mut random, None);
+    let attention = DecoderAttention::Latent(drawn(&mut random, None));
     let (config, weights) = decoder(&mut random, attention);
     let decoder = NativeDecoder::new(&config, weights.clone()).unwrap();
     let mut state = decoder.state(0);
@@ -234,6 +288,8 @@ fn what_cannot_be_looked_up_is_refused() {
     assert!(matches!(refused(&[], &mut state), Error::Argument(ArgumentError::Empty { .. })));
     assert!(matches!(refused(&[1, VOCAB], &mut state), Error::Argument(ArgumentError::TokenId { index: 1, .. })));
     assert!(state.is_empty());
+    let heads = DecoderConfig { attention: DecoderAttention::Heads(drawn_heads(&mut random)), ..config.clone() };
+    assert!(matches!(NativeDecoder::new(&heads, weights.clone()), Err(Error::Config { .. })));
     let fewer = DecoderConfig { n_layer: 1, ..config };
     assert!(matches!(
         NativeDecoder::new(&fewer, weights),

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! [`ModelFolder`] reads a model in Hugging Face layout, [`Decoder`] records it into the caller's commands,
-//! [`CpuDecoder`] is the same model in f64 from [`crate::reference`]. [`Sampler`] picks tokens, [`TextStream`] turns them
+//! [`NativeDecoder`] runs it on the CPU, [`CpuDecoder`] is the same model in f64 from [`crate::reference`]. [`Sampler`] picks tokens, [`TextStream`] turns them
 //! into text as they come, [`Windows`] and [`Score`] measure the model on a text.
 
 mod attention;
@@ -23,6 +23,6 @@ pub use cpu::{CpuDecoder, CpuState};
 pub use evaluate::{Score, Window, Windows, scored_characters};
 pub use folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, ModelFolder};
 pub use model::{Decoder, DecoderState, DecoderStep, Logits};
-pub use native::{NativeDecoder, NativeHistory, NativeLayer, NativeState};
+pub use native::{NativeDecoder, NativeGqaLayer, NativeHistory, NativeLayer, NativeState};
 pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use tokenizer::{TextStream, TextTokenizer, panics_are_caught};

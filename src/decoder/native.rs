@@ -4,15 +4,17 @@
 //! MLA, and EG-MLA with the gate at `latent`, keep latents and attend to them; a step of many tokens makes keys and values of them
 //! first. With the gate at `up_projected` gated keys and values are kept.
 
+mod gqa;
 mod layer;
 mod product;
 
+pub use gqa::NativeGqaLayer;
 pub use layer::{NativeHistory, NativeLayer};
 
-use super::cpu::check_layers;
-use super::folder::DecoderWeights;
+use super::cpu::{check_layers, other_kind};
+use super::folder::{DecoderAttentionWeights, DecoderWeights};
 use super::model::{Logits, check_ids};
-use crate::config::DecoderConfig;
+use crate::config::{DecoderAttention, DecoderConfig, DecoderScales};
 use crate::error::{ArgumentError, Error, Result};
 use crate::weights::HostTensor;
 use product::Linear;
@@ -30,11 +32,53 @@ pub struct NativeDecoder {
 #[derive(Debug)]
 struct Layer {
     input_norm: Vec<f32>,
-    attention: NativeLayer,
+    attention: Attention,
     post_attention_norm: Vec<f32>,
     gate: Linear,
     up: Linear,
     down: Linear,
+}
+
+#[derive(Debug)]
+enum Attention {
+    Latent(Box<NativeLayer>),
+    Heads(Box<NativeGqaLayer>),
+}
+
+impl Attention {
+    /// Refuses weights of the other kind.
+    fn new(config: &DecoderAttention, weights: DecoderAttentionWeights) -> Result<Self> {
+        match (config, weights) {
+            (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
+                Ok(Attention::Latent(Box::new(NativeLayer::new(config, weights))))
+            }
+            (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
+                Ok(Attention::Heads(Box::new(NativeGqaLayer::new(config, weights))))
+            }
+            _ => Err(other_kind()),
+        }
+    }
+
+    fn bytes(config: &DecoderAttention, cached: u64, new: u64) -> u64 {
+        match config {
+            DecoderAttention::Latent(config) => NativeLayer::bytes(config, cached, new),
+            DecoderAttention::Heads(config) => NativeGqaLayer::bytes(config, cached, new),
+        }
+    }
+
+    fn history(&self, capacity: usize) -> NativeHistory {
+        match self {
+            Attention::Latent(layer) => layer.history(capacity),
+            Attention::Heads(layer) => layer.history(capacity),
+        }
+    }
+
+    fn forward(&self, hidden: &[f32], token_ids: &[u32], turns: &[[f32; 2]], history: &mut NativeHistory) -> Vec<f32> {
+        match self {
+            Attention::Latent(layer) => layer.forward_turned(hidden, token_ids, turns, history),
+            Attention::Heads(layer) => layer.forward_turned(hidden, turns, history),
+        }
+    }
 }
 
 /// What every layer keeps of one sequence.
@@ -64,21 +108,24 @@ impl NativeDecoder {
     /// Takes the weights, which must have been loaded with the same `config`.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, or `ArgumentError::Count` for another number of layers.
+    /// A configuration that contradicts itself, weights of another kind of attention, or `ArgumentError::Count` for another number
+    /// of layers.
     pub fn new(config: &DecoderConfig, weights: DecoderWeights) -> Result<Self> {
         config.validate()?;
         check_layers(config, &weights)?;
-        let layers = weights.layers.into_iter().map(|layer| Layer {
-            input_norm: layer.input_norm.data,
-            attention: NativeLayer::new(&config.attention, layer.attention),
-            post_attention_norm: layer.post_attention_norm.data,
-            gate: Linear::new(layer.gate_proj, None),
-            up: Linear::new(layer.up_proj, None),
-            down: Linear::new(layer.down_proj, None),
+        let layers = weights.layers.into_iter().map(|layer| {
+            Ok(Layer {
+                input_norm: layer.input_norm.data,
+                attention: Attention::new(&config.attention, layer.attention)?,
+                post_attention_norm: layer.post_attention_norm.data,
+                gate: Linear::new(layer.gate_proj, None),
+                up: Linear::new(layer.up_proj, None),
+                down: Linear::new(layer.down_proj, None),
+            })
         });
         Ok(NativeDecoder {
             config: config.clone(),
-            layers: layers.collect(),
+            layers: layers.collect::<Result<_>>()?,
             embedding: Linear::new(weights.embedding, None),
             norm: weights.norm.data,
             lm_head: weights.lm_head.map(|head| Linear::new(head, None)),
@@ -89,9 +136,9 @@ impl NativeDecoder {
     /// `rows` of them.
     pub fn bytes(config: &DecoderConfig, cached: u64, new: u64, rows: u64) -> u64 {
         let wide = |value: u32| u64::from(value);
-        let kept = NativeLayer::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
-        let stream = 3 * wide(config.attention.hidden_size) + 3 * wide(config.intermediate_size);
-        let step = NativeLayer::bytes(&config.attention, cached, new).saturating_add(new.saturating_mul(4 * stream));
+        let kept = Attention::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
+        let stream = 3 * wide(config.attention.hidden_size()) + 3 * wide(config.intermediate_size);
+        let step = Attention::bytes(&config.attention, cached, new).saturating_add(new.saturating_mul(4 * stream));
         kept.saturating_add(step).saturating_add(rows.saturating_mul(4 * wide(config.vocab_size)))
     }
 
@@ -116,22 +163,29 @@ impl NativeDecoder {
             let (expected, found) = (self.layers.len() as u64, state.layers.len() as u64);
             return Err(Error::Argument(ArgumentError::Count { what: "layers of the state", expected, found }));
         }
-        let (tokens, hidden) = (token_ids.len(), self.config.attention.hidden_size as usize);
+        let (tokens, hidden) = (token_ids.len(), self.config.attention.hidden_size() as usize);
         let normed = |stream: &[f32], weight: &[f32]| {
             let mut normed = stream.to_vec();
             rms_norm(&mut normed, Some(weight), hidden, self.config.rms_norm_eps);
             normed
         };
-        let turns = NativeLayer::turns(&self.config.attention, state.len(), tokens);
+        let DecoderScales { embedding, residual, logits: of_logits } = self.config.scales;
+        // All layers turn alike.
+        let (rope, d_rope) = match &self.config.attention {
+            DecoderAttention::Latent(config) => (&config.rope, config.d_rope),
+            DecoderAttention::Heads(config) => (&config.rope, config.head_dim),
+        };
+        let turns = layer::turns(rope, d_rope, state.len(), tokens);
         let mut stream: Vec<f32> =
             token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).data).copied().collect();
+        scale(&mut stream, embedding);
         for (layer, history) in self.layers.iter().zip(&mut state.layers) {
             let x = normed(&stream, &layer.input_norm);
-            add(&mut stream, &layer.attention.forward_turned(&x, token_ids, &turns, history));
+            add(&mut stream, &layer.attention.forward(&x, token_ids, &turns, history), residual);
             let x = normed(&stream, &layer.post_attention_norm);
             let mut inner = layer.gate.apply(&x);
             inner.iter_mut().zip(layer.up.apply(&x)).for_each(|(gate, up)| *gate = *gate / (1.0 + (-*gate).exp()) * up);
-            add(&mut stream, &layer.down.apply(&inner));
+            add(&mut stream, &layer.down.apply(&inner), residual);
         }
         let rows = match logits {
             Logits::None => return Ok(Vec::new()),
@@ -139,7 +193,9 @@ impl NativeDecoder {
             Logits::All => tokens,
         };
         let x = normed(&stream[(tokens - rows) * hidden..], &self.norm);
-        Ok(self.lm_head.as_ref().unwrap_or(&self.embedding).apply(&x))
+        let mut logits = self.lm_head.as_ref().unwrap_or(&self.embedding).apply(&x);
+        scale(&mut logits, of_logits);
+        Ok(logits)
     }
 }
 
@@ -147,8 +203,15 @@ fn optional(tensor: Option<HostTensor>) -> Option<Vec<f32>> {
     tensor.map(|tensor| tensor.data)
 }
 
-fn add(stream: &mut [f32], delta: &[f32]) {
-    stream.iter_mut().zip(delta).for_each(|(x, delta)| *x += delta);
+/// `stream += factor · delta`
+fn add(stream: &mut [f32], delta: &[f32], factor: f64) {
+    stream.iter_mut().zip(delta).for_each(|(x, delta)| *x += factor as f32 * delta);
+}
+
+fn scale(values: &mut [f32], factor: f64) {
+    if factor != 1.0 {
+        values.iter_mut().for_each(|value| *value *= factor as f32);
+    }
 }
 
 /// `x ← x / √(mean x² + eps) · weight`, per row of `width`.

@@ -2,12 +2,15 @@
 
 use super::product::{Attending, Linear, Rows, add_dot_products, add_weighted, for_each_part, share};
 use super::{optional, rms_norm};
-use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm};
-use crate::reference::rotations;
+use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, RopeConfig};
+use crate::reference::{Heads, rotations};
 use crate::weights::{AttentionWeights, QueryWeights};
 
 /// Queries of a head that attend together: their scores against the whole past are in memory at once.
 const BLOCK: usize = 64;
+
+/// Most tokens that attend to latents at once, all heads of them together.
+const ABSORBED: usize = 8;
 
 /// One attention layer, MLA or EG-MLA, in f32.
 #[derive(Debug)]
@@ -37,17 +40,34 @@ struct Gate {
     norm_bias: Option<Vec<f32>>,
 }
 
-/// What a layer keeps of one sequence: latents, or with a gate at `up_projected` gated keys and values; and rotary keys.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// What a layer keeps of one sequence: latents, or with a gate at `up_projected` gated keys and values, and rotary keys; or the keys
+/// and values of a [`NativeGqaLayer`](super::NativeGqaLayer).
+#[derive(Debug, Clone, PartialEq)]
 pub struct NativeHistory {
     length: usize,
-    /// `[len, d_latent]` or `[len, n_head, d_nope + d_value]`
+    /// `[len, d_latent]` or `[len, n_kv_head, d_nope + d_value]`
     rows: Vec<f32>,
     /// `[len, d_rope]`
     k_rope: Vec<f32>,
 }
 
 impl NativeHistory {
+    /// Empty, with room for tokens of such rows.
+    pub(super) fn with_room(capacity: usize, row: usize, d_rope: usize) -> Self {
+        let room = |width: usize| Vec::with_capacity(capacity.saturating_mul(width));
+        NativeHistory { length: 0, rows: room(row), k_rope: room(d_rope) }
+    }
+
+    pub(super) fn append(&mut self, tokens: usize, rows: &[f32], k_rope: &[f32]) {
+        self.length += tokens;
+        self.rows.extend_from_slice(rows);
+        self.k_rope.extend_from_slice(k_rope);
+    }
+
+    pub(super) fn rows(&self) -> &[f32] {
+        &self.rows
+    }
+
     /// Tokens that it holds.
     pub fn len(&self) -> usize {
         self.length
@@ -68,42 +88,11 @@ impl NativeHistory {
     }
 }
 
-/// Head count and widths.
-#[derive(Debug, Clone, Copy)]
-struct Widths {
-    n_head: usize,
-    d_nope: usize,
-    d_rope: usize,
-    d_value: usize,
-    d_latent: usize,
-}
-
-impl Widths {
-    fn of(config: &AttentionConfig) -> Self {
-        let [n_head, d_nope, d_rope, d_value, d_latent] =
-            [config.n_head, config.d_nope, config.d_rope, config.d_value, config.d_latent].map(|width| width as usize);
-        Widths { n_head, d_nope, d_rope, d_value, d_latent }
-    }
-
-    fn query(self) -> usize {
-        self.d_nope + self.d_rope
-    }
-
-    fn kv(self) -> usize {
-        self.d_nope + self.d_value
-    }
-
-    /// `n_head · (d_nope + d_value)`
-    fn all_kv(self) -> usize {
-        self.n_head * self.kv()
-    }
-
-    /// Whether `tokens` new tokens attend to latents with fewer multiply-adds for each cached one than to keys and values, which
-    /// must be made of the latents first.
-    fn absorbed(self, tokens: usize) -> bool {
-        let expanded = self.kv() * self.d_latent + tokens * (self.query() + self.d_value);
-        tokens * (2 * self.d_latent + self.d_rope) < expanded
-    }
+/// Whether `tokens` new tokens attend to latents with fewer multiply-adds for each cached one than to keys and values, which must be
+/// made of the latents first.
+fn absorbs(heads: Heads, d_latent: usize, tokens: usize) -> bool {
+    let expanded = heads.d_kv() * d_latent + tokens * (heads.d_query() + heads.d_value);
+    tokens <= ABSORBED && tokens * (2 * d_latent + heads.d_rope) < expanded
 }
 
 impl NativeLayer {
@@ -136,22 +125,23 @@ impl NativeLayer {
 
     /// Most bytes of what is kept of `cached` tokens, and of computing `new` ones behind them at once.
     pub fn bytes(config: &AttentionConfig, cached: u64, new: u64) -> u64 {
-        let widths = Widths::of(config);
+        let heads = heads_of(config);
+        let (d_latent, all_kv) = (u64::from(config.d_latent), u64::from(config.d_kv()));
         let wide = |width: usize| width as u64;
         let kept = match config.up_projected_gate() {
-            Some(_) => wide(widths.all_kv() + widths.d_rope),
-            None => wide(widths.d_latent + widths.d_rope),
+            Some(_) => all_kv + wide(heads.d_rope),
+            None => d_latent + wide(heads.d_rope),
         };
-        let low = 3 * wide(widths.d_latent + widths.d_rope) + 2 * u64::from(config.d_q_latent.unwrap_or(0));
+        let low = 3 * (d_latent + wide(heads.d_rope)) + 2 * u64::from(config.d_q_latent.unwrap_or(0));
         let gates = config.gate.as_ref().map_or(0, |gate| u64::from(gate.d_gate) + u64::from(config.gated_width()));
         // Of a new token: what came in and goes out, queries, absorbed ones and their latents, values, keys and values, gates.
-        let heads =
-            wide(2 * widths.query() + 2 * widths.d_latent + 2 * widths.d_value).saturating_mul(wide(widths.n_head));
-        let computed = 2 * u64::from(config.hidden_size) + heads + low + 2 * wide(widths.all_kv()) + gates;
-        // Scores of the blocks that are computed at once, and keys and values of the past.
-        let scores = wide(rayon::current_num_threads()) * new.min(BLOCK as u64).max(wide(widths.n_head));
+        let of_heads =
+            (2 * (wide(heads.d_query()) + d_latent + wide(heads.d_value))).saturating_mul(wide(heads.n_head));
+        let computed = 2 * u64::from(config.hidden_size) + of_heads + low + 2 * all_kv + gates;
+        // Keys and values of the past, where they are made of latents.
+        let scores = scores(new, wide(heads.n_head));
         let all = cached.saturating_add(new);
-        let past = if config.up_projected_gate().is_some() { 0 } else { wide(widths.all_kv()) };
+        let past = if new == 0 || config.up_projected_gate().is_some() { 0 } else { all_kv };
         let of_past = all.saturating_mul(scores + past);
         all.saturating_mul(kept).saturating_add(new.saturating_mul(computed)).saturating_add(of_past).saturating_mul(4)
     }
@@ -163,22 +153,9 @@ impl NativeLayer {
 
     /// What is kept of an empty sequence, with room for `capacity` tokens; it grows where there are more.
     pub fn history(&self, capacity: usize) -> NativeHistory {
-        let widths = Widths::of(&self.config);
-        let room = |width: usize| Vec::with_capacity(capacity.saturating_mul(width));
-        NativeHistory { length: 0, rows: room(self.row_width()), k_rope: room(widths.d_rope) }
-    }
-
-    /// Width of a kept row.
-    fn row_width(&self) -> usize {
-        let widths = Widths::of(&self.config);
-        if self.config.up_projected_gate().is_some() { widths.all_kv() } else { widths.d_latent }
-    }
-
-    /// cos and sin of the positions `first..first + tokens`: `[tokens, d_rope / 2]`. All layers of a configuration have the same.
-    pub(super) fn turns(config: &AttentionConfig, first: usize, tokens: usize) -> Vec<[f32; 2]> {
-        let positions: Vec<u32> = (first as u32..).take(tokens).collect();
-        let turns = rotations(&config.rope, config.d_rope as usize, &positions);
-        turns.into_iter().map(|turn| turn.map(|value| value as f32)).collect()
+        let AttentionConfig { d_latent, d_rope, .. } = self.config;
+        let row = if self.config.up_projected_gate().is_some() { self.config.d_kv() } else { d_latent };
+        NativeHistory::with_room(capacity, row as usize, d_rope as usize)
     }
 
     /// New tokens of one sequence behind those of `history`, which was made by this layer: each attends to the history, to the
@@ -188,7 +165,7 @@ impl NativeLayer {
     /// `[tokens, hidden]`.
     pub fn forward(&self, hidden: &[f32], token_ids: &[u32], history: &mut NativeHistory) -> Vec<f32> {
         let tokens = hidden.len() / self.config.hidden_size as usize;
-        let turns = Self::turns(&self.config, history.len(), tokens);
+        let turns = turns(&self.config.rope, self.config.d_rope, history.len(), tokens);
         self.forward_turned(hidden, token_ids, &turns, history)
     }
 
@@ -199,24 +176,23 @@ impl NativeLayer {
         turns: &[[f32; 2]],
         history: &mut NativeHistory,
     ) -> Vec<f32> {
-        let widths = Widths::of(&self.config);
+        let heads = heads_of(&self.config);
         let tokens = hidden.len() / self.config.hidden_size as usize;
         let q = self.queries(hidden, turns);
         self.keep(hidden, token_ids, turns, history);
-        history.length += tokens;
         let attended = if self.config.up_projected_gate().is_some() {
-            self.expanded(&q, &history.rows, &history.k_rope, tokens)
-        } else if widths.absorbed(tokens) {
+            expanded(&q, &history.rows, &history.k_rope, heads, tokens)
+        } else if absorbs(heads, self.config.d_latent as usize, tokens) {
             self.absorbed(&q, history, tokens)
         } else {
-            self.expanded(&q, &self.kv_b.apply(&history.rows), &history.k_rope, tokens)
+            expanded(&q, &self.kv_b.apply(&history.rows), &history.k_rope, heads, tokens)
         };
         self.o.apply(&attended)
     }
 
     /// Rotated queries, times the scale of the scores: `[tokens, n_head, d_nope + d_rope]`.
     fn queries(&self, hidden: &[f32], turns: &[[f32; 2]]) -> Vec<f32> {
-        let widths = Widths::of(&self.config);
+        let heads = heads_of(&self.config);
         let mut q = match &self.query {
             Query::Full(proj) => proj.apply(hidden),
             Query::LowRank { a, a_norm, b } => {
@@ -225,7 +201,7 @@ impl NativeLayer {
                 b.apply(&latent)
             }
         };
-        rotate(&mut q, turns, (widths.n_head, widths.query()), widths.d_rope, self.config.rope.interleave);
+        rotate(&mut q, turns, (heads.n_head, heads.d_query()), heads.d_rope, self.config.rope.interleave);
         let scale = self.config.scale() as f32;
         q.iter_mut().for_each(|q| *q *= scale);
         q
@@ -233,7 +209,7 @@ impl NativeLayer {
 
     /// Adds the rows of new tokens.
     fn keep(&self, hidden: &[f32], token_ids: &[u32], turns: &[[f32; 2]], history: &mut NativeHistory) {
-        let Widths { d_rope, d_latent, .. } = Widths::of(&self.config);
+        let (d_latent, d_rope) = (self.config.d_latent as usize, self.config.d_rope as usize);
         let kv_a = self.kv_a.apply(hidden);
         let mut latent = Vec::with_capacity(kv_a.len());
         let mut k_rope = Vec::with_capacity(turns.len() * 2);
@@ -247,85 +223,100 @@ impl NativeLayer {
             latent.iter_mut().for_each(|element| *element *= factor);
         }
         rotate(&mut k_rope, turns, (1, d_rope), d_rope, self.config.rope.interleave);
-        history.k_rope.extend(k_rope);
-        match &self.gate {
-            None => history.rows.extend(latent),
-            Some(gate) => {
-                let mut rows = if self.config.latent_gate().is_some() { latent } else { self.kv_b.apply(&latent) };
-                gate.apply(&mut rows, token_ids);
-                history.rows.extend(rows);
-            }
+        let up_projected = self.config.up_projected_gate().is_some();
+        let mut rows = if up_projected { self.kv_b.apply(&latent) } else { latent };
+        if let Some(gate) = &self.gate {
+            gate.apply(&mut rows, token_ids);
         }
-    }
-
-    /// Attention of the last `tokens` of the kept ones over keys and values `[len, n_head, d_nope + d_value]`; returns
-    /// `[tokens, n_head, d_value]`.
-    fn expanded(&self, q: &[f32], kv: &[f32], k_rope: &[f32], tokens: usize) -> Vec<f32> {
-        let widths = Widths::of(&self.config);
-        let Widths { n_head, d_nope, d_rope, d_value, .. } = widths;
-        let length = kv.len() / widths.all_kv();
-        let first = length - tokens;
-        let mut attended = vec![0.0; n_head * tokens * d_value];
-        let operations = n_head * tokens * length * (widths.query() + d_value);
-        // By head, then by token: a part of it is one head's.
-        for_each_part(&mut attended, tokens * d_value, operations, |head, out| {
-            for_each_part(out, BLOCK * d_value, operations / n_head, |block, out| {
-                let (block, count) = (block * BLOCK, out.len() / d_value);
-                let end = first + block + count;
-                let query = |from: usize, width: usize| {
-                    let data = &q[(block * n_head + head) * widths.query() + from..];
-                    Rows { data, count, width, stride: n_head * widths.query() }
-                };
-                let of_head = |from: usize, width: usize| {
-                    let data = &kv[head * widths.kv() + from..];
-                    Rows { data, count: end, width, stride: widths.all_kv() }
-                };
-                let k_rope = Rows { data: k_rope, count: end, width: d_rope, stride: d_rope };
-                let (q, q_rope) = (query(0, d_nope), query(d_nope, d_rope));
-                let (keys, values) = (of_head(0, d_nope), of_head(d_nope, d_value));
-                Attending { q, q_rope, keys, k_rope, values }.attend(|i| first + block + i + 1, out);
-            });
-        });
-        by_token(&attended, (n_head, tokens, d_value))
+        history.append(kv_a.len() / (d_latent + d_rope), &rows, &k_rope);
     }
 
     /// The same over the latents themselves: queries carry the key rows of `kv_b_proj`, value rows come after the sum.
     fn absorbed(&self, q: &[f32], history: &NativeHistory, tokens: usize) -> Vec<f32> {
-        let widths = Widths::of(&self.config);
-        let Widths { n_head, d_nope, d_rope, d_value, d_latent } = widths;
+        let heads = heads_of(&self.config);
+        let Heads { n_head, d_nope, d_rope, d_value, .. } = heads;
+        let d_latent = self.config.d_latent as usize;
         let first = history.len() - tokens;
         let mut attended = vec![0.0; n_head * tokens * d_value];
-        let of_head = tokens * (history.len() * (2 * d_latent + d_rope) + d_latent * widths.kv());
+        let of_head = tokens * (history.len() * (2 * d_latent + d_rope) + d_latent * heads.d_kv());
         let part = share(n_head, n_head * of_head);
         let latents = Rows { data: &history.rows, count: history.len(), width: d_latent, stride: d_latent };
         let k_rope = Rows { data: &history.k_rope, count: history.len(), width: d_rope, stride: d_rope };
         for_each_part(&mut attended, part * tokens * d_value, n_head * of_head, |number, out| {
-            let (heads, of_first) = (out.len() / (tokens * d_value), number * part);
+            let (count, of_first) = (out.len() / (tokens * d_value), number * part);
             let query = |token: usize, head: usize| {
-                q[(token * n_head + of_first + head) * widths.query()..][..widths.query()].split_at(d_nope)
+                q[(token * n_head + of_first + head) * heads.d_query()..][..heads.d_query()].split_at(d_nope)
             };
             // All heads of a token come before the next: they see the same rows.
-            let mut absorbed = vec![0.0; tokens * heads * d_latent];
-            let mut q_rope = Vec::with_capacity(tokens * heads * d_rope);
+            let mut absorbed = vec![0.0; tokens * count * d_latent];
+            let mut q_rope = Vec::with_capacity(tokens * count * d_rope);
             for (row, absorbed) in absorbed.chunks_exact_mut(d_latent).enumerate() {
-                let (q_nope, rotary) = query(row / heads, row % heads);
-                add_weighted(q_nope, self.kv_b.rows((of_first + row % heads) * widths.kv(), d_nope), absorbed);
+                let (q_nope, rotary) = query(row / count, row % count);
+                add_weighted(q_nope, self.kv_b.rows((of_first + row % count) * heads.d_kv(), d_nope), absorbed);
                 q_rope.extend_from_slice(rotary);
             }
-            let queries = tokens * heads;
+            let queries = tokens * count;
             let mut sums = vec![0.0; queries * d_latent];
             let q = Rows { data: &absorbed, count: queries, width: d_latent, stride: d_latent };
             let q_rope = Rows { data: &q_rope, count: queries, width: d_rope, stride: d_rope };
             Attending { q, q_rope, keys: latents, k_rope, values: latents }
-                .attend(|i| first + i / heads + 1, &mut sums);
+                .attend(|i| first + i / count + 1, &mut sums);
             for (row, out) in out.chunks_exact_mut(d_value).enumerate() {
                 let (head, token) = (row / tokens, row % tokens);
-                let values = self.kv_b.rows((of_first + head) * widths.kv() + d_nope, d_value);
-                add_dot_products(&sums[(token * heads + head) * d_latent..][..d_latent], values, out);
+                let values = self.kv_b.rows((of_first + head) * heads.d_kv() + d_nope, d_value);
+                add_dot_products(&sums[(token * count + head) * d_latent..][..d_latent], values, out);
             }
         });
         by_token(&attended, (n_head, tokens, d_value))
     }
+}
+
+/// Scores for each cached token that are in memory at once.
+pub(super) fn scores(new: u64, n_head: u64) -> u64 {
+    // Every thread has a block, or all heads are absorbed.
+    let of_blocks = (rayon::current_num_threads() as u64).min(n_head) * new.min(BLOCK as u64);
+    of_blocks.max(n_head.saturating_mul(new.min(ABSORBED as u64)))
+}
+
+/// Attention of the last `tokens` of the kept ones over keys and values `[len, n_kv_head, d_nope + d_value]` and rotary keys
+/// `[len, d_rope]`. `q` `[tokens, n_head, d_nope + d_rope]` are times the scale of the scores; returns `[tokens, n_head, d_value]`.
+pub(super) fn expanded(q: &[f32], kv: &[f32], k_rope: &[f32], heads: Heads, tokens: usize) -> Vec<f32> {
+    let Heads { n_head, n_kv_head, d_nope, d_rope, d_value } = heads;
+    let (kv_row, group) = (n_kv_head * heads.d_kv(), n_head / n_kv_head);
+    let length = kv.len() / kv_row;
+    let first = length - tokens;
+    let attend = |(kv_head, end): (usize, usize), (q, q_rope), visible: &dyn Fn(usize) -> usize, out: &mut [f32]| {
+        let of_head = |from: usize, width: usize| {
+            let data = &kv[kv_head * heads.d_kv() + from..];
+            Rows { data, count: end, width, stride: kv_row }
+        };
+        let k_rope = Rows { data: k_rope, count: end, width: d_rope, stride: d_rope };
+        let (keys, values) = (of_head(0, d_nope), of_head(d_nope, d_value));
+        Attending { q, q_rope, keys, k_rope, values }.attend(visible, out);
+    };
+    // The content part and the rotary part of some queries.
+    let queries = |first: usize, count: usize, stride: usize| {
+        let part = |from: usize, width: usize| Rows { data: &q[first + from..], count, width, stride };
+        (part(0, d_nope), part(d_nope, d_rope))
+    };
+    let of_head = tokens * length * (heads.d_query() + d_value);
+    let mut attended = vec![0.0; n_head * tokens * d_value];
+    // By head, then by token: a part is one head's, or that of the heads that share keys and values.
+    if tokens == 1 {
+        for_each_part(&mut attended, group * d_value, n_head * of_head, |kv_head, out| {
+            let q = queries(kv_head * group * heads.d_query(), group, heads.d_query());
+            attend((kv_head, length), q, &|_| length, out);
+        });
+        return attended;
+    }
+    for_each_part(&mut attended, tokens * d_value, n_head * of_head, |head, out| {
+        for_each_part(out, BLOCK * d_value, of_head, |block, out| {
+            let (block, count) = (block * BLOCK, out.len() / d_value);
+            let q = queries((block * n_head + head) * heads.d_query(), count, n_head * heads.d_query());
+            attend((head / group, first + block + count), q, &|i| first + block + i + 1, out);
+        });
+    });
+    by_token(&attended, (n_head, tokens, d_value))
 }
 
 /// `[n_head, tokens, width]` as `[tokens, n_head, width]`.
@@ -334,8 +325,28 @@ fn by_token(values: &[f32], (n_head, tokens, width): (usize, usize, usize)) -> V
     rows.flat_map(|row| &values[row * width..][..width]).copied().collect()
 }
 
+/// cos and sin of the positions `first..first + tokens`: `[tokens, d_rope / 2]`.
+pub(super) fn turns(rope: &RopeConfig, d_rope: u32, first: usize, tokens: usize) -> Vec<[f32; 2]> {
+    let positions: Vec<u32> = (first as u32..).take(tokens).collect();
+    let turns = rotations(rope, d_rope as usize, &positions);
+    turns.into_iter().map(|turn| turn.map(|value| value as f32)).collect()
+}
+
+/// Head count and widths.
+fn heads_of(config: &AttentionConfig) -> Heads {
+    let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
+    let [n_head, d_nope, d_rope, d_value] = [n_head, d_nope, d_rope, d_value].map(|width| width as usize);
+    Heads { n_head, n_kv_head: n_head, d_nope, d_rope, d_value }
+}
+
 /// RoPE on the last `d_rope` of each head `[tokens, n_head, d_head]`.
-fn rotate(values: &mut [f32], turns: &[[f32; 2]], (n_head, d_head): (usize, usize), d_rope: usize, interleave: bool) {
+pub(super) fn rotate(
+    values: &mut [f32],
+    turns: &[[f32; 2]],
+    (n_head, d_head): (usize, usize),
+    d_rope: usize,
+    interleave: bool,
+) {
     let pairs = d_rope / 2;
     if pairs == 0 {
         return;
