@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::rules::TextRules;
 use super::tokenizer::TextTokenizer;
 use crate::checkpoint::layer_of;
 use crate::config::{DecoderAttention, DecoderConfig, weight_block_size};
@@ -15,6 +16,7 @@ pub struct ModelFolder {
     path: PathBuf,
     config: DecoderConfig,
     tokenizer: TextTokenizer,
+    rules: TextRules,
     /// Blocks of fp8 weights, where the configuration gives some.
     block: Option<[u32; 2]>,
 }
@@ -32,7 +34,7 @@ impl ModelFolder {
     /// # Errors
     /// `DataError::Io` for a file that is not there or not readable; [`Error::File`] with what is wrong in `config.json`, in the
     /// headers of the weights (as [`Checkpoint::open`]) or in `tokenizer.json`, among them a tokenizer with ids beyond
-    /// `vocab_size`; or in the GGUF file.
+    /// `vocab_size`, or in the files of [`TextRules::read`]; or in the GGUF file.
     pub fn open(dir: &Path) -> Result<Self> {
         let dir = model_folder(dir)?;
         if gguf::is_gguf(&dir) {
@@ -49,7 +51,8 @@ impl ModelFolder {
         let bytes = files::read(&tokenizer_path, files::MOST_TOKENIZER)?;
         let tokenizer = TextTokenizer::from_bytes(&bytes).map_err(|error| error.in_file(&tokenizer_path))?;
         check_vocabulary(&tokenizer, &config).map_err(|error| error.in_file(&tokenizer_path))?;
-        Ok(ModelFolder { path: dir, config, tokenizer, block })
+        let rules = TextRules::read(&dir, &text, &tokenizer)?;
+        Ok(ModelFolder { path: dir, config, tokenizer, rules, block })
     }
 
     fn open_gguf(path: PathBuf) -> Result<Self> {
@@ -58,10 +61,10 @@ impl ModelFolder {
             let config = DecoderConfig::from_json(&file.config_json()?)?;
             let tokenizer = file.tokenizer()?;
             check_vocabulary(&tokenizer, &config)?;
-            Ok((config, tokenizer))
+            Ok((config, tokenizer, file.text_rules()?))
         };
-        let (config, tokenizer) = read().map_err(|error: Error| error.in_file(&path))?;
-        Ok(ModelFolder { path, config, tokenizer, block: None })
+        let (config, tokenizer, rules) = read().map_err(|error: Error| error.in_file(&path))?;
+        Ok(ModelFolder { path, config, tokenizer, rules, block: None })
     }
 
     /// The folder or file.
@@ -79,13 +82,39 @@ impl ModelFolder {
         &self.tokenizer
     }
 
+    /// When a text ends, and how a conversation is written.
+    pub fn rules(&self) -> &TextRules {
+        &self.rules
+    }
+
+    /// Tokens that end a text.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.rules.eos_token_ids
+    }
+
+    /// A Jinja template that writes a conversation as text.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.rules.chat_template.as_deref()
+    }
+
     /// Ids of a text, by [`TextTokenizer::encode`].
     ///
     /// # Errors
     /// `DataError::Tokenizer` in [`Error::File`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let path = || if self.path.is_file() { self.path.clone() } else { self.path.join("tokenizer.json") };
-        self.tokenizer.encode(text).map_err(|error| error.in_file(path()))
+        self.tokenizer.encode(text).map_err(|error| error.in_file(self.tokenizer_path()))
+    }
+
+    /// Ids of a text that already has its special tokens, as a chat template writes them.
+    ///
+    /// # Errors
+    /// `DataError::Tokenizer` in [`Error::File`].
+    pub fn encode_written(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode_written(text).map_err(|error| error.in_file(self.tokenizer_path()))
+    }
+
+    fn tokenizer_path(&self) -> PathBuf {
+        if self.path.is_file() { self.path.clone() } else { self.path.join("tokenizer.json") }
     }
 
     /// Reads all weights, widened to f32, a piece of a file at a time: with a mapping instead, another process that shortens the

@@ -5,7 +5,7 @@
 //!                           └───────────────────────────────┘
 //! ```
 //!
-//! [`ModelFolder`] reads a model in Hugging Face layout, [`Decoder`] records it into the caller's commands,
+//! [`ModelFolder`] reads a model in Hugging Face layout, with its [`TextRules`], [`Decoder`] records it into the caller's commands,
 //! [`NativeDecoder`] runs it on the CPU, [`CpuDecoder`] is the same model in f64 from [`crate::reference`]. [`Sampler`] picks tokens, [`TextStream`] turns them
 //! into text as they come, [`Windows`] and [`Score`] measure the model on a text.
 
@@ -15,6 +15,7 @@ mod evaluate;
 mod folder;
 mod model;
 mod native;
+mod rules;
 mod sampling;
 mod tokenizer;
 
@@ -24,5 +25,6 @@ pub use evaluate::{Score, Window, Windows, scored_characters};
 pub use folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, ModelFolder};
 pub use model::{Decoder, DecoderState, DecoderStep, Logits};
 pub use native::{NativeDecoder, NativeGqaLayer, NativeHistory, NativeLayer, NativeState};
+pub use rules::TextRules;
 pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use tokenizer::{TextStream, TextTokenizer, panics_are_caught};

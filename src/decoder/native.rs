@@ -147,6 +147,11 @@ impl NativeDecoder {
         &self.config
     }
 
+    /// Whether a step of one token attends to latents, not to keys and values.
+    pub fn keeps_latents(&self) -> bool {
+        matches!(&self.config.attention, DecoderAttention::Latent(config) if config.up_projected_gate().is_none())
+    }
+
     /// The state of an empty sequence, with room for `capacity` tokens; it grows where there are more.
     pub fn state(&self, capacity: usize) -> NativeState {
         NativeState { layers: self.layers.iter().map(|layer| layer.attention.history(capacity)).collect() }

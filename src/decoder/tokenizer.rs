@@ -84,7 +84,24 @@ impl TextTokenizer {
     /// # Errors
     /// `DataError::Tokenizer` for a text that the vocabulary cannot express, or a special token beyond the vocabulary.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let ids = guarded(|| Ok(self.tokenizer.encode_fast(text, true).map_err(error)?.get_ids().to_vec()))?;
+        self.encode_with(text, true)
+    }
+
+    /// Ids of a text that already has its special tokens: none is put around it.
+    ///
+    /// # Errors
+    /// As [`TextTokenizer::encode`].
+    pub fn encode_written(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, false)
+    }
+
+    /// The id of a token, by its content.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let ids = guarded(|| Ok(self.tokenizer.encode_fast(text, special).map_err(error)?.get_ids().to_vec()))?;
         match ids.iter().find(|&&id| u64::from(id) >= self.vocab_size) {
             None => Ok(ids),
             Some(id) => {
@@ -111,12 +128,25 @@ impl TextTokenizer {
 
 /// Text that grows token by token and is returned once complete: a character whose bytes span several tokens is held back until
 /// the last of them.
+///
+/// A decoder sees a window of the last tokens only, so that the time of a token does not grow with the text. A window begins where
+/// the text before it was complete.
 #[derive(Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a TextTokenizer,
+    /// The window.
     ids: Vec<u32>,
+    /// Text of the window that was returned, or is the context's.
     emitted: String,
+    /// Tokens of the window behind which its text was complete: the next window begins there.
+    boundary: usize,
 }
+
+/// Tokens of a window before the next can begin: enough that a decoder which looks at neighbours sees them.
+const WINDOW: usize = 8;
+
+/// Most tokens behind a boundary: bytes that are no character by then will be none.
+const LONGEST: usize = 256;
 
 impl<'a> TextStream<'a> {
     /// A stream that continues `context` and does not return its text.
@@ -125,8 +155,10 @@ impl<'a> TextStream<'a> {
     /// As [`TextTokenizer::decode`].
     pub fn new(tokenizer: &'a TextTokenizer, context: &[u32]) -> Result<Self> {
         let mut emitted = tokenizer.decode(context)?;
-        emitted.truncate(complete(&emitted));
-        Ok(TextStream { tokenizer, ids: context.to_vec(), emitted })
+        let whole = complete(&emitted);
+        let boundary = if whole == emitted.len() { context.len() } else { 0 };
+        emitted.truncate(whole);
+        Ok(TextStream { tokenizer, ids: context.to_vec(), emitted, boundary })
     }
 
     /// Adds a token and returns the text that became complete, which may be empty.
@@ -136,7 +168,32 @@ impl<'a> TextStream<'a> {
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.tokenizer.decode(&self.ids)?;
-        Ok(self.emit(&text[..complete(&text)]))
+        let whole = complete(&text);
+        let behind = self.ids.len() - self.boundary;
+        if whole < text.len() && behind >= LONGEST {
+            let new = self.emit(&text);
+            (self.ids, self.emitted, self.boundary) = (Vec::new(), String::new(), 0);
+            return Ok(new);
+        }
+        let new = self.emit(&text[..whole]);
+        if whole == text.len() && behind >= WINDOW {
+            self.shorten()?;
+        }
+        Ok(new)
+    }
+
+    /// Begins the window at the boundary, and puts the boundary at its end, where the text is complete.
+    fn shorten(&mut self) -> Result<()> {
+        let text = self.tokenizer.decode(&self.ids[self.boundary..])?;
+        if text.is_empty() {
+            // Tokens without a text: a window of them would make what follows look like the start of a text.
+            self.ids.truncate(self.boundary);
+        } else {
+            self.ids.drain(..self.boundary);
+            self.emitted = text;
+        }
+        self.boundary = self.ids.len();
+        Ok(())
     }
 
     /// Returns what was held back: bytes that never became a character, as U+FFFD.
@@ -150,7 +207,7 @@ impl<'a> TextStream<'a> {
 
     fn emit(&mut self, text: &str) -> String {
         // Returned text is final: a decoder that rewrites the past adds nothing.
-        let new = text.strip_prefix(self.emitted.as_str()).unwrap_or_default().to_owned();
+        let Some(new) = text.strip_prefix(self.emitted.as_str()).map(str::to_owned) else { return String::new() };
         self.emitted.push_str(&new);
         new
     }
@@ -164,7 +221,67 @@ fn complete(text: &str) -> usize {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use super::TextTokenizer;
+    use super::{LONGEST, TextStream, TextTokenizer, WINDOW};
+
+    /// As sentencepiece's models have it: a space before the first word, bytes for what is not in the vocabulary, one special token.
+    fn of_words() -> TextTokenizer {
+        let bytes = (0..256).map(|byte| format!(r#""<0x{byte:02X}>":{byte}"#)).collect::<Vec<_>>().join(",");
+        let text = format!(
+            r#"{{"added_tokens":[{{"id":262,"content":"</s>","special":true,"single_word":false,"lstrip":false,"rstrip":false,
+                "normalized":false}}],
+                "normalizer":{{"type":"Sequence","normalizers":[{{"type":"Prepend","prepend":"▁"}},
+                    {{"type":"Replace","pattern":{{"String":" "}},"content":"▁"}}]}},
+                "decoder":{{"type":"Sequence","decoders":[{{"type":"Replace","pattern":{{"String":"▁"}},"content":" "}},
+                    {{"type":"ByteFallback"}},{{"type":"Fuse"}},{{"type":"Strip","content":" ","start":1,"stop":0}}]}},
+                "model":{{"type":"BPE","byte_fallback":true,"unk_token":"<0x00>","merges":[],
+                    "vocab":{{{bytes},"▁":256,"a":257,"b":258,"é":259,",":260,"c":261}}}}}}"#
+        );
+        TextTokenizer::from_bytes(text.as_bytes()).unwrap()
+    }
+
+    /// The text of the ids behind a context, token by token, and the longest window on the way.
+    fn streamed(tokenizer: &TextTokenizer, ids: &[u32], context: usize) -> (String, usize) {
+        let mut stream = TextStream::new(tokenizer, &ids[..context]).unwrap();
+        let (mut text, mut longest) = (String::new(), 0);
+        for &id in &ids[context..] {
+            text += &stream.push(id).unwrap();
+            longest = longest.max(stream.ids.len() - context.min(stream.ids.len()));
+        }
+        (text + &stream.finish().unwrap(), longest)
+    }
+
+    #[test]
+    fn a_window_streams_what_the_whole_text_is() {
+        let tokenizer = of_words();
+        let text = "a b, abc é ✓✓ 😀😀😀a b  c é, ,a aaa bb".repeat(12);
+        let ids = tokenizer.encode(&text).unwrap();
+        for context in [0, 1, 2, 9, 40] {
+            let before = tokenizer.decode(&ids[..context]).unwrap();
+            // A context that ends inside a character leaves it to what follows.
+            let before = before.trim_end_matches(char::REPLACEMENT_CHARACTER);
+            let (streamed, longest) = streamed(&tokenizer, &ids, context);
+            assert_eq!(format!("{before}{streamed}"), text, "{context}");
+            assert!(longest <= 3 * WINDOW, "{longest}");
+        }
+    }
+
+    #[test]
+    fn tokens_without_a_text_change_nothing() {
+        let tokenizer = of_words();
+        let words = tokenizer.encode("a b").unwrap();
+        let ids = [words.clone(), vec![262; 5 * WINDOW], words.clone()].concat();
+        let (text, longest) = streamed(&tokenizer, &ids, words.len());
+        assert_eq!(text, " a b");
+        assert!(longest <= 2 * WINDOW, "{longest}");
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_do_not_wait_for_ever() {
+        let tokenizer = of_words();
+        let (text, longest) = streamed(&tokenizer, &vec![0xff; 4 * LONGEST], 0);
+        assert!(text.chars().all(|c| c == char::REPLACEMENT_CHARACTER) && text.chars().count() >= 3 * LONGEST);
+        assert!(longest <= LONGEST + WINDOW, "{longest}");
+    }
 
     #[test]
     fn a_tokenizer_of_many_regular_expressions_is_refused() {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::config::{boolean, text};
 use super::container::{Gguf, List, Value};
-use crate::decoder::TextTokenizer;
+use crate::decoder::{TextRules, TextTokenizer};
 use crate::error::{DataError, Error, Result};
 
 /// GPT-2's expression stands in the library's byte-level splitter.
@@ -234,5 +234,26 @@ impl Gguf {
     /// each other.
     pub fn tokenizer(&self) -> Result<TextTokenizer> {
         TextTokenizer::from_bytes(tokenizer_json(self)?.as_bytes())
+    }
+
+    /// Which tokens end a text (`eos`, `eot`), and how a conversation is written.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] where an id or the template has another type, `DataError::Tokenizer` for an id beyond the tokens.
+    pub fn text_rules(&self) -> Result<TextRules> {
+        let tokens = texts(self, "tokenizer.ggml.tokens")?;
+        let mut rules = TextRules { chat_template: self.chat_template()?.map(str::to_owned), ..TextRules::default() };
+        for which in ["eos", "eot"] {
+            let id = self.special_id(which)?;
+            rules.eos_token_ids.extend(id.filter(|id| !rules.eos_token_ids.contains(id)));
+        }
+        for (which, name) in
+            [("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")]
+        {
+            let Some(id) = self.special_id(which)? else { continue };
+            let beyond = || error(format!("`{which}` is token {id}, beyond the vocabulary of {}", tokens.len()));
+            rules.special_tokens.insert(name.to_owned(), tokens.get(id as usize).ok_or_else(beyond)?.clone());
+        }
+        Ok(rules)
     }
 }

@@ -28,13 +28,13 @@ impl NativeGqaLayer {
         }
     }
 
-    /// Most bytes of what is kept of `cached` tokens, and of computing `new` ones behind them at once.
+    /// Most bytes of what is kept of `cached` tokens, and of computing the last `new` of them at once.
     pub fn bytes(config: &GqaConfig, cached: u64, new: u64) -> u64 {
         let wide = |value: u32| u64::from(value);
         let (queries, kept) = (wide(config.n_head) * wide(config.head_dim), wide(config.cache_elements()));
         let computed = 2 * wide(config.hidden_size) + 3 * queries + 2 * kept;
         let scores = super::layer::scores(new, wide(config.n_head));
-        let all = cached.saturating_add(new);
+        let all = cached.max(new);
         all.saturating_mul(kept + scores).saturating_add(new.saturating_mul(computed)).saturating_mul(4)
     }
 

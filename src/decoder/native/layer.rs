@@ -123,7 +123,7 @@ impl NativeLayer {
         }
     }
 
-    /// Most bytes of what is kept of `cached` tokens, and of computing `new` ones behind them at once.
+    /// Most bytes of what is kept of `cached` tokens, and of computing the last `new` of them at once.
     pub fn bytes(config: &AttentionConfig, cached: u64, new: u64) -> u64 {
         let heads = heads_of(config);
         let (d_latent, all_kv) = (u64::from(config.d_latent), u64::from(config.d_kv()));
@@ -140,7 +140,7 @@ impl NativeLayer {
         let computed = 2 * u64::from(config.hidden_size) + of_heads + low + 2 * all_kv + gates;
         // Keys and values of the past, where they are made of latents.
         let scores = scores(new, wide(heads.n_head));
-        let all = cached.saturating_add(new);
+        let all = cached.max(new);
         let past = if new == 0 || config.up_projected_gate().is_some() { 0 } else { all_kv };
         let of_past = all.saturating_mul(scores + past);
         all.saturating_mul(kept).saturating_add(new.saturating_mul(computed)).saturating_add(of_past).saturating_mul(4)
