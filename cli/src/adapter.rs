@@ -16,7 +16,8 @@ use crate::unchecked::{self, Pipelines};
 /// `--adapter`, shared by every command that computes.
 #[derive(Args, Debug, Clone)]
 pub struct AdapterOption {
-    /// `auto` (a GPU before software, the CPU reference when there is none), `cpu`, or part of an adapter's name or backend
+    /// `auto` (a GPU, else the CPU; check, bench, tune and export take a software adapter, too), `cpu`, `reference` (the CPU in
+    /// f64), or part of an adapter's name or backend
     #[arg(long, value_name = "A", default_value = "auto")]
     pub adapter: String,
     /// Run every shader with wgpu's checks of loops and indices, as browsers do; without them kernels are faster, results the same
@@ -36,10 +37,12 @@ pub enum LimitsOption {
 
 /// The backend that computes.
 pub enum Backend {
-    /// The f64 reference on the CPU.
+    /// The CPU.
     Cpu {
+        /// In f64, by the kernels' definitions; else in f32, for speed.
+        reference: bool,
         /// Why, in words: asked for, or no adapter.
-        reason: &'static str,
+        reason: String,
     },
     /// The kernels on a device of wgpu.
     Gpu(Box<Gpu>),
@@ -61,7 +64,8 @@ impl Backend {
     /// One line for the user: name, backend, driver.
     pub fn describe(&self) -> String {
         match self {
-            Backend::Cpu { reason } => format!("CPU reference in f64 ({reason})"),
+            Backend::Cpu { reference: true, reason } => format!("CPU reference in f64 ({reason})"),
+            Backend::Cpu { reference: false, reason } => format!("CPU in f32 ({reason})"),
             Backend::Gpu(gpu) => describe(&gpu.info),
         }
     }
@@ -174,29 +178,45 @@ fn rank(info: &wgpu::AdapterInfo) -> (u8, u8) {
     (kind, u8::from(info.backend == wgpu::Backend::Gl))
 }
 
-/// Opens what `--adapter` asks for.
+/// Opens what `--adapter` asks for, to compute with: `auto` is a GPU, else the CPU, which is faster than a software adapter on it.
 pub fn open(option: &AdapterOption) -> Result<Backend, Failure> {
-    open_with(option, LimitsOption::Adapter)
+    open_among(option, LimitsOption::Adapter, |info| info.device_type != wgpu::DeviceType::Cpu)
 }
 
-/// The same, with the limits and features of `--limits`.
+/// The same to measure or to check an adapter, with the limits and features of `--limits`: `auto` takes software, too.
 pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend, Failure> {
+    open_among(option, limits, |_| true)
+}
+
+/// The same; `auto` takes the first adapter that is `fit`.
+fn open_among(
+    option: &AdapterOption,
+    limits: LimitsOption,
+    fit: impl Fn(&wgpu::AdapterInfo) -> bool,
+) -> Result<Backend, Failure> {
     let wanted = option.adapter.trim().to_lowercase();
     if wanted.is_empty() {
-        return Err(Failure::usage("--adapter is empty; give auto, cpu, or part of an adapter's name or backend"));
+        let words = "give auto, cpu, reference, or part of an adapter's name or backend";
+        return Err(Failure::usage(format!("--adapter is empty; {words}")));
     }
-    if wanted == "cpu" {
-        return Ok(Backend::Cpu { reason: "asked for" });
+    if wanted == "cpu" || wanted == "reference" {
+        return Ok(Backend::Cpu { reference: wanted == "reference", reason: "asked for".to_owned() });
     }
     let found = adapters()?;
     if wanted == "auto" {
-        for (number, adapter) in found.iter().enumerate() {
+        for (number, adapter) in found.iter().enumerate().filter(|(_, adapter)| fit(&adapter.get_info())) {
             match open_device(adapter, option.shader_checks, limits).map(|gpu| gpu.proven(number)) {
                 Ok(gpu) => return Ok(Backend::Gpu(Box::new(gpu))),
                 Err(problem) => tracing::warn!("{}: {}", adapter.get_info().name, problem.message()),
             }
         }
-        return Ok(Backend::Cpu { reason: "no usable GPU adapter on this machine" });
+        // One that is fit was tried, and warned of.
+        let left = found.iter().map(wgpu::Adapter::get_info).find(|info| !fit(info));
+        let left = left.map_or_else(String::new, |info| {
+            let name = info.name.split_whitespace().next().unwrap_or_default();
+            format!("; --adapter {name} takes the software adapter")
+        });
+        return Ok(Backend::Cpu { reference: false, reason: format!("no usable GPU on this machine{left}") });
     }
     let matches = |(_, adapter): &(usize, &wgpu::Adapter)| {
         let info = adapter.get_info();
@@ -209,7 +229,7 @@ pub fn open_with(option: &AdapterOption, limits: LimitsOption) -> Result<Backend
         None => {
             let names: Vec<_> = found.iter().map(|adapter| describe(&adapter.get_info())).collect();
             let there = if names.is_empty() { "none".to_owned() } else { names.join("; ") };
-            Err(Failure::usage(format!("no adapter matches `{}`; there are: cpu; {there}", option.adapter)))
+            Err(Failure::usage(format!("no adapter matches `{}`; there are: cpu; reference; {there}", option.adapter)))
         }
     }
 }
@@ -240,7 +260,7 @@ pub fn open_unproven(number: usize, shader_checks: bool) -> Result<Backend, Fail
         Some(adapter) => {
             open_device(adapter, shader_checks, LimitsOption::Adapter).map(|gpu| Backend::Gpu(Box::new(gpu)))
         }
-        None => Ok(Backend::Cpu { reason: "there is no such adapter" }),
+        None => Ok(Backend::Cpu { reference: false, reason: "there is no such adapter".to_owned() }),
     }
 }
 

@@ -64,6 +64,8 @@ pub struct AttendArgs {
 
 /// The report of a run.
 struct Summary {
+    /// Seconds in which weights and pipelines were made ready, on a device.
+    first_use: Option<f64>,
     prefill: Phase,
     decode: Phase,
     /// Device memory by purpose; none on the CPU.
@@ -115,7 +117,7 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
 
     let backend = adapter::open(&args.adapter)?;
     let (hidden, summary) = match &backend {
-        Backend::Cpu { .. } => layer::on_cpu(config, &weights, &input, schedule, &args.path)?,
+        Backend::Cpu { reference, .. } => layer::on_cpu(*reference, config, &weights, &input, schedule, &args.path)?,
         Backend::Gpu(gpu) => layer::on_gpu(gpu, &config, &weights, &input, schedule, &args.path)?,
     };
     output.write(&tensor(&hidden, input.width)?)?;
@@ -123,6 +125,9 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
     console::note(format_args!("adapter: {}", backend.describe()));
     let sequences = input.lengths.len();
     console::note(format_args!("tokens: {} in {sequences} sequence{}", input.tokens(), plural(sequences)));
+    if let Some(seconds) = summary.first_use {
+        console::note(format_args!("first use: {seconds:.2} s (weights and pipelines made ready)"));
+    }
     console::note(summary.prefill.describe("prefill"));
     console::note(summary.decode.describe("decode"));
     if let Some(memory) = summary.memory {

@@ -14,7 +14,7 @@ use egmla::bench::timer::{Clock, Timer};
 use egmla::bench::{self, Suite, host};
 use egmla::wgpu;
 
-use crate::adapter::{self, AdapterOption, Backend, Gpu};
+use crate::adapter::{self, AdapterOption, Backend, Gpu, LimitsOption};
 use crate::console;
 use crate::failure::Failure;
 use crate::output::Output;
@@ -79,7 +79,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     if let Some(folder) = &args.svg {
         plots::check(folder)?;
     }
-    let backend = adapter::open(&args.adapter)?;
+    let backend = adapter::open_with(&args.adapter, LimitsOption::Adapter)?;
     let gpu = gpu(&backend)?;
     console::note(format_args!("adapter: {}", backend.describe()));
     gpu.note_tunings();
@@ -146,7 +146,7 @@ fn conclude(wrong: &[Skipped]) -> Result<(), Failure> {
 pub fn gpu(backend: &Backend) -> Result<&Gpu, Failure> {
     match backend {
         Backend::Gpu(gpu) => Ok(gpu),
-        Backend::Cpu { reason } => Err(Failure::run(format!(
+        Backend::Cpu { reason, .. } => Err(Failure::run(format!(
             "{reason}: there is no adapter to measure; install a driver, for instance Mesa's software Vulkan \
              (mesa-vulkan-drivers)"
         ))),

@@ -104,13 +104,13 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         // Never green without comparing.
         Backend::Cpu { .. } if args.adapter.adapter.trim().eq_ignore_ascii_case("auto") => {
             return Err(Failure::run(
-                "no usable GPU adapter on this machine; install a driver, for instance Mesa's software Vulkan \
+                "no usable adapter on this machine; install a driver, for instance Mesa's software Vulkan \
                  (mesa-vulkan-drivers)",
             ));
         }
         Backend::Cpu { .. } => {
             return Err(Failure::usage(
-                "--adapter cpu: the CPU computes the reference itself, there is nothing to compare it with",
+                "--adapter cpu: the kernels run on adapters only, on the CPU there is nothing to compare with the reference",
             ));
         }
     };

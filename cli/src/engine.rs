@@ -1,10 +1,12 @@
-//! A language model on whatever `--adapter` chose: kernels on a device, or the reference on the CPU.
+//! A language model on whatever `--adapter` chose: kernels on a device, or the CPU, in f32 or as the reference in f64.
 
 use std::time::Instant;
 
 use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, GateRows, MemoryReport, Mode, StepTokens};
 use egmla::config::DecoderConfig;
-use egmla::decoder::{CpuDecoder, CpuState, Decoder, DecoderCache, DecoderState, DecoderWeights, Logits};
+use egmla::decoder::{
+    CpuDecoder, CpuState, Decoder, DecoderCache, DecoderState, DecoderWeights, Logits, NativeDecoder, NativeState,
+};
 use egmla::readback;
 use egmla::{Recording, Storage};
 
@@ -34,14 +36,23 @@ pub fn check_memory(what: &str, needed: u64) -> Result<(), Failure> {
         "which cannot be had".to_owned()
     };
     Err(Failure::usage(format!(
-        "{what} needs {needed} bytes in f64 on the CPU, {most}: take a GPU adapter, or fewer tokens at once"
+        "{what} needs {needed} bytes on the CPU, {most}: take a GPU adapter, or fewer tokens at once"
     )))
 }
 
 /// One sequence of a language model.
 pub enum Engine<'a> {
-    /// In f64.
+    /// On the CPU, in f32.
     Cpu {
+        /// The model.
+        decoder: Box<NativeDecoder>,
+        /// Its past.
+        state: NativeState,
+        /// Most tokens of a sequence.
+        capacity: u32,
+    },
+    /// On the CPU, in f64.
+    Reference {
         /// The model.
         decoder: Box<CpuDecoder>,
         /// Its past.
@@ -91,22 +102,27 @@ impl<'a> Engine<'a> {
     pub fn new(
         backend: &'a Backend,
         config: &DecoderConfig,
-        weights: &DecoderWeights,
+        weights: DecoderWeights,
         options: &EngineOptions,
     ) -> Result<Self, Failure> {
         match backend {
-            Backend::Cpu { .. } => {
+            Backend::Cpu { reference, .. } => {
                 let new = options.max_tokens.min(CHUNK).into();
                 let rows = if options.all_logits { new } else { 1 };
                 let capacity = options.capacity;
-                let needed = CpuDecoder::bytes(config, capacity.into(), new, rows);
+                let bytes = if *reference { CpuDecoder::bytes } else { NativeDecoder::bytes };
+                let needed = bytes(config, capacity.into(), new, rows);
                 check_memory(&format!("a text of {capacity} tokens, {new} at once,"), needed)?;
-                let decoder = CpuDecoder::new(config, weights)?;
-                Ok(Engine::Cpu { state: decoder.state(), decoder: Box::new(decoder), capacity: options.capacity })
+                if *reference {
+                    let decoder = Box::new(CpuDecoder::new(config, &weights)?);
+                    return Ok(Engine::Reference { state: decoder.state(), decoder, capacity });
+                }
+                let decoder = Box::new(NativeDecoder::new(config, weights)?);
+                Ok(Engine::Cpu { state: decoder.state(capacity as usize), decoder, capacity })
             }
             Backend::Gpu(gpu) => {
                 let (storage, gate_rows) = (options.storage, options.gate_rows);
-                let decoder = Decoder::new(&gpu.kernels, config, weights, AttentionOptions { storage, gate_rows })?;
+                let decoder = Decoder::new(&gpu.kernels, config, &weights, AttentionOptions { storage, gate_rows })?;
                 let cache = decoder.cache(CacheOptions {
                     capacity: options.capacity,
                     storage,
@@ -133,23 +149,25 @@ impl<'a> Engine<'a> {
     /// Name of the storage in effect.
     pub fn storage(&self) -> &'static str {
         match self {
-            Engine::Cpu { .. } => "f64",
+            Engine::Cpu { .. } => "f32",
+            Engine::Reference { .. } => "f64",
             Engine::Gpu { decoder, .. } => decoder.storage().name(),
         }
     }
 
-    /// Name of the path that the last decode step took; the expanded one before any.
+    /// Name of the path that the last decode step took; the expanded one before any on a device.
     pub fn decode(&self) -> &'static str {
         match self {
             Engine::Gpu { used: DecodePath::Absorbed, .. } => "absorbed",
-            Engine::Cpu { .. } | Engine::Gpu { .. } => "expanded",
+            Engine::Cpu { decoder, .. } if decoder.keeps_latents() => "absorbed",
+            Engine::Cpu { .. } | Engine::Reference { .. } | Engine::Gpu { .. } => "expanded",
         }
     }
 
     /// Bytes on the device.
     pub fn memory(&self) -> Option<MemoryReport> {
         match self {
-            Engine::Cpu { .. } => None,
+            Engine::Cpu { .. } | Engine::Reference { .. } => None,
             Engine::Gpu { decoder, cache, state, .. } => {
                 let mut memory = state.memory(cache);
                 memory.gate_rows += decoder.gate_table_bytes();
@@ -161,7 +179,7 @@ impl<'a> Engine<'a> {
     /// Times of the decode steps, if they were wanted and there is a device.
     pub fn profile(&self) -> Option<&Profile> {
         match self {
-            Engine::Cpu { .. } => None,
+            Engine::Cpu { .. } | Engine::Reference { .. } => None,
             Engine::Gpu { profile, .. } => profile.as_deref(),
         }
     }
@@ -170,6 +188,7 @@ impl<'a> Engine<'a> {
     pub fn reset(&mut self) {
         match self {
             Engine::Cpu { state, .. } => state.truncate(0),
+            Engine::Reference { state, .. } => state.truncate(0),
             Engine::Gpu { cache, profile, .. } => {
                 cache.reset();
                 profile.iter_mut().for_each(|profile| profile.clear());
@@ -219,6 +238,7 @@ impl<'a> Engine<'a> {
     fn vocab_size(&self) -> usize {
         match self {
             Engine::Cpu { decoder, .. } => decoder.config().vocab_size as usize,
+            Engine::Reference { decoder, .. } => decoder.config().vocab_size as usize,
             Engine::Gpu { decoder, .. } => decoder.config().vocab_size as usize,
         }
     }
@@ -227,10 +247,11 @@ impl<'a> Engine<'a> {
         interrupt::check()?;
         match self {
             Engine::Cpu { decoder, state, capacity } => {
-                if state.len() + ids.len() > *capacity as usize {
-                    let (length, added) = (state.len() as u32, ids.len() as u64);
-                    return Err(egmla::Error::CacheFull { sequence: 0, length, added, capacity: *capacity }.into());
-                }
+                room_for(ids.len(), state.len(), *capacity)?;
+                Ok(decoder.forward(ids, state, logits)?)
+            }
+            Engine::Reference { decoder, state, capacity } => {
+                room_for(ids.len(), state.len(), *capacity)?;
                 Ok(decoder.forward(ids, state, logits)?.into_iter().map(|logit| logit as f32).collect())
             }
             Engine::Gpu { gpu, decoder, cache, state, recording, used, profile } => {
@@ -256,4 +277,13 @@ impl<'a> Engine<'a> {
             }
         }
     }
+}
+
+/// Refuses more tokens than the text was said to have.
+fn room_for(added: usize, length: usize, capacity: u32) -> Result<(), Failure> {
+    if length + added <= capacity as usize {
+        return Ok(());
+    }
+    let (length, added) = (length as u32, added as u64);
+    Err(egmla::Error::CacheFull { sequence: 0, length, added, capacity }.into())
 }

@@ -75,7 +75,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
     let mut engine = Engine::new(
         &backend,
         folder.config(),
-        &weights,
+        weights,
         &EngineOptions {
             storage: args.storage.into(),
             decode: DecodePath::Auto,

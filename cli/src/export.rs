@@ -11,7 +11,7 @@ use egmla::check::export::{verdicts, webgpu};
 use egmla::check::guarded::POISON;
 use serde::Serialize;
 
-use crate::adapter::{self, AdapterOption, Backend};
+use crate::adapter::{self, AdapterOption, Backend, LimitsOption};
 use crate::console;
 use crate::failure::Failure;
 use crate::interrupt;
@@ -78,7 +78,7 @@ pub fn run(args: ExportArgs) -> Result<(), Failure> {
     // Before the cases, which take a while.
     let model = args.model.as_deref().map(layer::Source::open).transpose()?;
     interrupt::watch();
-    let Backend::Gpu(gpu) = adapter::open(&args.adapter)? else {
+    let Backend::Gpu(gpu) = adapter::open_with(&args.adapter, LimitsOption::Adapter)? else {
         return Err(Failure::run(
             "an adapter is needed to hold the buffers, though nothing runs on it; install a driver, for instance Mesa's \
              software Vulkan (mesa-vulkan-drivers)",

@@ -7,6 +7,7 @@ mod adapter;
 mod attend;
 mod bench;
 mod cache_folder;
+mod chat;
 mod check;
 mod console;
 mod engine;
@@ -20,6 +21,7 @@ mod options;
 mod output;
 mod profile;
 mod prove;
+mod stop;
 mod tune;
 mod unchecked;
 

@@ -81,7 +81,9 @@ impl StorageOption {
     /// Says that the option has no effect where it has none.
     pub fn tell_on_cpu(self) {
         if self != StorageOption::F32 {
-            tracing::warn!("--storage f16 changes nothing on the CPU, which computes in f64");
+            tracing::warn!(
+                "--storage f16 changes nothing on the CPU, which computes in f32, or in f64 as the reference"
+            );
         }
     }
 }

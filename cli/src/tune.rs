@@ -9,7 +9,7 @@ use egmla::bench::tuning::{Tuned, tune};
 use egmla::bench::{self, Suite};
 use egmla::low_level::Tunings;
 
-use crate::adapter::{self, AdapterOption};
+use crate::adapter::{self, AdapterOption, LimitsOption};
 use crate::bench::gpu;
 use crate::cache_folder;
 use crate::console;
@@ -30,7 +30,7 @@ pub struct TuneArgs {
 
 /// Measures and keeps.
 pub fn run(args: TuneArgs) -> Result<(), Failure> {
-    let backend = adapter::open(&args.adapter)?;
+    let backend = adapter::open_with(&args.adapter, LimitsOption::Adapter)?;
     let gpu = gpu(&backend)?;
     console::note(format_args!("adapter: {}", backend.describe()));
     let file = cache_folder::tunings_file(&gpu.info)

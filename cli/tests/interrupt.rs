@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-/// On the CPU: there nothing is compiled, and a step's time is known.
+/// By the reference on the CPU: there nothing is compiled, and steps are slow.
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_egmla"));
-    command.args(arguments).args(["--adapter", "cpu"]).env_remove("RUST_LOG");
+    command.args(arguments).args(["--adapter", "reference"]).env_remove("RUST_LOG");
     command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -95,7 +95,7 @@ fn an_interrupted_eval_leaves_the_terminal_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("text");
     fs::write(&text, "But soft, what light through yonder window breaks?\n".repeat(4000)).unwrap();
-    let line = format!("'{}' eval --adapter cpu --text '{}'", env!("CARGO_BIN_EXE_egmla"), text.display());
+    let line = format!("'{}' eval --adapter reference --text '{}'", env!("CARGO_BIN_EXE_egmla"), text.display());
     let mut script = Command::new("script");
     script.args(["--quiet", "--return", "--flush", "--command", &line, "/dev/null"]).env("TERM", "xterm");
     script.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env_remove("RUST_LOG");

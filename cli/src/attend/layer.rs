@@ -1,9 +1,10 @@
-//! The layer over a schedule, on a device or with the reference.
+//! The layer over a schedule, on a device or on the CPU.
 
 use std::time::Instant;
 
 use egmla::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, LatentCache, Mode, StepTokens};
 use egmla::config::AttentionConfig;
+use egmla::decoder::NativeLayer;
 use egmla::readback;
 use egmla::reference::layer::{History, Layer};
 use egmla::sequences::Sequences;
@@ -30,6 +31,7 @@ pub fn on_gpu(
     mut schedule: Schedule,
     options: &PathOptions,
 ) -> Result<(Vec<f32>, Summary), Failure> {
+    let started = Instant::now();
     let kernels = &gpu.kernels;
     let (storage, decode_path) = (Storage::from(options.storage), DecodePath::from(options.decode));
     let attention =
@@ -49,7 +51,14 @@ pub fn on_gpu(
         other => other?,
     };
     let mut layer = DeviceLayer { attention: &attention, cache, recording: Recording::new(kernels) };
+    // So that compiling the kernels does not count as speed.
+    for step in schedule.warm_up() {
+        let output = layer.submit(input, &step)?;
+        readback::wait(readback::read_f32(kernels, &[&output]))?;
+    }
+    layer.cache.reset();
     gpu.check()?;
+    let first_use = Some(started.elapsed().as_secs_f64());
 
     let mut hidden = vec![0f32; input.hidden.len()];
     let (mut prefill, mut decode) = (Phase::default(), Phase::default());
@@ -75,7 +84,7 @@ pub fn on_gpu(
     }
     let mut memory = layer.cache.memory();
     memory.gate_rows += attention.gate_table_bytes();
-    Ok((hidden, Summary { prefill, decode, memory: Some(memory) }))
+    Ok((hidden, Summary { first_use, prefill, decode, memory: Some(memory) }))
 }
 
 struct DeviceLayer<'a> {
@@ -103,8 +112,9 @@ impl DeviceLayer<'_> {
     }
 }
 
-/// Runs the f64 reference. It keeps keys and values themselves, so storage and decode path do not apply.
+/// Runs on the CPU, in f32, or in f64 by the reference. Storage and decode path do not apply.
 pub fn on_cpu(
+    reference: bool,
     config: AttentionConfig,
     weights: &AttentionWeights,
     input: &Sequences,
@@ -113,32 +123,43 @@ pub fn on_cpu(
 ) -> Result<(Vec<f32>, Summary), Failure> {
     options.storage.tell_on_cpu();
     let (tokens, most) = (input.tokens() as u64, u64::from(schedule.most_tokens()));
-    check_memory(&format!("an input of {tokens} tokens, {most} at once,"), Layer::bytes(&config, tokens, most))?;
-    let layer = Layer::new(config, weights);
-    let mut histories = vec![History::default(); input.lengths.len()];
+    let bytes = if reference { Layer::bytes } else { NativeLayer::bytes };
+    check_memory(&format!("an input of {tokens} tokens, {most} at once,"), bytes(&config, tokens, most))?;
+    // New tokens of a sequence, by its number.
+    let mut forward: Box<dyn FnMut(usize, &[f32], &[u32]) -> Vec<f32>> = if reference {
+        let layer = Layer::new(config, weights);
+        let mut histories = vec![History::default(); input.lengths.len()];
+        Box::new(move |sequence, x, ids| {
+            let x: Vec<f64> = x.iter().copied().map(f64::from).collect();
+            layer.forward(&x, ids, &mut histories[sequence]).into_iter().map(|value| value as f32).collect()
+        })
+    } else {
+        let layer = NativeLayer::new(&config, weights.clone());
+        let mut histories: Vec<_> = input.lengths.iter().map(|&length| layer.history(length as usize)).collect();
+        Box::new(move |sequence, x, ids| layer.forward(x, ids, &mut histories[sequence]))
+    };
     let mut hidden = vec![0f32; input.hidden.len()];
     let (mut prefill, mut decode) = (Phase::default(), Phase::default());
     for step in schedule {
         interrupt::check()?;
         let start = Instant::now();
         let mut rest = step.rows.as_slice();
-        for (history, &count) in histories.iter_mut().zip(&step.counts) {
+        for (sequence, &count) in step.counts.iter().enumerate() {
             let (rows, after) = rest.split_at(count as usize);
             rest = after;
             if rows.is_empty() {
                 continue;
             }
-            let x: Vec<f64> = gather(&input.hidden, rows, input.width).into_iter().map(f64::from).collect();
+            let x = gather(&input.hidden, rows, input.width);
             let ids: Vec<u32> =
                 input.token_ids.as_ref().map_or_else(Vec::new, |ids| rows.iter().map(|&row| ids[row]).collect());
-            let y: Vec<f32> = layer.forward(&x, &ids, history).into_iter().map(|value| value as f32).collect();
-            scatter(&y, rows, input.width, &mut hidden);
+            scatter(&forward(sequence, &x, &ids), rows, input.width, &mut hidden);
         }
         let phase = if step.mode == Mode::Prefill { &mut prefill } else { &mut decode };
         phase.tokens += step.rows.len() as u64;
         phase.seconds += start.elapsed().as_secs_f64();
     }
-    Ok((hidden, Summary { prefill, decode, memory: None }))
+    Ok((hidden, Summary { first_use: None, prefill, decode, memory: None }))
 }
 
 fn gather(all: &[f32], rows: &[usize], width: usize) -> Vec<f32> {

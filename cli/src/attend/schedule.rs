@@ -63,6 +63,19 @@ impl Schedule {
         prefill.max(decode)
     }
 
+    /// A short step of each kind that will come, to compile the kernels by: not of this schedule, whose tokens are all to come.
+    pub fn warm_up(&self) -> Vec<Planned> {
+        /// Tokens of a sequence.
+        const SHORT: u32 = 32;
+        let decodes = self.lengths.iter().zip(&self.prefilled).any(|(length, prefilled)| length > prefilled);
+        let mut short = self.clone();
+        short.chunk = self.chunk.min(SHORT);
+        short.prefilled.iter_mut().for_each(|prefilled| *prefilled = (*prefilled).min(short.chunk));
+        let mut steps: Vec<_> = short.next_if(Mode::Prefill).into_iter().collect();
+        steps.extend(decodes.then(|| short.next_if(Mode::Decode)).flatten());
+        steps
+    }
+
     /// The next step, when it is of the given kind.
     pub fn next_if(&mut self, mode: Mode) -> Option<Planned> {
         let mut after = self.clone();
@@ -103,6 +116,21 @@ impl Iterator for Schedule {
 #[cfg(test)]
 mod tests {
     use super::{Mode, Planned, Prefill, Schedule};
+
+    #[test]
+    fn a_warm_up_is_a_short_step_of_each_kind_that_comes() {
+        let kinds = |lengths: &[u32], prefill, chunk| -> Vec<_> {
+            let schedule = Schedule::new(lengths, prefill, chunk);
+            let steps = schedule.warm_up();
+            assert!(steps.iter().all(|step| step.rows.len() as u32 <= schedule.most_tokens()));
+            steps.into_iter().map(|step| (step.mode, step.counts)).collect()
+        };
+        assert_eq!(kinds(&[50, 3], Prefill::All, None), [(Mode::Prefill, vec![32, 3])]);
+        assert_eq!(kinds(&[50, 0], Prefill::First(0), None), [(Mode::Decode, vec![1, 0])]);
+        let both = [(Mode::Prefill, vec![4, 3]), (Mode::Decode, vec![1, 0])];
+        assert_eq!(kinds(&[50, 3], Prefill::First(10), Some(4)), both);
+        assert_eq!(kinds(&[], Prefill::All, None), []);
+    }
 
     fn steps(lengths: &[u32], prefill: Prefill, chunk: Option<u32>) -> Vec<Planned> {
         Schedule::new(lengths, prefill, chunk).collect()
