@@ -453,6 +453,14 @@ fn a_whole_model_is_the_same_from_a_file_and_from_a_folder() {
         }
     }
 
+    // Another file in the place of one whose header was read.
+    let path = folder.path().join("m.gguf");
+    let open = Gguf::open(&path).unwrap();
+    open.read("output_norm.weight").unwrap();
+    fs::write(&path, [&file.bytes()[..], &[0]].concat()).unwrap();
+    let changed = open.read("output_norm.weight").unwrap_err().to_string();
+    assert_eq!(changed, "it has changed since its header was read");
+
     // What has no place in the model, and what is missing.
     let weights = |file: &File| {
         fs::write(folder.path().join("m.gguf"), file.bytes()).unwrap();
@@ -517,7 +525,7 @@ fn rows_of_queries_are_where_rotation_by_halves_expects_them() {
 }
 
 /// A `deepseek2` of low-rank queries, scaled by YaRN.
-const DEEPSEEK: &str = r#"{"model_type":"deepseek_v2","hidden_size":12,"num_attention_heads":3,"kv_lora_rank":5,"q_lora_rank":7,
+const DEEPSEEK: &str = r#"{"model_type":"deepseek_v2","hidden_size":8,"num_attention_heads":3,"kv_lora_rank":5,"q_lora_rank":7,
     "qk_nope_head_dim":4,"qk_rope_head_dim":6,"v_head_dim":3,"num_hidden_layers":2,"intermediate_size":9,"vocab_size":262,
     "max_position_embeddings":640,"rms_norm_eps":1e-6,"rope_theta":10000,"tie_word_embeddings":true,
     "rope_scaling":{"type":"yarn","factor":40,"original_max_position_embeddings":16,"beta_fast":32,"beta_slow":1,
@@ -527,7 +535,7 @@ fn deepseek() -> File {
     File::new("deepseek2")
         .u32("deepseek2.block_count", 2)
         .u32("deepseek2.context_length", 640)
-        .u32("deepseek2.embedding_length", 12)
+        .u32("deepseek2.embedding_length", 8)
         .u32("deepseek2.feed_forward_length", 9)
         .u32("deepseek2.attention.head_count", 3)
         .u32("deepseek2.attention.head_count_kv", 1)

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use egmla::config::{AttentionConfig, weight_block_size};
-use egmla::files::{MOST_CONFIG, read_safetensors, read_text};
+use egmla::files::read_safetensors;
+use egmla::gguf::{is_gguf, read_config};
 use egmla::sequences::Sequences;
 use egmla::weights::{AttentionWeights, Checkpoint, LayerNumber, model_folder};
 use safetensors::Dtype;
@@ -35,9 +36,9 @@ pub struct AttendArgs {
     /// The layer's weights (f32, f16, bf16 or fp8): a safetensors file, an index of shards or a folder with one layer of attention
     #[arg(long, value_name = "FILE", required_unless_present = "model")]
     weights: Option<PathBuf>,
-    /// In place of --config and --weights: a folder with config.json and weights in safetensors, or a model's name in Hugging
-    /// Face's cache (org/name). Only the tensors of --layer are read
-    #[arg(long, value_name = "DIR|NAME", conflicts_with_all = ["config", "weights"], requires = "layer")]
+    /// In place of --config and --weights: a folder with config.json and weights in safetensors, a GGUF file, or a model's name
+    /// in Hugging Face's cache (org/name). Only the tensors of --layer are read
+    #[arg(long, value_name = "DIR|FILE|NAME", conflicts_with_all = ["config", "weights"], requires = "layer")]
     model: Option<PathBuf>,
     /// The layer of --model, from 0 on; N.0 and N.1 where a layer has two attentions (LongCat-Flash)
     #[arg(long, value_name = "N")]
@@ -92,7 +93,7 @@ impl Phase {
 /// Runs the layer.
 pub fn run(args: AttendArgs) -> Result<(), Failure> {
     let source = LayerSource::of(&args)?;
-    let text = read_text(&source.config, MOST_CONFIG)?;
+    let text = read_config(&source.config)?;
     let read = || {
         let block = weight_block_size(&text)?;
         Ok((AttentionConfig::from_json_as(&text, args.model_type.as_deref())?, block))
@@ -155,6 +156,9 @@ impl LayerSource {
             return Ok(LayerSource { config: config.clone(), weights: weights.clone(), layer: None });
         }
         let weights = model_folder(args.model.as_deref().unwrap_or(Path::new("")))?;
+        if is_gguf(&weights) {
+            return Ok(LayerSource { config: weights.clone(), weights, layer: args.layer });
+        }
         // A file of weights stands beside its configuration.
         let folder = if weights.is_dir() { &weights } else { weights.parent().unwrap_or(Path::new("")) };
         Ok(LayerSource { config: folder.join("config.json"), weights, layer: args.layer })

@@ -128,7 +128,7 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
     let mut commands = None;
     if let Some(path) = &model {
         let found = model_folder(path)?;
-        let file = if found.is_file() { found } else { found.join("config.json") };
+        let file = if found.is_dir() { found.join("config.json") } else { found };
         let summary = ModelSummary::from_json(&read_config(&file)?).map_err(|error| error.in_file(file))?;
         caches.push(CacheTable::of_model(path, &summary));
         commands = Some(Commands::of(summary));

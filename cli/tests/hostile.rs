@@ -478,12 +478,18 @@ fn factors_of_fp8_weights_are_checked() {
 fn gguf_files_are_checked_as_folders_are() {
     let seeds = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds/gguf"));
     let whole = fs::read(seeds.join("llama_gpt2")).unwrap();
-    let readers = ["generate", "eval", "info"].map(|command| reader(command, "m.gguf"));
+    let layer = fs::read(seeds.join("deepseek2")).unwrap();
+    let readers = ["generate", "eval", "info", "attend"].map(|command| reader(command, "m.gguf"));
     let run = |job: &Job, command: &str| {
         let mut arguments: Vec<OsString> = vec![command.into(), "--model".into(), job.path("m.gguf").into()];
         match command {
             "generate" => arguments.extend(["--prompt", "a", "--max-new-tokens", "1"].map(OsString::from)),
             "eval" => arguments.extend(["--text".into(), job.path("text").into()]),
+            "attend" => {
+                let (input, output) = (job.path("x.safetensors"), job.path("y"));
+                arguments.extend(["--layer".into(), "1".into(), "--input".into(), input.into()]);
+                arguments.extend(["--output".into(), output.into()]);
+            }
             _ => {}
         }
         if command != "info" {
@@ -493,11 +499,14 @@ fn gguf_files_are_checked_as_folders_are() {
     };
     for reader in readers {
         let job = Job::new();
+        let whole = if reader.command == "attend" { &layer } else { &whole };
+        // Two tokens of the layer's width.
+        job.write("x.safetensors", tensors(&format!("{{{}}}", tensor("hidden_states", "F32", "[2,8]", "[0,64]")), 64));
         let with = |bytes: &[u8], parts: &[&str]| {
             job.write("m.gguf", bytes);
             run(&job, reader.command).refused(reader.file, parts);
         };
-        job.write("text", "abab").write("m.gguf", &whole);
+        job.write("text", "abab").write("m.gguf", whole);
         assert_eq!(run(&job, reader.command).code, Some(0), "{reader:?}");
 
         with(b"", &["not a valid GGUF file", "a file of 0 bytes"]);

@@ -1,9 +1,11 @@
 //! The container: metadata, the list of tensors, and the bytes of one tensor when it is asked for.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use super::blocks::{Kind, READ};
 use crate::checkpoint::TensorInfo;
@@ -82,6 +84,8 @@ impl<T: Read + Seek + Send> Readable for T {}
 /// asked for.
 pub struct Gguf {
     source: Mutex<Box<dyn Readable>>,
+    /// The file, its length and its time when the header was read; `None` in memory.
+    file: Option<(File, u64, Option<SystemTime>)>,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, TensorInfo>,
     places: BTreeMap<String, Place>,
@@ -105,7 +109,12 @@ impl Gguf {
     /// `DataError::Io` or `DataError::Gguf` in [`Error::File`].
     pub fn open(path: &Path) -> Result<Self> {
         let (file, length) = files::open(path)?;
-        Self::read_header(file, length).map_err(|error| error.in_file(path))
+        let io = |error: io::Error| Error::Data(DataError::Io(error)).in_file(path);
+        let found = file.metadata().map_err(io)?;
+        let own = file.try_clone().map_err(io)?;
+        let mut gguf = Self::read_header(file, length).map_err(|error| error.in_file(path))?;
+        gguf.file = Some((own, length, found.modified().ok()));
+        Ok(gguf)
     }
 
     /// The same of a file in memory.
@@ -168,7 +177,8 @@ impl Gguf {
         }
         let data = header.at.next_multiple_of(alignment);
         check_places(&mut places, data, length)?;
-        Ok(Gguf { source: Mutex::new(Box::new(header.source.into_inner())), metadata, tensors: infos, places })
+        let source = Mutex::new(Box::new(header.source.into_inner()) as Box<dyn Readable>);
+        Ok(Gguf { source, file: None, metadata, tensors: infos, places })
     }
 
     /// The metadata, by key.
@@ -184,7 +194,8 @@ impl Gguf {
     /// The elements of one tensor, row-major, in f32: exact but for one rounding in types with a sum (`Q4_1`, `Q4_K` …).
     ///
     /// # Errors
-    /// `TensorError::Missing`; `TensorError::Type` for a type that is not read; `DataError::Io` where the file can no longer be read.
+    /// `TensorError::Missing`; `TensorError::Type` for a type that is not read; `DataError::Io` where the file can no longer be read, or
+    /// has changed.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
         let (Some(info), Some(place)) = (self.tensors.get(name), self.places.get(name)) else {
             return Err(TensorError::Missing { name: name.to_owned(), expected: Vec::new() }.into());
@@ -194,12 +205,22 @@ impl Gguf {
             return Err(TensorError::Type { name: name.to_owned(), expected: READ, found }.into());
         };
         let io = |error: io::Error| Error::Data(DataError::Io(error));
+        if let Some((file, length, modified)) = &self.file {
+            let found = file.metadata().map_err(io)?;
+            if found.len() != *length || found.modified().ok() != *modified {
+                return Err(io(io::Error::other("it has changed since its header was read")));
+            }
+        }
         // A reader that panicked has left a position, which the next one sets anew.
         let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
         source.seek(SeekFrom::Start(place.begin)).map_err(io)?;
         // Both were checked against the length of the file.
         let mut left = place.bytes as usize;
-        let mut values = Vec::with_capacity(left / kind.bytes * kind.elements);
+        let (mut values, elements) = (Vec::new(), left / kind.bytes * kind.elements);
+        values.try_reserve_exact(elements).map_err(|_| {
+            let problem = format!("tensor `{name}` needs {} bytes of memory, which cannot be had", 4 * elements as u64);
+            io(io::Error::new(io::ErrorKind::OutOfMemory, problem))
+        })?;
         let mut piece = vec![0; left.min(PIECE / kind.bytes * kind.bytes)];
         while left > 0 {
             let piece = &mut piece[..left.min(PIECE / kind.bytes * kind.bytes)];
