@@ -14,6 +14,9 @@
 
 use half::{bf16, f16};
 
+/// Appends the values of one block to a list.
+type Widen = fn(&[u8], &mut Vec<f32>);
+
 /// An element type.
 #[derive(Debug)]
 pub(super) struct Kind {
@@ -25,14 +28,14 @@ pub(super) struct Kind {
     pub elements: usize,
     /// Bytes of a block.
     pub bytes: usize,
-    /// Appends the values of one block to a list; `None` where they are not read.
-    pub widen: Option<fn(&[u8], &mut Vec<f32>)>,
+    /// How a block is read; `None` where it is not.
+    pub widen: Option<Widen>,
 }
 
 /// The names of all types that are read.
 pub(super) const READ: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K";
 
-const fn read(number: u32, name: &'static str, elements: usize, bytes: usize, widen: fn(&[u8], &mut Vec<f32>)) -> Kind {
+const fn read(number: u32, name: &'static str, elements: usize, bytes: usize, widen: Widen) -> Kind {
     Kind { number, name, elements, bytes, widen: Some(widen) }
 }
 
