@@ -46,7 +46,7 @@ pub struct AttendArgs {
     /// `hidden_states` [tokens, hidden] f32, `token_ids` [tokens] u32 or i64, `sequence_lengths` [batch] (optional)
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
-    /// Where `hidden_states` [tokens, hidden] f32 is written
+    /// Where `hidden_states` [tokens, hidden] f32 is written; `-` is stdout
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// Tokens of each sequence to prefill; the rest is decoded one at a time from the cache

@@ -45,6 +45,19 @@ pub fn pipelines_file(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
     folder().map(|folder| folder.join(name))
 }
 
+/// Finds out whether a file can be written, before anything is measured for it. Leaves nothing there but its folder.
+pub fn check(path: &std::path::Path) -> std::io::Result<()> {
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
+    std::fs::write(&unfinished, []).and_then(|()| std::fs::remove_file(&unfinished))
+}
+
 /// Replaces a file in one step, so that a reader finds the old one or the new one.
 pub fn write(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
     if let Some(folder) = path.parent() {

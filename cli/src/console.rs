@@ -16,8 +16,13 @@ use crate::failure::Failure;
 
 /// Writes a result to stdout. A reader that has gone away is no error: the program ends as if all had been read.
 pub fn print(text: &str) -> Result<(), Failure> {
+    write(text.as_bytes())
+}
+
+/// The same of bytes.
+pub fn write(bytes: &[u8]) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::run(format!("stdout: {error}"))),
         _ => Ok(()),
     }

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::console;
 use crate::failure::Failure;
 use crate::interrupt;
 
@@ -16,12 +17,20 @@ fn problem(path: &Path, text: impl Display) -> Failure {
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
-    partial: PathBuf,
+    /// None for stdout.
+    partial: Option<PathBuf>,
 }
 
 impl Output {
-    /// Checks that the file can be written, before anything is computed for it. Leaves nothing there.
+    /// Checks that the file can be written, before anything is computed for it. Leaves nothing there. `-` is stdout.
     pub fn check(path: &Path) -> Result<Self, Failure> {
+        if path.as_os_str() == "-" {
+            return Ok(Output { path: path.to_owned(), partial: None });
+        }
+        Output::check_file(path)
+    }
+
+    fn check_file(path: &Path) -> Result<Self, Failure> {
         if path.file_name().is_none() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return Err(problem(path, "is not the name of a file"));
         }
@@ -32,6 +41,10 @@ impl Output {
             Ok(found) if found.is_dir() => return Err(problem(path, "is a directory, not a file to write to")),
             Ok(found) if !found.is_file() => return Err(problem(path, "is not a regular file")),
             Ok(found) if found.permissions().readonly() => return Err(problem(path, "is read-only")),
+            // Of a name that is too long, among others.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(problem(path, format_args!("cannot be written: {error}")));
+            }
             _ => {}
         }
         // A link keeps pointing where it does: the file behind it is replaced.
@@ -41,14 +54,17 @@ impl Output {
         let partial = (0..100).map(name).find(|name| !name.exists()).unwrap_or_else(|| name(0));
         let unfinished = partial.clone();
         interrupt::undo(move || drop(fs::remove_file(unfinished)));
-        let output = Output { path, partial };
-        output.create().map(drop).map_err(|error| output.not_writable(&error))?;
-        output.remove();
-        Ok(output)
+        let created = File::create_new(&partial);
+        created.map_err(|error| problem(&path, format_args!("cannot be written: {error}")))?;
+        remove(&partial);
+        Ok(Output { path, partial: Some(partial) })
     }
 
     /// Refuses to replace a file that the run reads.
     pub fn refuse_input(&self, option: &str, input: &Path) -> Result<(), Failure> {
+        if self.partial.is_none() {
+            return Ok(());
+        }
         if fs::canonicalize(input).is_ok_and(|input| input == self.path) || same_file(input, &self.path) {
             return Err(problem(&self.path, format_args!("is the --{option} file: choose another output")));
         }
@@ -60,12 +76,16 @@ impl Output {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             fs::create_dir_all(folder).map_err(|error| problem(folder, error))?;
         }
-        Output::check(path)
+        Output::check_file(path)
     }
 
     /// Puts the file there.
     pub fn write(&self, bytes: &[u8]) -> Result<(), Failure> {
-        let written = self.create().and_then(|mut file| {
+        let Some(partial) = &self.partial else {
+            interrupt::check()?;
+            return console::write(bytes);
+        };
+        let written = File::create_new(partial).and_then(|mut file| {
             // The new file has the old one's permissions.
             if let Ok(old) = fs::metadata(&self.path) {
                 file.set_permissions(old.permissions())?;
@@ -76,31 +96,23 @@ impl Output {
         // Until here an interrupted run keeps the old file.
         let replaced = match written {
             Ok(()) if interrupt::asked() => Err(Failure::Interrupted),
-            Ok(()) => fs::rename(&self.partial, &self.path).map_err(|error| self.not_written(&error)),
+            Ok(()) => fs::rename(partial, &self.path).map_err(|error| self.not_written(&error)),
             Err(error) => Err(self.not_written(&error)),
         };
         if replaced.is_err() {
-            self.remove();
+            remove(partial);
         }
         replaced
-    }
-
-    fn create(&self) -> io::Result<File> {
-        File::create_new(&self.partial)
-    }
-
-    /// A file that cannot be removed was not written.
-    fn remove(&self) {
-        let _ = fs::remove_file(&self.partial);
     }
 
     fn not_written(&self, error: &io::Error) -> Failure {
         Failure::run(format!("{}: {error}", self.path.display()))
     }
+}
 
-    fn not_writable(&self, error: &io::Error) -> Failure {
-        problem(&self.path, format_args!("cannot be written: {error}"))
-    }
+/// A file that cannot be removed was not written.
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
 }
 
 /// Two names of one file, as hard links are.
@@ -139,6 +151,8 @@ mod tests {
         assert!(matches!(refused(&nowhere), Failure::Usage(text) if text.contains("cannot be written")));
         Output::check_with_folders(&nowhere).unwrap().write(b"").unwrap();
         assert!(nowhere.is_file());
+        let long = folder.path().join("y".repeat(256));
+        assert!(matches!(refused(&long), Failure::Usage(text) if text.contains("yyy: cannot be written")));
         let below_a_file = nowhere.join("z");
         let refused = Output::check_with_folders(&below_a_file).unwrap_err();
         assert!(matches!(refused, Failure::Usage(text) if text.contains("none/y: ")));

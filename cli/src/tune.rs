@@ -43,6 +43,8 @@ pub fn run(args: TuneArgs) -> Result<(), Failure> {
             _ => Ok(()),
         };
     }
+    let not_written = |error: std::io::Error| Failure::run(format!("{}: {error}", file.display()));
+    cache_folder::check(&file).map_err(not_written)?;
     // The shortest caches are all overhead: what is chosen there would be noise.
     let rows: Vec<_> =
         bench::rows().into_iter().filter(|row| row.is_in(Suite::Quick) && !row.id().ends_with("/t1024")).collect();
@@ -58,8 +60,7 @@ pub fn run(args: TuneArgs) -> Result<(), Failure> {
     gpu.check()?;
     let kept = kept_with(&gpu.kernels.context().tunings, &tuned);
     let text = serde_json::to_string_pretty(&kept).map_err(Failure::run)? + "\n";
-    cache_folder::write(&file, text.as_bytes())
-        .map_err(|error| Failure::run(format!("{}: {error}", file.display())))?;
+    cache_folder::write(&file, text.as_bytes()).map_err(not_written)?;
     console::note(format_args!("kept in {}", file.display()));
     console::note("kernels that are not listed need a longer --time-limit; theirs is as it was");
     console::print(&format!("{}\n", table(&tuned)))

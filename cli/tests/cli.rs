@@ -492,6 +492,30 @@ fn a_run_tells_its_adapter_tokens_and_times_and_replaces_the_output() {
     assert_eq!(read_hidden(&job.path("y")).0, [6, 8]);
 }
 
+#[test]
+fn an_output_may_be_stdout() {
+    let job = Job::new().with(|job| job.options.extend(["--output", "-"].map(OsString::from))).prepare();
+    let output = command(&job.arguments()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(job.files(), ["c.json", "w.safetensors", "x.safetensors"]);
+    let written = job.path("stdout");
+    fs::write(&written, output.stdout).unwrap();
+    assert_eq!(read_hidden(&written).0, [6, 8]);
+}
+
+/// A folder that cannot be written to is known before anything is measured for it.
+#[cfg(unix)]
+#[test]
+fn tune_finds_out_first_that_it_cannot_keep_anything() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("egmla"), "a file").unwrap();
+    let mut tune = command(&["tune", "--time-limit", "600"]);
+    tune.env("XDG_CACHE_HOME", folder.path());
+    let start = std::time::Instant::now();
+    finish(tune).refused(1, &["egmla/tunings-"]);
+    assert!(start.elapsed() < std::time::Duration::from_secs(100));
+}
+
 #[cfg(unix)]
 #[test]
 fn paths_need_not_be_utf_8() {

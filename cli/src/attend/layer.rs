@@ -112,6 +112,9 @@ impl DeviceLayer<'_> {
     }
 }
 
+/// The layer on new tokens of a sequence, by its number: hidden states and ids.
+type Forward = Box<dyn FnMut(usize, &[f32], &[u32]) -> Vec<f32>>;
+
 /// Runs on the CPU, in f32, or in f64 by the reference. Storage and decode path do not apply.
 pub fn on_cpu(
     reference: bool,
@@ -125,8 +128,7 @@ pub fn on_cpu(
     let (tokens, most) = (input.tokens() as u64, u64::from(schedule.most_tokens()));
     let bytes = if reference { Layer::bytes } else { NativeLayer::bytes };
     check_memory(&format!("an input of {tokens} tokens, {most} at once,"), bytes(&config, tokens, most))?;
-    // New tokens of a sequence, by its number.
-    let mut forward: Box<dyn FnMut(usize, &[f32], &[u32]) -> Vec<f32>> = if reference {
+    let mut forward: Forward = if reference {
         let layer = Layer::new(config, weights);
         let mut histories = vec![History::default(); input.lengths.len()];
         Box::new(move |sequence, x, ids| {
