@@ -212,6 +212,71 @@ fn scales_are_factors_on_weights() {
     assert!(error(&got, &without) > 0.1, "scales that have no effect prove nothing");
 }
 
+/// The tensors of a model with keys and values per head, as a checkpoint.
+fn serialized(weights: &DecoderWeights) -> Vec<u8> {
+    let mut all = vec![(String::new(), &weights.embedding), (String::new(), &weights.norm)];
+    all.extend(weights.lm_head.iter().map(|head| (String::new(), head)));
+    for (number, layer) in weights.layers.iter().enumerate() {
+        let DecoderAttentionWeights::Heads(of) = &layer.attention else { panic!("heads") };
+        let prefix = format!("model.layers.{number}.");
+        let attention = [&of.q_proj, &of.k_proj, &of.v_proj, &of.o_proj];
+        let biases = [&of.q_bias, &of.k_bias, &of.v_bias, &of.o_bias];
+        all.extend(
+            attention.into_iter().chain(biases.into_iter().flatten()).map(|t| (format!("{prefix}self_attn."), t)),
+        );
+        let rest = [&layer.input_norm, &layer.post_attention_norm, &layer.gate_proj, &layer.up_proj, &layer.down_proj];
+        all.extend(rest.map(|tensor| (prefix.clone(), tensor)));
+    }
+    let views = all.iter().map(|(prefix, tensor)| {
+        let view = TensorView::new(Dtype::F32, tensor.shape.clone(), bytemuck::cast_slice(&tensor.data)).unwrap();
+        (format!("{prefix}{}", tensor.name), view)
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+/// Weights go to the device part by part: the host never holds many of them, and what is computed is the same to the bit.
+#[test]
+fn a_model_is_loaded_layer_by_layer() {
+    let gpu = common::gpu();
+    let changes =
+        json!({"num_key_value_heads": 2, "attention_bias": true, "num_hidden_layers": 12, "intermediate_size": 700});
+    let config = with(base("llama"), changes);
+    let weights = weights(&config);
+    let bytes = serialized(&weights);
+    let checkpoint = || Checkpoint::new(&bytes).unwrap();
+    let options = common::stored(Storage::F32);
+    let whole = Decoder::new(&gpu.kernels, &config, &weights, options).unwrap();
+    let mut loaded = None;
+    let used = allocation_counter::measure(|| {
+        loaded = Some(Decoder::load(&gpu.kernels, &config, &checkpoint(), options).unwrap());
+    });
+    let all = allocation_counter::measure(|| drop(DecoderWeights::load(&checkpoint(), &config).unwrap()));
+    // A layer twice: as it was read, and a tensor of it as it is stored.
+    let of_layer = bytes.len() as u64 / 12;
+    println!("{} bytes, {} of the whole, {} of a layer", used.bytes_max, all.bytes_max, of_layer);
+    assert!(all.bytes_max > bytes.len() as u64 * 9 / 10, "{all:?}: was anything counted?");
+    assert!(used.bytes_max < 3 * of_layer, "{} of {}", used.bytes_max, bytes.len());
+    let ids = Random::new(9).ids(9, VOCAB as u32);
+    let logits = |decoder: &Decoder| {
+        let mut cache = decoder.cache(CacheOptions { capacity: 9, ..CacheOptions::default() }).unwrap();
+        let state = decoder.state(&cache, true).unwrap();
+        step(&gpu, decoder, (&mut cache, &state), (Mode::Prefill, &[9], &ids), Logits::All)
+    };
+    assert_eq!(logits(&whole), logits(&loaded.unwrap()));
+
+    // What does not belong there is found, whatever has been uploaded before.
+    let tied = DecoderConfig { tie_word_embeddings: true, ..config.clone() };
+    let extra = Decoder::load(&gpu.kernels, &tied, &checkpoint(), options).map(drop).unwrap_err();
+    assert!(matches!(&extra, Error::Tensor(TensorError::Extra { name, .. }) if name == "lm_head.weight"), "{extra}");
+    let longer = DecoderConfig { n_layer: 13, ..config };
+    let missing = Decoder::load(&gpu.kernels, &longer, &checkpoint(), options).map(drop).unwrap_err();
+    assert!(
+        matches!(&missing, Error::Tensor(TensorError::Missing { name, .. }) if name.starts_with("model.layers.12.")),
+        "{missing}"
+    );
+    gpu.assert_no_errors();
+}
+
 /// Tensors of a Llama checkpoint, by their names there.
 #[test]
 fn a_llama_checkpoint_is_read_by_its_names() {

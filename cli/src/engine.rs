@@ -3,9 +3,8 @@
 use std::time::Instant;
 
 use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, GateRows, MemoryReport, Mode, StepTokens};
-use egmla::config::DecoderConfig;
 use egmla::decoder::{
-    CpuDecoder, CpuState, Decoder, DecoderCache, DecoderState, DecoderWeights, Logits, NativeDecoder, NativeState,
+    CpuDecoder, CpuState, Decoder, DecoderCache, DecoderState, Logits, ModelFolder, NativeDecoder, NativeState,
 };
 use egmla::readback;
 use egmla::{Recording, Storage};
@@ -99,20 +98,17 @@ pub struct EngineOptions {
 
 impl<'a> Engine<'a> {
     /// Puts a model's weights where they compute.
-    pub fn new(
-        backend: &'a Backend,
-        config: &DecoderConfig,
-        weights: DecoderWeights,
-        options: &EngineOptions,
-    ) -> Result<Self, Failure> {
+    pub fn new(backend: &'a Backend, folder: &ModelFolder, options: &EngineOptions) -> Result<Self, Failure> {
         match backend {
             Backend::Cpu { reference, .. } => {
+                let config = folder.config();
                 let new = options.max_tokens.min(CHUNK).into();
                 let rows = if options.all_logits { new } else { 1 };
                 let capacity = options.capacity;
                 let bytes = if *reference { CpuDecoder::bytes } else { NativeDecoder::bytes };
                 let needed = bytes(config, capacity.into(), new, rows);
                 check_memory(&format!("a text of {capacity} tokens, {new} at once,"), needed)?;
+                let weights = folder.weights()?;
                 if *reference {
                     let decoder = Box::new(CpuDecoder::new(config, &weights)?);
                     return Ok(Engine::Reference { state: decoder.state(), decoder, capacity });
@@ -122,7 +118,7 @@ impl<'a> Engine<'a> {
             }
             Backend::Gpu(gpu) => {
                 let (storage, gate_rows) = (options.storage, options.gate_rows);
-                let decoder = Decoder::new(&gpu.kernels, config, &weights, AttentionOptions { storage, gate_rows })?;
+                let decoder = folder.decoder(&gpu.kernels, AttentionOptions { storage, gate_rows })?;
                 let cache = decoder.cache(CacheOptions {
                     capacity: options.capacity,
                     storage,

@@ -65,8 +65,6 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
         return Err(Failure::usage(format!("{}: no character is left after the first token", args.text.display())));
     }
 
-    let weights = folder.weights()?;
-
     let backend = adapter::open(&args.adapter)?;
     if let Backend::Cpu { .. } = backend {
         args.storage.tell_on_cpu();
@@ -74,8 +72,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
     let width = u64::from(folder.config().max_position_embeddings).min(ids.len() as u64 - 1) as u32;
     let mut engine = Engine::new(
         &backend,
-        folder.config(),
-        weights,
+        &folder,
         &EngineOptions {
             storage: args.storage.into(),
             decode: DecodePath::Auto,

@@ -132,8 +132,6 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     };
     let (new_tokens, capacity) = room(&args, &folder, prompt_ids.len())?;
 
-    let weights = folder.weights()?;
-
     let backend = adapter::open(&args.adapter)?;
     if let Backend::Cpu { .. } = backend {
         args.path.storage.tell_on_cpu();
@@ -142,8 +140,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     let started = Instant::now();
     let mut engine = Engine::new(
         &backend,
-        folder.config(),
-        weights,
+        &folder,
         &EngineOptions {
             storage,
             decode: args.path.decode.into(),

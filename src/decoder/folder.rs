@@ -2,11 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use super::model::Decoder;
 use super::rules::TextRules;
 use super::tokenizer::TextTokenizer;
+use crate::attention::AttentionOptions;
 use crate::checkpoint::layer_of;
 use crate::config::{DecoderAttention, DecoderConfig, weight_block_size};
-use crate::error::{DataError, Error, Result};
+use crate::device::Kernels;
+use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::files;
 use crate::gguf::{self, Gguf};
 use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, model_folder};
@@ -124,11 +127,23 @@ impl ModelFolder {
     /// `DataError::Io` if a file cannot be read any more, [`Error::File`] with a tensor that is missing, has another shape or
     /// type, or has no place in the configuration.
     pub fn weights(&self) -> Result<DecoderWeights> {
-        let mut checkpoint = Checkpoint::open(&self.path)?;
-        if let Some(block) = self.block {
-            checkpoint = checkpoint.with_block_size(block);
-        }
-        DecoderWeights::load(&checkpoint, &self.config)
+        DecoderWeights::load(&self.checkpoint()?, &self.config)
+    }
+
+    /// The decoder on a device: its weights go there layer by layer ([`Decoder::load`]).
+    ///
+    /// # Errors
+    /// As [`ModelFolder::weights`] and [`Decoder::load`].
+    pub fn decoder(&self, kernels: &Kernels, options: AttentionOptions) -> Result<Decoder> {
+        Decoder::load(kernels, &self.config, &self.checkpoint()?, options)
+    }
+
+    fn checkpoint(&self) -> Result<Checkpoint<'static>> {
+        let checkpoint = Checkpoint::open(&self.path)?;
+        Ok(match self.block {
+            Some(block) => checkpoint.with_block_size(block),
+            None => checkpoint,
+        })
     }
 }
 
@@ -194,6 +209,31 @@ pub struct DecoderWeights {
     pub lm_head: Option<HostTensor>,
 }
 
+/// A part of a decoder's weights, as they are read.
+pub(super) enum Part {
+    Embedding(HostTensor),
+    Layer(DecoderLayerWeights),
+    Norm(HostTensor),
+    /// `None` when the embedding serves as both.
+    Head(Option<HostTensor>),
+}
+
+impl DecoderLayerWeights {
+    fn load(checkpoint: &Checkpoint<'_>, config: &DecoderConfig, number: u32) -> Result<Self> {
+        let (hidden, inner) = (config.attention.hidden_size() as usize, config.intermediate_size as usize);
+        let take = |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{number}.{name}"), shape);
+        let attention = format!("model.layers.{number}.self_attn.");
+        Ok(DecoderLayerWeights {
+            input_norm: take("input_layernorm.weight", &[hidden])?,
+            attention: DecoderAttentionWeights::load(checkpoint, &attention, &config.attention)?,
+            post_attention_norm: take("post_attention_layernorm.weight", &[hidden])?,
+            gate_proj: take("mlp.gate_proj.weight", &[inner, hidden])?,
+            up_proj: take("mlp.up_proj.weight", &[inner, hidden])?,
+            down_proj: take("mlp.down_proj.weight", &[hidden, inner])?,
+        })
+    }
+}
+
 impl DecoderWeights {
     /// Takes a decoder's weights from a checkpoint that holds nothing else, but for layers behind the last that predict further
     /// tokens, with an `eh_proj`, and what [`Checkpoint::refuse_rest`] passes over.
@@ -202,42 +242,79 @@ impl DecoderWeights {
     /// `TensorError::Missing`, `TensorError::Shape`, `TensorError::Type` or `TensorError::Extra`, each with the
     /// tensor's name; a configuration that contradicts itself.
     pub fn load(checkpoint: &Checkpoint<'_>, config: &DecoderConfig) -> Result<Self> {
+        let (mut embedding, mut norm, mut lm_head) = (None, None, None);
+        let mut layers = Vec::new();
+        Self::visit(checkpoint, config, |part| {
+            match part {
+                Part::Embedding(tensor) => embedding = Some(tensor),
+                Part::Layer(layer) => layers.push(layer),
+                Part::Norm(tensor) => norm = Some(tensor),
+                Part::Head(tensor) => lm_head = tensor,
+            }
+            Ok(())
+        })?;
+        let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
+        Ok(DecoderWeights { embedding: embedding.ok_or_else(absent)?, layers, norm: norm.ok_or_else(absent)?, lm_head })
+    }
+
+    /// The same, part by part: whoever drops each before the next never holds more than one.
+    pub(super) fn visit(
+        checkpoint: &Checkpoint<'_>,
+        config: &DecoderConfig,
+        mut part: impl FnMut(Part) -> Result<()>,
+    ) -> Result<()> {
         config.validate()?;
-        let vocab = config.vocab_size as usize;
-        let hidden = config.attention.hidden_size() as usize;
-        let inner = config.intermediate_size as usize;
         let predicting = checkpoint.prediction_layers(config.n_layer);
         checkpoint.pass_over(
             &format!("of layers that predict further tokens, from num_hidden_layers {} on", config.n_layer),
             |name| layer_of(name).is_some_and(|layer| predicting.contains(&layer)),
         );
         checkpoint.pass_over_harmless("");
-        let layer = |number: u32| -> Result<DecoderLayerWeights> {
-            let take = |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{number}.{name}"), shape);
-            let attention = format!("model.layers.{number}.self_attn.");
-            Ok(DecoderLayerWeights {
-                input_norm: take("input_layernorm.weight", &[hidden])?,
-                attention: DecoderAttentionWeights::load(checkpoint, &attention, &config.attention)?,
-                post_attention_norm: take("post_attention_layernorm.weight", &[hidden])?,
-                gate_proj: take("mlp.gate_proj.weight", &[inner, hidden])?,
-                up_proj: take("mlp.up_proj.weight", &[inner, hidden])?,
-                down_proj: take("mlp.down_proj.weight", &[hidden, inner])?,
-            })
-        };
+        let (vocab, hidden) = (config.vocab_size as usize, config.attention.hidden_size() as usize);
         let embedding = checkpoint.take("model.embed_tokens.weight", &[vocab, hidden])?;
         let lm_head = match config.tie_word_embeddings {
             true if !checkpoint.contains("lm_head.weight") => None,
             tied => Some(checkpoint.take("lm_head.weight", &[vocab, hidden])?)
                 .filter(|head| !(tied && is_tied(head, &embedding))),
         };
-        let weights = DecoderWeights {
-            embedding,
-            layers: (0..config.n_layer).map(layer).collect::<Result<_>>()?,
-            norm: checkpoint.take("model.norm.weight", &[hidden])?,
-            lm_head,
+        part(Part::Embedding(embedding))?;
+        part(Part::Head(lm_head))?;
+        for number in 0..config.n_layer {
+            part(Part::Layer(DecoderLayerWeights::load(checkpoint, config, number)?))?;
+        }
+        part(Part::Norm(checkpoint.take("model.norm.weight", &[hidden])?))?;
+        checkpoint.refuse_rest("")
+    }
+
+    /// Names and shapes without elements: what is planned of a model before any of it is read. The layers are all alike, and the
+    /// first stands for them.
+    pub(super) fn outline(config: &DecoderConfig) -> Result<Self> {
+        config.validate()?;
+        let make = |name: &str, shape: &[u32]| {
+            let shape = shape.iter().map(|&extent| extent as usize).collect();
+            HostTensor { name: name.to_owned(), shape, data: Vec::new() }
         };
-        checkpoint.refuse_rest("")?;
-        Ok(weights)
+        let (vocab, hidden, inner) = (config.vocab_size, config.attention.hidden_size(), config.intermediate_size);
+        let of_layer = |name: &str, shape: &[u32]| Ok(make(&format!("model.layers.0.self_attn.{name}"), shape));
+        let attention = match &config.attention {
+            DecoderAttention::Latent(config) => {
+                DecoderAttentionWeights::Latent(AttentionWeights::build(config, true, of_layer)?)
+            }
+            DecoderAttention::Heads(config) => DecoderAttentionWeights::Heads(GqaWeights::build(config, of_layer)?),
+        };
+        Ok(DecoderWeights {
+            embedding: make("model.embed_tokens.weight", &[vocab, hidden]),
+            layers: vec![DecoderLayerWeights {
+                input_norm: make("model.layers.0.input_layernorm.weight", &[hidden]),
+                attention,
+                post_attention_norm: make("model.layers.0.post_attention_layernorm.weight", &[hidden]),
+                gate_proj: make("model.layers.0.mlp.gate_proj.weight", &[inner, hidden]),
+                up_proj: make("model.layers.0.mlp.up_proj.weight", &[inner, hidden]),
+                down_proj: make("model.layers.0.mlp.down_proj.weight", &[hidden, inner]),
+            }],
+            norm: make("model.norm.weight", &[hidden]),
+            lm_head: (!config.tie_word_embeddings).then(|| make("lm_head.weight", &[vocab, hidden])),
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::attention::{DecoderCache, DeviceAttention};
 use super::cpu::check_layers;
-use super::folder::DecoderWeights;
+use super::folder::{DecoderLayerWeights, DecoderWeights, Part};
 use crate::attention::{AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Step, StepTokens, Upload};
 use crate::config::DecoderConfig;
 use crate::device::{Kernels, Region};
@@ -11,6 +11,7 @@ use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
 use crate::op::Op as _;
 use crate::recording::Recording;
 use crate::storage::{Storage, padded_width, product};
+use crate::weights::{Checkpoint, HostTensor};
 
 /// Which logits a step computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,65 +117,162 @@ impl DecoderStep {
     }
 }
 
+/// A decoder whose weights arrive part by part.
+struct Parts<'a> {
+    kernels: &'a Kernels,
+    config: &'a DecoderConfig,
+    options: AttentionOptions,
+    embedding: Option<Region>,
+    layers: Vec<DeviceLayer>,
+    norm: Option<Region>,
+    lm_head: Option<Region>,
+}
+
+/// Tensors of a layer beside its attention.
+struct LayerUploads<'a> {
+    input_norm: Upload<'a>,
+    post_attention_norm: Upload<'a>,
+    gate_proj: Upload<'a>,
+    up_proj: Upload<'a>,
+    down_proj: Upload<'a>,
+}
+
+impl<'a> Parts<'a> {
+    /// # Errors
+    /// A configuration that contradicts itself; a tensor over the device's binding limit.
+    fn new(kernels: &'a Kernels, config: &'a DecoderConfig, options: AttentionOptions) -> Result<Self> {
+        let outline = DecoderWeights::outline(config)?;
+        let parts = Parts { kernels, config, options, embedding: None, layers: Vec::new(), norm: None, lm_head: None };
+        let check = |upload: Upload<'_>| upload.check(kernels.context(), options.storage);
+        [Some(&outline.embedding), outline.lm_head.as_ref()]
+            .into_iter()
+            .flatten()
+            .try_for_each(|tensor| check(parts.of_vocabulary(tensor)))?;
+        check(parts.of_norm(&outline.norm))?;
+        for layer in &outline.layers {
+            let LayerUploads { input_norm, post_attention_norm, gate_proj, up_proj, down_proj } = parts.of_layer(layer);
+            [input_norm, post_attention_norm, gate_proj, up_proj, down_proj].into_iter().try_for_each(check)?;
+            DeviceAttention::check(kernels, &config.attention, &layer.attention, options.storage)?;
+        }
+        Ok(parts)
+    }
+
+    fn hidden(&self) -> Axis {
+        Axis::padded(self.config.attention.hidden_size())
+    }
+
+    fn of_vocabulary<'b>(&self, tensor: &'b HostTensor) -> Upload<'b> {
+        Upload::matrix(tensor, Axis::whole(self.config.vocab_size), self.hidden())
+    }
+
+    /// The last norm, with the factor on logits.
+    fn of_norm<'b>(&self, tensor: &'b HostTensor) -> Upload<'b> {
+        Upload::vector(tensor, self.hidden()).times(self.config.scales.logits)
+    }
+
+    fn of_layer<'b>(&self, layer: &'b DecoderLayerWeights) -> LayerUploads<'b> {
+        let inner = || Axis::padded(self.config.intermediate_size);
+        LayerUploads {
+            input_norm: Upload::vector(&layer.input_norm, self.hidden()),
+            post_attention_norm: Upload::vector(&layer.post_attention_norm, self.hidden()),
+            gate_proj: Upload::matrix(&layer.gate_proj, inner(), self.hidden()),
+            up_proj: Upload::matrix(&layer.up_proj, inner(), self.hidden()),
+            down_proj: Upload::matrix(&layer.down_proj, self.hidden(), inner()),
+        }
+    }
+
+    fn upload(&self, upload: &Upload<'_>) -> Result<Region> {
+        upload.upload(self.kernels, self.options.storage)
+    }
+
+    fn embedding(&mut self, tensor: &HostTensor) -> Result<()> {
+        self.embedding = Some(self.upload(&self.of_vocabulary(tensor))?);
+        Ok(())
+    }
+
+    fn norm(&mut self, tensor: &HostTensor) -> Result<()> {
+        self.norm = Some(self.upload(&self.of_norm(tensor))?);
+        Ok(())
+    }
+
+    fn head(&mut self, tensor: Option<&HostTensor>) -> Result<()> {
+        self.lm_head = tensor.map(|tensor| self.upload(&self.of_vocabulary(tensor))).transpose()?;
+        Ok(())
+    }
+
+    fn layer(&mut self, layer: &DecoderLayerWeights) -> Result<()> {
+        let uploads = self.of_layer(layer);
+        let uploaded = DeviceLayer {
+            input_norm: self.upload(&uploads.input_norm)?,
+            attention: DeviceAttention::new(self.kernels, &self.config.attention, &layer.attention, self.options)?,
+            post_attention_norm: self.upload(&uploads.post_attention_norm)?,
+            gate_proj: self.upload(&uploads.gate_proj)?,
+            up_proj: self.upload(&uploads.up_proj)?,
+            down_proj: self.upload(&uploads.down_proj)?,
+        };
+        self.layers.push(uploaded);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Decoder> {
+        let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
+        let Parts { kernels, config, options, embedding, layers, norm, lm_head } = self;
+        Ok(Decoder {
+            kernels: kernels.clone(),
+            config: config.clone(),
+            hidden: padded_width(config.attention.hidden_size()),
+            inner: padded_width(config.intermediate_size),
+            eps: config.stream_eps() as f32,
+            residual: config.stream_factor() as f32,
+            storage: options.storage,
+            embedding: embedding.ok_or_else(absent)?,
+            layers,
+            norm: norm.ok_or_else(absent)?,
+            lm_head,
+        })
+    }
+}
+
 impl Decoder {
     /// Uploads a decoder's weights, which must have been loaded with the same `config`.
     ///
     /// # Errors
-    /// A configuration that contradicts itself; a tensor over the device's binding limit, before anything is allocated; a weight
-    /// beyond f16's range with f16 storage; no memory left, or a lost device.
+    /// A configuration that contradicts itself, or weights of another kind of attention; a tensor over the device's binding limit,
+    /// before anything is allocated; a weight beyond f16's range with f16 storage; no memory left, or a lost device.
     pub fn new(
         kernels: &Kernels,
         config: &DecoderConfig,
         weights: &DecoderWeights,
         options: AttentionOptions,
     ) -> Result<Self> {
-        let storage = options.storage;
-        config.validate()?;
+        let mut parts = Parts::new(kernels, config, options)?;
         check_layers(config, weights)?;
-        let (hidden_size, intermediate_size) = (config.attention.hidden_size(), config.intermediate_size);
-        let (hidden, inner) = (|| Axis::padded(hidden_size), || Axis::padded(intermediate_size));
-        let vocabulary = || Axis::whole(config.vocab_size);
-        let (matrix, vector) = (Upload::matrix, Upload::vector);
-        let embedding = matrix(&weights.embedding, vocabulary(), hidden());
-        let norm = vector(&weights.norm, hidden()).times(config.scales.logits);
-        let lm_head = weights.lm_head.as_ref().map(|head| matrix(head, vocabulary(), hidden()));
-        let layers = weights.layers.iter().map(|layer| {
-            let norms = [&layer.input_norm, &layer.post_attention_norm].map(|norm| vector(norm, hidden()));
-            let up = [&layer.gate_proj, &layer.up_proj].map(|proj| matrix(proj, inner(), hidden()));
-            (norms, &layer.attention, up, matrix(&layer.down_proj, hidden(), inner()))
-        });
-        let layers: Vec<_> = layers.collect();
-        let check = |upload: &Upload<'_>| upload.check(kernels.context(), storage);
-        [&embedding, &norm].into_iter().chain(&lm_head).try_for_each(check)?;
-        for (norms, attention, up, down) in &layers {
-            norms.iter().chain(up).chain([down]).try_for_each(check)?;
-            DeviceAttention::check(kernels, &config.attention, attention, storage)?;
-        }
-        let upload = |upload: &Upload<'_>| upload.upload(kernels, storage);
-        let layers =
-            layers.iter().map(|([input_norm, post_attention_norm], attention, [gate_proj, up_proj], down_proj)| {
-                Ok(DeviceLayer {
-                    input_norm: upload(input_norm)?,
-                    attention: DeviceAttention::new(kernels, &config.attention, attention, options)?,
-                    post_attention_norm: upload(post_attention_norm)?,
-                    gate_proj: upload(gate_proj)?,
-                    up_proj: upload(up_proj)?,
-                    down_proj: upload(down_proj)?,
-                })
-            });
-        Ok(Decoder {
-            kernels: kernels.clone(),
-            config: config.clone(),
-            hidden: padded_width(hidden_size),
-            inner: padded_width(intermediate_size),
-            eps: config.stream_eps() as f32,
-            residual: config.stream_factor() as f32,
-            storage,
-            embedding: upload(&embedding)?,
-            layers: layers.collect::<Result<_>>()?,
-            norm: upload(&norm)?,
-            lm_head: lm_head.as_ref().map(upload).transpose()?,
-        })
+        parts.embedding(&weights.embedding)?;
+        weights.layers.iter().try_for_each(|layer| parts.layer(layer))?;
+        parts.norm(&weights.norm)?;
+        parts.head(weights.lm_head.as_ref())?;
+        parts.finish()
+    }
+
+    /// The same from a checkpoint that holds nothing else: each layer's weights, and the embeddings, leave the host's memory before
+    /// the next are read.
+    ///
+    /// # Errors
+    /// As [`DecoderWeights::load`] and [`Decoder::new`].
+    pub fn load(
+        kernels: &Kernels,
+        config: &DecoderConfig,
+        checkpoint: &Checkpoint<'_>,
+        options: AttentionOptions,
+    ) -> Result<Self> {
+        let mut parts = Parts::new(kernels, config, options)?;
+        DecoderWeights::visit(checkpoint, config, |part| match part {
+            Part::Embedding(tensor) => parts.embedding(&tensor),
+            Part::Layer(layer) => parts.layer(&layer),
+            Part::Norm(tensor) => parts.norm(&tensor),
+            Part::Head(tensor) => parts.head(tensor.as_ref()),
+        })?;
+        parts.finish()
     }
 
     /// The configuration that it was built with.
