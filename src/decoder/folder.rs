@@ -210,6 +210,7 @@ pub struct DecoderWeights {
 }
 
 /// A part of a decoder's weights, as they are read.
+#[expect(clippy::large_enum_variant, reason = "handles only: the elements are on the heap")]
 pub(super) enum Part {
     Embedding(HostTensor),
     Layer(DecoderLayerWeights),
