@@ -36,6 +36,8 @@ pub mod bench;
 pub mod check;
 mod checkpoint;
 pub mod config;
+#[cfg(feature = "convert")]
+pub mod convert;
 mod cost;
 #[cfg(feature = "decoder")]
 pub mod decoder;

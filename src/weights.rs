@@ -143,6 +143,12 @@ impl AttentionWeights {
         ]
     }
 
+    /// The tensors of the layer, in one order.
+    #[cfg(feature = "convert")]
+    pub(crate) fn into_tensors(self) -> impl Iterator<Item = HostTensor> {
+        self.tensors().map(|tensor| tensor.cloned()).into_iter().flatten()
+    }
+
     /// The one list of names and shapes: calls `make(name, shape)` for each tensor of `config`.
     pub(crate) fn build(
         config: &AttentionConfig,

@@ -10,6 +10,7 @@ mod cache_folder;
 mod chat;
 mod check;
 mod console;
+mod convert;
 mod engine;
 mod eval;
 mod export;
@@ -45,6 +46,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Measure a language model on a text
     Eval(eval::EvalArgs),
+    /// Make a model with keys and values per head (GQA) into one of latents (MLA, EG-MLA), without training
+    Convert(convert::ConvertArgs),
     /// Run one attention layer on a file
     Attend(attend::AttendArgs),
     /// Show adapters, tile settings of the larger kernels, and cache sizes
@@ -89,6 +92,7 @@ fn run() -> Result<(), Failure> {
     match cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Convert(args) => convert::run(args),
         Command::Attend(args) => attend::run(args),
         Command::Info(args) => info::run(args),
         Command::Check(args) => check::run(args),

@@ -195,6 +195,27 @@ pub struct DecoderLayerWeights {
     pub down_proj: HostTensor,
 }
 
+impl DecoderLayerWeights {
+    /// Takes the weights of layer `number` from a checkpoint.
+    ///
+    /// # Errors
+    /// As [`DecoderWeights::load`].
+    pub(crate) fn load(checkpoint: &Checkpoint<'_>, number: u32, config: &DecoderConfig) -> Result<Self> {
+        let hidden = config.attention.hidden_size() as usize;
+        let inner = config.intermediate_size as usize;
+        let take = |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{number}.{name}"), shape);
+        let attention = format!("model.layers.{number}.self_attn.");
+        Ok(DecoderLayerWeights {
+            input_norm: take("input_layernorm.weight", &[hidden])?,
+            attention: DecoderAttentionWeights::load(checkpoint, &attention, &config.attention)?,
+            post_attention_norm: take("post_attention_layernorm.weight", &[hidden])?,
+            gate_proj: take("mlp.gate_proj.weight", &[inner, hidden])?,
+            up_proj: take("mlp.up_proj.weight", &[inner, hidden])?,
+            down_proj: take("mlp.down_proj.weight", &[hidden, inner])?,
+        })
+    }
+}
+
 /// The weights of a whole decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderWeights {
@@ -217,22 +238,6 @@ pub(super) enum Part {
     Norm(HostTensor),
     /// `None` when the embedding serves as both.
     Head(Option<HostTensor>),
-}
-
-impl DecoderLayerWeights {
-    fn load(checkpoint: &Checkpoint<'_>, config: &DecoderConfig, number: u32) -> Result<Self> {
-        let (hidden, inner) = (config.attention.hidden_size() as usize, config.intermediate_size as usize);
-        let take = |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{number}.{name}"), shape);
-        let attention = format!("model.layers.{number}.self_attn.");
-        Ok(DecoderLayerWeights {
-            input_norm: take("input_layernorm.weight", &[hidden])?,
-            attention: DecoderAttentionWeights::load(checkpoint, &attention, &config.attention)?,
-            post_attention_norm: take("post_attention_layernorm.weight", &[hidden])?,
-            gate_proj: take("mlp.gate_proj.weight", &[inner, hidden])?,
-            up_proj: take("mlp.up_proj.weight", &[inner, hidden])?,
-            down_proj: take("mlp.down_proj.weight", &[hidden, inner])?,
-        })
-    }
 }
 
 impl DecoderWeights {
@@ -281,7 +286,7 @@ impl DecoderWeights {
         part(Part::Embedding(embedding))?;
         part(Part::Head(lm_head))?;
         for number in 0..config.n_layer {
-            part(Part::Layer(DecoderLayerWeights::load(checkpoint, config, number)?))?;
+            part(Part::Layer(DecoderLayerWeights::load(checkpoint, number, config)?))?;
         }
         part(Part::Norm(checkpoint.take("model.norm.weight", &[hidden])?))?;
         checkpoint.refuse_rest("")

@@ -1,0 +1,161 @@
+//! `egmla convert`: a model with keys and values per head becomes one of latents.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use clap::{Args, ValueEnum};
+use egmla::convert::{Calibration, Conversion, LayerOptions, Progress, heads};
+use egmla::decoder::ModelFolder;
+use egmla::{Checkpoint, files};
+use serde_json::{Map, Value, json};
+
+use crate::console;
+use crate::failure::Failure;
+use crate::interrupt;
+
+/// `--to`
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// Latents by principal axes (TransMLA)
+    Mla,
+    /// Latents, and a gate per token id in closed form
+    EgMla,
+}
+
+/// Makes a model with keys and values per head (GQA, as Llama) into one of latents, without training.
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Folder with config.json, model.safetensors and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// What it becomes
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub to: Target,
+    /// Width of the cached latent, kv_lora_rank
+    #[arg(long, value_name = "R")]
+    pub rank: u32,
+    /// Calibration text in UTF-8, as much like what the model is for as can be had
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Folder to write; one that a stopped conversion left is gone on with
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Most tokens of the text that are run
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(2..))]
+    pub tokens: u32,
+    /// Width of gate rows, with --to eg-mla
+    #[arg(long, value_name = "E", default_value_t = 128)]
+    pub embed_dim: u32,
+    /// Slices of the keys that keep their rotation; each adds a head's width to the cache
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub rope_slices: u32,
+    /// Weight of first positions, which every head leans on, over that of all other tokens
+    #[arg(long, value_name = "W", default_value_t = 10.0, value_parser = weight)]
+    pub sink_weight: f64,
+}
+
+fn weight(text: &str) -> Result<f64, String> {
+    let weight = text.parse().ok().filter(|weight: &f64| weight.is_finite() && *weight >= 0.0);
+    weight.ok_or_else(|| "expected a number from 0 on".to_owned())
+}
+
+/// Tokens of a calibration sequence: each begins at position 0.
+const SEQUENCE: usize = 512;
+
+/// Keys of a source's configuration that go on as they are.
+const KEPT: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
+
+/// Runs the command.
+pub fn run(args: ConvertArgs) -> Result<(), Failure> {
+    interrupt::watch();
+    if args.model.is_file() {
+        let problem = "is a file: convert reads a folder with config.json, model.safetensors and tokenizer.json";
+        return Err(Failure::usage(format!("{}: {problem}", args.model.display())));
+    }
+    let text = files::read_text(&args.text, u64::MAX)?;
+    let folder = ModelFolder::open(&args.model)?;
+    let in_config = |error: egmla::Error| Failure::from(error.in_file(args.model.join("config.json")));
+    heads(folder.config()).map_err(in_config)?;
+    let ids = folder.encode(&text)?;
+    let prefix = folder.encode("")?;
+    let length = SEQUENCE.min(folder.config().max_position_embeddings as usize);
+    let calibration = Calibration::new(&ids, &prefix, args.tokens as usize, length, folder.config().vocab_size)
+        .map_err(|error| Failure::from(error.in_file(&args.text)))?;
+    if calibration.ids().len() < args.tokens as usize {
+        let (found, wanted) = (calibration.ids().len(), args.tokens);
+        tracing::warn!("{}: {found} tokens, fewer than the {wanted} of --tokens", args.text.display());
+    }
+    let tokenizer = files::read(&args.model.join("tokenizer.json"), files::MOST_TOKENIZER)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let conversion = Conversion {
+        config: folder.config(),
+        checkpoint: &checkpoint,
+        calibration: &calibration,
+        options: LayerOptions {
+            rank: args.rank as usize,
+            rope_slices: args.rope_slices as usize,
+            sink_weight: args.sink_weight,
+        },
+        embed_dim: (args.to == Target::EgMla).then_some(args.embed_dim),
+        tokenizer: &tokenizer,
+        origin: json!({
+            "model": args.model.to_string_lossy(),
+            "weights": stamp(&args.model.join("model.safetensors")),
+            "text": args.text.to_string_lossy(),
+        }),
+        keys: kept_keys(&args.model)?,
+    };
+    let layers = folder.config().n_layer;
+    let bar = console::progress(layers.into(), "layers");
+    let shown = bar.clone();
+    interrupt::undo(move || shown.finish_and_clear());
+    let made = conversion.run(&args.output, |progress| {
+        match progress {
+            Progress::Layers(done, None) if done > 0 => {
+                console::note(format_args!("goes on behind layer {done} of {layers}"));
+                bar.set_position(done.into());
+            }
+            Progress::Layers(done, lost) => {
+                bar.set_position(done.into());
+                if let Some(lost) = lost {
+                    let percent = |fraction: f64| 100.0 * fraction;
+                    let line = format!(
+                        "layer {}: {:.2} % of the energy lost ({:.4} % of first positions'), output off by {:.1} %",
+                        done - 1,
+                        percent(lost.lost),
+                        percent(lost.lost_of_first),
+                        percent(lost.output)
+                    );
+                    if bar.is_hidden() { console::note(line) } else { bar.println(line) }
+                }
+            }
+            Progress::Writing => bar.set_message("writing"),
+        }
+        !interrupt::asked()
+    });
+    bar.finish_and_clear();
+    let Some(made) = made? else { return Err(Failure::Interrupted) };
+    let (before, after) = (folder.config().attention.cache_elements(), made.config.attention.cache_elements());
+    console::print(&format!(
+        "{}: cache elements per token and layer {before} -> {after}; {} layers\n",
+        args.output.display(),
+        made.errors.len()
+    ))
+}
+
+/// Length and time of a file: a conversion of another one does not go on.
+fn stamp(path: &Path) -> Value {
+    let found = fs::metadata(path).ok();
+    let modified = found.as_ref().and_then(|found| found.modified().ok());
+    let seconds = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|time| time.as_secs_f64());
+    json!({"bytes": found.map(|found| found.len()), "modified": seconds})
+}
+
+fn kept_keys(model: &Path) -> Result<Map<String, Value>, Failure> {
+    let path = model.join("config.json");
+    let text = files::read_text(&path, files::MOST_CONFIG)?;
+    let config: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
+    let kept = KEPT.iter().filter_map(|&key| Some((key.to_owned(), config.get(key)?.clone())));
+    Ok(kept.collect())
+}

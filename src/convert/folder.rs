@@ -1,0 +1,514 @@
+//! The written folder, and the work files by which a conversion that was stopped goes on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::gates::Gates;
+use super::layer::{LatentLayer, LayerError, LayerOptions, convert_layer, latent_config};
+use super::matrix::Matrix;
+use super::source::{Calibration, embedded, heads, relative_error, run_layer};
+use crate::config::{DecoderAttention, DecoderConfig, DecoderScales, RopeConfig, RopeScaling};
+use crate::decoder::ModelFolder;
+use crate::error::{DataError, Error, Result, TensorError};
+use crate::files;
+use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor};
+
+/// Folder of the work files, in the output folder.
+const WORK: &str = "conversion-work";
+
+/// What is written, the configuration last: a folder without it is not taken for a model.
+const FILES: [&str; 4] = ["model.safetensors", "tokenizer.json", "conversion.json", "config.json"];
+
+/// A conversion of a model into a folder.
+pub struct Conversion<'a> {
+    /// The source's configuration, with keys and values per head.
+    pub config: &'a DecoderConfig,
+    /// The source's tensors; each is read when its layer is converted.
+    pub checkpoint: &'a Checkpoint<'a>,
+    /// The calibration text.
+    pub calibration: &'a Calibration,
+    /// Rank, rotated slices, weight of first positions.
+    pub options: LayerOptions,
+    /// Width of gate rows: EG-MLA. `None` makes MLA.
+    pub embed_dim: Option<u32>,
+    /// Content of `tokenizer.json`.
+    pub tokenizer: &'a [u8],
+    /// What names the source and the text: written to `conversion.json`. A conversion goes on only where it is the same.
+    pub origin: Value,
+    /// Keys for `config.json` that say nothing of sizes, as `eos_token_id`.
+    pub keys: Map<String, Value>,
+}
+
+/// How far a conversion is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Progress {
+    /// So many layers are done, some of them perhaps by an earlier run; what the last one lost.
+    Layers(u32, Option<LayerError>),
+    /// The folder is being written.
+    Writing,
+}
+
+/// What a conversion has made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Made {
+    /// The configuration that the folder has.
+    pub config: DecoderConfig,
+    /// What each layer lost.
+    pub errors: Vec<LayerError>,
+}
+
+fn io_at(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |source| Error::from(DataError::Io(source)).in_file(path)
+}
+
+fn refused(path: &Path, problem: String) -> Error {
+    Error::Data(DataError::Input(problem)).in_file(path)
+}
+
+/// Writes a file that is whole or not there.
+fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let partial = path.with_extension("partial");
+    let mut file = BufWriter::new(File::create(&partial).map_err(io_at(&partial))?);
+    write(&mut file)?;
+    let file = file.into_inner().map_err(|error| io_at(&partial)(error.into_error()))?;
+    file.sync_all().map_err(io_at(&partial))?;
+    fs::rename(&partial, path).map_err(io_at(path))
+}
+
+fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_whole(path, |file| file.write_all(bytes).map_err(io_at(path)))
+}
+
+/// Writes f32 tensors one after another: names and shapes first, each tensor when its turn comes.
+fn write_tensors(
+    path: &Path,
+    tensors: &[(String, Vec<usize>)],
+    mut data: impl FnMut(&str, &[usize]) -> Result<HostTensor>,
+) -> Result<()> {
+    let mut header = Map::new();
+    let mut end = 0u64;
+    for (name, shape) in tensors {
+        let begin = end;
+        end += 4 * shape.iter().product::<usize>() as u64;
+        header.insert(name.clone(), json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}));
+    }
+    let mut header = Value::Object(header).to_string();
+    // Tensors begin at whole words.
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    write_whole(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_at(path))?;
+        file.write_all(header.as_bytes()).map_err(io_at(path))?;
+        for (name, shape) in tensors {
+            for value in data(name, shape)?.data {
+                file.write_all(&value.to_le_bytes()).map_err(io_at(path))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+impl Conversion<'_> {
+    /// Converts into the folder `output`, or goes on where a conversion of the same source, text and options was stopped. `progress`
+    /// is called after each layer; where it returns false the work files stay and `None` is returned.
+    ///
+    /// # Errors
+    /// A source that is not converted, or has tensors without a place; options out of range; a folder with other content; activations
+    /// that are not finite; files that cannot be read or written.
+    pub fn run(&self, output: &Path, mut progress: impl FnMut(Progress) -> bool) -> Result<Option<Made>> {
+        let source = heads(self.config)?;
+        if self.config.scales != DecoderScales::default() {
+            return Err(Error::config("scale_emb", "scales embeddings, residuals or logits, which is not converted"));
+        }
+        self.check_tensors()?;
+        let gates_of = |embed_dim: u32| -> Result<Gates> {
+            Gates::new(&self.embedding()?, embed_dim as usize, self.calibration.ids(), self.calibration.starts())
+        };
+        // The same refusals before the first layer as in it.
+        let gate = self.embed_dim.map(|embed_dim| Gates::config_of(self.config.vocab_size, embed_dim));
+        latent_config(source, &self.options, gate)?;
+
+        let work = self.open_work(output)?;
+        let layer_path = |number: u32, what: &str| work.join(format!("layer-{number:04}.{what}"));
+        let stream_path = |number: u32| work.join(format!("stream-{number:04}"));
+        let (mut errors, mut stream) = (Vec::new(), None);
+        // The last layer whose work files are whole.
+        for number in (1..=self.config.n_layer).rev() {
+            let path = stream_path(number);
+            if path.exists() {
+                stream = Some(self.read_stream(&path)?);
+                for layer in 0..number {
+                    let path = layer_path(layer, "json");
+                    let text = files::read_text(&path, files::MOST_CONFIG)?;
+                    let error: LayerError =
+                        serde_json::from_str(&text).map_err(|error| Error::from(error).in_file(&path))?;
+                    errors.push(error);
+                }
+                break;
+            }
+        }
+        let mut stream = match stream {
+            Some(stream) => stream,
+            None => embedded(self.config, &self.embedding()?, self.calibration),
+        };
+        if !progress(Progress::Layers(errors.len() as u32, None)) {
+            return Ok(None);
+        }
+        let first = errors.len() as u32;
+        let gates = match self.embed_dim {
+            Some(embed_dim) if first < self.config.n_layer => Some(gates_of(embed_dim)?),
+            _ => None,
+        };
+        for number in first..self.config.n_layer {
+            let pass = run_layer(self.config, self.checkpoint, number, self.calibration, &mut stream)?;
+            let (layer, mut error) =
+                convert_layer(source, &pass.attention, &pass.activations, &self.options, gates.as_ref())?;
+            let [hidden, output] = &pass.first;
+            error.output = relative_error(&layer.forward(hidden, self.calibration.ids()), output);
+            write_layer(&layer_path(number, "safetensors"), &layer, number)?;
+            let path = layer_path(number, "json");
+            write_bytes(&path, json!(error).to_string().as_bytes())?;
+            // Last: what it stands for is whole.
+            write_stream(&stream_path(number + 1), &stream)?;
+            let _ = fs::remove_file(stream_path(number));
+            errors.push(error);
+            if !progress(Progress::Layers(number + 1, Some(error))) {
+                return Ok(None);
+            }
+        }
+        drop((stream, gates));
+        if !progress(Progress::Writing) {
+            return Ok(None);
+        }
+        let config = self.write(output, |number| layer_path(number, "safetensors"), &errors)?;
+        fs::remove_dir_all(&work).map_err(io_at(&work))?;
+        Ok(Some(Made { config, errors }))
+    }
+
+    fn embedding(&self) -> Result<HostTensor> {
+        let shape = [self.config.vocab_size as usize, self.config.attention.hidden_size() as usize];
+        self.checkpoint.take("model.embed_tokens.weight", &shape)
+    }
+
+    /// Tensors of the source beside those of its attention, by name.
+    fn kept(&self) -> BTreeMap<String, Vec<usize>> {
+        let vocab = self.config.vocab_size as usize;
+        let hidden = self.config.attention.hidden_size() as usize;
+        let inner = self.config.intermediate_size as usize;
+        let mut kept = BTreeMap::from([
+            ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ]);
+        if !self.config.tie_word_embeddings {
+            kept.insert("lm_head.weight".to_owned(), vec![vocab, hidden]);
+        }
+        for layer in 0..self.config.n_layer {
+            for (name, shape) in [
+                ("input_layernorm", vec![hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("mlp.gate_proj", vec![inner, hidden]),
+                ("mlp.up_proj", vec![inner, hidden]),
+                ("mlp.down_proj", vec![hidden, inner]),
+            ] {
+                kept.insert(format!("model.layers.{layer}.{name}.weight"), shape);
+            }
+        }
+        kept
+    }
+
+    /// Refuses a source that lacks a tensor or has one without a place, before the first layer.
+    fn check_tensors(&self) -> Result<()> {
+        let mut expected = self.kept();
+        for layer in 0..self.config.n_layer {
+            GqaWeights::build(heads(self.config)?, |name, shape| {
+                let shape: Vec<_> = shape.iter().map(|&extent| extent as usize).collect();
+                expected.insert(format!("model.layers.{layer}.self_attn.{name}"), shape.clone());
+                Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
+            })?;
+        }
+        let found = self.checkpoint.tensors();
+        for (name, info) in found {
+            if !expected.contains_key(name) {
+                return Err(Error::Tensor(TensorError::Extra { name: name.clone(), found: info.shape.clone() }));
+            }
+        }
+        for (name, shape) in expected {
+            match found.get(&name) {
+                None => return Err(Error::Tensor(TensorError::Missing { name, expected: shape })),
+                Some(info) if info.shape != shape => {
+                    let found = info.shape.clone();
+                    return Err(Error::Tensor(TensorError::Shape { name, expected: shape, found }));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What makes two conversions the same.
+    fn fingerprint(&self) -> Value {
+        let ids: Vec<u8> = self.calibration.ids().iter().flat_map(|id| id.to_le_bytes()).collect();
+        let starts: Vec<u8> = self.calibration.starts().iter().flat_map(|&at| (at as u64).to_le_bytes()).collect();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "origin": self.origin,
+            "source": format!("{:?}", self.config),
+            "rank": self.options.rank,
+            "rope_slices": self.options.rope_slices,
+            "sink_weight": self.options.sink_weight,
+            "embed_dim": self.embed_dim,
+            "tokens": self.calibration.ids().len(),
+            "token_ids": [crc32fast::hash(&ids), crc32fast::hash(&starts)],
+            "tokenizer": crc32fast::hash(self.tokenizer),
+        })
+    }
+
+    /// The folder of the work files: a new one in a folder without content, or that of the same conversion.
+    fn open_work(&self, output: &Path) -> Result<PathBuf> {
+        let work = output.join(WORK);
+        let path = work.join("fingerprint.json");
+        let fingerprint = self.fingerprint().to_string();
+        fs::create_dir_all(output).map_err(io_at(output))?;
+        let mut names = BTreeSet::new();
+        for entry in fs::read_dir(output).map_err(io_at(output))? {
+            names.insert(entry.map_err(io_at(output))?.file_name());
+        }
+        let ours = names.remove(std::ffi::OsStr::new(WORK));
+        if ours {
+            // A run that was stopped before it had written its fingerprint has written nothing else.
+            let empty = fs::read_dir(&work).map_err(io_at(&work))?.next().is_none();
+            if !empty && files::read_text(&path, files::MOST_CONFIG)? != fingerprint {
+                let problem =
+                    "is of a conversion of another source, text or options: remove it or choose another folder";
+                return Err(refused(&work, problem.to_owned()));
+            }
+        }
+        let known = |name: &std::ffi::OsString| {
+            let stem = |file: &str| Path::new(file).with_extension("partial");
+            ours && FILES.iter().any(|file| *name == **file || stem(file).as_os_str() == name)
+        };
+        if let Some(name) = names.iter().find(|name| !known(name)) {
+            let problem = format!("holds other content (`{}`): choose a folder of its own", name.display());
+            return Err(refused(output, problem));
+        }
+        fs::create_dir_all(&work).map_err(io_at(&work))?;
+        write_bytes(&path, fingerprint.as_bytes())?;
+        Ok(work)
+    }
+
+    fn read_stream(&self, path: &Path) -> Result<Matrix> {
+        let hidden = self.config.attention.hidden_size() as usize;
+        let expected = self.calibration.ids().len() * hidden * 8 + 4;
+        let bytes = files::read(path, expected as u64)?;
+        let whole = bytes.len() == expected
+            && bytes
+                .last_chunk()
+                .is_some_and(|sum| crc32fast::hash(&bytes[..expected - 4]) == u32::from_le_bytes(*sum));
+        if !whole {
+            let problem = format!("is damaged: remove the folder {WORK} to begin anew");
+            return Err(refused(path, problem));
+        }
+        let values = bytes[..expected - 4].as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+        Ok(Matrix::of(values.collect(), hidden))
+    }
+
+    /// Writes the model's files, and reads back what they say.
+    fn write(
+        &self,
+        output: &Path,
+        layer_path: impl Fn(u32) -> PathBuf,
+        errors: &[LayerError],
+    ) -> Result<DecoderConfig> {
+        let source = heads(self.config)?;
+        let gate = self.embed_dim.map(|embed_dim| Gates::config_of(self.config.vocab_size, embed_dim));
+        let wanted = DecoderConfig {
+            attention: DecoderAttention::Latent(latent_config(source, &self.options, gate)?),
+            ..self.config.clone()
+        };
+        let text = serde_json::to_string_pretty(&config_json(&wanted, &self.keys)?)? + "\n";
+        let config = DecoderConfig::from_json(&text)?;
+        check_same(&config, &wanted)?;
+
+        let kept = self.kept();
+        let mut tensors: Vec<_> = kept.clone().into_iter().collect();
+        let DecoderAttention::Latent(latent) = &wanted.attention else {
+            return Err(Error::config("model_type", "is not of a model of latents"));
+        };
+        let mut of_layer = BTreeMap::new();
+        for layer in 0..self.config.n_layer {
+            AttentionWeights::build(latent, false, |name, shape| {
+                let shape: Vec<_> = shape.iter().map(|&extent| extent as usize).collect();
+                let name = format!("model.layers.{layer}.self_attn.{name}");
+                tensors.push((name.clone(), shape.clone()));
+                of_layer.insert(name.clone(), layer);
+                Ok(HostTensor { name, shape, data: Vec::new() })
+            })?;
+        }
+        write_tensors(&output.join(FILES[0]), &tensors, |name, shape| match of_layer.get(name) {
+            None => self.checkpoint.take(name, shape),
+            Some(&layer) => Checkpoint::open(&layer_path(layer))?.take(name, shape),
+        })?;
+        write_bytes(&output.join(FILES[1]), self.tokenizer)?;
+        let made = json!({
+            "method": if self.embed_dim.is_some() { "EG-MLA, offset gates" } else { "TransMLA" },
+            "program": format!("egmla {}", env!("CARGO_PKG_VERSION")),
+            "origin": self.origin,
+            "rank": self.options.rank,
+            "embed_dim": self.embed_dim,
+            "rope_slices": self.options.rope_slices,
+            "sink_weight": self.options.sink_weight,
+            "calibration_tokens": self.calibration.ids().len(),
+            "calibration_sequences": self.calibration.starts().len(),
+            "layers": errors,
+        });
+        write_bytes(&output.join(FILES[2]), (serde_json::to_string_pretty(&made)? + "\n").as_bytes())?;
+        write_bytes(&output.join(FILES[3]), text.as_bytes())?;
+        let read = ModelFolder::open(output)?;
+        check_same(read.config(), &wanted)?;
+        Ok(config)
+    }
+}
+
+fn write_layer(path: &Path, layer: &LatentLayer, number: u32) -> Result<()> {
+    let weights = layer.weights();
+    weights.check(&layer.config)?;
+    let mut tensors = BTreeMap::new();
+    for tensor in weights.into_tensors() {
+        if let Some(at) = tensor.data.iter().position(|value| !value.is_finite()) {
+            let problem = format!("layer {number}: element {at} of `{}` is not finite in f32", tensor.name);
+            return Err(Error::Data(DataError::Input(problem)));
+        }
+        tensors.insert(format!("model.layers.{number}.self_attn.{}", tensor.name), tensor);
+    }
+    let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shape.clone())).collect();
+    write_tensors(path, &shapes, |name, shape| {
+        tensors
+            .remove(name)
+            .ok_or_else(|| Error::Tensor(TensorError::Missing { name: name.to_owned(), expected: shape.to_vec() }))
+    })
+}
+
+fn write_stream(path: &Path, stream: &Matrix) -> Result<()> {
+    write_whole(path, |file| {
+        let mut sum = crc32fast::Hasher::new();
+        for value in &stream.data {
+            let bytes = value.to_le_bytes();
+            sum.update(&bytes);
+            file.write_all(&bytes).map_err(io_at(path))?;
+        }
+        file.write_all(&sum.finalize().to_le_bytes()).map_err(io_at(path))
+    })
+}
+
+/// A configuration as it is written.
+fn config_json(config: &DecoderConfig, keys: &Map<String, Value>) -> Result<Value> {
+    let DecoderAttention::Latent(attention) = &config.attention else {
+        return Err(Error::config("model_type", "is not of a model of latents"));
+    };
+    let mut map = keys.clone();
+    let written = json!({
+        "architectures": ["EgmlaForCausalLM"],
+        // Not a type that norms latents whatever the checkpoint holds.
+        "model_type": "egmla",
+        "vocab_size": config.vocab_size,
+        "hidden_size": attention.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": attention.n_head,
+        "num_key_value_heads": attention.n_head,
+        "q_lora_rank": Value::Null,
+        "kv_lora_rank": attention.d_latent,
+        "qk_nope_head_dim": attention.d_nope,
+        "qk_rope_head_dim": attention.d_rope,
+        "v_head_dim": attention.d_value,
+        "attention_bias": attention.attention_bias,
+        "embedding_gate": attention.gate,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": attention.rope.theta,
+        "rope_interleave": attention.rope.interleave,
+        "rope_scaling": rope_json(&attention.rope, config.max_position_embeddings),
+    });
+    if let Value::Object(written) = written {
+        map.extend(written);
+    }
+    Ok(Value::Object(map))
+}
+
+/// A scaling as `rope_scaling` has it.
+fn rope_json(rope: &RopeConfig, longest: u32) -> Value {
+    match &rope.scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
+        RopeScaling::LongRope { short_factor, attention_factor } => json!({
+            "rope_type": "longrope", "short_factor": short_factor, "long_factor": short_factor, "factor": 1.0,
+            "attention_factor": attention_factor, "original_max_position_embeddings": longest,
+        }),
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            beta_fast,
+            beta_slow,
+            mscale,
+            mscale_all_dim,
+            attention_factor,
+            truncate,
+        } => {
+            let mut map = Map::new();
+            for (key, value) in [
+                ("factor", Some(factor)),
+                ("original_max_position_embeddings", Some(original_max_position_embeddings)),
+                ("beta_fast", Some(beta_fast)),
+                ("beta_slow", Some(beta_slow)),
+                ("mscale", mscale.as_ref()),
+                ("mscale_all_dim", mscale_all_dim.as_ref()),
+                ("attention_factor", attention_factor.as_ref()),
+            ] {
+                if let Some(value) = value {
+                    map.insert(key.to_owned(), json!(value));
+                }
+            }
+            map.insert("rope_type".to_owned(), json!("yarn"));
+            map.insert("truncate".to_owned(), json!(truncate));
+            Value::Object(map)
+        }
+    }
+}
+
+/// Refuses a configuration that reads back as another. Numbers of a text may differ in the last digit.
+fn check_same(read: &DecoderConfig, wanted: &DecoderConfig) -> Result<()> {
+    let other = |key: &str| Error::config(key, "reads back as another value than was converted: this is a defect");
+    let (DecoderAttention::Latent(found), DecoderAttention::Latent(expected)) = (&read.attention, &wanted.attention)
+    else {
+        return Err(other("model_type"));
+    };
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-12 * b.abs();
+    let [f, e] = [found, expected].map(|config| config.rope.frequencies(config.d_rope));
+    let same_rope = f.len() == e.len()
+        && f.iter().zip(&e).all(|(&a, &b)| near(a, b))
+        && near(found.rope.amplitude(), expected.rope.amplitude())
+        && near(found.scale(), expected.scale());
+    if !same_rope {
+        return Err(other("rope_scaling"));
+    }
+    if !near(read.rms_norm_eps, wanted.rms_norm_eps) {
+        return Err(other("rms_norm_eps"));
+    }
+    let mut found = found.clone();
+    found.rope.theta = expected.rope.theta;
+    found.rope.scaling = expected.rope.scaling.clone();
+    let mut read = read.clone();
+    read.rms_norm_eps = wanted.rms_norm_eps;
+    read.attention = DecoderAttention::Latent(found);
+    if read != *wanted { Err(other("(configuration)")) } else { Ok(()) }
+}

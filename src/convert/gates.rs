@@ -1,0 +1,373 @@
+//! Gates without training: what the identity of a token explains of its keys and values goes into a row per id, and the latent
+//! holds only the rest.
+//!
+//! ```text
+//! [k_nope ; v] + m ≈ (E S⁻¹ P c + a + m) ⊙ g_u,   g_u = 1 + b_u / (a + m)
+//! ```
+//!
+//! With m several times larger than what the latent carries, the gate adds b_u, but for the share of the latent's part over m.
+//! One column of the latent is the constant 1 and carries a + m. m is never taken off again: on keys it adds the same to every
+//! score of a query, which the softmax does not see; on values it is a constant of the output, which the bias of `o_proj` takes
+//! off.
+//!
+//! Per layer, over y scaled by the balance:
+//!
+//! 1. A ridge regression of the mean of each id on its token embedding, its strength by leaving each id out. It serves the ids
+//!    that the text does not hold.
+//! 2. Each mean is shrunk to it by n / (n + κ), n times met; κ is the variance within ids over that of means around the regression.
+//! 3. P: principal axes of what is left of each token when its id's row is made without it; first positions weighted.
+//! 4. The rows, without what lies within P, are kept along their `embed_dim` principal axes, weighted by how often ids are met; the
+//!    ids that are not met share the weight of those met once (Good and Turing).
+
+use super::layer::{Activations, Fitted, LayerOptions, covariance, first_weight, lost};
+use super::matrix::{Matrix, View, eigen, product};
+use crate::config::{Activation, GateConfig, GateNorm, GateSite};
+use crate::error::Result;
+use crate::reference::rms_norm;
+use crate::weights::HostTensor;
+
+/// m over the root mean square of a channel.
+const OFFSET: f64 = 8.0;
+
+/// Strengths of the ridge that are tried, in mean eigenvalues of the features.
+const RIDGES: [f64; 8] = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
+
+/// Rows of the vocabulary that are computed at once.
+const PIECE: usize = 4096;
+
+/// What the gates of all layers share: the ids of the calibration text and their token embeddings.
+#[derive(Debug)]
+pub struct Gates {
+    config: GateConfig,
+    /// Token embedding `[vocab, hidden]`.
+    embedding: Vec<f32>,
+    hidden: usize,
+    /// Ids that are met behind first positions, ascending, and how often.
+    ids: Vec<u32>,
+    counts: Vec<f64>,
+    /// Index in `ids` of each token; none for first positions.
+    of_token: Vec<Option<usize>>,
+    /// Weight of each id in the regression.
+    weights: Vec<f64>,
+    /// Mean of the features.
+    centre: Vec<f64>,
+    /// Eigenvalues and eigenvectors of the features' weighted covariance, and the ids' features along them.
+    eigenvalues: Vec<f64>,
+    axes: Matrix,
+    features: Matrix,
+}
+
+/// A gate's table and projection.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Table {
+    /// `[vocab, embed_dim]`
+    pub embedding: Matrix,
+    /// `[n_head · (d_nope + d_value), embed_dim]`
+    pub b_proj: Matrix,
+}
+
+impl Table {
+    /// `kv ⊙ g`, `[tokens, n_head · (d_nope + d_value)]`.
+    pub fn apply(&self, kv: &mut Matrix, ids: &[u32]) {
+        let rows: Vec<f64> = ids.iter().flat_map(|&id| self.embedding.row(id as usize)).copied().collect();
+        let gates = product(View::new(&rows, self.embedding.cols), self.b_proj.t());
+        kv.data.iter_mut().zip(&gates.data).for_each(|(value, gate)| *value *= 1.0 + gate);
+    }
+}
+
+/// What a layer's gates add, in the space of y scaled.
+pub(super) struct Offset {
+    /// a
+    centre: Vec<f64>,
+    /// Axes of the rows, `[width, embed_dim]`.
+    directions: Matrix,
+    /// The rows along them, `[vocab, embed_dim]`.
+    pub embedding: Matrix,
+    /// Mean of y yᵀ over tokens.
+    moment: Matrix,
+}
+
+impl Offset {
+    /// For keys and values of every query head: a + m, m, and the projection of gate rows.
+    pub fn expanded(&self, expansion: &Matrix) -> (Vec<f64>, Vec<f64>, Matrix) {
+        let centre = product(expansion.view(), View::new(&self.centre, 1)).data;
+        let moments = product(expansion.view(), self.moment.view());
+        let offsets: Vec<f64> = (0..expansion.rows)
+            .map(|row| {
+                let square: f64 = moments.row(row).iter().zip(expansion.row(row)).map(|(a, b)| a * b).sum();
+                // A channel that is 0 throughout has no size of its own.
+                if square > 0.0 { OFFSET * square.sqrt() } else { 1.0 }
+            })
+            .collect();
+        let carried: Vec<f64> = centre.iter().zip(&offsets).map(|(centre, offset)| centre + offset).collect();
+        let mut projection = product(expansion.view(), self.directions.view());
+        projection.scale_rows(&carried.iter().map(|value| value.recip()).collect::<Vec<_>>());
+        (carried, offsets, projection)
+    }
+}
+
+impl Gates {
+    /// Prepares gates of `embed_dim` for the tokens of a calibration text, by the model's token embedding.
+    ///
+    /// # Errors
+    /// An embedding that is not finite.
+    pub fn new(embedding: &HostTensor, embed_dim: usize, ids: &[u32], starts: &[usize]) -> Result<Self> {
+        let [vocab, hidden] = [0, 1].map(|axis| embedding.shape.get(axis).copied().unwrap_or(0));
+        let behind = |at: &usize| starts.binary_search(at).is_err();
+        let mut met: Vec<u32> = (0..ids.len()).filter(behind).map(|at| ids[at]).collect();
+        met.sort_unstable();
+        met.dedup();
+        let of_token: Vec<_> =
+            (0..ids.len()).map(|at| if behind(&at) { met.binary_search(&ids[at]).ok() } else { None }).collect();
+        let mut counts = vec![0.0; met.len()];
+        of_token.iter().flatten().for_each(|&at| counts[at] += 1.0);
+        let weights: Vec<f64> = counts.iter().map(|n| n / (n + 1.0)).collect();
+        let mut gates = Gates {
+            config: Self::config_of(vocab as u32, embed_dim as u32),
+            embedding: embedding.data.clone(),
+            hidden,
+            ids: met,
+            counts,
+            of_token,
+            weights,
+            centre: vec![0.0; hidden],
+            eigenvalues: Vec::new(),
+            axes: Matrix::default(),
+            features: Matrix::default(),
+        };
+        let features = gates.normed(gates.ids.iter().copied());
+        let total: f64 = gates.weights.iter().sum();
+        for (row, weight) in features.data.chunks_exact(hidden).zip(&gates.weights) {
+            gates.centre.iter_mut().zip(row).for_each(|(centre, value)| *centre += weight / total * value);
+        }
+        let features = gates.centred(features);
+        let mut weighted = features.clone();
+        weighted.scale_rows(&gates.weights.iter().map(|weight| weight.sqrt()).collect::<Vec<_>>());
+        (gates.eigenvalues, gates.axes) = eigen(&product(weighted.t(), weighted.view()))?;
+        gates.features = product(features.view(), gates.axes.view());
+        Ok(gates)
+    }
+
+    /// The gate's part of a configuration: `one_plus`, without a norm.
+    pub fn config_of(vocab_size: u32, embed_dim: u32) -> GateConfig {
+        GateConfig {
+            vocab_size,
+            d_gate: embed_dim,
+            site: GateSite::UpProjected,
+            activation: Activation::OnePlus,
+            norm: GateNorm::None,
+            norm_eps: 1e-5,
+        }
+    }
+
+    /// The gate's part of a configuration.
+    pub fn config(&self) -> GateConfig {
+        self.config.clone()
+    }
+
+    /// Token embeddings of ids, each of norm √hidden.
+    fn normed(&self, ids: impl Iterator<Item = u32>) -> Matrix {
+        let rows = ids.flat_map(|id| &self.embedding[id as usize * self.hidden..][..self.hidden]);
+        let rows: Vec<f64> = rows.copied().map(f64::from).collect();
+        Matrix::of(rms_norm(&rows, None, self.hidden, 1e-12), self.hidden)
+    }
+
+    fn centred(&self, mut features: Matrix) -> Matrix {
+        for row in features.data.chunks_exact_mut(self.hidden) {
+            row.iter_mut().zip(&self.centre).for_each(|(value, centre)| *value -= centre);
+        }
+        features
+    }
+
+    /// Latents and gates of one layer, for y `scaled`.
+    pub(super) fn fit(&self, scaled: &Matrix, activations: &Activations, options: &LayerOptions) -> Result<Fitted> {
+        let width = scaled.cols;
+        let means = self.means(scaled);
+        let total: f64 = self.weights.iter().sum();
+        let mut centre = vec![0.0; width];
+        for (row, weight) in means.data.chunks_exact(width).zip(&self.weights) {
+            centre.iter_mut().zip(row).for_each(|(centre, value)| *centre += weight / total * value);
+        }
+        let ridge = self.ridge(&means, &centre, total);
+        let kappa = self.shrinkage(scaled, &means, &ridge.left);
+
+        // What is left of each token when its id's row is made without it.
+        let mut residual = scaled.clone();
+        let rows = self.rows_of(&means, &centre, &ridge, kappa);
+        for (token, of) in self.of_token.iter().enumerate() {
+            let y = scaled.row(token);
+            let left = residual.row_mut(token);
+            match *of {
+                Some(id) => {
+                    let n = self.counts[id];
+                    let (mean, left_of_mean) = (means.row(id), ridge.left.row(id));
+                    let share = (n - 1.0) / (n - 1.0 + kappa);
+                    for at in 0..width {
+                        let regressed = mean[at] - left_of_mean[at];
+                        let others = if n > 1.0 { (n * mean[at] - y[at]) / (n - 1.0) } else { regressed };
+                        left[at] = y[at] - regressed - share * (others - regressed);
+                    }
+                }
+                None => {
+                    let row = self.row(activations.ids[token], &rows, &ridge);
+                    for at in 0..width {
+                        left[at] = y[at] - centre[at] - row[at];
+                    }
+                }
+            }
+        }
+        let first = first_weight(activations, options.sink_weight);
+        let (_, axes) = eigen(&covariance(&residual, &activations.starts, first))?;
+        let axes = axes.first_cols(options.rank - 1);
+        let [lost, lost_of_first] = lost(scaled, &without(residual, &axes), &activations.starts);
+
+        // The rows, without what the latent holds anyway.
+        let vocab = self.config.vocab_size as usize;
+        let singles = self.counts.iter().filter(|&&n| n == 1.0).count() as f64;
+        let unmet = singles / (vocab - self.ids.len()).max(1) as f64;
+        let piece = |first: usize| {
+            let ids = first as u32..(first + PIECE).min(vocab) as u32;
+            let features = self.centred(self.normed(ids.clone()));
+            let mut table = product(features.view(), ridge.map.view());
+            for (id, row) in ids.zip(table.data.chunks_exact_mut(width)) {
+                if let Ok(at) = self.ids.binary_search(&id) {
+                    row.copy_from_slice(rows.row(at));
+                }
+            }
+            without(table, &axes)
+        };
+        let mut spread = Matrix::zeros(width, width);
+        for first in (0..vocab).step_by(PIECE) {
+            let mut table = piece(first);
+            let weights: Vec<f64> = (first as u32..)
+                .take(table.rows)
+                .map(|id| self.ids.binary_search(&id).map_or(unmet, |at| self.counts[at]).sqrt())
+                .collect();
+            table.scale_rows(&weights);
+            let more = product(table.t(), table.view());
+            spread.data.iter_mut().zip(&more.data).for_each(|(sum, more)| *sum += more);
+        }
+        let directions = eigen(&spread)?.1.first_cols(self.config.d_gate as usize);
+        let mut embedding = Vec::with_capacity(vocab * directions.cols);
+        for first in (0..vocab).step_by(PIECE) {
+            embedding.extend(product(piece(first).view(), directions.view()).data);
+        }
+        let mut moment = product(scaled.t(), scaled.view());
+        moment.data.iter_mut().for_each(|value| *value /= scaled.rows as f64);
+        let offset = Offset {
+            centre: without(Matrix::of(centre, width), &axes).data,
+            embedding: Matrix::of(embedding, directions.cols),
+            directions,
+            moment,
+        };
+        Ok(Fitted { axes, offset: Some(offset), lost, lost_of_first })
+    }
+
+    /// Mean of y of each id.
+    fn means(&self, scaled: &Matrix) -> Matrix {
+        let mut means = Matrix::zeros(self.ids.len(), scaled.cols);
+        for (token, of) in self.of_token.iter().enumerate() {
+            if let Some(id) = *of {
+                means.row_mut(id).iter_mut().zip(scaled.row(token)).for_each(|(mean, value)| *mean += value);
+            }
+        }
+        means.scale_rows(&self.counts.iter().map(|n| n.recip()).collect::<Vec<_>>());
+        means
+    }
+
+    fn ridge(&self, means: &Matrix, centre: &[f64], total: f64) -> Ridge {
+        let width = means.cols;
+        let mut targets = means.clone();
+        for row in targets.data.chunks_exact_mut(width) {
+            row.iter_mut().zip(centre).for_each(|(value, centre)| *value -= centre);
+        }
+        let mut weighted = targets.clone();
+        weighted.scale_rows(&self.weights);
+        let moments = product(self.features.t(), weighted.view());
+        let mean = self.eigenvalues.iter().sum::<f64>() / self.eigenvalues.len().max(1) as f64;
+        let mut best: Option<(f64, Ridge)> = None;
+        for strength in RIDGES {
+            let inverse: Vec<f64> =
+                self.eigenvalues.iter().map(|value| (value.max(0.0) + (strength * mean).max(1e-12)).recip()).collect();
+            let mut along = moments.clone();
+            along.scale_rows(&inverse);
+            let fitted = product(self.features.view(), along.view());
+            let mut left = targets.clone();
+            let mut error = 0.0;
+            for id in 0..self.ids.len() {
+                let squares = self.features.row(id).iter().zip(&inverse).map(|(z, inverse)| z * z * inverse);
+                // Its own share of its fitted value, by which leaving it out is known without fitting anew.
+                let own = self.weights[id] * (squares.sum::<f64>() + total.recip());
+                let factor = (1.0 - own).max(1e-3).recip();
+                for (left, fitted) in left.row_mut(id).iter_mut().zip(fitted.row(id)) {
+                    *left = (*left - fitted) * factor;
+                    error += self.weights[id] * *left * *left;
+                }
+            }
+            if best.as_ref().is_none_or(|(least, _)| error < *least) {
+                best = Some((error, Ridge { map: along, fitted, left }));
+            }
+        }
+        let (_, mut ridge) = best.unwrap_or_default();
+        ridge.map = product(self.axes.view(), ridge.map.view());
+        ridge
+    }
+
+    /// κ: variance within ids over that of their means around the regression.
+    fn shrinkage(&self, scaled: &Matrix, means: &Matrix, left: &Matrix) -> f64 {
+        let mut within = 0.0;
+        for (token, of) in self.of_token.iter().enumerate() {
+            if let Some(id) = *of {
+                within += scaled.row(token).iter().zip(means.row(id)).map(|(y, mean)| (y - mean).powi(2)).sum::<f64>();
+            }
+        }
+        let freedom: f64 = self.counts.iter().map(|n| n - 1.0).sum();
+        let within = within / freedom.max(1.0);
+        let (mut between, mut total) = (0.0, 0.0);
+        for id in 0..self.ids.len() {
+            let square: f64 = left.row(id).iter().map(|value| value * value).sum();
+            between += self.weights[id] * (square - within / self.counts[id]);
+            total += self.weights[id];
+        }
+        let kappa = within / (between / total.max(1e-12)).max(within * 1e-2);
+        if kappa.is_finite() { kappa } else { 1.0 }
+    }
+
+    /// b of each id that is met, `[ids, width]`, around the centre.
+    fn rows_of(&self, means: &Matrix, centre: &[f64], ridge: &Ridge, kappa: f64) -> Matrix {
+        let mut rows = means.clone();
+        for (id, row) in rows.data.chunks_exact_mut(means.cols).enumerate() {
+            let share = self.counts[id] / (self.counts[id] + kappa);
+            for ((value, centre), fitted) in row.iter_mut().zip(centre).zip(ridge.fitted.row(id)) {
+                *value = fitted + share * (*value - centre - fitted);
+            }
+        }
+        rows
+    }
+
+    /// b of any id.
+    fn row(&self, id: u32, rows: &Matrix, ridge: &Ridge) -> Vec<f64> {
+        match self.ids.binary_search(&id) {
+            Ok(at) => rows.row(at).to_vec(),
+            Err(_) => product(self.centred(self.normed([id].into_iter())).view(), ridge.map.view()).data,
+        }
+    }
+}
+
+/// A regression of y's means on token embeddings.
+#[derive(Default)]
+struct Ridge {
+    /// From features to y around its centre, `[hidden, width]`.
+    map: Matrix,
+    /// Of each id that is met.
+    fitted: Matrix,
+    /// Mean less what the regression says without the id.
+    left: Matrix,
+}
+
+/// `x (I − P Pᵀ)`, row by row.
+fn without(mut x: Matrix, axes: &Matrix) -> Matrix {
+    let held = product(product(x.view(), axes.view()).view(), axes.t());
+    x.data.iter_mut().zip(&held.data).for_each(|(value, held)| *value -= held);
+    x
+}
