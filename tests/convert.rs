@@ -382,11 +382,11 @@ fn convert(
     model.write(source);
     let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::new(&bytes).unwrap();
-    let tokenizer = tokenizer();
+    let (calibration, tokenizer) = (Calibration::new(&ids(100), &[], 100, 40, VOCAB as u32).unwrap(), tokenizer());
     let conversion = Conversion {
         config: &model.config,
         checkpoint: &checkpoint,
-        calibration: &Calibration::new(&ids(100), &[], 100, 40, VOCAB as u32).unwrap(),
+        calibration: &calibration,
         options: options(20, 1),
         embed_dim,
         tokenizer: tokenizer.as_bytes(),

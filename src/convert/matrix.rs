@@ -38,6 +38,10 @@ impl<'a> View<'a> {
         View { rows: self.cols, cols: self.rows, strides: (self.strides.1, self.strides.0), data: self.data }
     }
 
+    fn at(&self, row: usize, col: usize) -> f64 {
+        self.data[row * self.strides.0 + col * self.strides.1]
+    }
+
     fn rows(self, first: usize, rows: usize) -> Self {
         View { rows, data: &self.data[first * self.strides.0..], ..self }
     }
@@ -108,9 +112,19 @@ impl Matrix {
 pub fn product(a: View<'_>, b: View<'_>) -> Matrix {
     /// Multiply-adds that are worth a thread.
     const SHARE: usize = 1 << 20;
+    /// Of an extent up to it the plain sum serves.
+    const FEW: usize = 8;
     let (rows, inner, cols) = (a.rows, a.cols, b.cols);
     let mut out = Matrix::zeros(rows, cols);
     if rows == 0 || inner == 0 || cols == 0 {
+        return out;
+    }
+    if rows.min(inner).min(cols) <= FEW {
+        for (row, out) in out.data.chunks_exact_mut(cols).enumerate() {
+            for (col, out) in out.iter_mut().enumerate() {
+                *out = (0..inner).map(|at| a.at(row, at) * b.at(at, col)).sum();
+            }
+        }
         return out;
     }
     // cᵀ = bᵀ aᵀ: what is row-major is the transpose of what nalgebra takes.
@@ -118,7 +132,7 @@ pub fn product(a: View<'_>, b: View<'_>) -> Matrix {
         DMatrixViewMut::from_slice(out, cols, a.rows).gemm(1.0, &b.transposed(), &a.transposed(), 0.0);
     };
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = threads.min(rows.saturating_mul(inner).saturating_mul(cols) / SHARE).min(rows);
+    let threads = threads.min(rows.saturating_mul(inner).saturating_mul(cols) / SHARE).min(rows / FEW);
     if threads < 2 {
         part(a, &mut out.data);
         return out;
