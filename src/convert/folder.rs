@@ -141,11 +141,7 @@ impl Conversion<'_> {
             if path.exists() {
                 stream = Some(self.read_stream(&path)?);
                 for layer in 0..number {
-                    let path = layer_path(layer, "json");
-                    let text = files::read_text(&path, files::MOST_CONFIG)?;
-                    let error: LayerError =
-                        serde_json::from_str(&text).map_err(|error| Error::from(error).in_file(&path))?;
-                    errors.push(error);
+                    errors.push(read_error(&layer_path(layer, "json"))?);
                 }
                 break;
             }
@@ -174,7 +170,8 @@ impl Conversion<'_> {
             // Last: what it stands for is whole.
             write_stream(&stream_path(number + 1), &stream)?;
             let _ = fs::remove_file(stream_path(number));
-            errors.push(error);
+            // As a run that goes on reads it: digits that the text does not keep are in no result.
+            errors.push(read_error(&path)?);
             if !progress(Progress::Layers(number + 1, Some(error))) {
                 return Ok(None);
             }
@@ -370,6 +367,11 @@ impl Conversion<'_> {
         check_same(read.config(), &wanted)?;
         Ok(config)
     }
+}
+
+fn read_error(path: &Path) -> Result<LayerError> {
+    let text = files::read_text(path, files::MOST_CONFIG)?;
+    serde_json::from_str(&text).map_err(|error| Error::from(error).in_file(path))
 }
 
 fn write_layer(path: &Path, layer: &LatentLayer, number: u32) -> Result<()> {
