@@ -128,6 +128,7 @@ impl Checkpoint<'_> {
 
     /// Layers from `n_layer` on that predict further tokens: they join the embedding of the next token to the stream by
     /// `eh_proj`, which no other layer has.
+    #[cfg(feature = "decoder")]
     pub(crate) fn prediction_layers(&self, n_layer: u32) -> BTreeSet<u32> {
         let layers = self.tensors().keys().filter_map(|name| split(name));
         layers.filter(|(_, layer, rest)| *layer >= n_layer && rest.starts_with("eh_proj.")).map(|it| it.1).collect()
@@ -139,6 +140,7 @@ impl Checkpoint<'_> {
 }
 
 /// The layer that a tensor belongs to.
+#[cfg(feature = "decoder")]
 pub(crate) fn layer_of(name: &str) -> Option<u32> {
     split(name).map(|(_, layer, _)| layer)
 }

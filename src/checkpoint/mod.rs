@@ -17,6 +17,7 @@ use crate::weights::HostTensor;
 
 pub use folder::model_folder;
 pub use layers::LayerNumber;
+#[cfg(feature = "decoder")]
 pub(crate) use layers::layer_of;
 
 /// What a file says of one of its tensors.

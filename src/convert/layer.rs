@@ -341,9 +341,9 @@ pub fn convert_layer_with(
         }
         let (carried, offsets, projection) = offset.expanded(&expansion);
         let mut wider = Matrix::zeros(kv_b_proj.rows, rank + 1);
-        for row in 0..wider.rows {
+        for (row, carried) in carried.into_iter().enumerate() {
             wider.row_mut(row)[..rank].copy_from_slice(kv_b_proj.row(row));
-            wider.row_mut(row)[rank] = carried[row];
+            wider.row_mut(row)[rank] = carried;
         }
         kv_b_proj = wider;
         // m of the values comes out of attention as it is, whatever the weights of the softmax.

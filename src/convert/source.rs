@@ -100,8 +100,7 @@ pub(super) fn run_layer(
         return Err(Error::config("model_type", "is of a model of latents already"));
     };
     let layer = SourceLayer::new(attention, &of_attention);
-    let [gate_proj, up_proj, down_proj] =
-        [&weights.gate_proj, &weights.up_proj, &weights.down_proj].map(|tensor| matrix(tensor));
+    let [gate_proj, up_proj, down_proj] = [&weights.gate_proj, &weights.up_proj, &weights.down_proj].map(matrix);
     let norms = [&weights.input_norm, &weights.post_attention_norm].map(HostTensor::to_f64);
     let hidden = stream.cols;
     let mut activations =

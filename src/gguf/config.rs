@@ -89,6 +89,7 @@ pub(super) fn number(gguf: &Gguf, key: &str) -> Result<Option<f64>> {
     }
 }
 
+#[cfg(feature = "decoder")]
 pub(super) fn boolean(gguf: &Gguf, key: &str) -> Result<Option<bool>> {
     match gguf.metadata().get(key) {
         None => Ok(None),
