@@ -186,14 +186,17 @@ fn what_is_no_safetensors_file_is_named_as_what_it_is() {
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P", "pickle"),
         (b"<!DOCTYPE html>\n<html>", "web page"),
         (b"  <HTML lang=en>", "web page"),
-        (b"GGUF\x03\x00\x00\x00\x01\x00\x00\x00", "GGUF"),
         (b"", "the file is empty"),
     ] {
         refused(Checkpoint::new(bytes), &["not a valid safetensors file", part]);
-        // A GGUF file by its own name is another matter.
         fs::write(&path, bytes).unwrap();
         refused(Checkpoint::open(&path), &["w.safetensors", "not a valid safetensors file", part]);
     }
+    // A file is opened as what it is; bytes are not.
+    let gguf = b"GGUF\x03\x00\x00\x00\x01\x00\x00\x00";
+    refused(Checkpoint::new(gguf), &["not a valid safetensors file", "GGUF"]);
+    fs::write(&path, gguf).unwrap();
+    refused(Checkpoint::open(&path), &["w.safetensors", "not a valid GGUF file"]);
 }
 
 #[test]

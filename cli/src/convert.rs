@@ -6,8 +6,8 @@ use std::time::UNIX_EPOCH;
 
 use clap::{Args, ValueEnum};
 use egmla::convert::{Calibration, Conversion, LayerOptions, Progress, heads};
-use egmla::decoder::ModelFolder;
-use egmla::{Checkpoint, files};
+use egmla::decoder::{ModelFolder, TextRules};
+use egmla::files;
 use serde_json::{Map, Value, json};
 
 use crate::console;
@@ -26,8 +26,8 @@ pub enum Target {
 /// Makes a model with keys and values per head (GQA, as Llama) into one of latents, without training.
 #[derive(Args, Debug)]
 pub struct ConvertArgs {
-    /// Folder with config.json, model.safetensors and tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json, weights and tokenizer.json, a GGUF file, or a model's name in Hugging Face's cache (org/name)
+    #[arg(long, value_name = "DIR|FILE|NAME")]
     pub model: PathBuf,
     /// What it becomes
     #[arg(long, value_name = "KIND", value_enum)]
@@ -63,19 +63,12 @@ fn weight(text: &str) -> Result<f64, String> {
 /// Tokens of a calibration sequence: each begins at position 0.
 const SEQUENCE: usize = 512;
 
-/// Keys of a source's configuration that go on as they are.
-const KEPT: [&str; 3] = ["bos_token_id", "eos_token_id", "pad_token_id"];
-
 /// Runs the command.
 pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     interrupt::watch();
-    if args.model.is_file() {
-        let problem = "is a file: convert reads a folder with config.json, model.safetensors and tokenizer.json";
-        return Err(Failure::usage(format!("{}: {problem}", args.model.display())));
-    }
     let text = files::read_text(&args.text, u64::MAX)?;
     let folder = ModelFolder::open(&args.model)?;
-    let in_config = |error: egmla::Error| Failure::from(error.in_file(args.model.join("config.json")));
+    let in_config = |error: egmla::Error| Failure::from(error.in_file(folder.path()));
     heads(folder.config()).map_err(in_config)?;
     let ids = folder.encode(&text)?;
     let prefix = folder.encode("")?;
@@ -86,8 +79,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         let (found, wanted) = (calibration.ids().len(), args.tokens);
         tracing::warn!("{}: {found} tokens, fewer than the {wanted} of --tokens", args.text.display());
     }
-    let tokenizer = files::read(&args.model.join("tokenizer.json"), files::MOST_TOKENIZER)?;
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let (tokenizer, checkpoint) = (folder.tokenizer_json()?, folder.checkpoint()?);
     let conversion = Conversion {
         config: folder.config(),
         checkpoint: &checkpoint,
@@ -101,10 +93,10 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         tokenizer: &tokenizer,
         origin: json!({
             "model": args.model.to_string_lossy(),
-            "weights": stamp(&args.model.join("model.safetensors")),
+            "weights": stamp(folder.path()),
             "text": args.text.to_string_lossy(),
         }),
-        keys: kept_keys(&args.model)?,
+        keys: Map::from_iter([("eos_token_id".to_owned(), json!(folder.eos_token_ids()))]),
     };
     let layers = folder.config().n_layer;
     let bar = console::progress(layers.into(), "layers");
@@ -136,6 +128,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     });
     bar.finish_and_clear();
     let Some(made) = made? else { return Err(Failure::Interrupted) };
+    write_rules(folder.rules(), &args.output)?;
     let (before, after) = (folder.config().attention.cache_elements(), made.config.attention.cache_elements());
     console::print(&format!(
         "{}: cache elements per token and layer {before} -> {after}; {} layers\n",
@@ -144,18 +137,27 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     ))
 }
 
-/// Length and time of a file: a conversion of another one does not go on.
-fn stamp(path: &Path) -> Value {
-    let found = fs::metadata(path).ok();
+/// Length and time of a model's weights: a conversion of other ones does not go on.
+fn stamp(model: &Path) -> Value {
+    let files = ["model.safetensors", "model.safetensors.index.json"].map(|name| model.join(name));
+    let found = std::iter::once(model.to_owned()).chain(files).find(|path| path.is_file());
+    let found = found.and_then(|path| fs::metadata(path).ok());
     let modified = found.as_ref().and_then(|found| found.modified().ok());
     let seconds = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|time| time.as_secs_f64());
     json!({"bytes": found.map(|found| found.len()), "modified": seconds})
 }
 
-fn kept_keys(model: &Path) -> Result<Map<String, Value>, Failure> {
-    let path = model.join("config.json");
-    let text = files::read_text(&path, files::MOST_CONFIG)?;
-    let config: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
-    let kept = KEPT.iter().filter_map(|&key| Some((key.to_owned(), config.get(key)?.clone())));
-    Ok(kept.collect())
+/// Writes how a conversation is written, where the source says so.
+fn write_rules(rules: &TextRules, output: &Path) -> Result<(), Failure> {
+    let write = |name: &str, text: &str| {
+        let path = output.join(name);
+        fs::write(&path, text).map_err(|error| Failure::run(format!("{}: {error}", path.display())))
+    };
+    if let Some(template) = &rules.chat_template {
+        write("chat_template.jinja", template)?;
+    }
+    if !rules.special_tokens.is_empty() {
+        write("tokenizer_config.json", &(json!(rules.special_tokens).to_string() + "\n"))?;
+    }
+    Ok(())
 }

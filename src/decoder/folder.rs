@@ -138,7 +138,24 @@ impl ModelFolder {
         Decoder::load(kernels, &self.config, &self.checkpoint()?, options)
     }
 
-    fn checkpoint(&self) -> Result<Checkpoint<'static>> {
+    /// The bytes of a `tokenizer.json`; of a GGUF file, of one that does the same.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::open`].
+    pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
+        let path = self.tokenizer_path();
+        if gguf::is_gguf(&path) {
+            let json = Gguf::open(&path)?.tokenizer_json();
+            return json.map(String::into_bytes).map_err(|error| error.in_file(&path));
+        }
+        files::read(&path, files::MOST_TOKENIZER)
+    }
+
+    /// Its weights, of which none is read yet.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn checkpoint(&self) -> Result<Checkpoint<'static>> {
         let checkpoint = Checkpoint::open(&self.path)?;
         Ok(match self.block {
             Some(block) => checkpoint.with_block_size(block),

@@ -233,7 +233,15 @@ impl Gguf {
     /// `DataError::Tokenizer` for another kind, a way of splitting text that is not known, or tokens, merges and ids that do not fit
     /// each other.
     pub fn tokenizer(&self) -> Result<TextTokenizer> {
-        TextTokenizer::from_bytes(tokenizer_json(self)?.as_bytes())
+        TextTokenizer::from_bytes(self.tokenizer_json()?.as_bytes())
+    }
+
+    /// The same as the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`Gguf::tokenizer`].
+    pub fn tokenizer_json(&self) -> Result<String> {
+        tokenizer_json(self)
     }
 
     /// Which tokens end a text (`eos`, `eot`), and how a conversation is written.
