@@ -6,7 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use clap::{Args, ValueEnum};
 use egmla::convert::{Calibration, Conversion, LayerOptions, Progress, heads};
-use egmla::decoder::{ModelFolder, TextRules};
+use egmla::decoder::{ModelFolder, TextRules, TextTokenizer};
 use egmla::files;
 use serde_json::{Map, Value, json};
 
@@ -71,7 +71,21 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     let in_config = |error: egmla::Error| Failure::from(error.in_file(folder.path()));
     heads(folder.config()).map_err(in_config)?;
     let ids = folder.encode(&text)?;
-    let prefix = folder.encode("")?;
+    let mut prefix = folder.encode("")?;
+    let mut tokenizer = folder.tokenizer_json()?;
+    if args.to == Target::EgMla && prefix.is_empty() {
+        // Every head leans on the first position, and a gate changes it by its token: it must be a token that calibration met there.
+        match first_token(folder.rules(), folder.tokenizer()) {
+            Some((token, id)) => {
+                tokenizer = begun_with(&tokenizer, token, id)?;
+                prefix = vec![id];
+                console::note(format_args!("texts of the result begin with {token}, as its tokenizer writes"));
+            }
+            None => tracing::warn!(
+                "the tokenizer has no bos_token: texts that begin with another token than the calibration's sequences lose much"
+            ),
+        }
+    }
     let length = SEQUENCE.min(folder.config().max_position_embeddings as usize);
     let calibration = Calibration::new(&ids, &prefix, args.tokens as usize, length, folder.config().vocab_size)
         .map_err(|error| Failure::from(error.in_file(&args.text)))?;
@@ -79,7 +93,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         let (found, wanted) = (calibration.ids().len(), args.tokens);
         tracing::warn!("{}: {found} tokens, fewer than the {wanted} of --tokens", args.text.display());
     }
-    let (tokenizer, checkpoint) = (folder.tokenizer_json()?, folder.checkpoint()?);
+    let checkpoint = folder.checkpoint()?;
     let conversion = Conversion {
         config: folder.config(),
         checkpoint: &checkpoint,
@@ -137,6 +151,30 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     ))
 }
 
+/// The special token that begins a text.
+fn first_token<'a>(rules: &'a TextRules, tokenizer: &TextTokenizer) -> Option<(&'a str, u32)> {
+    let token = rules.special_tokens.get("bos_token")?;
+    Some((token, tokenizer.token_id(token)?))
+}
+
+/// A tokenizer that puts a token before every text, after what it does already.
+fn begun_with(tokenizer: &[u8], token: &str, id: u32) -> Result<Vec<u8>, Failure> {
+    let mut json: Value = serde_json::from_slice(tokenizer).map_err(Failure::run)?;
+    let part = |kind: &str, id: &str| json!({kind: {"id": id, "type_id": 0}});
+    let begin = json!({
+        "type": "TemplateProcessing",
+        "single": [part("SpecialToken", token), part("Sequence", "A")],
+        "pair": [part("SpecialToken", token), part("Sequence", "A"), part("Sequence", "B")],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    });
+    let before = json["post_processor"].take();
+    json["post_processor"] = match before {
+        Value::Null => begin,
+        before => json!({"type": "Sequence", "processors": [before, begin]}),
+    };
+    Ok(json.to_string().into_bytes())
+}
+
 /// Length and time of a model's weights: a conversion of other ones does not go on.
 fn stamp(model: &Path) -> Value {
     let files = ["model.safetensors", "model.safetensors.index.json"].map(|name| model.join(name));
@@ -160,4 +198,27 @@ fn write_rules(rules: &TextRules, output: &Path) -> Result<(), Failure> {
         write("tokenizer_config.json", &(json!(rules.special_tokens).to_string() + "\n"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::{TextTokenizer, begun_with};
+
+    #[test]
+    fn a_token_is_put_before_texts_whatever_the_tokenizer_did_before() {
+        for before in
+            ["null", r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":false,"use_regex":false}"#]
+        {
+            let text = format!(
+                r#"{{"model":{{"type":"WordLevel","vocab":{{"a":0,"<s>":5}},"unk_token":"a"}},"post_processor":{before}}}"#
+            );
+            assert_eq!(TextTokenizer::from_bytes(text.as_bytes()).unwrap().encode("a").unwrap(), [0]);
+            let begun = begun_with(text.as_bytes(), "<s>", 5).unwrap();
+            let tokenizer = TextTokenizer::from_bytes(&begun).unwrap();
+            assert_eq!(tokenizer.encode("a").unwrap(), [5, 0], "{before}");
+            assert_eq!(tokenizer.encode("").unwrap(), [5], "{before}");
+            assert_eq!(tokenizer.encode_written("a").unwrap(), [0], "{before}");
+        }
+    }
 }

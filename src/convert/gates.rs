@@ -15,7 +15,8 @@
 //! 1. A ridge regression of the mean of each id on its token embedding, its strength by leaving each id out. It serves the ids
 //!    that the text does not hold.
 //! 2. Each mean is shrunk to it by n / (n + κ), n times met; κ is the variance within ids over that of means around the regression.
-//! 3. P: principal axes of what is left of each token when its id's row is made without it; first positions weighted.
+//! 3. P: principal axes of what is left of each token when its id's row is made without it; first positions weighted. Ids that are
+//!    met at first positions alone, as a token that begins every text, have no row: their gate is 1.
 //! 4. The rows, without what lies within P, are kept along their `embed_dim` principal axes, weighted by how often ids are met; the
 //!    ids that are not met share the weight of those met once (Good and Turing).
 
@@ -47,6 +48,9 @@ pub struct Gates {
     counts: Vec<f64>,
     /// Index in `ids` of each token; none for first positions.
     of_token: Vec<Option<usize>>,
+    /// Ids that are met at first positions alone, ascending. Their gate is 1: what every head leans on there is many times larger
+    /// than m, and a gate would change it by as much.
+    firsts: Vec<u32>,
     /// Weight of each id in the regression.
     weights: Vec<f64>,
     /// Mean of the features.
@@ -119,6 +123,10 @@ impl Gates {
         met.dedup();
         let of_token: Vec<_> =
             (0..ids.len()).map(|at| if behind(&at) { met.binary_search(&ids[at]).ok() } else { None }).collect();
+        let mut firsts: Vec<u32> = starts.iter().map(|&at| ids[at]).collect();
+        firsts.retain(|id| met.binary_search(id).is_err());
+        firsts.sort_unstable();
+        firsts.dedup();
         let mut counts = vec![0.0; met.len()];
         of_token.iter().flatten().for_each(|&at| counts[at] += 1.0);
         let weights: Vec<f64> = counts.iter().map(|n| n / (n + 1.0)).collect();
@@ -129,6 +137,7 @@ impl Gates {
             ids: met,
             counts,
             of_token,
+            firsts,
             weights,
             centre: vec![0.0; hidden],
             eigenvalues: Vec::new(),
@@ -232,6 +241,8 @@ impl Gates {
             for (id, row) in ids.zip(table.data.chunks_exact_mut(width)) {
                 if let Ok(at) = self.ids.binary_search(&id) {
                     row.copy_from_slice(rows.row(at));
+                } else if self.firsts.binary_search(&id).is_ok() {
+                    row.fill(0.0);
                 }
             }
             without(table, &axes)
@@ -349,6 +360,7 @@ impl Gates {
     fn row(&self, id: u32, rows: &Matrix, ridge: &Ridge) -> Vec<f64> {
         match self.ids.binary_search(&id) {
             Ok(at) => rows.row(at).to_vec(),
+            Err(_) if self.firsts.binary_search(&id).is_ok() => vec![0.0; rows.cols],
             Err(_) => product(self.centred(self.normed([id].into_iter())).view(), ridge.map.view()).data,
         }
     }
