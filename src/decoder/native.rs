@@ -182,7 +182,7 @@ impl NativeDecoder {
         };
         let turns = layer::turns(rope, d_rope, state.len(), tokens);
         let mut stream: Vec<f32> =
-            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).data).copied().collect();
+            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).row(0)).copied().collect();
         scale(&mut stream, embedding);
         for (layer, history) in self.layers.iter().zip(&mut state.layers) {
             let x = normed(&stream, &layer.input_norm);

@@ -58,8 +58,8 @@ enum Origin {
     Whole(String),
     /// A tensor whose rows are moved within each of so many heads.
     Unturned(String, usize),
-    /// `attn_k_b` and `attn_v_b`.
-    Joined(String, String),
+    /// `attn_k_b` and `attn_v_b`, and the shape of the first: heads, d_latent, d_nope.
+    Joined(String, String, [usize; 3]),
 }
 
 /// A file's tensors under the names of a checkpoint.
@@ -118,10 +118,10 @@ impl Names {
                         let missing = name.replace("attn_k_b", "attn_v_b");
                         return Err(TensorError::Missing { name: missing, expected: Vec::new() }.into());
                     };
-                    let shape = joined_shape(name, &info.shape, &file[&values].shape)?;
+                    let (shape, of_keys) = joined_shape(name, &info.shape, &file[&values].shape)?;
                     let dtype = format!("{}, {}", info.dtype, file[&values].dtype);
                     let joined = checkpoint_name(&name.replace("attn_k_b", "attn_kv_b")).unwrap_or_default();
-                    names.add(joined, TensorInfo { shape, dtype }, Origin::Joined(name.clone(), values))?;
+                    names.add(joined, TensorInfo { shape, dtype }, Origin::Joined(name.clone(), values, of_keys))?;
                     continue;
                 }
                 (Architecture::Deepseek2, Some("attn_v_b.weight")) if beside("attn_k_b.weight").is_some() => continue,
@@ -154,14 +154,14 @@ impl Names {
     }
 }
 
-/// The shape of `kv_b_proj`, from those of its parts.
-fn joined_shape(name: &str, keys: &[usize], values: &[usize]) -> Result<Vec<usize>> {
+/// The shape of `kv_b_proj`, from those of its parts; and that of the keys.
+fn joined_shape(name: &str, keys: &[usize], values: &[usize]) -> Result<(Vec<usize>, [usize; 3])> {
     match (keys, values) {
         (&[heads, latent, nope], &[heads_of_values, value, latent_of_values])
             if heads == heads_of_values && latent == latent_of_values =>
         {
             // Sums and products of what the file holds.
-            Ok(vec![heads * (nope + value), latent])
+            Ok((vec![heads * (nope + value), latent], [heads, latent, nope]))
         }
         _ => Err(Error::Data(DataError::Gguf(format!(
             "tensor `{name}` has shape {keys:?} and its `attn_v_b` {values:?}: they are not [heads, d_latent, d_nope] and \
@@ -190,8 +190,7 @@ impl Source for Names {
                 }
                 Ok(out)
             }
-            Some(Origin::Joined(keys, rest)) => {
-                let [heads, latent, nope] = self.gguf.tensors()[keys].shape[..] else { unreachable!() };
+            Some(&Origin::Joined(ref keys, ref rest, [heads, latent, nope])) => {
                 let (keys, rest) = (self.gguf.read(keys)?, self.gguf.read(rest)?);
                 let mut out = Vec::with_capacity(keys.len() + rest.len());
                 for (keys, rest) in keys.chunks_exact(latent * nope).zip(rest.chunks_exact(rest.len() / heads)) {

@@ -240,8 +240,8 @@ impl NativeLayer {
         let mut attended = vec![0.0; n_head * tokens * d_value];
         let of_head = tokens * (history.len() * (2 * d_latent + d_rope) + d_latent * heads.d_kv());
         let part = share(n_head, n_head * of_head);
-        let latents = Rows { data: &history.rows, count: history.len(), width: d_latent, stride: d_latent };
-        let k_rope = Rows { data: &history.k_rope, count: history.len(), width: d_rope, stride: d_rope };
+        let latents = Rows::strided(&history.rows, history.len(), d_latent, d_latent);
+        let k_rope = Rows::strided(&history.k_rope, history.len(), d_rope, d_rope);
         for_each_part(&mut attended, part * tokens * d_value, n_head * of_head, |number, out| {
             let (count, of_first) = (out.len() / (tokens * d_value), number * part);
             let query = |token: usize, head: usize| {
@@ -257,8 +257,8 @@ impl NativeLayer {
             }
             let queries = tokens * count;
             let mut sums = vec![0.0; queries * d_latent];
-            let q = Rows { data: &absorbed, count: queries, width: d_latent, stride: d_latent };
-            let q_rope = Rows { data: &q_rope, count: queries, width: d_rope, stride: d_rope };
+            let q = Rows::strided(&absorbed, queries, d_latent, d_latent);
+            let q_rope = Rows::strided(&q_rope, queries, d_rope, d_rope);
             Attending { q, q_rope, keys: latents, k_rope, values: latents }
                 .attend(|i| first + i / count + 1, &mut sums);
             for (row, out) in out.chunks_exact_mut(d_value).enumerate() {
@@ -286,17 +286,15 @@ pub(super) fn expanded(q: &[f32], kv: &[f32], k_rope: &[f32], heads: Heads, toke
     let length = kv.len() / kv_row;
     let first = length - tokens;
     let attend = |(kv_head, end): (usize, usize), (q, q_rope), visible: &dyn Fn(usize) -> usize, out: &mut [f32]| {
-        let of_head = |from: usize, width: usize| {
-            let data = &kv[kv_head * heads.d_kv() + from..];
-            Rows { data, count: end, width, stride: kv_row }
-        };
-        let k_rope = Rows { data: k_rope, count: end, width: d_rope, stride: d_rope };
+        let of_head =
+            |from: usize, width: usize| Rows::strided(&kv[kv_head * heads.d_kv() + from..], end, width, kv_row);
+        let k_rope = Rows::strided(k_rope, end, d_rope, d_rope);
         let (keys, values) = (of_head(0, d_nope), of_head(d_nope, d_value));
         Attending { q, q_rope, keys, k_rope, values }.attend(visible, out);
     };
     // The content part and the rotary part of some queries.
     let queries = |first: usize, count: usize, stride: usize| {
-        let part = |from: usize, width: usize| Rows { data: &q[first + from..], count, width, stride };
+        let part = |from: usize, width: usize| Rows::strided(&q[first + from..], count, width, stride);
         (part(0, d_nope), part(d_nope, d_rope))
     };
     let of_head = tokens * length * (heads.d_query() + d_value);
@@ -368,7 +366,7 @@ impl Gate {
     /// `x ← Norm(x ⊙ act(gate_b_proj · gate_embedding[id]))`, `[tokens, width]`.
     fn apply(&self, x: &mut [f32], token_ids: &[u32]) {
         let rows: Vec<f32> =
-            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).data).copied().collect();
+            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).row(0)).copied().collect();
         let activation = self.config.activation;
         x.iter_mut().zip(self.b.apply(&rows)).for_each(|(x, g)| *x *= activate(activation, g));
         let weight = self.norm_weight.as_deref();

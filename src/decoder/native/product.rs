@@ -43,16 +43,23 @@ pub(super) fn share(count: usize, operations: usize) -> usize {
 /// Rows of a slice, one every `stride` elements.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rows<'a> {
-    pub data: &'a [f32],
-    pub count: usize,
-    pub width: usize,
-    pub stride: usize,
+    /// Ends with the last row.
+    data: &'a [f32],
+    count: usize,
+    width: usize,
+    stride: usize,
 }
 
 impl<'a> Rows<'a> {
+    /// `count` rows of `width`, one every `stride` elements, which are at least as many.
+    pub fn strided(data: &'a [f32], count: usize, width: usize, stride: usize) -> Self {
+        let end = if count == 0 { 0 } else { (count - 1) * stride + width };
+        Rows { data: &data[..end], count, width, stride }
+    }
+
     /// Rows of `width`, one behind the other.
     pub fn dense(data: &'a [f32], width: usize) -> Self {
-        Rows { data, count: data.len().checked_div(width).unwrap_or(0), width, stride: width }
+        Rows::strided(data, data.len().checked_div(width).unwrap_or(0), width, width)
     }
 
     pub fn row(self, i: usize) -> &'a [f32] {
@@ -60,15 +67,15 @@ impl<'a> Rows<'a> {
     }
 
     fn view(self) -> ArrayView2<'a, f32> {
-        #[expect(clippy::expect_used, reason = "every caller's rows are within its slice")]
+        #[expect(clippy::expect_used, reason = "`strided` has cut the slice behind the last row")]
         ArrayView2::from_shape((self.count, self.width).strides((self.stride, 1)), self.data).expect("rows of a slice")
     }
 }
 
 /// A whole slice as rows of `width`.
 fn view_mut(data: &mut [f32], width: usize) -> ArrayViewMut2<'_, f32> {
-    let rows = data.len() / width;
-    #[expect(clippy::expect_used, reason = "every caller's slice is of whole rows")]
+    let rows = data.len().checked_div(width).unwrap_or(0);
+    #[expect(clippy::expect_used, reason = "so many rows are no longer than the slice")]
     ArrayViewMut2::from_shape((rows, width), data).expect("whole rows")
 }
 
