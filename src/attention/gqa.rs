@@ -17,11 +17,11 @@ use super::weights::{Axis, Shard, Upload};
 use crate::adapter::PlanContext;
 use crate::config::GqaConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{BufferError, Error, Result};
+use crate::error::{Error, Result};
 use crate::kernels::matmul::{Layout, Matmul};
 use crate::kernels::{attention_decode, attention_prefill, heads_append};
 use crate::recording::Recording;
-use crate::storage::{Storage, product, words};
+use crate::storage::Storage;
 use crate::weights::{GqaWeights, HostTensor};
 
 /// The weights of a layer: uploads to make, then regions of device memory.
@@ -160,16 +160,7 @@ impl GqaAttention {
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
-        let width = self.config.hidden_size;
-        let needed = words(product(&[step.tokens, width]));
-        for (name, region) in [("hidden", hidden), ("out", out)] {
-            region.check("attention", name, needed, &self.kernels.context().limits)?;
-        }
-        // No dispatch binds both, but one buffer for both would lose the input.
-        if hidden.buffer == out.buffer {
-            return Err(Error::Buffer(BufferError::Aliased { kernel: "attention", first: "hidden", second: "out" }));
-        }
-        let [hidden, out] = [hidden, out].map(|region| Hidden { region, width });
+        let [hidden, out] = Hidden::of_caller(&self.kernels, step.tokens, self.config.hidden_size, [hidden, out])?;
         self.forward_rows(recording, cache, step, layer, hidden, out)
     }
 

@@ -12,9 +12,9 @@ use super::weights::{GateWeights, LayerWeights};
 use super::widths::Widths;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
-use crate::error::{ArgumentError, BufferError, Error, Result};
+use crate::error::{ArgumentError, Error, Result};
 use crate::recording::Recording;
-use crate::storage::{Storage, product, words};
+use crate::storage::Storage;
 use crate::weights::AttentionWeights;
 
 /// Path of a decode step over the cache.
@@ -178,23 +178,8 @@ impl Attention {
         hidden: &Region,
         out: &Region,
     ) -> Result<()> {
-        let width = self.config.hidden_size;
-        let needed = words(product(&[step.tokens, width]));
-        for (name, region) in [("hidden", hidden), ("out", out)] {
-            region.check("attention", name, needed, &self.kernels.context().limits)?;
-        }
-        // No dispatch binds both, but one buffer for both would lose the input.
-        if hidden.buffer == out.buffer {
-            return Err(Error::Buffer(BufferError::Aliased { kernel: "attention", first: "hidden", second: "out" }));
-        }
-        self.forward_rows(
-            recording,
-            cache,
-            step,
-            layer,
-            Hidden { region: hidden, width },
-            Hidden { region: out, width },
-        )
+        let [hidden, out] = Hidden::of_caller(&self.kernels, step.tokens, self.config.hidden_size, [hidden, out])?;
+        self.forward_rows(recording, cache, step, layer, hidden, out)
     }
 
     /// [`Attention::forward`] for checked buffers, at any width from `hidden_size` to its padded width.

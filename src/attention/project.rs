@@ -4,18 +4,36 @@ use super::frame::{Frame, Partials};
 use super::step::Table;
 use super::weights::{LowRank, Shard};
 use crate::config::GateConfig;
-use crate::device::Region;
-use crate::error::Result;
+use crate::device::{Kernels, Region};
+use crate::error::{BufferError, Error, Result};
 use crate::kernels::matmul::{FEW_ROWS, Layout, Matmul};
 use crate::kernels::{attention_combine, cache_append, norm, output_project, rope};
 use crate::recording::Recording;
-use crate::storage::Storage;
+use crate::storage::{Storage, product, words};
 
 /// Hidden states of the caller: elements per token, and elements from one token to the next.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Hidden<'a> {
     pub region: &'a Region,
     pub width: u32,
+}
+
+impl<'a> Hidden<'a> {
+    /// A layer's input and output as the caller has them: `[tokens, width]` f32 each, in different buffers.
+    ///
+    /// # Errors
+    /// [`Error::Buffer`] for a region that does not fit, or for one buffer for both.
+    pub fn of_caller(kernels: &Kernels, tokens: u32, width: u32, [hidden, out]: [&'a Region; 2]) -> Result<[Self; 2]> {
+        let needed = words(product(&[tokens, width]));
+        for (name, region) in [("hidden", hidden), ("out", out)] {
+            region.check("attention", name, needed, &kernels.context().limits)?;
+        }
+        // No dispatch binds both, but one buffer for both would lose the input.
+        if hidden.buffer == out.buffer {
+            return Err(Error::Buffer(BufferError::Aliased { kernel: "attention", first: "hidden", second: "out" }));
+        }
+        Ok([hidden, out].map(|region| Hidden { region, width }))
+    }
 }
 
 impl<'a> Frame<'a> {
