@@ -24,7 +24,7 @@
 //! |---|---|
 //! | `wgpu_default` | wgpu's default features, so all of its backends; without it they are the application's choice |
 //! | `check` | `reference`, the definitions in plain f64; `check`, which compares an adapter with them; `bench`, which times it |
-//! | `decoder` | `decoder`, the small language model around the layer, with its tokenizer; `reference` |
+//! | `decoder` | `decoder`, language models around the layer, with their tokenizers; `reference` |
 
 #![deny(unsafe_code)]
 

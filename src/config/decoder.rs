@@ -1,4 +1,4 @@
-//! The small decoder around the attention layers.
+//! The decoder around the attention layers.
 
 use serde::Serialize;
 

@@ -58,6 +58,11 @@ impl Calibration {
     }
 }
 
+fn of_latents() -> Error {
+    let problem = "is that of a model whose layers cache latents already: only keys and values per head are converted";
+    Error::config("model_type", problem)
+}
+
 /// The attention of a configuration with keys and values per head.
 ///
 /// # Errors
@@ -65,7 +70,7 @@ impl Calibration {
 pub fn heads(config: &DecoderConfig) -> Result<&GqaConfig> {
     match &config.attention {
         DecoderAttention::Heads(heads) => Ok(heads),
-        DecoderAttention::Latent(_) => Err(Error::config("model_type", "is of a model of latents already")),
+        DecoderAttention::Latent(_) => Err(of_latents()),
     }
 }
 
@@ -97,7 +102,7 @@ pub(super) fn run_layer(
     let weights = DecoderLayerWeights::load(checkpoint, number, config)?;
     let attention = heads(config)?.clone();
     let DecoderAttentionWeights::Heads(of_attention) = weights.attention else {
-        return Err(Error::config("model_type", "is of a model of latents already"));
+        return Err(of_latents());
     };
     let layer = SourceLayer::new(attention, &of_attention);
     let [gate_proj, up_proj, down_proj] = [&weights.gate_proj, &weights.up_proj, &weights.down_proj].map(matrix);
