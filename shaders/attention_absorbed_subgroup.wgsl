@@ -8,6 +8,8 @@
 // bytes of the columns and takes the weights of a row from the lane that owns it.
 // Padding: cache rows end with finite values (0, as cache_append writes them). The query is 0 there, and the columns of the
 // padding are not stored.
+// Floor: as attention_absorbed, the multiply-adds; in software they are all that counts. AMD's compiler (RDNA3, Mesa 25): up to
+// 96 registers, nothing spilled.
 // grid: (splits of the step, ⌈n_head / 8⌉, most query tokens of a sequence)
 //
 // For adapters without fast workgroup memory: on a GPU, neighbouring lanes would read rows that are far apart.

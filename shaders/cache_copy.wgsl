@@ -2,6 +2,7 @@
 //
 //   cache[to + i] = cache[from + i],  i < words
 //
+// Floor: 8 bytes per word over the copy rate.
 // grid: one invocation per word, folded into x and y.
 
 override WORKGROUP: u32 = 64u;

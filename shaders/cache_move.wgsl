@@ -2,6 +2,7 @@
 //
 //   sink[to + i] = source[from + i],  i < words
 //
+// Floor: 8 bytes per word over the copy rate.
 // grid: one invocation a word, folded into x and y.
 
 override WORKGROUP: u32 = 64u;

@@ -6,6 +6,7 @@
 //
 //   latent[r, :] = latent_cache[slot(first_row + r), :]    embedding[r, :] = gate_embedding[id_cache[slot(first_row + r)], :]
 //
+// Floor: latents and embeddings read in their storage and written in f32, over the copy rate.
 // grid: one invocation per element of latent and of embedding, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;

@@ -6,6 +6,7 @@
 //
 // A row is blocks of two parts, say keys and values of a head. Padding at the end of a part is 0 in x, weight and bias; the norm
 // does not count it. One pass updates mean and spread vector by vector, then joins them across lanes: E[z²] − mean² would cancel.
+// Floor: x twice, the second time from a cache where it fits, a gate row and y once, over the copy rate.
 // grid: one workgroup per WORKGROUP / LANES · ROWS rows, folded into x and y.
 //
 // Results, interleaved runs on lavapipe (2 cores), 1024 × 1536 in f32, sigmoid and layer_norm, per cent of the copy kernel:

@@ -4,6 +4,7 @@
 //
 // Without ids, entry r is id first_id + r; without targets it goes to gate row r. An id of u32 max leaves an entry out. Gate rows
 // are padded with zeros to 16 bytes. f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN.
+// Floor: gate_b_proj once per four entries from the L2, and y once, over the copy rate.
 // grid: (⌈width / (4 · WORKGROUP)⌉, ⌈rows / 4⌉ folded into y and z); each invocation owns four columns of four entries.
 
 override STORAGE_F16: u32 = 0u;   // table and projection

@@ -4,6 +4,7 @@
 //
 // The keys and values of a token are blocks of two parts, keys and values of a head. The norm does not count the padding at the
 // end of a part. One pass updates mean and spread element by element, then joins them across lanes, as in norm.
+// Floor: keys, values and gate rows of the tokens once over the copy rate; for a token the dispatch.
 // grid: one workgroup per WORKGROUP / LANES tokens, folded into x and y.
 
 override GATES_F16: u32 = 0u;     // gates

@@ -3,6 +3,7 @@
 //   y[r, :] = table[ids[r] - first_id, :]        an id of u32 max gives zeros
 //
 // Rows of ids that the table does not hold stay as they are: another shard of it writes them.
+// Floor: the rows read in their storage and written in f32, over the copy rate; for a token the dispatch.
 // grid: one invocation per element of y, folded into x and y.
 
 override STORAGE_F16: u32 = 0u;

@@ -4,6 +4,7 @@
 //   ids[groups + t] = token_ids[t]          where token_rows[t] is no resident gate row
 //   u32 max everywhere else: padding, and groups with a resident gate row
 //
+// Floor: a few words per group; the dispatch.
 // grid: one invocation per element of ids, folded into x and y.
 
 override WORKGROUP: u32 = 64u;

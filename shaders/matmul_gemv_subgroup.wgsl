@@ -3,6 +3,7 @@
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
+// Floor: as matmul_gemv, the bytes of w. AMD's compiler (RDNA3, Mesa 25): up to 60 registers, nothing spilled.
 // grid: (⌈cols / 4⌉, ⌈rows / 4⌉, batch)
 // A workgroup has 4 columns of y, each invocation summing every WORKGROUP-th load. Right for every subgroup size from 4 up. Run on lavapipe
 // alone so far, where `matmul_gemv_vec4` is faster.

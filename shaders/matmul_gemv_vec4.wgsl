@@ -3,6 +3,8 @@
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
+// Floor: as matmul_gemv, the bytes of w: each 16 of them serve 4 or 8 multiply-adds per matrix row. AMD's compiler (RDNA3, Mesa
+// 25): up to 72 registers, nothing spilled.
 // grid: (⌈cols / COLS⌉, ⌈rows / 4⌉, batch)
 // LANES invocations share 4 columns of y, each summing every LANES-th load; a workgroup has COLS = 4 · WORKGROUP / LANES columns.
 //

@@ -3,6 +3,8 @@
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
+// Floor: the multiply-adds; in software a load costs as much as 70 of them, and one of x and four of w serve 32 per lane. AMD's
+// compiler (RDNA3, Mesa 25): up to 72 registers, nothing spilled.
 // grid: (⌈rows / 8⌉, ⌈cols / 32⌉, batch); eight invocations own 8 matrix rows of 4 columns each, 8 apart.
 // Each invocation reads one matrix row of x (two, where subgroups are smaller than 8), and shuffles bring it to the others.
 // Right for every subgroup size from 4 up.

@@ -5,6 +5,7 @@
 //
 // Padding at the end of a token has weight and bias 0; the norm does not count it. One pass updates mean and spread vector by
 // vector, then joins them across lanes: E[x²] − mean² would cancel.
+// Floor: x twice, the second time from a cache where it fits, and y once, over the copy rate.
 // grid: one workgroup per WORKGROUP / LANES tokens, folded into x and y.
 //
 // Results, interleaved runs on lavapipe (2 cores), 2048 × 1024 in f32, per cent of the copy kernel: 8 invocations with

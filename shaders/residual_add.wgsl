@@ -1,5 +1,6 @@
 // Residual connection, in place: stream += factor · delta.
 //
+// Floor: 12 bytes per element over the copy rate; for a token the dispatch.
 // grid: one invocation per element, folded into x and y.
 
 override WORKGROUP: u32 = 64u;

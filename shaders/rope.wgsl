@@ -5,6 +5,7 @@
 // cos and sin come from the host in f64 precision, YaRN's amplitude included: WGSL promises nothing of sin beyond ±π.
 // The layer rotates as it appends (cache_append); this kernel is for many queries of a low rank, and for callers that rotate outside
 // of a cache.
+// Floor: 8 bytes per element over the copy rate.
 // grid: one invocation per (token, head, pair), folded into x and y.
 
 override INTERLEAVE: u32 = 1u;

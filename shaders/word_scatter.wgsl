@@ -2,6 +2,7 @@
 //
 //   words[patches[i].x] = patches[i].y,  i < count          patches of one word have one value
 //
+// Floor: 16 bytes per patch; the dispatch.
 // grid: one invocation per patch, folded into x and y.
 
 override WORKGROUP: u32 = 64u;

@@ -1,5 +1,5 @@
 //! What the sources must not hold: `unsafe` outside of the modules that vouch for it; in shaders, variables of functions
-//! without an initial value.
+//! without an initial value, and a kernel whose header does not name its floor.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -71,19 +71,33 @@ fn uninitialised(text: &str) -> Vec<&str> {
     text.lines().filter(of_function).filter(|line| !line.contains('=')).collect()
 }
 
+/// Whether the header of a shader says what bounds its time from below.
+fn names_floor(text: &str) -> bool {
+    text.lines()
+        .take_while(|line| line.starts_with("//"))
+        .any(|line| line.split(' ').any(|word| word.starts_with("Floor")))
+}
+
 #[test]
-fn variables_of_shaders_have_initial_values() {
+fn shaders_name_their_floor_and_initialise_their_variables() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
-    let mut declared = 0;
+    let (mut declared, mut floors) = (0, 0);
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
         let found = uninitialised(&text);
         assert!(found.is_empty(), "{}: {found:?}", path.display());
+        // Twins of 8 × 8 say what differs from their other text; rooflines measure floors.
+        let name = path.file_stem().unwrap().to_string_lossy();
+        if !name.ends_with("_8") && !name.starts_with("roofline") {
+            assert!(names_floor(&text), "{name}: the header names no floor: bytes, operations, or the dispatch");
+            floors += 1;
+        }
         declared += text.lines().filter(|line| line.trim_start().starts_with("var ")).count();
     }
-    assert!(declared > 100, "{declared}");
+    assert!(declared > 100 && floors > 30, "{declared} {floors}");
     let planted =
         "fn f() {\n    for (var i = 0u; i < 2u; i++) {\n        var s: array<f32, 2>;\n        var t = 0.0;\n    }\n}";
     assert_eq!(uninitialised(planted), ["        var s: array<f32, 2>;"]);
+    assert!(!names_floor("// y = x\nconst Floor = 1;") && names_floor("// y = x\n// Floor: 8 bytes per element"));
 }
