@@ -81,7 +81,7 @@ struct Params {
 // [tokens, d_latent] f32 / 4 gate before its activation; or kv_b_proj [kv_columns, d_latent] / 4, f16: / 8
 @group(0) @binding(3) var<storage, read> g: array<vec4<u32>>;             // [tokens, d_latent] or [kv_columns, d_latent]
 @group(0) @binding(4) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, d_rope / 4] (cos, sin) of two pairs
-@group(0) @binding(5) var<storage, read> slots: array<u32>;               // [tokens] cache rows
+@group(0) @binding(5) var<storage, read> slots: array<u32>;               // [tokens] cache rows, u32 max for none
 @group(0) @binding(6) var<storage, read> w: array<vec4<u32>>;             // [q_heads · (d_nope + d_rope), rank] / 4, f16: / 8
 @group(0) @binding(7) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, d_latent], [cache rows, d_rope]; / 4, f16: / 8
 @group(0) @binding(8) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, q_heads, d_nope + d_rope], at kept [tokens, d_latent or kv_columns]; / 4
@@ -353,7 +353,9 @@ fn append(token: u32, part: u32, scale: f32, moments: vec2<f32>) {
             second = latent(token, i * LOADS + 1u, scale, moments);
         }
         let load = stored(first, second);
-        cache[slot * latents + i] = load;
+        if (slot != 0xffffffffu) {
+            cache[slot * latents + i] = load;
+        }
         if (KEPT == 1u) {
             let target_at = params.kept / 4u + (token * latents + i) * LOADS;
             q[target_at] = kept_first(load, first);
@@ -361,6 +363,9 @@ fn append(token: u32, part: u32, scale: f32, moments: vec2<f32>) {
                 q[target_at + 1u] = second_of(load);
             }
         }
+    }
+    if (slot == 0xffffffffu) {
+        return;
     }
     let keys = params.d_rope / (4u * LOADS);
     for (var i = part; i < keys; i += LANES) {

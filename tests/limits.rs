@@ -162,8 +162,8 @@ fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
 #[test]
 fn caches_pools_and_lists_over_a_binding_are_refused_before_anything_is_allocated() {
     let config = config(50, 5);
-    // Without a gate there are no lists, which would be refused first.
-    let plain = AttentionConfig { gate: None, ..config.clone() };
+    // Without a gate a cache is cut, but no split of it: rows of 72 words.
+    let plain = AttentionConfig { gate: None, d_latent: 60, ..config.clone() };
     let of_plain = CacheOptions { n_layer: 3, capacity: 1000, ..CacheOptions::default() };
     // Of two sequences' lists the cache is the smaller part.
     let narrow = AttentionConfig { d_latent: 4, d_rope: 0, ..config.clone() };
@@ -183,7 +183,9 @@ fn caches_pools_and_lists_over_a_binding_are_refused_before_anything_is_allocate
             LatentCache::new(layer, options)
         };
         let refusals = || {
-            refused(&gpu, "latent cache of", || LatentCache::new(&plain, of_plain));
+            let of_split =
+                refused(&gpu, "latents and rotary keys of 256 cache rows", || LatentCache::new(&plain, of_plain));
+            assert_eq!(of_split, (256 * 72 * 4, BINDING));
             // Latents alone would fit; with rotary keys and statistics they do not.
             refused(&gpu, "latent cache with rotary keys and statistics", || cache(&gated, 500));
             refused(&gpu, "a pool of 200 gate rows", || cache(&pool, 64));

@@ -116,6 +116,7 @@ fn layer(u: &mut Unstructured<'_>, context: &PlanContext) -> Result<()> {
         positions: wide(u)?,
         groups: wide(u)?,
         projected,
+        parts: number(u)?,
         cache_storage: storage,
     };
     let _ = cost::attend_expanded(&config, &work, storage);

@@ -27,32 +27,35 @@ impl Frame<'_> {
         };
         self.product(&absorb, &workspace.q, kv_b_proj, None, &workspace.absorbed)?;
 
-        let op = attention_absorbed::AttentionAbsorbed {
-            tokens: step.tokens,
-            most_tokens: step.most_tokens,
-            partials: step.partials,
-            n_sequence: step.n_sequence,
-            split: step.split,
-            splits: step.rows / step.split,
-            n_head,
-            d_latent,
-            d_nope,
-            d_rope: widths.d_rope,
-            cache_rows: self.cache.rows(),
-            scale: layer.config.scale() as f32,
-            weights: layer.storage,
-            storage: self.cache.options().storage,
-        };
-        let args = attention_absorbed::Args {
-            absorbed: &workspace.absorbed,
-            q: &workspace.q,
-            latent_cache: &self.cached.latent,
-            rope_cache: &self.cached.rope_key,
-            sequences: &self.table(Table::Decoding),
-            partial_values: &workspace.partial_values,
-            partial_softmax: &workspace.partial_softmax,
-        };
-        self.recording.add_own(&op, args)?;
+        for part in &step.parts {
+            let cached = self.part(part);
+            let op = attention_absorbed::AttentionAbsorbed {
+                tokens: step.tokens,
+                most_tokens: step.most_tokens,
+                partials: step.partials,
+                n_sequence: part.n_sequence,
+                split: step.split,
+                splits: (part.rows.end - part.rows.start) / step.split,
+                n_head,
+                d_latent,
+                d_nope,
+                d_rope: widths.d_rope,
+                cache_rows: cached.rows,
+                scale: layer.config.scale() as f32,
+                weights: layer.storage,
+                storage: self.cache.options().storage,
+            };
+            let args = attention_absorbed::Args {
+                absorbed: &workspace.absorbed,
+                q: &workspace.q,
+                latent_cache: &cached.latent,
+                rope_cache: &cached.rope_key,
+                sequences: &self.table_of(part, Table::Decoding),
+                partial_values: &workspace.partial_values,
+                partial_softmax: &workspace.partial_softmax,
+            };
+            self.recording.add_own(&op, args)?;
+        }
 
         // o[h] = W_V[h] S[h]
         if value_project::pays(step.tokens, step.partials, d_latent) {

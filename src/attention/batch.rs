@@ -23,6 +23,8 @@ pub(super) struct Batch {
     pub capacity: u32,
     /// Cache rows from one sequence to the next.
     pub pitch: u32,
+    /// Cache rows of a part: see [`super::parts`].
+    pub part_rows: u32,
     pub numbering: Numbering,
     /// Most new tokens of a step.
     pub max_tokens: u32,
@@ -47,6 +49,8 @@ pub(super) struct Batch {
 pub(super) struct Extents {
     pub batch: u32,
     pub capacity: u32,
+    pub pitch: u32,
+    pub part_rows: u32,
     pub numbering: Numbering,
     pub max_tokens: u32,
     pub decode_tokens: u32,
@@ -57,10 +61,11 @@ impl Batch {
     /// Empty sequences whose keys have `d_rope` rotary elements.
     pub fn new(extents: Extents, rope: &RopeConfig, d_rope: u32) -> Self {
         static IDENTITIES: AtomicU64 = AtomicU64::new(0);
-        let Extents { batch, capacity, numbering, max_tokens, decode_tokens, groups } = extents;
+        let Extents { batch, capacity, pitch, part_rows, numbering, max_tokens, decode_tokens, groups } = extents;
         Batch {
             capacity,
-            pitch: pitch(capacity, numbering),
+            pitch,
+            part_rows,
             numbering,
             max_tokens,
             decode_tokens,

@@ -85,7 +85,8 @@ impl Default for CacheOptions {
 }
 
 /// Latents and rotary keys of every layer of a model, for `batch` sequences of up to `capacity` tokens; with the gate at
-/// `up_projected` also token ids and norm statistics. Sequence s holds cache rows `[s·capacity, s·capacity + length)`.
+/// `up_projected` also token ids and norm statistics. Sequence s holds cache rows `[s·capacity, s·capacity + length)`; where one
+/// binding does not hold a layer's rows, they are cut into parts of whole splits, and the capacity is rounded up to splits there.
 ///
 /// Lengths live on the host: a full cache is an error before anything is recorded, and rolling back costs nothing on the device.
 #[derive(Debug)]
@@ -131,6 +132,8 @@ impl LatentCache {
         let extents = Extents {
             batch: options.batch,
             capacity: options.capacity,
+            pitch: layout.pitch,
+            part_rows: layout.part_rows,
             numbering: Numbering::Dense,
             max_tokens: workspace.max_tokens,
             decode_tokens: workspace.decode_tokens,
@@ -247,6 +250,7 @@ impl LatentCache {
                 Some(grouped) if grouped.projected => grouped.groups,
                 _ => 0,
             },
+            parts: step.parts.len() as u32,
             cache_storage: self.options.storage,
         }
     }
@@ -261,14 +265,10 @@ impl LatentCache {
     pub(crate) fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
         self.layers
             .iter()
-            .flat_map(|layer| [Some(&layer.whole.buffer), layer.pool.as_ref().map(|pool| &pool.buffer)])
-            .flatten()
+            .flat_map(|layer| layer.parts.iter().map(|part| &part.whole).chain(&layer.pool))
+            .map(|region| &region.buffer)
             .chain(self.lists.as_ref().map(|lists| &lists.buffer))
             .chain(self.workspace.buffers())
-    }
-
-    pub(super) fn rows(&self) -> u32 {
-        self.options.batch * self.options.capacity
     }
 
     pub(super) fn stamp(&self) -> (u64, u64) {
@@ -310,7 +310,7 @@ impl LatentCache {
     /// `[tokens, d_rope]` and norm statistics `[tokens]`, as a prefill of them would.
     ///
     /// # Errors
-    /// A cache of several sequences or layers, counts that differ, more tokens than it has room for, or no memory left.
+    /// A cache of several sequences, layers or parts, counts that differ, more tokens than it has room for, or no memory left.
     #[cfg(feature = "check")]
     pub(crate) fn fill_with(
         &mut self,
@@ -321,11 +321,11 @@ impl LatentCache {
     ) -> Result<()> {
         let CacheOptions { batch, capacity, storage, .. } = self.options;
         let (batch, found) = (u64::from(batch), ids.len() as u64);
-        if batch != 1 || self.layers.len() != 1 {
+        if batch != 1 || self.layers.len() != 1 || self.layout.n_part() != 1 {
             return Err(Error::Argument(ArgumentError::Count {
-                what: "sequences × layers to fill",
+                what: "sequences × layers × parts to fill",
                 expected: 1,
-                found: batch,
+                found: batch * self.layers.len() as u64 * u64::from(self.layout.n_part()),
             }));
         }
         if found > capacity.into() {
@@ -354,7 +354,7 @@ impl LatentCache {
         };
         let rope = Axis::default().rotary(d_rope, self.config.rope.interleave);
         let kernels = &self.kernels;
-        if let Some(layer) = self.layers.first_mut() {
+        if let Some(layer) = self.layers.iter_mut().flat_map(|layer| &mut layer.parts).next() {
             let mut bytes = vec![0; layer.whole.size as usize];
             let mut put = |region: &Region, part: &[u8]| {
                 bytes[region.offset as usize..][..part.len()].copy_from_slice(part);

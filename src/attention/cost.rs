@@ -38,6 +38,8 @@ pub struct DecodeWork {
     pub groups: u64,
     /// Ids whose gate rows are projected at this step; 0 if all are resident.
     pub projected: u32,
+    /// Parts of the cache that hold the rows, each in a binding of its own.
+    pub parts: u32,
     /// Storage of the cache.
     pub cache_storage: Storage,
 }
@@ -51,8 +53,14 @@ impl DecodeWork {
             positions: cached.into(),
             groups: groups.into(),
             projected,
+            parts: 1,
             cache_storage,
         }
+    }
+
+    /// Rows of a part, if all have the same.
+    fn part_rows(&self) -> u32 {
+        self.rows.div_ceil(self.parts.max(1))
     }
 
     /// The same with counts rounded up to four binary digits: a choice made for it stands while they grow by an eighth.
@@ -291,6 +299,8 @@ fn expanded<T: Tally>(tally: &T, config: &AttentionConfig, work: &DecodeWork, st
         };
         rebuilding(tally, config, rows, work.cache_storage, storage) + tally.with(&attention, further)
     };
+    // Tiles end where a part ends.
+    let tile_rows = tile_rows.min(work.part_rows()).max(1);
     // The last tile, then the whole ones before it.
     let last = work.rows.saturating_sub(1) % tile_rows + 1;
     let mut sum = tile(last.min(work.rows), further(work, times(2, &[n_head, d_nope + d_rope + d_value])));
@@ -365,26 +375,29 @@ fn attend_one_group<T: Tally>(tally: &T, config: &AttentionConfig, work: &Decode
     let latents = Layout { offset: 0, row: n_head.saturating_mul(d_latent), inner: 1, batch: d_latent };
     let across = Layout { offset: 0, row: 1, inner: d_latent, batch: 0 };
     let split = tally.cut().split;
-    let (splits, partials) = (work.rows.div_ceil(split), partials(work, split));
+    // A dispatch per part of the cache.
+    let (parts, rows) = (work.parts.max(1), work.part_rows());
+    let partials = partials(work, split);
     let attention = AttentionAbsorbed {
         tokens: work.tokens,
         most_tokens: 1,
         n_sequence: 1,
         split,
-        splits,
-        partials,
+        splits: rows.div_ceil(split),
+        partials: partials.div_ceil(parts),
         n_head,
         d_latent,
         d_nope,
         d_rope,
-        cache_rows: work.rows,
+        cache_rows: rows,
         scale: config.scale() as f32,
         weights: storage,
         storage: work.cache_storage,
     };
     let position = times(4, &[n_head, d_latent]) + times(2, &[n_head, d_rope]);
-    let attended =
-        tally.of(&one_a_head(queries, across, d_nope, d_latent)) + tally.with(&attention, further(work, position));
+    let attended = tally.of(&one_a_head(queries, across, d_nope, d_latent))
+        + tally.with(&attention, further(work, position))
+        + T::times(tally.of(&attention), parts - 1);
     if value_project::pays(work.tokens, partials, d_latent) {
         let (tokens, splits, w_offset, w_head) = (work.tokens, partials, d_nope.saturating_mul(d_latent), head_weights);
         let values = ValueProject { tokens, n_head, d_latent, d_value, splits, w_offset, w_head, storage };

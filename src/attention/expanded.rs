@@ -1,6 +1,7 @@
 //! Attention over keys and values that are rebuilt from the cache, one tile of cache rows at a time.
 
 use super::frame::{Frame, Latents, Partials, Statistics};
+use super::parts::StepPart;
 use super::project::{Hidden, combine};
 use super::step::{Mode, Table};
 use crate::adapter::{Cooperative, PlanContext};
@@ -20,23 +21,25 @@ fn by_matrices<O: Op>(op: &O, context: &PlanContext) -> bool {
 impl<'a> Frame<'a> {
     pub fn attend_expanded(&mut self, out: Hidden<'_>) -> Result<()> {
         let step = self.step;
-        let mut first = 0;
-        while first < step.rows {
-            let rows = self.workspace.tile_rows.min(step.rows - first);
-            // The padding behind the last sequence is never read.
-            let used = rows.min(step.used_rows - first);
-            match step.mode {
-                Mode::Prefill => {
-                    let op = self.prefill_of(first, rows, used);
-                    let kv = self.rebuild(first, used, op.kv)?;
-                    self.prefill_tile(&op, kv)?;
+        for part in &step.parts {
+            let mut first = part.rows.start;
+            while first < part.rows.end {
+                let rows = self.workspace.tile_rows.min(part.rows.end - first);
+                // The padding behind the last sequence is never read.
+                let used = rows.min(step.used_rows - first);
+                match step.mode {
+                    Mode::Prefill => {
+                        let op = self.prefill_of(part, first, rows, used);
+                        let kv = self.rebuild(part, first, used, op.kv)?;
+                        self.prefill_tile(part, &op, kv)?;
+                    }
+                    Mode::Decode => {
+                        let kv = self.rebuild(part, first, used, Storage::F32)?;
+                        self.decode_tile(part, first, rows, kv)?;
+                    }
                 }
-                Mode::Decode => {
-                    let kv = self.rebuild(first, used, Storage::F32)?;
-                    self.decode_tile(first, rows, kv)?;
-                }
+                first += rows;
             }
-            first += rows;
         }
         match step.mode {
             Mode::Prefill => self.project_out(out),
@@ -46,7 +49,7 @@ impl<'a> Frame<'a> {
 
     /// Attention of a prefill over a tile of which `used` rows are read. Keys and values are halves where matrices make them and
     /// attend to them, which would round them for every tile of queries; a gate on them works in f32.
-    fn prefill_of(&self, kv_first: u32, kv_rows: u32, used: u32) -> AttentionPrefill {
+    fn prefill_of(&self, part: &StepPart, kv_first: u32, kv_rows: u32, used: u32) -> AttentionPrefill {
         let (layer, step) = (self.layer, self.step);
         let op = AttentionPrefill {
             tokens: step.tokens,
@@ -60,7 +63,7 @@ impl<'a> Frame<'a> {
             d_value: layer.widths.d_value,
             kv_first,
             kv_rows,
-            cache_rows: self.cache.rows(),
+            cache_rows: self.part(part).rows,
             first: kv_first == 0,
             last: kv_first + kv_rows == step.rows,
             scale: layer.config.scale() as f32,
@@ -76,37 +79,39 @@ impl<'a> Frame<'a> {
         if of_halves && by_matrices(&halves, context) && by_matrices(&made, context) { halves } else { op }
     }
 
-    fn prefill_tile(&mut self, op: &AttentionPrefill, kv: &Region) -> Result<()> {
+    fn prefill_tile(&mut self, part: &StepPart, op: &AttentionPrefill, kv: &Region) -> Result<()> {
         let workspace = self.workspace;
         let args = attention_prefill::Args {
             q: &workspace.q,
             kv,
-            rope_cache: &self.cached.rope_key,
+            rope_cache: &self.part(part).rope_key,
             queries: &self.table(Table::Queries),
-            sequences: &self.table(Table::Sequences),
+            sequences: &self.table_of(part, Table::Sequences),
             values: &workspace.values,
             softmax: &workspace.softmax,
         };
         self.recording.add_own(op, args)
     }
 
-    fn decode_tile(&mut self, kv_first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
+    fn decode_tile(&mut self, part: &StepPart, first: u32, kv_rows: u32, kv: &Region) -> Result<()> {
         let (layer, step, workspace) = (self.layer, self.step, self.workspace);
+        let cached = self.part(part);
         let op = attention_decode::AttentionDecode {
             tokens: step.tokens,
             most_tokens: step.most_tokens,
             partials: step.partials,
             split: step.split,
-            n_sequence: step.n_sequence,
+            n_sequence: part.n_sequence,
             n_head: layer.widths.n_head,
             n_kv_head: layer.widths.n_head,
             d_nope: layer.widths.d_nope,
             d_rope: layer.widths.d_rope,
             d_value: layer.widths.d_value,
-            kv_first,
+            // Its table counts from the part's first row.
+            kv_first: first - part.rows.start,
             kv_rows,
             kv_pitch: layer.widths.d_kv(),
-            cache_rows: self.cache.rows(),
+            cache_rows: cached.rows,
             scale: layer.config.scale() as f32,
             storage: self.cache.options().storage,
             kv_storage: Storage::F32,
@@ -114,8 +119,8 @@ impl<'a> Frame<'a> {
         let args = attention_decode::Args {
             q: &workspace.q,
             kv,
-            rope_cache: &self.cached.rope_key,
-            sequences: &self.table(Table::Decoding),
+            rope_cache: &cached.rope_key,
+            sequences: &self.table_of(part, Table::Decoding),
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
@@ -124,14 +129,15 @@ impl<'a> Frame<'a> {
 
     /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile, gated and normed where the configuration says so, in `storage`
     /// where there is no gate on them.
-    fn rebuild(&mut self, first_row: u32, rows: u32, storage: Storage) -> Result<&'a Region> {
+    fn rebuild(&mut self, part: &StepPart, first_row: u32, rows: u32, storage: Storage) -> Result<&'a Region> {
         let (layer, workspace) = (self.layer, self.workspace);
+        let cached = self.part(part);
         let widths = &layer.widths;
         let gate = layer.config.up_projected_gate();
         let op = cache_read::CacheRead {
             first_row,
             rows,
-            cache_rows: self.cache.rows(),
+            cache_rows: cached.rows,
             d_latent: widths.d_latent,
             n_sequence: self.step.n_sequence,
             table: gate.map(|gate| cache_read::Table {
@@ -146,9 +152,9 @@ impl<'a> Frame<'a> {
             None => &self.absent,
         };
         let args = cache_read::Args {
-            latent_cache: &self.cached.latent,
+            latent_cache: &cached.latent,
             id_cache: &self.cache.ids().unwrap_or_else(|| self.absent.clone()),
-            sequences: &self.table(Table::Sequences),
+            sequences: &self.table_of(part, Table::Sequences),
             gate_embedding,
             latent: &workspace.tile_latent,
             embedding: &workspace.gate_rows,
@@ -158,9 +164,8 @@ impl<'a> Frame<'a> {
         let op = Matmul { y_storage: storage, ..self.linear(rows, widths.d_latent, widths.d_kv()) };
         self.product(&op, &workspace.tile_latent, &layer.weights.kv_b_proj, None, &workspace.kv)?;
         let Some(gate) = gate else { return Ok(&workspace.kv) };
-        let cache_rows = self.cache.rows();
-        let statistics = self.cached.statistics.as_ref();
-        let statistics = statistics.map(|to| Statistics { slots: &workspace.tile_slots, to, rows: cache_rows });
+        let statistics = cached.statistics.as_ref();
+        let statistics = statistics.map(|to| Statistics { slots: &workspace.tile_slots, to, rows: cached.rows });
         let x = Latents { region: &workspace.kv, offset: 0, row: widths.d_kv() };
         self.gate(gate, rows, x, statistics, &workspace.kv_gated)?;
         Ok(&workspace.kv_gated)

@@ -2,7 +2,8 @@
 
 use super::cache::LatentCache;
 use super::layer::Attention;
-use super::layout::LayerCache;
+use super::layout::{CachePart, LayerCache};
+use super::parts::StepPart;
 use super::step::{Step, Table};
 use super::weights::GateWeights;
 use super::widths::gated_segments;
@@ -73,6 +74,21 @@ impl<'a> Frame<'a> {
 
     pub fn table(&self, table: Table) -> Region {
         self.step.table(&self.tables, table)
+    }
+
+    /// A table that every part of the cache has.
+    pub fn table_of(&self, part: &StepPart, table: Table) -> Region {
+        self.step.table_of(part, &self.tables, table)
+    }
+
+    /// The layer's rows in a part of the cache.
+    pub fn part(&self, part: &StepPart) -> &'a CachePart {
+        &self.cached.parts[part.index]
+    }
+
+    /// The layer's rows where the kernels of a path bind them all: such a cache has one part.
+    pub fn sole_part(&self) -> &'a CachePart {
+        &self.cached.parts[0]
     }
 
     pub fn ids(&self) -> Region {

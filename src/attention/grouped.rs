@@ -123,6 +123,7 @@ impl Frame<'_> {
         let (Some(lists), Some(gate)) = (self.cache.lists(), layer.config.up_projected_gate()) else { return Ok(()) };
         let table = Region::from(&lists.buffer);
         let source = self.gate_source(lists);
+        let cached = self.sole_part();
         let pass_groups = if grouped.projected { lists.layout.pass_groups.min(grouped.groups) } else { grouped.groups };
         for pass_index in 0..grouped.passes {
             let first_group = pass_index * pass_groups;
@@ -169,9 +170,9 @@ impl Frame<'_> {
                 tiling: grouped.tiling,
                 table: lists.layout.table,
                 list_words: lists.layout.words,
-                cache_rows: self.cache.rows(),
-                rope_byte: self.cached.rope_key.offset,
-                statistics_byte: self.cached.statistics.as_ref().map_or(0, |statistics| statistics.offset),
+                cache_rows: cached.rows,
+                rope_byte: cached.rope_key.offset,
+                statistics_byte: cached.statistics.as_ref().map_or(0, |statistics| statistics.offset),
                 resident: source.resident,
                 gates_storage: source.storage,
                 more,
@@ -194,7 +195,7 @@ impl Frame<'_> {
                 affine: self.gate_weights()?.affine.as_ref().unwrap_or(&self.absent),
                 gates: &source.gates,
                 gates_more: &source.more,
-                cache: &self.cached.whole,
+                cache: &cached.whole,
                 lists: &table,
                 partial: &workspace.grouped,
             };
@@ -221,7 +222,7 @@ impl Frame<'_> {
             resident: source.resident,
             more,
             more_first,
-            cache_rows: self.cache.rows(),
+            cache_rows: self.sole_part().rows,
             eps: gate.norm_eps as f32,
             activation: gate.activation,
             norm: gate.norm,
@@ -234,7 +235,7 @@ impl Frame<'_> {
             gates_more: &source.more,
             rows: &self.table(Table::GateRows),
             slots: &self.table(Table::Slots),
-            statistics: self.cached.statistics.as_ref().unwrap_or(&self.absent),
+            statistics: self.sole_part().statistics.as_ref().unwrap_or(&self.absent),
         };
         self.recording.add_own(&op, args)
     }

@@ -199,6 +199,8 @@ impl KvCache {
         let extents = Extents {
             batch: options.batch,
             capacity: options.capacity,
+            pitch: pitch(options.capacity, Numbering::InPlace),
+            part_rows: u32::MAX,
             numbering: Numbering::InPlace,
             max_tokens: workspace.max_tokens,
             decode_tokens: workspace.decode_tokens,

@@ -1,5 +1,6 @@
 //! Bytes of a cache and of its parts: every limit is checked here, before anything is allocated.
 
+use super::batch::{Numbering, pitch};
 use super::cache::CacheOptions;
 use super::groups;
 use super::lists::GateRows;
@@ -9,17 +10,25 @@ use crate::adapter::PlanContext;
 use crate::config::{AttentionConfig, GateNorm};
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
+use crate::kernels::attention_decode::SPLIT;
 use crate::kernels::attention_grouped::{SEQUENCE_WORDS, Tiling, tiling};
-use crate::storage::{padded, product, words};
+use crate::storage::{Storage, padded, product, words};
 
-/// One layer's latents, rotary keys and statistics, in one buffer: one binding for kernels that need all.
+/// One layer's rows of a cache, in the order of its parts.
 #[derive(Debug)]
 pub(super) struct LayerCache {
+    pub parts: Vec<CachePart>,
+    pub pool: Option<Region>,
+}
+
+/// Latents, rotary keys and statistics in one buffer: one binding for kernels that need all.
+#[derive(Debug)]
+pub(super) struct CachePart {
+    pub rows: u32,
     pub whole: Region,
     pub latent: Region,
     pub rope_key: Region,
     pub statistics: Option<Region>,
-    pub pool: Option<Region>,
 }
 
 /// Offsets within the group lists.
@@ -88,15 +97,77 @@ impl ListLayout {
     }
 }
 
-/// Offsets within a cache.
+/// Offsets within a part of a layer's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CacheLayout {
+struct PartLayout {
+    rows: u32,
     latent: u64,
     rope_byte: u64,
     rope_key: u64,
     statistics_byte: u64,
-    /// 0 without a norm of gated keys and values.
     statistics: u64,
+}
+
+impl PartLayout {
+    /// Bytes of the buffer.
+    fn whole(&self) -> u64 {
+        self.statistics_byte.saturating_add(self.statistics)
+    }
+
+    fn allocate(&self, kernels: &Kernels) -> Result<CachePart> {
+        let buffer = kernels.allocate("egmla.cache.layer", self.whole())?;
+        Ok(CachePart {
+            rows: self.rows,
+            whole: Region::from(&buffer),
+            latent: Region::new(&buffer, 0, self.latent),
+            rope_key: Region::new(&buffer, self.rope_byte, self.rope_key),
+            statistics: (self.statistics > 0).then(|| Region::new(&buffer, self.statistics_byte, self.statistics)),
+        })
+    }
+}
+
+/// What the parts of a layer's cache have of every row.
+#[derive(Debug, Clone, Copy)]
+struct RowWidths {
+    latent: u32,
+    rope_key: u32,
+    /// Gated keys and values are normed.
+    statistics: bool,
+    storage: Storage,
+    /// Of the beginning of a binding.
+    alignment: u64,
+}
+
+impl RowWidths {
+    /// A part of `rows` rows.
+    fn part(&self, rows: u32) -> PartLayout {
+        let stored = |width: u32| self.storage.sized(width.into()).saturating_mul(rows.into());
+        let latent = stored(self.latent);
+        let rope_byte = padded(latent, self.alignment);
+        let rope_key = stored(self.rope_key).max(16);
+        let statistics_byte = padded(rope_byte.saturating_add(rope_key), self.alignment);
+        let statistics = if self.statistics { (u64::from(rows) * 8).next_multiple_of(16) } else { 0 };
+        PartLayout { rows, latent, rope_byte, rope_key, statistics_byte, statistics }
+    }
+
+    /// Rows of the largest part that `bytes` hold, in whole splits, at least one.
+    fn most_rows(&self, bytes: u64) -> u32 {
+        let split = self.part(SPLIT).whole();
+        (bytes / split.max(1)).clamp(1, u64::from((u32::MAX >> 1) / SPLIT)) as u32 * SPLIT
+    }
+}
+
+/// Offsets within a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CacheLayout {
+    /// Cache rows from one sequence to the next.
+    pub pitch: u32,
+    /// Cache rows of a part: see [`super::parts`].
+    pub part_rows: u32,
+    /// Parts before the last, all alike.
+    full_parts: u32,
+    full: PartLayout,
+    last: PartLayout,
     /// Bytes of a layer's pool of gate rows.
     pool: Option<u64>,
     pub lists: Option<ListLayout>,
@@ -114,23 +185,36 @@ impl CacheLayout {
         options: &CacheOptions,
         gate_rows: GateRows,
     ) -> Result<Self> {
-        let rows = options.check_extents(options.capacity)?;
-        // The kernels bind a layer's cache whole.
-        let bytes = |what: &str, needed: u64| {
-            let what = || format!("{what} of {} sequences × {} tokens", options.batch, options.capacity);
-            context.check_binding(needed, what).map(|()| needed)
-        };
-        let stored = |width: u32| options.storage.sized(width.into()).saturating_mul(rows);
         let gate = config.up_projected_gate();
-        // Each part begins at a binding's alignment.
-        let alignment = u64::from(context.limits.min_storage_buffer_offset_alignment.max(16));
-        let latent = bytes("latent cache", stored(widths.d_latent))?;
-        let rope_byte = padded(latent, alignment);
-        let rope_key = stored(widths.d_rope).max(16);
-        let statistics_byte = padded(rope_byte.saturating_add(rope_key), alignment);
-        let has_statistics = gate.is_some_and(|gate| gate.norm != GateNorm::None);
-        let statistics = if has_statistics { (rows * 8).next_multiple_of(16) } else { 0 };
-        bytes("latent cache with rotary keys and statistics", statistics_byte.saturating_add(statistics))?;
+        let row = RowWidths {
+            latent: widths.d_latent,
+            rope_key: widths.d_rope,
+            statistics: gate.is_some_and(|gate| gate.norm != GateNorm::None),
+            storage: options.storage,
+            alignment: u64::from(context.limits.min_storage_buffer_offset_alignment.max(16)),
+        };
+        let whole = row.part(options.check_extents(options.capacity)?);
+        // Cut where one binding does not hold it; the absorbed decode of a gate on keys and values binds it whole.
+        let cut = whole.whole() > context.largest_binding();
+        if cut && gate.is_some() {
+            let what = || {
+                let CacheOptions { batch, capacity, .. } = options;
+                format!("latent cache with rotary keys and statistics of {batch} sequences × {capacity} tokens")
+            };
+            context.check_binding(whole.whole(), what)?;
+        }
+        let (pitch, part_rows, full_parts, last) = if cut {
+            let pitch = pitch(options.capacity, Numbering::InPlace);
+            let rows = options.check_extents(pitch)?;
+            let split = row.part(SPLIT).whole();
+            context.check_binding(split, || format!("latents and rotary keys of {SPLIT} cache rows"))?;
+            let part_rows = row.most_rows(context.largest_binding());
+            let full_parts = (rows - 1) / part_rows;
+            (pitch, part_rows, full_parts, row.part(rows - full_parts * part_rows))
+        } else {
+            (options.capacity, u32::MAX, 0, whole)
+        };
+        let full = if cut { row.part(part_rows) } else { whole };
         let pool = match (gate, gate_rows) {
             (Some(_), GateRows::Pool { rows }) => {
                 let needed = options.storage.sized(product(&[rows, widths.d_kv()]));
@@ -143,23 +227,27 @@ impl CacheLayout {
         let lists =
             gate.map(|gate| ListLayout::new(context, widths, gate_rows, extents, gate.vocab_size)).transpose()?;
         let workspace = Workspace::check(context, config, widths, options, lists.as_ref())?;
-        Ok(CacheLayout { latent, rope_byte, rope_key, statistics_byte, statistics, pool, lists, workspace })
+        Ok(CacheLayout { pitch, part_rows, full_parts, full, last, pool, lists, workspace })
     }
 
-    /// Bytes of one layer's buffer.
-    pub fn whole(&self) -> u64 {
-        self.statistics_byte + self.statistics
+    /// Parts of a layer's cache.
+    pub fn n_part(&self) -> u32 {
+        self.full_parts + 1
     }
 
     /// Bytes of a cache of `n_layer` layers.
     pub fn memory(&self, n_layer: u32) -> MemoryReport {
         let of_layers = |bytes: u64| bytes.saturating_mul(n_layer.into());
+        let of_parts = |bytes: fn(&PartLayout) -> u64| {
+            let full = bytes(&self.full).saturating_mul(self.full_parts.into());
+            of_layers(full.saturating_add(bytes(&self.last)))
+        };
         MemoryReport {
-            latent: of_layers(self.latent),
-            rope_key: of_layers(self.rope_key),
+            latent: of_parts(|part| part.latent),
+            rope_key: of_parts(|part| part.rope_key),
             keys_and_values: 0,
             lists: self.lists.map_or(0, |lists| words(lists.words.into())),
-            statistics: of_layers(self.statistics),
+            statistics: of_parts(|part| part.statistics),
             gate_rows: of_layers(self.pool.unwrap_or(0)),
             workspace: self.workspace,
         }
@@ -167,15 +255,10 @@ impl CacheLayout {
 
     /// One layer's part of the cache.
     pub fn allocate(&self, kernels: &Kernels) -> Result<LayerCache> {
-        let buffer = kernels.allocate("egmla.cache.layer", self.whole())?;
+        let full = (0..self.full_parts).map(|_| self.full);
+        let parts = full.chain([self.last]).map(|part| part.allocate(kernels)).collect::<Result<_>>()?;
         let pool = self.pool.map(|bytes| kernels.allocate("egmla.cache.gate_rows", bytes)).transpose()?;
-        Ok(LayerCache {
-            whole: Region::from(&buffer),
-            latent: Region::new(&buffer, 0, self.latent),
-            rope_key: Region::new(&buffer, self.rope_byte, self.rope_key),
-            statistics: (self.statistics > 0).then(|| Region::new(&buffer, self.statistics_byte, self.statistics)),
-            pool: pool.as_ref().map(Region::from),
-        })
+        Ok(LayerCache { parts, pool: pool.as_ref().map(Region::from) })
     }
 }
 
@@ -184,7 +267,7 @@ impl CacheOptions {
     ///
     /// # Errors
     /// Extents of 0 or over 2^31 cache rows.
-    pub(super) fn check_extents(&self, pitch: u32) -> Result<u64> {
+    pub(super) fn check_extents(&self, pitch: u32) -> Result<u32> {
         for (what, extent) in [
             ("layers of the cache", self.n_layer),
             ("sequences of the cache", self.batch),
@@ -204,7 +287,7 @@ impl CacheOptions {
                 limit: most,
             }));
         }
-        Ok(rows)
+        Ok(rows as u32)
     }
 }
 

@@ -29,6 +29,7 @@ mod layer;
 mod layout;
 mod limits;
 mod lists;
+mod parts;
 mod project;
 mod step;
 mod table;

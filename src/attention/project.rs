@@ -69,9 +69,9 @@ impl<'a> Frame<'a> {
         let apart = low_rank.is_some() && (step.tokens > FEW_ROWS || whole.is_none());
         let n_head = if apart { 0 } else { widths.n_head };
         let queries = cache_append::Queries { n_head, offset: 0, d_nope: widths.d_nope, low_rank };
-        let op = cache_append::CacheAppend {
+        let mut op = cache_append::CacheAppend {
             tokens: step.tokens,
-            cache_rows: self.cache.rows(),
+            cache_rows: 0,
             row: widths.down(),
             latent_offset: widths.query_down(),
             d_latent: widths.d_latent,
@@ -90,21 +90,27 @@ impl<'a> Frame<'a> {
                 first: widths.kept(step.tokens),
                 columns: if keeps_values { widths.d_kv() } else { 0 },
             }),
-            rope_byte: self.cached.rope_key.offset,
+            rope_byte: 0,
             weights: layer.storage,
             storage: self.cache.options().storage,
         };
-        let args = cache_append::Args {
-            x: &workspace.down,
-            weight: weights.norms.as_ref().unwrap_or(&self.absent),
-            g: if keeps_values && gate.is_none() { &weights.kv_b_proj } else { &workspace.gate },
-            rotations: &self.table(Table::Rotations),
-            slots: &self.table(Table::Slots),
-            cache: &self.cached.whole,
-            q: &workspace.q,
-            w: whole.map_or(&self.absent, |whole| &whole.proj),
-        };
-        self.recording.add_own(&op, args)?;
+        for part in step.parts.iter().filter(|part| part.appended) {
+            let cached = self.part(part);
+            (op.cache_rows, op.rope_byte) = (cached.rows, cached.rope_key.offset);
+            let args = cache_append::Args {
+                x: &workspace.down,
+                weight: weights.norms.as_ref().unwrap_or(&self.absent),
+                g: if keeps_values && gate.is_none() { &weights.kv_b_proj } else { &workspace.gate },
+                rotations: &self.table(Table::Rotations),
+                slots: &self.table_of(part, Table::Slots),
+                cache: &cached.whole,
+                q: &workspace.q,
+                w: whole.map_or(&self.absent, |whole| &whole.proj),
+            };
+            self.recording.add_own(&op, args)?;
+            // Once is enough for what is not of the cache.
+            (op.queries, op.kept) = (cache_append::Queries::default(), None);
+        }
         if apart { self.project_queries() } else { Ok(()) }
     }
 

@@ -10,6 +10,7 @@ use super::cache::LatentCache;
 use super::kv_cache::KvCache;
 use super::layer::DecodePath;
 use super::lists::{Grouped, ListStep};
+use super::parts::{PartTables, StepPart, cut};
 use crate::adapter::PlanContext;
 use crate::config::GateConfig;
 use crate::device::{Kernels, Region};
@@ -42,8 +43,9 @@ pub struct StepTokens<'a> {
     pub ids: Option<&'a [u32]>,
 }
 
-/// Tables of a step in memory order: those whose size changes from step to step come last.
-#[derive(Debug, Clone, Copy)]
+/// Tables of a step in memory order: those whose size changes from step to step come last, but for those of further
+/// [`Step::parts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Table {
     /// `[tokens]` u32: cache rows.
     Slots,
@@ -73,29 +75,32 @@ pub(super) enum Table {
 
 const TABLES: usize = Table::Patches as usize + 1;
 
+/// Tables that each part of the cache has, as [`PartTables::bytes`] has them.
+const OF_PARTS: [Table; 3] = [Table::Slots, Table::Sequences, Table::Decoding];
+
 /// The tables of a step, one after another, each where a storage binding may begin.
 #[derive(Debug, Default)]
 struct Tables {
     bytes: Vec<u8>,
     /// Offset and size.
-    parts: [(u64, u64); TABLES],
+    places: Vec<(u64, u64)>,
 }
 
 impl Tables {
-    fn new(tables: [&[u8]; TABLES], alignment: u32) -> Self {
-        let mut parts = [(0, 0); TABLES];
+    fn new(tables: &[&[u8]], alignment: u32) -> Self {
+        let mut places = Vec::with_capacity(tables.len());
         let mut end = 0;
-        for (part, table) in parts.iter_mut().zip(tables) {
+        for table in tables {
             // Sizes are powers of two: the next step's tables get the same offsets and bindings.
             let (offset, size) = (end, table.len().max(16).next_power_of_two());
-            *part = (offset as u64, size as u64);
+            places.push((offset as u64, size as u64));
             end = (offset + size).next_multiple_of(alignment as usize);
         }
         let mut bytes = vec![0; end];
-        for ((offset, _), table) in parts.iter().zip(tables) {
+        for ((offset, _), table) in places.iter().zip(tables) {
             bytes[*offset as usize..][..table.len()].copy_from_slice(table);
         }
-        Tables { bytes, parts }
+        Tables { bytes, places }
     }
 }
 
@@ -124,6 +129,8 @@ pub struct Step {
     pub(super) expected_positions: u64,
     /// Cache rows of the new tokens of each sequence that has some.
     pub(super) appended: Vec<Range<u32>>,
+    /// Parts of the cache that hold its rows, first to last.
+    pub(super) parts: Vec<StepPart>,
     pub(super) lists: ListStep,
     tables: Tables,
     has_ids: bool,
@@ -157,7 +164,7 @@ impl LatentCache {
             _ => ListStep::default(),
         };
         let ranges = check_ranges(&rows.ranges);
-        let mut step = Step::new(rows, mode, ids, lists, &self.kernels, self.stamp());
+        let mut step = Step::new(rows, mode, ids, lists, (&self.kernels, &self.batch));
         let checked = ranges
             .and_then(|()| step.grouped().map_or(Ok(()), |grouped| check_ranges(&grouped.ranges)))
             .and_then(|()| if decode { self.path_of(&step) } else { Ok(DecodePath::Expanded) });
@@ -184,7 +191,7 @@ impl KvCache {
         check_ids(None, ids, rows.slots.len() as u32)?;
         check_ranges(&rows.ranges)?;
         self.batch.settle();
-        Ok(Step::new(rows, mode, ids, ListStep::default(), &self.kernels, self.batch.stamp()))
+        Ok(Step::new(rows, mode, ids, ListStep::default(), (&self.kernels, &self.batch)))
     }
 }
 
@@ -288,26 +295,33 @@ impl Rows {
 
 impl Step {
     /// The step of rows that have been checked.
-    fn new(rows: Rows, mode: Mode, ids: Option<&[u32]>, lists: ListStep, kernels: &Kernels, stamp: (u64, u64)) -> Self {
+    fn new(
+        rows: Rows,
+        mode: Mode,
+        ids: Option<&[u32]>,
+        lists: ListStep,
+        (kernels, batch): (&Kernels, &Batch),
+    ) -> Self {
         let decoding = if mode == Mode::Decode { &rows.decoding[..] } else { &[] };
+        let parts = cut(batch.part_rows, &rows.slots, &rows.sequences, decoding, rows.end);
+        let [slots, sequences, of_decoding] = parts.first().map(PartTables::bytes).unwrap_or_default();
         let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
-        let tables = Tables::new(
-            [
-                cast_slice(&rows.slots),
-                cast_slice(&rows.rotations),
-                cast_slice(&rows.sequences),
-                cast_slice(decoding),
-                cast_slice(&rows.queries),
-                cast_slice(&rows.ranges),
-                cast_slice(ids.unwrap_or_default()),
-                cast_slice(&lists.token_rows),
-                cast_slice(grouped_ranges),
-                cast_slice(&lists.fills.0),
-                cast_slice(&lists.fills.1),
-                cast_slice(&lists.patches),
-            ],
-            kernels.context().limits.min_storage_buffer_offset_alignment,
-        );
+        let mut tables: Vec<&[u8]> = vec![
+            slots,
+            cast_slice(&rows.rotations),
+            sequences,
+            of_decoding,
+            cast_slice(&rows.queries),
+            cast_slice(&rows.ranges),
+            cast_slice(ids.unwrap_or_default()),
+            cast_slice(&lists.token_rows),
+            cast_slice(grouped_ranges),
+            cast_slice(&lists.fills.0),
+            cast_slice(&lists.fills.1),
+            cast_slice(&lists.patches),
+        ];
+        tables.extend(parts.iter().skip(1).flat_map(PartTables::bytes));
+        let tables = Tables::new(&tables, kernels.context().limits.min_storage_buffer_offset_alignment);
         // Each count is within the capacity, so the sum is within the cache's rows.
         let tokens = rows.slots.len() as u32;
         let new = rows.sequences.iter().zip(rows.sequences.iter().skip(1).map(|next| next.token).chain([tokens]));
@@ -330,12 +344,13 @@ impl Step {
                     after - (end - of.token)..after
                 })
                 .collect(),
+            parts: parts.into_iter().map(|tables| tables.part).collect(),
             lists,
             tables,
             has_ids: ids.is_some(),
             identity: identity(),
             lengths_after: rows.lengths,
-            stamp,
+            stamp: batch.stamp(),
         }
     }
 
@@ -354,7 +369,8 @@ impl Step {
         &self.lengths_after
     }
 
-    /// Bytes that a recording of the step uploads; those of a decode step do not depend on the cached tokens.
+    /// Bytes that a recording of the step uploads; those of a decode step do not depend on the cached tokens, but for 256 to
+    /// 768 bytes and more per further binding of cache rows.
     pub fn uploaded_bytes(&self) -> u64 {
         self.tables.bytes.len() as u64
     }
@@ -366,7 +382,20 @@ impl Step {
 
     /// A table's region within `whole`, the region of all tables.
     pub(super) fn table(&self, whole: &Region, table: Table) -> Region {
-        let (offset, size) = self.tables.parts[table as usize];
+        self.table_at(whole, table as usize)
+    }
+
+    /// The region of a table that every part has.
+    pub(super) fn table_of(&self, part: &StepPart, whole: &Region, table: Table) -> Region {
+        let of_part = OF_PARTS.iter().position(|&of| of == table).unwrap_or_default();
+        match part.number {
+            0 => self.table(whole, table),
+            number => self.table_at(whole, TABLES + (number - 1) * OF_PARTS.len() + of_part),
+        }
+    }
+
+    fn table_at(&self, whole: &Region, place: usize) -> Region {
+        let (offset, size) = self.tables.places[place];
         Region::new(&whole.buffer, whole.offset + offset, size)
     }
 
@@ -451,11 +480,11 @@ mod tests {
             let (short, long) = (vec![1; short], vec![2; long]);
             let mut tables = [&short[..]; 12];
             tables[11] = &long;
-            Tables::new(tables, 32)
+            Tables::new(&tables, 32)
         });
-        assert_eq!(a.parts, b.parts);
-        assert!(a.parts.iter().all(|(offset, size)| offset % 32 == 0 && size.is_power_of_two()));
-        assert_eq!(a.parts[11], (32 * 11, 64));
+        assert_eq!(a.places, b.places);
+        assert!(a.places.iter().all(|(offset, size)| offset % 32 == 0 && size.is_power_of_two()));
+        assert_eq!(a.places[11], (32 * 11, 64));
         assert_eq!(a.bytes[32 * 11..][..41], [[2; 40].as_slice(), &[0]].concat());
     }
 }

@@ -1,5 +1,6 @@
 //! Rows of a sequence on the move: to another sequence, to another cache, to bytes and back.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use bytemuck::cast_slice;
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cache::{CacheOptions, LatentCache};
 use super::lists::Lists;
+use super::parts::{Segment, segments};
 use super::step::identity;
 use crate::device::Region;
 use crate::error::{ArgumentError, DataError, Error, Result};
@@ -31,24 +33,49 @@ struct Description {
     storage: Storage,
     n_layer: u32,
     length: u32,
-    /// Of every tensor's bytes, in the order of [`LatentCache::parts`], then of the token ids.
+    /// Of every tensor's bytes, in the order of [`LatentCache::fields`], then of the token ids.
     crc32: u32,
 }
 
-/// A part of one layer's cache: rows of words, sequence after sequence.
-struct Part<'a> {
+/// What a layer's cache has of every token: rows of words, sequence after sequence.
+struct Field<'a> {
     name: String,
-    region: &'a Region,
+    /// Of the parts of the cache.
+    regions: Vec<&'a Region>,
+    part_rows: u32,
     dtype: Dtype,
     /// Elements of a row, with its padding.
     width: u32,
     row_words: u32,
 }
 
-impl Part<'_> {
-    /// The rows of a sequence.
-    fn rows(&self, first_row: u32, rows: u32) -> Region {
-        Region::new(&self.region.buffer, self.region.offset + self.bytes(first_row), self.bytes(rows))
+/// Rows of a field that stand together in a buffer.
+#[derive(Clone)]
+struct Run {
+    region: Region,
+    /// First word within it.
+    word: u32,
+    rows: u32,
+}
+
+impl<'a> Field<'a> {
+    /// The rows of a sequence, part by part.
+    fn runs(&self, first_row: u32, rows: u32) -> impl Iterator<Item = Run> + use<'a, '_> {
+        segments(first_row, rows, self.part_rows).filter_map(|Segment { part, first_row, rows }| {
+            let region = (*self.regions.get(part as usize)?).clone();
+            // Every part is within a binding, so word indices fit 32 bits.
+            Some(Run { region, word: first_row * self.row_words, rows: rows.end - rows.start })
+        })
+    }
+
+    /// The same as regions; one if there are no rows.
+    fn regions(&self, first_row: u32, rows: u32) -> Vec<Region> {
+        let region = |run: Run| {
+            Region::new(&run.region.buffer, run.region.offset + words(run.word.into()), self.bytes(run.rows))
+        };
+        let none = || self.regions.first().map(|of| Region::new(&of.buffer, of.offset, 0));
+        let regions: Vec<_> = self.runs(first_row, rows).map(region).collect();
+        if regions.is_empty() { none().into_iter().collect() } else { regions }
     }
 
     fn bytes(&self, rows: u32) -> u64 {
@@ -56,31 +83,54 @@ impl Part<'_> {
     }
 }
 
+/// Pairs of runs of equal length that two lists of runs are cut into.
+fn paired(from: &[Run], to: &[Run], row_words: u32) -> Vec<(Run, Run)> {
+    let (mut from, mut to) = (from.to_vec(), to.to_vec());
+    let mut pairs = Vec::new();
+    let (mut source, mut sink) = (0, 0);
+    while let (Some(a), Some(b)) = (from.get_mut(source), to.get_mut(sink)) {
+        let rows = a.rows.min(b.rows);
+        pairs.push((Run { rows, ..a.clone() }, Run { rows, ..b.clone() }));
+        for (run, next) in [(a, &mut source), (b, &mut sink)] {
+            run.rows -= rows;
+            run.word += rows * row_words;
+            *next += usize::from(run.rows == 0);
+        }
+    }
+    pairs
+}
+
 fn refuse<T>(problem: String) -> Result<T> {
     Err(DataError::Input(format!("saved sequence: {problem}")).into())
 }
 
 impl LatentCache {
-    /// Every part of every layer that has rows.
-    fn parts(&self) -> Vec<Part<'_>> {
+    /// Every field of every layer that has rows.
+    fn fields(&self) -> Vec<Field<'_>> {
         let storage = self.options.storage;
         let of_storage = if storage == Storage::F32 { Dtype::F32 } else { Dtype::F16 };
-        let mut parts = Vec::new();
+        let part_rows = self.batch.part_rows;
+        let mut fields = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
-            let mut part = |name: &str, region, dtype, width: u32, row_words: u32| {
-                if row_words > 0 {
-                    parts.push(Part { name: format!("layers.{index}.{name}"), region, dtype, width, row_words });
+            let mut field = |name: &str, regions: Vec<_>, dtype, width: u32, row_words: u32| {
+                if row_words > 0 && !regions.is_empty() {
+                    let name = format!("layers.{index}.{name}");
+                    fields.push(Field { name, regions, part_rows, dtype, width, row_words });
                 }
             };
             let stored = |width: u32| (storage.sized(width.into()) / 4) as u32;
             let (d_latent, d_rope) = (self.widths.d_latent, self.widths.d_rope);
-            part("latent", &layer.latent, of_storage, d_latent, stored(d_latent));
-            part("rope_key", &layer.rope_key, of_storage, d_rope, stored(d_rope));
-            if let Some(statistics) = &layer.statistics {
-                part("statistics", statistics, Dtype::F32, 2, 2);
-            }
+            let parts = || layer.parts.iter();
+            field("latent", parts().map(|part| &part.latent).collect(), of_storage, d_latent, stored(d_latent));
+            field("rope_key", parts().map(|part| &part.rope_key).collect(), of_storage, d_rope, stored(d_rope));
+            field("statistics", parts().filter_map(|part| part.statistics.as_ref()).collect(), Dtype::F32, 2, 2);
         }
-        parts
+        fields
+    }
+
+    /// First cache row of a sequence.
+    fn first_row(&self, sequence: usize) -> u32 {
+        sequence as u32 * self.batch.pitch
     }
 
     /// Records the copy of one sequence over another, in every layer; `to` then has the length of `from`.
@@ -96,7 +146,7 @@ impl LatentCache {
         }
         self.settle();
         let mark = recording.mark();
-        self.record_copy(recording, from as u32, to as u32).inspect_err(|_| recording.rewind(mark))?;
+        self.record_copy(recording, from, to).inspect_err(|_| recording.rewind(mark))?;
         if let Some(lists) = &mut self.lists {
             lists.copy(from as u32, to as u32);
         }
@@ -104,20 +154,26 @@ impl LatentCache {
         Ok(())
     }
 
-    fn record_copy(&self, recording: &mut Recording, from: u32, to: u32) -> Result<()> {
-        let length = self.batch.lengths[from as usize];
-        let mut copy = |region: &Region, words: u32, from_word: u32, to_word: u32| {
+    fn record_copy(&self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
+        let length = self.batch.lengths[from];
+        let copy = |recording: &mut Recording, region: &Region, words: u32, from_word: u32, to_word: u32| {
             let op = cache_copy::CacheCopy { words, from_word, to_word };
             recording.add_own(&op, cache_copy::Args { cache: region })
         };
-        for part in self.parts() {
-            // Every cache buffer is within a binding, so word indices fit 32 bits.
-            let first = |sequence: u32| sequence * self.options.capacity * part.row_words;
-            copy(part.region, length * part.row_words, first(from), first(to))?;
+        for field in self.fields() {
+            let runs = |sequence| field.runs(self.first_row(sequence), length).collect::<Vec<_>>();
+            for (from, to) in paired(&runs(from), &runs(to), field.row_words) {
+                let words = to.rows * field.row_words;
+                if from.region.buffer == to.region.buffer {
+                    copy(recording, &from.region, words, from.word, to.word)?;
+                } else {
+                    record_run(recording, (from, to), words)?;
+                }
+            }
         }
         let Some(lists) = &self.lists else { return Ok(()) };
-        for (from_word, to_word, words) in lists.copies(from, to, length) {
-            copy(&Region::from(&lists.buffer), words, from_word, to_word)?;
+        for (from_word, to_word, words) in lists.copies(from as u32, to as u32, length) {
+            copy(recording, &Region::from(&lists.buffer), words, from_word, to_word)?;
         }
         Ok(())
     }
@@ -146,9 +202,9 @@ impl LatentCache {
         }
         let length = source.batch.lengths[from];
         let ids = source.lists.as_ref().map_or(&[][..], |lists| lists.ids_of(from, length));
-        let first_row = from as u32 * source.options.capacity;
-        let parts = source.parts();
-        let sources: Vec<_> = parts.iter().map(|part| (part.region.clone(), first_row * part.row_words)).collect();
+        let fields = source.fields();
+        let sources: Vec<Vec<_>> =
+            fields.iter().map(|field| field.runs(source.first_row(from), length).collect()).collect();
         self.receive(recording, to, length, ids, &sources)
     }
 
@@ -162,14 +218,14 @@ impl LatentCache {
         }
     }
 
-    /// Makes a sequence `length` rows of other buffers: each with its first word, in the order of [`LatentCache::parts`].
+    /// Makes a sequence `length` rows of other buffers, in the order of [`LatentCache::fields`].
     fn receive(
         &mut self,
         recording: &mut Recording,
         to: usize,
         length: u32,
         ids: &[u32],
-        sources: &[(Region, u32)],
+        sources: &[Vec<Run>],
     ) -> Result<()> {
         recording.kernels().same_device(&self.kernels, "the cache", "recording")?;
         self.check_room(to, length)?;
@@ -189,11 +245,13 @@ impl LatentCache {
         recorded
     }
 
-    fn record_rows(&self, recording: &mut Recording, to: usize, length: u32, sources: &[(Region, u32)]) -> Result<()> {
-        for (part, (source, from_word)) in self.parts().iter().zip(sources) {
-            let to_word = to as u32 * self.options.capacity * part.row_words;
-            let op = cache_move::CacheMove { words: length * part.row_words, from_word: *from_word, to_word };
-            recording.add_own(&op, cache_move::Args { source, sink: part.region })?;
+    fn record_rows(&self, recording: &mut Recording, to: usize, length: u32, sources: &[Vec<Run>]) -> Result<()> {
+        for (field, source) in self.fields().iter().zip(sources) {
+            let sink: Vec<_> = field.runs(self.first_row(to), length).collect();
+            for (from, to) in paired(source, &sink, field.row_words) {
+                let words = to.rows * field.row_words;
+                record_run(recording, (from, to), words)?;
+            }
         }
         Ok(())
     }
@@ -221,15 +279,16 @@ impl LatentCache {
         Ok(())
     }
 
-    /// Where the rows of a sequence stand: what [`LatentCache::save_sequence`] takes once they are read back, by
-    /// [`crate::readback::read`] or by copies in an encoder of your own.
+    /// Where the rows of a sequence stand, one region per layer and field, more where bindings of the cache end: what
+    /// [`LatentCache::save_sequence`] takes once they are read back, by [`crate::readback::read`] or by copies in an encoder of
+    /// your own.
     ///
     /// # Errors
     /// `ArgumentError::OutOfRange` when there is no such sequence.
     pub fn sequence_regions(&self, sequence: usize) -> Result<Vec<Region>> {
         self.batch.check_sequence(sequence)?;
-        let (first_row, length) = (sequence as u32 * self.options.capacity, self.batch.lengths[sequence]);
-        Ok(self.parts().iter().map(|part| part.rows(first_row, length)).collect())
+        let (first_row, length) = (self.first_row(sequence), self.batch.lengths[sequence]);
+        Ok(self.fields().iter().flat_map(|field| field.regions(first_row, length)).collect())
     }
 
     /// A sequence as the bytes of a safetensors file, from the content of [`LatentCache::sequence_regions`]: rows as the cache
@@ -240,19 +299,34 @@ impl LatentCache {
     /// `ArgumentError::OutOfRange` when there is no such sequence, `ArgumentError::Count` for rows of another length.
     pub fn save_sequence(&self, sequence: usize, rows: &[Vec<u8>]) -> Result<Vec<u8>> {
         self.batch.check_sequence(sequence)?;
-        let (parts, length) = (self.parts(), self.batch.lengths[sequence]);
+        let (fields, length) = (self.fields(), self.batch.lengths[sequence]);
         let count = |what, expected, found| Err(ArgumentError::Count { what, expected, found }.into());
-        if rows.len() != parts.len() {
-            return count("regions of a saved sequence", parts.len() as u64, rows.len() as u64);
+        let regions: Vec<_> =
+            fields.iter().map(|field| field.regions(self.first_row(sequence), length)).collect();
+        let expected: usize = regions.iter().map(Vec::len).sum();
+        if rows.len() != expected {
+            return count("regions of a saved sequence", expected as u64, rows.len() as u64);
         }
         let mut crc32 = crc32fast::Hasher::new();
-        let mut views = Vec::new();
-        for (part, rows) in parts.iter().zip(rows) {
-            if part.bytes(length) != rows.len() as u64 {
-                return count("bytes of a region of a saved sequence", part.bytes(length), rows.len() as u64);
+        let mut tensors = Vec::new();
+        let mut rest = rows;
+        for of_field in &regions {
+            let (parts, others) = rest.split_at(of_field.len());
+            rest = others;
+            for (region, rows) in of_field.iter().zip(parts) {
+                if region.size != rows.len() as u64 {
+                    return count("bytes of a region of a saved sequence", region.size, rows.len() as u64);
+                }
+                crc32.update(rows);
             }
-            crc32.update(rows);
-            views.push((part.name.clone(), part.dtype, vec![length as usize, part.width as usize], &rows[..]));
+            tensors.push(match parts {
+                [whole] => Cow::Borrowed(&whole[..]),
+                parts => Cow::Owned(parts.concat()),
+            });
+        }
+        let mut views = Vec::new();
+        for (field, rows) in fields.iter().zip(&tensors) {
+            views.push((field.name.clone(), field.dtype, vec![length as usize, field.width as usize], &rows[..]));
         }
         if let Some(lists) = &self.lists {
             let ids = cast_slice(lists.ids_of(sequence, length));
@@ -282,16 +356,16 @@ impl LatentCache {
     pub fn restore_sequence(&mut self, recording: &mut Recording, sequence: usize, bytes: &[u8]) -> Result<()> {
         let saved = tensors(bytes)?;
         let (length, crc32) = self.check_description(bytes)?;
-        let parts = self.parts();
+        let fields = self.fields();
         let mut hasher = crc32fast::Hasher::new();
         let mut take = |name: &str, dtype: Dtype, shape: &[usize]| {
             let data = take_tensor(&saved, name, dtype, shape)?;
             hasher.update(data);
             Ok::<_, Error>(data)
         };
-        let rows = parts
+        let rows = fields
             .iter()
-            .map(|part| take(&part.name, part.dtype, &[length as usize, part.width as usize]))
+            .map(|field| take(&field.name, field.dtype, &[length as usize, field.width as usize]))
             .collect::<Result<Vec<_>>>()?;
         let ids: Vec<u32> = match &self.lists {
             Some(_) => bytemuck::pod_collect_to_vec(take("token_ids", Dtype::U32, &[length as usize])?),
@@ -310,9 +384,16 @@ impl LatentCache {
         }
         // Refused before anything is allocated.
         self.check_room(sequence, length)?;
-        let sources = rows.iter().zip(&parts).filter(|(rows, _)| !rows.is_empty()).map(|(rows, part)| {
-            let buffer = self.kernels.upload(&format!("egmla.restored.{}", part.name), rows)?;
-            Ok((Region::from(&buffer), 0))
+        let sources = rows.iter().zip(&fields).map(|(rows, field)| {
+            let mut rest = *rows;
+            let upload = |run: Run| {
+                let (own, others) = rest.split_at(rest.len().min(field.bytes(run.rows) as usize));
+                rest = others;
+                let buffer = self.kernels.upload(&format!("egmla.restored.{}", field.name), own)?;
+                Ok(Run { region: Region::from(&buffer), word: 0, rows: run.rows })
+            };
+            // As they will stand: no buffer is larger than a part.
+            field.runs(self.first_row(sequence), length).map(upload).collect::<Result<Vec<_>>>()
         });
         let sources = sources.collect::<Result<Vec<_>>>()?;
         self.receive(recording, sequence, length, &ids, &sources)
@@ -346,6 +427,12 @@ impl LatentCache {
         }
         Ok((found.length, found.crc32))
     }
+}
+
+/// Copies words from one run to another, of another buffer.
+fn record_run(recording: &mut Recording, (from, to): (Run, Run), words: u32) -> Result<()> {
+    let op = cache_move::CacheMove { words, from_word: from.word, to_word: to.word };
+    recording.add_own(&op, cache_move::Args { source: &from.region, sink: &to.region })
 }
 
 /// The bytes of one tensor.

@@ -34,7 +34,7 @@ crate::args! {
         g: Read,
         /// `[tokens, d_rope / 2, 2]` f32: cos and sin of each pair; not bound where nothing is rotated.
         rotations: Read,
-        /// `[tokens]` u32 cache rows, all different.
+        /// `[tokens]` u32 cache rows, all different; [`NO_SLOT`] for tokens that are not appended here.
         slots: Read,
         /// `[n_head · (d_nope + d_rope), rank]` in `weights`, padded with zeros; bound for queries of a low rank alone.
         w: Read,
@@ -44,6 +44,9 @@ crate::args! {
         q: Write,
     }
 }
+
+/// The cache row of a token that another dispatch appends, to another part of the cache.
+pub const NO_SLOT: u32 = u32::MAX;
 
 /// Query heads to copy, or to project, and to rotate.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
