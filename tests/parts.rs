@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Gpu, HIDDEN, VOCAB, config, gpu, gpu_with};
+use egmla::attention::cost::{DecodeWork, decode_time};
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
 use egmla::config::{AttentionConfig, GateSite};
 use egmla::low_level::{AdapterClass, PlanContext};
@@ -278,6 +279,28 @@ fn sequences_move_between_caches_with_other_parts() {
         assert_eq!(cache.lengths(), [519, 520, 521]);
         assert_eq!(save(&cache, 1), save(&whole, 0));
         rig.goes_on(&mut cache, Some(DecodePath::Expanded), &[1, 1, 1], (&text, &outputs));
+    }
+}
+
+/// The model of time counts the dispatches that a step over several parts records.
+#[test]
+fn a_dispatch_per_part_is_counted() {
+    let (config, storage) = (wide(None), Storage::F32);
+    let rig = Rig::new(narrow(storage), &config, storage);
+    let mut cache = rig.cache(1, 1200);
+    let texts = Texts::new(4, &[1100]);
+    for (cached, parts) in [(500, 1), (700, 2), (1024, 3)] {
+        while cache.lengths()[0] < cached {
+            let count = 150.min(cached - cache.lengths()[0]);
+            rig.feed(&mut cache, None, &[count], &texts);
+        }
+        for path in [DecodePath::Absorbed, DecodePath::Expanded] {
+            cache.truncate(0, cached).unwrap();
+            let (_, recorded) = rig.feed(&mut cache, Some(path), &[1], &texts);
+            let work = DecodeWork { parts, ..DecodeWork::one(cached + 1, 0, 0, storage) };
+            let time = decode_time(rig.gpu.kernels.context(), &config, &work, path, 256, storage);
+            assert_eq!(recorded, time.dispatches as usize, "{path:?}, {cached}");
+        }
     }
 }
 

@@ -111,7 +111,8 @@ impl LatentCache {
     /// Allocates a cache for a layer, or for several of its configuration.
     ///
     /// # Errors
-    /// Extents of 0 or over 2^31 cache rows; a buffer over the device's limits, before any is allocated; no memory left.
+    /// Extents of 0 or over 2^31 cache rows; a buffer over the device's limits, or a layer's rows over one binding with the gate
+    /// at `up_projected`, before any is allocated; no memory left.
     pub fn new(attention: &Attention, options: CacheOptions) -> Result<Self> {
         let Attention { kernels, config, storage, gate_rows, .. } = attention;
         LatentCache::with(kernels, config, (*storage, *gate_rows), options)

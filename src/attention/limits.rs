@@ -20,13 +20,15 @@ impl AttentionConfig {
     /// ```
     /// # let config = egmla::AttentionConfig::from_json(r#"{"hidden_size": 7168, "num_attention_heads": 128,
     /// #     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}"#)?;
-    /// // DeepSeek-V3 fits WebGPU's defaults: a matrix that one binding does not hold, as its `o_proj`, is kept in shards.
-    /// let limits = config.required_limits(Default::default(), &Default::default())?;
-    /// assert_eq!(limits, wgpu::Limits::default());
-    /// // Latents of 512 and rotary keys of 64 elements: 100 000 tokens in f32 are more than 128 MiB.
-    /// let options = egmla::CacheOptions { capacity: 100_000, ..Default::default() };
+    /// // DeepSeek-V3 fits WebGPU's defaults: a matrix that one binding does not hold, as its `o_proj`, is kept in shards, and so
+    /// // are the latents and rotary keys of 128k tokens.
+    /// let options = egmla::CacheOptions { capacity: 131_072, ..Default::default() };
     /// let limits = config.required_limits(Default::default(), &options)?;
-    /// assert_eq!(limits.max_storage_buffer_binding_size, 100_000 * (512 + 64) * 4);
+    /// assert_eq!(limits, wgpu::Limits::default());
+    /// // A prefill of 8192 tokens has more than 128 MiB of queries at once.
+    /// let options = egmla::CacheOptions { capacity: 8192, max_tokens: 8192, ..Default::default() };
+    /// let limits = config.required_limits(Default::default(), &options)?;
+    /// assert!(limits.max_storage_buffer_binding_size >= 8192 * 128 * (128 + 64) * 4);
     /// # Ok::<(), egmla::Error>(())
     /// ```
     ///

@@ -369,8 +369,8 @@ impl Step {
         &self.lengths_after
     }
 
-    /// Bytes that a recording of the step uploads; those of a decode step do not depend on the cached tokens, but for 256 to
-    /// 768 bytes and more per further binding of cache rows.
+    /// Bytes that a recording of the step uploads; those of a decode step do not depend on the cached tokens, but for three small
+    /// tables per further part of the cache that has rows of the step.
     pub fn uploaded_bytes(&self) -> u64 {
         self.tables.bytes.len() as u64
     }

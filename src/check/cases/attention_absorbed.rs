@@ -1,12 +1,14 @@
 //! Cases of `attention_absorbed`: ragged batches of one new token and of several, latents of every width, and the extremes.
 
-use super::batch::{Widths, cache_rows, compare_softmax, decoding, few_new, few_sizes, splits};
+use std::ops::Range;
+
+use super::batch::{Batch, Widths, cache_rows, compare_softmax, decoding, few_new, few_sizes, row_words, splits};
 use super::extreme::{Extreme, attention_tolerance};
 use super::{Launch, SEED, each_able, rounds_to_halves, widen};
 use crate::check::compare::{Comparison, HALF_ROUNDOFF, Tolerance};
 use crate::check::{Case, Lab, name_of, outcome, pack};
 use crate::error::Result;
-use crate::kernels::attention_decode::{SPLIT, SPLITS};
+use crate::kernels::attention_decode::{DecodeSequence, SPLIT, SPLITS};
 use crate::kernels::{AttentionAbsorbed, attention_absorbed};
 use crate::random::Random;
 use crate::reference;
@@ -46,6 +48,10 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             absorbed(cases, named("wide", widths, storage), &[70, 3, 257], 2, widths, storage, plain);
         }
     }
+    // A cache in two parts, with candidates on both sides of their border.
+    for storage in Storage::ALL {
+        parted(cases, format!("parts/{}", storage.name()), storage);
+    }
     // The longest, then DeepSeek-V3's widths: the query is staged in several chunks.
     for (name, lengths, widths) in [("t32768", &[32_768], (3, 12, 8, 20)), ("t300", &[300], (17, 128, 64, 512))] {
         absorbed(cases, named(name, widths, Storage::F16), lengths, 1, widths, Storage::F16, plain);
@@ -57,11 +63,50 @@ fn absorbed(
     id: String,
     lengths: &[u32],
     most: u32,
+    widths: Widths,
+    storage: Storage,
+    setting: (Extreme, u32),
+) {
+    attend(cases, id, (few_new(lengths, most), most), widths, storage, setting, None);
+}
+
+/// Three sequences; the border is that of the second one's last split, within its three new tokens.
+fn parted(cases: &mut Vec<Case>, id: String, storage: Storage) {
+    let batch = few_new(&[40, 2 * SPLIT + 2, 3], 4);
+    let border = batch.sequences[1].first_row + 2 * SPLIT;
+    attend(cases, id, (batch, 4), (5, 16, 8, 36), storage, (Extreme::Plain, SPLIT), Some(border));
+}
+
+/// A range of the cache and its lines of the sequence table, of which it has `splits` splits.
+struct Part {
+    slots: Range<usize>,
+    lines: Vec<DecodeSequence>,
+    splits: u32,
+}
+
+/// The parts on both sides of a row of the step's numbering that the second sequence has: lines count from the first row of a part.
+fn parts(batch: &Batch, split: u32, border: Option<u32>) -> Vec<Part> {
+    let (lines, end) = (decoding(batch, split), batch.cache_rows as usize);
+    let Some(border) = border else { return vec![Part { slots: 0..end, lines, splits: batch.rows / split }] };
+    let slot = lines[1].first_slot + border - lines[1].first_row;
+    let moved = lines[1..].iter().map(|&of| DecodeSequence {
+        first_row: of.first_row.wrapping_sub(border),
+        first_slot: of.first_slot.wrapping_sub(slot),
+        ..of
+    });
+    let second = Part { slots: slot as usize..end, lines: moved.collect(), splits: (batch.rows - border) / split };
+    vec![Part { slots: 0..slot as usize, lines: lines[..2].to_vec(), splits: border / split }, second]
+}
+
+fn attend(
+    cases: &mut Vec<Case>,
+    id: String,
+    (batch, most): (Batch, u32),
     (n_head, d_nope, d_rope, d_latent): Widths,
     storage: Storage,
     (extreme, split): (Extreme, u32),
+    border: Option<u32>,
 ) {
-    let batch = few_new(lengths, most);
     let scale = ((d_latent + d_rope) as f32).sqrt().recip();
     let op = AttentionAbsorbed {
         tokens: batch.tokens,
@@ -97,27 +142,34 @@ fn absorbed(
             let (a, q) = (lab.floats(&a_values)?, lab.floats(&q_values)?);
             let latent_words = cache_rows(&latent_values, d_latent as u32, &slots, batch.cache_rows, storage);
             let rope_words = cache_rows(&rope_values, d_rope as u32, &slots, batch.cache_rows, storage);
-            let latent_cache = lab.words(&latent_words)?;
-            let rope_cache = lab.words(&[&rope_words[..], &[0; 4]].concat())?;
-            let sequences = lab.words(bytemuck::cast_slice(&decoding(&batch, split)))?;
             let partials = splits(&batch, split).len() * n_head;
             let (values, softmax) = (lab.output(partials * d_latent)?, lab.output(partials * 2)?);
-            let args = attention_absorbed::Args {
-                absorbed: &a.region,
-                q: &q.region,
-                latent_cache: &latent_cache.region,
-                rope_cache: &rope_cache.region,
-                sequences: &sequences.region,
-                partial_values: &values.region,
-                partial_softmax: &softmax.region,
-            };
-            launch.run(lab, args)?;
+            for Part { slots, lines, splits } in parts(&batch, split, border) {
+                let of_part = |words: &[u32], width: usize| {
+                    let row = row_words(width as u32, storage);
+                    words[slots.start * row..slots.end * row].to_vec()
+                };
+                let latent_cache = lab.words(&of_part(&latent_words, d_latent))?;
+                let rope_cache = lab.words(&[&of_part(&rope_words, d_rope)[..], &[0; 4]].concat())?;
+                let sequences = lab.words(bytemuck::cast_slice(&lines))?;
+                let args = attention_absorbed::Args {
+                    absorbed: &a.region,
+                    q: &q.region,
+                    latent_cache: &latent_cache.region,
+                    rope_cache: &rope_cache.region,
+                    sequences: &sequences.region,
+                    partial_values: &values.region,
+                    partial_softmax: &softmax.region,
+                };
+                let (n_sequence, cache_rows) = (lines.len() as u32, slots.len() as u32);
+                launch.of(AttentionAbsorbed { n_sequence, splits, cache_rows, ..launch.op }).run(lab, args)?;
+            }
             let q_rope: Vec<f64> = q_values.chunks(d_nope + d_rope).flat_map(|head| widen(&head[d_nope..])).collect();
-            let attend = match launch.of_halves() {
+            let reference_of = match launch.of_halves() {
                 true => reference::attention_absorbed_of_halves,
                 false => reference::attention_absorbed,
             };
-            let expected = attend(
+            let expected = reference_of(
                 &widen(&a_values),
                 &q_rope,
                 &latent_kept,
