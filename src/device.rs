@@ -317,7 +317,24 @@ impl Kernels {
     /// # Errors
     /// As [`Kernels::allocate`].
     pub fn upload(&self, label: &str, bytes: &[u8]) -> Result<wgpu::Buffer> {
-        let size = self.allocation(label, bytes.len() as u64)?;
+        self.upload_parts(label, bytes.len() as u64, |write| {
+            write(0, bytes);
+            Ok(())
+        })
+    }
+
+    /// The same of `bytes` bytes that come in parts, each with the byte that it begins at: no copy of the whole is made on the way.
+    /// What no part covers is 0.
+    ///
+    /// # Errors
+    /// As [`Kernels::allocate`]; those of `parts`.
+    pub(crate) fn upload_parts(
+        &self,
+        label: &str,
+        bytes: u64,
+        parts: impl FnOnce(&mut dyn FnMut(usize, &[u8])) -> Result<()>,
+    ) -> Result<wgpu::Buffer> {
+        let size = self.allocation(label, bytes)?;
         let device = &self.0.device;
         scoped(device, label, || {
             let buffer = device.create_buffer(&wgpu::BufferDescriptor {
@@ -327,11 +344,9 @@ impl Kernels {
                 mapped_at_creation: true,
             });
             // No error in any scope, yet not mapped: the device is lost.
-            buffer
-                .get_mapped_range_mut(..)
-                .map_err(|error| Error::lost(label, error))?
-                .slice(..bytes.len())
-                .copy_from_slice(bytes);
+            let mut mapped = buffer.get_mapped_range_mut(..).map_err(|error| Error::lost(label, error))?;
+            parts(&mut |at, part| mapped.slice(at..at + part.len()).copy_from_slice(part))?;
+            drop(mapped);
             buffer.unmap();
             Ok(buffer)
         })?

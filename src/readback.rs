@@ -123,6 +123,17 @@ pub fn finish_within(kernels: &Kernels, timeout: Duration) -> Result<()> {
     alive(device, what)
 }
 
+/// Submits the copies that uploads left to wgpu, and waits for them: until then it keeps their bytes in the host's memory, too.
+///
+/// # Errors
+/// `DeviceError::Lost`, or what else wgpu reports while it waits.
+#[cfg(feature = "decoder")]
+pub(crate) fn finish_uploads(kernels: &Kernels) -> Result<()> {
+    let (device, what) = (kernels.device(), "uploading");
+    let wait = wgpu::PollType::Wait { submission_index: Some(kernels.queue().submit([])), timeout: None };
+    device.poll(wait).map(drop).map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))
+}
+
 /// Reads regions of f32.
 ///
 /// # Errors

@@ -51,4 +51,4 @@ pub(crate) use gqa::check_gqa_weights;
 #[cfg(feature = "decoder")]
 pub(crate) use project::Hidden;
 #[cfg(feature = "decoder")]
-pub(crate) use weights::{Axis, Upload, check_weights};
+pub(crate) use weights::{Axis, Shard, Upload, check_weights};

@@ -102,17 +102,18 @@ impl Placed<'_> {
         product(&[self.rows.to, self.cols.to])
     }
 
-    /// Writes the tensor as it is stored, without its padding; warns of weights that f16 makes zero.
-    fn write(&self, storage: Storage, to: &mut [u8]) -> Result<()> {
+    /// Hands each row on as it is stored, with its first byte; warns of weights that f16 makes zero.
+    fn write(&self, storage: Storage, mut row_at: impl FnMut(usize, &[u8])) -> Result<()> {
         let Placed { tensor, rows, cols, factor } = self;
         let mut zeros = 0;
+        let size = storage.bytes() as usize;
+        // The padding of every row is in the same place.
+        let mut row = vec![0; cols.to as usize * size];
         for (to_row, from_row) in rows.elements() {
             for run in &cols.runs {
                 let from = from_row as usize * cols.from as usize + run.from as usize;
-                let first = to_row as usize * cols.to as usize + run.to as usize;
                 let values = &tensor.data[from..][..run.len as usize];
-                let size = storage.bytes() as usize;
-                let to = &mut to[first * size..][..values.len() * size];
+                let to = &mut row[run.to as usize * size..][..values.len() * size];
                 zeros += if *factor == 1.0 {
                     write_elements(tensor, from, values, storage, to)?
                 } else {
@@ -120,6 +121,7 @@ impl Placed<'_> {
                     write_elements(tensor, from, &values, storage, to)?
                 };
             }
+            row_at(to_row as usize * row.len(), &row);
         }
         if zeros > 0 {
             let (name, of) = (&tensor.name, tensor.data.len());
@@ -218,7 +220,17 @@ impl<'a> Upload<'a> {
     /// allocation refuses.
     pub fn upload(&self, kernels: &Kernels, storage: Storage) -> Result<Region> {
         self.check(kernels.context(), storage)?;
-        Ok(Region::from(&kernels.upload(&self.names(), &self.stored(storage)?)?))
+        let bytes = storage.tensor_bytes(self.elements);
+        Ok(Region::from(&kernels.upload_parts(&self.names(), bytes, |write| self.write(storage, write))?))
+    }
+
+    /// Hands the buffer on row by row, each with its first byte; all between is 0.
+    fn write(&self, storage: Storage, row_at: &mut dyn FnMut(usize, &[u8])) -> Result<()> {
+        for (first, placed) in &self.parts {
+            let first = storage.sized(*first) as usize;
+            placed.write(storage, |at, row| row_at(first + at, row))?;
+        }
+        Ok(())
     }
 
     /// The bytes of the buffer.
@@ -227,9 +239,7 @@ impl<'a> Upload<'a> {
     /// `TensorError::OutOfF16Range` when f16 would turn a finite element into infinity.
     pub fn stored(&self, storage: Storage) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; storage.tensor_bytes(self.elements) as usize];
-        for (first, placed) in &self.parts {
-            placed.write(storage, &mut bytes[storage.sized(*first) as usize..])?;
-        }
+        self.write(storage, &mut |at, row| bytes[at..][..row.len()].copy_from_slice(row))?;
         Ok(bytes)
     }
 }
@@ -287,8 +297,8 @@ impl<'a> Shard<Upload<'a>> {
         [rows, cols]: [Axis; 2],
     ) -> Vec<Self> {
         let most = context.largest_binding() / storage.tensor_bytes(cols.to.into()).max(1);
-        // Whole loads of the product; a row over the limit is refused when it is checked.
-        let most = (most.min(rows.to.into()) as u32 / UNIT * UNIT).max(UNIT);
+        // Whole loads of the product between shards; a row over the limit is refused when it is checked.
+        let most = if most >= rows.to.into() { rows.to } else { most as u32 / UNIT * UNIT }.max(UNIT);
         let shards = (0..rows.to).step_by(most as usize).map(|at| {
             let rows = rows.range(at, most.min(rows.to - at));
             Shard {
@@ -497,9 +507,7 @@ mod tests {
         let shape = vec![rows.from as usize, cols.from as usize];
         let data = (1..=shape.iter().product::<usize>()).map(|i| i as f32).collect();
         let tensor = HostTensor { name: "w".to_owned(), shape, data };
-        let mut bytes = vec![0; rows.to as usize * cols.to as usize * storage.bytes() as usize];
-        Placed { tensor: &tensor, rows, cols, factor: 1.0 }.write(storage, &mut bytes)?;
-        Ok(bytes)
+        Upload::matrix(&tensor, rows, cols).stored(storage)
     }
 
     #[test]
@@ -527,8 +535,7 @@ mod tests {
         let mut data = vec![0.0; 6];
         data[4] = 1e6;
         let tensor = HostTensor { name: "w".to_owned(), shape: vec![2, 3], data };
-        let placed = Placed { tensor: &tensor, rows: Axis::whole(2), cols: Axis::padded(3), factor: 1.0 };
-        let error = placed.write(Storage::F16, &mut [0; 32]).unwrap_err();
+        let error = Upload::matrix(&tensor, Axis::whole(2), Axis::padded(3)).stored(Storage::F16).unwrap_err();
         assert!(matches!(error, Error::Tensor(TensorError::OutOfF16Range { index: 4, .. })), "{error}");
     }
 }

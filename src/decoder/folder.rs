@@ -295,13 +295,16 @@ impl DecoderWeights {
         checkpoint.pass_over_harmless("");
         let (vocab, hidden) = (config.vocab_size as usize, config.attention.hidden_size() as usize);
         let embedding = checkpoint.take("model.embed_tokens.weight", &[vocab, hidden])?;
-        let lm_head = match config.tie_word_embeddings {
-            true if !checkpoint.contains("lm_head.weight") => None,
-            tied => Some(checkpoint.take("lm_head.weight", &[vocab, hidden])?)
-                .filter(|head| !(tied && is_tied(head, &embedding))),
-        };
-        part(Part::Embedding(embedding))?;
-        part(Part::Head(lm_head))?;
+        let head = || checkpoint.take("lm_head.weight", &[vocab, hidden]);
+        if config.tie_word_embeddings {
+            let lm_head = if checkpoint.contains("lm_head.weight") { Some(head()?) } else { None };
+            let lm_head = lm_head.filter(|head| !is_tied(head, &embedding));
+            part(Part::Embedding(embedding))?;
+            part(Part::Head(lm_head))?;
+        } else {
+            part(Part::Embedding(embedding))?;
+            part(Part::Head(Some(head()?)))?;
+        }
         for number in 0..config.n_layer {
             part(Part::Layer(DecoderLayerWeights::load(checkpoint, number, config)?))?;
         }

@@ -3,12 +3,15 @@
 use super::attention::{DecoderCache, DeviceAttention};
 use super::cpu::check_layers;
 use super::folder::{DecoderLayerWeights, DecoderWeights, Part};
-use crate::attention::{AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Step, StepTokens, Upload};
+use crate::attention::{
+    AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Shard, Step, StepTokens, Upload,
+};
 use crate::config::DecoderConfig;
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
 use crate::op::Op as _;
+use crate::readback;
 use crate::recording::Recording;
 use crate::storage::{Storage, padded_width, product};
 use crate::weights::{Checkpoint, HostTensor};
@@ -49,20 +52,23 @@ pub struct Decoder {
     /// Factor on what is added to it.
     residual: f32,
     storage: Storage,
-    embedding: Region,
+    embedding: Matrix<Region>,
     layers: Vec<DeviceLayer>,
     norm: Region,
-    lm_head: Option<Region>,
+    lm_head: Option<Matrix<Region>>,
 }
+
+/// Rows of a matrix in as few bindings as hold them.
+type Matrix<T> = Vec<Shard<T>>;
 
 #[derive(Debug)]
 struct DeviceLayer {
     input_norm: Region,
     attention: DeviceAttention,
     post_attention_norm: Region,
-    gate_proj: Region,
-    up_proj: Region,
-    down_proj: Region,
+    gate_proj: Matrix<Region>,
+    up_proj: Matrix<Region>,
+    down_proj: Matrix<Region>,
 }
 
 /// Buffers for the intermediate results of a step beside those that the cache has for the attention; shared by the layers.
@@ -122,36 +128,38 @@ struct Parts<'a> {
     kernels: &'a Kernels,
     config: &'a DecoderConfig,
     options: AttentionOptions,
-    embedding: Option<Region>,
+    embedding: Option<Matrix<Region>>,
     layers: Vec<DeviceLayer>,
     norm: Option<Region>,
-    lm_head: Option<Region>,
+    lm_head: Option<Matrix<Region>>,
 }
 
 /// Tensors of a layer beside its attention.
 struct LayerUploads<'a> {
     input_norm: Upload<'a>,
     post_attention_norm: Upload<'a>,
-    gate_proj: Upload<'a>,
-    up_proj: Upload<'a>,
-    down_proj: Upload<'a>,
+    gate_proj: Matrix<Upload<'a>>,
+    up_proj: Matrix<Upload<'a>>,
+    down_proj: Matrix<Upload<'a>>,
 }
 
 impl<'a> Parts<'a> {
     /// # Errors
-    /// A configuration that contradicts itself; a tensor over the device's binding limit.
+    /// A configuration that contradicts itself; a vector, or eight rows of a matrix, over the device's binding limit.
     fn new(kernels: &'a Kernels, config: &'a DecoderConfig, options: AttentionOptions) -> Result<Self> {
         let outline = DecoderWeights::outline(config)?;
         let parts = Parts { kernels, config, options, embedding: None, layers: Vec::new(), norm: None, lm_head: None };
-        let check = |upload: Upload<'_>| upload.check(kernels.context(), options.storage);
+        let check = |upload: &Upload<'_>| upload.check(kernels.context(), options.storage);
+        let check_all = |shards: Matrix<Upload<'_>>| shards.iter().try_for_each(|shard| check(&shard.proj));
         [Some(&outline.embedding), outline.lm_head.as_ref()]
             .into_iter()
             .flatten()
-            .try_for_each(|tensor| check(parts.of_vocabulary(tensor)))?;
-        check(parts.of_norm(&outline.norm))?;
+            .try_for_each(|tensor| check_all(parts.of_vocabulary(tensor)))?;
+        check(&parts.of_norm(&outline.norm))?;
         for layer in &outline.layers {
             let LayerUploads { input_norm, post_attention_norm, gate_proj, up_proj, down_proj } = parts.of_layer(layer);
-            [input_norm, post_attention_norm, gate_proj, up_proj, down_proj].into_iter().try_for_each(check)?;
+            [input_norm, post_attention_norm].iter().try_for_each(check)?;
+            [gate_proj, up_proj, down_proj].into_iter().try_for_each(check_all)?;
             DeviceAttention::check(kernels, &config.attention, &layer.attention, options.storage)?;
         }
         Ok(parts)
@@ -161,8 +169,12 @@ impl<'a> Parts<'a> {
         Axis::padded(self.config.attention.hidden_size())
     }
 
-    fn of_vocabulary<'b>(&self, tensor: &'b HostTensor) -> Upload<'b> {
-        Upload::matrix(tensor, Axis::whole(self.config.vocab_size), self.hidden())
+    fn matrix<'b>(&self, tensor: &'b HostTensor, rows: Axis, cols: Axis) -> Matrix<Upload<'b>> {
+        Shard::all(self.kernels.context(), self.options.storage, 0, (tensor, None), [rows, cols])
+    }
+
+    fn of_vocabulary<'b>(&self, tensor: &'b HostTensor) -> Matrix<Upload<'b>> {
+        self.matrix(tensor, Axis::whole(self.config.vocab_size), self.hidden())
     }
 
     /// The last norm, with the factor on logits.
@@ -175,9 +187,9 @@ impl<'a> Parts<'a> {
         LayerUploads {
             input_norm: Upload::vector(&layer.input_norm, self.hidden()),
             post_attention_norm: Upload::vector(&layer.post_attention_norm, self.hidden()),
-            gate_proj: Upload::matrix(&layer.gate_proj, inner(), self.hidden()),
-            up_proj: Upload::matrix(&layer.up_proj, inner(), self.hidden()),
-            down_proj: Upload::matrix(&layer.down_proj, self.hidden(), inner()),
+            gate_proj: self.matrix(&layer.gate_proj, inner(), self.hidden()),
+            up_proj: self.matrix(&layer.up_proj, inner(), self.hidden()),
+            down_proj: self.matrix(&layer.down_proj, self.hidden(), inner()),
         }
     }
 
@@ -185,8 +197,12 @@ impl<'a> Parts<'a> {
         upload.upload(self.kernels, self.options.storage)
     }
 
+    fn upload_all(&self, shards: &Matrix<Upload<'_>>) -> Result<Matrix<Region>> {
+        shards.iter().map(|shard| shard.map(|upload| self.upload(upload))).collect()
+    }
+
     fn embedding(&mut self, tensor: &HostTensor) -> Result<()> {
-        self.embedding = Some(self.upload(&self.of_vocabulary(tensor))?);
+        self.embedding = Some(self.upload_all(&self.of_vocabulary(tensor))?);
         Ok(())
     }
 
@@ -196,7 +212,7 @@ impl<'a> Parts<'a> {
     }
 
     fn head(&mut self, tensor: Option<&HostTensor>) -> Result<()> {
-        self.lm_head = tensor.map(|tensor| self.upload(&self.of_vocabulary(tensor))).transpose()?;
+        self.lm_head = tensor.map(|tensor| self.upload_all(&self.of_vocabulary(tensor))).transpose()?;
         Ok(())
     }
 
@@ -206,9 +222,9 @@ impl<'a> Parts<'a> {
             input_norm: self.upload(&uploads.input_norm)?,
             attention: DeviceAttention::new(self.kernels, &self.config.attention, &layer.attention, self.options)?,
             post_attention_norm: self.upload(&uploads.post_attention_norm)?,
-            gate_proj: self.upload(&uploads.gate_proj)?,
-            up_proj: self.upload(&uploads.up_proj)?,
-            down_proj: self.upload(&uploads.down_proj)?,
+            gate_proj: self.upload_all(&uploads.gate_proj)?,
+            up_proj: self.upload_all(&uploads.up_proj)?,
+            down_proj: self.upload_all(&uploads.down_proj)?,
         };
         self.layers.push(uploaded);
         Ok(())
@@ -237,8 +253,9 @@ impl Decoder {
     /// Uploads a decoder's weights, which must have been loaded with the same `config`.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, or weights of another kind of attention; a tensor over the device's binding limit,
-    /// before anything is allocated; a weight beyond f16's range with f16 storage; no memory left, or a lost device.
+    /// A configuration that contradicts itself, or weights of another kind of attention; a vector or eight rows of a matrix over the
+    /// device's binding limit, or a whole one of the attention that is not kept in shards, before anything is allocated; a weight
+    /// beyond f16's range with f16 storage; no memory left, or a lost device.
     pub fn new(
         kernels: &Kernels,
         config: &DecoderConfig,
@@ -255,7 +272,7 @@ impl Decoder {
     }
 
     /// The same from a checkpoint that holds nothing else: each layer's weights, and the embeddings, leave the host's memory before
-    /// the next are read.
+    /// the next are read. For that it submits their copies, and waits for them.
     ///
     /// # Errors
     /// As [`DecoderWeights::load`] and [`Decoder::new`].
@@ -266,11 +283,14 @@ impl Decoder {
         options: AttentionOptions,
     ) -> Result<Self> {
         let mut parts = Parts::new(kernels, config, options)?;
-        DecoderWeights::visit(checkpoint, config, |part| match part {
-            Part::Embedding(tensor) => parts.embedding(&tensor),
-            Part::Layer(layer) => parts.layer(&layer),
-            Part::Norm(tensor) => parts.norm(&tensor),
-            Part::Head(tensor) => parts.head(tensor.as_ref()),
+        DecoderWeights::visit(checkpoint, config, |part| {
+            match part {
+                Part::Embedding(tensor) => parts.embedding(&tensor),
+                Part::Layer(layer) => parts.layer(&layer),
+                Part::Norm(tensor) => parts.norm(&tensor),
+                Part::Head(tensor) => parts.head(tensor.as_ref()),
+            }?;
+            readback::finish_uploads(kernels)
         })?;
         parts.finish()
     }
@@ -444,7 +464,9 @@ impl Decoder {
         let rows_of = |region| Hidden { region, width: hidden };
         let DecoderState { stream, normed, delta, gate, up, .. } = state;
         let ids = step.token_ids(recording)?;
-        self.look_up(recording, (tokens, self.config.vocab_size), self.storage, (&self.embedding, &ids, stream))?;
+        for Shard { first, columns, proj, .. } in &self.embedding {
+            self.look_up(recording, tokens, (*first, *columns, self.storage), (proj, &ids, stream))?;
+        }
         for (number, layer) in self.layers.iter().enumerate() {
             self.norm(recording, tokens, stream, &layer.input_norm, normed)?;
             let (of, to) = (rows_of(normed), rows_of(delta));
@@ -465,7 +487,7 @@ impl Decoder {
         let mut last = stream;
         if rows < tokens {
             let last_rows = recording.table((step.identity(), 2), bytemuck::cast_slice(&decoder_step.last_rows))?;
-            self.look_up(recording, (rows, tokens), Storage::F32, (stream, &last_rows, delta))?;
+            self.look_up(recording, rows, (0, tokens, Storage::F32), (stream, &last_rows, delta))?;
             last = delta;
         }
         self.norm(recording, rows, last, &self.norm, normed)?;
@@ -473,16 +495,16 @@ impl Decoder {
         self.linear(recording, (rows, hidden, self.config.vocab_size), normed, head, &state.logits)
     }
 
-    /// `y [rows, hidden] = table[ids]`, where the table has `table_rows`.
+    /// `y [rows, hidden] = table[ids - first_id]`, where the table has `vocab_size` rows; other ids' rows stay as they are.
     fn look_up(
         &self,
         recording: &mut Recording,
-        (rows, table_rows): (u32, u32),
-        storage: Storage,
+        rows: u32,
+        (first_id, vocab_size, storage): (u32, u32, Storage),
         (table, ids, y): (&Region, &Region, &Region),
     ) -> Result<()> {
         let width = self.hidden;
-        let problem = gather::Gather { rows, width, table_row: width, first_id: 0, vocab_size: table_rows, storage };
+        let problem = gather::Gather { rows, width, table_row: width, first_id, vocab_size, storage };
         recording.add_own(&problem, gather::Args { table, ids, y })
     }
 
@@ -507,12 +529,11 @@ impl Decoder {
         recording: &mut Recording,
         (rows, inner, cols): (u32, u32, u32),
         x: &Region,
-        w: &Region,
+        w: &[Shard<Region>],
         y: &Region,
     ) -> Result<()> {
         let problem = matmul::Matmul::linear(rows, inner, cols, false, self.storage);
-        let bias = self.kernels.absent();
-        recording.add_own(&problem, matmul::Args { x, w, bias: &bias, y })
+        Shard::product(w, recording, &problem, x, y)
     }
 
     /// `stream += residual · delta`, both `[tokens, hidden]`.
