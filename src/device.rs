@@ -13,6 +13,7 @@ use std::task::{Context, Poll, Waker};
 
 use crate::adapter::{AdapterClass, COOPERATIVE_FEATURES, Cooperative, LeftOut, PlanContext, Tunings};
 use crate::error::{ArgumentError, BufferError, Error, Result};
+use crate::fault::Faults;
 use crate::op::{Access, Binding, MAX_BINDINGS, Spec};
 use crate::storage::padded;
 use crate::vouched;
@@ -124,9 +125,16 @@ struct Settings {
     checked: bool,
 }
 
+/// A device, and what is known of its faults.
+#[derive(Debug, Clone)]
+pub(crate) struct Watched {
+    device: wgpu::Device,
+    faults: Faults,
+}
+
 #[derive(Debug)]
 struct Inner {
-    device: wgpu::Device,
+    watched: Watched,
     queue: wgpu::Queue,
     /// Shared by all kernels from one call of [`Kernels::new`], and so of one device.
     family: u64,
@@ -174,8 +182,9 @@ impl Kernels {
         let (subgroup_min_size, subgroup_max_size) =
             if apple { (32, 32) } else { (info.subgroup_min_size, info.subgroup_max_size) };
         let context = PlanContext { features, subgroup_min_size, subgroup_max_size, ..PlanContext::new(limits, class) };
+        let watched = Watched { device: device.clone(), faults: Faults::default() };
         let empty = |label: &str, size: u64| {
-            scoped(device, label, || {
+            watched.scoped(label, || {
                 device.create_buffer(&wgpu::BufferDescriptor {
                     label: Some(label),
                     size,
@@ -185,12 +194,12 @@ impl Kernels {
             })
         };
         let (absent, sink) = (empty("egmla.absent", 16)?, empty("egmla.sink", SINK_PITCH * MAX_BINDINGS as u64)?);
-        alive(device, "opening kernels")?;
-        let (device, queue, pipelines) = (device.clone(), queue.clone(), Mutex::default());
+        watched.alive("opening kernels")?;
+        let (queue, pipelines) = (queue.clone(), Mutex::default());
         static FAMILIES: AtomicU64 = AtomicU64::new(0);
         let family = FAMILIES.fetch_add(1, Ordering::Relaxed);
         let settings = Settings { context, pipeline_cache: None, checked: false };
-        Ok(Kernels(Arc::new(Inner { device, queue, family, settings, pipelines, absent, sink })))
+        Ok(Kernels(Arc::new(Inner { watched, queue, family, settings, pipelines, absent, sink })))
     }
 
     /// The same device and settings, nothing compiled, no pipeline cache: to measure a first use.
@@ -248,11 +257,11 @@ impl Kernels {
     }
 
     fn with(&self, change: impl FnOnce(&mut Settings)) -> Self {
-        let Inner { device, queue, family, settings, absent, sink, .. } = &*self.0;
+        let Inner { watched, queue, family, settings, absent, sink, .. } = &*self.0;
         let mut settings = settings.clone();
         change(&mut settings);
         Kernels(Arc::new(Inner {
-            device: device.clone(),
+            watched: watched.clone(),
             queue: queue.clone(),
             family: *family,
             settings,
@@ -264,7 +273,16 @@ impl Kernels {
 
     /// The caller's device.
     pub fn device(&self) -> &wgpu::Device {
-        &self.0.device
+        &self.0.watched.device
+    }
+
+    /// The device with what is known of its faults.
+    pub(crate) fn watched(&self) -> &Watched {
+        &self.0.watched
+    }
+
+    pub(crate) fn faults(&self) -> &Faults {
+        &self.0.watched.faults
     }
 
     /// The caller's queue.
@@ -293,13 +311,12 @@ impl Kernels {
     /// [`Error::Limit`] above `max_buffer_size`, `DeviceError::OutOfMemory`, `DeviceError::Lost`.
     pub fn allocate(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         let buffer = self.buffer(label, self.allocation(label, bytes)?, STORAGE_USAGE)?;
-        alive(&self.0.device, label).map(|()| buffer)
+        self.watched().alive(label).map(|()| buffer)
     }
 
     pub(crate) fn buffer(&self, label: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
-        let device = &self.0.device;
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
-        scoped(device, label, || device.create_buffer(&descriptor))
+        self.watched().scoped(label, || self.device().create_buffer(&descriptor))
     }
 
     /// Refuses `of` of another device, which wgpu would refuse much later, in the caller's own encoder.
@@ -308,7 +325,7 @@ impl Kernels {
     /// `ArgumentError::OtherDevice`.
     pub(crate) fn same_device(&self, of: &Kernels, what: &'static str, than: &'static str) -> Result<()> {
         let same =
-            self.0.family == of.0.family || self.0.device == of.0.device && one_device(&self.0.device, &of.0.device);
+            self.0.family == of.0.family || self.device() == of.device() && one_device(self.device(), of.device());
         if same { Ok(()) } else { Err(Error::Argument(ArgumentError::OtherDevice { what, than })) }
     }
 
@@ -335,16 +352,16 @@ impl Kernels {
         parts: impl FnOnce(&mut dyn FnMut(usize, &[u8])) -> Result<()>,
     ) -> Result<wgpu::Buffer> {
         let size = self.allocation(label, bytes)?;
-        let device = &self.0.device;
-        scoped(device, label, || {
-            let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        let watched = self.watched();
+        watched.scoped(label, || {
+            let buffer = watched.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),
                 size,
                 usage: STORAGE_USAGE,
                 mapped_at_creation: true,
             });
             // No error in any scope, yet not mapped: the device is lost.
-            let mut mapped = buffer.get_mapped_range_mut(..).map_err(|error| Error::lost(label, error))?;
+            let mut mapped = buffer.get_mapped_range_mut(..).map_err(|error| watched.faults.lost(label, error))?;
             parts(&mut |at, part| mapped.slice(at..at + part.len()).copy_from_slice(part))?;
             drop(mapped);
             buffer.unmap();
@@ -383,7 +400,7 @@ impl Kernels {
         }
         let compiled = self.compile_all(&missing)?;
         if !compiled.is_empty() {
-            alive(&self.0.device, "compiling")?;
+            self.watched().alive("compiling")?;
         }
         for (shader, pipeline) in missing.iter().zip(compiled) {
             // Compiled outside of the lock: two threads may both compile a kernel, neither waits for another's.
@@ -440,10 +457,10 @@ impl Kernels {
 
     fn compile(&self, shader: &Shader, cache: Option<&wgpu::PipelineCache>) -> Result<Pipeline> {
         let Shader { spec, bindings, overrides, vouched, .. } = shader;
-        let device = &self.0.device;
+        let device = self.device();
         let label = format!("egmla.{}", spec.name);
         tracing::debug!(kernel = spec.name, ?overrides, "compiling");
-        scoped(device, &label, || {
+        self.watched().scoped(&label, || {
             let module = if *vouched && !self.0.settings.checked {
                 vouched::shader_module(device, &label, spec.source)
             } else {
@@ -492,43 +509,48 @@ impl Kernels {
 const STORAGE_USAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
-/// Runs `create` and turns wgpu's errors into an error value.
-///
-/// On native backends the answer is there at once. In a browser it comes later, to the page's own error handler.
-pub(crate) fn scoped<T>(device: &wgpu::Device, what: &str, create: impl FnOnce() -> T) -> Result<T> {
-    let scopes = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory]
-        .map(|filter| device.push_error_scope(filter));
-    let created = create();
-    // The last scope is popped first. Without memory there is no object, and validation refuses it: the cause comes first.
-    let errors: Vec<_> = scopes.into_iter().rev().map(|scope| ready(scope.pop()).flatten()).collect();
-    match errors.into_iter().flatten().next() {
-        None => Ok(created),
-        // wgpu reports nothing on a lost device, and later refuses the object.
-        Some(error @ wgpu::Error::Validation { .. }) => {
-            Err(alive(device, what).err().unwrap_or(Error::wgpu(what, &error)))
+impl Watched {
+    /// Runs `create` and turns wgpu's errors into an error value.
+    ///
+    /// On native backends the answer is there at once. In a browser it comes later, to the page's own error handler.
+    pub fn scoped<T>(&self, what: &str, create: impl FnOnce() -> T) -> Result<T> {
+        let scopes = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory]
+            .map(|filter| self.device.push_error_scope(filter));
+        let created = create();
+        // The last scope is popped first. Without memory there is no object, and validation refuses it: the cause comes first.
+        let errors: Vec<_> = scopes.into_iter().rev().map(|scope| ready(scope.pop()).flatten()).collect();
+        match errors.into_iter().flatten().next() {
+            None => Ok(created),
+            // wgpu reports nothing on a lost device, and later refuses the object.
+            Some(error @ wgpu::Error::Validation { .. }) => Err(self.lost_or(what, Error::wgpu(what, &error))),
+            Some(error) => Err(Error::wgpu(what, &error)),
         }
-        Some(error) => Err(Error::wgpu(what, &error)),
     }
-}
 
-/// Fails on a lost device, where creating, submitting and polling report success. Only mapping a buffer fails: this maps one at
-/// its creation, as [`Kernels::upload`] does. In a browser even that succeeds; there the page's own promise reports the loss.
-///
-/// # Errors
-/// `DeviceError::Lost`; `DeviceError::OutOfMemory` without room for 4 bytes.
-pub(crate) fn alive(device: &wgpu::Device, what: &str) -> Result<()> {
-    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-    let probe = device.create_buffer(&wgpu::BufferDescriptor {
-        label: Some("egmla.alive"),
-        size: 4,
-        // Mapped itself, without a staging buffer.
-        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
-        mapped_at_creation: true,
-    });
-    if let Some(error) = ready(memory.pop()).flatten() {
-        return Err(Error::wgpu(what, &error));
+    /// Fails on a lost device, where creating, submitting and polling report success. Only mapping a buffer fails: this maps one
+    /// at its creation, as [`Kernels::upload`] does. In a browser even that succeeds; there the page's own promise reports the loss.
+    ///
+    /// # Errors
+    /// `DeviceError::Lost`; `DeviceError::OutOfMemory` without room for 4 bytes.
+    pub fn alive(&self, what: &str) -> Result<()> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let probe = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("egmla.alive"),
+            size: 4,
+            // Mapped itself, without a staging buffer.
+            usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        });
+        if let Some(error) = ready(memory.pop()).flatten() {
+            return Err(Error::wgpu(what, &error));
+        }
+        probe.get_mapped_range_mut(..).map(drop).map_err(|error| self.faults.lost(what, error))
     }
-    probe.get_mapped_range_mut(..).map(drop).map_err(|error| Error::lost(what, error))
+
+    /// The error of a call that failed, or that the device is lost, which explains it.
+    pub fn lost_or(&self, what: &str, error: Error) -> Error {
+        self.alive(what).err().unwrap_or(error)
+    }
 }
 
 fn ready<T>(future: impl Future<Output = T>) -> Option<T> {

@@ -385,11 +385,6 @@ impl Error {
         DeviceError::Driver { what: what.into(), message: one_line(message) }.into()
     }
 
-    /// The device is lost, by these words.
-    pub(crate) fn lost(what: impl Into<String>, message: impl std::fmt::Display) -> Self {
-        DeviceError::Lost { what: what.into(), message: one_line(message) }.into()
-    }
-
     /// What an error scope, or the handler of errors outside of all scopes, was told.
     pub(crate) fn wgpu(what: impl Into<String>, error: &wgpu::Error) -> Self {
         let (what, message) = (what.into(), one_line(error));
@@ -426,6 +421,6 @@ impl Error {
 }
 
 /// wgpu's messages span lines; ours are one.
-fn one_line(message: impl std::fmt::Display) -> String {
+pub(crate) fn one_line(message: impl std::fmt::Display) -> String {
     message.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::attention::LatentCache;
-use crate::device::{Kernels, Region, alive, scoped};
+use crate::device::{Kernels, Region};
 use crate::error::{DeviceError, Error, Result};
 use crate::recording::Recording;
 
@@ -28,7 +28,7 @@ struct Answer {
 /// the device did not write.
 pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>> {
     let what = "reading back";
-    let device = kernels.device();
+    let (device, watched) = (kernels.device(), kernels.watched());
     // Copies are whole words.
     let padded = |region: &Region| region.size.next_multiple_of(4);
     let total: u64 = regions.iter().map(|region| padded(region)).sum();
@@ -37,7 +37,7 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
     }
     let answer = Arc::new(Mutex::new(Answer::default()));
     let sender = answer.clone();
-    let (staging, submission) = scoped(device, what, || {
+    let (staging, submission) = watched.scoped(what, || {
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("egmla.readback"),
             size: total,
@@ -65,8 +65,7 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
         });
         (staging, submission)
     })?;
-    let wait = wgpu::PollType::Wait { submission_index: Some(submission), timeout: None };
-    device.poll(wait).map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))?;
+    wait_for(kernels, what, submission)?;
     poll_fn(|context| {
         let mut answer = answer.lock().unwrap_or_else(PoisonError::into_inner);
         match answer.result.take() {
@@ -79,9 +78,9 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
     })
     .await
     // After a valid submission, mapping fails only on a lost device.
-    .map_err(|error| Error::lost(what, error))?;
+    .map_err(|error| kernels.faults().lost(what, error))?;
     let bytes = {
-        let view = staging.get_mapped_range(..).map_err(|error| Error::lost(what, error))?;
+        let view = staging.get_mapped_range(..).map_err(|error| kernels.faults().lost(what, error))?;
         let mut at = 0;
         regions
             .iter()
@@ -96,31 +95,40 @@ pub async fn read(kernels: &Kernels, regions: &[&Region]) -> Result<Vec<Vec<u8>>
     Ok(bytes)
 }
 
+/// Lets wgpu see what is done, and waits for it if `how` says so.
+fn poll(kernels: &Kernels, what: &str, how: wgpu::PollType) -> Result<()> {
+    let polled = kernels.device().poll(how).map(drop);
+    polled.map_err(|error| kernels.watched().lost_or(what, Error::device(what, error)))
+}
+
+/// Waits until a submission is done.
+pub(crate) fn wait_for(kernels: &Kernels, what: &str, submission: wgpu::SubmissionIndex) -> Result<()> {
+    poll(kernels, what, wgpu::PollType::Wait { submission_index: Some(submission), timeout: None })
+}
+
 /// Waits until all submitted work is done, for at most `timeout`: for callers who would rather open a new device than wait for
 /// one that hangs. In a browser, which watches over the GPU itself, it returns at once.
 ///
 /// # Errors
 /// `DeviceError::Timeout`, `DeviceError::Lost`. After a timeout the work still runs: wait again, or read its results.
 pub fn finish_within(kernels: &Kernels, timeout: Duration) -> Result<()> {
-    let (device, what) = (kernels.device(), "waiting for the device");
+    let (watched, what) = (kernels.watched(), "waiting for the device");
     let done = Arc::new(AtomicBool::new(false));
     let sender = done.clone();
-    scoped(device, what, || kernels.queue().on_submitted_work_done(move || sender.store(true, Ordering::Release)))?;
+    watched.scoped(what, || kernels.queue().on_submitted_work_done(move || sender.store(true, Ordering::Release)))?;
     if cfg!(target_arch = "wasm32") {
         return Ok(());
     }
     let start = Instant::now();
     // wgpu's own wait has a timeout, which Mesa's software Vulkan does not keep.
     while !done.load(Ordering::Acquire) {
-        device
-            .poll(wgpu::PollType::Poll)
-            .map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))?;
+        poll(kernels, what, wgpu::PollType::Poll)?;
         if start.elapsed() >= timeout {
             return Err(Error::Device(DeviceError::Timeout { what: what.to_owned(), seconds: timeout.as_secs_f64() }));
         }
         std::thread::sleep(Duration::from_micros(200).min(timeout));
     }
-    alive(device, what)
+    watched.alive(what)
 }
 
 /// Submits the copies that uploads left to wgpu, and waits for them: until then it keeps their bytes in the host's memory, too.
@@ -129,9 +137,7 @@ pub fn finish_within(kernels: &Kernels, timeout: Duration) -> Result<()> {
 /// `DeviceError::Lost`, or what else wgpu reports while it waits.
 #[cfg(feature = "decoder")]
 pub(crate) fn finish_uploads(kernels: &Kernels) -> Result<()> {
-    let (device, what) = (kernels.device(), "uploading");
-    let wait = wgpu::PollType::Wait { submission_index: Some(kernels.queue().submit([])), timeout: None };
-    device.poll(wait).map(drop).map_err(|error| alive(device, what).err().unwrap_or(Error::device(what, error)))
+    wait_for(kernels, "uploading", kernels.queue().submit([]))
 }
 
 /// Reads regions of f32.
@@ -175,7 +181,7 @@ pub fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 pub fn submit(recording: &mut Recording) -> Result<()> {
     let kernels = recording.kernels().clone();
     let device = kernels.device();
-    scoped(device, "submitting", || {
+    kernels.watched().scoped("submitting", || {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("egmla") });
         recording.encode(&mut encoder)?;
         kernels.queue().submit([encoder.finish()]);

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::adapter::Tuning;
 use crate::cost::Cost;
-use crate::device::{Kernels, Pipeline, Region, Shader, alive, scoped};
+use crate::device::{Kernels, Pipeline, Region, Shader};
 use crate::error::{BufferError, Error, KernelError, Result};
 use crate::op::{Access, Binding, Buffers, MAX_BINDINGS, Op, Spec, Uniform, Variant, choose};
 use crate::plan::Plan;
@@ -472,7 +472,7 @@ impl Recording {
 
     /// Makes the missing uniform buffer and bind groups.
     fn make(&mut self) -> Result<()> {
-        let device = self.kernels.device();
+        let (device, watched) = (self.kernels.device(), self.kernels.watched());
         let frame = &mut self.frame;
         let size = SLOT * self.len as u64;
         // Commands may still read the old buffer: they keep it.
@@ -506,7 +506,7 @@ impl Recording {
             let group = match known {
                 Some(known) => known.group.clone(),
                 None => {
-                    let group = scoped(device, "bind groups", || {
+                    let group = watched.scoped("bind groups", || {
                         bind(device, params, &self.bound(dispatch), dispatch.spec.name, pipeline)
                     })?;
                     let (pipeline, given) = (pipeline.clone(), dispatch.given.clone());
@@ -519,7 +519,7 @@ impl Recording {
         }
         if made {
             // A lost device fails every call until it is dropped: none of its objects is kept.
-            alive(device, "bind groups").inspect_err(|_| {
+            watched.alive("bind groups").inspect_err(|_| {
                 self.frame.params = None;
                 self.frame.groups.clear();
             })?;

@@ -175,8 +175,8 @@ fn a_lost_device_is_an_error_of_every_call_and_the_cache_keeps_what_it_knows() {
 #[test]
 fn a_device_that_is_lost_while_it_computes_returns_no_numbers() {
     let (device, queue) = bare();
-    let faults = Faults::watch(&device);
     let kernels = Kernels::new(&device, &queue).unwrap();
+    let faults = Faults::watch(&kernels);
     let mut work = Work::new(&kernels, 2);
     assert!(faults.check().is_ok() && !faults.is_lost());
     readback::submit(&mut work.recording).unwrap();
@@ -187,6 +187,40 @@ fn a_device_that_is_lost_while_it_computes_returns_no_numbers() {
     assert!(faults.is_lost());
     lost(faults.check(), "the first time");
     lost(faults.check(), "ever after");
+}
+
+/// The loss is known with the first call that says it, whichever that is: wgpu's callback waits for the work and for a poll.
+#[test]
+fn a_call_that_says_lost_makes_the_loss_known() {
+    type Call = fn(&Kernels, &mut Work) -> egmla::Result<()>;
+    let calls: [(&str, Call); 7] = [
+        ("allocate", |kernels, _| kernels.allocate("a", 64).map(drop)),
+        ("upload", |kernels, _| kernels.upload("a", &[1; 64]).map(drop)),
+        ("kernels with other settings", |kernels, _| kernels.with_shader_checks(true).allocate("a", 64).map(drop)),
+        ("compile", |kernels, work| {
+            let mut recording = Recording::new(&kernels.uncompiled());
+            recording.add(&Work::PROBLEM, roofline_fma::Args { x: &work.input, y: &work.out })?;
+            recording.compile()
+        }),
+        ("submit", |kernels, work| {
+            let mut recording = Recording::new(kernels);
+            recording.add(&Work::PROBLEM, roofline_fma::Args { x: &work.input, y: &work.out })?;
+            readback::submit(&mut recording)
+        }),
+        ("finish_within", |kernels, _| readback::finish_within(kernels, Duration::from_secs(300))),
+        ("read", |kernels, work| readback::wait(readback::read(kernels, &[&work.out])).map(drop)),
+    ];
+    for (what, call) in calls {
+        let (device, queue) = bare();
+        let kernels = Kernels::new(&device, &queue).unwrap();
+        let faults = Faults::watch(&kernels);
+        let mut work = Work::new(&kernels, 4);
+        readback::submit(&mut work.recording).unwrap();
+        device.destroy();
+        lost(call(&kernels, &mut work), what);
+        assert!(faults.is_lost(), "{what}");
+        lost(faults.check(), what);
+    }
 }
 
 /// Devices of an instance with this memory budget, in per cent of what the driver reports (`VK_EXT_memory_budget`); `None` where
@@ -208,8 +242,8 @@ fn with_budget(set: impl FnOnce(&mut wgpu::MemoryBudgetThresholds)) -> Option<(w
 #[test]
 fn a_device_that_wgpu_gives_up_is_lost_with_its_reason() {
     let Some((device, queue)) = with_budget(|budget| budget.for_device_loss = Some(0)) else { return };
-    let faults = Faults::watch(&device);
     let kernels = Kernels::new(&device, &queue).unwrap();
+    let faults = Faults::watch(&kernels);
     let buffer = Region::from(&kernels.upload("a", &[1; 64]).unwrap());
     lost(readback::wait(readback::read(&kernels, &[&buffer])), "read");
     lost(kernels.allocate("b", 64), "allocate");
@@ -223,6 +257,7 @@ fn a_device_that_wgpu_gives_up_is_lost_with_its_reason() {
 struct Work {
     recording: Recording,
     x: Vec<f32>,
+    input: Region,
     out: Region,
 }
 
@@ -239,7 +274,7 @@ impl Work {
             let args = roofline_fma::Args { x: &input, y: &out };
             recording.add(&Self::PROBLEM, args).unwrap();
         }
-        Work { recording, x, out }
+        Work { recording, x, input, out }
     }
 }
 
@@ -458,8 +493,8 @@ fn errors_outside_of_any_scope_come_to_the_owner() {
     let adapter = adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let open = || pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
     let (device, queue) = open();
-    let faults = Faults::watch(&device);
     let kernels = Kernels::new(&device, &queue).unwrap();
+    let faults = Faults::watch(&kernels);
     let buffer = kernels.allocate("a", 64).unwrap();
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     encoder.copy_buffer_to_buffer(&buffer, 0, &buffer, 64, 64);

@@ -279,12 +279,12 @@ fn open_device(adapter: &wgpu::Adapter, shader_checks: bool, offer: LimitsOption
         ..Default::default()
     });
     let (device, queue) = pollster::block_on(request).map_err(|error| Failure::run(one_line(&error.to_string())))?;
-    let faults = Faults::watch(&device);
+    let kernels = Kernels::new(&device, &queue)?;
+    let faults = Faults::watch(&kernels);
     let info = adapter.get_info();
     let pipelines = pipeline_cache(&device, &info);
-    let mut kernels = Kernels::new(&device, &queue)?
-        .with_cooperative(matrices)
-        .with_shader_checks(shader_checks || offer == LimitsOption::Default);
+    let mut kernels =
+        kernels.with_cooperative(matrices).with_shader_checks(shader_checks || offer == LimitsOption::Default);
     if let Some((cache, _)) = &pipelines {
         kernels = kernels.with_pipeline_cache(cache.clone());
     }

@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use super::report::median;
-use crate::device::{Kernels, Region, scoped};
-use crate::error::{Error, Result};
+use crate::device::{Kernels, Region};
+use crate::error::Result;
 use crate::readback;
 use crate::recording::Recording;
 
@@ -101,11 +101,11 @@ impl Timer {
     /// With timestamps where the device was requested with `Features::TIMESTAMP_QUERY`.
     ///
     /// # Errors
-    /// `DeviceError::Driver` when the device has no memory left or is lost.
+    /// `DeviceError::OutOfMemory`, `DeviceError::Lost`.
     pub fn new(kernels: &Kernels) -> Result<Self> {
         let device = kernels.device();
         let timestamps = device.features().contains(wgpu::Features::TIMESTAMP_QUERY).then(|| {
-            scoped(device, "timestamps", || Timestamps {
+            kernels.watched().scoped("timestamps", || Timestamps {
                 queries: device.create_query_set(&wgpu::QuerySetDescriptor {
                     label: Some("egmla.timestamps"),
                     ty: wgpu::QueryType::Timestamp,
@@ -131,7 +131,7 @@ impl Timer {
     /// Runs a recording once and waits for its end.
     ///
     /// # Errors
-    /// `DeviceError::Driver` when the device refuses a kernel, has no memory left or is lost.
+    /// As [`Recording::record`]; `DeviceError::Driver` when the driver fails.
     pub fn run(&self, recording: &mut Recording) -> Result<Elapsed> {
         self.steady(recording, Copies::ONE)
     }
@@ -213,14 +213,14 @@ impl Timer {
         if let Some(timestamps) = &self.timestamps {
             encoder.resolve_query_set(&timestamps.queries, 0..2 * timed, &timestamps.resolved, 0);
         }
-        let walls = scoped(device, "timing", || {
+        let walls = self.kernels.watched().scoped("timing", || {
             let commands = encoder.finish();
             let (record_us, start) = (microseconds(begun), Instant::now());
             let submission = self.kernels.queue().submit([commands]);
             let (submission_us, start) = (microseconds(start), Instant::now());
-            let waited = device.poll(wgpu::PollType::Wait { submission_index: Some(submission), timeout: None });
+            let waited = readback::wait_for(&self.kernels, "timing", submission);
             let walls = Walls { record_us, submission_us, wait_us: microseconds(start) };
-            waited.map(|_| walls).map_err(|error| Error::device("timing", error))
+            waited.map(|()| walls)
         })??;
         let times = self.timestamps.as_ref().map_or(Ok(Vec::new()), |timestamps| self.read(timestamps, timed))?;
         Ok((walls, times))

@@ -111,9 +111,9 @@ fn open(adapter: &wgpu::Adapter, required_limits: wgpu::Limits) -> Gpu {
     let descriptor =
         wgpu::DeviceDescriptor { required_features, required_limits, experimental_features, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
-    let faults = Faults::watch(&device);
     println!("adapter: {:?}, {:?}, EGMLA_LIMITS: {:?}", adapter.get_info(), device.features(), Offer::from_env());
     let kernels = Kernels::new(&device, &queue).expect("kernels").with_cooperative(matrices);
+    let faults = Faults::watch(&kernels);
     // A browser checks loops and indices of every shader.
     Gpu { kernels: kernels.with_shader_checks(Offer::from_env() == Offer::Default), faults }
 }
