@@ -295,13 +295,7 @@ impl Rows {
 
 impl Step {
     /// The step of rows that have been checked.
-    fn new(
-        rows: Rows,
-        mode: Mode,
-        ids: Option<&[u32]>,
-        lists: ListStep,
-        (kernels, batch): (&Kernels, &Batch),
-    ) -> Self {
+    fn new(rows: Rows, mode: Mode, ids: Option<&[u32]>, lists: ListStep, (kernels, batch): (&Kernels, &Batch)) -> Self {
         let decoding = if mode == Mode::Decode { &rows.decoding[..] } else { &[] };
         let parts = cut(batch.part_rows, &rows.slots, &rows.sequences, decoding, rows.end);
         let [slots, sequences, of_decoding] = parts.first().map(PartTables::bytes).unwrap_or_default();

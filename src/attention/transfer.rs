@@ -301,8 +301,7 @@ impl LatentCache {
         self.batch.check_sequence(sequence)?;
         let (fields, length) = (self.fields(), self.batch.lengths[sequence]);
         let count = |what, expected, found| Err(ArgumentError::Count { what, expected, found }.into());
-        let regions: Vec<_> =
-            fields.iter().map(|field| field.regions(self.first_row(sequence), length)).collect();
+        let regions: Vec<_> = fields.iter().map(|field| field.regions(self.first_row(sequence), length)).collect();
         let expected: usize = regions.iter().map(Vec::len).sum();
         if rows.len() != expected {
             return count("regions of a saved sequence", expected as u64, rows.len() as u64);
