@@ -17,6 +17,7 @@ use egmla::wgpu;
 use crate::adapter::{self, AdapterOption, Backend, Gpu, LimitsOption};
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::output::Output;
 
 /// Options of `egmla bench`.
@@ -79,6 +80,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     if let Some(folder) = &args.svg {
         plots::check(folder)?;
     }
+    interrupt::watch_patiently();
     let backend = adapter::open_with(&args.adapter, LimitsOption::Adapter)?;
     let gpu = gpu(&backend)?;
     console::note(format_args!("adapter: {}", backend.describe()));
@@ -87,22 +89,25 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     console::note(format_args!("times: {}", timer.clock().describe()));
     let roofline = Roofline::measure(&gpu.kernels, &timer)?;
     gpu.check()?;
-    let bar = console::progress(rows.len() as u64, "rows");
+    interrupt::check()?;
+    let bar = console::interruptible(rows.len() as u64, "rows");
     let Rows { measured, skipped, wrong } =
         measure(&gpu.kernels, &timer, &roofline, &rows, Budget::of(suite), |progress| {
             bar.set_position(progress.done as u64);
             bar.set_message(progress.id.to_owned());
+            !interrupt::asked()
         })?;
     bar.finish_and_clear();
     let profiles = match args.profile {
-        true => profile(&gpu.kernels, &timer, &roofline, &rows)?,
+        true => profile(&gpu.kernels, &timer, &roofline, &rows, || !interrupt::asked())?,
         false => Vec::new(),
     };
     if args.profile && timer.clock() == Clock::Wall {
         console::note("no profile: the adapter has no timestamps");
     }
-    let host = host::measure(&gpu.kernels, filter)?;
+    let host = if interrupt::asked() { Vec::new() } else { host::measure(&gpu.kernels, filter)? };
     gpu.check()?;
+    let interrupted = interrupt::asked();
     let info = &gpu.info;
     let report = Report {
         adapter: info.name.clone(),
@@ -111,6 +116,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         software: info.device_type == wgpu::DeviceType::Cpu,
         egmla: env!("CARGO_PKG_VERSION").to_owned(),
         suite,
+        interrupted,
         clock: timer.clock(),
         tunings: gpu.kernels.context().tunings.clone(),
         roofline,
@@ -124,15 +130,15 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     let printed = console::print(&text(&report));
     if let Some(file) = json {
         let text = serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n";
-        file.write(text.as_bytes())?;
+        file.keep(text.as_bytes())?;
     }
-    if let Some(folder) = &args.svg {
+    if let Some(folder) = args.svg.as_ref().filter(|_| !interrupted) {
         for (name, svg) in plots::all(&report)? {
             write(&folder.join(name), &svg)?;
         }
     }
     printed?;
-    conclude(&report.wrong)
+    if interrupted { Err(Failure::Interrupted) } else { conclude(&report.wrong) }
 }
 
 /// One wrong row fails the run.
@@ -280,7 +286,8 @@ fn text(report: &Report) -> String {
             format!("{}: {recorded}; wgpu's finish {finish}\n", row.id)
         })
         .collect();
-    format!("roofline: {}\n{table}\n{profiles}{wrong}{skipped}{host}", ceilings(&report.roofline))
+    let interrupted = if report.interrupted { "INTERRUPTED: the rows that had been measured until then\n" } else { "" };
+    format!("roofline: {}\n{table}\n{profiles}{wrong}{skipped}{host}{interrupted}", ceilings(&report.roofline))
 }
 
 #[cfg(test)]

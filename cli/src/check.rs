@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::adapter::{self, AdapterOption, Backend, Gpu, LimitsOption};
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 
 /// Options of `egmla check`.
 #[derive(Args, Debug)]
@@ -75,6 +76,9 @@ struct Report {
     passed: usize,
     failed: usize,
     skipped: usize,
+    /// By Ctrl-C: of the cases, those that had been run until then.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    interrupted: bool,
     rows: Vec<Row>,
 }
 
@@ -97,6 +101,11 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     let replayed = args.replay.as_deref().map(random::read).transpose()?;
     if args.random == Some(0) {
         return Err(Failure::usage("--random 0: there is nothing to compare"));
+    }
+    if args.long || args.random.is_some() || replayed.is_some() {
+        interrupt::watch();
+    } else {
+        interrupt::watch_patiently();
     }
     let backend = adapter::open_with(&args.adapter, args.limits)?;
     let gpu = match &backend {
@@ -129,21 +138,24 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     let mut left_out = gpu.kernels.context().left_out.clone();
     left_out.0.retain(|_, why| matches!(why, WhyLeftOut::Fatal(_)));
     let kernels = gpu.kernels.leaving_out(left_out);
-    let rows = run_cases(gpu, &kernels, &cases, !args.json)?;
+    let (run, rows) = run_cases(gpu, &kernels, &cases, !args.json)?;
+    let interrupted = run < cases.len();
     let skipped = rows.iter().filter(|row| row.skipped).count();
     let failed = rows.iter().filter(|row| row.failed()).count();
-    let report = Report { adapter, passed: rows.len() - failed - skipped, failed, skipped, rows };
+    let report = Report { adapter, passed: rows.len() - failed - skipped, failed, skipped, interrupted, rows };
     let mut text = match (args.json, args.verbose) {
         (true, _) => serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n",
         (false, true) => format!("{}\n", table(&report.rows)),
         (false, false) => String::new(),
     };
     if !args.json {
-        let (passed, of, cases) = (report.passed, report.rows.len(), cases.len());
-        text += &format!("{passed} passed, {failed} failed, {skipped} skipped of {of} in {cases} cases\n");
+        let (passed, of) = (report.passed, report.rows.len());
+        let cases = if interrupted { format!("{run} of {}", cases.len()) } else { run.to_string() };
+        let until = if interrupted { ", interrupted" } else { "" };
+        text += &format!("{passed} passed, {failed} failed, {skipped} skipped of {of} in {cases} cases{until}\n");
     }
     console::print(&text)?;
-    conclude(&report.rows)
+    if interrupted { Err(Failure::Interrupted) } else { conclude(&report.rows) }
 }
 
 impl Row {
@@ -182,8 +194,9 @@ fn conclude(rows: &[Row]) -> Result<(), Failure> {
     )))
 }
 
-/// Runs the cases kernel by kernel; with `tell`, prints a line for each kernel that is done, and what failed in it.
-fn run_cases(gpu: &Gpu, on: &Kernels, cases: &[egmla::check::Case], tell: bool) -> Result<Vec<Row>, Failure> {
+/// Runs the cases kernel by kernel until the run is asked to end; with `tell`, prints a line for each kernel, and what failed in
+/// it. Returns how many cases were run, and what they came to.
+fn run_cases(gpu: &Gpu, on: &Kernels, cases: &[egmla::check::Case], tell: bool) -> Result<(usize, Vec<Row>), Failure> {
     let mut kernels: Vec<&str> = Vec::new();
     for case in cases {
         if !kernels.contains(&case.kernel()) {
@@ -191,16 +204,21 @@ fn run_cases(gpu: &Gpu, on: &Kernels, cases: &[egmla::check::Case], tell: bool) 
         }
     }
     let width = kernels.iter().map(|kernel| kernel.len()).max().unwrap_or(0);
-    let bar = console::progress(cases.len() as u64, "cases");
-    let mut rows = Vec::new();
+    let bar = console::interruptible(cases.len() as u64, "cases");
+    let (mut run, mut rows) = (0, Vec::new());
     for kernel in kernels {
+        if interrupt::asked() {
+            break;
+        }
         bar.set_message(kernel.to_owned());
         let (first, start) = (rows.len(), Instant::now());
         if let Some(why) = on.context().left_out.0.get(kernel) {
             rows.push(Row::new(kernel, kernel, "-".to_owned(), Some(format!("not run: {why}"))));
         }
-        for case in cases.iter().filter(|case| case.kernel() == kernel) {
+        let of_kernel = cases.iter().filter(|case| case.kernel() == kernel);
+        for case in of_kernel.take_while(|_| !interrupt::asked()) {
             rows.extend(run_case(gpu, on, case)?);
+            run += 1;
             bar.inc(1);
         }
         if tell {
@@ -209,7 +227,7 @@ fn run_cases(gpu: &Gpu, on: &Kernels, cases: &[egmla::check::Case], tell: bool) 
         }
     }
     bar.finish_and_clear();
-    Ok(rows)
+    Ok((run, rows))
 }
 
 /// A line of what a kernel's comparisons came to, and one for each that failed.

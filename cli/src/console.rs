@@ -13,6 +13,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::failure::Failure;
+use crate::interrupt;
 
 /// Writes a result to stdout. A reader that has gone away is no error: the program ends as if all had been read.
 pub fn print(text: &str) -> Result<(), Failure> {
@@ -85,6 +86,14 @@ pub fn progress(length: u64, what: &str) -> ProgressBar {
     }
     let style = ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {what}, {{elapsed}} {{msg}}"));
     ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// The same, and the bar is cleared where a run is ended from outside.
+pub fn interruptible(length: u64, what: &str) -> ProgressBar {
+    let bar = progress(length, what);
+    let shown = bar.clone();
+    interrupt::undo(move || shown.finish_and_clear());
+    bar
 }
 
 /// Bytes for a reader: `1.50 KiB`.

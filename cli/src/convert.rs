@@ -113,9 +113,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         keys: Map::from_iter([("eos_token_id".to_owned(), json!(folder.eos_token_ids()))]),
     };
     let layers = folder.config().n_layer;
-    let bar = console::progress(layers.into(), "layers");
-    let shown = bar.clone();
-    interrupt::undo(move || shown.finish_and_clear());
+    let bar = console::interruptible(layers.into(), "layers");
     let made = conversion.run(&args.output, |progress| {
         match progress {
             Progress::Layers(done, None) if done > 0 => {

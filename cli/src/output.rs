@@ -79,10 +79,19 @@ impl Output {
         Output::check_file(path)
     }
 
-    /// Puts the file there.
+    /// Puts the file there, unless the run was interrupted.
     pub fn write(&self, bytes: &[u8]) -> Result<(), Failure> {
+        self.put(bytes, interrupt::check)
+    }
+
+    /// Puts the file there, also in a run that was interrupted: with what it has.
+    pub fn keep(&self, bytes: &[u8]) -> Result<(), Failure> {
+        self.put(bytes, || Ok(()))
+    }
+
+    fn put(&self, bytes: &[u8], wanted: fn() -> Result<(), Failure>) -> Result<(), Failure> {
         let Some(partial) = &self.partial else {
-            interrupt::check()?;
+            wanted()?;
             return console::write(bytes);
         };
         let written = File::create_new(partial).and_then(|mut file| {
@@ -95,8 +104,7 @@ impl Output {
         });
         // Until here an interrupted run keeps the old file.
         let replaced = match written {
-            Ok(()) if interrupt::asked() => Err(Failure::Interrupted),
-            Ok(()) => fs::rename(partial, &self.path).map_err(|error| self.not_written(&error)),
+            Ok(()) => wanted().and_then(|()| fs::rename(partial, &self.path).map_err(|error| self.not_written(&error))),
             Err(error) => Err(self.not_written(&error)),
         };
         if replaced.is_err() {

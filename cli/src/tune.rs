@@ -14,13 +14,14 @@ use crate::bench::gpu;
 use crate::cache_folder;
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 
 /// Options of `egmla tune`.
 #[derive(Args, Debug)]
 pub struct TuneArgs {
     #[command(flatten)]
     adapter: AdapterOption,
-    /// Stop after S seconds and keep what was found; the kernels that take longest come first
+    /// Stop after S seconds, or on Ctrl-C, and keep what was found; the kernels that take longest come first
     #[arg(long, value_name = "S", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..))]
     time_limit: u64,
     /// Forget what is kept for this adapter and measure nothing
@@ -30,6 +31,7 @@ pub struct TuneArgs {
 
 /// Measures and keeps.
 pub fn run(args: TuneArgs) -> Result<(), Failure> {
+    interrupt::watch_patiently();
     let backend = adapter::open_with(&args.adapter, LimitsOption::Adapter)?;
     let gpu = gpu(&backend)?;
     console::note(format_args!("adapter: {}", backend.describe()));
@@ -49,21 +51,26 @@ pub fn run(args: TuneArgs) -> Result<(), Failure> {
     let rows: Vec<_> =
         bench::rows().into_iter().filter(|row| row.is_in(Suite::Quick) && !row.id().ends_with("/t1024")).collect();
     let timer = Timer::new(&gpu.kernels)?;
-    let bar = console::progress(0, "kernels");
+    let bar = console::interruptible(0, "kernels");
     let limit = Duration::from_secs(args.time_limit);
     let tuned = tune(&gpu.kernels, &timer, &rows, limit, |progress| {
         bar.set_length(progress.of as u64);
         bar.set_position(progress.done as u64);
         bar.set_message(progress.kernel);
+        !interrupt::asked()
     })?;
     bar.finish_and_clear();
     gpu.check()?;
+    if tuned.is_empty() {
+        interrupt::check()?;
+    }
     let kept = kept_with(&gpu.kernels.context().tunings, &tuned);
     let text = serde_json::to_string_pretty(&kept).map_err(Failure::run)? + "\n";
     cache_folder::write(&file, text.as_bytes()).map_err(not_written)?;
     console::note(format_args!("kept in {}", file.display()));
     console::note("kernels that are not listed need a longer --time-limit; theirs is as it was");
-    console::print(&format!("{}\n", table(&tuned)))
+    console::print(&format!("{}\n", table(&tuned)))?;
+    interrupt::check()
 }
 
 /// The settings that were kept before, those of the kernels that were measured now replaced.

@@ -1,4 +1,5 @@
-//! Ctrl-C in the program: the text so far stays, the terminal and the files are as they were, and the exit status is 130.
+//! Ctrl-C in the program: the text so far and what was measured stay, the terminal and the files are as they were, and the exit
+//! status is 130. A signal that the tests' own process ignores is ignored by the program until it has its handler: none is sent before.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -11,6 +12,11 @@ use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+
+/// The cache folder of the tests, where proofs of an adapter are kept.
+fn cache() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
 
 /// By the reference on the CPU: there nothing is compiled, and steps are slow.
 fn command(arguments: &[&str]) -> Command {
@@ -89,33 +95,43 @@ fn an_interrupted_export_leaves_no_list() {
     assert!(!list.exists());
 }
 
-/// Under a terminal of its own, `script`'s, where Ctrl-C is a key.
-#[test]
-fn an_interrupted_eval_leaves_the_terminal_as_it_was() {
-    let folder = tempfile::tempdir().unwrap();
-    let text = folder.path().join("text");
-    fs::write(&text, "But soft, what light through yonder window breaks?\n".repeat(4000)).unwrap();
-    let line = format!("'{}' eval --adapter reference --text '{}'", env!("CARGO_BIN_EXE_egmla"), text.display());
+/// Runs the program under a terminal of its own, `script`'s, where Ctrl-C is a key, and presses it once the terminal shows what is
+/// waited for. Returns the exit status and all that the terminal showed.
+fn on_terminal(cache: &Path, arguments: &str, waited_for: impl Fn(&str) -> bool) -> (Option<i32>, String) {
+    let line = format!("'{}' {arguments}", env!("CARGO_BIN_EXE_egmla"));
     let mut script = Command::new("script");
     script.args(["--quiet", "--return", "--flush", "--command", &line, "/dev/null"]).env("TERM", "xterm");
-    script.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env_remove("RUST_LOG");
+    script.env("XDG_CACHE_HOME", cache).env_remove("RUST_LOG");
     script.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = script.spawn().expect("`script` (package bsdutils)");
     let mut keyboard = child.stdin.take().unwrap();
     let mut screen = child.stdout.take().unwrap();
     let mut shown = Vec::new();
     let mut part = [0; 256];
-    let bar = b" tokens, ";
-    while !shown.windows(bar.len()).any(|window| window == bar) {
+    while !waited_for(&String::from_utf8_lossy(&shown)) {
         let count = screen.read(&mut part).unwrap();
-        assert!(count > 0, "no bar: {}", String::from_utf8_lossy(&shown));
+        assert!(count > 0, "it ended before: {}", String::from_utf8_lossy(&shown));
         shown.extend(&part[..count]);
     }
     keyboard.write_all(b"\x03").unwrap();
     screen.read_to_end(&mut shown).unwrap();
-    let status = child.wait().unwrap();
-    let shown = String::from_utf8_lossy(&shown);
-    assert_eq!(status.code(), Some(130), "{shown}");
+    (child.wait().unwrap().code(), String::from_utf8_lossy(&shown).into_owned())
+}
+
+/// Whether a bar has shown that some of `what` are done.
+fn some_are_done(shown: &str, what: &str) -> bool {
+    let bars = shown.split(what).map(|before| before.rsplit(' ').next().unwrap_or_default());
+    bars.filter_map(|bar| bar.split_once('/')).any(|(done, _)| done.parse().is_ok_and(|done: u32| done > 0))
+}
+
+#[test]
+fn an_interrupted_eval_leaves_the_terminal_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text");
+    fs::write(&text, "But soft, what light through yonder window breaks?\n".repeat(4000)).unwrap();
+    let arguments = format!("eval --adapter reference --text '{}'", text.display());
+    let (status, shown) = on_terminal(cache(), &arguments, |shown| shown.contains(" tokens, "));
+    assert_eq!(status, Some(130), "{shown}");
     // The bar's line is wiped (ESC [2K) after it was last drawn, and what follows is the one line of the error.
     let (_, after) = shown.rsplit_once(" tokens, ").unwrap();
     let (_, rest) = after.rsplit_once("\x1b[2K").unwrap_or_else(|| panic!("the bar is still there: {shown:?}"));
@@ -123,6 +139,83 @@ fn an_interrupted_eval_leaves_the_terminal_as_it_was() {
     assert_eq!(rest.replace("\x1b[1A", "").trim(), "error: interrupted", "{shown:?}");
     // Whoever hides the cursor shows it again.
     assert!(shown.rfind("\x1b[?25l") <= shown.rfind("\x1b[?25h"), "{shown:?}");
+}
+
+/// The terminal's last line is that of the error.
+#[track_caller]
+fn interrupted_on_terminal(status: Option<i32>, shown: &str) {
+    assert_eq!(status, Some(130), "{shown}");
+    assert_eq!(shown.lines().last().map(str::trim), Some("error: interrupted"), "{shown}");
+}
+
+#[test]
+fn an_interrupted_tune_keeps_what_it_has_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let started = |shown: &str| some_are_done(shown, " kernels, ");
+    let (status, shown) = on_terminal(folder.path(), "tune", started);
+    interrupted_on_terminal(status, &shown);
+    assert!(shown.contains("setting of the class"), "{shown}");
+    let line = shown.lines().find_map(|line| line.split_once("kept in ")).expect("where it is kept").1;
+    let kept: serde_json::Value = serde_json::from_slice(&fs::read(line.trim()).unwrap()).unwrap();
+    assert!(kept.is_object(), "{kept}");
+}
+
+#[test]
+fn an_interrupted_bench_keeps_the_rows_that_it_has_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("rows.json");
+    let arguments = format!("bench --filter t1024 --json '{}'", json.display());
+    let (status, shown) = on_terminal(cache(), &arguments, |shown| some_are_done(shown, " rows, "));
+    interrupted_on_terminal(status, &shown);
+    assert!(shown.contains("INTERRUPTED: ") && shown.contains("roofline: "), "{shown}");
+    let report: egmla::bench::report::Report = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert!(report.interrupted && !report.rows.is_empty());
+    assert!(report.rows.iter().all(|row| row.runs >= 5 && shown.contains(&row.id)), "{:?}", report.rows);
+    assert!(report.skipped.iter().all(|row| row.why == "interrupted"), "{:?}", report.skipped);
+    // Such rows are no results to publish.
+    fs::create_dir(folder.path().join("docs")).unwrap();
+    fs::write(folder.path().join("docs/speed.md"), "text").unwrap();
+    let mut page = Command::new(env!("CARGO_BIN_EXE_egmla"));
+    let refused = page.args(["bench", "--page", "rows.json"]).current_dir(folder.path()).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("interrupted"), "{refused:?}");
+}
+
+#[test]
+fn an_interrupted_check_tells_what_it_has_compared() {
+    let mut check = Command::new(env!("CARGO_BIN_EXE_egmla"));
+    // Kernels of gates, which are soon done, then layers.
+    check.args(["check", "--filter", "gat"]).env("XDG_CACHE_HOME", cache()).env_remove("RUST_LOG");
+    let mut child = check.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = vec![0];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    interrupted(&output);
+    let stdout = String::from_utf8([first, output.stdout].concat()).unwrap();
+    let last = stdout.lines().last().unwrap();
+    assert!(last.contains(" 0 failed, ") && last.ends_with(" cases, interrupted"), "{stdout}");
+    let (before, of) = last.strip_suffix(" cases, interrupted").unwrap().rsplit_once(" of ").unwrap();
+    let run: u32 = before.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(run > 0 && run < of.parse().unwrap(), "{last}");
+    assert!(stdout.lines().count() > 1 && stdout.contains("ok, "), "{stdout}");
+}
+
+/// Results that are not there yet are not waited for twice.
+#[test]
+fn a_second_ctrl_c_ends_a_measurement_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("rows.json");
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_egmla"));
+    bench.args(["bench", "--json", json.to_str().unwrap()]).env("XDG_CACHE_HOME", cache()).env_remove("RUST_LOG");
+    let mut child = bench.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_handler(&mut child);
+    interrupt(&child);
+    interrupt(&child);
+    let start = Instant::now();
+    interrupted(&child.wait_with_output().unwrap());
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(!json.exists());
 }
 
 /// A layer over many tokens, in a folder with an older output.

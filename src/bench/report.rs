@@ -24,6 +24,9 @@ pub struct Report {
     pub egmla: String,
     /// Which rows were asked for.
     pub suite: Suite,
+    /// The run was interrupted: of the rows, those that had been measured until then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interrupted: bool,
     /// Clock of `min_us` and `median_us`; `first_us` is always wall time.
     pub clock: Clock,
     /// Measured choices that were in force; empty where every kernel took the one for its class.

@@ -81,7 +81,11 @@ pub struct Rows {
     pub wrong: Vec<Skipped>,
 }
 
-/// Sets every row up, runs each once cold and checks that its results are finite, then measures them in turns.
+/// Why a row is skipped that an interrupt left with too few runs.
+const INTERRUPTED: &str = "interrupted";
+
+/// Sets every row up, runs each once cold and checks that its results are finite, then measures them in turns. Once `progress`,
+/// which is called before each of these and before each turn, says false, the rows with runs enough are all that was measured.
 ///
 /// # Errors
 /// A lost device.
@@ -91,10 +95,11 @@ pub fn measure(
     roofline: &Roofline,
     rows: &[Row],
     budget: Budget,
-    mut progress: impl FnMut(Progress<'_>),
+    mut progress: impl FnMut(Progress<'_>) -> bool,
 ) -> Result<Rows> {
     let begun = Instant::now();
     let over = || begun.elapsed() >= budget.total;
+    let mut goes_on = true;
     let mut stock = Stock::default();
     let (mut running, mut skipped, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
     for row in rows {
@@ -103,7 +108,11 @@ pub fn measure(
             skipped.push(Skipped { id: row.id().to_owned(), why });
             continue;
         }
-        progress(Progress { id: row.id(), done: 0, of: rows.len() });
+        goes_on = goes_on && progress(Progress { id: row.id(), done: 0, of: rows.len() });
+        if !goes_on {
+            skipped.push(Skipped { id: row.id().to_owned(), why: INTERRUPTED.to_owned() });
+            continue;
+        }
         // Nothing compiled: a row's first use is its own.
         match start(row, &kernels.uncompiled(), timer, &mut stock) {
             Ok(started) => running.push(started),
@@ -122,11 +131,14 @@ pub fn measure(
     // Rows whose one run is longer than a row's limit wait until every other is done: their turns would eat the time.
     for slow in [false, true] {
         let now = |row: &Running<'_>| (row.longest > budget.limit) == slow && open(row);
-        while running.iter().any(now) {
+        while goes_on && running.iter().any(now) {
             for index in 0..running.len() {
                 let done = rows.len() - running.iter().filter(|row| open(row)).count();
                 let row = &mut running[index];
-                progress(Progress { id: row.row.id(), done, of: rows.len() });
+                goes_on = goes_on && progress(Progress { id: row.row.id(), done, of: rows.len() });
+                if !goes_on {
+                    break;
+                }
                 let turn = Instant::now();
                 while now(row) && turn.elapsed() < TURN {
                     let start = Instant::now();
@@ -137,7 +149,7 @@ pub fn measure(
         }
     }
     // A software adapter's caches are the processor's, and no business of a kernel's.
-    if kernels.context().class != AdapterClass::Software && !running.is_empty() && !over() {
+    if goes_on && kernels.context().class != AdapterClass::Software && !running.is_empty() && !over() {
         // Without memory for it there is no such figure, and every other stands.
         match evict(kernels) {
             Err(error) if error.is_loss() => return Err(error),
@@ -149,18 +161,34 @@ pub fn measure(
             }
         }
     }
+    if !goes_on {
+        running.retain(|row| {
+            let enough = row.is_done(budget) || row.times.runs.len() >= LEAST_RUNS;
+            if !enough {
+                skipped.push(Skipped { id: row.row.id().to_owned(), why: INTERRUPTED.to_owned() });
+            }
+            enough
+        });
+    }
     let measured = running.into_iter().map(|running| Measured::new(running.row, running.times, roofline)).collect();
     Ok(Rows { measured, skipped, wrong })
 }
 
-/// Times every dispatch of the rows: medians over a few submissions. Rows that the device refuses are left out.
+/// Times every dispatch of the rows: medians over a few submissions. Rows that the device refuses are left out, and all from the
+/// one on before which `goes_on` says false.
 ///
 /// # Errors
 /// A lost device.
-pub fn profile(kernels: &Kernels, timer: &Timer, roofline: &Roofline, rows: &[Row]) -> Result<Vec<Profile>> {
+pub fn profile(
+    kernels: &Kernels,
+    timer: &Timer,
+    roofline: &Roofline,
+    rows: &[Row],
+    goes_on: impl Fn() -> bool,
+) -> Result<Vec<Profile>> {
     let mut stock = Stock::default();
     let mut profiles = Vec::new();
-    for row in rows {
+    for row in rows.iter().take_while(|_| goes_on()) {
         let mut prepared = match row.prepare(kernels, &mut stock) {
             Ok(prepared) => prepared,
             Err(error) if error.is_loss() => return Err(error),

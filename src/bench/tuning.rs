@@ -44,13 +44,13 @@ pub struct Progress {
     pub kernel: &'static str,
     /// Kernels that are done.
     pub done: usize,
-    /// Kernels.
+    /// Kernels; 0 while their order is measured.
     pub of: usize,
 }
 
 /// Measures the settings of every kernel of these rows, those first that take longest, until all are done or `limit` is
-/// over. Dispatches of other kernels are left out of what is timed. Kernels that would need longer than `limit` leaves them
-/// are not among the results.
+/// over, or until `progress`, which is called before each candidate's run, says false. Dispatches of other kernels are left out of
+/// what is timed. Kernels that would need longer than `limit` leaves them are not among the results.
 ///
 /// # Errors
 /// A lost device. Settings that the device does not allow are passed over.
@@ -59,7 +59,7 @@ pub fn tune(
     timer: &Timer,
     rows: &[Row],
     limit: Duration,
-    mut progress: impl FnMut(Progress),
+    mut progress: impl FnMut(Progress) -> bool,
 ) -> Result<Vec<Tuned>> {
     let start = Instant::now();
     let of_class = kernels.with_tunings(Tunings::default())?;
@@ -79,6 +79,9 @@ pub fn tune(
         for name in names {
             if start.elapsed() > limit / 3 {
                 break;
+            }
+            if !progress(Progress { kernel: name, done: 0, of: 0 }) {
+                return Ok(Vec::new());
             }
             let Some(mut recording) = alone(row, name, &of_class, &mut stock)? else { continue };
             shares.entry(name).or_default().push((timer.run(&mut recording)?.device_us, index));
@@ -100,12 +103,12 @@ pub fn tune(
     let mut tuned = Vec::new();
     let of = order.len();
     for (done, (kernel, shares)) in order.into_iter().enumerate() {
-        if start.elapsed() > limit {
+        let mut goes_on = || progress(Progress { kernel, done, of });
+        if start.elapsed() > limit || !goes_on() {
             break;
         }
-        progress(Progress { kernel, done, of });
         let rows: Vec<_> = shares.iter().map(|&(_, index)| &rows[index]).collect();
-        tuned.extend(kernel_of(kernel, &rows, &of_class, timer, &mut stock, (start, limit))?);
+        tuned.extend(kernel_of((kernel, &rows), &of_class, timer, &mut stock, (start, limit), goes_on)?);
     }
     Ok(tuned)
 }
@@ -130,18 +133,21 @@ fn alone(row: &Row, kernel: &str, kernels: &Kernels, stock: &mut Stock) -> Resul
 /// A setting of a kernel, or that for the class; its recordings, one per row; their times together, run by run.
 type Candidate = (Option<usize>, Vec<(Recording, Copies)>, Vec<f64>);
 
-/// Measures the settings of one kernel; `None` where the time was up too early.
+/// Measures the settings of one kernel; `None` where the time was up too early, or it does not go on.
 fn kernel_of(
-    kernel: &'static str,
-    rows: &[&Row],
+    (kernel, rows): (&'static str, &[&Row]),
     of_class: &Kernels,
     timer: &Timer,
     stock: &mut Stock,
     (start, limit): (Instant, Duration),
+    mut goes_on: impl FnMut() -> bool,
 ) -> Result<Option<Tuned>> {
     let mut candidates: Vec<Candidate> = Vec::new();
     // The setting for the class, then each by its number.
     for setting in std::iter::once(None).chain((0..settings(kernel)).map(Some)) {
+        if !goes_on() {
+            return Ok(None);
+        }
         let tunings = setting.map(|index| (kernel.to_owned(), index)).into_iter().collect();
         let with = of_class.with_tunings(Tunings(tunings))?;
         let recordings = rows.iter().map(|row| alone(row, kernel, &with, stock)).collect::<Result<Option<Vec<_>>>>()?;
@@ -154,22 +160,28 @@ fn kernel_of(
         let recordings = recordings.into_iter().map(compiled).collect::<Result<Vec<_>>>()?;
         candidates.push((setting, recordings, Vec::new()));
     }
-    for round in 0..RUNS {
-        // Whole rounds only, so that no candidate has runs that another has not.
-        if round > 0 && start.elapsed() > limit {
+    let mut rounds = 0;
+    'rounds: while rounds < RUNS {
+        if rounds > 0 && start.elapsed() > limit {
             break;
         }
         for (_, recordings, times) in &mut candidates {
+            if !goes_on() {
+                break 'rounds;
+            }
             let run = |(recording, copies): &mut (Recording, Copies)| {
                 timer.steady(recording, *copies).map(|elapsed| elapsed.device_us)
             };
             times.push(recordings.iter_mut().map(run).sum::<Result<f64>>()?);
         }
+        rounds += 1;
     }
-    if candidates.first().is_none_or(|(.., times)| times.len() < LEAST_RUNS) {
+    if rounds < LEAST_RUNS {
         return Ok(None);
     }
     let mut medians = candidates.into_iter().map(|(setting, _, mut times)| {
+        // Whole rounds only, so that no candidate has runs that another has not.
+        times.truncate(rounds);
         times.sort_by(f64::total_cmp);
         (setting, median(&times))
     });

@@ -68,6 +68,9 @@ pub fn update(page: &Path, files: &[PathBuf]) -> Result<(), Failure> {
     let mut block = String::new();
     for file in files.iter().filter(|file| !name(file).starts_with("peers-")) {
         let report: Report = read(file)?;
+        if report.interrupted {
+            return Err(Failure::usage(format!("{}: is of a run that was interrupted", file.display())));
+        }
         let plots = plots::all(&report)?;
         for (name, svg) in &plots {
             write(&file.with_file_name(name), svg)?;
