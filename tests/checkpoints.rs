@@ -6,7 +6,7 @@
 use approx::assert_relative_eq;
 use egmla::config::{
     AttentionConfig, DecoderAttention, DecoderConfig, DecoderScales, GqaConfig, LOW_RANK_NORM_EPS, ModelSummary,
-    RopeConfig, RopeScaling, model_types,
+    QueryScaling, RopeConfig, RopeScaling, model_types,
 };
 use serde_json::{Value, json};
 
@@ -106,6 +106,28 @@ fn kimi_linear() -> Value {
     )
 }
 
+/// Mistral 4 as transformers writes it; without `rope_parameters` it scales positions by default.
+fn mistral4() -> Value {
+    with(
+        &written("mistral4"),
+        json!({
+            "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 256, "q_lora_rank": 1024,
+            "qk_nope_head_dim": 64, "head_dim": 128, "qk_head_dim": 128, "first_k_dense_replace": 0,
+            "max_position_embeddings": 1048576,
+            "rope_parameters": {"type": "yarn", "rope_type": "yarn", "rope_theta": 10000.0, "factor": 128.0,
+                "original_max_position_embeddings": 8192, "max_position_embeddings": 1048576, "beta_fast": 32.0,
+                "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+                "partial_rotary_factor": 0.5}
+        }),
+    )
+}
+
+/// DeepSeek-V3's widths as another type.
+fn of_type(name: &str) -> Value {
+    let position = (name == "mistral4").then_some(json!({"rope_type": "default"}));
+    with(&deepseek(), json!({"model_type": name, "rope_parameters": position}))
+}
+
 /// Heads, latent, query latent, content, rotary, value.
 type Shape = (u32, u32, Option<u32>, u32, u32, u32);
 
@@ -155,6 +177,7 @@ fn models() -> Vec<(&'static str, Value, Shape)> {
         ("deepseek_v2, written", written("deepseek_v2"), (128, 512, Some(1536), 128, 64, 128)),
         ("deepseek_v3, written", written("deepseek_v3"), (128, 512, Some(1536), 128, 64, 128)),
         ("kimi_linear, written", kimi_linear(), (32, 512, None, 128, 64, 128)),
+        ("mistral4, written", mistral4(), (32, 256, Some(1024), 64, 64, 128)),
     ]
 }
 
@@ -216,7 +239,7 @@ fn the_type_decides_the_arithmetic() {
 fn types_that_are_not_computed_are_refused_by_name() {
     let mut computed = 0;
     for (name, why) in model_types() {
-        let config = with(&deepseek(), json!({"model_type": name}));
+        let config = of_type(name);
         match why {
             None => {
                 read(&config);
@@ -257,7 +280,45 @@ fn keys_that_change_attention_are_refused_all_at_once() {
     read(&with(&deepseek(), json!({"use_sliding_window": false, "sliding_window": 4096})));
     let position = json!({"rope_parameters": {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
         "llama_4_scaling_beta": 0.1}});
-    refused(&with(&deepseek(), position).to_string(), &["llama_4_scaling_beta", "0.1"]);
+    refused(&with(&deepseek(), position).to_string(), &["llama_4_scaling_beta", "0.1", "deepseek_v3"]);
+}
+
+#[test]
+fn queries_are_scaled_by_position_where_the_type_says_so() {
+    let rope = read(&mistral4()).rope;
+    assert_eq!(rope.query_scaling, Some(QueryScaling { beta: 0.1, original_max_position_embeddings: 8192.0 }));
+    for (position, expected) in [
+        (0, 1.0),
+        (8191, 1.0),
+        (8192, 1.0 + 0.1 * 2f64.ln()),
+        (16383, 1.0 + 0.1 * 2f64.ln()),
+        (1048575, 1.0 + 0.1 * 128f64.ln()),
+    ] {
+        assert_relative_eq!(rope.query_factor(position), expected, max_relative = 1e-15);
+    }
+    assert_eq!(read(&deepseek()).rope.query_factor(1 << 20), 1.0);
+    let scaling =
+        |changes: Value| with(&mistral4(), json!({"rope_parameters": with(&mistral4()["rope_parameters"], changes)}));
+    for beta in [json!(0), json!(null)] {
+        assert_eq!(read(&scaling(json!({"llama_4_scaling_beta": beta}))).rope.query_scaling, None);
+    }
+    // Of YaRN the length is that of both; without it, the factor's alone.
+    let alone = json!({"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8192});
+    let alone = read(&with(&mistral4(), json!({"rope_parameters": alone}))).rope;
+    assert_eq!((alone.query_scaling, alone.scaling), (rope.query_scaling, RopeScaling::None));
+    // It says what the widths say.
+    refused(&scaling(json!({"partial_rotary_factor": 0.25})).to_string(), &["partial_rotary_factor", "0.25"]);
+    for (changes, names) in [
+        (json!({"llama_4_scaling_beta": -1.0}), ["llama_4_scaling_beta", "above 0"]),
+        (json!({"llama_4_scaling_beta": 1e38}), ["llama_4_scaling_beta", "above 0"]),
+        (json!({"original_max_position_embeddings": 0}), ["original_max_position_embeddings", "0"]),
+    ] {
+        refused(&scaling(changes).to_string(), &names);
+    }
+    refused(
+        &with(&mistral4(), json!({"rope_parameters": null})).to_string(),
+        &["rope_parameters", "missing", "mistral4"],
+    );
 }
 
 #[test]
@@ -382,8 +443,7 @@ fn every_model_has_its_sizes_and_what_runs_it() {
         );
     }
     for (model_type, why) in model_types() {
-        let summary =
-            ModelSummary::from_json(&with(&deepseek(), json!({"model_type": model_type})).to_string()).unwrap();
+        let summary = ModelSummary::from_json(&of_type(model_type).to_string()).unwrap();
         assert_eq!(summary.attention_problem.is_some(), why.is_some(), "{model_type}");
     }
     let layers = |config: Value| ModelSummary::from_json(&config.to_string()).unwrap().n_layer;
@@ -426,6 +486,20 @@ fn qwen2() -> Value {
     })
 }
 
+/// Its text model alone.
+fn ministral3() -> Value {
+    json!({
+        "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02,
+        "intermediate_size": 9216, "max_position_embeddings": 262144, "num_attention_heads": 32, "num_hidden_layers": 26,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": null, "tie_word_embeddings": true,
+        "use_cache": true, "vocab_size": 131072,
+        "rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0, "rope_type": "yarn",
+            "type": "yarn"}
+    })
+}
+
 #[test]
 fn models_with_keys_and_values_per_head_are_read() {
     let heads = |config: &Value| match DecoderConfig::from_json(&config.to_string()).unwrap().attention {
@@ -442,6 +516,13 @@ fn models_with_keys_and_values_per_head_are_read() {
     assert_eq!(c.parameters(), 6_291_456 + 4_194_304);
     assert_eq!(shape(&heads(&mistral())), (4096, 32, 8, 128, false, false));
     assert_eq!(shape(&heads(&qwen2())), (896, 14, 2, 64, true, false));
+    let c = heads(&ministral3());
+    assert_eq!((shape(&c), c.rope.amplitude()), ((3072, 32, 8, 128, false, false), 1.0));
+    assert_eq!(c.rope.query_scaling, Some(QueryScaling { beta: 0.1, original_max_position_embeddings: 16384.0 }));
+    let mut bare = ministral3();
+    bare.as_object_mut().unwrap().remove("head_dim");
+    assert_eq!(heads(&bare), c);
+    assert_eq!(heads(&with(&bare, json!({"head_dim": null}))).head_dim, 96);
     let bare = json!({"num_key_value_heads": null, "head_dim": null, "attention_bias": true});
     assert_eq!(shape(&heads(&with(&llama(), bare))), (2048, 32, 32, 64, true, true));
     // YaRN turns keys here as well, but does not scale the scores.
@@ -456,7 +537,7 @@ fn models_with_keys_and_values_per_head_are_read() {
     unused.as_object_mut().unwrap().remove("use_sliding_window");
     assert_eq!(heads(&unused), heads(&qwen2()));
     let summary = ModelSummary::from_json(&llama().to_string()).unwrap();
-    assert_eq!((summary.n_layer, summary.attention), (16, DecoderAttention::Heads(c)));
+    assert_eq!((summary.n_layer, summary.attention), (16, DecoderAttention::Heads(heads(&llama()))));
     assert!(summary.decoder_problem.is_none());
     let problem = summary.attention_problem.unwrap().to_string();
     assert!(problem.contains("model_type") && problem.contains("not latents"), "{problem}");

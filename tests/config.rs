@@ -57,7 +57,7 @@ fn yarn(factor: f64, mscale: Option<f64>, mscale_all_dim: Option<f64>, attention
 #[test]
 fn config_defaults() {
     let config = parse(serde_json::json!({}));
-    assert_eq!(config.rope, RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, rotate: true });
+    assert_eq!(config.rope, RopeConfig::default());
     assert_eq!((config.gate, config.d_q_latent, config.attention_bias), (None, None, false));
     let gate = parse(serde_json::json!({"embedding_gate": {"vocab_size": 9, "embed_dim": 3}})).gate.unwrap();
     assert_eq!((gate.site, gate.activation, gate.norm), Default::default());

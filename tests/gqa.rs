@@ -8,7 +8,7 @@ mod common;
 use common::{Gpu, gpu, gpu_with};
 use egmla::attention::{CacheOptions, GqaAttention, KvCache, Mode, StepTokens, Tokens};
 use egmla::check::compare::{F16_LIMIT, F32_LIMIT, Tolerance, compare};
-use egmla::config::{GqaConfig, RopeConfig, RopeScaling};
+use egmla::config::{GqaConfig, QueryScaling, RopeConfig, RopeScaling};
 use egmla::error::{ArgumentError, TensorError};
 use egmla::random::{Random, gqa_weights};
 use egmla::readback;
@@ -17,6 +17,8 @@ use egmla::weights::GqaWeights;
 use egmla::{Error, Recording, Region, Storage, wgpu};
 
 const HIDDEN: usize = 20;
+
+const SCALED_QUERIES: QueryScaling = QueryScaling { beta: 0.4, original_max_position_embeddings: 5.0 };
 
 fn halves() -> RopeConfig {
     RopeConfig { interleave: false, ..RopeConfig::default() }
@@ -58,6 +60,7 @@ fn configs() -> Vec<GqaConfig> {
         GqaConfig { qkv_bias: true, o_bias: true, rope: RopeConfig { scaling: llama3, ..halves() }, ..config(3, 3, 6) },
         GqaConfig { rope: RopeConfig { scaling: yarn, ..RopeConfig::default() }, ..config(8, 2, 136) },
         config(1, 1, 2),
+        GqaConfig { rope: RopeConfig { query_scaling: Some(SCALED_QUERIES), ..halves() }, ..config(4, 2, 12) },
     ]
 }
 
@@ -279,7 +282,11 @@ fn transformers(config: &GqaConfig, weights: &GqaWeights, hidden: &[f64]) -> Vec
         for head in 0..heads {
             // repeat_kv: each head of keys and values n_rep times, one after another
             let kv_head = head / (heads / kv_heads);
-            let query = rotary(&q[t][head * dim..][..dim], t);
+            let mut query = rotary(&q[t][head * dim..][..dim], t);
+            if let Some(QueryScaling { beta, original_max_position_embeddings: length }) = config.rope.query_scaling {
+                // Ministral 3: 1 + beta * log(1 + floor(positions / max_position_embeddings))
+                query.iter_mut().for_each(|q| *q *= 1.0 + beta * (1.0 + (t as f64 / length).floor()).ln());
+            }
             let score = |j: usize| {
                 let key = rotary(&k[j][kv_head * dim..][..dim], j);
                 query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * (dim as f64).powf(-0.5)
@@ -298,7 +305,13 @@ fn transformers(config: &GqaConfig, weights: &GqaWeights, hidden: &[f64]) -> Vec
 
 #[test]
 fn the_reference_is_transformers() {
-    for config in [config(4, 2, 6), GqaConfig { qkv_bias: true, o_bias: true, ..config(3, 1, 8) }, config(2, 2, 2)] {
+    let scaled = RopeConfig { query_scaling: Some(SCALED_QUERIES), ..halves() };
+    for config in [
+        config(4, 2, 6),
+        GqaConfig { qkv_bias: true, o_bias: true, ..config(3, 1, 8) },
+        config(2, 2, 2),
+        GqaConfig { rope: scaled, ..config(4, 2, 6) },
+    ] {
         let weights = gqa_weights(&config, 5).unwrap();
         let hidden = widen(&Random::new(6).values(9 * HIDDEN, 1.0));
         let expected = transformers(&config, &weights, &hidden);
@@ -313,6 +326,29 @@ fn the_reference_is_transformers() {
         let apart = other.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(apart > 1e-3 || config.head_dim == 2, "{apart:e}");
     }
+}
+
+/// Beyond the length of the original training queries take a factor, by a dispatch more; up to it there is none.
+#[test]
+fn scaled_queries_take_a_dispatch_where_a_factor_is_not_one() {
+    let config = configs().pop().unwrap();
+    let mut rig = Rig::new(&config, 1, 30, Storage::F32);
+    let hidden = Random::new(7).values(7 * HIDDEN, 1.0);
+    let mut got = Vec::new();
+    for (mode, tokens, more) in
+        [(Mode::Prefill, 0..4, 0), (Mode::Decode, 4..5, 0), (Mode::Decode, 5..6, 1), (Mode::Prefill, 6..7, 1)]
+    {
+        let rows = tokens.start * HIDDEN..tokens.end * HIDDEN;
+        let (out, names) = rig.traced(mode, &[tokens.len() as u32], &hidden[rows]);
+        assert_eq!(names.len(), 4 + more, "{names:?}");
+        got.extend(out);
+    }
+    assert_close(&got, &rig.expected(&hidden), F32_LIMIT);
+    // Control: the reference without the factors.
+    let plain = GqaConfig { rope: halves(), ..config.clone() };
+    let plain =
+        GqaLayer::new(plain, &gqa_weights(&config, 1).unwrap()).forward(&widen(&hidden), &mut History::default());
+    compare(&got, &plain, Tolerance { relative: 1e-3 }).verdict.unwrap_err();
 }
 
 /// Four dispatches of a decode step, whatever the heads and the biases; a prefill has one more product.

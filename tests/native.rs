@@ -4,7 +4,7 @@
 
 use egmla::config::{
     Activation, AttentionConfig, DecoderAttention, DecoderConfig, DecoderScales, GateConfig, GateNorm, GateSite,
-    GqaConfig, RopeConfig, RopeScaling,
+    GqaConfig, QueryScaling, RopeConfig, RopeScaling,
 };
 use egmla::decoder::{
     CpuDecoder, DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, Logits, NativeDecoder, NativeGqaLayer,
@@ -73,7 +73,13 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
         d_value: below(1, 21),
         attention_bias: below(0, 1) == 1,
         gate,
-        rope: RopeConfig { interleave: below(0, 1) == 1, scaling, rotate: below(0, 4) > 0, ..RopeConfig::default() },
+        rope: RopeConfig {
+            interleave: below(0, 1) == 1,
+            scaling,
+            rotate: below(0, 4) > 0,
+            query_scaling: (below(0, 2) == 0).then_some(SCALED_QUERIES),
+            ..RopeConfig::default()
+        },
         low_rank_norm_eps: 1e-6,
         query_factor: 1.25,
         latent_factor: 0.75,
@@ -91,9 +97,15 @@ fn drawn_heads(random: &mut Random) -> GqaConfig {
         head_dim: 2 * below(1, 20),
         qkv_bias: below(0, 1) == 1,
         o_bias: below(0, 1) == 1,
-        rope: RopeConfig { interleave: below(0, 1) == 1, ..RopeConfig::default() },
+        rope: RopeConfig {
+            interleave: below(0, 1) == 1,
+            query_scaling: (below(0, 2) == 0).then_some(SCALED_QUERIES),
+            ..RopeConfig::default()
+        },
     }
 }
+
+const SCALED_QUERIES: QueryScaling = QueryScaling { beta: 0.7, original_max_position_embeddings: 5.0 };
 
 const VOCAB: u32 = 23;
 

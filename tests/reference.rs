@@ -8,7 +8,9 @@ use std::ops::Range;
 use std::path::Path;
 
 use approx::{assert_abs_diff_eq, assert_relative_eq};
-use egmla::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
+use egmla::config::{
+    Activation, AttentionConfig, GateConfig, GateNorm, GateSite, QueryScaling, RopeConfig, RopeScaling,
+};
 use egmla::random::{Random, attention_weights};
 use egmla::reference::{
     Attended, Heads, History, Layer, Partial, activate, attention_absorbed, attention_combine, attention_decode,
@@ -761,6 +763,30 @@ fn rope_by_hand() {
     let mut values = vec![1.0; 6];
     rope(&mut values, &rotations(&RopeConfig::default(), 0, &[5, 6]), 1, 3, 0, true);
     assert_eq!(values, [1.0; 6]);
+}
+
+/// Mistral 4: `1 + beta * log(1 + floor(position / original_max_position_embeddings))` on whole queries. A factor on all queries, as
+/// LongCat-Flash has it, gives each position's row.
+#[test]
+fn queries_are_scaled_by_their_position() {
+    let scaling = QueryScaling { beta: 0.5, original_max_position_embeddings: 4.0 };
+    for plain in every_config() {
+        let rope = RopeConfig { query_scaling: Some(scaling), ..plain.rope.clone() };
+        let scaled = AttentionConfig { rope, ..plain.clone() };
+        scaled.validate().unwrap();
+        let (hidden, ids, width) = (hidden(&plain, 14), ids(14), plain.hidden_size as usize);
+        let whole = run(&layer(&scaled, 3), &hidden, &ids);
+        for (block, log) in [(0, 0.0), (1, 2f64.ln()), (2, 3f64.ln()), (3, 4f64.ln())] {
+            let of_block = layer(&AttentionConfig { query_factor: 1.0 + 0.5 * log, ..plain.clone() }, 3);
+            let rows = block * 4 * width..((block + 1) * 4 * width).min(whole.len());
+            assert_close(&whole[rows.clone()], &run(&of_block, &hidden, &ids)[rows]);
+        }
+        assert_close(&layer(&scaled, 3).forward_absorbed(&hidden, &ids), &whole);
+        // Control: without it the first four rows alone are the same.
+        let other = run(&layer(&plain, 3), &hidden, &ids);
+        assert_close(&whole[..4 * width], &other[..4 * width]);
+        assert!(distance(&whole[8 * width..], &other[8 * width..]) > 1e-3, "{plain:?}");
+    }
 }
 
 #[test]

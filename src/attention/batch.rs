@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::step::{MOST_DECODED, Mode, Step};
-use crate::config::RopeConfig;
+use crate::config::{QueryScaling, RopeConfig};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_decode::SPLIT;
 use crate::storage::padded_width;
@@ -37,6 +37,8 @@ pub(super) struct Batch {
     /// Angle per position of every rotary pair, and the factor on cos and sin.
     frequencies: Vec<f64>,
     amplitude: f64,
+    /// Factor on queries by their position.
+    query_scaling: Option<QueryScaling>,
     /// Rotary pairs, those of the padding among them.
     pairs: usize,
     /// Identifies the cache: it refuses a step of another.
@@ -73,6 +75,7 @@ impl Batch {
             lengths: vec![0; batch as usize],
             frequencies: rope.frequencies(d_rope),
             amplitude: rope.amplitude(),
+            query_scaling: rope.query_scaling,
             pairs: padded_width(d_rope) as usize / 2,
             identity: IDENTITIES.fetch_add(1, Ordering::Relaxed),
             generation: 0,
@@ -97,6 +100,11 @@ impl Batch {
         }));
         // The padding stays as it is.
         rotations.resize(end, [1.0, 0.0]);
+    }
+
+    /// The factor on the queries of a position as a rotation of a pair, by no angle; of a layer without such factors none.
+    pub fn scale_query(&self, position: u32, factors: &mut Vec<[f32; 2]>) {
+        factors.extend(self.query_scaling.map(|scaling| [scaling.factor(position) as f32, 0.0]));
     }
 
     /// Refuses a step of another cache, or one made before a change.

@@ -282,7 +282,8 @@ impl HeadsFrame<'_> {
             };
             self.recording.add_own(&op, args)?;
         }
-        Ok(())
+        let width = layer.widths.n_head * layer.widths.head_dim;
+        step.scale_queries(self.recording, &self.tables, &self.workspace.q, width)
     }
 
     fn prefill(&mut self, tiles: &[Tile]) -> Result<()> {

@@ -111,7 +111,10 @@ impl<'a> Frame<'a> {
             // Once is enough for what is not of the cache.
             (op.queries, op.kept) = (cache_append::Queries::default(), None);
         }
-        if apart { self.project_queries() } else { Ok(()) }
+        if apart {
+            self.project_queries()?;
+        }
+        step.scale_queries(self.recording, &self.tables, &workspace.q, widths.queries())
     }
 
     /// The gates of the new tokens' latents, before their activation.

@@ -18,6 +18,7 @@ use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_decode::{DecodeSequence, SPLIT, split_length};
 use crate::kernels::attention_prefill::{QueryTile, tile_q};
 use crate::kernels::cache_read::SequenceRow;
+use crate::kernels::rope;
 use crate::plan::MAX_ITERATIONS;
 use crate::recording::Recording;
 
@@ -51,6 +52,8 @@ pub(super) enum Table {
     Slots,
     /// `[tokens, d_rope / 2, 2]` f32: cos and sin.
     Rotations,
+    /// `[tokens, 2]` f32: factors on queries, each beside 0; empty where the layers have none.
+    QueryFactors,
     /// `[n_sequence]` [`SequenceRow`]
     Sequences,
     /// `[n_sequence]` [`DecodeSequence`]
@@ -125,6 +128,8 @@ pub struct Step {
     pub(super) partials: u32,
     /// Cache rows of each, as these kernels split them.
     pub(super) split: u32,
+    /// A factor on queries is not 1.
+    scales_queries: bool,
     /// Pairs of query and position, for the choice of a path.
     pub(super) expected_positions: u64,
     /// Cache rows of the new tokens of each sequence that has some.
@@ -200,6 +205,7 @@ impl KvCache {
 struct Rows {
     slots: Vec<u32>,
     rotations: Vec<[f32; 2]>,
+    query_factors: Vec<[f32; 2]>,
     sequences: Vec<SequenceRow>,
     decoding: Vec<DecodeSequence>,
     queries: Vec<QueryTile>,
@@ -241,6 +247,7 @@ impl Rows {
             for position in before..length {
                 all.slots.push(first_slot + position);
                 batch.rotate(position, &mut all.rotations);
+                batch.scale_query(position, &mut all.query_factors);
             }
             if batch.numbering == Numbering::InPlace {
                 end = first_slot.into();
@@ -303,6 +310,7 @@ impl Step {
         let mut tables: Vec<&[u8]> = vec![
             slots,
             cast_slice(&rows.rotations),
+            cast_slice(&rows.query_factors),
             sequences,
             of_decoding,
             cast_slice(&rows.queries),
@@ -331,6 +339,7 @@ impl Step {
             most_tokens: rows.most_tokens,
             partials: rows.partials,
             split: rows.split,
+            scales_queries: rows.query_factors.iter().any(|[factor, _]| *factor != 1.0),
             expected_positions: rows.expected_positions,
             appended: new
                 .map(|(of, end)| {
@@ -413,6 +422,32 @@ impl Step {
         Ok(self.table(&self.tables(recording)?, Table::Ids))
     }
 
+    /// Multiplies queries `[tokens, width]` by the factors of their positions, within `tables`; nothing where all of them are 1, as
+    /// up to the length of the original training.
+    pub(super) fn scale_queries(
+        &self,
+        recording: &mut Recording,
+        tables: &Region,
+        q: &Region,
+        width: u32,
+    ) -> Result<()> {
+        if !self.scales_queries {
+            return Ok(());
+        }
+        // Every two neighbours are a pair that is turned by no angle.
+        let op = rope::Rope {
+            tokens: self.tokens,
+            n_head: width / 2,
+            d_rope: 2,
+            offset: 0,
+            token_stride: width,
+            head_stride: 2,
+            interleave: true,
+        };
+        let factors = self.table(tables, Table::QueryFactors);
+        recording.add_own(&op, rope::Args { rotations: &factors, values: q })
+    }
+
     pub(super) fn grouped(&self) -> Option<&Grouped> {
         self.lists.grouped.as_ref()
     }
@@ -458,7 +493,7 @@ fn check_ids(gate: Option<&GateConfig>, token_ids: Option<&[u32]>, tokens: u32) 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use super::{Tables, check_ranges};
+    use super::{TABLES, Tables, check_ranges};
 
     #[test]
     fn what_a_combination_would_not_come_to_the_end_of_is_refused() {
@@ -472,13 +507,14 @@ mod tests {
     fn tables_of_a_shape_stand_at_the_same_places() {
         let [a, b] = [(4, 40), (16, 33)].map(|(short, long)| {
             let (short, long) = (vec![1; short], vec![2; long]);
-            let mut tables = [&short[..]; 12];
-            tables[11] = &long;
+            let mut tables = [&short[..]; TABLES];
+            tables[TABLES - 1] = &long;
             Tables::new(&tables, 32)
         });
         assert_eq!(a.places, b.places);
         assert!(a.places.iter().all(|(offset, size)| offset % 32 == 0 && size.is_power_of_two()));
-        assert_eq!(a.places[11], (32 * 11, 64));
-        assert_eq!(a.bytes[32 * 11..][..41], [[2; 40].as_slice(), &[0]].concat());
+        let end = 32 * (TABLES - 1);
+        assert_eq!(a.places[TABLES - 1], (end as u64, 64));
+        assert_eq!(a.bytes[end..][..41], [[2; 40].as_slice(), &[0]].concat());
     }
 }

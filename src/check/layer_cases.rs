@@ -7,7 +7,9 @@ use super::guarded::POISON;
 use super::view::{Reading, View};
 use super::{Case, Lab, Outcome, Words, outcome};
 use crate::attention::{Attention, AttentionOptions, CacheOptions, DecodePath, GateRows, LatentCache, Tokens};
-use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, GateSite, RopeConfig, RopeScaling};
+use crate::config::{
+    Activation, AttentionConfig, GateConfig, GateNorm, GateSite, QueryScaling, RopeConfig, RopeScaling,
+};
 use crate::error::Result;
 use crate::random::{Random, attention_weights};
 use crate::recording::Recording;
@@ -57,7 +59,7 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         attention_factor: None,
         truncate: true,
     };
-    let rope = |interleave, scaling| RopeConfig { theta: 10000.0, interleave, scaling, rotate: true };
+    let rope = |interleave, scaling| RopeConfig { interleave, scaling, ..RopeConfig::default() };
     let mut all = vec![
         ("mla".to_owned(), base(), true),
         ("mla_no_norm".to_owned(), base(), false),
@@ -85,6 +87,18 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         (
             "mla_unturned".to_owned(),
             AttentionConfig { rope: RopeConfig { rotate: false, ..RopeConfig::default() }, ..base() },
+            true,
+        ),
+        (
+            "mla_low_rank_scaled_queries".to_owned(),
+            AttentionConfig {
+                d_q_latent: Some(14),
+                rope: RopeConfig {
+                    query_scaling: Some(QueryScaling { beta: 0.7, original_max_position_embeddings: 5.0 }),
+                    ..RopeConfig::default()
+                },
+                ..base()
+            },
             true,
         ),
         ("mla_no_rope_h1".to_owned(), AttentionConfig { n_head: 1, d_rope: 0, ..base() }, true),

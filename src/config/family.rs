@@ -24,6 +24,8 @@ pub(super) enum HeadsRule {
     Llama,
     /// No biases; without `sliding_window` there is one.
     Mistral,
+    /// No biases and no window; without `head_dim` it is 128.
+    Ministral3,
     /// Biases on queries, keys and values.
     Qwen2,
 }
@@ -44,6 +46,8 @@ pub(super) struct Family {
     pub scales: bool,
     /// Queries are multiplied by √(hidden_size / q_lora_rank), normed latents by √(hidden_size / kv_lora_rank).
     pub scaled: bool,
+    /// `llama_4_scaling_beta` multiplies queries by a factor of their position.
+    pub scales_queries: bool,
     /// What its attention does that is not computed here.
     pub refused: Option<&'static str>,
 }
@@ -57,6 +61,7 @@ const fn plain(name: &'static str) -> Family {
         rms_norm_eps: 1e-6,
         scales: false,
         scaled: false,
+        scales_queries: false,
         refused: None,
     }
 }
@@ -87,10 +92,10 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { scaled: true, rms_norm_eps: 1e-5, ..plain("longcat_flash") },
     Family { turning: Turning::Halves, tied: true, rms_norm_eps: 1e-5, scales: true, ..plain("minicpm3") },
     Family { turning: Turning::Never, ..plain("kimi_linear") },
-    // Its scaling of queries is a key: llama_4_scaling_beta.
-    plain("mistral4"),
+    Family { scales_queries: true, ..plain("mistral4") },
     of_heads("llama", HeadsRule::Llama),
     of_heads("mistral", HeadsRule::Mistral),
+    Family { scales_queries: true, rms_norm_eps: 1e-5, ..of_heads("ministral3", HeadsRule::Ministral3) },
     of_heads("qwen2", HeadsRule::Qwen2),
     refused("deepseek_v32", INDEXER),
     refused("glm_moe_dsa", INDEXER),

@@ -52,12 +52,13 @@ impl GqaConfig {
             (Some(heads), _) => heads,
             (None, HeadsRule::Llama) => n_head,
             // Each has its own number where there is no key.
-            (None, HeadsRule::Mistral | HeadsRule::Qwen2) => {
+            (None, HeadsRule::Mistral | HeadsRule::Ministral3 | HeadsRule::Qwen2) => {
                 return Err(keys.error("num_key_value_heads", "is missing"));
             }
         };
         let head_dim = match keys.integer("head_dim")? {
             Some(width) => width,
+            None if rule == HeadsRule::Ministral3 && !keys.holds("head_dim") => 128,
             None => hidden_size.checked_div(n_head).unwrap_or(0),
         };
         let (qkv_bias, o_bias) = match rule {
@@ -65,11 +66,11 @@ impl GqaConfig {
                 let bias = keys.boolean("attention_bias")?.unwrap_or(false);
                 (bias, bias)
             }
-            HeadsRule::Mistral => (false, false),
+            HeadsRule::Mistral | HeadsRule::Ministral3 => (false, false),
             HeadsRule::Qwen2 => (true, false),
         };
-        let defaults = family.map_or_else(RopeConfig::default, Family::rope);
-        let rope = rope_from_map(&keys, defaults)?;
+        let family = family.unwrap_or(Family::of_definition());
+        let rope = rope_from_map(&keys, family, family.rope())?;
         let config = GqaConfig { hidden_size, n_head, n_kv_head, head_dim, qkv_bias, o_bias, rope };
         config.validate()?;
         Ok(config)

@@ -37,7 +37,7 @@ use rope::above;
 pub use decoder::{DecoderAttention, DecoderConfig, DecoderScales};
 pub use gqa::GqaConfig;
 pub use quantisation::weight_block_size;
-pub use rope::{RopeConfig, RopeScaling};
+pub use rope::{QueryScaling, RopeConfig, RopeScaling};
 pub use summary::ModelSummary;
 
 /// Where the embedding gate acts (EG-MLA; the paper leaves it open, see `docs/definition.md`).
@@ -248,7 +248,7 @@ impl AttentionConfig {
             d_value,
             attention_bias: keys.boolean("attention_bias")?.unwrap_or(false),
             gate,
-            rope: rope::rope_from_map(&keys, rope)?,
+            rope: rope::rope_from_map(&keys, family, rope)?,
             low_rank_norm_eps: keys.float("low_rank_norm_eps")?.unwrap_or(LOW_RANK_NORM_EPS),
             query_factor: factor("mla_scale_q_lora", d_q_latent)?,
             latent_factor: factor("mla_scale_kv_lora", Some(d_latent))?,

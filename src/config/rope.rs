@@ -4,6 +4,7 @@ use std::f64::consts::PI;
 
 use serde::Serialize;
 
+use super::family::Family;
 use super::keys::Keys;
 use crate::error::{Error, Result};
 
@@ -58,7 +59,23 @@ pub enum RopeScaling {
     },
 }
 
-/// Rotary position embedding of the `d_rope` part of queries and keys.
+/// Factor on queries by their position: `1 + β · ln(1 + ⌊position / L⌋)`, 1 up to the length of the original training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct QueryScaling {
+    /// β, `llama_4_scaling_beta`.
+    pub beta: f64,
+    /// L, the length of the original training.
+    pub original_max_position_embeddings: f64,
+}
+
+impl QueryScaling {
+    /// The factor at a position.
+    pub fn factor(&self, position: u32) -> f64 {
+        1.0 + self.beta * (f64::from(position) / self.original_max_position_embeddings).floor().ln_1p()
+    }
+}
+
+/// Rotary position embedding of the `d_rope` part of queries and keys, and what else depends on positions.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RopeConfig {
     /// Base of the frequencies, `rope_theta`.
@@ -69,11 +86,13 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
     /// False leaves the rotary part as it is, at every position (Kimi-Linear).
     pub rotate: bool,
+    /// Factor on whole queries (Mistral 4, Ministral 3).
+    pub query_scaling: Option<QueryScaling>,
 }
 
 impl Default for RopeConfig {
     fn default() -> Self {
-        RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, rotate: true }
+        RopeConfig { theta: 10000.0, interleave: true, scaling: RopeScaling::None, rotate: true, query_scaling: None }
     }
 }
 
@@ -89,6 +108,11 @@ impl RopeConfig {
     /// [`Error::Config`] with the checkpoint key that does not fit.
     pub(super) fn validate(&self, d_rope: u32, width_key: &str) -> Result<()> {
         above("rope_theta", self.theta, 1.0)?;
+        if let Some(scaling) = self.query_scaling {
+            above("rope_scaling.original_max_position_embeddings", scaling.original_max_position_embeddings, 0.0)?;
+            // It only rises or only falls.
+            above("rope_scaling.llama_4_scaling_beta", scaling.factor(u32::MAX), 0.0)?;
+        }
         match &self.scaling {
             RopeScaling::None => Ok(()),
             &RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
@@ -189,6 +213,11 @@ impl RopeConfig {
         }
     }
 
+    /// Factor on the queries of a position.
+    pub fn query_factor(&self, position: u32) -> f64 {
+        self.query_scaling.map_or(1.0, |scaling| scaling.factor(position))
+    }
+
     /// Factor on the scores: `mscale²` when YaRN scaling carries `mscale_all_dim`, 1 otherwise.
     pub fn score_factor(&self) -> f64 {
         match self.scaling {
@@ -209,11 +238,13 @@ pub(super) fn above(key: &str, value: f64, bound: f32) -> Result<()> {
     }
 }
 
-/// Keys that the object of any scaling may have; the last two only where they change nothing.
+/// Keys that the object of any scaling may have; the last two only where they change nothing, or the family has them.
 const SPELLINGS: &[&str] = &["type", "rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta"];
 
+const LENGTH: &str = "original_max_position_embeddings";
+
 /// The rotary embedding of a configuration whose family, without a key that says otherwise, has these `defaults`.
-pub(super) fn rope_from_map(keys: &Keys<'_>, defaults: RopeConfig) -> Result<RopeConfig> {
+pub(super) fn rope_from_map(keys: &Keys<'_>, family: &Family, defaults: RopeConfig) -> Result<RopeConfig> {
     let outer = keys.float("rope_theta")?;
     let mut read = Vec::new();
     for (name, prefix) in [("rope_scaling", "rope_scaling."), ("rope_parameters", "rope_parameters.")] {
@@ -225,11 +256,15 @@ pub(super) fn rope_from_map(keys: &Keys<'_>, defaults: RopeConfig) -> Result<Rop
             {
                 return Err(inner.error("rope_theta", format!("is {theta}, but rope_theta is {outer}")));
             }
-            read.push((theta, scaling_from(&inner, keys)?));
+            read.push((theta, scaling_from(&inner, keys, family)?));
         }
     }
-    let (theta, scaling) = match &mut read[..] {
-        [] => (None, RopeScaling::None),
+    let (theta, (scaling, query_scaling)) = match &mut read[..] {
+        [] if family.scales_queries => {
+            let problem = format!("is missing: `{}` scales positions without it, too", family.name);
+            return Err(keys.error("rope_parameters", problem));
+        }
+        [] => (None, Default::default()),
         [(theta, scaling)] => (*theta, std::mem::take(scaling)),
         [(first, one), (second, other), ..]
             if one == other && (first.is_none() || second.is_none() || first == second) =>
@@ -246,12 +281,13 @@ pub(super) fn rope_from_map(keys: &Keys<'_>, defaults: RopeConfig) -> Result<Rop
         theta: outer.or(theta).unwrap_or(defaults.theta),
         interleave: keys.boolean("rope_interleave")?.unwrap_or(defaults.interleave),
         scaling,
+        query_scaling,
         ..defaults
     })
 }
 
-/// A scaling, from its object and the configuration around it.
-fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>) -> Result<RopeScaling> {
+/// The scalings of keys and of queries, from their object and the configuration around it.
+fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>, family: &Family) -> Result<(RopeScaling, Option<QueryScaling>)> {
     let kind = match (keys.text("type")?, keys.text("rope_type")?) {
         (Some(a), Some(b)) if a != b => {
             return Err(keys.error("type", format!("is `{a}`, but rope_type is `{b}`")));
@@ -259,7 +295,6 @@ fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>) -> Result<RopeScaling> {
         (a, b) => a.or(b).unwrap_or("default"),
     };
     let needed = |key: &str| keys.float(key)?.ok_or_else(|| keys.error(key, "is missing"));
-    const LENGTH: &str = "original_max_position_embeddings";
     let (known, scaling): (&[&str], _) = match kind {
         "default" | "none" => {
             if let Some(factor) = keys.float("factor")?.filter(|&factor| factor != 1.0) {
@@ -337,14 +372,26 @@ fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>) -> Result<RopeScaling> {
             return Err(keys.error("type", format!("`{other}` is not one of {one_of}")));
         }
     };
-    keys.refuse_unknown(&[known, SPELLINGS])?;
-    for (key, neutral, what) in [
-        ("partial_rotary_factor", 1.0, "turns a part of the rotary width only"),
-        ("llama_4_scaling_beta", 0.0, "scales queries by their position"),
-    ] {
-        if keys.float(key)?.is_some_and(|value| value != neutral) {
-            return Err(keys.error(key, format!("is {}: it {what}, which is not computed", keys.shown(key))));
+    let beta = keys.float("llama_4_scaling_beta")?.filter(|&beta| beta != 0.0);
+    keys.refuse_unknown(&[known, SPELLINGS, if beta.is_some() { &[LENGTH] } else { &[] }])?;
+    if let Some(part) = keys.float("partial_rotary_factor")?.filter(|&part| part != 1.0) {
+        // There it is that of the whole head, which says nothing that the widths do not say.
+        let [nope, rope] = [config.float("qk_nope_head_dim")?, config.float("qk_rope_head_dim")?];
+        let of_widths = nope.zip(rope).filter(|_| family.scales_queries).map(|(nope, rope)| rope / (nope + rope));
+        if of_widths != Some(part) {
+            let problem = format!("is {part}: it turns a part of the rotary width only, which is not computed");
+            return Err(keys.error("partial_rotary_factor", problem));
         }
     }
-    Ok(scaling)
+    let query_scaling = match beta {
+        Some(beta) if family.scales_queries => {
+            Some(QueryScaling { beta, original_max_position_embeddings: needed(LENGTH)? })
+        }
+        Some(beta) => {
+            let problem = format!("is {beta}: it scales queries by their position, which `{}` does not", family.name);
+            return Err(keys.error("llama_4_scaling_beta", problem));
+        }
+        None => None,
+    };
+    Ok((scaling, query_scaling))
 }

@@ -214,6 +214,10 @@ pub fn latent_config(source: &GqaConfig, options: &LayerOptions, gate: Option<Ga
         let problem = "biases queries, keys and values: a layer of latents has no bias on queries";
         return Err(Error::config(if source.o_bias { "attention_bias" } else { "model_type" }, problem));
     }
+    if source.rope.query_scaling.is_some() {
+        let problem = "scales queries by their position, which is not converted";
+        return Err(Error::config("rope_scaling.llama_4_scaling_beta", problem));
+    }
     let range = |what: &str, found: usize, first: usize, last: usize| match (first..=last).contains(&found) {
         true => Ok(()),
         false => Err(Error::Data(DataError::Input(format!("{what} is {found}, must be {first} to {last}")))),

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::layer::History;
-use super::{Heads, attention_prefill, matmul, rope, rotations};
+use super::{Heads, attention_prefill, matmul, rope, rotations, scale_queries};
 use crate::config::GqaConfig;
 use crate::storage::Storage;
 use crate::weights::{GqaWeights, HostTensor};
@@ -72,7 +72,7 @@ impl GqaLayer {
     /// to itself. Their rotated keys and their values are added to `history`.
     ///
     /// ```text
-    /// q = RoPE_t(q_proj h + b_q)   k = RoPE_t(k_proj h + b_k)   v = v_proj h + b_v      per head
+    /// q = f_t RoPE_t(q_proj h + b_q)   k = RoPE_t(k_proj h + b_k)   v = v_proj h + b_v      per head
     /// s_j = head_dim^-½ · q · k_j,  j ≤ t      y = o_proj concat(Σ_j softmax(s)_j v_j) + b_o
     /// ```
     ///
@@ -87,6 +87,7 @@ impl GqaLayer {
         let interleave = self.config.rope.interleave;
         let mut q = self.q_proj.apply(hidden, tokens, width);
         rope(&mut q, &turns, n_head, head_dim, head_dim, interleave);
+        scale_queries(&self.config.rope, &mut q, first as u32, n_head * head_dim);
         let mut k = self.k_proj.apply(hidden, tokens, width);
         rope(&mut k, &turns, n_kv_head, head_dim, head_dim, interleave);
         let v = self.v_proj.apply(hidden, tokens, width);

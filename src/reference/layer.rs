@@ -10,7 +10,9 @@ use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 use super::attention_prefill::{exponentials, weighted_sum};
 use super::matmul::dot;
-use super::{Gated, Heads, activate, attention_prefill, gate, gather, matmul, rms_norm, rope, rotations};
+use super::{
+    Gated, Heads, activate, attention_prefill, gate, gather, matmul, rms_norm, rope, rotations, scale_queries,
+};
 
 /// One attention layer in f64.
 #[derive(Debug, Clone)]
@@ -329,6 +331,7 @@ impl Layer {
             }
         };
         self.rotate(&mut q, first_position, heads.n_head, heads.d_query());
+        scale_queries(&self.config.rope, &mut q, first_position, d_q);
         q
     }
 

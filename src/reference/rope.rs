@@ -18,6 +18,13 @@ pub fn rotations(rope: &RopeConfig, d_rope: usize, positions: &[u32]) -> Vec<[f6
     rotations
 }
 
+/// Multiplies queries `[tokens, row]` by the factors of their positions, which begin at `first`.
+pub fn scale_queries(rope: &RopeConfig, values: &mut [f64], first: u32, row: usize) {
+    for (query, position) in values.chunks_exact_mut(row).zip(first..) {
+        query.iter_mut().for_each(|value| *value *= rope.query_factor(position));
+    }
+}
+
 /// Rotates the last `d_rope` values of each head in place, pair by pair: `(x, y) → (x cos − y sin, x sin + y cos)`.
 ///
 /// `values` `[tokens, n_head, d_head]`, `rotations` `[tokens, d_rope / 2]`. Pair i of the rotated part is

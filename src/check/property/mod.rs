@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::compare::{F16_LIMIT, F32_LIMIT, Tolerance};
 use crate::attention::{DecodePath, GateRows, MOST_DECODED, Mode};
-use crate::config::{AttentionConfig, GateConfig, RopeConfig, RopeScaling};
+use crate::config::{AttentionConfig, GateConfig, QueryScaling, RopeConfig, RopeScaling};
 use crate::error::{ArgumentError, Error, Result};
 use crate::storage::Storage;
 
@@ -43,6 +43,13 @@ pub enum Rope {
     Linear,
     /// Neighbours, YaRN past 24 positions.
     Yarn,
+    /// Neighbours, queries times a factor from 7 positions on.
+    ScaledQueries,
+}
+
+impl Rope {
+    /// Every way.
+    pub const ALL: [Rope; 5] = [Rope::Neighbours, Rope::Halves, Rope::Linear, Rope::Yarn, Rope::ScaledQueries];
 }
 
 /// A layer: the fields of [`AttentionConfig`] and of its gate, and the seed of its weights.
@@ -158,7 +165,7 @@ impl Shape {
     /// As the layer takes it.
     pub fn config(&self) -> AttentionConfig {
         let scaling = match self.rope {
-            Rope::Neighbours | Rope::Halves => RopeScaling::None,
+            Rope::Neighbours | Rope::Halves | Rope::ScaledQueries => RopeScaling::None,
             Rope::Linear => RopeScaling::Linear { factor: 4.0 },
             Rope::Yarn => RopeScaling::Yarn {
                 factor: 8.0,
@@ -181,7 +188,13 @@ impl Shape {
             d_value: self.d_value,
             attention_bias: self.attention_bias,
             gate: self.gate.clone(),
-            rope: RopeConfig { theta: 10000.0, interleave: self.rope != Rope::Halves, scaling, rotate: true },
+            rope: RopeConfig {
+                interleave: self.rope != Rope::Halves,
+                scaling,
+                query_scaling: (self.rope == Rope::ScaledQueries)
+                    .then_some(QueryScaling { beta: 0.7, original_max_position_embeddings: 7.0 }),
+                ..RopeConfig::default()
+            },
             ..AttentionConfig::default()
         }
     }

@@ -1,6 +1,6 @@
 //! One layer of grouped-query attention in f32 on the CPU, as [`reference::GqaLayer`](crate::reference::GqaLayer) defines it.
 
-use super::layer::{NativeHistory, expanded, rotate, turns};
+use super::layer::{NativeHistory, expanded, rotate, scale, turns};
 use super::product::Linear;
 use crate::config::GqaConfig;
 use crate::reference::Heads;
@@ -65,8 +65,7 @@ impl NativeGqaLayer {
         let interleave = self.config.rope.interleave;
         let mut q = self.q.apply(hidden);
         rotate(&mut q, turns, (n_head, head_dim), head_dim, interleave);
-        let scale = self.config.scale() as f32;
-        q.iter_mut().for_each(|q| *q *= scale);
+        scale(&mut q, self.config.scale(), &self.config.rope, history.len(), n_head * head_dim);
         let (mut k, v) = (self.k.apply(hidden), self.v.apply(hidden));
         rotate(&mut k, turns, (n_kv_head, head_dim), head_dim, interleave);
         let pairs = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));

@@ -178,7 +178,7 @@ impl NativeLayer {
     ) -> Vec<f32> {
         let heads = heads_of(&self.config);
         let tokens = hidden.len() / self.config.hidden_size as usize;
-        let q = self.queries(hidden, turns);
+        let q = self.queries(hidden, turns, history.len());
         self.keep(hidden, token_ids, turns, history);
         let attended = if self.config.up_projected_gate().is_some() {
             expanded(&q, &history.rows, &history.k_rope, heads, tokens)
@@ -190,8 +190,8 @@ impl NativeLayer {
         self.o.apply(&attended)
     }
 
-    /// Rotated queries, times the scale of the scores: `[tokens, n_head, d_nope + d_rope]`.
-    fn queries(&self, hidden: &[f32], turns: &[[f32; 2]]) -> Vec<f32> {
+    /// Rotated queries, times the scale of the scores: `[tokens, n_head, d_nope + d_rope]`; the first is at position `first`.
+    fn queries(&self, hidden: &[f32], turns: &[[f32; 2]], first: usize) -> Vec<f32> {
         let heads = heads_of(&self.config);
         let mut q = match &self.query {
             Query::Full(proj) => proj.apply(hidden),
@@ -202,8 +202,7 @@ impl NativeLayer {
             }
         };
         rotate(&mut q, turns, (heads.n_head, heads.d_query()), heads.d_rope, self.config.rope.interleave);
-        let scale = self.config.scale() as f32;
-        q.iter_mut().for_each(|q| *q *= scale);
+        scale(&mut q, self.config.scale(), &self.config.rope, first, heads.n_head * heads.d_query());
         q
     }
 
@@ -335,6 +334,14 @@ fn heads_of(config: &AttentionConfig) -> Heads {
     let AttentionConfig { n_head, d_nope, d_rope, d_value, .. } = *config;
     let [n_head, d_nope, d_rope, d_value] = [n_head, d_nope, d_rope, d_value].map(|width| width as usize);
     Heads { n_head, n_kv_head: n_head, d_nope, d_rope, d_value }
+}
+
+/// Multiplies queries `[tokens, row]` by the scale of the scores and by the factor of their position, from `first` on.
+pub(super) fn scale(q: &mut [f32], by: f64, rope: &RopeConfig, first: usize, row: usize) {
+    for (q, position) in q.chunks_exact_mut(row).zip(first as u32..) {
+        let factor = (by * rope.query_factor(position)) as f32;
+        q.iter_mut().for_each(|q| *q *= factor);
+    }
 }
 
 /// RoPE on the last `d_rope` of each head `[tokens, n_head, d_head]`.
