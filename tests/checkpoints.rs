@@ -272,7 +272,7 @@ fn keys_that_change_attention_are_refused_all_at_once() {
         ("mla_use_output_gate", json!(true), json!(false)),
         ("attn_logit_softcapping", json!(30.0), json!(0.0)),
         ("partial_rotary_factor", json!(0.5), json!(1)),
-        ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), json!(null)),
+        ("rope_scaling", json!({"type": "proportional", "factor": 2.0}), json!(null)),
     ] {
         refused(&with(&deepseek(), json!({key: value})).to_string(), &[key]);
         read(&with(&deepseek(), json!({key: neutral})));
@@ -408,6 +408,38 @@ fn scalings_as_checkpoints_mean_them() {
     let few = json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0],
         "original_max_position_embeddings": 32768}});
     refused(&with(&minicpm3(), few).to_string(), &["short_factor", "1", "16"]);
+}
+
+/// Up to the length of the training `dynamic` changes nothing; beyond, what it does is refused where a length is asked for.
+#[test]
+fn dynamic_scaling_holds_up_to_the_trained_length() {
+    let scaling = json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}});
+    let rope = read(&with(&deepseek(), scaling.clone())).rope;
+    assert_eq!(rope.scaling, RopeScaling::Dynamic { max_position_embeddings: 163840 });
+    let plain = read(&deepseek()).rope;
+    assert_eq!((rope.frequencies(64), rope.amplitude()), (plain.frequencies(64), 1.0));
+    rope.check_length(163840).unwrap();
+    let error = rope.check_length(163841).unwrap_err().to_string();
+    assert!(["dynamic", "163840", "163841"].iter().all(|part| error.contains(part)), "{error}");
+    plain.check_length(usize::MAX).unwrap();
+    let llama = DecoderConfig::from_json(&with(&llama(), scaling.clone()).to_string()).unwrap();
+    assert_eq!(llama.attention.rope().scaling, RopeScaling::Dynamic { max_position_embeddings: 131072 });
+    let mut missing = with(&deepseek(), scaling);
+    missing.as_object_mut().unwrap().remove("max_position_embeddings");
+    refused(&missing.to_string(), &["max_position_embeddings", "missing"]);
+}
+
+/// Without a rotary part the whole head is content (glm5_next, whose indexer is refused).
+#[test]
+fn a_rotary_width_of_0_is_read() {
+    for name in ["deepseek_v2", "deepseek_v3", "kimi_linear", "longcat_flash"] {
+        let c = read(&with(&deepseek(), json!({"model_type": name, "qk_rope_head_dim": 0})));
+        assert_eq!((c.d_rope, c.d_query(), c.cache_elements()), (0, 128, 512), "{name}");
+    }
+    refused(
+        &with(&deepseek(), json!({"qk_rope_head_dim": 0, "qk_nope_head_dim": 0})).to_string(),
+        &["qk_nope_head_dim"],
+    );
 }
 
 #[test]
@@ -561,7 +593,10 @@ fn what_heads_do_not_compute_is_refused_by_name() {
     refused(with(&llama(), json!({"head_dim": 0})), &["head_dim", "0"]);
     refused(with(&llama(), json!({"head_dim": 4_294_967_294_u64})), &["head_dim", "2^31"]);
     refused(with(&llama(), json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor", "0.5"]);
-    refused(with(&llama(), json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}})), &["rope_scaling", "dynamic"]);
+    refused(with(&llama(), json!({"rope_scaling": {"type": "dynamic"}})), &["rope_scaling.factor", "missing"]);
+    refused(with(&llama(), json!({"rope_scaling": {"type": "dynamic", "factor": 0}})), &["rope_scaling.factor", "0"]);
+    let alpha = json!({"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}});
+    refused(with(&llama(), alpha), &["rope_scaling.alpha", "not known"]);
     refused(with(&llama(), json!({"attention_multiplier": 0.5})), &["attention_multiplier", "not known"]);
     refused(with(&llama(), json!({"num_local_experts": 8})), &["num_local_experts", "mixture", "egmla info"]);
     refused(with(&llama(), json!({"layer_types": ["full_attention", "sliding_attention"]})), &["layer_types"]);

@@ -145,7 +145,8 @@ fn config_refuses_unknown_and_contradicting_keys() {
     refused("rope_parameters", serde_json::json!({"rope_scaling": linear, "rope_parameters": other}));
     for (key, scaling) in [
         ("rope_scaling.type", serde_json::json!({"type": "linear", "rope_type": "yarn", "factor": 2.0})),
-        ("dynamic", serde_json::json!({"type": "dynamic", "factor": 2.0})),
+        ("proportional", serde_json::json!({"type": "proportional", "factor": 2.0})),
+        ("max_position_embeddings", serde_json::json!({"type": "dynamic", "factor": 2.0})),
         ("rope_scaling.factor", serde_json::json!({"type": "linear"})),
         ("rope_scaling.factor", serde_json::json!({"factor": 40.0})),
         ("rope_scaling.factor", serde_json::json!({"type": "default", "factor": 40.0})),

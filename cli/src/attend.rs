@@ -103,6 +103,8 @@ pub fn run(args: AttendArgs) -> Result<(), Failure> {
     let bytes = read_safetensors(&args.input)?;
     let input = Sequences::from_safetensors(&bytes, &config).map_err(|error| error.in_file(&args.input))?;
     drop(bytes);
+    let longest = input.lengths.iter().copied().max().unwrap_or(0);
+    config.rope.check_length(longest as usize).map_err(|error| error.in_file(&source.config))?;
     interrupt::watch();
     let output = Output::check(&args.output)?;
     let option = if args.model.is_some() { "model" } else { "weights" };

@@ -311,15 +311,17 @@ fn positions(args: &GenerateArgs, config: &DecoderConfig) -> Result<u32, Failure
     let Some(asked) = args.context.filter(|&asked| asked > trained) else {
         return Ok(args.context.unwrap_or(trained));
     };
-    let rope = match &config.attention {
-        DecoderAttention::Latent(config) => &config.rope,
-        DecoderAttention::Heads(config) => &config.rope,
-    };
+    let rope = config.attention.rope();
     let beyond = format!("--context {asked} is beyond the {trained} positions of the configuration");
     match rope.scaling {
         RopeScaling::LongRope { .. } => {
             return Err(Failure::usage(format!(
                 "{beyond}, where longrope takes other factors, which are not computed"
+            )));
+        }
+        RopeScaling::Dynamic { .. } => {
+            return Err(Failure::usage(format!(
+                "{beyond}, where dynamic scaling takes frequencies by the length of the text, which are not computed"
             )));
         }
         RopeScaling::None if rope.rotate => {

@@ -178,6 +178,7 @@ fn a_text_may_be_longer_than_the_training_where_it_was_asked_for() {
     let long = json!({"type": "longrope", "original_max_position_embeddings": 256, "short_factor": factors,
         "long_factor": factors});
     refused(&scaled(long), &["--context 300", "longrope"]);
+    refused(&scaled(json!({"type": "dynamic", "factor": 2.0})), &["--context 300", "dynamic"]);
 }
 
 #[test]

@@ -151,6 +151,7 @@ impl CacheOptions {
     /// As [`KvCache::new`], for extents and limits.
     pub fn memory_of_heads(&self, context: &PlanContext, config: &GqaConfig) -> Result<MemoryReport> {
         config.validate()?;
+        config.rope.check_length(self.capacity as usize)?;
         let widths = HeadWidths::of(config)?;
         let tiles = Tiles::new(context, &widths, self)?;
         let workspace = HeadsWorkspace::placed(context, &widths, self, |what, extents, needed| {
@@ -185,7 +186,8 @@ impl KvCache {
     /// latents: nothing is rebuilt here, and there is one path.
     ///
     /// # Errors
-    /// Extents of 0 or over 2^31 cache rows; a buffer over the device's limits, before any is allocated; no memory left.
+    /// Extents of 0 or over 2^31 cache rows; a capacity beyond [`RopeConfig::check_length`](crate::config::RopeConfig::check_length); a
+    /// buffer over the device's limits, before any is allocated; no memory left.
     pub fn new(attention: &GqaAttention, options: CacheOptions) -> Result<Self> {
         let GqaAttention { kernels, config, widths, .. } = attention;
         let context = kernels.context();

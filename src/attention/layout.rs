@@ -185,6 +185,7 @@ impl CacheLayout {
         options: &CacheOptions,
         gate_rows: GateRows,
     ) -> Result<Self> {
+        config.rope.check_length(options.capacity as usize)?;
         let gate = config.up_projected_gate();
         let row = RowWidths {
             latent: widths.d_latent,

@@ -6,7 +6,7 @@ use super::family::Family;
 use super::keys::{Keys, parse_object};
 use super::meaning::Scope;
 use super::rope::above;
-use super::{AttentionConfig, GateConfig, GqaConfig, quantisation, validate_eps};
+use super::{AttentionConfig, GateConfig, GqaConfig, RopeConfig, quantisation, validate_eps};
 use crate::error::{Error, Result};
 
 /// Every layer's attention, by what it caches.
@@ -24,6 +24,14 @@ impl DecoderAttention {
         match self {
             DecoderAttention::Latent(config) => config.hidden_size,
             DecoderAttention::Heads(config) => config.hidden_size,
+        }
+    }
+
+    /// Rotary embedding.
+    pub fn rope(&self) -> &RopeConfig {
+        match self {
+            DecoderAttention::Latent(config) => &config.rope,
+            DecoderAttention::Heads(config) => &config.rope,
         }
     }
 

@@ -19,6 +19,13 @@ pub enum RopeScaling {
         /// The divisor.
         factor: f64,
     },
+    /// Dynamic NTK scaling up to the length of the training, where every frequency is as it is. Beyond, transformers takes the
+    /// frequencies of the length that a sequence has in each step, and keys stay turned by those of theirs: results depend on how a
+    /// text was cut into steps, and are not computed ([`RopeConfig::check_length`]).
+    Dynamic {
+        /// Length of the training.
+        max_position_embeddings: u32,
+    },
     /// YaRN (arXiv 2309.00071) as DeepSeek checkpoints mean it.
     Yarn {
         /// Context extension.
@@ -114,7 +121,7 @@ impl RopeConfig {
             above("rope_scaling.llama_4_scaling_beta", scaling.factor(u32::MAX), 0.0)?;
         }
         match &self.scaling {
-            RopeScaling::None => Ok(()),
+            RopeScaling::None | RopeScaling::Dynamic { .. } => Ok(()),
             &RopeScaling::Linear { factor } => above("rope_scaling.factor", factor, 0.0),
             &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 above("rope_scaling.factor", factor, 0.0)?;
@@ -168,7 +175,7 @@ impl RopeConfig {
         let d = f64::from(d_rope);
         let base = |i: u32| self.theta.powf(-2.0 * f64::from(i) / d);
         let scaled = |i: u32| match &self.scaling {
-            RopeScaling::None => base(i),
+            RopeScaling::None | RopeScaling::Dynamic { .. } => base(i),
             RopeScaling::Linear { factor } => base(i) / factor,
             RopeScaling::Yarn { factor, original_max_position_embeddings, beta_fast, beta_slow, truncate, .. } => {
                 let correction = |rotations: &f64| {
@@ -210,6 +217,23 @@ impl RopeConfig {
             RopeScaling::Yarn { factor, .. } => yarn_mscale(factor, 1.0),
             RopeScaling::LongRope { attention_factor, .. } => attention_factor,
             _ => 1.0,
+        }
+    }
+
+    /// Refuses a sequence of more tokens than this embedding turns.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with both lengths.
+    pub fn check_length(&self, tokens: usize) -> Result<()> {
+        match self.scaling {
+            RopeScaling::Dynamic { max_position_embeddings: most } if tokens as u64 > u64::from(most) => {
+                let problem = format!(
+                    "is `dynamic`: beyond {most} positions (max_position_embeddings) frequencies depend on the length, which is \
+                     not computed, and {tokens} are asked for"
+                );
+                Err(Error::config("rope_scaling.type", problem))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -303,6 +327,13 @@ fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>, family: &Family) -> Result<(
             (&["factor"], RopeScaling::None)
         }
         "linear" => (&["factor"], RopeScaling::Linear { factor: needed("factor")? }),
+        "dynamic" => {
+            above("rope_scaling.factor", needed("factor")?, 0.0)?;
+            (
+                &["factor"],
+                RopeScaling::Dynamic { max_position_embeddings: config.required_integer("max_position_embeddings")? },
+            )
+        }
         "yarn" => {
             let original = needed(LENGTH)?;
             let factor = match (keys.float("factor")?, config.float("max_position_embeddings")?) {
@@ -368,7 +399,7 @@ fn scaling_from(keys: &Keys<'_>, config: &Keys<'_>, family: &Family) -> Result<(
             )
         }
         other => {
-            let one_of = "default, linear, yarn, llama3, longrope";
+            let one_of = "default, linear, dynamic, yarn, llama3, longrope";
             return Err(keys.error("type", format!("`{other}` is not one of {one_of}")));
         }
     };

@@ -445,7 +445,8 @@ fn config_json(config: &DecoderConfig, keys: &Map<String, Value>) -> Result<Valu
 /// A scaling as `rope_scaling` has it.
 fn rope_json(rope: &RopeConfig, longest: u32) -> Value {
     match &rope.scaling {
-        RopeScaling::None => Value::Null,
+        // The second is refused before.
+        RopeScaling::None | RopeScaling::Dynamic { .. } => Value::Null,
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,

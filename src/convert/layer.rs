@@ -13,7 +13,7 @@
 
 use super::gates::{Gates, Table};
 use super::matrix::{Matrix, eigen, product};
-use crate::config::{AttentionConfig, GateConfig, GqaConfig, RopeConfig};
+use crate::config::{AttentionConfig, GateConfig, GqaConfig, RopeConfig, RopeScaling};
 use crate::error::{DataError, Error, Result};
 use crate::reference::{Heads, attention_prefill, rope, rotations};
 use crate::weights::{AttentionWeights, GateWeights, GqaWeights, HostTensor, QueryWeights};
@@ -214,6 +214,9 @@ pub fn latent_config(source: &GqaConfig, options: &LayerOptions, gate: Option<Ga
         let problem = "biases queries, keys and values: a layer of latents has no bias on queries";
         return Err(Error::config(if source.o_bias { "attention_bias" } else { "model_type" }, problem));
     }
+    if let RopeScaling::Dynamic { .. } = source.rope.scaling {
+        return Err(Error::config("rope_scaling.type", "is `dynamic`, which is not converted"));
+    }
     if source.rope.query_scaling.is_some() {
         let problem = "scales queries by their position, which is not converted";
         return Err(Error::config("rope_scaling.llama_4_scaling_beta", problem));
@@ -253,10 +256,10 @@ fn slices_rope(rope: &RopeConfig, head_dim: u32, slices: u32) -> RopeConfig {
         return rope.clone();
     }
     // Frequencies that follow no formula of the whole width: each is given by its divisor.
-    let plain = RopeConfig { scaling: crate::config::RopeScaling::None, ..rope.clone() };
+    let plain = RopeConfig { scaling: RopeScaling::None, ..rope.clone() };
     let wanted = rope.frequencies(head_dim);
     let found = plain.frequencies(head_dim * slices);
-    let scaling = crate::config::RopeScaling::LongRope {
+    let scaling = RopeScaling::LongRope {
         short_factor: found.iter().zip(wanted.iter().cycle()).map(|(found, wanted)| found / wanted).collect(),
         attention_factor: rope.amplitude(),
     };

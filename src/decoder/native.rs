@@ -164,6 +164,7 @@ impl NativeDecoder {
     /// As [`CpuDecoder::forward`](super::CpuDecoder::forward); the state is then unchanged.
     pub fn forward(&self, token_ids: &[u32], state: &mut NativeState, logits: Logits) -> Result<Vec<f32>> {
         check_ids(token_ids, self.config.vocab_size)?;
+        self.config.attention.rope().check_length(state.len() + token_ids.len())?;
         if state.layers.len() != self.layers.len() {
             let (expected, found) = (self.layers.len() as u64, state.layers.len() as u64);
             return Err(Error::Argument(ArgumentError::Count { what: "layers of the state", expected, found }));
