@@ -31,16 +31,18 @@ enable f16;
 enable wgpu_cooperative_matrix;
 
 override WORKGROUP: u32 = 256u;                 // TEAMS whole subgroups or more
+override HEADS: u32 = SIDE;                     // of a workgroup, whole matrices; divides TILE
 override TEAMS: u32 = 8u;                       // a power of two, like the next two
 override TILE: u32 = 16u;                       // cache rows at a time, whole matrices
-override LANES: u32 = 8u;                       // at most a subgroup, a tile, and WORKGROUP / SIDE
+override LANES: u32 = 8u;                       // at most a subgroup, a tile, and WORKGROUP / HEADS
 override LATENT: u32 = 64u;                     // d_latent and d_rope, in whole matrices
 override ROPE: u32 = 16u;
 override KEPT: u32 = 1u;                        // matrices of queries of a subgroup: 1 to 5
 override COLUMNS: u32 = 1u;                     // matrices of value columns of a subgroup: 1 to 8
 override SPLIT: u32 = 256u;
-override BLOCKS: u32 = TILE / SIDE;
-override SHARES: u32 = TEAMS / BLOCKS;           // subgroups that share the scores of the same rows
+override SHARES: u32 = TEAMS * SIDE / TILE;      // subgroups that share the scores of the same rows and heads
+override OWNERS: u32 = TEAMS * SIDE / HEADS;     // subgroups with the same heads
+override BLOCKS: u32 = TILE / HEADS;             // matrices of rows that subgroups with the same heads score at once
 override LATENTS: u32 = LATENT / 8u;               // 16-byte loads of a tile's row, of latents and of rotary keys
 override ROPES: u32 = max(ROPE / 8u, 1u);
 override FETCHES: u32 = (TILE * LATENTS + WORKGROUP - 1u) / WORKGROUP;  // of an invocation for a tile's latents
@@ -107,9 +109,9 @@ struct Halves {
 // Queries [head, d_latent + d_rope], later cache rows [row, d_latent + d_rope]; 0 behind both parts.
 var<workgroup> sh_tile: array<vec4<f16>, TILE * PITCH>;
 // [share, head, row] scores; one matrix per subgroup on its way from or to storage.
-var<workgroup> sh_scores: array<f32, SHARES * SIDE * SCORE_PITCH>;
-var<workgroup> sh_weights: array<f16, SIDE * WEIGHT_PITCH>;  // [head, row]
-var<workgroup> sh_factor: array<f32, SIDE>;      // 1 / u[h], then factors on the values of a head
+var<workgroup> sh_scores: array<f32, SHARES * HEADS * SCORE_PITCH>;
+var<workgroup> sh_weights: array<f16, HEADS * WEIGHT_PITCH>;  // [head, row]
+var<workgroup> sh_factor: array<f32, HEADS>;     // 1 / u[h], then factors on the values of a head
 // (line of the sequence, whether there is nothing to do), and the last tile, counted from 1, that gave some head a factor other
 // than 1. 16 bytes each: matrices need the arrays around them to begin on multiples of 16.
 var<workgroup> sh_line: vec4<u32>;
@@ -172,12 +174,17 @@ fn query_vector(i: u32, latent: u32, rope: u32) -> vec4<f32> {
     return vec4<f32>(0.0);
 }
 
+// Head, of those of the workgroup, of element e of all subgroups' matrices of values.
+fn head_of(e: u32) -> u32 {
+    return e / MATRIX / OWNERS * SIDE + e % MATRIX / SIDE;
+}
+
 // Multiplies each subgroup's matrix by the factors of its heads.
 fn scaled_heads(sums: Sums, local: u32, own: u32) -> Sums {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < TEAMS * MATRIX; e += WORKGROUP) {
-        sh_scores[e] *= sh_factor[e % MATRIX / SIDE];
+        sh_scores[e] *= sh_factor[head_of(e)];
     }
     workgroupBarrier();
     let result = coopLoadT<Sums>(&sh_scores[MATRIX * own], SIDE);
@@ -190,8 +197,8 @@ fn end_heads(sums: Sums, j: u32, out: u32, heads: u32, local: u32, own: u32) {
     coopStoreT(sums, &sh_scores[MATRIX * own], SIDE);
     workgroupBarrier();
     for (var e = local; e < TEAMS * MATRIX; e += WORKGROUP) {
-        let head = e % MATRIX / SIDE;
-        let column = (e / MATRIX * COLUMNS + j) * SIDE + e % SIDE;
+        let head = head_of(e);
+        let column = (e / MATRIX % OWNERS * COLUMNS + j) * SIDE + e % SIDE;
         if (head < heads && column < params.d_latent) {
             partial_values[(out + head) * params.d_latent + column] = sh_scores[e] * sh_factor[head];
         }
@@ -235,25 +242,27 @@ fn main(
     let length = sequence.length + 1u + token - sequence.tokens;
     let count = min(max(length, position0) - position0, SPLIT);
     let slot0 = sequence.first_slot + position0;
-    let head0 = work.y * SIDE;
-    let heads = min(params.n_head - head0, SIDE);
+    let head0 = work.y * HEADS;
+    let heads = min(params.n_head - head0, HEADS);
     let first = (sequence.token + token) * params.n_head + head0;
     let latent = first * (params.d_latent / 4u);
     let query_width = (params.d_nope + params.d_rope) / 4u;
     let rope = first * query_width + params.d_nope / 4u;
 
     let own = subgroup % TEAMS;
-    let block = own % BLOCKS;
-    let share = own / BLOCKS;
+    let owner = own % OWNERS;
+    let block = owner % BLOCKS;
+    let share = owner / BLOCKS;
+    let own_head = own / OWNERS * SIDE;              // first of the subgroup's
     // Neighbours in a workgroup of one dimension are neighbours in a subgroup: LANES of them share a head.
     let head = local / LANES;
     let lane = member % LANES;
-    let working = head < SIDE;
+    let working = head < HEADS;
 
     for (var e = local; e < TILE * PITCH; e += WORKGROUP) {
         sh_tile[e] = vec4<f16>();
     }
-    for (var e = local; e < SHARES * SIDE * SCORE_PITCH; e += WORKGROUP) {
+    for (var e = local; e < SHARES * HEADS * SCORE_PITCH; e += WORKGROUP) {
         sh_scores[e] = 0.0;
     }
     var most = 0u;
@@ -282,7 +291,8 @@ fn main(
         sh_tile[of_head * PITCH + i] = vec4<f16>(sh_factor[of_head] * four);
     }
     workgroupBarrier();
-    let q_at = share * KEPT * STEP;
+    let share_at = share * KEPT * STEP;
+    let q_at = own_head * PITCH + share_at;
     let q0 = coopLoadT<Left>(&sh_tile[q_at], PITCH);
     let q1 = coopLoadT<Left>(&sh_tile[q_at + min(1u, KEPT - 1u) * STEP], PITCH);
     let q2 = coopLoadT<Left>(&sh_tile[q_at + min(2u, KEPT - 1u) * STEP], PITCH);
@@ -371,21 +381,24 @@ fn main(
             turned = rope_load(local, t + TILE, last, slot0);
         }
 
-        let k_at = block * SIDE * PITCH + q_at;
-        var score = coopMultiplyAdd(q0, coopLoad<Right>(&sh_tile[k_at], PITCH), zero);
-        if (KEPT > 1u) {
-            score = coopMultiplyAdd(q1, coopLoad<Right>(&sh_tile[k_at + 1u * STEP], PITCH), score);
+        for (var turn = 0u; turn < HEADS / SIDE; turn++) {
+            let row = (turn * BLOCKS + block) * SIDE;
+            let k_at = row * PITCH + share_at;
+            var score = coopMultiplyAdd(q0, coopLoad<Right>(&sh_tile[k_at], PITCH), zero);
+            if (KEPT > 1u) {
+                score = coopMultiplyAdd(q1, coopLoad<Right>(&sh_tile[k_at + 1u * STEP], PITCH), score);
+            }
+            if (KEPT > 2u) {
+                score = coopMultiplyAdd(q2, coopLoad<Right>(&sh_tile[k_at + 2u * STEP], PITCH), score);
+            }
+            if (KEPT > 3u) {
+                score = coopMultiplyAdd(q3, coopLoad<Right>(&sh_tile[k_at + 3u * STEP], PITCH), score);
+            }
+            if (KEPT > 4u) {
+                score = coopMultiplyAdd(q4, coopLoad<Right>(&sh_tile[k_at + 4u * STEP], PITCH), score);
+            }
+            coopStoreT(score, &sh_scores[(share * HEADS + own_head) * SCORE_PITCH + row], SCORE_PITCH);
         }
-        if (KEPT > 2u) {
-            score = coopMultiplyAdd(q2, coopLoad<Right>(&sh_tile[k_at + 2u * STEP], PITCH), score);
-        }
-        if (KEPT > 3u) {
-            score = coopMultiplyAdd(q3, coopLoad<Right>(&sh_tile[k_at + 3u * STEP], PITCH), score);
-        }
-        if (KEPT > 4u) {
-            score = coopMultiplyAdd(q4, coopLoad<Right>(&sh_tile[k_at + 4u * STEP], PITCH), score);
-        }
-        coopStoreT(score, &sh_scores[share * SIDE * SCORE_PITCH + block * SIDE], SCORE_PITCH);
         workgroupBarrier();
 
         var next = LOWEST;
@@ -394,7 +407,7 @@ fn main(
                 let row = lane + turn * LANES;
                 var total = 0.0;
                 for (var part = 0u; part < SHARES; part++) {
-                    total += sh_scores[(part * SIDE + head) * SCORE_PITCH + row];
+                    total += sh_scores[(part * HEADS + head) * SCORE_PITCH + row];
                 }
                 total *= of_scores;
                 // Read again below, by this lane alone.
@@ -455,11 +468,11 @@ fn main(
                 value7 = scaled_heads(value7, local, own);
             }
         }
-        for (var k = 0u; k < BLOCKS; k++) {
-            let weights = coopLoadT<Left>(&sh_weights[k * SIDE], WEIGHT_PITCH);
+        for (var k = 0u; k < TILE / SIDE; k++) {
+            let weights = coopLoadT<Left>(&sh_weights[own_head * WEIGHT_PITCH + k * SIDE], WEIGHT_PITCH);
             let v_at = k * SIDE * PITCH;
             // Columns past the last repeat it; they are not stored.
-            let c_at = own * COLUMNS;
+            let c_at = owner * COLUMNS;
             value0 = coopMultiplyAdd(weights, coopLoadT<Right>(&sh_tile[v_at + min(c_at, LAST) * STEP], PITCH), value0);
             if (COLUMNS > 1u) {
                 value1 = coopMultiplyAdd(weights, coopLoadT<Right>(&sh_tile[v_at + min(c_at + 1u, LAST) * STEP], PITCH), value1);

@@ -9,11 +9,18 @@
 // Floor: x twice, the second time from a cache where it fits, a gate row and y once, over the copy rate.
 // grid: one workgroup per WORKGROUP / LANES · ROWS rows, folded into x and y.
 //
+// y is f32, or f16 for attention by matrices, which would round it for every tile of queries. x stays f32: as halves it would be
+// rounded twice, the first time before a norm that may enlarge the error. A turn of the second pass makes two vectors of halves,
+// one store, and computes z again, since z in y would be rounded, too. Finite values beyond ±65504 become ±65504; NaN stays NaN.
+//
+// Floor: x and g once, 8 bytes per element, and 4 or 2 of y, over the bandwidth, against 6 to 20 FLOPs: memory is the limit where
+// the second pass finds x and g in a cache, else 8 bytes more. Halves save 2 bytes here and 2 for each reading by attention.
 // Results, interleaved runs on lavapipe (2 cores), 1024 × 1536 in f32, sigmoid and layer_norm, per cent of the copy kernel:
 // 8 invocations with 4 rows each 73, with z computed again 53; with one row each 63. z in a private array is slower than z
 // computed again. Not run on a GPU yet.
 
 override STORAGE_F16: u32 = 0u;
+override Y_F16: u32 = 0u;
 override ACTIVATION: u32 = 0u;         // 0 identity, 1 sigmoid, 2 tanh, 3 silu, 4 one_plus
 override NORM: u32 = 0u;               // 0 layer_norm, 1 rms_norm, 2 none
 override WRITE_STATISTICS: u32 = 0u;
@@ -21,7 +28,7 @@ override PADDED: u32 = 0u;             // 1: parts end with padding
 override WORKGROUP: u32 = 64u;
 override LANES: u32 = 64u;             // invocations that share a row; a power of two
 override ROWS: u32 = 1u;               // rows per invocation, which share loads of weight and bias: 1 or 4
-override STASH: u32 = 0u;              // 1: the second pass finds z in y; 0: it computes z again
+override STASH: u32 = 0u;              // 1: the second pass finds z in y, in f32; 0: it computes z again
 override SHARED: u32 = select(WORKGROUP, 1u, LANES == 1u);
 
 struct Params {
@@ -43,7 +50,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> weight: array<vec4<u32>>;             // [width] / 4, f16: / 8
 @group(0) @binding(4) var<storage, read> bias: array<vec4<u32>>;               // [width] / 4, f16: / 8
 @group(0) @binding(5) var<storage, read> slots: array<u32>;                    // [rows] where in statistics; u32 max: nowhere
-@group(0) @binding(6) var<storage, read_write> y: array<vec4<f32>>;            // [rows, width] / 4
+@group(0) @binding(6) var<storage, read_write> y: array<vec4<u32>>;            // [rows, width] / 4, f16: / 8
 @group(0) @binding(7) var<storage, read_write> statistics: array<vec2<f32>>;   // [slots] (μ, ρ)
 
 // (elements, mean, squared distances from it) per invocation.
@@ -61,6 +68,20 @@ fn four_of(load: vec4<u32>, i: u32) -> vec4<f32> {
 // Index of the word that holds element i, or of the load that holds vector i, in f32 or f16 storage.
 fn index_of(i: u32) -> u32 {
     return select(i, i >> 1u, STORAGE_F16 == 1u);
+}
+
+// Two halves in a word; finite values beyond f16 become its largest. NaN and infinities stay what they are. Bits tell them apart,
+// since compilers take `v != v` for false, and bits are written, since WGSL leaves pack2x16float of them open: one driver takes
+// infinities for NaN and lets a NaN reach the other half.
+fn pack(a: f32, b: f32) -> u32 {
+    let v = vec2<f32>(a, b);
+    let bits = bitcast<vec2<u32>>(v);
+    let size = bits & vec2<u32>(0x7fffffffu);
+    let finite = size < vec2<u32>(0x7f800000u);
+    let packed = pack2x16float(select(vec2<f32>(0.0), clamp(v, vec2<f32>(-65504.0), vec2<f32>(65504.0)), finite));
+    let sign = (bits >> vec2<u32>(16u)) & vec2<u32>(0x8000u);
+    let odd = select(sign | vec2<u32>(0x7c00u) | min(size - vec2<u32>(0x7f800000u), vec2<u32>(0x200u)), vec2<u32>(0u), finite);
+    return packed | odd.x | (odd.y << 16u);
 }
 
 // (elements, mean, squared distances) of the union of two sets.
@@ -164,7 +185,7 @@ fn measured(lane: u32, row: u32) -> vec2<f32> {
     for (var i = part; i < vectors; i += LANES) {
         let z = gated(x_base, base, i);
         if (STASH == 1u) {
-            y[base + i] = z;
+            y[base + i] = bitcast<vec4<u32>>(z);
         }
         if (PADDED == 1u) {
             let used = used_of(i);
@@ -203,19 +224,31 @@ fn measured(lane: u32, row: u32) -> vec2<f32> {
     return moments;
 }
 
-// Second pass, one vector of a row.
-fn finish(row: u32, i: u32, moments: vec2<f32>, w: vec4<f32>, b: vec4<f32>) {
-    if (row >= params.rows) {
-        return;
-    }
+// Vector i of the result for a row, after the second pass.
+fn normed(row: u32, i: u32, moments: vec2<f32>, w: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
     let base = row * (params.width / 4u);
     var z = vec4<f32>(0.0);
     if (STASH == 1u && NORM != 2u) {
-        z = y[base + i];
+        z = bitcast<vec4<f32>>(y[base + i]);
     } else {
         z = gated((params.x_offset + row * params.x_row) / 4u, base, i);
     }
-    y[base + i] = (z - moments.x) * moments.y * w + b;
+    return (z - moments.x) * moments.y * w + b;
+}
+
+// Second pass, one store of a row: vector i, in f16 those at 2 i, whose weight and bias come first, and 2 i + 1.
+fn finish(row: u32, i: u32, moments: vec2<f32>, w: vec4<f32>, b: vec4<f32>, w1: vec4<f32>, b1: vec4<f32>) {
+    if (row >= params.rows) {
+        return;
+    }
+    if (Y_F16 == 1u) {
+        let low = normed(row, 2u * i, moments, w, b);
+        let high = normed(row, 2u * i + 1u, moments, w1, b1);
+        let words = vec4<u32>(pack(low.x, low.y), pack(low.z, low.w), pack(high.x, high.y), pack(high.z, high.w));
+        y[row * (params.width / 8u) + i] = words;
+    } else {
+        y[row * (params.width / 4u) + i] = bitcast<vec4<u32>>(normed(row, i, moments, w, b));
+    }
 }
 
 @compute @workgroup_size(WORKGROUP, 1, 1)
@@ -226,7 +259,7 @@ fn main(
 ) {
     let apart = WORKGROUP / LANES;
     let row = (group.y * groups.x + group.x) * apart * ROWS + lane / LANES;
-    let vectors = params.width / 4u;
+    let stores = params.width / select(4u, 8u, Y_F16 == 1u);
     let m0 = measured(lane, row);
     var m1 = vec2<f32>(0.0);
     var m2 = vec2<f32>(0.0);
@@ -236,20 +269,29 @@ fn main(
         m2 = measured(lane, row + 2u * apart);
         m3 = measured(lane, row + 3u * apart);
     }
-    for (var i = lane % LANES; i < vectors; i += LANES) {
+    for (var i = lane % LANES; i < stores; i += LANES) {
+        let vector = select(i, 2u * i, Y_F16 == 1u);
         var w = vec4<f32>(1.0);
         var b = vec4<f32>(0.0);
+        var w1 = w;
+        var b1 = b;
         if (NORM != 2u) {
-            w = four_of(weight[index_of(i)], i);
+            w = four_of(weight[index_of(vector)], vector);
         }
         if (NORM == 0u) {
-            b = four_of(bias[index_of(i)], i);
+            b = four_of(bias[index_of(vector)], vector);
         }
-        finish(row, i, m0, w, b);
+        if (Y_F16 == 1u && NORM != 2u) {
+            w1 = four_of(weight[index_of(vector + 1u)], vector + 1u);
+        }
+        if (Y_F16 == 1u && NORM == 0u) {
+            b1 = four_of(bias[index_of(vector + 1u)], vector + 1u);
+        }
+        finish(row, i, m0, w, b, w1, b1);
         if (ROWS == 4u) {
-            finish(row + apart, i, m1, w, b);
-            finish(row + 2u * apart, i, m2, w, b);
-            finish(row + 3u * apart, i, m3, w, b);
+            finish(row + apart, i, m1, w, b, w1, b1);
+            finish(row + 2u * apart, i, m2, w, b, w1, b1);
+            finish(row + 3u * apart, i, m3, w, b, w1, b1);
         }
     }
 }

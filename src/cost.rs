@@ -90,7 +90,8 @@ mod tests {
     fn switches_change_the_count() {
         let gate = |activation, norm, statistics_rows| {
             let (segments, x_offset, x_row, storage) = (Segments::one(10), 0, 16, Storage::F32);
-            Gate { rows: 1, segments, x_offset, x_row, eps: 1e-5, activation, norm, statistics_rows, storage }.cost()
+            let (rows, eps, y_storage) = (1, 1e-5, storage);
+            Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage, y_storage }.cost()
         };
         assert_eq!(gate(Activation::Identity, GateNorm::None, 0), Cost { flops: 10, bytes: 120 });
         assert_eq!(gate(Activation::OnePlus, GateNorm::None, 0).flops, 20);

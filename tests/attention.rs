@@ -896,6 +896,7 @@ fn the_plans_of_every_class_of_adapter_are_right_here() {
         "layer/mla_whole_widths/f16",
         "layer/mla_low_rank_bias_yarn/f16",
         "layer/long_up_projected/f32",
+        "layer/long_up_projected/f16",
     ];
     for class in AdapterClass::ALL {
         let kernels = Kernels::with_class(gpu.kernels.device(), gpu.kernels.queue(), class).unwrap();
@@ -922,6 +923,12 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
     let offered = gpu.kernels.context().cooperative;
     let kernels = Kernels::with_class(gpu.kernels.device(), gpu.kernels.queue(), AdapterClass::Discrete).unwrap();
     let kernels = kernels.with_cooperative(offered);
+    let plain = Kernels::with_class(gpu.kernels.device(), gpu.kernels.queue(), AdapterClass::Discrete).unwrap();
+    let bytes = |recording: &Recording| -> [u64; 2] {
+        ["attention_prefill", "gate"].map(|name| {
+            recording.costs().filter(|(kernel, ..)| kernel.starts_with(name)).map(|(.., cost)| cost.bytes).sum()
+        })
+    };
     let size = match (offered.by_16, offered.by_8) {
         (true, _) => Some(""),
         (false, true) => Some("_8"),
@@ -956,6 +963,16 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
         let ids = if config.gate.is_some() { &ids[..] } else { &[] };
         let of = |range: std::ops::Range<usize>| config.gate.is_some().then(|| &ids[range]);
         let attention = Attention::new(&kernels, &config, &weights, stored(storage)).unwrap();
+        let without = {
+            let attention = Attention::new(&plain, &config, &weights, stored(storage)).unwrap();
+            let options = CacheOptions { capacity: 80, storage, ..CacheOptions::default() };
+            let mut cache = LatentCache::new(&attention, options).unwrap();
+            let room = || Region::from(&plain.allocate("room", 4 * hidden.len() as u64).unwrap());
+            let new = Tokens { counts: &[tokens as u32], ids: of(0..tokens), hidden: room(), out: room() };
+            let mut recording = Recording::new(&plain);
+            attention.prefill(&mut recording, &mut cache, new).unwrap();
+            bytes(&recording)
+        };
         for broken in [None, Some(37)] {
             let decode_path = DecodePath::Absorbed;
             let options =
@@ -972,6 +989,13 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
             let new = Tokens { counts: &counts, ids: of(0..tokens), hidden: input, out: out.clone() };
             attention.prefill(&mut recording, &mut cache, new).unwrap();
             assert_eq!(used(&recording), named(&["attention_prefill", "matmul"], storage), "{storage:?}");
+            // Keys and values, gated or not, are halves where matrices attend to them; a cache is read in whole splits.
+            let halves = size.is_some() && storage == Storage::F16;
+            let saved = |rows: usize| if halves { 2 * (rows * 5 * (16 + 16)) as u64 } else { 0 };
+            let read = saved(tokens.next_multiple_of(attention_decode::SPLIT as usize));
+            let made = if config.gate.is_some() { saved(tokens) } else { 0 };
+            let less: [u64; 2] = std::array::from_fn(|kernel| without[kernel] - bytes(&recording)[kernel]);
+            assert_eq!(less, [read, made], "{storage:?}");
             readback::submit(&mut recording).unwrap();
             let got = readback::wait(readback::read_f32(&kernels, &[&out])).unwrap().remove(0);
             let whole = broken.unwrap_or(tokens) * HIDDEN;

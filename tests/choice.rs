@@ -209,6 +209,25 @@ fn cooperative_matrices_decode_halves_of_many_heads_where_workgroup_memory_holds
         (variant.spec.name, plan.value("TILE"))
     };
     let halves = AttentionAbsorbed { n_head: 16, d_rope: 64, weights: Storage::F16, ..absorbed_of(512) };
+    // Sixteen heads in a workgroup of as many subgroups, where memory and invocations allow.
+    let apple = |n_head, kibibytes: u32, invocations| {
+        let mut context = PlanContext {
+            features: COOPERATIVE_FEATURES,
+            cooperative: Cooperative::BY_8,
+            ..PlanContext::webgpu_defaults(AdapterClass::Apple)
+        };
+        context.limits.max_compute_workgroup_storage_size = kibibytes << 10;
+        context.limits.max_compute_invocations_per_workgroup = invocations;
+        context.limits.max_compute_workgroup_size_x = invocations;
+        (context.subgroup_min_size, context.subgroup_max_size) = (32, 32);
+        let plan = choose(&AttentionAbsorbed { n_head, ..halves }, &context).unwrap().1;
+        [plan.value("HEADS"), plan.value("WORKGROUP"), plan.workgroup_bytes.into()]
+    };
+    for n_head in [9, 16, 128] {
+        assert_eq!(apple(n_head, 32, 1024), [16, 512, 29_792]);
+        assert_eq!([apple(n_head, 28, 1024), apple(n_head, 32, 511)].map(|[heads, ..]| heads), [8, 8]);
+    }
+    assert_eq!(apple(8, 32, 1024)[0], 8);
     let both = Cooperative { by_16: true, by_8: true };
     for class in [AdapterClass::Integrated, AdapterClass::Discrete, AdapterClass::Apple] {
         // A device opened with what its adapter has; with WebGPU's 16 KiB.

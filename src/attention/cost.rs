@@ -558,6 +558,7 @@ fn gated<T: Tally>(
         norm: config.norm,
         statistics_rows,
         storage,
+        y_storage: Storage::F32,
     };
     linear(tally, rows, config.d_gate, segments.used(), false, storage) + tally.of(&gate)
 }

@@ -47,8 +47,8 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// Attention of a prefill over a tile of which `used` rows are read. Keys and values are halves where matrices make them and
-    /// attend to them, which would round them for every tile of queries; a gate on them works in f32.
+    /// Attention of a prefill over a tile of which `used` rows are read. Keys and values are halves where matrices attend to them,
+    /// which would round them for every tile of queries, and matrices make them, or the gate does.
     fn prefill_of(&self, part: &StepPart, kv_first: u32, kv_rows: u32, used: u32) -> AttentionPrefill {
         let (layer, step) = (self.layer, self.step);
         let op = AttentionPrefill {
@@ -75,8 +75,8 @@ impl<'a> Frame<'a> {
         let made = Matmul { y_storage: Storage::F16, ..self.linear(used, layer.widths.d_latent, layer.widths.d_kv()) };
         let gated = layer.config.up_projected_gate().is_some();
         let context = self.recording.kernels().context();
-        let of_halves = layer.storage == Storage::F16 && !gated;
-        if of_halves && by_matrices(&halves, context) && by_matrices(&made, context) { halves } else { op }
+        let of_halves = layer.storage == Storage::F16 && by_matrices(&halves, context);
+        if of_halves && (gated || by_matrices(&made, context)) { halves } else { op }
     }
 
     fn prefill_tile(&mut self, part: &StepPart, op: &AttentionPrefill, kv: &Region) -> Result<()> {
@@ -127,8 +127,8 @@ impl<'a> Frame<'a> {
         self.recording.add_own(&op, args)
     }
 
-    /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile, gated and normed where the configuration says so, in `storage`
-    /// where there is no gate on them.
+    /// Keys and values `[rows, n_head, d_nope + d_value]` of a tile in `storage`, gated and normed where the configuration says so:
+    /// the gate reads f32.
     fn rebuild(&mut self, part: &StepPart, first_row: u32, rows: u32, storage: Storage) -> Result<&'a Region> {
         let (layer, workspace) = (self.layer, self.workspace);
         let cached = self.part(part);
@@ -161,13 +161,14 @@ impl<'a> Frame<'a> {
             slots: &workspace.tile_slots,
         };
         self.recording.add_own(&op, args)?;
-        let op = Matmul { y_storage: storage, ..self.linear(rows, widths.d_latent, widths.d_kv()) };
+        let y_storage = if gate.is_some() { Storage::F32 } else { storage };
+        let op = Matmul { y_storage, ..self.linear(rows, widths.d_latent, widths.d_kv()) };
         self.product(&op, &workspace.tile_latent, &layer.weights.kv_b_proj, None, &workspace.kv)?;
         let Some(gate) = gate else { return Ok(&workspace.kv) };
         let statistics = cached.statistics.as_ref();
         let statistics = statistics.map(|to| Statistics { slots: &workspace.tile_slots, to, rows: cached.rows });
         let x = Latents { region: &workspace.kv, offset: 0, row: widths.d_kv() };
-        self.gate(gate, rows, x, statistics, &workspace.kv_gated)?;
+        self.gate(gate, rows, x, statistics, (&workspace.kv_gated, storage))?;
         Ok(&workspace.kv_gated)
     }
 

@@ -15,6 +15,7 @@ use crate::kernels::attention_grouped::beta_element;
 use crate::kernels::matmul::{self, Matmul};
 use crate::kernels::{gate, gather};
 use crate::recording::Recording;
+use crate::storage::Storage;
 
 /// Placement of latents in a buffer.
 #[derive(Clone, Copy)]
@@ -107,14 +108,14 @@ impl<'a> Frame<'a> {
         self.recording.add_own(&op, gather::Args { table: &self.gate_weights()?.embedding, ids, y })
     }
 
-    /// `y = Norm(x ⊙ act(gate_b_proj · embeddings))`, with the embeddings in the workspace.
+    /// `y = Norm(x ⊙ act(gate_b_proj · embeddings))` in `y_storage`, with the embeddings in the workspace.
     pub fn gate(
         &mut self,
         config: &GateConfig,
         rows: u32,
         x: Latents<'_>,
         statistics: Option<Statistics<'_>>,
-        y: &Region,
+        (y, y_storage): (&Region, Storage),
     ) -> Result<()> {
         let (workspace, weights) = (self.workspace, self.gate_weights()?);
         let segments = gated_segments(&self.layer.config, config);
@@ -130,6 +131,7 @@ impl<'a> Frame<'a> {
             norm: config.norm,
             statistics_rows: statistics.map_or(0, |statistics| statistics.rows),
             storage: self.layer.storage,
+            y_storage,
         };
         let absent = &self.absent;
         let weight = weights.affine.as_ref().unwrap_or(absent);

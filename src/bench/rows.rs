@@ -346,6 +346,7 @@ fn gate_rows(kernels: &Kernels, rows: u32, width: u32) -> Result<Prepared> {
         norm,
         statistics_rows: 0,
         storage: Storage::F32,
+        y_storage: Storage::F32,
     };
     let mut recording = Recording::new(kernels);
     let absent = kernels.absent();

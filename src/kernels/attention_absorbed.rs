@@ -269,17 +269,17 @@ pub(crate) const STREAM: Variant<AttentionAbsorbed> = {
 /// By cooperative matrices of 16 × 16: for layers of halves, more heads than a team of [`STREAM`] has.
 ///
 /// Queries and weights are rounded to f16, sums and the softmax are f32. A score is off by about 2⁻¹¹ of its terms, a weight by
-/// 2⁻¹¹ of itself. Tuning: (matrices of cache rows at a time, subgroups).
+/// 2⁻¹¹ of itself. Tuning: (matrices of heads, of cache rows at a time, subgroups).
 pub(crate) const COOPERATIVE: Variant<AttentionAbsorbed> = Variant::<AttentionAbsorbed>::new(
     ("attention_absorbed_cooperative", include_str!("../../shaders/attention_absorbed_cooperative.wgsl")),
-    MATRICES.len(),
+    NARROW,
     |op, context, setting| by_matrices(op, 16, context, setting),
     |_, context, plan| whole_matrices(16, context, plan),
 )
 .cooperative(Cooperative::BY_16)
 .preferred(halves_of_many_heads);
 
-/// The same with matrices of 8 × 8: Apple's GPUs have these.
+/// The same with matrices of 8 × 8: Apple's GPUs have these. Two of heads share a workgroup where there are as many.
 pub(crate) const COOPERATIVE_8: Variant<AttentionAbsorbed> = Variant::<AttentionAbsorbed>::new(
     ("attention_absorbed_cooperative_8", include_str!("../../shaders/attention_absorbed_cooperative_8.wgsl")),
     MATRICES.len(),
@@ -287,10 +287,14 @@ pub(crate) const COOPERATIVE_8: Variant<AttentionAbsorbed> = Variant::<Attention
     |_, context, plan| whole_matrices(8, context, plan),
 )
 .cooperative(Cooperative::BY_8)
+.auto(|op, _| if op.n_head > 8 { NARROW } else { 0 })
 .preferred(halves_of_many_heads);
 
-/// (matrices of cache rows at a time, subgroups). The last holds the widest rows.
-const MATRICES: &[(u32, u32)] = &[(2, 8), (2, 4), (1, 4), (1, 8)];
+/// (matrices of heads, of cache rows at a time, subgroups). The last two hold the widest rows.
+const MATRICES: &[(u32, u32, u32)] = &[(1, 2, 8), (1, 2, 4), (1, 1, 4), (1, 1, 8), (2, 2, 16)];
+
+/// From this setting on they are for matrices of 8 × 8 alone: 32 heads of 512 + 64 would take 79 KiB.
+const NARROW: usize = 4;
 
 /// Most matrices of queries that a subgroup keeps in registers: of 16 × 16, AMD's compiler spills more than five.
 const fn most_kept(side: u32) -> u32 {
@@ -308,40 +312,47 @@ fn by_matrices(op: &AttentionAbsorbed, side: u32, context: &PlanContext, setting
     }
     let [latent, rope] = [op.d_latent, op.d_rope].map(|width| width.next_multiple_of(side));
     // Matrices of queries that a subgroup keeps, and of columns.
-    let held = |(blocks, teams): (u32, u32)| {
-        ((latent + rope).div_ceil(side).div_ceil(teams / blocks), (latent / side).div_ceil(teams))
+    let held = |(of_heads, blocks, teams): (u32, u32, u32)| {
+        ((latent + rope).div_ceil(side).div_ceil(teams / blocks), (latent / side).div_ceil(teams / of_heads))
     };
-    let holds = |&of: &(u32, u32)| held(of).0 <= most_kept(side) && held(of).1 <= MOST_COLUMNS;
-    let Some(&(blocks, teams)) = MATRICES[setting..].iter().find(|of| holds(of)) else {
+    let holds = |&of: &(u32, u32, u32)| held(of).0 <= most_kept(side) && held(of).1 <= MOST_COLUMNS;
+    let settings = if side == 16 { &MATRICES[..NARROW] } else { MATRICES };
+    let Some(&(of_heads, blocks, teams)) = settings[setting..].iter().find(|of| holds(of)) else {
         let AttentionAbsorbed { d_latent, d_rope, .. } = op;
         return Err(format!("8 subgroups do not hold a row of d_latent {d_latent} and d_rope {d_rope}"));
     };
-    let (tile, shares, (kept, columns)) = (blocks * side, teams / blocks, held((blocks, teams)));
+    let (heads, tile, shares) = (of_heads * side, blocks * side, teams / blocks);
+    let (kept, columns) = held((of_heads, blocks, teams));
     // Four lanes per head at least.
-    let workgroup = (teams * context.widest_subgroup()).max(4 * side);
-    let lanes = context.lanes(tile.min(workgroup / side));
+    let workgroup = (teams * context.widest_subgroup()).max(4 * heads);
+    let lanes = context.lanes(tile.min(workgroup / heads));
     let pitch = shares * kept * side + 8;
-    let grid = Grid::Tiled { size: [op.splits, op.n_head, op.most_tokens], tile: [1, side, 1] };
+    let grid = Grid::Tiled { size: [op.splits, op.n_head, op.most_tokens], tile: [1, heads, 1] };
     Ok(Draft::new(workgroup, grid)
-        .with([("WORKGROUP", workgroup), ("TEAMS", teams), ("TILE", tile), ("LANES", lanes)])
+        .with([("WORKGROUP", workgroup), ("HEADS", heads), ("TEAMS", teams), ("TILE", tile), ("LANES", lanes)])
         .with([("LATENT", latent), ("ROPE", rope), ("KEPT", kept), ("COLUMNS", columns), ("SPLIT", op.split)])
         // A tile, scores, weights and factors, 32 bytes more.
-        .bytes(2 * tile * pitch + 4 * shares * side * (tile + 4) + 2 * side * (tile + 8) + 4 * side + 32))
+        .bytes(2 * tile * pitch + 4 * shares * heads * (tile + 4) + 2 * heads * (tile + 8) + 4 * heads + 32))
 }
 
 fn whole_matrices(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &'static str> {
-    let [workgroup, teams, tile, lanes, latent, rope, kept, columns] =
-        ["WORKGROUP", "TEAMS", "TILE", "LANES", "LATENT", "ROPE", "KEPT", "COLUMNS"].map(|name| plan.value(name));
-    let shares = teams * side / tile;
+    let [workgroup, heads, teams, tile, lanes, latent, rope, kept, columns] =
+        ["WORKGROUP", "HEADS", "TEAMS", "TILE", "LANES", "LATENT", "ROPE", "KEPT", "COLUMNS"]
+            .map(|name| plan.value(name));
+    let (shares, owners) = (teams * side / tile, teams * side / heads);
     hold(&[
-        (plan.tile() == [1, side, 1], "a workgroup has a split of the heads of a matrix"),
+        (plan.tile() == [1, heads, 1], "a workgroup has a split of its heads"),
+        (
+            heads.is_multiple_of(side) && tile.is_multiple_of(heads) && teams.is_multiple_of(heads / side),
+            "heads are whole matrices, of as many subgroups each, and their queries are staged as rows",
+        ),
         (workgroup >= teams * u64::from(context.widest_subgroup()), "a workgroup has a whole subgroup for every team"),
         (
             tile.is_multiple_of(side) && teams.is_multiple_of(tile / side),
             "the teams of a block of rows share its scores",
         ),
         (plan.value("SPLIT").is_multiple_of(tile), "a split is whole tiles"),
-        (lanes.is_power_of_two() && lanes * side <= workgroup, "every head has its lanes"),
+        (lanes.is_power_of_two() && lanes * heads <= workgroup, "every head has its lanes"),
         (lanes == u64::from(context.lanes(lanes as u32)), "the lanes of a head are of one subgroup"),
         (latent.is_multiple_of(side) && rope.is_multiple_of(side), "widths are whole matrices"),
         (
@@ -349,7 +360,7 @@ fn whole_matrices(side: u64, context: &PlanContext, plan: &Plan) -> Result<(), &
             "a subgroup keeps one to five or nine matrices of queries",
         ),
         (shares * kept * side >= latent + rope, "the queries of all shares are whole"),
-        ((1..=8).contains(&columns) && teams * columns * side >= latent, "one to eight matrices of columns are owned"),
+        ((1..=8).contains(&columns) && owners * columns * side >= latent, "one to eight matrices of columns are owned"),
     ])
 }
 

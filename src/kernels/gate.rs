@@ -29,7 +29,7 @@ crate::args! {
         bias: Read,
         /// `[rows]` u32: the statistics row of each row, `u32::MAX` for none; not bound without statistics.
         slots: Read,
-        /// `[rows, width]` f32, written.
+        /// `[rows, width]` in `y_storage`, written.
         y: Write,
         /// `[statistics_rows, 2]` f32 (μ, ρ), written at the slots; not bound without statistics.
         statistics: Write,
@@ -57,6 +57,8 @@ pub struct Gate {
     pub statistics_rows: u32,
     /// Storage of weight and bias.
     pub storage: Storage,
+    /// Storage of `y`. As halves, finite values beyond ±65 504 become the largest half with their sign; infinities and NaN stay.
+    pub y_storage: Storage,
 }
 
 impl Op for Gate {
@@ -78,23 +80,23 @@ impl Op for Gate {
     }
 
     fn bytes(&self) -> Args<u64> {
-        let Gate { rows, norm, statistics_rows, storage, .. } = *self;
+        let Gate { rows, norm, statistics_rows, storage, y_storage, .. } = *self;
         let width = self.segments.width();
         let stored = |on: bool| storage.sized(if on { width.into() } else { 0 });
-        let all = words(product(&[rows, width]));
+        let all = product(&[rows, width]);
         Args {
             x: words(rows_end(self.x_offset, rows, self.x_row, width)),
-            g: all,
+            g: words(all),
             weight: stored(norm != GateNorm::None),
             bias: stored(norm == GateNorm::LayerNorm),
             slots: words(if statistics_rows > 0 { rows.into() } else { 0 }),
-            y: all,
+            y: y_storage.sized(all),
             statistics: words(2 * u64::from(statistics_rows)),
         }
     }
 
     fn cost(&self) -> Cost {
-        let Gate { rows, activation, norm, statistics_rows, storage, .. } = *self;
+        let Gate { rows, activation, norm, statistics_rows, storage, y_storage, .. } = *self;
         let width = self.segments.used();
         // As in `norm`; the affine part of layer_norm has a bias.
         let (element, row, affine) = match norm {
@@ -105,7 +107,7 @@ impl Op for Gate {
         Cost::of(
             &[times(activation.flops() + 1 + element, &[rows, width]), times(row, &[rows])],
             &[
-                times(12, &[rows, width]),
+                times(8 + y_storage.bytes(), &[rows, width]),
                 times(affine * storage.bytes(), &[width]),
                 // A slot read and (μ, ρ) written.
                 when(statistics_rows > 0, times(12, &[rows])),
@@ -126,10 +128,11 @@ pub(crate) const ROWS: Variant<Gate> = {
         |op, context, setting| {
             let (workgroup, lanes, rows) = TUNINGS[setting];
             // A GPU has the token's elements in its cache and arithmetic to spare.
-            let stash = context.class == AdapterClass::Software;
+            let stash = context.class == AdapterClass::Software && op.y_storage == Storage::F32;
             Ok(Draft::new(workgroup, Grid::Folded { items: op.rows.into(), each: workgroup / lanes * rows })
                 .with([
                     ("STORAGE_F16", op.storage.constant()),
+                    ("Y_F16", op.y_storage.constant()),
                     ("ACTIVATION", f64::from(op.activation as u32)),
                     ("NORM", f64::from(op.norm as u32)),
                     ("WRITE_STATISTICS", flag(op.statistics_rows > 0)),
@@ -142,7 +145,10 @@ pub(crate) const ROWS: Variant<Gate> = {
         },
         |op, context, plan| {
             whole_rows(op, context, plan)?;
-            hold(&[([1, 4].contains(&plan.value("ROWS")), "rows of an invocation are unrolled by 1 or 4")])
+            hold(&[
+                ([1, 4].contains(&plan.value("ROWS")), "rows of an invocation are unrolled by 1 or 4"),
+                (plan.value("STASH") * plan.value("Y_F16") == 0, "y holds z in f32 alone"),
+            ])
         },
     )
     .auto(|op, context| {
@@ -151,21 +157,33 @@ pub(crate) const ROWS: Variant<Gate> = {
     })
 };
 
-crate::vary!(Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
+crate::vary!(Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage, y_storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for Gate {
     fn samples() -> Vec<Self> {
         let mut all = Vec::new();
-        for (rows, storage) in
-            crate::sample::ROWS.into_iter().flat_map(|rows| Storage::ALL.map(|storage| (rows, storage)))
+        let stored = [(Storage::F32, Storage::F32), (Storage::F16, Storage::F32), (Storage::F16, Storage::F16)];
+        for (rows, (storage, y_storage)) in
+            crate::sample::ROWS.into_iter().flat_map(|rows| stored.map(|stored| (rows, stored)))
         {
             for (activation, norm) in Activation::ALL.into_iter().flat_map(|a| GateNorm::ALL.map(|norm| (a, norm))) {
                 let of = |(count, parts)| Segments { count, parts };
                 let widths = [(1, [3, 0]), (3, [5, 9]), (1, [8, 0]), (8, [64, 64]), (1, [4096, 0])].map(of);
                 for (segments, statistics_rows) in widths.into_iter().flat_map(|w| [0, 1].map(|s| (w, s))) {
                     let (x_offset, x_row, eps) = (0, segments.width(), 1e-5);
-                    all.push(Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage });
+                    all.push(Gate {
+                        rows,
+                        segments,
+                        x_offset,
+                        x_row,
+                        eps,
+                        activation,
+                        norm,
+                        statistics_rows,
+                        storage,
+                        y_storage,
+                    });
                 }
             }
         }
@@ -175,14 +193,19 @@ impl crate::sample::Sampled for Gate {
     fn counted() -> Vec<(Self, Cost)> {
         let of = |width, activation, norm, statistics_rows| {
             let (rows, segments, x_offset, eps, storage) = (3, Segments::one(width), 0, 1e-5, Storage::F16);
-            let x_row = segments.width();
-            Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage }
+            let (x_row, y_storage) = (segments.width(), Storage::F32);
+            Gate { rows, segments, x_offset, x_row, eps, activation, norm, statistics_rows, storage, y_storage }
         };
         vec![
             // 3·7 · (sigmoid 3 + product 1 + layer_norm 7) + 3·4. Bytes: 3·7·(4 + 4 + 4), 2·7·2, 3·(4 + 8).
             (of(7, Activation::Sigmoid, GateNorm::LayerNorm, 9), Cost { flops: 231 + 12, bytes: 252 + 28 + 36 }),
             // One product per element; x, g and y.
             (of(8, Activation::Identity, GateNorm::None, 0), Cost { flops: 24, bytes: 288 }),
+            // y in halves.
+            (
+                Gate { y_storage: Storage::F16, ..of(8, Activation::Identity, GateNorm::None, 0) },
+                Cost { flops: 24, bytes: 240 },
+            ),
         ]
     }
 }

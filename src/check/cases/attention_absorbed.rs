@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::batch::{Batch, Widths, cache_rows, compare_softmax, decoding, few_new, few_sizes, row_words, splits};
 use super::extreme::{Extreme, attention_tolerance};
-use super::{Launch, SEED, each_able, rounds_to_halves, widen};
+use super::{Launch, SEED, each_able, fits, held, rounds_to_halves, widen};
+use crate::adapter::Tuning;
 use crate::check::compare::{Comparison, HALF_ROUNDOFF, Tolerance};
 use crate::check::{Case, Lab, name_of, outcome, pack};
 use crate::error::Result;
@@ -195,11 +196,15 @@ fn attend(
             // of itself, and so are, as errors of random signs, their sums. Scores and their maximum know nothing of it.
             let halves = if rounds_to_halves(&variant.spec) { HALF_ROUNDOFF } else { 0.0 };
             let tolerance = Tolerance { relative: of_scores.relative + halves };
-            let of = |tuning| {
+            let device = lab.kernels.context();
+            let of = |setting| {
+                let tuning = if setting == Tuning::Auto { held(variant, &op, device) } else { setting };
                 let compared = run(lab, Launch { op, variant, tuning }, tolerance)?;
-                Ok(outcome(name_of(tuning), tolerance, compared))
+                Ok(outcome(name_of(setting), tolerance, compared))
             };
-            lab.settings(variant.spec.tunings).map(of).collect()
+            // Heads of many may share more memory than a device has.
+            let held = |&setting: &Tuning| setting == Tuning::Auto || fits(variant, &op, device, setting);
+            lab.settings(variant.spec.tunings).filter(held).map(of).collect()
         },
     );
 }

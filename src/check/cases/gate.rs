@@ -1,7 +1,8 @@
-//! Cases of `gate`: every activation with every norm, statistics out of order, rows of wider ones.
+//! Cases of `gate`: every activation with every norm, statistics out of order, rows of wider ones, results in halves.
 
 use super::{SEED, each_variant, equal_rows, spread, widen};
-use crate::check::compare::{Tolerance, UNIT_ROUNDOFF};
+use crate::check::compare::{HALF_ROUNDOFF, Tolerance, UNIT_ROUNDOFF};
+use crate::check::view::{Reading, View};
 use crate::check::{Case, pack};
 use crate::config::{Activation, GateNorm};
 use crate::error::Result;
@@ -30,30 +31,60 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         let every = Activation::ALL.into_iter().flat_map(|activation| norms(activation, 35, heads(1, 24, 16)));
         // The padding matters to the norm alone.
         let cut = norms(Activation::Silu, 5, heads(3, 7, 4));
-        for sizes in every.chain(cut).chain(padded.map(normed)).chain(whole.map(normed)) {
-            gate_cases(cases, sizes, storage, false);
+        let sizes = || cut.into_iter().chain(padded.map(normed)).chain(whole.map(normed));
+        for sizes in every.chain(sizes()) {
+            gate_cases(cases, sizes, [storage, Storage::F32], Values::Any);
         }
         // One element, and equal ones, have no spread.
         for sizes in [(3, Segments::one(1)), (3, heads(2, 70, 9)), (2, Segments::one(264))] {
-            gate_cases(cases, normed(sizes), storage, true);
+            gate_cases(cases, normed(sizes), [storage, Storage::F32], Values::Equal);
         }
+        // In halves, as layers of halves want them; some beyond the largest.
+        for sizes in sizes().take(if storage == Storage::F16 { usize::MAX } else { cut.len() }) {
+            gate_cases(cases, sizes, [storage, Storage::F16], Values::Any);
+        }
+        let unnormed = (Activation::Silu, GateNorm::None, 9, heads(3, 7, 16));
+        gate_cases(cases, unnormed, [storage, Storage::F16], Values::Large);
     }
+}
+
+/// What the elements of x are.
+#[derive(Clone, Copy, PartialEq)]
+enum Values {
+    /// Of order 1.
+    Any,
+    /// Of order 1 and equal in a row, as those of g.
+    Equal,
+    /// Results on both sides of the largest half.
+    Large,
 }
 
 fn gate_cases(
     cases: &mut Vec<Case>,
     (activation, norm, rows, segments): (Activation, GateNorm, u32, Segments),
-    storage: Storage,
-    equal: bool,
+    [storage, y_storage]: [Storage; 2],
+    values: Values,
 ) {
     let Segments { count, parts: [first, second] } = segments;
-    let equal_name = if equal { "equal_" } else { "" };
-    let id = format!("{equal_name}{activation:?}_{norm:?}_{rows}x{count}x{first}+{second}/{}", storage.name());
+    let (equal, halves) = (values == Values::Equal, y_storage == Storage::F16);
+    let (of_values, scale) = match values {
+        Values::Any => ("", 1.0),
+        Values::Equal => ("equal_", 1.0),
+        Values::Large => ("large_", 1e5),
+    };
+    let stored = if halves { "/y_f16" } else { "" };
+    let sizes = format!("{activation:?}_{norm:?}_{rows}x{count}x{first}+{second}");
+    let id = format!("{of_values}{sizes}/{}{stored}", storage.name());
     let (width, whole) = (segments.used() as usize, segments.width());
     let mut tolerance = Tolerance::sums(&[width, width]);
     if equal {
         // A product may be rounded for the mean and not for the result: its u of itself is divided by √eps.
         tolerance.relative += 4.0 * UNIT_ROUNDOFF / 1e-5f64.sqrt();
+    }
+    let of_statistics = tolerance;
+    if halves {
+        // WGSL does not say how pack2x16float rounds: a unit in the last place of f16.
+        tolerance.relative += 2.0 * HALF_ROUNDOFF;
     }
     // Rows stand apart, behind an offset.
     let (offset, pitch) = (4, whole + 12);
@@ -67,10 +98,11 @@ fn gate_cases(
         norm,
         statistics_rows: rows + 2,
         storage,
+        y_storage,
     };
     each_variant(cases, id, op, tolerance, move |lab, launch| {
         let mut random = Random::new(SEED);
-        let mut dense = random.values(rows as usize * width, 1.0);
+        let mut dense = random.values(rows as usize * width, scale);
         if equal {
             equal_rows(&mut dense, width);
         }
@@ -95,7 +127,7 @@ fn gate_cases(
         // Statistics land backwards and one row apart; the last row has none.
         let slot = |row: u32| if row + 1 == rows { u32::MAX } else { rows - row };
         let slots = lab.words(&(0..rows).map(slot).collect::<Vec<_>>())?;
-        let y = lab.output((rows * whole) as usize)?;
+        let y = lab.output((y_storage.sized(u64::from(rows * whole)) / 4) as usize)?;
         let statistics = lab.output(2 * op.statistics_rows as usize)?;
         let args = gate::Args {
             x: &x.region,
@@ -119,7 +151,12 @@ fn gate_cases(
             let at = 2 * slot(row) as usize;
             all[at..at + 2].copy_from_slice(&expected.statistics[row as usize]);
         }
-        let values = spread(&expected.values, &segments.parts, || 0.0);
-        Ok(vec![lab.compare(&y, &values, tolerance)?, lab.compare(&statistics, &all, tolerance)?])
+        let mut values = spread(&expected.values, &segments.parts, || 0.0);
+        let of_y = View::all(if halves { Reading::F16 } else { Reading::F32 }, values.len());
+        if halves {
+            values.iter_mut().for_each(|value| *value = value.clamp(-65504.0, 65504.0));
+        }
+        let compared = lab.compare_views(&[(&lab.read(&y)?, of_y)], &values, tolerance);
+        Ok(vec![compared, lab.compare(&statistics, &all, of_statistics)?])
     });
 }

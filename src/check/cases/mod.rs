@@ -148,8 +148,12 @@ fn refusal_of<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext, tuning:
 /// The setting that a variant takes by itself: `Auto`, or where the device's limits do not hold that the first that they hold, as
 /// [`choose`](crate::op::choose) has it.
 fn held<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext) -> Tuning {
-    let fits = |&tuning: &Tuning| !matches!(variant.plan(op, device, tuning), Err(Error::Limit { .. }));
-    settings(variant.spec.tunings).find(fits).unwrap_or_default()
+    settings(variant.spec.tunings).find(|&tuning| fits(variant, op, device, tuning)).unwrap_or_default()
+}
+
+/// Whether the device's limits hold a setting.
+fn fits<O: Op>(variant: &Variant<O>, op: &O, device: &PlanContext, tuning: Tuning) -> bool {
+    !matches!(variant.plan(op, device, tuning), Err(Error::Limit { .. }))
 }
 
 /// Rows of parts, one after another, with every part padded to whole loads; `filling` gives the padding.
