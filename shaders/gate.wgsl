@@ -6,7 +6,6 @@
 //
 // A row is blocks of two parts, say keys and values of a head. Padding at the end of a part is 0 in x, weight and bias; the norm
 // does not count it. One pass updates mean and spread vector by vector, then joins them across lanes: E[z²] − mean² would cancel.
-// Floor: x twice, the second time from a cache where it fits, a gate row and y once, over the copy rate.
 // grid: one workgroup per WORKGROUP / LANES · ROWS rows, folded into x and y.
 //
 // y is f32, or f16 for attention by matrices, which would round it for every tile of queries. x stays f32: as halves it would be
