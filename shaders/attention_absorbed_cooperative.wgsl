@@ -19,11 +19,11 @@
 // memory three times (written, read for scores, read for values), with five barriers per tile.
 // Of 512 + 64, TILE is 16: a workgroup has 32 KiB where 32 rows would take 48, so that half as many again run beside each other,
 // and five matrices of queries stay in registers.
-// AMD's compiler (RDNA3, Mesa 25), 8 subgroups of 32: 180 registers, no spills; with nine matrices kept it spilled 100. Read once
+// AMD's compiler (RDNA3, Mesa 25), 8 subgroups of 32: 192 registers, no spills; with nine matrices kept it spilled 100. Read once
 // in assembly: a tile of 18 432 bytes takes each subgroup some 400 instructions, 0.17 per byte in all, without the 140 that scale
 // values, seldom. 5 load rows and 30 reckon places for them, 64 read values by columns, 16 bits each, since this GPU's matrices
 // want columns; 5 + 4 multiply. Before, it took 770: a branch per load between latents, rotary keys and the end; places counted in
-// elements; loops of one turn. Its estimate for the whole went from 6202 to 2864.
+// elements; loops of one turn. Its estimate for the whole went from 6202 to 2896.
 // On a GPU: not measured. A sketch of this design, for 512 + 64 and 32 rows alone, took 150 µs on an H200 for 32 sequences of
 // 8192 rows, where the floor is 71.
 
