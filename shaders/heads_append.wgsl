@@ -1,12 +1,15 @@
 // Writes keys and values of new tokens to their cache rows, keys rotated, in 16-byte stores; rotates the queries that stand beside
 // them. Eight elements of a head an invocation.
 //
-//   q[t, h] = RoPE_t(x_q[t, h])    cache[slots[t] − first_slot, g] = (RoPE_t(x_k[t, g]), x_v[t, g])
+//   q[t, h] = RoPE_t(N(x_q[t, h]))    cache[slots[t] − first_slot, g] = (RoPE_t(N(x_k[t, g])), x_v[t, g])
+//   N(x) = x / √(mean(x²) + eps) · weight, with one weight for queries and one for keys, where NORM is 1; else N(x) = x
 //
 // RoPE rotates the pairs (2i, 2i+1): a layer whose pairs are half a head apart brings them together when it uploads its weights.
 // Its padding is turned by (1, 0), and zeros stay zeros.
 // f16 storage saturates: finite values beyond ±65504 become ±65504. NaN stays NaN, so that a broken model shows.
 // Rows of the cache that are not bound are left out: a cache over one binding takes a dispatch per part that new tokens touch.
+// Every invocation of a head sums its squares by itself, in the same order: head_dim / 8 times the loads, of a line that its
+// neighbours read, and no barrier. Padding is 0 and is not counted.
 // grid: one invocation per eight elements of x, folded into x and y.
 //
 // Floor: the bytes: x once, q once, keys and values once in their storage, over the copy rate. Nothing else limits it but, in
@@ -14,6 +17,7 @@
 // Not run on a GPU yet.
 
 override CACHE_F16: u32 = 0u;
+override NORM: u32 = 0u;         // 1: heads of queries and keys are normed
 override INTEGERS: u32 = 0u;     // 1: integer arithmetic rounds halves
 override WORKGROUP: u32 = 64u;
 
@@ -24,14 +28,17 @@ struct Params {
     head_dim: u32,      // a multiple of 8
     first_slot: u32,    // cache row that `cache` begins with
     cache_rows: u32,    // rows of `cache`
+    used: u32,          // elements of a head without its padding
+    eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;             // [tokens, n_head + 2 · n_kv_head, head_dim] / 4
 @group(0) @binding(2) var<storage, read> rotations: array<vec4<f32>>;     // [tokens, head_dim / 4] (cos, sin) of two pairs
 @group(0) @binding(3) var<storage, read> slots: array<u32>;               // [tokens] cache rows
-@group(0) @binding(4) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, n_head, head_dim] / 4
-@group(0) @binding(5) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, n_kv_head, key, value], head_dim / 4 each, f16: / 8
+@group(0) @binding(4) var<storage, read> norms: array<vec4<f32>>;         // [queries, keys], head_dim / 4 each
+@group(0) @binding(5) var<storage, read_write> q: array<vec4<f32>>;       // [tokens, n_head, head_dim] / 4
+@group(0) @binding(6) var<storage, read_write> cache: array<vec4<u32>>;   // [cache rows, n_kv_head, key, value], head_dim / 4 each, f16: / 8
 
 // Two halves in a word; finite values beyond f16 become its largest. NaN and infinities stay what they are. Bits tell them apart,
 // since compilers take `v != v` for false, and bits are written, since WGSL leaves pack2x16float of them open: one driver takes
@@ -100,6 +107,18 @@ fn main(
     var second = x[2u * i + 1u];
     // Values are not turned.
     if (head < params.n_head + params.n_kv_head) {
+        if (NORM == 1u) {
+            let head_at = 2u * (i - part);
+            var squares = 0.0;
+            for (var k = 0u; k < 2u * units; k++) {
+                let v = x[head_at + k];
+                squares += dot(v, v);
+            }
+            let scale = inverseSqrt(squares / f32(params.used) + params.eps);
+            let weight = 2u * (part + select(0u, units, head >= params.n_head));
+            first *= scale * norms[weight];
+            second *= scale * norms[weight + 1u];
+        }
         let turn = (token * units + part) * 2u;
         first = rotated(first, rotations[turn]);
         second = rotated(second, rotations[turn + 1u]);

@@ -532,6 +532,18 @@ fn ministral3() -> Value {
     })
 }
 
+fn qwen3() -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
+        "vocab_size": 151936
+    })
+}
+
 #[test]
 fn models_with_keys_and_values_per_head_are_read() {
     let heads = |config: &Value| match DecoderConfig::from_json(&config.to_string()).unwrap().attention {
@@ -548,6 +560,16 @@ fn models_with_keys_and_values_per_head_are_read() {
     assert_eq!(c.parameters(), 6_291_456 + 4_194_304);
     assert_eq!(shape(&heads(&mistral())), (4096, 32, 8, 128, false, false));
     assert_eq!(shape(&heads(&qwen2())), (896, 14, 2, 64, true, false));
+    let c = heads(&qwen3());
+    assert_eq!((shape(&c), c.qk_norm_eps), ((1024, 16, 8, 128, false, false), Some(1e-6)));
+    // By hand: 1024·128·(16 + 2·8), 2048·1024 and two norms.
+    assert_eq!((c.parameters(), c.rope.interleave), (4_194_304 + 2_097_152 + 256, false));
+    let mut bare = qwen3();
+    bare.as_object_mut().unwrap().remove("head_dim");
+    bare.as_object_mut().unwrap().remove("use_sliding_window");
+    let bare = with(&bare, json!({"rms_norm_eps": 1e-5, "sliding_window": 4096}));
+    assert_eq!((heads(&bare).head_dim, heads(&bare).qk_norm_eps), (128, Some(1e-5)));
+    assert_eq!((heads(&qwen2()).qk_norm_eps, heads(&llama()).qk_norm_eps), (None, None));
     let c = heads(&ministral3());
     assert_eq!((shape(&c), c.rope.amplitude()), ((3072, 32, 8, 128, false, false), 1.0));
     assert_eq!(c.rope.query_scaling, Some(QueryScaling { beta: 0.1, original_max_position_embeddings: 16384.0 }));
@@ -606,6 +628,8 @@ fn what_heads_do_not_compute_is_refused_by_name() {
     let mut windowed = mistral();
     windowed.as_object_mut().unwrap().remove("sliding_window");
     refused(windowed, &["sliding_window", "missing"]);
+    refused(with(&qwen3(), json!({"num_key_value_heads": null})), &["num_key_value_heads", "missing"]);
+    refused(with(&qwen3(), json!({"use_sliding_window": true})), &["use_sliding_window"]);
     refused(with(&qwen2(), json!({"use_sliding_window": true})), &["sliding_window", "32768", "use_sliding_window"]);
 }
 

@@ -56,6 +56,7 @@ fn configs() -> Vec<(&'static str, DecoderConfig)> {
         ("qwen2", with(base("qwen2"), json!({"num_key_value_heads": 3, "tie_word_embeddings": true}))),
         ("youtu", with(latents("youtu"), json!({"tie_word_embeddings": true}))),
         ("minicpm3", with(latents("minicpm3"), json!({"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 10}))),
+        ("qwen3", with(base("qwen3"), json!({"num_key_value_heads": 3, "head_dim": 10}))),
         ("minicpm3, untied", with(latents("minicpm3"), json!({"scale_emb": 0.3, "tie_word_embeddings": false}))),
     ]
 }

@@ -9,7 +9,8 @@ use std::fs;
 use egmla::config::{AttentionConfig, DecoderConfig, GqaConfig, ModelSummary, RopeScaling};
 use egmla::decoder::ModelFolder;
 use egmla::gguf::{Gguf, List, Value};
-use egmla::weights::{AttentionWeights, Checkpoint};
+use egmla::random::gqa_weights;
+use egmla::weights::{AttentionWeights, Checkpoint, GqaWeights};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value as Json, json};
@@ -703,9 +704,39 @@ fn a_configuration_is_what_a_checkpoint_of_the_model_says() {
         .floats("blk.0.attn_q.bias", &[8], &values(8, 1));
     let qwen = GqaConfig::from_json(&qwen.read().config_json().unwrap()).unwrap();
     assert!((qwen.qkv_bias, qwen.o_bias, qwen.rope.interleave) == (true, false, false));
+    let qwen = File::new("qwen3")
+        .u32("qwen3.block_count", 1)
+        .u32("qwen3.embedding_length", 8)
+        .u32("qwen3.attention.head_count", 4)
+        .u32("qwen3.attention.head_count_kv", 2)
+        .u32("qwen3.attention.key_length", 6)
+        .u32("qwen3.attention.value_length", 6)
+        .f32("qwen3.attention.layer_norm_rms_epsilon", 1e-6);
+    let config = GqaConfig::from_json(&qwen.read().config_json().unwrap()).unwrap();
+    assert_eq!((config.head_dim, config.qkv_bias, config.qk_norm_eps), (6, false, Some(1e-6)));
+    // No row is moved, and the norms have their names.
+    let weights = gqa_weights(&config, 3).unwrap();
+    let mut file = qwen;
+    for (name, tensor) in [
+        ("attn_q", &weights.q_proj),
+        ("attn_k", &weights.k_proj),
+        ("attn_v", &weights.v_proj),
+        ("attn_output", &weights.o_proj),
+        ("attn_q_norm", weights.q_norm.as_ref().unwrap()),
+        ("attn_k_norm", weights.k_norm.as_ref().unwrap()),
+    ] {
+        file = file.floats(&format!("blk.0.{name}.weight"), &tensor.shape, &tensor.data);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("m.gguf"), file.bytes()).unwrap();
+    let checkpoint = Checkpoint::open(&folder.path().join("m.gguf")).unwrap();
+    let found = GqaWeights::load(&checkpoint, "model.layers.0.self_attn.", &config).unwrap();
+    assert_eq!((found.q_proj.data, found.k_proj.data), (weights.q_proj.data, weights.k_proj.data));
+    assert_eq!(found.q_norm.unwrap().data, weights.q_norm.unwrap().data);
+    assert_eq!(found.k_norm.unwrap().data, weights.k_norm.unwrap().data);
 
     for (file, part) in [
-        (File::new("gemma"), "`gemma` is not read, only llama, qwen2 and deepseek2"),
+        (File::new("gemma"), "`gemma` is not read, only llama, qwen2, qwen3 and deepseek2"),
         (File { keys: vec![], ..llama() }, "general.architecture`: is missing"),
         (File::new("llama").u32("llama.embedding_length", 8), "llama.attention.head_count`: is missing"),
         (llama().text("llama.block_count", "2"), "llama.block_count`: is the text `2`, not a whole number"),

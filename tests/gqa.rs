@@ -32,6 +32,7 @@ fn config(n_head: u32, n_kv_head: u32, head_dim: u32) -> GqaConfig {
         head_dim,
         qkv_bias: false,
         o_bias: false,
+        qk_norm_eps: None,
         rope: halves(),
     }
 }
@@ -60,6 +61,8 @@ fn configs() -> Vec<GqaConfig> {
         GqaConfig { qkv_bias: true, o_bias: true, rope: RopeConfig { scaling: llama3, ..halves() }, ..config(3, 3, 6) },
         GqaConfig { rope: RopeConfig { scaling: yarn, ..RopeConfig::default() }, ..config(8, 2, 136) },
         config(1, 1, 2),
+        GqaConfig { qk_norm_eps: Some(1e-6), ..config(4, 2, 20) },
+        GqaConfig { qk_norm_eps: Some(1e-2), qkv_bias: true, rope: RopeConfig::default(), ..config(6, 2, 64) },
         GqaConfig { rope: RopeConfig { query_scaling: Some(SCALED_QUERIES), ..halves() }, ..config(4, 2, 12) },
     ]
 }
@@ -277,24 +280,30 @@ fn transformers(config: &GqaConfig, weights: &GqaWeights, hidden: &[f64]) -> Vec
     let q = linear(hidden, &weights.q_proj.data, q_bias.as_deref());
     let k = linear(hidden, &weights.k_proj.data, k_bias.as_deref());
     let v = linear(hidden, &weights.v_proj.data, v_bias.as_deref());
+    // Qwen3RMSNorm over head_dim: weight * (x * rsqrt(mean(x ** 2) + eps))
+    let norm = |x: &[f64], weight: &Option<egmla::weights::HostTensor>| -> Vec<f64> {
+        let Some((weight, eps)) = weight.as_ref().zip(config.qk_norm_eps) else { return x.to_vec() };
+        let mean = x.iter().map(|x| x * x).sum::<f64>() / dim as f64;
+        x.iter().zip(&weight.data).map(|(x, w)| f64::from(*w) * (x / (mean + eps).sqrt())).collect()
+    };
     let mut attended = vec![0.0; tokens * heads * dim];
     for t in 0..tokens {
         for head in 0..heads {
             // repeat_kv: each head of keys and values n_rep times, one after another
             let kv_head = head / (heads / kv_heads);
-            let mut query = rotary(&q[t][head * dim..][..dim], t);
+            let mut query = rotary(&norm(&q[t][head * dim..][..dim], &weights.q_norm), t);
             if let Some(QueryScaling { beta, original_max_position_embeddings: length }) = config.rope.query_scaling {
                 // Ministral 3: 1 + beta * log(1 + floor(positions / max_position_embeddings))
                 query.iter_mut().for_each(|q| *q *= 1.0 + beta * (1.0 + (t as f64 / length).floor()).ln());
             }
             let score = |j: usize| {
-                let key = rotary(&k[j][kv_head * dim..][..dim], j);
+                let key = rotary(&norm(&k[j][kv_head * dim..][..dim], &weights.k_norm), j);
                 query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * (dim as f64).powf(-0.5)
             };
-            let weights: Vec<f64> = (0..=t).map(|j| score(j).exp()).collect();
-            let sum: f64 = weights.iter().sum();
+            let shares: Vec<f64> = (0..=t).map(|j| score(j).exp()).collect();
+            let sum: f64 = shares.iter().sum();
             for i in 0..dim {
-                let values = weights.iter().enumerate().map(|(j, weight)| weight / sum * v[j][kv_head * dim + i]);
+                let values = shares.iter().enumerate().map(|(j, share)| share / sum * v[j][kv_head * dim + i]);
                 attended[(t * heads + head) * dim + i] = values.sum();
             }
         }
@@ -311,6 +320,7 @@ fn the_reference_is_transformers() {
         GqaConfig { qkv_bias: true, o_bias: true, ..config(3, 1, 8) },
         config(2, 2, 2),
         GqaConfig { rope: scaled, ..config(4, 2, 6) },
+        GqaConfig { qk_norm_eps: Some(0.1), ..config(4, 2, 6) },
     ] {
         let weights = gqa_weights(&config, 5).unwrap();
         let hidden = widen(&Random::new(6).values(9 * HIDDEN, 1.0));
@@ -321,7 +331,7 @@ fn the_reference_is_transformers() {
         let most = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(most < 1e-12, "{config:?}: {most:e}");
         // Control: pairs that are neighbours are something else.
-        let other = GqaConfig { rope: RopeConfig::default(), ..config.clone() };
+        let other = GqaConfig { rope: RopeConfig::default(), qk_norm_eps: None, ..config.clone() };
         let other = GqaLayer::new(other, &weights).forward(&hidden, &mut History::default());
         let apart = other.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(apart > 1e-3 || config.head_dim == 2, "{apart:e}");
@@ -351,10 +361,10 @@ fn scaled_queries_take_a_dispatch_where_a_factor_is_not_one() {
     compare(&got, &plain, Tolerance { relative: 1e-3 }).verdict.unwrap_err();
 }
 
-/// Four dispatches of a decode step, whatever the heads and the biases; a prefill has one more product.
+/// Four dispatches of a decode step, whatever the heads, the biases and the norms; a prefill has one more product.
 #[test]
 fn a_layer_takes_four_dispatches() {
-    for config in configs().into_iter().take(3) {
+    for config in configs().into_iter().take(7) {
         let mut rig = Rig::new(&config, 1, 30, Storage::F16);
         let hidden = Random::new(7).values(5 * HIDDEN, 1.0);
         let (_, names) = rig.traced(Mode::Prefill, &[4], &hidden[..4 * HIDDEN]);

@@ -97,6 +97,7 @@ fn drawn_heads(random: &mut Random) -> GqaConfig {
         head_dim: 2 * below(1, 20),
         qkv_bias: below(0, 1) == 1,
         o_bias: below(0, 1) == 1,
+        qk_norm_eps: (below(0, 1) == 1).then_some(1e-3),
         rope: RopeConfig {
             interleave: below(0, 1) == 1,
             query_scaling: (below(0, 2) == 0).then_some(SCALED_QUERIES),

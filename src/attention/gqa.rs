@@ -1,8 +1,8 @@
 //! One attention layer with keys and values per head on the device: MHA, GQA or MQA.
 //!
 //! ```text
-//! hidden ─ q_proj, k_proj, v_proj ─ rope ─▶ queries ─────────────▶ attention ─ o_proj ─ out
-//!                                     └───▶ KvCache (key, value) ──▶┘
+//! hidden ─ q_proj, k_proj, v_proj ─ norm, rope ─▶ queries ─────────────▶ attention ─ o_proj ─ out
+//!                                           └───▶ KvCache (key, value) ──▶┘
 //! ```
 //!
 //! Four dispatches of a decode step: the projections as one product, `heads_append`, `attention_decode`, `output_project`; one
@@ -92,6 +92,8 @@ pub struct GqaAttention {
     pub(super) widths: HeadWidths,
     storage: Storage,
     weights: HeadsWeights<Region>,
+    /// `[2, head_dim]` f32: norms of queries and of keys.
+    norms: Option<Region>,
 }
 
 impl GqaAttention {
@@ -103,12 +105,15 @@ impl GqaAttention {
     pub fn new(kernels: &Kernels, config: &GqaConfig, weights: &GqaWeights, storage: Storage) -> Result<Self> {
         weights.check(config)?;
         let planned = HeadsWeights::plan(kernels.context(), config, weights, storage)?;
+        let head = |norm| Upload::vector(norm, Axis::default().rotary(config.head_dim, config.rope.interleave));
+        let norms = weights.q_norm.as_ref().zip(weights.k_norm.as_ref()).map(|(q, k)| head(q).and(head(k)));
         Ok(GqaAttention {
             kernels: kernels.clone(),
             config: config.clone(),
             widths: HeadWidths::of(config)?,
             storage,
             weights: planned.map(|upload| upload.upload(kernels, storage))?,
+            norms: norms.map(|norms| norms.upload(kernels, Storage::F32)).transpose()?,
         })
     }
 
@@ -271,12 +276,17 @@ impl HeadsFrame<'_> {
                 first_slot: *first,
                 // All that is bound: the same from step to step.
                 cache_rows: *bound,
+                norm: layer
+                    .config
+                    .qk_norm_eps
+                    .map(|eps| heads_append::HeadsNorm { used: layer.config.head_dim, eps: eps as f32 }),
                 storage: self.cache.options().storage,
             };
             let args = heads_append::Args {
                 x: &self.workspace.row,
                 rotations: &self.table(Table::Rotations),
                 slots: &self.table(Table::Slots),
+                norms: layer.norms.as_ref().unwrap_or(&self.absent),
                 q: &self.workspace.q,
                 cache: region,
             };

@@ -186,7 +186,7 @@ impl<'a> Upload<'a> {
     }
 
     /// The same with further tensors behind these.
-    fn and(self, next: Self) -> Self {
+    pub fn and(self, next: Self) -> Self {
         let at = self.elements;
         self.and_at(at, next)
     }

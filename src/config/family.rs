@@ -28,6 +28,8 @@ pub(super) enum HeadsRule {
     Ministral3,
     /// Biases on queries, keys and values.
     Qwen2,
+    /// `attention_bias` as in Llama, a norm of every head of queries and keys; without `head_dim` it is 128.
+    Qwen3,
 }
 
 /// A `model_type` that is known.
@@ -97,6 +99,7 @@ pub(super) const FAMILIES: &[Family] = &[
     of_heads("mistral", HeadsRule::Mistral),
     Family { scales_queries: true, rms_norm_eps: 1e-5, ..of_heads("ministral3", HeadsRule::Ministral3) },
     of_heads("qwen2", HeadsRule::Qwen2),
+    of_heads("qwen3", HeadsRule::Qwen3),
     refused("deepseek_v32", INDEXER),
     refused("glm_moe_dsa", INDEXER),
     refused("axk2", "its queries attend only to chosen keys, and a gate multiplies its output"),

@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 use super::family::{Family, HeadsRule};
 use super::keys::{Keys, parse_object};
 use super::meaning::{self, Kind, Scope};
-use super::of_text;
 use super::rope::{RopeConfig, rope_from_map};
+use super::{of_text, validate_eps};
 use crate::error::{Error, Result};
 
 /// One attention layer that caches rotated keys, and values: grouped-query attention (GQA, arXiv 2305.13245). With as many heads
@@ -26,6 +26,8 @@ pub struct GqaConfig {
     pub qkv_bias: bool,
     /// Bias on `o_proj`.
     pub o_bias: bool,
+    /// `eps` of the RMSNorm of every head of queries and keys, before rotation; `None` is no such norm.
+    pub qk_norm_eps: Option<f64>,
     /// Rotary embedding; its `score_factor` has no effect here.
     pub rope: RopeConfig,
 }
@@ -52,17 +54,17 @@ impl GqaConfig {
             (Some(heads), _) => heads,
             (None, HeadsRule::Llama) => n_head,
             // Each has its own number where there is no key.
-            (None, HeadsRule::Mistral | HeadsRule::Ministral3 | HeadsRule::Qwen2) => {
+            (None, HeadsRule::Mistral | HeadsRule::Ministral3 | HeadsRule::Qwen2 | HeadsRule::Qwen3) => {
                 return Err(keys.error("num_key_value_heads", "is missing"));
             }
         };
         let head_dim = match keys.integer("head_dim")? {
             Some(width) => width,
-            None if rule == HeadsRule::Ministral3 && !keys.holds("head_dim") => 128,
+            None if matches!(rule, HeadsRule::Ministral3 | HeadsRule::Qwen3) && !keys.holds("head_dim") => 128,
             None => hidden_size.checked_div(n_head).unwrap_or(0),
         };
         let (qkv_bias, o_bias) = match rule {
-            HeadsRule::Llama => {
+            HeadsRule::Llama | HeadsRule::Qwen3 => {
                 let bias = keys.boolean("attention_bias")?.unwrap_or(false);
                 (bias, bias)
             }
@@ -71,7 +73,9 @@ impl GqaConfig {
         };
         let family = family.unwrap_or(Family::of_definition());
         let rope = rope_from_map(&keys, family, family.rope())?;
-        let config = GqaConfig { hidden_size, n_head, n_kv_head, head_dim, qkv_bias, o_bias, rope };
+        let eps = keys.float("rms_norm_eps")?.unwrap_or(family.rms_norm_eps);
+        let qk_norm_eps = (rule == HeadsRule::Qwen3).then_some(eps);
+        let config = GqaConfig { hidden_size, n_head, n_kv_head, head_dim, qkv_bias, o_bias, qk_norm_eps, rope };
         config.validate()?;
         Ok(config)
     }
@@ -104,6 +108,7 @@ impl GqaConfig {
         if elements.is_none_or(|elements| elements >= 1 << 31) {
             return Err(Error::config("head_dim", "the dimensions give a matrix of 2^31 or more elements"));
         }
+        self.qk_norm_eps.map_or(Ok(()), |eps| validate_eps("rms_norm_eps", eps))?;
         self.rope.validate(self.head_dim, "head_dim")
     }
 
@@ -112,7 +117,8 @@ impl GqaConfig {
         let wide = u64::from;
         let (queries, keys) = (wide(self.n_head) * wide(self.head_dim), wide(self.n_kv_head) * wide(self.head_dim));
         let qkv = (queries + 2 * keys) * (wide(self.hidden_size) + wide(self.qkv_bias.into()));
-        qkv + (queries + wide(self.o_bias.into())) * wide(self.hidden_size)
+        let norms = if self.qk_norm_eps.is_some() { 2 * wide(self.head_dim) } else { 0 };
+        norms + qkv + (queries + wide(self.o_bias.into())) * wide(self.hidden_size)
     }
 
     /// Factor on the scores: `head_dim^-0.5`.

@@ -276,7 +276,7 @@ pub(super) fn check(
         "partial_rotary_factor" => map.get(key).and_then(Value::as_f64) == Some(1.0),
         "sliding_window" => match map.get("use_sliding_window") {
             Some(used) => used == false,
-            None => rule == Some(HeadsRule::Qwen2),
+            None => matches!(rule, Some(HeadsRule::Qwen2 | HeadsRule::Qwen3)),
         },
         key if SCALES.contains(&key) => scaled,
         _ => what == EXPERTS && dense,

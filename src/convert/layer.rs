@@ -217,6 +217,10 @@ pub fn latent_config(source: &GqaConfig, options: &LayerOptions, gate: Option<Ga
     if let RopeScaling::Dynamic { .. } = source.rope.scaling {
         return Err(Error::config("rope_scaling.type", "is `dynamic`, which is not converted"));
     }
+    if source.qk_norm_eps.is_some() {
+        let problem = "norms every head of queries and keys, which latents do not hold";
+        return Err(Error::config("model_type", problem));
+    }
     if source.rope.query_scaling.is_some() {
         let problem = "scales queries by their position, which is not converted";
         return Err(Error::config("rope_scaling.llama_4_scaling_beta", problem));

@@ -13,6 +13,7 @@ pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 pub(super) enum Architecture {
     Llama,
     Qwen2,
+    Qwen3,
     Deepseek2,
 }
 
@@ -30,9 +31,10 @@ impl Architecture {
         match text(gguf, "general.architecture")? {
             Some("llama") => Ok(Architecture::Llama),
             Some("qwen2") => Ok(Architecture::Qwen2),
+            Some("qwen3") => Ok(Architecture::Qwen3),
             Some("deepseek2") => Ok(Architecture::Deepseek2),
             Some(other) => {
-                let problem = format!("`{other}` is not read, only llama, qwen2 and deepseek2");
+                let problem = format!("`{other}` is not read, only llama, qwen2, qwen3 and deepseek2");
                 Err(Error::config("general.architecture", problem))
             }
             None => Err(Error::config("general.architecture", "is missing")),
@@ -43,6 +45,7 @@ impl Architecture {
         match self {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
             Architecture::Deepseek2 => "deepseek2",
         }
     }
@@ -192,7 +195,7 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<String> {
     let turned = keys.integer("rope.dimension_count")?;
     let kv_heads = keys.integer("attention.head_count_kv")?;
     let d_rope = match architecture {
-        Architecture::Llama | Architecture::Qwen2 => {
+        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
             let width = match key_length {
                 Some(width) => width,
                 None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `token_embd`, `output_norm`, `output` | `model.embed_tokens`, `model.norm`, `lm_head` |
 //! | `blk.N.attn_q`, `attn_k`, `attn_v`, `attn_output` | `model.layers.N.self_attn.q_proj`, `k_proj`, `v_proj`, `o_proj` |
+//! | `blk.N.attn_q_norm`, `attn_k_norm` | `….self_attn.q_norm`, `k_norm` |
 //! | `blk.N.attn_q_a`, `attn_q_a_norm`, `attn_q_b` | `….self_attn.q_a_proj`, `q_a_layernorm`, `q_b_proj` |
 //! | `blk.N.attn_kv_a_mqa`, `attn_kv_a_norm`, `attn_kv_b` | `….self_attn.kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj` |
 //! | `blk.N.attn_norm`, `ffn_norm` | `….input_layernorm`, `post_attention_layernorm` |
@@ -13,7 +14,7 @@
 //!
 //! - **`llama`, rows of `attn_q` and `attn_k`.** Hugging Face turns pairs (i, i + d/2) of a head, the file pairs (2i, 2i + 1): its
 //!   row 2i + s of a head is row s · d/2 + i of the checkpoint, for s of 0 and 1. That is undone here. No row of other
-//!   architectures is moved: in `qwen2` both turn (i, i + d/2), in `deepseek2` both (2i, 2i + 1).
+//!   architectures is moved: in `qwen2` and `qwen3` both turn (i, i + d/2), in `deepseek2` both (2i, 2i + 1).
 //! - **`deepseek2`, `attn_k_b` `[n_head, d_latent, d_nope]` and `attn_v_b` `[n_head, d_value, d_latent]`** of newer files: the key
 //!   rows of `kv_b_proj` transposed per head, and its value rows. Here they are one matrix again. Where a file has `attn_kv_b`,
 //!   too, that is taken and they are its copies.
@@ -35,6 +36,8 @@ const LAYER: &[(&str, &str)] = &[
     ("attn_k", "self_attn.k_proj"),
     ("attn_v", "self_attn.v_proj"),
     ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
     ("attn_q_a", "self_attn.q_a_proj"),
     ("attn_q_a_norm", "self_attn.q_a_layernorm"),
     ("attn_q_b", "self_attn.q_b_proj"),

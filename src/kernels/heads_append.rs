@@ -9,7 +9,7 @@ use crate::storage::{Storage, UNIT, product, words};
 crate::params! {
     /// Uniform parameters, as in the shader.
     pub struct Params {
-        tokens: u32, n_head: u32, n_kv_head: u32, head_dim: u32, first_slot: u32, cache_rows: u32,
+        tokens: u32, n_head: u32, n_kv_head: u32, head_dim: u32, first_slot: u32, cache_rows: u32, used: u32, eps: f32,
     }
 }
 
@@ -22,6 +22,8 @@ crate::args! {
         rotations: Read,
         /// `[tokens]` u32: cache row of each.
         slots: Read,
+        /// `[2, head_dim]` f32: weights of the norms of queries and of keys.
+        norms: Read,
         /// `[tokens, n_head, head_dim]` f32, written: rotated queries.
         q: Write,
         /// `[cache_rows, n_kv_head, key | value]` in `storage`, the rows `slots` written: rotated keys and values.
@@ -29,8 +31,17 @@ crate::args! {
     }
 }
 
+/// RMSNorm of every head of queries and keys, before they are turned.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct HeadsNorm {
+    /// Elements of a head without its padding.
+    pub used: u32,
+    /// `eps` of the norm.
+    pub eps: f32,
+}
+
 /// New tokens of a cache of keys and values per head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeadsAppend {
     /// New tokens.
     pub tokens: u32,
@@ -44,6 +55,8 @@ pub struct HeadsAppend {
     pub first_slot: u32,
     /// Rows of `cache`: keys and values of other rows are left out, queries are not.
     pub cache_rows: u32,
+    /// The norm of heads, where there is one.
+    pub norm: Option<HeadsNorm>,
     /// Storage of the cache.
     pub storage: Storage,
 }
@@ -66,12 +79,19 @@ impl Op for HeadsAppend {
 
     fn validate(&self) -> Result<(), String> {
         check_nonzero(&[("n_head", self.n_head), ("n_kv_head", self.n_kv_head), ("head_dim", self.head_dim)])?;
-        check_multiples(UNIT, &[("head_dim", self.head_dim)])
+        check_multiples(UNIT, &[("head_dim", self.head_dim)])?;
+        match self.norm {
+            Some(HeadsNorm { used, .. }) if used == 0 || used > self.head_dim => {
+                Err(format!("norm of {used} elements of a head, which has {}", self.head_dim))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn params(&self, _: &Plan) -> Params {
         let HeadsAppend { tokens, n_head, n_kv_head, head_dim, first_slot, cache_rows, .. } = *self;
-        Params { tokens, n_head, n_kv_head, head_dim, first_slot, cache_rows }
+        let HeadsNorm { used, eps } = self.norm.unwrap_or_default();
+        Params { tokens, n_head, n_kv_head, head_dim, first_slot, cache_rows, used, eps }
     }
 
     fn bytes(&self) -> Args<u64> {
@@ -80,6 +100,7 @@ impl Op for HeadsAppend {
             x: words(product(&[tokens, self.heads(), head_dim])),
             rotations: words(product(&[tokens, head_dim])),
             slots: words(tokens.into()),
+            norms: words(if self.norm.is_some() { product(&[2, head_dim]) } else { 0 }),
             q: words(product(&[tokens, n_head, head_dim])),
             cache: storage.sized(product(&[2, cache_rows, n_kv_head, head_dim])),
         }
@@ -87,13 +108,20 @@ impl Op for HeadsAppend {
 
     fn cost(&self) -> Cost {
         let HeadsAppend { tokens, n_head, n_kv_head, head_dim, storage, .. } = *self;
-        // Four products and two sums per pair. cos and sin are read once per token, whatever the heads.
+        let (turned, normed) = (n_head.saturating_add(n_kv_head), u32::from(self.norm.is_some()));
+        // Four products and two sums per pair. cos and sin are read once per token, whatever the heads. Of a norm square and sum,
+        // scale and weight, and three operations per head.
         Cost::of(
-            &[times(3, &[tokens, n_head.saturating_add(n_kv_head), head_dim])],
+            &[
+                times(3, &[tokens, turned, head_dim]),
+                times(4, &[normed, tokens, turned, head_dim]),
+                times(3, &[normed, tokens, turned]),
+            ],
             &[
                 times(4, &[tokens, self.heads(), head_dim]),
                 times(4, &[tokens, head_dim]),
                 times(4, &[tokens]),
+                times(8, &[normed, head_dim]),
                 times(4, &[tokens, n_head, head_dim]),
                 times(2 * storage.bytes(), &[tokens, n_kv_head, head_dim]),
             ],
@@ -109,45 +137,57 @@ pub(crate) const UNITS: Variant<HeadsAppend> = Variant::<HeadsAppend>::new(
         let units = product(&[op.tokens, op.heads(), op.head_dim / UNIT]);
         Ok(Draft::elements(LINEAR_WORKGROUPS[setting], units)
             .with([("CACHE_F16", op.storage.constant())])
-            .with([("INTEGERS", flag(context.class == AdapterClass::Software))]))
+            .with([("NORM", flag(op.norm.is_some()))])
+            .with([("INTEGERS", flag(context.class == AdapterClass::Software))])
+            .walks("head_dim", if op.norm.is_some() { op.head_dim } else { 0 }, 4))
     },
     anything,
 );
 
-crate::vary!(HeadsAppend { tokens, n_head, n_kv_head, head_dim, first_slot, cache_rows, storage });
+crate::vary!(HeadsNorm { used, eps });
+crate::vary!(HeadsAppend { tokens, n_head, n_kv_head, head_dim, first_slot, cache_rows, norm, storage });
 
 #[cfg(feature = "check")]
 impl crate::sample::Sampled for HeadsAppend {
     fn samples() -> Vec<Self> {
-        let of = |tokens, (n_head, n_kv_head, head_dim), storage| HeadsAppend {
+        let of = |tokens, (n_head, n_kv_head, head_dim, norm), storage| HeadsAppend {
             tokens,
             n_head,
             n_kv_head,
             head_dim,
             first_slot: 0,
             cache_rows: tokens,
+            norm,
             storage,
         };
-        let shapes = [(1, 1, 8), (9, 3, 64), (32, 8, 128)];
+        let norm = |used| Some(HeadsNorm { used, eps: 1e-6 });
+        let shapes =
+            [(1, 1, 8, None), (3, 1, 8, norm(5)), (9, 3, 64, None), (32, 8, 128, None), (16, 8, 128, norm(128))];
         let sizes = crate::sample::ELEMENTS.into_iter().filter(|&tokens| tokens < 1 << 20);
         let stored = |tokens| Storage::ALL.into_iter().flat_map(move |s| shapes.map(|shape| of(tokens, shape, s)));
         sizes.flat_map(stored).collect()
     }
 
     fn counted() -> Vec<(Self, Cost)> {
-        let of = |storage| HeadsAppend {
+        let of = |storage, norm| HeadsAppend {
             tokens: 2,
             n_head: 6,
             n_kv_head: 3,
             head_dim: 8,
             first_slot: 0,
             cache_rows: 9,
+            norm,
             storage,
         };
         // 2·9·4 pairs of 6. In: 2·12·8·4, cos and sin 2·8·4, slots 2·4. Out: queries 2·6·8·4, keys and values 2·6·8.
         vec![
-            (of(Storage::F32), Cost { flops: 432, bytes: 768 + 64 + 8 + 384 + 384 }),
-            (of(Storage::F16), Cost { flops: 432, bytes: 768 + 64 + 8 + 384 + 192 }),
+            (of(Storage::F32, None), Cost { flops: 432, bytes: 768 + 64 + 8 + 384 + 384 }),
+            (of(Storage::F16, None), Cost { flops: 432, bytes: 768 + 64 + 8 + 384 + 192 }),
+            // And 4·2·9·8 of elements, 3·2·9 of heads, two weights of 8.
+            (
+                of(Storage::F16, Some(HeadsNorm { used: 7, eps: 1e-6 })),
+                Cost { flops: 432 + 576 + 54, bytes: 768 + 64 + 8 + 384 + 192 + 64 },
+            ),
         ]
     }
 }

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::layer::History;
-use super::{Heads, attention_prefill, matmul, rope, rotations, scale_queries};
+use super::{Heads, attention_prefill, matmul, rms_norm, rope, rotations, scale_queries};
 use crate::config::GqaConfig;
 use crate::storage::Storage;
 use crate::weights::{GqaWeights, HostTensor};
@@ -16,6 +16,8 @@ pub struct GqaLayer {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    q_norm: Option<Vec<f64>>,
+    k_norm: Option<Vec<f64>>,
     cache: Storage,
 }
 
@@ -38,13 +40,15 @@ impl Linear {
 impl GqaLayer {
     /// Copies the weights to f64. They must have been built or loaded with the same `config`.
     pub fn new(config: GqaConfig, weights: &GqaWeights) -> GqaLayer {
-        let GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias } = weights;
+        let GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias, q_norm, k_norm } = weights;
         GqaLayer {
             config,
             q_proj: Linear::of(q_proj, q_bias),
             k_proj: Linear::of(k_proj, k_bias),
             v_proj: Linear::of(v_proj, v_bias),
             o_proj: Linear::of(o_proj, o_bias),
+            q_norm: q_norm.as_ref().map(HostTensor::to_f64),
+            k_norm: k_norm.as_ref().map(HostTensor::to_f64),
             cache: Storage::F32,
         }
     }
@@ -72,7 +76,7 @@ impl GqaLayer {
     /// to itself. Their rotated keys and their values are added to `history`.
     ///
     /// ```text
-    /// q = f_t RoPE_t(q_proj h + b_q)   k = RoPE_t(k_proj h + b_k)   v = v_proj h + b_v      per head
+    /// q = f_t RoPE_t(N(q_proj h + b_q))   k = RoPE_t(N(k_proj h + b_k))   v = v_proj h + b_v      per head
     /// s_j = head_dim^-½ · q · k_j,  j ≤ t      y = o_proj concat(Σ_j softmax(s)_j v_j) + b_o
     /// ```
     ///
@@ -85,10 +89,14 @@ impl GqaLayer {
         let positions: Vec<u32> = (first as u32..).take(tokens).collect();
         let turns = rotations(&self.config.rope, head_dim, &positions);
         let interleave = self.config.rope.interleave;
-        let mut q = self.q_proj.apply(hidden, tokens, width);
+        let normed = |x: Vec<f64>, weight: &Option<Vec<f64>>| match (weight, self.config.qk_norm_eps) {
+            (Some(weight), Some(eps)) => rms_norm(&x, Some(weight), head_dim, eps),
+            _ => x,
+        };
+        let mut q = normed(self.q_proj.apply(hidden, tokens, width), &self.q_norm);
         rope(&mut q, &turns, n_head, head_dim, head_dim, interleave);
         scale_queries(&self.config.rope, &mut q, first as u32, n_head * head_dim);
-        let mut k = self.k_proj.apply(hidden, tokens, width);
+        let mut k = normed(self.k_proj.apply(hidden, tokens, width), &self.k_norm);
         rope(&mut k, &turns, n_kv_head, head_dim, head_dim, interleave);
         let v = self.v_proj.apply(hidden, tokens, width);
         let mut kv: Vec<f64> = k

@@ -23,6 +23,10 @@ pub struct GqaWeights {
     pub o_proj: HostTensor,
     /// `o_proj.bias` `[hidden]`, with `o_bias`
     pub o_bias: Option<HostTensor>,
+    /// `q_norm.weight` `[head_dim]`, with `qk_norm_eps`
+    pub q_norm: Option<HostTensor>,
+    /// `k_norm.weight` `[head_dim]`, with `qk_norm_eps`
+    pub k_norm: Option<HostTensor>,
 }
 
 impl GqaWeights {
@@ -54,7 +58,7 @@ impl GqaWeights {
     }
 
     /// Every tensor that a layer may have, in one order.
-    fn tensors(&self) -> [Option<&HostTensor>; 8] {
+    fn tensors(&self) -> [Option<&HostTensor>; 10] {
         [
             Some(&self.q_proj),
             self.q_bias.as_ref(),
@@ -64,6 +68,8 @@ impl GqaWeights {
             self.v_bias.as_ref(),
             Some(&self.o_proj),
             self.o_bias.as_ref(),
+            self.q_norm.as_ref(),
+            self.k_norm.as_ref(),
         ]
     }
 
@@ -79,6 +85,9 @@ impl GqaWeights {
         let (k_proj, k_bias) = biased("k_proj", keys, hidden, qkv_bias)?;
         let (v_proj, v_bias) = biased("v_proj", keys, hidden, qkv_bias)?;
         let (o_proj, o_bias) = biased("o_proj", hidden, queries, o_bias)?;
-        Ok(GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias })
+        let mut norm =
+            |name: &str| config.qk_norm_eps.map(|_| make(&format!("{name}.weight"), &[config.head_dim])).transpose();
+        let (q_norm, k_norm) = (norm("q_norm")?, norm("k_norm")?);
+        Ok(GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias, q_norm, k_norm })
     }
 }

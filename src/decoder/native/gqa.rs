@@ -2,6 +2,7 @@
 
 use super::layer::{NativeHistory, expanded, rotate, scale, turns};
 use super::product::Linear;
+use super::{optional, rms_norm};
 use crate::config::GqaConfig;
 use crate::reference::Heads;
 use crate::weights::GqaWeights;
@@ -14,6 +15,8 @@ pub struct NativeGqaLayer {
     k: Linear,
     v: Linear,
     o: Linear,
+    q_norm: Option<Vec<f32>>,
+    k_norm: Option<Vec<f32>>,
 }
 
 impl NativeGqaLayer {
@@ -25,6 +28,8 @@ impl NativeGqaLayer {
             k: Linear::new(weights.k_proj, weights.k_bias),
             v: Linear::new(weights.v_proj, weights.v_bias),
             o: Linear::new(weights.o_proj, weights.o_bias),
+            q_norm: optional(weights.q_norm),
+            k_norm: optional(weights.k_norm),
         }
     }
 
@@ -63,10 +68,17 @@ impl NativeGqaLayer {
         let [n_head, n_kv_head, head_dim] = [n_head, n_kv_head, head_dim].map(|extent| extent as usize);
         let tokens = hidden.len() / self.config.hidden_size as usize;
         let interleave = self.config.rope.interleave;
+        let norm = |x: &mut [f32], weight: &Option<Vec<f32>>| {
+            if let (Some(weight), Some(eps)) = (weight, self.config.qk_norm_eps) {
+                rms_norm(x, Some(weight), head_dim, eps);
+            }
+        };
         let mut q = self.q.apply(hidden);
+        norm(&mut q, &self.q_norm);
         rotate(&mut q, turns, (n_head, head_dim), head_dim, interleave);
         scale(&mut q, self.config.scale(), &self.config.rope, history.len(), n_head * head_dim);
         let (mut k, v) = (self.k.apply(hidden), self.v.apply(hidden));
+        norm(&mut k, &self.k_norm);
         rotate(&mut k, turns, (n_kv_head, head_dim), head_dim, interleave);
         let pairs = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
         let kv: Vec<f32> = pairs.flat_map(|(k, v)| k.iter().chain(v)).copied().collect();
