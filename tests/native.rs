@@ -1,4 +1,5 @@
-//! The decoder in f32 on the CPU against its definition in f64: layers and decoders of every kind, with random sizes and options.
+//! The decoder in f32 on the CPU against its definition in f64: layers and decoders of every kind, with random sizes and options,
+//! and matrices in f32, f16 and bf16.
 #![cfg(feature = "decoder")]
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -13,8 +14,9 @@ use egmla::decoder::{
 use egmla::error::ArgumentError;
 use egmla::random::{Random, attention_weights, gqa_weights};
 use egmla::reference::{GqaLayer, History, Layer};
-use egmla::weights::HostTensor;
+use egmla::weights::{GqaWeights, HostTensor, QueryWeights};
 use egmla::{AttentionWeights, Error};
+use half::{bf16, f16};
 
 /// `‖a − b‖ / ‖b‖`; NaN anywhere gives NaN, which no bound accepts.
 fn error(a: &[f32], b: &[f64]) -> f64 {
@@ -110,6 +112,31 @@ const SCALED_QUERIES: QueryScaling = QueryScaling { beta: 0.7, original_max_posi
 
 const VOCAB: u32 = 23;
 
+/// Rounds matrices by turns: to f16, to bf16, and not at all.
+fn round<'a>(number: usize, matrices: impl IntoIterator<Item = &'a mut HostTensor>) {
+    for value in matrices.into_iter().flat_map(|matrix| &mut matrix.data) {
+        *value = match number % 3 {
+            0 => *value,
+            1 => f16::from_f32(*value).to_f32(),
+            _ => bf16::from_f32(*value).to_f32(),
+        };
+    }
+}
+
+fn matrices(weights: &mut AttentionWeights) -> Vec<&mut HostTensor> {
+    let mut matrices = vec![&mut weights.kv_a_proj, &mut weights.kv_b_proj, &mut weights.o_proj];
+    match &mut weights.query {
+        QueryWeights::Full { proj } => matrices.push(proj),
+        QueryWeights::LowRank { a_proj, b_proj, .. } => matrices.extend([a_proj, b_proj]),
+    }
+    matrices.extend(weights.gate.iter_mut().flat_map(|gate| [&mut gate.embedding, &mut gate.b_proj]));
+    matrices
+}
+
+fn matrices_of_heads(weights: &mut GqaWeights) -> [&mut HostTensor; 4] {
+    [&mut weights.q_proj, &mut weights.k_proj, &mut weights.v_proj, &mut weights.o_proj]
+}
+
 const KINDS: [Option<GateSite>; 3] = [None, Some(GateSite::Latent), Some(GateSite::UpProjected)];
 
 /// Sizes of steps; they take each path: one token, few, and many, with and without a past.
@@ -126,7 +153,9 @@ fn layers_of_every_kind_are_the_references() {
     let mut random = Random::new(1);
     for (number, gate) in KINDS.into_iter().cycle().take(60).enumerate() {
         let config = drawn(&mut random, gate);
-        let weights = attention_weights(&config, true, number as u64).unwrap();
+        let mut weights = attention_weights(&config, true, number as u64).unwrap();
+        // Of every kind in each form.
+        round(number / KINDS.len(), matrices(&mut weights));
         let reference = Layer::new(config.clone(), &weights);
         let native = NativeLayer::new(&config, weights);
         let (mut expected_past, mut past) = (History::default(), native.history(0));
@@ -148,7 +177,8 @@ fn layers_with_keys_and_values_per_head_are_the_references() {
     let mut random = Random::new(7);
     for number in 0..24 {
         let config = drawn_heads(&mut random);
-        let weights = gqa_weights(&config, number).unwrap();
+        let mut weights = gqa_weights(&config, number).unwrap();
+        round(number as usize, matrices_of_heads(&mut weights));
         let reference = GqaLayer::new(config.clone(), &weights);
         let native = NativeGqaLayer::new(&config, weights);
         let (mut expected_past, mut past) = (History::default(), native.history(0));
@@ -220,7 +250,15 @@ fn decoders_of_every_kind_are_the_references() {
             }
             None => (DecoderAttention::Heads(drawn_heads(&mut random)), 480),
         };
-        let (config, weights) = decoder(&mut random, attention);
+        let (config, mut weights) = decoder(&mut random, attention);
+        for layer in &mut weights.layers {
+            match &mut layer.attention {
+                DecoderAttentionWeights::Latent(weights) => round(number / 4, matrices(weights)),
+                DecoderAttentionWeights::Heads(weights) => round(number / 4, matrices_of_heads(weights)),
+            }
+            round(number / 4, [&mut layer.gate_proj, &mut layer.up_proj, &mut layer.down_proj]);
+        }
+        round(number / 4, [&mut weights.embedding].into_iter().chain(&mut weights.lm_head));
         let reference = CpuDecoder::new(&config, &weights).unwrap();
         let native = NativeDecoder::new(&config, weights).unwrap();
         let (mut expected_past, mut past) = (reference.state(), native.state(10));

@@ -10,7 +10,7 @@ use std::path::Path;
 use common::{gpu, stored};
 use egmla::attention::{CacheOptions, Mode, StepTokens};
 use egmla::check::compare::F32_LIMIT;
-use egmla::decoder::{CpuDecoder, Logits, ModelFolder, NativeDecoder};
+use egmla::decoder::{CpuDecoder, DecoderWeights, Logits, ModelFolder, NativeDecoder};
 use egmla::{Recording, Storage, readback};
 
 #[derive(serde::Deserialize)]
@@ -96,6 +96,42 @@ fn the_cpu_in_f32_says_what_another_program_says() {
         let mut feed = |ids: &[u32]| decoder.forward(ids, &mut state, Logits::Last).unwrap();
         let worst = case.holds(in_f32(&model), |ids| feed(ids).into_iter().map(f64::from).collect());
         println!("{:?}: log-probabilities within {worst:.1e} of the tolerance", case.prompt);
+    }
+}
+
+/// Rounding moves every weight of a matrix by at most 2⁻¹¹ of it, independently, so it moves a product by no larger part of it. Seven
+/// products of a layer, embedding and logits add up as independent errors do.
+fn in_halves(model: &ModelFolder) -> impl Fn(f64) -> f64 {
+    let products = 7.0 * f64::from(model.config().n_layer) + 2.0;
+    move |largest| largest * 2f64.powi(-11) * products.sqrt()
+}
+
+#[test]
+fn the_cpu_with_weights_in_halves_says_the_same_up_to_their_rounding() {
+    let Some(model) = model() else { return };
+    let decoder = model.native_decoder(Storage::F16).unwrap();
+    for case in Case::all() {
+        let mut state = decoder.state(128);
+        let mut feed = |ids: &[u32]| decoder.forward(ids, &mut state, Logits::Last).unwrap();
+        let worst = case.holds(in_halves(&model), |ids| feed(ids).into_iter().map(f64::from).collect());
+        println!("{:?}: log-probabilities within {worst:.1e} of the tolerance", case.prompt);
+    }
+}
+
+#[test]
+fn the_cpu_with_weights_in_halves_is_the_reference_with_the_same_weights() {
+    let Some(model) = model() else { return };
+    let decoder = model.native_decoder(Storage::F16).unwrap();
+    let weights = DecoderWeights::load(&model.checkpoint().unwrap().in_halves(), model.config()).unwrap();
+    let reference = CpuDecoder::new(model.config(), &weights).unwrap();
+    let case = &Case::all()[0];
+    let (mut state, mut expected_state) = (decoder.state(128), reference.state());
+    for ids in [&case.prompt_ids[..]].into_iter().chain(case.token_ids[..8].chunks(1)) {
+        let found = decoder.forward(ids, &mut state, Logits::All).unwrap();
+        let expected = reference.forward(ids, &mut expected_state, Logits::All).unwrap();
+        let largest = expected.iter().fold(0.0f64, |most, logit| logit.abs().max(most));
+        let off = found.iter().zip(&expected).map(|(&a, b)| (f64::from(a) - b).abs()).fold(0.0, f64::max);
+        assert!(off <= in_f32(&model)(largest), "{off} of {largest}");
     }
 }
 

@@ -47,6 +47,8 @@ pub enum Engine<'a> {
         decoder: Box<NativeDecoder>,
         /// Its past.
         state: NativeState,
+        /// Storage of its weights.
+        storage: Storage,
         /// Most tokens of a sequence.
         capacity: u32,
     },
@@ -80,7 +82,7 @@ pub enum Engine<'a> {
 
 /// Options of the engine.
 pub struct EngineOptions {
-    /// Storage on a device.
+    /// Storage on a device; of the weights on the CPU.
     pub storage: Storage,
     /// Decode path on a device.
     pub decode: DecodePath,
@@ -108,13 +110,16 @@ impl<'a> Engine<'a> {
                 let bytes = if *reference { CpuDecoder::bytes } else { NativeDecoder::bytes };
                 let needed = bytes(config, capacity.into(), new, rows);
                 check_memory(&format!("a text of {capacity} tokens, {new} at once,"), needed)?;
-                let weights = folder.weights()?;
                 if *reference {
-                    let decoder = Box::new(CpuDecoder::new(config, &weights)?);
+                    if options.storage != Storage::F32 {
+                        tracing::warn!("--storage f16 changes nothing for the reference, which computes in f64");
+                    }
+                    let decoder = Box::new(CpuDecoder::new(config, &folder.weights()?)?);
                     return Ok(Engine::Reference { state: decoder.state(), decoder, capacity });
                 }
-                let decoder = Box::new(NativeDecoder::new(config, weights)?);
-                Ok(Engine::Cpu { state: decoder.state(capacity as usize), decoder, capacity })
+                let storage = options.storage;
+                let decoder = Box::new(folder.native_decoder(storage)?);
+                Ok(Engine::Cpu { state: decoder.state(capacity as usize), decoder, storage, capacity })
             }
             Backend::Gpu(gpu) => {
                 let (storage, gate_rows) = (options.storage, options.gate_rows);
@@ -145,9 +150,17 @@ impl<'a> Engine<'a> {
     /// Name of the storage in effect.
     pub fn storage(&self) -> &'static str {
         match self {
-            Engine::Cpu { .. } => "f32",
+            Engine::Cpu { storage, .. } => storage.name(),
             Engine::Reference { .. } => "f64",
             Engine::Gpu { decoder, .. } => decoder.storage().name(),
+        }
+    }
+
+    /// Storage of the cache; the reference's is counted as f32.
+    pub fn cache_storage(&self) -> Storage {
+        match self {
+            Engine::Cpu { .. } | Engine::Reference { .. } => Storage::F32,
+            Engine::Gpu { decoder, .. } => decoder.storage(),
         }
     }
 
@@ -242,7 +255,7 @@ impl<'a> Engine<'a> {
     fn feed(&mut self, ids: &[u32], mode: Mode, logits: Logits) -> Result<Vec<f32>, Failure> {
         interrupt::check()?;
         match self {
-            Engine::Cpu { decoder, state, capacity } => {
+            Engine::Cpu { decoder, state, capacity, .. } => {
                 room_for(ids.len(), state.len(), *capacity)?;
                 Ok(decoder.forward(ids, state, logits)?)
             }

@@ -10,7 +10,7 @@ use egmla::decoder::{ModelFolder, Score, Windows, scored_characters};
 use egmla::files;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::adapter::{self, AdapterOption, Backend};
+use crate::adapter::{self, AdapterOption};
 use crate::console;
 use crate::engine::{Engine, EngineOptions};
 use crate::failure::Failure;
@@ -27,7 +27,7 @@ pub struct EvalArgs {
     pub model: ModelOption,
     #[command(flatten)]
     pub adapter: AdapterOption,
-    /// How weights and cache are stored on the device
+    /// How weights and cache are stored on the device, and matrices on the CPU
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub storage: StorageOption,
     /// Write one JSON object to stdout
@@ -66,9 +66,6 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
     }
 
     let backend = adapter::open(&args.adapter)?;
-    if let Backend::Cpu { .. } = backend {
-        args.storage.tell_on_cpu();
-    }
     let width = u64::from(folder.config().max_position_embeddings).min(ids.len() as u64 - 1) as u32;
     let mut engine = Engine::new(
         &backend,

@@ -9,7 +9,7 @@ use egmla::attention::MemoryReport;
 use egmla::config::{DecoderAttention, DecoderConfig, RopeScaling};
 use egmla::decoder::{ModelFolder, Sampler, SamplingOptions, TextStream};
 
-use crate::adapter::{self, AdapterOption, Backend};
+use crate::adapter::{self, AdapterOption};
 use crate::chat;
 use crate::console;
 use crate::engine::{Engine, EngineOptions};
@@ -133,16 +133,12 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     let (new_tokens, capacity) = room(&args, &folder, prompt_ids.len())?;
 
     let backend = adapter::open(&args.adapter)?;
-    if let Backend::Cpu { .. } = backend {
-        args.path.storage.tell_on_cpu();
-    }
-    let storage: Storage = args.path.storage.into();
     let started = Instant::now();
     let mut engine = Engine::new(
         &backend,
         &folder,
         &EngineOptions {
-            storage,
+            storage: args.path.storage.into(),
             decode: args.path.decode.into(),
             gate_rows: args.path.gate_rows,
             capacity,
@@ -216,7 +212,11 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         // The first new token comes out of the prompt's own step.
         decode_tokens_per_s: rate(steps, decode_time),
         memory: engine.memory(),
-        cache_bytes_per_token: CacheBytes::of(&folder.config().attention, folder.config().n_layer, storage),
+        cache_bytes_per_token: CacheBytes::of(
+            &folder.config().attention,
+            folder.config().n_layer,
+            engine.cache_storage(),
+        ),
     };
     tell(&report, prompt_ids.len() + steps, first_use);
     if args.profile {

@@ -14,7 +14,7 @@ pub enum StorageOption {
     /// 32-bit floats
     #[default]
     F32,
-    /// 16-bit floats for weights and cache, 32-bit sums
+    /// 16-bit floats, 32-bit sums
     F16,
 }
 
@@ -52,7 +52,7 @@ impl From<DecodeOption> for DecodePath {
 /// Storage, path and gate rows of a decode step.
 #[derive(Args, Debug, Clone, Copy)]
 pub struct PathOptions {
-    /// How weights and cache are stored on the device
+    /// How weights and cache are stored on the device, and a model's matrices on the CPU
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub storage: StorageOption,
     /// How a decode step attends to the cache
@@ -78,11 +78,11 @@ fn gate_rows(text: &str) -> Result<GateRows, String> {
 }
 
 impl StorageOption {
-    /// Says that the option has no effect where it has none.
+    /// Says that the option has no effect on a single layer on the CPU.
     pub fn tell_on_cpu(self) {
         if self != StorageOption::F32 {
             tracing::warn!(
-                "--storage f16 changes nothing on the CPU, which computes in f32, or in f64 as the reference"
+                "--storage f16 changes nothing for a layer on the CPU, which computes in f32, or in f64 as the reference"
             );
         }
     }

@@ -2,6 +2,7 @@
 
 mod folder;
 mod fp8;
+mod halves;
 mod index;
 mod layers;
 mod quantised;
@@ -50,6 +51,8 @@ pub struct Checkpoint<'a> {
     taken: RefCell<BTreeSet<String>>,
     /// Rows and columns that share a factor of an fp8 tensor.
     block: [usize; 2],
+    /// Whether matrices become halves.
+    halves: bool,
 }
 
 impl<'a> Checkpoint<'a> {
@@ -62,13 +65,20 @@ impl<'a> Checkpoint<'a> {
     }
 
     fn of(source: impl Source + 'a) -> Self {
-        Checkpoint { source: Box::new(source), taken: RefCell::default(), block: fp8::BLOCK }
+        Checkpoint { source: Box::new(source), taken: RefCell::default(), block: fp8::BLOCK, halves: false }
     }
 
     /// The same with other blocks of fp8 weights than 128 × 128: rows and columns, from 1 on, as
     /// [`crate::config::weight_block_size`] reads them.
     pub fn with_block_size(mut self, block: [u32; 2]) -> Self {
         self.block = block.map(|extent| extent.max(1) as usize);
+        self
+    }
+
+    /// The same with matrices of halves: one whose elements are not all bf16 is rounded to f16, as a device with f16 storage has it,
+    /// by at most 2⁻¹¹ of an element, or 2⁻²⁵ where it is below 2⁻¹⁴. Vectors stay as they are.
+    pub fn in_halves(mut self) -> Self {
+        self.halves = true;
         self
     }
 
@@ -91,10 +101,17 @@ impl<'a> Checkpoint<'a> {
     /// or one for the whole. NaN and infinities are kept, with a warning.
     ///
     /// # Errors
-    /// `TensorError::Missing`, `TensorError::Shape`, `TensorError::Type` or `TensorError::Quantised`, in [`Error::File`] where
-    /// there is a file.
+    /// `TensorError::Missing`, `TensorError::Shape`, `TensorError::Type` or `TensorError::Quantised`, and `OutOfF16Range` of one
+    /// [in halves](Checkpoint::in_halves); in [`Error::File`] where there is a file.
     pub fn take(&self, name: &str, expected: &[usize]) -> Result<HostTensor> {
-        let data = self.read(name, expected).map_err(|error| self.in_file(name, error))?;
+        let read = || {
+            let mut data = self.read(name, expected)?;
+            if self.halves && expected.len() == 2 {
+                halves::round(name, &mut data)?;
+            }
+            Ok(data)
+        };
+        let data = read().map_err(|error| self.in_file(name, error))?;
         let non_finite = data.iter().filter(|value| !value.is_finite()).count();
         if non_finite > 0 {
             tracing::warn!("tensor `{name}` holds {non_finite} NaN or infinite values of {}", data.len());

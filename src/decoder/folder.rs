@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::model::Decoder;
+use super::native::NativeDecoder;
 use super::rules::TextRules;
 use super::tokenizer::TextTokenizer;
 use crate::attention::AttentionOptions;
@@ -12,6 +13,7 @@ use crate::device::Kernels;
 use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::files;
 use crate::gguf::{self, Gguf};
+use crate::storage::Storage;
 use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, model_folder};
 
 /// A model in Hugging Face layout, or in a GGUF file: configuration and tokenizer are read at once, weights on request.
@@ -136,6 +138,17 @@ impl ModelFolder {
     /// As [`ModelFolder::weights`] and [`Decoder::load`].
     pub fn decoder(&self, kernels: &Kernels, options: AttentionOptions) -> Result<Decoder> {
         Decoder::load(kernels, &self.config, &self.checkpoint()?, options)
+    }
+
+    /// The decoder on the CPU: its weights are read layer by layer ([`NativeDecoder::load`]). With f16 storage matrices are halves
+    /// ([`Checkpoint::in_halves`]); else they are those that lose nothing by it.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::weights`]; a weight beyond f16's range with f16 storage.
+    pub fn native_decoder(&self, storage: Storage) -> Result<NativeDecoder> {
+        let checkpoint = self.checkpoint()?;
+        let checkpoint = if storage == Storage::F16 { checkpoint.in_halves() } else { checkpoint };
+        NativeDecoder::load(&self.config, &checkpoint)
     }
 
     /// The bytes of a `tokenizer.json`; of a GGUF file, of one that does the same.

@@ -1,25 +1,27 @@
 //! The decoder in f32 on the CPU, for speed: [`CpuDecoder`](super::CpuDecoder) is its definition.
 //!
-//! A decode step reads every weight once, so memory bandwidth bounds it: at best bytes of the weights over bytes per second. Plain
-//! MLA, and EG-MLA with the gate at `latent`, keep latents and attend to them; a step of many tokens makes keys and values of them
+//! A decode step reads every weight once, so memory bandwidth bounds it: at best bytes of the weights over bytes per second. Matrices
+//! are therefore halves in memory where that changes no value, as of every checkpoint in bf16 or f16: widened in registers, they
+//! give the same sums bit by bit. Others are in f32 unless [`Checkpoint::in_halves`] has rounded them. Plain MLA, and EG-MLA with the gate at `latent`, keep latents and attend to them; a step of many tokens makes keys and values of them
 //! first. With the gate at `up_projected` gated keys and values are kept.
 
 mod gqa;
 mod layer;
+mod matrix;
 mod product;
 
 pub use gqa::NativeGqaLayer;
 pub use layer::{NativeHistory, NativeLayer};
 
 use super::cpu::{check_layers, other_kind};
-use super::folder::{DecoderAttentionWeights, DecoderWeights};
+use super::folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, Part};
 use super::model::{Logits, check_ids};
 use crate::config::{DecoderAttention, DecoderConfig, DecoderScales};
 use crate::error::{ArgumentError, Error, Result};
-use crate::weights::HostTensor;
+use crate::weights::{Checkpoint, HostTensor};
 use product::Linear;
 
-/// A decoder in f32.
+/// A decoder in f32, its matrices as halves where they hold nothing else.
 #[derive(Debug)]
 pub struct NativeDecoder {
     config: DecoderConfig,
@@ -43,6 +45,19 @@ struct Layer {
 enum Attention {
     Latent(Box<NativeLayer>),
     Heads(Box<NativeGqaLayer>),
+}
+
+impl Layer {
+    fn new(config: &DecoderConfig, weights: DecoderLayerWeights) -> Result<Self> {
+        Ok(Layer {
+            input_norm: weights.input_norm.data,
+            attention: Attention::new(&config.attention, weights.attention)?,
+            post_attention_norm: weights.post_attention_norm.data,
+            gate: Linear::new(weights.gate_proj, None),
+            up: Linear::new(weights.up_proj, None),
+            down: Linear::new(weights.down_proj, None),
+        })
+    }
 }
 
 impl Attention {
@@ -113,16 +128,7 @@ impl NativeDecoder {
     pub fn new(config: &DecoderConfig, weights: DecoderWeights) -> Result<Self> {
         config.validate()?;
         check_layers(config, &weights)?;
-        let layers = weights.layers.into_iter().map(|layer| {
-            Ok(Layer {
-                input_norm: layer.input_norm.data,
-                attention: Attention::new(&config.attention, layer.attention)?,
-                post_attention_norm: layer.post_attention_norm.data,
-                gate: Linear::new(layer.gate_proj, None),
-                up: Linear::new(layer.up_proj, None),
-                down: Linear::new(layer.down_proj, None),
-            })
-        });
+        let layers = weights.layers.into_iter().map(|layer| Layer::new(config, layer));
         Ok(NativeDecoder {
             config: config.clone(),
             layers: layers.collect::<Result<_>>()?,
@@ -132,6 +138,28 @@ impl NativeDecoder {
         })
     }
 
+    /// The same from a checkpoint that holds nothing else, of which no more than a layer, or the embeddings, is in memory in f32
+    /// beside what is kept.
+    ///
+    /// # Errors
+    /// As [`DecoderWeights::load`].
+    pub fn load(config: &DecoderConfig, checkpoint: &Checkpoint<'_>) -> Result<Self> {
+        let (mut embedding, mut norm, mut lm_head) = (None, None, None);
+        let mut layers = Vec::new();
+        DecoderWeights::visit(checkpoint, config, |part| {
+            match part {
+                Part::Embedding(tensor) => embedding = Some(Linear::new(tensor, None)),
+                Part::Layer(layer) => layers.push(Layer::new(config, layer)?),
+                Part::Norm(tensor) => norm = Some(tensor.data),
+                Part::Head(tensor) => lm_head = tensor.map(|head| Linear::new(head, None)),
+            }
+            Ok(())
+        })?;
+        let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
+        let (embedding, norm) = (embedding.ok_or_else(absent)?, norm.ok_or_else(absent)?);
+        Ok(NativeDecoder { config: config.clone(), embedding, layers, norm, lm_head })
+    }
+
     /// Most bytes, beside the weights, of a state of `cached` tokens and of computing `new` ones at once with the logits of
     /// `rows` of them.
     pub fn bytes(config: &DecoderConfig, cached: u64, new: u64, rows: u64) -> u64 {
@@ -139,7 +167,10 @@ impl NativeDecoder {
         let kept = Attention::bytes(&config.attention, cached, 0).saturating_mul(wide(config.n_layer));
         let stream = 3 * wide(config.attention.hidden_size()) + 3 * wide(config.intermediate_size);
         let step = Attention::bytes(&config.attention, cached, new).saturating_add(new.saturating_mul(4 * stream));
-        kept.saturating_add(step).saturating_add(rows.saturating_mul(4 * wide(config.vocab_size)))
+        let panels = product::panel_bytes(wide(config.attention.hidden_size().max(config.intermediate_size)));
+        kept.saturating_add(step)
+            .saturating_add(panels)
+            .saturating_add(rows.saturating_mul(4 * wide(config.vocab_size)))
     }
 
     /// The configuration that it was built with.
@@ -169,6 +200,12 @@ impl NativeDecoder {
             let (expected, found) = (self.layers.len() as u64, state.layers.len() as u64);
             return Err(Error::Argument(ArgumentError::Count { what: "layers of the state", expected, found }));
         }
+        // A product then shares its work without a way into the pool and out of it.
+        Ok(rayon::scope(|_| self.compute(token_ids, state, logits)))
+    }
+
+    /// Of ids below the vocabulary, and a state of as many layers.
+    fn compute(&self, token_ids: &[u32], state: &mut NativeState, logits: Logits) -> Vec<f32> {
         let (tokens, hidden) = (token_ids.len(), self.config.attention.hidden_size() as usize);
         let normed = |stream: &[f32], weight: &[f32]| {
             let mut normed = stream.to_vec();
@@ -182,8 +219,7 @@ impl NativeDecoder {
             DecoderAttention::Heads(config) => (&config.rope, config.head_dim),
         };
         let turns = layer::turns(rope, d_rope, state.len(), tokens);
-        let mut stream: Vec<f32> =
-            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).row(0)).copied().collect();
+        let mut stream = self.embedding.gather(token_ids);
         scale(&mut stream, embedding);
         for (layer, history) in self.layers.iter().zip(&mut state.layers) {
             let x = normed(&stream, &layer.input_norm);
@@ -194,14 +230,14 @@ impl NativeDecoder {
             add(&mut stream, &layer.down.apply(&inner), residual);
         }
         let rows = match logits {
-            Logits::None => return Ok(Vec::new()),
+            Logits::None => return Vec::new(),
             Logits::Last => 1,
             Logits::All => tokens,
         };
         let x = normed(&stream[(tokens - rows) * hidden..], &self.norm);
         let mut logits = self.lm_head.as_ref().unwrap_or(&self.embedding).apply(&x);
         scale(&mut logits, of_logits);
-        Ok(logits)
+        logits
     }
 }
 

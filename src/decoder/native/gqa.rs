@@ -1,7 +1,7 @@
 //! One layer of grouped-query attention in f32 on the CPU, as [`reference::GqaLayer`](crate::reference::GqaLayer) defines it.
 
 use super::layer::{NativeHistory, expanded, rotate, scale, turns};
-use super::product::Linear;
+use super::product::{Linear, panel_bytes};
 use super::{optional, rms_norm};
 use crate::config::GqaConfig;
 use crate::reference::Heads;
@@ -40,7 +40,9 @@ impl NativeGqaLayer {
         let computed = 2 * wide(config.hidden_size) + 3 * queries + 2 * kept;
         let scores = super::layer::scores(new, wide(config.n_head));
         let all = cached.max(new);
-        all.saturating_mul(kept + scores).saturating_add(new.saturating_mul(computed)).saturating_mul(4)
+        let panels = if new == 0 { 0 } else { panel_bytes(queries.max(wide(config.hidden_size))) };
+        let elements = all.saturating_mul(kept + scores).saturating_add(new.saturating_mul(computed));
+        elements.saturating_mul(4).saturating_add(panels)
     }
 
     /// The configuration that it was built with.

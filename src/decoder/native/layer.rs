@@ -1,6 +1,6 @@
 //! One attention layer in f32 on the CPU, as [`reference::Layer`](crate::reference::Layer) defines it.
 
-use super::product::{Attending, Linear, Rows, add_dot_products, add_weighted, for_each_part, share};
+use super::product::{Attending, Linear, Rows, for_each_part, panel_bytes, share};
 use super::{optional, rms_norm};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, RopeConfig};
 use crate::reference::{Heads, rotations};
@@ -143,7 +143,12 @@ impl NativeLayer {
         let all = cached.max(new);
         let past = if new == 0 || config.up_projected_gate().is_some() { 0 } else { all_kv };
         let of_past = all.saturating_mul(scores + past);
-        all.saturating_mul(kept).saturating_add(new.saturating_mul(computed)).saturating_add(of_past).saturating_mul(4)
+        let (low, gate) = (config.d_q_latent.unwrap_or(0), config.gate.as_ref().map_or(0, |gate| gate.d_gate));
+        let values = wide(heads.n_head * heads.d_value);
+        let widest = u64::from(config.hidden_size.max(config.d_latent).max(low).max(gate)).max(values);
+        let panels = if new == 0 { 0 } else { panel_bytes(widest) };
+        let elements = all.saturating_mul(kept).saturating_add(new.saturating_mul(computed)).saturating_add(of_past);
+        elements.saturating_mul(4).saturating_add(panels)
     }
 
     /// The configuration that it was built with.
@@ -251,7 +256,7 @@ impl NativeLayer {
             let mut q_rope = Vec::with_capacity(tokens * count * d_rope);
             for (row, absorbed) in absorbed.chunks_exact_mut(d_latent).enumerate() {
                 let (q_nope, rotary) = query(row / count, row % count);
-                add_weighted(q_nope, self.kv_b.rows((of_first + row % count) * heads.d_kv(), d_nope), absorbed);
+                self.kv_b.add_weighted(q_nope, (of_first + row % count) * heads.d_kv(), absorbed);
                 q_rope.extend_from_slice(rotary);
             }
             let queries = tokens * count;
@@ -262,8 +267,8 @@ impl NativeLayer {
                 .attend(|i| first + i / count + 1, &mut sums);
             for (row, out) in out.chunks_exact_mut(d_value).enumerate() {
                 let (head, token) = (row / tokens, row % tokens);
-                let values = self.kv_b.rows((of_first + head) * heads.d_kv() + d_nope, d_value);
-                add_dot_products(&sums[(token * count + head) * d_latent..][..d_latent], values, out);
+                let sums = &sums[(token * count + head) * d_latent..][..d_latent];
+                self.kv_b.add_dot_products(sums, (of_first + head) * heads.d_kv() + d_nope, out);
             }
         });
         by_token(&attended, (n_head, tokens, d_value))
@@ -372,10 +377,10 @@ pub(super) fn rotate(
 impl Gate {
     /// `x ← Norm(x ⊙ act(gate_b_proj · gate_embedding[id]))`, `[tokens, width]`.
     fn apply(&self, x: &mut [f32], token_ids: &[u32]) {
-        let rows: Vec<f32> =
-            token_ids.iter().flat_map(|&id| self.embedding.rows(id as usize, 1).row(0)).copied().collect();
         let activation = self.config.activation;
-        x.iter_mut().zip(self.b.apply(&rows)).for_each(|(x, g)| *x *= activate(activation, g));
+        x.iter_mut()
+            .zip(self.b.apply(&self.embedding.gather(token_ids)))
+            .for_each(|(x, g)| *x *= activate(activation, g));
         let weight = self.norm_weight.as_deref();
         match self.config.norm {
             GateNorm::None => {}
