@@ -182,7 +182,7 @@ fn with_every_slice_rotated_the_logits_are_those_of_the_source() {
 
         // The halves of a pair mixed each in its own way do not turn like one.
         let apart = layers(&model, &seen, |weights, seen| {
-            let mixing = Mixing::principal(model.heads(), seen, 10.0).unwrap();
+            let mixing = Mixing::principal(model.heads(), seen).unwrap();
             let mut channels = mixing.channels().to_vec();
             let half = if interleave { 1 } else { WIDTH / 2 };
             let other = if interleave { 2 } else { 1 };
@@ -254,7 +254,7 @@ fn at_full_rank_nothing_but_rotation_is_lost() {
             })
         };
         let wanted = model.logits(&ids, |layer, hidden| {
-            let mixing = Mixing::principal(model.heads(), &seen[layer], 10.0).unwrap();
+            let mixing = Mixing::principal(model.heads(), &seen[layer]).unwrap();
             partly_rotated(model.heads(), &model.attention[layer], &mixing, slices, hidden)
         });
         let of = |layers: Vec<LatentLayer>| model.logits(&ids, |layer, hidden| layers[layer].forward(hidden, &ids));
@@ -468,4 +468,70 @@ fn a_stopped_conversion_goes_on() {
         let refused = run(damaged.path(), embed_dim, None).unwrap_err().to_string();
         assert!(refused.contains("stream-0001: is damaged"), "{refused}");
     }
+}
+
+/// One layer against `tests/golden/offset_gates/make.py`, which fits it by code of its own: what is lost of the calibration text, and
+/// keys and values of single tokens, among them the first and one whose id the text does not hold.
+#[test]
+fn a_layer_with_offset_gates_is_that_of_an_independent_fit() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/offset_gates/case.json");
+    let case: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let of = |name: &str| -> Vec<f64> { serde_json::from_value(case[name].clone()).unwrap() };
+    let rows = |name: &str| -> Vec<Vec<f64>> { serde_json::from_value(case[name].clone()).unwrap() };
+    let matrix = |name: &str| Matrix::of(rows(name).concat(), rows(name)[0].len());
+    let tensor = |name: &str| {
+        let Matrix { rows, cols, data } = matrix(name);
+        let data = data.into_iter().map(|value| value as f32).collect();
+        HostTensor { name: format!("{name}.weight"), shape: vec![rows, cols], data }
+    };
+    let hidden = matrix("hidden");
+    let ids: Vec<u32> = of("ids").into_iter().map(|id| id as u32).collect();
+    let starts: Vec<usize> = of("starts").into_iter().map(|at| at as usize).collect();
+    let config =
+        GqaConfig { hidden_size: 12, n_head: 4, n_kv_head: 2, head_dim: 4, ..Model::new(false).heads().clone() };
+    let [q_proj, k_proj, v_proj, o_proj] = ["q_proj", "k_proj", "v_proj", "o_proj"].map(tensor);
+    let weights = GqaWeights { q_proj, k_proj, v_proj, o_proj, ..gqa_weights(&config, 1).unwrap() };
+    let (_, keys, values) = SourceLayer::new(config.clone(), &weights).forward(&hidden);
+    let seen = Activations { keys, values, ids, starts };
+    let gates = Gates::new(&tensor("embedding"), of("embed_dim")[0] as usize, &seen.ids, &seen.starts).unwrap();
+    let options = LayerOptions { rank: of("rank")[0] as usize, rope_slices: 1, sink_weight: of("sink_weight")[0] };
+    let (layer, lost) = convert_layer(&config, &weights, &seen, &options, Some(&gates)).unwrap();
+    // f32 of the weights, times sums of a dozen: the inputs have three decimals, of which f32 holds seven digits.
+    for (found, wanted) in [lost.lost, lost.lost_of_first].into_iter().zip(of("lost")) {
+        assert!((found - wanted).abs() < 1e-6, "{found}, not {wanted}");
+    }
+
+    let made = layer.weights();
+    let (down, up) = (made.kv_a_proj.to_f64(), made.kv_b_proj.to_f64());
+    let (bias, gate) = (made.kv_a_bias.unwrap().to_f64(), made.gate.unwrap());
+    let (table, projection) = (gate.embedding.to_f64(), gate.b_proj.to_f64());
+    let offset = of("offset");
+    for (chosen, wanted) in rows("chosen").iter().zip(rows("keys_and_values")) {
+        let (token, id) = (chosen[0] as usize, chosen[1] as usize);
+        let latent = matmul(hidden.row(token), &down, Some(&bias), 1, 12, bias.len());
+        let of_latent = matmul(&latent[..options.rank], &up, None, 1, options.rank, offset.len());
+        let embed_dim = gates.config().d_gate as usize;
+        let row = &table[id * embed_dim..][..embed_dim];
+        let factors = matmul(row, &projection, None, 1, embed_dim, offset.len());
+        for (at, wanted) in wanted.iter().enumerate() {
+            let found = of_latent[at] * (1.0 + factors[at]) - offset[at];
+            assert!((found - wanted).abs() < 1e-5 * offset[at], "token {token}, id {id}: {found}, not {wanted}");
+        }
+    }
+}
+
+#[test]
+fn calibration_sequences_are_taken_evenly_from_the_text() {
+    let text: Vec<u32> = (0..100).collect();
+    let of = |prefix: &[u32], tokens| {
+        let calibration = Calibration::new(&text, prefix, tokens, 10, 100).unwrap();
+        (calibration.ids().to_vec(), calibration.starts().to_vec())
+    };
+    let range = |first: u32, end: u32| (first..end).collect::<Vec<u32>>();
+    assert_eq!(of(&[], 20), ([range(0, 10), range(50, 60)].concat(), vec![0, 10]));
+    // The last one is cut; a prefix takes its place in each sequence.
+    assert_eq!(of(&[], 25), ([range(0, 10), range(30, 40), range(60, 65)].concat(), vec![0, 10, 20]));
+    assert_eq!(of(&[99], 20), ([vec![99], range(0, 9), vec![99], range(54, 63)].concat(), vec![0, 10]));
+    // A text that is no longer than what is asked for is taken whole.
+    assert_eq!(of(&[], 1000), (text.clone(), range(0, 10).into_iter().map(|n| 10 * n as usize).collect()));
 }

@@ -41,7 +41,7 @@ pub struct ConvertArgs {
     /// Folder to write; one that a stopped conversion left is gone on with
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Most tokens of the text that are run
+    /// Most tokens of the text that are run, in sequences taken evenly from it
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(2..))]
     pub tokens: u32,
     /// Width of gate rows, with --to eg-mla

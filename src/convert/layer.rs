@@ -75,31 +75,27 @@ impl Mixing {
         Mixing { n_kv_head, head_dim: channels.len(), channels }
     }
 
-    /// The principal axes of every pair over the heads: the first slice holds most of the keys' energy.
+    /// The principal axes of every pair over the heads: the first slice holds most of the keys' energy. First positions count as any
+    /// other: where all sequences begin with the same token, their weight would turn every pair to that one key.
     ///
     /// # Errors
     /// Keys that are not finite.
-    pub fn principal(config: &GqaConfig, activations: &Activations, sink_weight: f64) -> Result<Self> {
+    pub fn principal(config: &GqaConfig, activations: &Activations) -> Result<Self> {
         let (heads, width) = (config.n_kv_head as usize, config.head_dim as usize);
         let keys = &activations.keys;
-        let first = first_weight(activations, sink_weight);
         let mut channels = vec![Matrix::default(); width];
         for pair in 0..width / 2 {
             let mut covariance = Matrix::zeros(heads, heads);
             let halves = of_pair(pair, width, config.rope.interleave);
-            let mut add = |row: usize, weight: f64| {
-                let row = keys.row(row);
+            for row in keys.data.chunks_exact(keys.cols) {
                 for channel in halves {
                     for a in 0..heads {
                         for b in 0..heads {
-                            covariance.data[a * heads + b] +=
-                                weight * row[a * width + channel] * row[b * width + channel];
+                            covariance.data[a * heads + b] += row[a * width + channel] * row[b * width + channel];
                         }
                     }
                 }
-            };
-            (0..keys.rows).for_each(|row| add(row, 1.0));
-            activations.starts.iter().for_each(|&row| add(row, first));
+            }
             let (_, axes) = eigen(&covariance)?;
             halves.into_iter().for_each(|channel| channels[channel] = axes.clone());
         }
@@ -285,7 +281,7 @@ pub fn convert_layer(
     options: &LayerOptions,
     gates: Option<&Gates>,
 ) -> Result<(LatentLayer, LayerError)> {
-    let mixing = Mixing::principal(source, activations, options.sink_weight)?;
+    let mixing = Mixing::principal(source, activations)?;
     convert_layer_with(source, weights, activations, options, gates, &mixing)
 }
 

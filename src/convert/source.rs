@@ -17,7 +17,7 @@ pub struct Calibration {
 
 impl Calibration {
     /// Sequences of up to `length` tokens from `ids`, `tokens` in all, each beginning with `prefix`: what the tokenizer puts before
-    /// a text.
+    /// a text. Of a longer text they are taken evenly: its beginning alone has fewer of the ids that the rest has.
     ///
     /// # Errors
     /// `ArgumentError::Empty` without a token, `ArgumentError::TokenId` beyond the vocabulary.
@@ -28,10 +28,11 @@ impl Calibration {
         }
         let of_text = length.saturating_sub(prefix.len()).max(1);
         let mut calibration = Calibration { ids: Vec::new(), starts: Vec::new() };
-        for part in text.chunks(of_text) {
-            if calibration.ids.len() >= tokens {
-                break;
-            }
+        let parts = text.len().div_ceil(of_text);
+        let taken = tokens.div_ceil(prefix.len() + of_text).min(parts);
+        for number in 0..taken {
+            let part = &text[number * parts / taken * of_text..];
+            let part = &part[..of_text.min(part.len())];
             calibration.starts.push(calibration.ids.len());
             calibration.ids.extend(prefix.iter().chain(part));
             calibration.ids.truncate(tokens);
