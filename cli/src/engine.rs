@@ -17,6 +17,12 @@ use crate::profile::Profile;
 /// Most tokens of one prefill step: longer texts go in chunks.
 const CHUNK: u32 = 512;
 
+/// Most tokens of a step whose logits are all wanted: one binding holds them.
+fn scored_at_once(binding: u64, vocab_size: u32) -> u32 {
+    let rows = binding / (4 * u64::from(vocab_size)).max(1);
+    rows.clamp(1, CHUNK.into()) as u32
+}
+
 /// Most bytes that computing on the CPU may take beside the weights: a small file can ask for any number.
 const MOST_MEMORY: u64 = 8 << 30;
 
@@ -124,10 +130,15 @@ impl<'a> Engine<'a> {
             Backend::Gpu(gpu) => {
                 let (storage, gate_rows) = (options.storage, options.gate_rows);
                 let decoder = folder.decoder(&gpu.kernels, AttentionOptions { storage, gate_rows })?;
+                let mut max_tokens = options.max_tokens.min(CHUNK);
+                if options.all_logits {
+                    let binding = gpu.kernels.device().limits().max_storage_buffer_binding_size;
+                    max_tokens = max_tokens.min(scored_at_once(binding, decoder.config().vocab_size));
+                }
                 let cache = decoder.cache(CacheOptions {
                     capacity: options.capacity,
                     storage,
-                    max_tokens: options.max_tokens.min(CHUNK),
+                    max_tokens,
                     decode_path: options.decode,
                     ..CacheOptions::default()
                 })?;
@@ -207,7 +218,7 @@ impl<'a> Engine<'a> {
 
     /// Feeds tokens of a text, in chunks, and returns the logits of the last.
     pub fn prefill(&mut self, ids: &[u32]) -> Result<Vec<f32>, Failure> {
-        let chunks = ids.chunks(CHUNK as usize);
+        let chunks = ids.chunks(self.chunk());
         let last = chunks.len().saturating_sub(1);
         let mut logits = Vec::new();
         for (number, chunk) in chunks.enumerate() {
@@ -230,9 +241,9 @@ impl<'a> Engine<'a> {
         first: usize,
         mut score: impl FnMut(usize, &[f32]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let vocab = self.vocab_size();
-        for (number, chunk) in ids.chunks(CHUNK as usize).enumerate() {
-            let start = number * CHUNK as usize;
+        let (vocab, most) = (self.vocab_size(), self.chunk());
+        for (number, chunk) in ids.chunks(most).enumerate() {
+            let start = number * most;
             if start + chunk.len() <= first {
                 self.feed(chunk, Mode::Prefill, Logits::None)?;
                 continue;
@@ -242,6 +253,14 @@ impl<'a> Engine<'a> {
             score(start + skipped, &logits[skipped * vocab..])?;
         }
         Ok(())
+    }
+
+    /// Most tokens that are fed at once.
+    fn chunk(&self) -> usize {
+        match self {
+            Engine::Cpu { .. } | Engine::Reference { .. } => CHUNK as usize,
+            Engine::Gpu { cache, .. } => cache.max_tokens() as usize,
+        }
     }
 
     fn vocab_size(&self) -> usize {
@@ -295,4 +314,18 @@ fn room_for(added: usize, length: usize, capacity: u32) -> Result<(), Failure> {
     }
     let (length, added) = (length as u32, added as u64);
     Err(egmla::Error::CacheFull { sequence: 0, length, added, capacity }.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vocabulary_over_a_binding_is_scored_in_smaller_steps() {
+        let default = wgpu::Limits::default().max_storage_buffer_binding_size;
+        assert_eq!(scored_at_once(default, 128_256), 261);
+        assert_eq!(scored_at_once(default, 256), CHUNK);
+        assert_eq!(scored_at_once(1024, 128_256), 1);
+        assert_eq!(scored_at_once(u64::MAX, 0), CHUNK);
+    }
 }
