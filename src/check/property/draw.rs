@@ -38,7 +38,9 @@ impl Shape {
                 norm_eps: 1e-5,
             }),
         };
-        let rope = Rope::ALL[one_of(&[0, 1, 2, 3, 4]) as usize];
+        let rope = [Rope::Neighbours, Rope::Halves, Rope::Linear, Rope::Yarn][one_of(&[0, 1, 2, 3]) as usize];
+        // In turns: with every other option in the end.
+        let rope = if index % 5 == 4 { Rope::ScaledQueries } else { rope };
         let [attention_bias, kv_a_norm] = [one_of(&[0, 1]) == 1, one_of(&[0, 1, 1]) == 1];
         Shape {
             hidden_size,

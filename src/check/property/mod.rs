@@ -47,11 +47,6 @@ pub enum Rope {
     ScaledQueries,
 }
 
-impl Rope {
-    /// Every way.
-    pub const ALL: [Rope; 5] = [Rope::Neighbours, Rope::Halves, Rope::Linear, Rope::Yarn, Rope::ScaledQueries];
-}
-
 /// A layer: the fields of [`AttentionConfig`] and of its gate, and the seed of its weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
