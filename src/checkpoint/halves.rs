@@ -18,7 +18,7 @@ pub(super) fn round(name: &str, elements: &mut [f32]) -> Result<()> {
         if element.is_finite() && !half.is_finite() {
             return Err(Error::Tensor(TensorError::OutOfF16Range { name: name.to_owned(), index, value: *element }));
         }
-        zeros += usize::from(*element != 0.0 && half == f16::ZERO);
+        zeros += usize::from(*element != 0.0 && half.to_bits() << 1 == 0);
         *element = half.to_f32();
     }
     if zeros > 0 {

@@ -121,12 +121,21 @@ impl Matrix {
         if rows.iter().all(|value| value.to_bits().trailing_zeros() >= 16) {
             return Matrix::Bf16(in_blocks(&rows, width, |value| bf16::from_f32(value).to_bits(), Bf16s));
         }
-        let is_half = |value: f32| value.is_finite() && f16::from_f32(value).to_f32().to_bits() == value.to_bits();
         if rows.iter().all(|&value| is_half(value)) {
             return Matrix::F16(in_blocks(&rows, width, |value| f16::from_f32(value).to_bits(), F16s));
         }
         Matrix::F32(rows)
     }
+}
+
+/// Whether a value is one of f16's, and finite: of its exponents with 10 bits behind the point, or below them a multiple of 2⁻²⁴.
+fn is_half(value: f32) -> bool {
+    let magnitude = value.abs();
+    if magnitude < f16::MIN_POSITIVE.to_f32_const() {
+        let multiple = magnitude * f32::from_bits((127 + 24) << 23);
+        return multiple == f32::from(multiple as u16);
+    }
+    magnitude <= f16::MAX.to_f32_const() && value.to_bits().trailing_zeros() >= 13
 }
 
 #[cfg(test)]
@@ -156,6 +165,16 @@ mod tests {
         let matrix = Matrix::new(finite.clone(), 1 << 16);
         assert!(matches!(matrix, Matrix::F16(_)));
         assert_eq!(bits(&wide(&matrix)[..finite.len()]), bits(&finite));
+    }
+
+    #[test]
+    fn halves_are_told_from_their_neighbours() {
+        for bits in 0..=u16::MAX {
+            let half = f16::from_bits(bits);
+            assert_eq!(is_half(half.to_f32()), half.is_finite(), "{bits:#x}");
+            let next = f32::from_bits(half.to_f32().to_bits() + 1);
+            assert!(!is_half(next), "{bits:#x}");
+        }
     }
 
     #[test]

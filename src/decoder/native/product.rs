@@ -71,6 +71,9 @@ trait Weights: Copy + Send + Sync {
     /// What comes behind so many whole blocks of a row, filled up with zeros.
     fn rest(&self, row: usize, whole: usize) -> [f32; BLOCK];
 
+    /// Rows that are widened at once.
+    fn panel(self) -> usize;
+
     /// All rows in f32, from `buffer` where they are not.
     fn widened<'a>(&'a self, buffer: &'a mut Vec<f32>) -> Rows<'a>;
 }
@@ -131,6 +134,10 @@ impl Weights for Rows<'_> {
         padded(&self.row(row)[whole * BLOCK..])
     }
 
+    fn panel(self) -> usize {
+        self.count.max(1)
+    }
+
     fn widened<'a>(&'a self, _: &'a mut Vec<f32>) -> Rows<'a> {
         *self
     }
@@ -172,6 +179,10 @@ impl<B: Block> Weights for Blocks<'_, B> {
 
     fn rest(&self, row: usize, whole: usize) -> [f32; BLOCK] {
         self.blocks(row)[whole].wide()
+    }
+
+    fn panel(self) -> usize {
+        (PANEL / self.width).max(PANEL_ROWS)
     }
 
     fn widened<'a>(&'a self, buffer: &'a mut Vec<f32>) -> Rows<'a> {
@@ -283,9 +294,8 @@ fn product(x: Rows<'_>, w: impl Weights, y: &mut [f32]) {
 /// The same in tiles, shared among threads by rows or by columns, whichever are more.
 fn in_tiles<W: Weights>(x: Rows<'_>, w: W, y: &mut [f32]) {
     let (x, mut y) = (x.view(), view_mut(y, w.count()));
-    let panel = (PANEL / w.width()).max(PANEL_ROWS);
     let product = |x: ArrayView2<'_, f32>, w: W, mut y: ArrayViewMut2<'_, f32>| {
-        let mut buffer = Vec::new();
+        let (mut buffer, panel) = (Vec::new(), w.panel());
         for (number, mut y) in y.axis_chunks_iter_mut(Axis(1), panel).enumerate() {
             let w = w.part(number * panel, y.ncols());
             general_mat_mul(1.0, &x, &w.widened(&mut buffer).view().t(), 0.0, &mut y);
