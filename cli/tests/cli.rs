@@ -869,6 +869,16 @@ fn generate_repeats_with_its_seed_and_tells_its_figures_as_json() {
     assert_eq!((report["new_tokens"].as_u64(), report["token_ids"].as_array().unwrap().len()), (Some(24), 24));
     assert_eq!(report["cache_bytes_per_token"]["mha"].as_u64(), Some(4 * 4 * 128 * 4));
     assert_eq!(report["cache_bytes_per_token"]["this"].as_u64(), Some(4 * (32 + 32) * 4));
+    // The model is in f16: there is nothing to round. The cache stays in f32.
+    let halves: Value = serde_json::from_str(&run("7", &["--json", "--storage", "f16"])).unwrap();
+    assert_eq!(report["storage"], "f32");
+    assert_eq!(halves["storage"], "f16");
+    for field in ["token_ids", "cache_bytes_per_token"] {
+        assert_eq!(halves[field], report[field]);
+    }
+    let options = ["--max-new-tokens", "1", "--adapter", "reference", "--storage", "f16"];
+    let reference = egmla(&[&["generate", "--prompt", PROMPT][..], &options].concat()).done();
+    assert!(reference.line("warning:").contains("changes nothing for the reference"), "{reference:?}");
 }
 
 #[test]
