@@ -268,11 +268,10 @@ fn wrong_arguments_are_errors_with_the_number() {
         let error = LatentCache::new(&rig.attention, options).unwrap_err();
         assert!(error.to_string().contains(what), "{error}");
     }
-    // Over one binding: refused with both numbers, before anything is allocated.
+    // Partial results over one binding: refused with both numbers, before anything is allocated.
     let options = CacheOptions { batch: 1000, capacity: 100_000, ..rig.cache.options() };
     let error = LatentCache::new(&rig.attention, options).unwrap_err();
-    let rows = 100_000_000u64;
-    assert!(matches!(error, Error::Limit { needed, .. } if needed == rows * 16 * 4), "{error}");
+    assert!(matches!(error, Error::Limit { needed, .. } if needed == 1_564_000 * 3 * 16 * 4), "{error}");
 }
 
 #[test]

@@ -102,7 +102,7 @@ impl Rig {
         let dispatches = recording.dispatches();
         self.submit(&mut recording);
         let values = readback::wait(readback::read_f32(&self.gpu.kernels, &[&out])).unwrap().remove(0);
-        (values[..hidden.len()].to_vec(), dispatches as usize)
+        (values[..hidden.len()].to_vec(), dispatches)
     }
 
     fn submit(&self, recording: &mut Recording) {

@@ -14,6 +14,7 @@
 //! - The append goes to every part that takes new tokens (other tokens have no row there), the absorbed attention to every
 //!   part, each part filling its splits' partial results. Tiles of rebuilt keys and values end where a part ends.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use bytemuck::cast_slice;
@@ -39,15 +40,15 @@ pub(super) struct StepPart {
 
 /// The tables of a part.
 #[derive(Debug)]
-pub(super) struct PartTables {
+pub(super) struct PartTables<'a> {
     pub part: StepPart,
     /// `[tokens]`: cache rows, [`NO_SLOT`] for those of other parts.
-    pub slots: Vec<u32>,
-    pub sequences: Vec<SequenceRow>,
-    pub decoding: Vec<DecodeSequence>,
+    pub slots: Cow<'a, [u32]>,
+    pub sequences: Cow<'a, [SequenceRow]>,
+    pub decoding: Cow<'a, [DecodeSequence]>,
 }
 
-impl PartTables {
+impl PartTables<'_> {
     /// Slots, sequences and decoding sequences as they are uploaded.
     pub fn bytes(&self) -> [&[u8]; 3] {
         [cast_slice(&self.slots), cast_slice(&self.sequences), cast_slice(&self.decoding)]
@@ -55,13 +56,18 @@ impl PartTables {
 }
 
 /// A step's tables for every part of `part_rows` rows that has rows of the step, which are `end` in all.
-pub(super) fn cut(
+pub(super) fn cut<'a>(
     part_rows: u32,
-    slots: &[u32],
-    sequences: &[SequenceRow],
-    decoding: &[DecodeSequence],
+    slots: &'a [u32],
+    sequences: &'a [SequenceRow],
+    decoding: &'a [DecodeSequence],
     end: u32,
-) -> Vec<PartTables> {
+) -> Vec<PartTables<'a>> {
+    if part_rows == u32::MAX {
+        // One part, whatever the numbering.
+        let part = StepPart { number: 0, index: 0, rows: 0..end, n_sequence: sequences.len() as u32, appended: true };
+        return vec![PartTables { part, slots: slots.into(), sequences: sequences.into(), decoding: decoding.into() }];
+    }
     // Rows in the step's numbering, and lines.
     let mut parts: Vec<(u32, Range<u32>, Range<usize>)> = Vec::new();
     for (line, sequence) in sequences.iter().enumerate() {
@@ -73,10 +79,6 @@ pub(super) fn cut(
                 _ => parts.push((part, sequence.first_row + rows.start..after, line..line + 1)),
             }
         }
-    }
-    if let [(_, rows, lines)] = &mut parts[..] {
-        // All there is, whatever the numbering.
-        (*rows, *lines) = (0..end, 0..sequences.len());
     }
     let tables = |(number, (index, rows, lines)): (usize, (u32, Range<u32>, Range<usize>))| {
         let first = index.saturating_mul(part_rows);
@@ -90,7 +92,7 @@ pub(super) fn cut(
             ..*of
         };
         PartTables {
-            slots,
+            slots: slots.into(),
             sequences: sequences.iter().map(moved).collect(),
             decoding: decoding.get(lines.clone()).unwrap_or_default().iter().map(counted).collect(),
             part: StepPart { number, index: index as usize, n_sequence: lines.len() as u32, rows, appended },
@@ -123,7 +125,7 @@ pub(super) fn segments(first_row: u32, rows: u32, part_rows: u32) -> impl Iterat
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 mod tests {
     use super::*;
 
@@ -138,26 +140,26 @@ mod tests {
     #[test]
     fn one_part_has_the_steps_own_tables() {
         let slots = vec![1110, 1111, 1538];
-        let lines = [decoding(FIRST, 2), decoding(SECOND, 1)];
-        let mut parts = cut(u32::MAX, &slots, &[FIRST, SECOND], &lines, 1024);
+        let (rows, lines) = ([FIRST, SECOND], [decoding(FIRST, 2), decoding(SECOND, 1)]);
+        let mut parts = cut(u32::MAX, &slots, &rows, &lines, 1024);
         let only = parts.pop().unwrap();
         assert!(parts.is_empty());
         assert_eq!(only.part, StepPart { number: 0, index: 0, rows: 0..1024, n_sequence: 2, appended: true });
-        assert_eq!((only.slots, only.sequences), (slots, vec![FIRST, SECOND]));
-        assert_eq!(only.decoding, lines);
+        assert_eq!((&only.slots[..], &only.sequences[..]), (&slots[..], &[FIRST, SECOND][..]));
+        assert_eq!(only.decoding[..], lines);
     }
 
     /// A border within the first sequence, 512 rows from its first, then a part without a row of the step.
     #[test]
     fn tables_count_from_the_first_row_of_a_part() {
-        let lines = [decoding(FIRST, 2), decoding(SECOND, 1)];
-        let parts = cut(1024, &[1023, 1024, 1538], &[FIRST, SECOND], &lines, 1024);
+        let (rows, lines) = ([FIRST, SECOND], [decoding(FIRST, 2), decoding(SECOND, 1)]);
+        let parts = cut(1024, &[1023, 1024, 1538], &rows, &lines, 1024);
         let [first, second] = &parts[..] else { panic!("{parts:?}") };
         assert_eq!(first.part, StepPart { number: 0, index: 0, rows: 0..512, n_sequence: 1, appended: true });
-        assert_eq!(first.slots, [1023, NO_SLOT, NO_SLOT]);
-        assert_eq!(first.decoding, lines[..1]);
+        assert_eq!(first.slots[..], [1023, NO_SLOT, NO_SLOT]);
+        assert_eq!(first.decoding[..], lines[..1]);
         assert_eq!(second.part, StepPart { number: 1, index: 1, rows: 512..1024, n_sequence: 2, appended: true });
-        assert_eq!(second.slots, [NO_SLOT, 0, 514]);
+        assert_eq!(second.slots[..], [NO_SLOT, 0, 514]);
         // Position 512 of the first sequence, and the first of the second.
         let [a, b] = &second.decoding[..] else { panic!("{second:?}") };
         assert_eq!([a.first_row.wrapping_add(512), a.first_slot.wrapping_add(512)], [0, 0]);
@@ -165,7 +167,8 @@ mod tests {
         assert_eq!([second.sequences[0].first_row, second.sequences[1].first_row], [0, 768]);
         assert_eq!([second.sequences[0].first_slot.wrapping_add(512), second.sequences[1].first_slot], [0, 512]);
         let far = SequenceRow { first_slot: 4096, ..SECOND };
-        let parts = cut(1024, &[1023, 1111, 4098], &[FIRST, far], &[], 1024);
+        let sequences = [FIRST, far];
+        let parts = cut(1024, &[1023, 1111, 4098], &sequences, &[], 1024);
         let rows: Vec<_> = parts.iter().map(|of| (of.part.index, of.part.rows.clone())).collect();
         assert_eq!(rows, [(0, 0..512), (1, 512..768), (4, 768..1024)]);
     }

@@ -86,24 +86,28 @@ const OF_PARTS: [Table; 3] = [Table::Slots, Table::Sequences, Table::Decoding];
 struct Tables {
     bytes: Vec<u8>,
     /// Offset and size.
-    places: Vec<(u64, u64)>,
+    places: [(u64, u64); TABLES],
+    /// Of the parts of the cache after the first.
+    more: Vec<(u64, u64)>,
 }
 
 impl Tables {
-    fn new(tables: &[&[u8]], alignment: u32) -> Self {
-        let mut places = Vec::with_capacity(tables.len());
+    /// `more` stand behind the others.
+    fn new(tables: [&[u8]; TABLES], more: &[&[u8]], alignment: u32) -> Self {
         let mut end = 0;
-        for table in tables {
+        let mut place = |table: &[u8]| {
             // Sizes are powers of two: the next step's tables get the same offsets and bindings.
             let (offset, size) = (end, table.len().max(16).next_power_of_two());
-            places.push((offset as u64, size as u64));
             end = (offset + size).next_multiple_of(alignment as usize);
-        }
+            (offset as u64, size as u64)
+        };
+        let places = tables.map(&mut place);
+        let more_places: Vec<_> = more.iter().map(|table| place(table)).collect();
         let mut bytes = vec![0; end];
-        for ((offset, _), table) in places.iter().zip(tables) {
+        for ((offset, _), table) in places.iter().chain(&more_places).zip(tables.iter().chain(more)) {
             bytes[*offset as usize..][..table.len()].copy_from_slice(table);
         }
-        Tables { bytes, places }
+        Tables { bytes, places, more: more_places }
     }
 }
 
@@ -307,7 +311,7 @@ impl Step {
         let parts = cut(batch.part_rows, &rows.slots, &rows.sequences, decoding, rows.end);
         let [slots, sequences, of_decoding] = parts.first().map(PartTables::bytes).unwrap_or_default();
         let grouped_ranges = lists.grouped.as_ref().map_or(&[][..], |grouped| &grouped.ranges);
-        let mut tables: Vec<&[u8]> = vec![
+        let tables = [
             slots,
             cast_slice(&rows.rotations),
             cast_slice(&rows.query_factors),
@@ -322,8 +326,8 @@ impl Step {
             cast_slice(&lists.fills.1),
             cast_slice(&lists.patches),
         ];
-        tables.extend(parts.iter().skip(1).flat_map(PartTables::bytes));
-        let tables = Tables::new(&tables, kernels.context().limits.min_storage_buffer_offset_alignment);
+        let more: Vec<&[u8]> = parts.iter().skip(1).flat_map(PartTables::bytes).collect();
+        let tables = Tables::new(tables, &more, kernels.context().limits.min_storage_buffer_offset_alignment);
         // Each count is within the capacity, so the sum is within the cache's rows.
         let tokens = rows.slots.len() as u32;
         let new = rows.sequences.iter().zip(rows.sequences.iter().skip(1).map(|next| next.token).chain([tokens]));
@@ -385,7 +389,7 @@ impl Step {
 
     /// A table's region within `whole`, the region of all tables.
     pub(super) fn table(&self, whole: &Region, table: Table) -> Region {
-        self.table_at(whole, table as usize)
+        Self::table_at(whole, self.tables.places[table as usize])
     }
 
     /// The region of a table that every part has.
@@ -393,12 +397,11 @@ impl Step {
         let of_part = OF_PARTS.iter().position(|&of| of == table).unwrap_or_default();
         match part.number {
             0 => self.table(whole, table),
-            number => self.table_at(whole, TABLES + (number - 1) * OF_PARTS.len() + of_part),
+            number => Self::table_at(whole, self.tables.more[(number - 1) * OF_PARTS.len() + of_part]),
         }
     }
 
-    fn table_at(&self, whole: &Region, place: usize) -> Region {
-        let (offset, size) = self.tables.places[place];
+    fn table_at(whole: &Region, (offset, size): (u64, u64)) -> Region {
         Region::new(&whole.buffer, whole.offset + offset, size)
     }
 
@@ -509,7 +512,7 @@ mod tests {
             let (short, long) = (vec![1; short], vec![2; long]);
             let mut tables = [&short[..]; TABLES];
             tables[TABLES - 1] = &long;
-            Tables::new(&tables, 32)
+            Tables::new(tables, &[], 32)
         });
         assert_eq!(a.places, b.places);
         assert!(a.places.iter().all(|(offset, size)| offset % 32 == 0 && size.is_power_of_two()));
