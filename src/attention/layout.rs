@@ -232,6 +232,7 @@ impl CacheLayout {
     }
 
     /// Parts of a layer's cache.
+    #[cfg(feature = "check")]
     pub fn n_part(&self) -> u32 {
         self.full_parts + 1
     }

@@ -237,6 +237,7 @@ impl<'a> Upload<'a> {
     ///
     /// # Errors
     /// `TensorError::OutOfF16Range` when f16 would turn a finite element into infinity.
+    #[cfg(any(test, feature = "check"))]
     pub fn stored(&self, storage: Storage) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; storage.tensor_bytes(self.elements) as usize];
         self.write(storage, &mut |at, row| bytes[at..][..row.len()].copy_from_slice(row))?;
