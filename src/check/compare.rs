@@ -46,6 +46,8 @@ impl Tolerance {
 pub struct Comparison {
     /// ‖got − expected‖₂ / ‖expected‖₂; infinite where that is not a number.
     pub relative_error: f64,
+    /// What it may be at most.
+    pub tolerance: f64,
     /// One line that says what is wrong, with the worst index.
     pub verdict: Result<(), String>,
 }
@@ -54,7 +56,9 @@ pub struct Comparison {
 /// relative error, then the whole tensor's relative norm. 0 is as right as a number below the smallest normal one: WGSL lets
 /// an implementation flush those ("Differences from IEEE-754").
 pub fn compare(got: &[f32], expected: &[f64], tolerance: Tolerance) -> Comparison {
-    let fail = |relative_error: f64, problem: String| Comparison { relative_error, verdict: Err(problem) };
+    let limit = tolerance.relative;
+    let fail =
+        |relative_error: f64, problem: String| Comparison { relative_error, tolerance: limit, verdict: Err(problem) };
     if got.len() != expected.len() {
         return fail(f64::INFINITY, format!("{} elements, expected {}", got.len(), expected.len()));
     }
@@ -82,14 +86,13 @@ pub fn compare(got: &[f32], expected: &[f64], tolerance: Tolerance) -> Compariso
         || (0..).zip(got).zip(expected).map(|((index, g), e)| (index, g, e)).filter(|(_, _, e)| e.is_finite());
     let worst = elements().max_by(|a, b| excess(a).total_cmp(&excess(b)));
     if let Some(element) = worst
-        && (excess(&element) > tolerance.element() || relative_error > tolerance.relative)
+        && (excess(&element) > tolerance.element() || relative_error > limit)
     {
         let (index, g, e) = element;
         let problem = format!(
-            "relative error {relative_error:.2e} of at most {:.2e}; worst element {index} is {g}, expected {e}",
-            tolerance.relative
+            "relative error {relative_error:.2e} of at most {limit:.2e}; worst element {index} is {g}, expected {e}"
         );
         return fail(relative_error, problem);
     }
-    Comparison { relative_error, verdict: Ok(()) }
+    Comparison { relative_error, tolerance: limit, verdict: Ok(()) }
 }

@@ -416,7 +416,7 @@ fn compared(
         .map(|(schedule, parts)| {
             let parts: Vec<_> = parts.iter().map(|(words, view)| (&**words, *view)).collect();
             let comparison = lab.compare_views(&parts, &expected, tolerance);
-            outcome(schedule.name.to_owned(), tolerance, vec![comparison])
+            outcome(schedule.name.to_owned(), vec![comparison])
         })
         .collect())
 }

@@ -57,7 +57,7 @@ type Run = dyn Fn(&Lab<'_>) -> Result<Vec<Outcome>> + Send + Sync;
 pub struct Outcome {
     /// `auto`, the number of a forced tuning, or the way a layer was run.
     pub tuning: String,
-    /// Largest relative 2-norm error of the results.
+    /// Relative 2-norm error of the result that is nearest to its tolerance.
     pub error: f64,
     /// The largest that is accepted.
     pub tolerance: f64,
@@ -233,11 +233,28 @@ fn name_of(tuning: Tuning) -> String {
     }
 }
 
-/// The worst of several comparisons; none at all is a failure, since nothing was compared.
-fn outcome(tuning: String, tolerance: Tolerance, comparisons: Vec<Comparison>) -> Outcome {
-    let (error, count) = (comparisons.iter().map(|one| one.relative_error).fold(0.0, f64::max), comparisons.len());
+/// Several comparisons, and the error of the one that is nearest to its tolerance; none at all is a failure, since nothing was
+/// compared.
+fn outcome(tuning: String, comparisons: Vec<Comparison>) -> Outcome {
+    let nearness = |one: &Comparison| one.relative_error / one.tolerance.max(f64::MIN_POSITIVE);
+    let nearest = comparisons.iter().max_by(|a, b| nearness(a).total_cmp(&nearness(b)));
+    let (error, tolerance) = nearest.map_or((f64::NAN, f64::NAN), |one| (one.relative_error, one.tolerance));
+    let count = comparisons.len();
     let none = comparisons.is_empty().then(|| "nothing was compared".to_owned());
     let problem = none.or_else(|| comparisons.into_iter().find_map(|comparison| comparison.verdict.err()));
-    let verdict = problem.map_or(Ok(()), Err);
-    Outcome { tuning, error, tolerance: tolerance.relative, verdict, skipped: false, comparisons: count }
+    Outcome { tuning, error, tolerance, verdict: problem.map_or(Ok(()), Err), skipped: false, comparisons: count }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outcome_has_the_error_nearest_to_its_tolerance() {
+        let of = |relative_error, tolerance| Comparison { relative_error, tolerance, verdict: Ok(()) };
+        let found = outcome("auto".to_owned(), vec![of(3e-4, 1e-3), of(2e-6, 2.7e-6), of(0.0, 0.0)]);
+        assert_eq!((found.error, found.tolerance, found.comparisons), (2e-6, 2.7e-6, 3));
+        assert_eq!(found.verdict, Ok(()));
+        assert_eq!(outcome("auto".to_owned(), Vec::new()).verdict, Err("nothing was compared".to_owned()));
+    }
 }

@@ -207,7 +207,7 @@ mod tests {
             let args = Args { values: &values.region };
             lab.launch(|recording| recording.add_variant(variant, &Ones(5), args, Tuning::Auto))?;
             let comparison = lab.compare(&values, &[1.0; 5], Tolerance::EXACT)?;
-            Ok(vec![outcome(name_of(Tuning::Auto), Tolerance::EXACT, vec![comparison])])
+            Ok(vec![outcome(name_of(Tuning::Auto), vec![comparison])])
         })
     }
 
@@ -255,7 +255,7 @@ mod tests {
                     let args = Args { values: &values.region };
                     lab.launch(|recording| recording.add_variant(&Ones::VARIANTS[0], &Ones(5), args, Tuning::Auto))?;
                     let comparison = lab.compare(&values, right(tuning), Tolerance::EXACT)?;
-                    Ok(outcome(name_of(tuning), Tolerance::EXACT, vec![comparison]))
+                    Ok(outcome(name_of(tuning), vec![comparison]))
                 });
                 tried.collect()
             })

@@ -200,7 +200,7 @@ fn attend(
             let of = |setting| {
                 let tuning = if setting == Tuning::Auto { held(variant, &op, device) } else { setting };
                 let compared = run(lab, Launch { op, variant, tuning }, tolerance)?;
-                Ok(outcome(name_of(setting), tolerance, compared))
+                Ok(outcome(name_of(setting), compared))
             };
             // Heads of many may share more memory than a device has.
             let held = |&setting: &Tuning| setting == Tuning::Auto || fits(variant, &op, device, setting);

@@ -27,7 +27,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             splits: splits as u32,
         };
         let ranges = ranges.clone();
-        each_variant(cases, format!("h{n_head}_{width}{extreme}"), op, tolerance, move |lab, launch| {
+        each_variant(cases, format!("h{n_head}_{width}{extreme}"), op, move |lab, launch| {
             let mut random = Random::new(SEED);
             let mut values = random.values(splits * n_head * width, size);
             // Below the smallest normal number an adapter may take 0 for every second value, as for all of them.

@@ -118,7 +118,7 @@ fn decode(cases: &mut Vec<Case>, id: String, sizes: Sizes<'_>) {
         storage,
         kv_storage,
     };
-    each_variant(cases, id, op, tolerance, move |lab, launch| {
+    each_variant(cases, id, op, move |lab, launch| {
         let slots = batch.slots();
         let mut random = Random::new(SEED);
         let mut q_values = random.values(batch.tokens as usize * n_head * d_query, 1.0);

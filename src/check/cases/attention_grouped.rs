@@ -246,7 +246,7 @@ fn attend(cases: &mut Vec<Case>, id: String, sizes: GroupedSizes, tiling: Tiling
                 }
                 None => Vec::new(),
             };
-            Ok(outcome(name_of(tuning), tolerances[0], compared))
+            Ok(outcome(name_of(tuning), compared))
         };
         lab.settings(variant.spec.tunings).map(of).collect()
     });

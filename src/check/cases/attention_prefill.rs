@@ -158,7 +158,7 @@ fn add_case(cases: &mut Vec<Case>, id: String, sizes: Sizes) {
             let others = others.map(|tile| (format!("tile_{tile}"), tiled(tile), held(variant, &tiled(tile), device)));
             let of = |(name, op, tuning)| {
                 let launch = Launch { op, variant, tuning };
-                Ok(outcome(name, tolerance, prefill(lab, launch, sizes, [tolerance, of_scores])?))
+                Ok(outcome(name, prefill(lab, launch, sizes, [tolerance, of_scores])?))
             };
             of_own.chain(others).map(of).collect()
         },

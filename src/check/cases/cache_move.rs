@@ -11,7 +11,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     for (words, from_word, to_word) in [(1, 0, 1), (64, 100, 0), (257, 3, 300), (0, 5, 5)] {
         let op = CacheMove { words, from_word, to_word };
         let id = format!("{words}_{from_word}_to_{to_word}");
-        each_variant(cases, id, op, Tolerance::EXACT, move |lab, launch| {
+        each_variant(cases, id, op, move |lab, launch| {
             let values = Random::new(SEED).values(600, 1.0);
             let source = lab.floats(&values)?;
             let before = Random::new(SEED + 1).values(600, 1.0);

@@ -36,7 +36,7 @@ fn read(cases: &mut Vec<Case>, id: String, d_latent: u32, with_ids: bool, storag
         table: with_ids.then_some(cache_read::Table { d_gate, vocab_size: vocab, storage: table_storage }),
         storage,
     };
-    each_variant(cases, id, op, Tolerance::EXACT, move |lab, launch| {
+    each_variant(cases, id, op, move |lab, launch| {
         let mut random = Random::new(SEED);
         let slots = batch.slots();
         let (rounded, kept) = {

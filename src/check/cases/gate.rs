@@ -100,7 +100,7 @@ fn gate_cases(
         storage,
         y_storage,
     };
-    each_variant(cases, id, op, tolerance, move |lab, launch| {
+    each_variant(cases, id, op, move |lab, launch| {
         let mut random = Random::new(SEED);
         let mut dense = random.values(rows as usize * width, scale);
         if equal {

@@ -54,7 +54,7 @@ fn project(
         storage,
         y_storage,
     };
-    each_variant(cases, id, op, tolerance, move |lab, launch| {
+    each_variant(cases, id, op, move |lab, launch| {
         let mut random = Random::new(SEED);
         let padded = |values: &[f32], width: u32| {
             let pitch = storage.row_pitch(width) as usize;

@@ -49,7 +49,7 @@ fn measure(cases: &mut Vec<Case>, id: String, tokens: u32, segments: Segments, s
         of(GateNorm::RmsNorm, Activation::OnePlus, 0, true),
         of(GateNorm::LayerNorm, Activation::Silu, 5, false),
     ];
-    each_variant(cases, id, all[0], tolerance, move |lab, launch| {
+    each_variant(cases, id, all[0], move |lab, launch| {
         let mut comparisons = Vec::new();
         for op in all {
             let GateStatistics { norm, activation, resident, more: more_rows, .. } = op;

@@ -14,7 +14,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             let vocab_size = 19;
             let op = Gather { rows, width, table_row: width, first_id: 0, vocab_size, storage };
             let id = format!("{rows}x{width}/{}", storage.name());
-            each_variant(cases, id, op, Tolerance::EXACT, move |lab, launch| {
+            each_variant(cases, id, op, move |lab, launch| {
                 let mut random = Random::new(SEED);
                 let (table, mut kept) = lab.stored(&random.values((vocab_size * width) as usize, 1.0), storage)?;
                 let mut id_values = random.ids(rows as usize, vocab_size);
@@ -35,7 +35,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         // Ids before the shard, of its first and its last row, behind it, and one that its first would wrap around to.
         let (first_id, vocab_size, width) = (6, 5, 9);
         let op = Gather { rows: 6, width, table_row: width, first_id, vocab_size, storage };
-        each_variant(cases, format!("shard/{}", storage.name()), op, Tolerance::EXACT, move |lab, launch| {
+        each_variant(cases, format!("shard/{}", storage.name()), op, move |lab, launch| {
             let mut random = Random::new(SEED);
             let (table, kept) = lab.stored(&random.values((vocab_size * width) as usize, 1.0), storage)?;
             let before = random.values(6 * width as usize, 1.0);

@@ -5,7 +5,6 @@ use super::each_variant;
 use super::grouped_batch::{GroupedBatch, Ids, Sources};
 use crate::attention::groups::NO_ROW;
 use crate::check::Case;
-use crate::check::compare::Tolerance;
 use crate::kernels::attention_grouped::Tiling;
 use crate::kernels::{GroupIds, group_ids};
 use crate::reference;
@@ -14,7 +13,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     for (name, first_group, longest) in [("whole", 0, 30), ("second_pass", 16, 30), ("long", 0, 300)] {
         // Lists are made when they are needed.
         let op = GroupIds { tokens: 3, first_group, groups: 1, n_sequence: 3, table: 0, list_words: 1 };
-        each_variant(cases, name, op, Tolerance::EXACT, move |lab, launch| {
+        each_variant(cases, name, op, move |lab, launch| {
             let tiling = Tiling { groups: 4, span: 2 };
             let sequences = [(longest, Ids::Skewed), (1, Ids::Equal), (21, Ids::Distinct)];
             let Some(batch) = GroupedBatch::new(&sequences, (1, 1), tiling, Sources::Both) else {

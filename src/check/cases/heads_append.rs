@@ -46,7 +46,7 @@ fn append(
     };
     let normed = norm.map_or(String::new(), |norm| format!("_norm_{}", norm.used));
     let id = format!("{n_head}_{n_kv_head}x{head_dim}_from_{first_slot}{normed}/{}", storage.name());
-    each_variant(cases, id, op, tolerance, move |lab, launch| {
+    each_variant(cases, id, op, move |lab, launch| {
         let row = ((n_head + 2 * n_kv_head) * head_dim) as usize;
         let mut random = Random::new(SEED);
         let mut values = random.values(tokens as usize * row, 1.0);

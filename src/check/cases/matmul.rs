@@ -177,7 +177,7 @@ fn product_cases(cases: &mut Vec<Case>, sizes: &str, p: matmul::Matmul, scale: f
     let of_halves = if halves { 2f64.powi(-10) } else { 0.0 };
     let tolerance = Tolerance { relative: Tolerance::sums(&[inner]).relative + of_halves };
     let words = move |elements: usize| if halves { elements.div_ceil(2) } else { elements };
-    each_variant(cases, id, p, tolerance, move |lab, launch| {
+    each_variant(cases, id, p, move |lab, launch| {
         let reference: Definition = if launch.of_halves() { reference::matmul_of_halves } else { reference::matmul };
         let mut random = Random::new(SEED);
         let x_values = random.values(end(p.x, p.rows, p.inner) as usize, scale);

@@ -10,7 +10,7 @@ mod grouped_batch;
 
 use std::fmt::Display;
 
-use super::compare::{Comparison, Tolerance};
+use super::compare::Comparison;
 use super::{Case, Lab, Outcome, name_of, not_run, outcome, settings};
 use crate::adapter::{AdapterClass, Cooperative, PlanContext, Tuning};
 use crate::device::Region;
@@ -75,7 +75,6 @@ fn each_variant<O: Op>(
     cases: &mut Vec<Case>,
     id: impl Display,
     op: O,
-    tolerance: Tolerance,
     run: impl Fn(&Lab<'_>, Launch<O>) -> Result<Vec<Comparison>> + Clone + Send + Sync + 'static,
 ) {
     each_able(
@@ -84,7 +83,7 @@ fn each_variant<O: Op>(
         op,
         |_| true,
         move |lab, variant| {
-            let of = |tuning| Ok(outcome(name_of(tuning), tolerance, run(lab, Launch { op, variant, tuning })?));
+            let of = |tuning| Ok(outcome(name_of(tuning), run(lab, Launch { op, variant, tuning })?));
             lab.settings(variant.spec.tunings).map(of).collect()
         },
     );

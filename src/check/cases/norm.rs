@@ -54,7 +54,7 @@ fn norm_cases(
     let equal_name = if equal { "equal_" } else { "" };
     let id = format!("{equal_name}{kind:?}_{rows}x{width}/{}", storage.name());
     let tolerance = Tolerance::sums(&[width as usize]);
-    each_variant(cases, id, op, tolerance, move |lab, launch| {
+    each_variant(cases, id, op, move |lab, launch| {
         let mut random = Random::new(SEED);
         let mut values = random.values((offset + rows * pitch) as usize, 1.0);
         // A mean far from 0: E[x²] − mean² would lose digits here.

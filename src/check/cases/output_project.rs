@@ -35,7 +35,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             let far = if spread > 3.0 { "_maxima_far_apart" } else { "" };
             let id = format!("h{n_head}_{d_value}_to_{columns}{far}/{}", storage.name());
             let tolerance = Tolerance::sums(&[67, (n_head * d_value) as usize + 1]);
-            each_variant(cases, id, op, tolerance, move |lab, launch| {
+            each_variant(cases, id, op, move |lab, launch| {
                 let mut random = Random::new(SEED);
                 let (heads, width) = (n_head as usize, d_value as usize);
                 let rows = splits as usize * heads;

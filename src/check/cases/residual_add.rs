@@ -13,7 +13,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     // A factor, for a remainder and for whole loads.
     for (elements, factor) in lengths.into_iter().chain([(257, 0.178), (260, 0.178)]) {
         let id = if factor == 1.0 { elements.to_string() } else { format!("{elements}_by_{factor}") };
-        each_variant(cases, id, ResidualAdd { elements, factor }, tolerance, move |lab, launch| {
+        each_variant(cases, id, ResidualAdd { elements, factor }, move |lab, launch| {
             let mut random = Random::new(SEED);
             let (a, b) = (random.values(elements as usize, 1.0), random.values(elements as usize, 1.0));
             let (stream, delta) = (lab.floats(&a)?, lab.floats(&b)?);

@@ -13,7 +13,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             let op = RooflineCooperative { groups, iterations, side };
             let (side, iterations) = (side as usize, iterations as usize);
             let tolerance = Tolerance::sums(&[iterations * side]);
-            each_variant(cases, format!("{groups}x{iterations}"), op, tolerance, move |lab, launch| {
+            each_variant(cases, format!("{groups}x{iterations}"), op, move |lab, launch| {
                 let values = Random::new(SEED).values(roofline_cooperative::FACTORS as usize * side * side, 1.0);
                 let written = groups as usize * roofline_cooperative::PRODUCTS as usize * side * side;
                 let (x, y) = (lab.floats(&values)?, lab.output(written)?);

@@ -40,7 +40,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
                     interleave,
                 };
                 let config = RopeConfig { interleave, scaling: scaling.clone(), ..RopeConfig::default() };
-                each_variant(cases, id, op, tolerance, move |lab, launch| {
+                each_variant(cases, id, op, move |lab, launch| {
                     let mut random = Random::new(SEED);
                     let values = random.values(tokens * n_head * d_head, 1.0);
                     let turns = reference::rotations(&config, d_rope, &positions);

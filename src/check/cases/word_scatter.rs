@@ -9,7 +9,7 @@ use crate::reference;
 
 pub(super) fn cases(cases: &mut Vec<Case>) {
     for count in [0, 1, 63, 300] {
-        each_variant(cases, count, WordScatter { count, words: 700 }, Tolerance::EXACT, move |lab, launch| {
+        each_variant(cases, count, WordScatter { count, words: 700 }, move |lab, launch| {
             let values = Random::new(SEED).values(700, 1.0);
             let words = lab.floats(&values)?;
             let patches: Vec<[u32; 2]> = (0..count).map(|i| [(i * 37) % 700, (i as f32).to_bits()]).collect();

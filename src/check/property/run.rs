@@ -86,7 +86,7 @@ impl LayerCase {
         // After the GPU, so that nothing of it can leak into a result.
         let (expected, held) = self.in_f64(&layer.reference);
         let own: Vec<u32> = held.iter().map(|ids| ids.len() as u32).collect();
-        let wrong = |problem| Comparison { relative_error: f64::INFINITY, verdict: Err(problem) };
+        let wrong = |problem| Comparison { relative_error: f64::INFINITY, tolerance: 0.0, verdict: Err(problem) };
         if lengths != own {
             return Ok(wrong(format!("the cache has lengths {lengths:?}, expected {own:?}")));
         }
