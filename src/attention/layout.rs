@@ -205,10 +205,10 @@ impl CacheLayout {
             context.check_binding(whole.whole(), what)?;
         }
         let (pitch, part_rows, full_parts, last) = if cut {
-            let pitch = pitch(options.capacity, Numbering::InPlace);
-            let rows = options.check_extents(pitch)?;
             let split = row.part(SPLIT).whole();
             context.check_binding(split, || format!("latents and rotary keys of {SPLIT} cache rows"))?;
+            let pitch = pitch(options.capacity, Numbering::InPlace);
+            let rows = options.check_extents(pitch)?;
             let part_rows = row.most_rows(context.largest_binding());
             let full_parts = (rows - 1) / part_rows;
             (pitch, part_rows, full_parts, row.part(rows - full_parts * part_rows))
