@@ -401,9 +401,7 @@ fn halves(cases: &mut Vec<Case>) {
                     "two answers are right, which a table of expected values does not say".to_owned(),
                 )]);
             }
-            let of = |tuning| {
-                Ok(outcome(name_of(tuning), halve(lab, Launch { op, variant, tuning }, &values)?))
-            };
+            let of = |tuning| Ok(outcome(name_of(tuning), halve(lab, Launch { op, variant, tuning }, &values)?));
             lab.settings(variant.spec.tunings).map(of).collect()
         },
     );
