@@ -2,7 +2,7 @@
 
 use super::frame::Frame;
 use super::project::Hidden;
-use super::step::Table;
+use super::step::{PartTable, Table};
 use crate::error::Result;
 use crate::kernels::matmul::{Layout, Matmul};
 use crate::kernels::{attention_absorbed, value_project};
@@ -50,7 +50,7 @@ impl Frame<'_> {
                 q: &workspace.q,
                 latent_cache: &cached.latent,
                 rope_cache: &cached.rope_key,
-                sequences: &self.table_of(part, Table::Decoding),
+                sequences: &self.table_of(part, PartTable::Decoding),
                 partial_values: &workspace.partial_values,
                 partial_softmax: &workspace.partial_softmax,
             };

@@ -272,10 +272,6 @@ impl LatentCache {
             .chain(self.workspace.buffers())
     }
 
-    pub(super) fn stamp(&self) -> (u64, u64) {
-        self.batch.stamp()
-    }
-
     /// Marks a change of the state: steps made before it are stale, and their appended tokens are rolled back.
     pub(super) fn settle(&mut self) {
         if let Some(lists) = &mut self.lists {

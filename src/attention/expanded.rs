@@ -3,7 +3,7 @@
 use super::frame::{Frame, Latents, Partials, Statistics};
 use super::parts::StepPart;
 use super::project::{Hidden, combine};
-use super::step::{Mode, Table};
+use super::step::{Mode, PartTable, Table};
 use crate::adapter::{Cooperative, PlanContext};
 use crate::device::Region;
 use crate::error::Result;
@@ -86,7 +86,7 @@ impl<'a> Frame<'a> {
             kv,
             rope_cache: &self.part(part).rope_key,
             queries: &self.table(Table::Queries),
-            sequences: &self.table_of(part, Table::Sequences),
+            sequences: &self.table_of(part, PartTable::Sequences),
             values: &workspace.values,
             softmax: &workspace.softmax,
         };
@@ -120,7 +120,7 @@ impl<'a> Frame<'a> {
             q: &workspace.q,
             kv,
             rope_cache: &cached.rope_key,
-            sequences: &self.table_of(part, Table::Decoding),
+            sequences: &self.table_of(part, PartTable::Decoding),
             partial_values: &workspace.partial_values,
             partial_softmax: &workspace.partial_softmax,
         };
@@ -154,7 +154,7 @@ impl<'a> Frame<'a> {
         let args = cache_read::Args {
             latent_cache: &cached.latent,
             id_cache: &self.cache.ids().unwrap_or_else(|| self.absent.clone()),
-            sequences: &self.table_of(part, Table::Sequences),
+            sequences: &self.table_of(part, PartTable::Sequences),
             gate_embedding,
             latent: &workspace.tile_latent,
             embedding: &workspace.gate_rows,

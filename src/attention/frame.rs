@@ -4,7 +4,7 @@ use super::cache::LatentCache;
 use super::layer::Attention;
 use super::layout::{CachePart, LayerCache};
 use super::parts::StepPart;
-use super::step::{Step, Table};
+use super::step::{PartTable, Step, Table};
 use super::weights::GateWeights;
 use super::widths::gated_segments;
 use super::workspace::Workspace;
@@ -78,7 +78,7 @@ impl<'a> Frame<'a> {
     }
 
     /// A table that every part of the cache has.
-    pub fn table_of(&self, part: &StepPart, table: Table) -> Region {
+    pub fn table_of(&self, part: &StepPart, table: PartTable) -> Region {
         self.step.table_of(part, &self.tables, table)
     }
 

@@ -194,9 +194,7 @@ impl Attention {
     ) -> Result<()> {
         recording.kernels().same_device(&self.kernels, "the layer", "recording")?;
         recording.kernels().same_device(cache.kernels(), "the cache", "recording")?;
-        if step.stamp != cache.stamp() {
-            return Err(Error::StaleStep);
-        }
+        cache.batch.check_stamp(step)?;
         if cache.config() != &self.config || cache.gate_rows() != self.gate_rows {
             return Err(Error::config(
                 "(attention)",

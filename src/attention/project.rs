@@ -1,7 +1,7 @@
 //! From hidden states to queries and to new cache rows, and from values to the output.
 
 use super::frame::{Frame, Partials};
-use super::step::Table;
+use super::step::{PartTable, Table};
 use super::weights::{LowRank, Shard};
 use crate::config::GateConfig;
 use crate::device::{Kernels, Region};
@@ -102,7 +102,7 @@ impl<'a> Frame<'a> {
                 weight: weights.norms.as_ref().unwrap_or(&self.absent),
                 g: if keeps_values && gate.is_none() { &weights.kv_b_proj } else { &workspace.gate },
                 rotations: &self.table(Table::Rotations),
-                slots: &self.table_of(part, Table::Slots),
+                slots: &self.table_of(part, PartTable::Slots),
                 cache: &cached.whole,
                 q: &workspace.q,
                 w: whole.map_or(&self.absent, |whole| &whole.proj),

@@ -46,7 +46,7 @@ pub struct StepTokens<'a> {
 
 /// Tables of a step in memory order: those whose size changes from step to step come last, but for those of further
 /// [`Step::parts`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Table {
     /// `[tokens]` u32: cache rows.
     Slots,
@@ -78,8 +78,25 @@ pub(super) enum Table {
 
 const TABLES: usize = Table::Patches as usize + 1;
 
-/// Tables that each part of the cache has, as [`PartTables::bytes`] has them.
-const OF_PARTS: [Table; 3] = [Table::Slots, Table::Sequences, Table::Decoding];
+/// Tables that each part of the cache has, as [`PartTables::bytes`] has them: those of the first part are the step's.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum PartTable {
+    Slots,
+    Sequences,
+    Decoding,
+}
+
+impl PartTable {
+    const COUNT: usize = PartTable::Decoding as usize + 1;
+
+    fn of_first(self) -> Table {
+        match self {
+            PartTable::Slots => Table::Slots,
+            PartTable::Sequences => Table::Sequences,
+            PartTable::Decoding => Table::Decoding,
+        }
+    }
+}
 
 /// The tables of a step, one after another, each where a storage binding may begin.
 #[derive(Debug, Default)]
@@ -393,11 +410,10 @@ impl Step {
     }
 
     /// The region of a table that every part has.
-    pub(super) fn table_of(&self, part: &StepPart, whole: &Region, table: Table) -> Region {
-        let of_part = OF_PARTS.iter().position(|&of| of == table).unwrap_or_default();
+    pub(super) fn table_of(&self, part: &StepPart, whole: &Region, table: PartTable) -> Region {
         match part.number {
-            0 => self.table(whole, table),
-            number => Self::table_at(whole, self.tables.more[(number - 1) * OF_PARTS.len() + of_part]),
+            0 => self.table(whole, table.of_first()),
+            number => Self::table_at(whole, self.tables.more[(number - 1) * PartTable::COUNT + table as usize]),
         }
     }
 
