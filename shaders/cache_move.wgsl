@@ -3,7 +3,7 @@
 //   sink[to + i] = source[from + i],  i < words
 //
 // Floor: 8 bytes per word over the copy rate.
-// grid: one invocation a word, folded into x and y.
+// grid: one invocation per word, folded into x and y.
 
 override WORKGROUP: u32 = 64u;
 

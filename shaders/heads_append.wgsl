@@ -1,5 +1,5 @@
 // Writes keys and values of new tokens to their cache rows, keys rotated, in 16-byte stores; rotates the queries that stand beside
-// them. Eight elements of a head an invocation.
+// them. Eight elements of a head per invocation.
 //
 //   q[t, h] = RoPE_t(N(x_q[t, h]))    cache[slots[t] − first_slot, g] = (RoPE_t(N(x_k[t, g])), x_v[t, g])
 //   N(x) = x / √(mean(x²) + eps) · weight, with one weight for queries and one for keys, where NORM is 1; else N(x) = x

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Storage of weights and caches on the device, and of the weights of a model on the CPU. Activations, accumulators, maxima and sums are always f32; cooperative
-/// matrices round the factors of a product to f16.
+/// Storage of weights and caches on the device, and of the weights of a model on the CPU. Activations, accumulators, maxima and
+/// sums are always f32; cooperative matrices round the factors of a product to f16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {

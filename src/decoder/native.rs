@@ -1,8 +1,9 @@
 //! The decoder in f32 on the CPU, for speed: [`CpuDecoder`](super::CpuDecoder) is its definition.
 //!
-//! A decode step reads every weight once, so memory bandwidth bounds it: at best bytes of the weights over bytes per second. Matrices
-//! are therefore halves in memory where that changes no value, as of every checkpoint in bf16 or f16: widened in registers, they
-//! give the same sums bit by bit. Others are in f32 unless [`Checkpoint::in_halves`] has rounded them. Plain MLA, and EG-MLA with the gate at `latent`, keep latents and attend to them; a step of many tokens makes keys and values of them
+//! A decode step reads every weight once, so memory bandwidth bounds it: at best bytes of the weights over bytes per second.
+//! Matrices are therefore halves in memory where that changes no value, as of every checkpoint in bf16 or f16: widened in
+//! registers, they give the same sums bit by bit. Others are in f32 unless [`Checkpoint::in_halves`] has rounded them. Plain MLA,
+//! and EG-MLA with the gate at `latent`, keep latents and attend to them; a step of many tokens makes keys and values of them
 //! first. With the gate at `up_projected` gated keys and values are kept.
 
 mod gqa;

@@ -37,8 +37,8 @@ fn append(
     let slots = [first_slot + 4, first_slot, 2, first_slot + 6, first_slot + 11];
     let (tokens, cache_rows) = (slots.len() as u32, 11);
     let op = HeadsAppend { tokens, n_head, n_kv_head, head_dim, first_slot, cache_rows, norm, storage };
-    // The rotation's own error in f32 is that of two products and a sum, behind that of a norm's sum. WGSL does not say how pack2x16float rounds: a unit in the
-    // last place of f16 is 2^-10.
+    // The rotation's own error in f32 is that of two products and a sum, behind that of a norm's sum. WGSL does not say how
+    // pack2x16float rounds: a unit in the last place of f16 is 2^-10.
     let exact = norm.map_or(Tolerance::sums(&[2]), |norm| Tolerance::sums(&[norm.used as usize, 2]));
     let tolerance = match storage {
         Storage::F32 => exact,
