@@ -51,14 +51,15 @@ fn tensor(random: &mut Random, name: &str, shape: &[u32]) -> HostTensor {
 }
 
 /// Weights for `config` that keep activations of order 1: matrices of deviation `1/√inner`, norm weights near 1,
-/// biases near 0, gate rows of deviation 1. `kv_a_norm`: whether there is a `kv_a_layernorm`.
+/// biases near 0, gate rows of deviation 1; those of a tied gate are normed. `kv_a_norm`: whether there is a `kv_a_layernorm`.
 ///
 /// # Errors
 /// A configuration that contradicts itself or overflows.
 pub fn attention_weights(config: &AttentionConfig, kv_a_norm: bool, seed: u64) -> Result<AttentionWeights> {
     config.validate()?;
     let mut random = Random::new(seed);
-    AttentionWeights::build(config, kv_a_norm, |name, shape| Ok(tensor(&mut random, name, shape)))
+    let mut make = |name: &str, shape: &[u32]| Ok(tensor(&mut random, name, shape));
+    AttentionWeights::build(config, kv_a_norm, &mut make)?.with_token_embedding(config, &mut make)
 }
 
 /// The same for a layer with keys and values per head.

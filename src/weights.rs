@@ -8,6 +8,9 @@ use crate::error::{Error, Result, TensorError};
 pub use crate::checkpoint::{Checkpoint, LayerNumber, TensorInfo, model_folder};
 pub use gqa::GqaWeights;
 
+/// Name of a model's token embedding, `[vocab, hidden]`.
+pub(crate) const TOKEN_EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// A tensor in host memory, row-major, widened to f32 (exact for f16 and bf16 checkpoints).
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostTensor {
@@ -51,8 +54,9 @@ pub enum QueryWeights {
 /// The gate's own weights. `width` is D at site `up_projected`, `d_latent` at site `latent`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GateWeights {
-    /// `gate_embedding.weight` `[vocab, d_gate]`
-    pub embedding: HostTensor,
+    /// `gate_embedding.weight` `[vocab, d_gate]`; of a tied gate the model's token embedding as it is in the checkpoint,
+    /// `model.embed_tokens.weight` `[vocab, hidden]`, and `None` in the layers of a decoder, which holds it once.
+    pub embedding: Option<HostTensor>,
     /// `gate_b_proj.weight` `[width, d_gate]`
     pub b_proj: HostTensor,
     /// `gate_norm.weight` `[width]`, unless the norm is `none`
@@ -83,11 +87,29 @@ pub struct AttentionWeights {
 }
 
 impl AttentionWeights {
-    /// Takes one layer's weights from a checkpoint; `prefix` as `model.layers.0.self_attn.` or empty.
+    /// Takes one layer's weights from a checkpoint; `prefix` as `model.layers.0.self_attn.` or empty. Those of a tied gate come with
+    /// the model's token embedding, `model.embed_tokens.weight` for that prefix.
     ///
     /// # Errors
-    /// A tensor that is missing, has another shape or type, or is under the prefix without a place in `config`.
+    /// A tensor that is missing, has another shape or type, or is under the prefix without a place in `config`; `DataError::Layer`
+    /// for a tied gate where the checkpoint has no token embedding, or several without a prefix that tells which.
     pub fn load(checkpoint: &Checkpoint<'_>, prefix: &str, config: &AttentionConfig) -> Result<Self> {
+        config.validate()?;
+        let of_model = config.gate.as_ref().filter(|gate| gate.tied);
+        let embedding = of_model.map(|gate| {
+            let shape = [gate.vocab_size, gate.d_gate].map(|extent| extent as usize);
+            checkpoint.take(&checkpoint.token_embedding(prefix)?, &shape)
+        });
+        let embedding = embedding.transpose()?;
+        let mut weights = Self::load_own(checkpoint, prefix, config)?;
+        if let (Some(gate), Some(embedding)) = (&mut weights.gate, embedding) {
+            gate.embedding = Some(embedding);
+        }
+        Ok(weights)
+    }
+
+    /// The same without the token embedding, for layers of a decoder.
+    pub(crate) fn load_own(checkpoint: &Checkpoint<'_>, prefix: &str, config: &AttentionConfig) -> Result<Self> {
         config.validate()?;
         let take = |name: &str, shape: &[u32]| {
             let shape: Vec<usize> = shape.iter().map(|&extent| extent as usize).collect();
@@ -98,7 +120,7 @@ impl AttentionWeights {
         Ok(weights)
     }
 
-    /// Checks weights that were built by hand against a configuration.
+    /// Checks weights that were built by hand against a configuration. A tied gate's may be without the token embedding.
     ///
     /// # Errors
     /// A configuration that contradicts itself; a tensor that is missing, has no place, or has another shape or length.
@@ -108,10 +130,14 @@ impl AttentionWeights {
             let name = "kv_a_layernorm.weight".to_owned();
             return Err(Error::Tensor(TensorError::Missing { name, expected: vec![config.d_latent as usize] }));
         }
-        let expected = Self::build(config, self.kv_a_norm.is_some(), |name, shape| {
+        let make = |name: &str, shape: &[u32]| {
             let shape = shape.iter().map(|&extent| extent as usize).collect();
             Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
-        })?;
+        };
+        let mut expected = Self::build(config, self.kv_a_norm.is_some(), make)?;
+        if self.gate.as_ref().is_some_and(|gate| gate.embedding.is_some()) {
+            expected = expected.with_token_embedding(config, make)?;
+        }
         same_tensors(&self.tensors(), &expected.tensors())
     }
 
@@ -136,7 +162,7 @@ impl AttentionWeights {
             Some(&self.kv_b_proj),
             Some(&self.o_proj),
             self.o_bias.as_ref(),
-            gate.map(|gate| &gate.embedding),
+            gate.and_then(|gate| gate.embedding.as_ref()),
             gate.map(|gate| &gate.b_proj),
             gate.and_then(|gate| gate.norm_weight.as_ref()),
             gate.and_then(|gate| gate.norm_bias.as_ref()),
@@ -149,7 +175,7 @@ impl AttentionWeights {
         self.tensors().map(|tensor| tensor.cloned()).into_iter().flatten()
     }
 
-    /// The one list of names and shapes: calls `make(name, shape)` for each tensor of `config`.
+    /// The one list of names and shapes: calls `make(name, shape)` for each tensor of `config` that the layer has of its own.
     pub(crate) fn build(
         config: &AttentionConfig,
         kv_a_norm: bool,
@@ -180,7 +206,10 @@ impl AttentionWeights {
             gate: match &config.gate {
                 None => None,
                 Some(gate) => Some(GateWeights {
-                    embedding: make("gate_embedding.weight", &[gate.vocab_size, gate.d_gate])?,
+                    embedding: match gate.tied {
+                        true => None,
+                        false => Some(make("gate_embedding.weight", &[gate.vocab_size, gate.d_gate])?),
+                    },
                     b_proj: make("gate_b_proj.weight", &[width, gate.d_gate])?,
                     norm_weight: match gate.norm {
                         GateNorm::None => None,
@@ -194,13 +223,27 @@ impl AttentionWeights {
             },
         })
     }
+
+    /// The same with the model's token embedding, where a tied gate reads it.
+    pub(crate) fn with_token_embedding(
+        mut self,
+        config: &AttentionConfig,
+        mut make: impl FnMut(&str, &[u32]) -> Result<HostTensor>,
+    ) -> Result<Self> {
+        if let (Some(gate), Some(of)) = (&mut self.gate, &config.gate)
+            && of.tied
+        {
+            gate.embedding = Some(make(TOKEN_EMBEDDING, &[of.vocab_size, of.d_gate])?);
+        }
+        Ok(self)
+    }
 }
 
 /// Compares the tensors of a layer, those that it may have in one order, with what they must be.
 ///
 /// # Errors
 /// A tensor that is missing, has no place, or has another shape or length.
-fn same_tensors(found: &[Option<&HostTensor>], expected: &[Option<&HostTensor>]) -> Result<()> {
+pub(crate) fn same_tensors(found: &[Option<&HostTensor>], expected: &[Option<&HostTensor>]) -> Result<()> {
     for (found, expected) in found.iter().zip(expected) {
         match (found, expected) {
             (None, None) => {}

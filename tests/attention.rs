@@ -868,7 +868,7 @@ fn a_weight_that_is_not_a_number_shows_in_the_output() {
             let mut weights = attention_weights(&config, false, 1).unwrap();
             match broken {
                 "kv_a_proj" => weights.kv_a_proj.data[3] = f32::NAN,
-                _ => weights.gate.as_mut().unwrap().embedding.data.fill(f32::NAN),
+                _ => weights.gate.as_mut().unwrap().embedding.as_mut().unwrap().data.fill(f32::NAN),
             }
             let attention = Attention::new(&gpu.kernels, &config, &weights, stored(storage)).unwrap();
             let options = CacheOptions { capacity: 4, storage, ..CacheOptions::default() };
@@ -1052,7 +1052,7 @@ fn a_tensor_over_one_binding_is_refused_when_the_layer_is_made() {
     let mut config = gated(GateSite::UpProjected);
     let mut weights = attention_weights(&config, true, 1).unwrap();
     config.gate.as_mut().unwrap().vocab_size = rows;
-    let embedding = &mut weights.gate.as_mut().unwrap().embedding;
+    let embedding = weights.gate.as_mut().unwrap().embedding.as_mut().unwrap();
     embedding.shape = vec![rows as usize, width];
     embedding.data = vec![0.0; rows as usize * width];
     let error = Attention::new(&gpu.kernels, &config, &weights, stored(Storage::F32)).unwrap_err();

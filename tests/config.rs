@@ -66,6 +66,43 @@ fn config_defaults() {
 }
 
 #[test]
+fn a_tied_gate_has_the_models_sizes() {
+    let tied = |gate: serde_json::Value| serde_json::json!({"vocab_size": 100, "embedding_gate": gate});
+    let short = parse(tied(serde_json::json!({"tied": true})));
+    let gate = short.gate.clone().unwrap();
+    assert_eq!((gate.tied, gate.vocab_size, gate.d_gate), (true, 100, 64));
+    // Written out, they are the same.
+    for gate in [
+        serde_json::json!({"tied": true, "embed_dim": 64, "vocab_size": 100}),
+        serde_json::json!({"tied": true, "embed_dim": null, "vocab_size": null}),
+    ] {
+        assert_eq!(parse(tied(gate)), short);
+    }
+    let alone = serde_json::json!({"embedding_gate": {"tied": true, "vocab_size": 100}});
+    assert_eq!(parse(alone), short);
+    // No table: only the projection of 4 · 16 keys and values, and γ and β.
+    let plain = parse(serde_json::json!({}));
+    assert_eq!(short.parameters() - plain.parameters(), 64 * 64 + 2 * 64);
+
+    for (key, changes) in [
+        (
+            "embedding_gate.embed_dim`: is 7, but a tied gate reads token embeddings, whose width hidden_size is 64",
+            tied(serde_json::json!({"tied": true, "embed_dim": 7})),
+        ),
+        (
+            "embedding_gate.vocab_size`: is 99, but vocab_size is 100",
+            tied(serde_json::json!({"tied": true, "vocab_size": 99})),
+        ),
+        ("`vocab_size`: is missing", serde_json::json!({"embedding_gate": {"tied": true}})),
+        ("embedding_gate.tied", tied(serde_json::json!({"tied": "yes"}))),
+        // A gate with a table has no sizes but its own.
+        ("embed_dim", tied(serde_json::json!({"vocab_size": 100}))),
+    ] {
+        refused(key, changes);
+    }
+}
+
+#[test]
 fn config_spellings_of_rope_scaling() {
     let object = serde_json::json!({
         "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,

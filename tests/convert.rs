@@ -504,7 +504,7 @@ fn a_layer_with_offset_gates_is_that_of_an_independent_fit() {
     let made = layer.weights();
     let (down, up) = (made.kv_a_proj.to_f64(), made.kv_b_proj.to_f64());
     let (bias, gate) = (made.kv_a_bias.unwrap().to_f64(), made.gate.unwrap());
-    let (table, projection) = (gate.embedding.to_f64(), gate.b_proj.to_f64());
+    let (table, projection) = (gate.embedding.unwrap().to_f64(), gate.b_proj.to_f64());
     let offset = of("offset");
     for (chosen, wanted) in rows("chosen").iter().zip(rows("keys_and_values")) {
         let (token, id) = (chosen[0] as usize, chosen[1] as usize);

@@ -6,11 +6,12 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use egmla::attention::{CacheOptions, DecodePath, Mode, StepTokens};
-use egmla::config::DecoderConfig;
+use egmla::attention::{Attention, CacheOptions, DecodePath, Mode, StepTokens, TiedEmbedding};
+use egmla::check::capture::{Action, Capture};
+use egmla::config::{DecoderAttention, DecoderConfig};
 use egmla::decoder::{
-    CpuDecoder, Decoder, DecoderWeights, Logits, ModelFolder, TextStream, TextTokenizer, Windows, argmax,
-    scored_characters,
+    CpuDecoder, Decoder, DecoderAttentionWeights, DecoderWeights, Logits, ModelFolder, NativeDecoder, TextStream,
+    TextTokenizer, Windows, argmax, scored_characters,
 };
 use egmla::error::{ArgumentError, DataError, TensorError};
 use egmla::readback;
@@ -29,6 +30,12 @@ enum Gate {
     None,
     UpProjected,
     Latent,
+    /// At `up_projected`, by the token embedding.
+    Tied,
+}
+
+impl Gate {
+    const ALL: [Gate; 4] = [Gate::None, Gate::UpProjected, Gate::Latent, Gate::Tied];
 }
 
 /// Odd sizes throughout.
@@ -42,6 +49,7 @@ fn config(gate: Gate) -> Value {
         "tie_word_embeddings": gate == Gate::UpProjected,
         "embedding_gate": match gate {
             Gate::None => Value::Null,
+            Gate::Tied => json!({"tied": true, "activation": "one_plus"}),
             _ => json!({"vocab_size": VOCAB, "embed_dim": 5, "site": site}),
         },
     })
@@ -89,8 +97,11 @@ fn tensors(gate: Gate) -> Vec<Tensor> {
         layer("self_attn.o_proj.weight", &[hidden, heads * value]);
         if gate != Gate::None {
             let width = if gate == Gate::Latent { latent } else { heads * (nope + value) };
-            layer("self_attn.gate_embedding.weight", &[VOCAB, 5]);
-            layer("self_attn.gate_b_proj.weight", &[width, 5]);
+            let row = if gate == Gate::Tied { hidden } else { 5 };
+            if gate != Gate::Tied {
+                layer("self_attn.gate_embedding.weight", &[VOCAB, row]);
+            }
+            layer("self_attn.gate_b_proj.weight", &[width, row]);
             layer("self_attn.gate_norm.weight", &[width]);
             layer("self_attn.gate_norm.bias", &[width]);
         }
@@ -160,7 +171,7 @@ fn assert_says(message: &str, parts: &[&str]) {
 
 #[test]
 fn a_whole_folder_is_read() {
-    for gate in [Gate::None, Gate::UpProjected, Gate::Latent] {
+    for gate in Gate::ALL {
         let dir = folder(gate);
         let folder = ModelFolder::open(dir.path()).unwrap();
         let weights = folder.weights().unwrap();
@@ -293,7 +304,7 @@ fn error<A: Copy + Into<f64>>(a: &[A], b: &[f64]) -> f64 {
 
 #[test]
 fn the_cpu_form_gives_the_same_whole_and_step_by_step() {
-    for gate in [Gate::None, Gate::UpProjected, Gate::Latent] {
+    for gate in Gate::ALL {
         let dir = folder(gate);
         let (config, weights) = load(dir.path());
         let decoder = CpuDecoder::new(&config, &weights).unwrap();
@@ -359,7 +370,7 @@ fn step(
 #[test]
 fn the_device_gives_what_the_cpu_gives() {
     let gpu = common::gpu();
-    for gate in [Gate::None, Gate::UpProjected, Gate::Latent] {
+    for gate in Gate::ALL {
         let dir = folder(gate);
         let (config, weights) = load(dir.path());
         let expected_of = |ids: &[u32]| {
@@ -470,6 +481,97 @@ fn what_a_step_cannot_do_leaves_recording_and_cache_as_they_were() {
     assert!(refused.is_err(), "a cache of another model");
     assert_eq!(recording.dispatches(), 0);
     gpu.assert_no_errors();
+}
+
+/// The buffers of the gates' embeddings that a decode step reads, layer by layer, by their index.
+fn gate_embeddings(gpu: &common::Gpu, gate: Gate) -> Vec<usize> {
+    let dir = folder(gate);
+    let (config, weights) = load(dir.path());
+    let decoder = Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).unwrap();
+    let mut cache = decoder.cache(CacheOptions { capacity: 8, ..CacheOptions::default() }).unwrap();
+    cache.set_decode_path(DecodePath::Absorbed);
+    let state = decoder.state(&cache, false).unwrap();
+    let mut recording = Recording::new(&gpu.kernels);
+    let new = new(Mode::Decode, &[1], &[7]);
+    decoder.advance(&mut recording, &mut cache, &state, new, Logits::None).unwrap();
+    let capture = Capture::new(&gpu.kernels, gpu.kernels.context().clone());
+    capture.submit(&mut recording).unwrap();
+    let of_gates = |action| match action {
+        Action::Dispatch { kernel: "gather" | "gate_project", bindings, .. } => {
+            bindings.iter().find(|binding| binding.binding == 1).map(|binding| binding.buffer)
+        }
+        _ => None,
+    };
+    // The first is the lookup of the token itself.
+    capture.take_actions().into_iter().filter_map(of_gates).skip(1).collect()
+}
+
+#[test]
+fn layers_with_tied_gates_share_one_embedding_on_the_device() {
+    let gpu = common::gpu();
+    let [first, second] = gate_embeddings(&gpu, Gate::Tied)[..] else { panic!("two layers") };
+    assert_eq!(first, second);
+    // Control: tables are each layer's own.
+    let [first, second] = gate_embeddings(&gpu, Gate::UpProjected)[..] else { panic!("two layers") };
+    assert_ne!(first, second);
+    gpu.assert_no_errors();
+}
+
+#[test]
+fn a_tied_embedding_is_the_models_alone_and_of_its_own_layers() {
+    let gpu = common::gpu();
+    let dir = folder(Gate::Tied);
+    let (config, mut weights) = load(dir.path());
+    let DecoderAttention::Latent(of_layer) = &config.attention else { panic!("latents") };
+    let DecoderAttentionWeights::Latent(layer) = &weights.layers[1].attention else { panic!("latents") };
+    let kernels = &gpu.kernels;
+    let embedding = TiedEmbedding::new(kernels, of_layer, &weights.embedding, Storage::F32).unwrap();
+    assert_eq!(embedding.bytes(), VOCAB as u64 * 32 * 4, "rows of 30 elements, padded to 32");
+    let with = |config: &_, storage| {
+        Attention::with_tied_embedding(kernels, config, layer, &embedding, common::stored(storage)).map(drop)
+    };
+    with(of_layer, Storage::F32).unwrap();
+    let message = with(of_layer, Storage::F16).unwrap_err().to_string();
+    assert_says(&message, &["does not fit the tied embedding of 256 rows of 30 in f32"]);
+    let mut smaller = of_layer.clone();
+    smaller.gate.as_mut().unwrap().vocab_size = 255;
+    assert!(with(&smaller, Storage::F32).is_err());
+    // A layer by itself has none to read.
+    let missing = Attention::new(kernels, of_layer, layer, common::stored(Storage::F32)).unwrap_err().to_string();
+    assert_says(&missing, &["model.embed_tokens.weight", "missing", "[256, 30]"]);
+    let other = folder(Gate::UpProjected);
+    let DecoderAttention::Latent(with_table) = load(other.path()).0.attention else { panic!("latents") };
+    assert!(TiedEmbedding::new(kernels, &with_table, &weights.embedding, Storage::F32).is_err());
+
+    // A layer with one of its own would not read the model's.
+    let own = weights.embedding.clone();
+    let DecoderAttentionWeights::Latent(layer) = &mut weights.layers[1].attention else { panic!("latents") };
+    layer.gate.as_mut().unwrap().embedding = Some(own);
+    let options = common::stored(Storage::F32);
+    for refused in [
+        Decoder::new(kernels, &config, &weights, options).map(drop),
+        CpuDecoder::new(&config, &weights).map(drop),
+        NativeDecoder::new(&config, weights.clone()).map(drop),
+    ] {
+        assert_says(&refused.unwrap_err().to_string(), &["model.embed_tokens.weight", "not expected"]);
+    }
+    gpu.assert_no_errors();
+}
+
+#[test]
+fn a_tied_embedding_over_a_binding_is_refused() {
+    // 256 rows of 32 floats.
+    let limits = egmla::wgpu::Limits { max_storage_buffer_binding_size: 16 << 10, ..Default::default() };
+    let gpu = common::gpu_with(limits);
+    let new = |gate| {
+        let dir = folder(gate);
+        let (config, weights) = load(dir.path());
+        Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).map(drop)
+    };
+    let refused = new(Gate::Tied).unwrap_err();
+    assert_says(&refused.to_string(), &["model.embed_tokens.weight", "32768", "16384"]);
+    // The embedding itself, without a tied gate, is cut.
+    new(Gate::UpProjected).unwrap();
 }
 
 #[test]

@@ -166,6 +166,7 @@ fn config(site: Option<GateSite>) -> AttentionConfig {
         gate: site.map(|site| GateConfig {
             vocab_size: 11,
             d_gate: 7,
+            tied: false,
             site,
             activation: Activation::Silu,
             norm: GateNorm::LayerNorm,

@@ -116,6 +116,7 @@ fn config(vocab_size: u32, d_gate: u32) -> AttentionConfig {
         gate: Some(GateConfig {
             vocab_size,
             d_gate,
+            tied: false,
             site: GateSite::UpProjected,
             activation: Activation::OnePlus,
             norm: GateNorm::LayerNorm,
@@ -140,6 +141,14 @@ fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
     // The gate's embedding comes last: 5 floats a row, padded to 8.
     let wide = config(1025, 5);
     let wide_weights = attention_weights(&wide, true, 1).unwrap();
+    // A token embedding of 24 floats a row.
+    let tied = |vocab_size| {
+        let mut tied = config(vocab_size, 24);
+        tied.gate.iter_mut().for_each(|gate| gate.tied = true);
+        let weights = attention_weights(&tied, true, 1).unwrap();
+        (tied, weights)
+    };
+    let (long, fitting) = (tied(342), tied(341));
     // Keys and values of three heads, 16 floats a row: one kernel takes them whole.
     let tall = AttentionConfig { d_value: 200, ..config(4, 1) };
     let tall_weights = attention_weights(&tall, true, 1).unwrap();
@@ -148,12 +157,17 @@ fn weights_over_a_binding_are_refused_before_any_is_uploaded() {
             let found =
                 refused(&gpu, "embedding", || Attention::new(&gpu.kernels, &wide, &wide_weights, stored(Storage::F32)));
             assert_eq!(found, (1025 * 32, BINDING));
+            let found = refused(&gpu, "tensor `model.embed_tokens.weight`", || {
+                Attention::new(&gpu.kernels, &long.0, &long.1, stored(Storage::F32))
+            });
+            assert_eq!(found, (342 * 96, BINDING));
             let found =
                 refused(&gpu, "kv_b_proj", || Attention::new(&gpu.kernels, &tall, &tall_weights, stored(Storage::F32)));
             assert_eq!(found, (3 * 208 * 64, BINDING));
         };
         refusals();
         Attention::new(&gpu.kernels, &wide, &wide_weights, stored(Storage::F16)).unwrap();
+        Attention::new(&gpu.kernels, &fitting.0, &fitting.1, stored(Storage::F32)).unwrap();
         lose(&gpu);
         refusals();
     }

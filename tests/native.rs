@@ -43,9 +43,12 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
     let mut below = |least: u32, most: u32| least + (random.unit() * f64::from(most - least + 1)) as u32;
     let d_rope = 2 * below(0, 5);
     let site = gate;
+    let hidden_size = below(5, 70);
+    let tied = below(0, 2) == 0;
     let gate = site.map(|site| GateConfig {
         vocab_size: VOCAB,
-        d_gate: below(1, 9),
+        d_gate: if tied { hidden_size } else { below(1, 9) },
+        tied,
         site,
         activation: Activation::ALL[below(0, 4) as usize],
         norm: GateNorm::ALL[below(0, 2) as usize],
@@ -66,7 +69,7 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
         },
     };
     AttentionConfig {
-        hidden_size: below(5, 70),
+        hidden_size,
         n_head: below(1, 9),
         d_latent: below(1, 40),
         d_q_latent: (below(0, 1) == 1).then(|| below(2, 20)),
@@ -129,7 +132,7 @@ fn matrices(weights: &mut AttentionWeights) -> Vec<&mut HostTensor> {
         QueryWeights::Full { proj } => matrices.push(proj),
         QueryWeights::LowRank { a_proj, b_proj, .. } => matrices.extend([a_proj, b_proj]),
     }
-    matrices.extend(weights.gate.iter_mut().flat_map(|gate| [&mut gate.embedding, &mut gate.b_proj]));
+    matrices.extend(weights.gate.iter_mut().flat_map(|gate| gate.embedding.iter_mut().chain([&mut gate.b_proj])));
     matrices
 }
 
@@ -218,7 +221,14 @@ fn decoder(random: &mut Random, attention: DecoderAttention) -> (DecoderConfig, 
         input_norm: tensor(&[hidden]),
         attention: match &config.attention {
             DecoderAttention::Latent(config) => {
-                DecoderAttentionWeights::Latent(attention_weights(config, true, layer.into()).unwrap())
+                let mut weights = attention_weights(config, true, layer.into()).unwrap();
+                // The model has it once.
+                weights
+                    .gate
+                    .iter_mut()
+                    .filter(|_| config.gate.as_ref().unwrap().tied)
+                    .for_each(|gate| gate.embedding = None);
+                DecoderAttentionWeights::Latent(weights)
             }
             DecoderAttention::Heads(config) => {
                 DecoderAttentionWeights::Heads(gqa_weights(config, layer.into()).unwrap())
@@ -315,7 +325,8 @@ fn threads_change_nothing_but_the_order_of_sums() {
 fn later_tokens_do_not_reach_earlier_ones() {
     let mut random = Random::new(4);
     for gate in KINDS {
-        let config = AttentionConfig { hidden_size: 12, ..drawn(&mut random, gate) };
+        let mut config = AttentionConfig { hidden_size: 12, ..drawn(&mut random, gate) };
+        config.gate.iter_mut().filter(|gate| gate.tied).for_each(|gate| gate.d_gate = 12);
         let layer = NativeLayer::new(&config, attention_weights(&config, true, 4).unwrap());
         let mut hidden = random.values(90 * 12, 1.0);
         let ids = random.ids(90, VOCAB);

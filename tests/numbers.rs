@@ -52,6 +52,7 @@ fn shape(gate: Option<(GateSite, Activation, GateNorm)>, storage: Storage) -> Sh
         gate: gate.map(|(site, activation, norm)| GateConfig {
             vocab_size: 17,
             d_gate: 5,
+            tied: false,
             site,
             activation,
             norm,

@@ -99,6 +99,7 @@ fn histories(seed: u64, gate: Option<(GateSite, Activation, GateNorm)>) -> Vec<L
         let gate = gate.map(|(site, activation, norm)| GateConfig {
             vocab_size: 23,
             d_gate: 5,
+            tied: false,
             site,
             activation,
             norm,
@@ -247,7 +248,7 @@ fn an_id_changes_its_token_and_those_that_see_it() {
         let before = outputs(&gpu, &case, unchanged);
         for token in [0, 9, 17] {
             let after = outputs(&gpu, &case, |_, weights| {
-                weights.gate.as_mut().unwrap().embedding.data[token * 5..][..5]
+                weights.gate.as_mut().unwrap().embedding.as_mut().unwrap().data[token * 5..][..5]
                     .copy_from_slice(&[3.0, -2.0, 1.0, 2.0, -3.0]);
             });
             assert_eq!(before[..token * width], after[..token * width], "{}", case.to_json());
@@ -255,7 +256,7 @@ fn an_id_changes_its_token_and_those_that_see_it() {
         }
         // An id that no token has changes nothing.
         let other = outputs(&gpu, &case, |_, weights| {
-            weights.gate.as_mut().unwrap().embedding.data[22 * 5..].fill(7.0);
+            weights.gate.as_mut().unwrap().embedding.as_mut().unwrap().data[22 * 5..].fill(7.0);
         });
         assert_eq!(before, other);
     }
@@ -268,7 +269,7 @@ fn ids_and_the_rows_of_their_table_may_change_places() {
         for case in histories(16, Some((site, Activation::OnePlus, GateNorm::RmsNorm))) {
             let case = LayerCase { ids: Ids::Distinct, ..case };
             let turned = |_: &mut AttentionConfig, weights: &mut AttentionWeights| {
-                let table = &mut weights.gate.as_mut().unwrap().embedding.data;
+                let table = &mut weights.gate.as_mut().unwrap().embedding.as_mut().unwrap().data;
                 *table = table.chunks(5).rev().flatten().copied().collect();
             };
             let expected = outputs(&gpu, &case, unchanged);

@@ -38,7 +38,7 @@ fn mla() -> AttentionConfig {
 }
 
 fn egmla(site: GateSite, activation: Activation, norm: GateNorm) -> AttentionConfig {
-    let gate = GateConfig { vocab_size: VOCAB, d_gate: 7, site, activation, norm, norm_eps: 1e-5 };
+    let gate = GateConfig { vocab_size: VOCAB, d_gate: 7, tied: false, site, activation, norm, norm_eps: 1e-5 };
     AttentionConfig { gate: Some(gate), ..mla() }
 }
 
@@ -110,6 +110,34 @@ fn permute_rows(tensor: &mut HostTensor, order: &[usize]) {
 /// The blocks of `width` rows of each head, for heads in another order.
 fn head_rows(order: &[usize], width: usize) -> Vec<usize> {
     order.iter().flat_map(|head| head * width..(head + 1) * width).collect()
+}
+
+/// Rows of ±a with a² = 0.5625e-6: the eps of 1e-6 makes ±0.6 of them, not ±1.
+#[test]
+fn a_tied_gate_reads_token_embeddings_over_their_root_mean_square() {
+    for site in [GateSite::UpProjected, GateSite::Latent] {
+        let table = egmla(site, Activation::Silu, GateNorm::None);
+        let wide = GateConfig { d_gate: table.hidden_size, ..table.gate.clone().unwrap() };
+        let table = AttentionConfig { gate: Some(wide.clone()), ..table };
+        let tied = AttentionConfig { gate: Some(GateConfig { tied: true, ..wide }), ..table.clone() };
+        let (hidden, ids) = (hidden(&table, 9), ids(9));
+        let weights = attention_weights(&tied, true, 4).unwrap();
+        let embedding = weights.gate.as_ref().unwrap().embedding.as_ref().unwrap();
+        assert_eq!((&*embedding.name, &embedding.shape[..]), ("model.embed_tokens.weight", &[VOCAB as usize, 23][..]));
+        let of_size = |size: f32| {
+            let mut weights = weights.clone();
+            let embedding = weights.gate.as_mut().unwrap().embedding.as_mut().unwrap();
+            embedding.data.iter_mut().for_each(|value| *value = size.copysign(*value));
+            weights
+        };
+        let mut as_table = of_size(0.6);
+        as_table.gate.as_mut().unwrap().embedding.as_mut().unwrap().name = "gate_embedding.weight".to_owned();
+        let found = run(&Layer::new(tied.clone(), &of_size(0.75e-3)), &hidden, &ids);
+        let expected = run(&Layer::new(table, &as_table), &hidden, &ids);
+        // Both sizes are rounded to f32, by 2⁻²⁴ of them at most; silu and the product pass on twice that, the softmax less.
+        assert!(distance(&found, &expected) < 8.0 * 2f64.powi(-24), "{:e}", distance(&found, &expected));
+        assert_far(&run(&Layer::new(tied, &of_size(0.75)), &hidden, &ids), &expected);
+    }
 }
 
 // -------------------------------------------------------------------------------------- values computed by hand
@@ -438,7 +466,7 @@ fn latents_are_what_forward_used() {
     // k and v from c, g, μ and ρ alone.
     let gates = weights.gate.as_ref().unwrap();
     let d_kv = config.d_kv() as usize;
-    let e = gather(&gates.embedding.to_f64(), 7, &ids);
+    let e = gather(&gates.embedding.as_ref().unwrap().to_f64(), 7, &ids);
     let g = matmul(&e, &gates.b_proj.to_f64(), None, 6, 7, d_kv);
     let kv = matmul(&latents.latent, &weights.kv_b_proj.to_f64(), None, 6, 10, d_kv);
     let (gamma, beta) = (gates.norm_weight.as_ref().unwrap().to_f64(), gates.norm_bias.as_ref().unwrap().to_f64());
@@ -503,7 +531,7 @@ fn permuting_table_and_ids_changes_nothing() {
         // Row i moves to row (i + 4) mod 11.
         let moved: Vec<u32> = ids.iter().map(|id| (id + 4) % VOCAB).collect();
         let order: Vec<usize> = (0..11).map(|i| (i + 7) % 11).collect();
-        permute_rows(&mut weights.gate.as_mut().unwrap().embedding, &order);
+        permute_rows(weights.gate.as_mut().unwrap().embedding.as_mut().unwrap(), &order);
         let after = Layer::new(config, &weights);
         let expected = run(&before, &hidden, &ids);
         assert_close(&run(&after, &hidden, &moved), &expected);

@@ -37,6 +37,7 @@ impl Model {
         let gate = GateConfig {
             vocab_size: 500,
             d_gate: 8,
+            tied: false,
             site: GateSite::UpProjected,
             activation: Activation::Sigmoid,
             norm: GateNorm::LayerNorm,
@@ -173,7 +174,7 @@ fn every_dispatch_of_a_layer_is_counted() {
     let gpu = common::gpu();
     let gate = |site, norm| {
         let (activation, norm_eps) = (Activation::Sigmoid, 1e-5);
-        Some(GateConfig { vocab_size: 50, d_gate: 8, site, activation, norm, norm_eps })
+        Some(GateConfig { vocab_size: 50, d_gate: 8, tied: false, site, activation, norm, norm_eps })
     };
     // A gate at `latent` projects the new tokens' gate rows in every layer.
     let shared = |gate: Option<&GateConfig>, name: &str| match name {

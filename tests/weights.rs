@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use egmla::Result;
-use egmla::config::{AttentionConfig, DecoderConfig, weight_block_size};
+use egmla::config::{Activation, AttentionConfig, DecoderConfig, GateConfig, GateNorm, GateSite, weight_block_size};
 use egmla::weights::{AttentionWeights, Checkpoint, HostTensor};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -258,6 +258,56 @@ fn layers_are_found_by_any_usual_prefix() {
     let checkpoint = Checkpoint::new(&bytes).unwrap();
     refused(checkpoint.attention_prefix("0".parse().unwrap()), &["there are no layers"]);
     assert_eq!(checkpoint.only_attention_prefix().unwrap(), "");
+}
+
+#[test]
+fn the_token_embedding_of_a_tied_gate_is_that_of_the_layers_model() {
+    let tied = AttentionConfig {
+        gate: Some(GateConfig {
+            vocab_size: 5,
+            d_gate: 8,
+            tied: true,
+            site: GateSite::UpProjected,
+            activation: Activation::OnePlus,
+            norm: GateNorm::None,
+            norm_eps: 1e-5,
+        }),
+        ..config()
+    };
+    let with = |prefix: &str, more: &[(&str, [usize; 2])]| {
+        let mut tensors = layers(&[prefix]);
+        tensors.insert(format!("{prefix}gate_b_proj.weight"), f32s(&[14, 8], wave));
+        tensors.extend(more.iter().map(|(name, shape)| ((*name).to_owned(), f32s(shape, |i| wave(i + name.len())))));
+        let bytes = file(&tensors);
+        AttentionWeights::load(&Checkpoint::new(&bytes).unwrap(), prefix, &tied)
+    };
+    for (prefix, name) in [
+        ("model.layers.3.self_attn.", "model.embed_tokens.weight"),
+        ("language_model.model.layers.0.self_attn.1.", "language_model.model.embed_tokens.weight"),
+        ("layers.12.self_attn.", "embed_tokens.weight"),
+        // Without layers, the only one.
+        ("", "embed_tokens.weight"),
+        ("self_attn.", "model.embed_tokens.weight"),
+    ] {
+        // Another model's is not taken for it.
+        let other = ("vision.embed_tokens.weight", [5, 8]);
+        let more = if prefix.contains("layers.") { vec![(name, [5, 8]), other] } else { vec![(name, [5, 8])] };
+        let embedding = with(prefix, &more).unwrap().gate.unwrap().embedding.unwrap();
+        assert_eq!((&*embedding.name, embedding.data[0]), (name, wave(name.len())), "{prefix}");
+        refused(with(prefix, &[(name, [4, 8])]), &[name, "has shape [4, 8], expected [5, 8]"]);
+        // A table beside it would be ignored.
+        let table = format!("{prefix}gate_embedding.weight");
+        let more = [(name, [5, 8]), (&*table, [5, 8])];
+        refused(with(prefix, &more), &[&table, "is not expected"]);
+    }
+    let of_other = [("vision.embed_tokens.weight", [5, 8])];
+    refused(
+        with("model.layers.3.self_attn.", &of_other),
+        &["the gate is tied to the token embedding, and `model.embed_tokens.weight` is not there"],
+    );
+    refused(with("self_attn.", &[]), &["no tensor is named embed_tokens.weight", "--model", "--layer"]);
+    let several = [("a.embed_tokens.weight", [5, 8]), ("b.embed_tokens.weight", [5, 8])];
+    refused(with("self_attn.", &several), &["there are 2, from `a.embed_tokens.weight` to `b.embed_tokens.weight`"]);
 }
 
 /// The value of an e4m3 code, by its definition.

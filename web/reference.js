@@ -96,6 +96,7 @@ export class Reference {
       config.tie_word_embeddings &&
       config.hidden_act === "silu" &&
       gate?.site === "up_projected" &&
+      !gate.tied &&
       gate.activation === "identity" &&
       gate.norm === "layer_norm";
     if (!isKnown) throw new Error("this page's reference knows the layer of models/shakespeare only");

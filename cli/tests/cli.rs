@@ -334,6 +334,75 @@ fn wrong_weights_are_named() {
     ]);
 }
 
+/// A layer whose gate reads the token embedding: beside the layer's weights, or in the model's folder.
+#[test]
+fn a_layer_with_a_tied_gate_reads_its_models_embedding() {
+    let tied = || {
+        Job::new().with(|job| {
+            job.config["vocab_size"] = json!(5);
+            job.config["embedding_gate"] = json!({"tied": true, "activation": "one_plus"});
+            job.weights.remove("gate_embedding.weight");
+            let own = |index: usize| (index % 5) as f32 * 0.3 - 0.5;
+            job.weights.insert("gate_b_proj.weight".to_owned(), Tensor::f32(&[14, 8], own));
+        })
+    };
+    let row = |index: usize| ((index * 5 + 2) % 7) as f32 * 0.2 - 0.7;
+    let embedding = Tensor::f32(&[5, 8], row);
+    tied().refused(&["w.safetensors: ", "the gate is tied", "embed_tokens.weight", "--model", "--layer"]);
+    let stale = ("gate_embedding.weight".to_owned(), embedding.clone());
+    let named = ("embed_tokens.weight".to_owned(), embedding.clone());
+    tied()
+        .with(|job| job.weights.extend([named.clone(), stale]))
+        .refused(&["w.safetensors: ", "`gate_embedding.weight` is not expected"]);
+    tied()
+        .with(|job| {
+            job.config["embedding_gate"]["embed_dim"] = json!(3);
+            job.weights.extend([named.clone()]);
+        })
+        .refused(&["c.json", "embedding_gate.embed_dim", "is 3", "hidden_size is 8"]);
+
+    let job = tied().with(|job| job.weights.extend([named])).prepare();
+    job.run().done();
+    let beside = read_hidden(&job.path("y")).1;
+    // The same values as a table of normed rows.
+    let normed = |index: usize| {
+        let squares: f32 = (0..8).map(|at| row(index / 8 * 8 + at).powi(2)).sum();
+        row(index) / (squares / 8.0 + 1e-6).sqrt()
+    };
+    let as_table = tied().with(|job| {
+        job.config["embedding_gate"] = json!({"vocab_size": 5, "embed_dim": 8, "activation": "one_plus"});
+        job.weights.insert("gate_embedding.weight".to_owned(), Tensor::f32(&[5, 8], normed));
+    });
+    let as_table = as_table.prepare();
+    as_table.run().done();
+    let expected = read_hidden(&as_table.path("y")).1;
+    assert!(beside.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{beside:?}, not {expected:?}");
+
+    let model = tied().prepare();
+    let folder = model.path("model");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("config.json"), model.config.to_string()).unwrap();
+    let of_layer = |(name, tensor): (&String, &Tensor)| (format!("lm.layers.2.self_attn.{name}"), tensor.clone());
+    let mut weights: Tensors = model.weights.iter().map(of_layer).collect();
+    let model = model.with(|job| {
+        let options = ["--model", folder.to_str().unwrap(), "--layer", "2", "--adapter", "cpu"];
+        job.options = options.map(OsString::from).to_vec();
+    });
+    let run = |weights: &Tensors| {
+        write_tensors(&folder.join("model.safetensors"), weights);
+        let mut arguments = vec![OsString::from("attend")];
+        for (option, name) in [("--input", "x.safetensors"), ("--output", "y")] {
+            arguments.extend([option.into(), model.path(name).into()]);
+        }
+        arguments.extend(model.options.iter().cloned());
+        finish(command(&arguments))
+    };
+    run(&weights).refused(2, &["model.safetensors: ", "the gate is tied", "`lm.embed_tokens.weight` is not there"]);
+    weights.insert("lm.embed_tokens.weight".to_owned(), embedding);
+    run(&weights).done();
+    assert_eq!(read_hidden(&model.path("y")).1, beside);
+}
+
 #[test]
 fn broken_files_are_named() {
     for name in ["c.json", "w.safetensors", "x.safetensors"] {

@@ -68,9 +68,11 @@ fn config(u: &mut Unstructured<'_>, small: bool) -> Result<AttentionConfig> {
     let (hidden_size, n_head, d_latent) = (width(16)?, width(5)?, width(20)?);
     let (d_nope, d_rope, d_value) = (width(12)?, width(6)?, width(12)?);
     let (rank, vocab_size, d_gate) = (width(8)?, width(20)?, width(8)?);
+    let tied = u.arbitrary()?;
     let gate = GateConfig {
         vocab_size,
-        d_gate,
+        d_gate: if tied { hidden_size } else { d_gate },
+        tied,
         site: if u.arbitrary()? { GateSite::UpProjected } else { GateSite::Latent },
         activation: activation(u)?,
         norm: norm(u)?,

@@ -84,12 +84,13 @@ fn layer(u: &mut Unstructured<'_>, context: &PlanContext) -> Result<()> {
     let gate = GateConfig {
         vocab_size: number(u)?,
         d_gate: number(u)?,
+        tied: u.arbitrary()?,
         site: if u.arbitrary()? { GateSite::UpProjected } else { GateSite::Latent },
         activation: activation(u)?,
         norm: norm(u)?,
         norm_eps: 1e-5,
     };
-    let config = AttentionConfig {
+    let mut config = AttentionConfig {
         hidden_size: number(u)?,
         n_head: number(u)?,
         d_latent: number(u)?,
@@ -101,6 +102,9 @@ fn layer(u: &mut Unstructured<'_>, context: &PlanContext) -> Result<()> {
         gate: u.arbitrary::<bool>()?.then_some(gate),
         ..AttentionConfig::default()
     };
+    // Any other width is refused.
+    let tied = config.gate.iter_mut().filter(|gate| gate.tied);
+    tied.for_each(|gate| gate.d_gate = config.hidden_size);
     let _ = cost::cache_table(number(u)?, number(u)?, number(u)?, number(u)?, &[number(u)?]);
     if config.validate().is_err() {
         return Ok(());

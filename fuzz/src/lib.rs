@@ -91,7 +91,7 @@ pub fn tensors_file(data: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Layers to read files for: MLA, EG-MLA with the gate at either site, low-rank queries with biases.
+/// Layers to read files for: MLA, EG-MLA with the gate at either site or tied, low-rank queries with biases.
 pub static LAYERS: LazyLock<Vec<AttentionConfig>> = LazyLock::new(|| {
     let shape = r#""hidden_size":2,"num_attention_heads":1,"kv_lora_rank":1,"qk_nope_head_dim":1,"v_head_dim":1"#;
     let layers = [
@@ -99,6 +99,7 @@ pub static LAYERS: LazyLock<Vec<AttentionConfig>> = LazyLock::new(|| {
         r#""qk_rope_head_dim":2,"embedding_gate":{"vocab_size":4,"embed_dim":1}"#,
         r#""qk_rope_head_dim":2,"embedding_gate":{"vocab_size":4,"embed_dim":1,"site":"latent","norm":"none"}"#,
         r#""qk_rope_head_dim":2,"q_lora_rank":1,"attention_bias":true"#,
+        r#""qk_rope_head_dim":2,"embedding_gate":{"vocab_size":4,"tied":true}"#,
     ];
     let read =
         |rest: &&str| AttentionConfig::from_json(&format!("{{{shape},{rest}}}")).expect("a layer of the fuzz crate");

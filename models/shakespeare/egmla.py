@@ -137,6 +137,8 @@ class EgMlaAttention(nn.Module):
             gate = GATE_DEFAULTS | config["embedding_gate"]
             if gate["site"] not in ("up_projected", "latent"):
                 raise ValueError(f"gate site {gate['site']!r} is not supported: up_projected or latent")
+            if gate.get("tied"):
+                raise ValueError("a tied gate is not supported: this model has a table in each layer")
             self.gate_site = gate["site"]
             self.gate_activation = GATE_ACTIVATIONS[gate["activation"]]
             width = kv_rows if self.gate_site == "up_projected" else self.d_latent

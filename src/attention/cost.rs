@@ -686,6 +686,7 @@ mod tests {
             gate: gate.map(|site| GateConfig {
                 vocab_size: 1000,
                 d_gate: 10,
+                tied: false,
                 site,
                 activation: Activation::Identity,
                 norm: GateNorm::LayerNorm,

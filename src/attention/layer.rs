@@ -8,7 +8,7 @@ use super::lists::GateRows;
 use super::project::Hidden;
 use super::step::{Mode, Step, StepTokens};
 use super::table::GateTable;
-use super::weights::{GateWeights, LayerWeights};
+use super::weights::{GateWeights, LayerWeights, TiedEmbedding};
 use super::widths::Widths;
 use crate::config::AttentionConfig;
 use crate::device::{Kernels, Region};
@@ -67,7 +67,8 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Uploads a layer's weights. With [`GateRows::Table`] the first recorded step also projects the table.
+    /// Uploads a layer's weights. With [`GateRows::Table`] the first recorded step also projects the table. A tied gate's weights
+    /// must hold the model's token embedding: of several layers each would have its own, see [`Attention::with_tied_embedding`].
     ///
     /// # Errors
     /// A configuration that contradicts itself or the weights; a tensor over the device's binding limit, or a gate table over
@@ -77,6 +78,31 @@ impl Attention {
         kernels: &Kernels,
         config: &AttentionConfig,
         weights: &AttentionWeights,
+        options: AttentionOptions,
+    ) -> Result<Self> {
+        Self::of(kernels, config, weights, None, options)
+    }
+
+    /// The same with a tied gate that reads an embedding which other layers read, too; the weights are without one.
+    ///
+    /// # Errors
+    /// As [`Attention::new`]; an embedding of another device, size or storage, or of a layer whose gate is not tied.
+    pub fn with_tied_embedding(
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        weights: &AttentionWeights,
+        embedding: &TiedEmbedding,
+        options: AttentionOptions,
+    ) -> Result<Self> {
+        let region = embedding.of_layer(kernels, config, options.storage)?;
+        Self::of(kernels, config, weights, Some(region), options)
+    }
+
+    fn of(
+        kernels: &Kernels,
+        config: &AttentionConfig,
+        weights: &AttentionWeights,
+        tied: Option<&Region>,
         options: AttentionOptions,
     ) -> Result<Self> {
         let AttentionOptions { storage, gate_rows } = options;
@@ -94,7 +120,7 @@ impl Attention {
             config: config.clone(),
             widths,
             storage,
-            weights: LayerWeights::upload(kernels, config, weights, storage)?,
+            weights: LayerWeights::upload(kernels, config, weights, tied, storage)?,
             gate_rows,
             table: table.map(|table| table.allocate(kernels)).transpose()?,
         })

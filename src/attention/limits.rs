@@ -58,11 +58,12 @@ impl AttentionConfig {
     fn plan_all(&self, context: &PlanContext, attention: AttentionOptions, cache: &CacheOptions) -> Result<()> {
         let AttentionOptions { storage, gate_rows } = attention;
         let widths = Widths::of(self)?;
-        let weights = AttentionWeights::build(self, true, |name, shape| {
+        let make = |name: &str, shape: &[u32]| {
             let shape = shape.iter().map(|&extent| extent as usize).collect();
             Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
-        })?;
-        LayerWeights::plan(context, self, &weights, storage)?;
+        };
+        let weights = AttentionWeights::build(self, true, make)?.with_token_embedding(self, make)?;
+        LayerWeights::plan(context, self, &weights, None, storage)?;
         if let (Some(gate), GateRows::Table) = (self.up_projected_gate(), gate_rows) {
             GateTable::plan(context, gate, &widths, storage)?;
         }

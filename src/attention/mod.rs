@@ -45,6 +45,7 @@ pub use layer::{Attention, AttentionOptions, DecodePath, Tokens};
 pub use layout::MemoryReport;
 pub use lists::GateRows;
 pub use step::{MOST_DECODED, Mode, Step, StepTokens};
+pub use weights::TiedEmbedding;
 
 #[cfg(feature = "decoder")]
 pub(crate) use gqa::check_gqa_weights;

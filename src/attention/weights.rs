@@ -4,14 +4,14 @@ use half::f16;
 
 use super::widths::{Widths, gated_segments};
 use crate::adapter::PlanContext;
-use crate::config::{AttentionConfig, GateSite};
+use crate::config::{AttentionConfig, GateConfig, GateSite, TIED_NORM_EPS};
 use crate::device::{Kernels, Region};
 use crate::error::{Error, Result, TensorError};
 use crate::kernels::attention_grouped::beta_element;
 use crate::kernels::matmul::{self, Layout, Matmul};
 use crate::recording::Recording;
 use crate::storage::{Storage, UNIT, padded_width, product};
-use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
+use crate::weights::{AttentionWeights, HostTensor, QueryWeights, TOKEN_EMBEDDING, same_tensors};
 
 /// Elements of a tensor that stay together in device memory.
 #[derive(Debug, Clone, Copy)]
@@ -93,8 +93,29 @@ struct Placed<'a> {
     tensor: &'a HostTensor,
     rows: Axis,
     cols: Axis,
-    /// On every element.
-    factor: f32,
+    scale: Scale,
+}
+
+/// What the elements of a tensor are multiplied by, in f64 before they are rounded to the storage.
+#[derive(Debug, Clone, Copy)]
+enum Scale {
+    /// One number.
+    By(f64),
+    /// Each row by the reciprocal of its root mean square, as the rows of a token embedding that a tied gate reads.
+    Normed,
+}
+
+impl Scale {
+    /// The factor of a row of the tensor.
+    fn of(self, row: &[f32]) -> f64 {
+        match self {
+            Scale::By(factor) => factor,
+            Scale::Normed => {
+                let squares: f64 = row.iter().map(|&value| f64::from(value).powi(2)).sum();
+                (squares / row.len().max(1) as f64 + TIED_NORM_EPS).sqrt().recip()
+            }
+        }
+    }
 }
 
 impl Placed<'_> {
@@ -104,22 +125,18 @@ impl Placed<'_> {
 
     /// Hands each row on as it is stored, with its first byte; warns of weights that f16 makes zero.
     fn write(&self, storage: Storage, mut row_at: impl FnMut(usize, &[u8])) -> Result<()> {
-        let Placed { tensor, rows, cols, factor } = self;
+        let Placed { tensor, rows, cols, scale } = self;
         let mut zeros = 0;
         let size = storage.bytes() as usize;
         // The padding of every row is in the same place.
         let mut row = vec![0; cols.to as usize * size];
+        let width = cols.from as usize;
         for (to_row, from_row) in rows.elements() {
+            let factor = scale.of(&tensor.data[from_row as usize * width..][..width]);
             for run in &cols.runs {
-                let from = from_row as usize * cols.from as usize + run.from as usize;
-                let values = &tensor.data[from..][..run.len as usize];
-                let to = &mut row[run.to as usize * size..][..values.len() * size];
-                zeros += if *factor == 1.0 {
-                    write_elements(tensor, from, values, storage, to)?
-                } else {
-                    let values: Vec<_> = values.iter().map(|value| factor * value).collect();
-                    write_elements(tensor, from, &values, storage, to)?
-                };
+                let from = from_row as usize * width + run.from as usize;
+                let to = &mut row[run.to as usize * size..][..run.len as usize * size];
+                zeros += write_elements(tensor, (from, run.len as usize), factor, storage, to)?;
             }
             row_at(to_row as usize * row.len(), &row);
         }
@@ -131,19 +148,33 @@ impl Placed<'_> {
     }
 }
 
-/// Writes elements of a tensor, from one on; counts those that become 0.
-fn write_elements(tensor: &HostTensor, from: usize, values: &[f32], storage: Storage, to: &mut [u8]) -> Result<usize> {
+/// Writes so many elements of a tensor, from one on, times a factor; counts those that become 0.
+fn write_elements(
+    tensor: &HostTensor,
+    (from, count): (usize, usize),
+    factor: f64,
+    storage: Storage,
+    to: &mut [u8],
+) -> Result<usize> {
+    let values = &tensor.data[from..][..count];
+    let scaled = |value: f32| factor * f64::from(value);
     let mut zeros = 0;
     match storage {
-        Storage::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
+        Storage::F32 if factor == 1.0 => to.copy_from_slice(bytemuck::cast_slice(values)),
+        Storage::F32 => {
+            for (&value, to) in values.iter().zip(to.chunks_exact_mut(4)) {
+                to.copy_from_slice(&(scaled(value) as f32).to_le_bytes());
+            }
+        }
         Storage::F16 => {
             for (index, (&value, to)) in values.iter().zip(to.chunks_exact_mut(2)).enumerate() {
-                let half = f16::from_f32(value);
+                // The first is the faster one.
+                let half = if factor == 1.0 { f16::from_f32(value) } else { f16::from_f64(scaled(value)) };
                 if value.is_finite() && !half.is_finite() {
                     return Err(Error::Tensor(TensorError::OutOfF16Range {
                         name: tensor.name.clone(),
                         index: from + index,
-                        value,
+                        value: scaled(value) as f32,
                     }));
                 }
                 zeros += usize::from(value != 0.0 && half == f16::ZERO);
@@ -160,13 +191,22 @@ pub(crate) struct Upload<'a> {
     /// Each with its first element.
     parts: Vec<(u64, Placed<'a>)>,
     elements: u64,
+    /// Where they are on the device already.
+    done: Option<Region>,
 }
 
 impl<'a> Upload<'a> {
     /// `[rows, cols]`
     pub fn matrix(tensor: &'a HostTensor, rows: Axis, cols: Axis) -> Self {
-        let placed = Placed { tensor, rows, cols, factor: 1.0 };
-        Upload { elements: placed.elements(), parts: vec![(0, placed)] }
+        let placed = Placed { tensor, rows, cols, scale: Scale::By(1.0) };
+        Upload { elements: placed.elements(), parts: vec![(0, placed)], done: None }
+    }
+
+    /// `[vocab, hidden]`, the token embedding as tied gates read it: each row over its root mean square.
+    fn tied_embedding(tensor: &'a HostTensor, gate: &GateConfig) -> Self {
+        let mut upload = Upload::matrix(tensor, Axis::whole(gate.vocab_size), Axis::padded(gate.d_gate));
+        upload.parts.iter_mut().for_each(|(_, placed)| placed.scale = Scale::Normed);
+        upload
     }
 
     /// `[cols]`
@@ -176,13 +216,18 @@ impl<'a> Upload<'a> {
 
     /// The same with every element times a factor.
     pub fn times(mut self, factor: f64) -> Self {
-        self.parts.iter_mut().for_each(|(_, placed)| placed.factor *= factor as f32);
+        self.parts.iter_mut().for_each(|(_, placed)| placed.scale = Scale::By(factor));
         self
     }
 
     /// Elements that no tensor fills: zeros.
     fn blank(elements: u32) -> Self {
-        Upload { elements: elements.into(), parts: Vec::new() }
+        Upload { elements: elements.into(), parts: Vec::new(), done: None }
+    }
+
+    /// A buffer that was uploaded before.
+    fn done(region: &Region) -> Self {
+        Upload { elements: 0, parts: Vec::new(), done: Some(region.clone()) }
     }
 
     /// The same with further tensors behind these.
@@ -219,6 +264,9 @@ impl<'a> Upload<'a> {
     /// `TensorError::OutOfF16Range` when f16 would turn a finite weight into infinity; [`Error::Limit`] over one binding; what the
     /// allocation refuses.
     pub fn upload(&self, kernels: &Kernels, storage: Storage) -> Result<Region> {
+        if let Some(region) = &self.done {
+            return Ok(region.clone());
+        }
         self.check(kernels.context(), storage)?;
         let bytes = storage.tensor_bytes(self.elements);
         Ok(Region::from(&kernels.upload_parts(&self.names(), bytes, |write| self.write(storage, write))?))
@@ -391,14 +439,16 @@ impl<T> LayerWeights<T> {
 }
 
 impl<'a> LayerWeights<Upload<'a>> {
-    /// Placement of each tensor; the weights have been checked against the configuration.
+    /// Placement of each tensor; the weights have been checked against the configuration. `tied`: the embedding of a tied gate, where
+    /// the weights are without it.
     ///
     /// # Errors
-    /// [`Error::Limit`] of the first tensor over the limit of a binding.
+    /// [`Error::Limit`] of the first tensor over the limit of a binding; `TensorError::Missing` for the embedding of a tied gate.
     pub fn plan(
         context: &PlanContext,
         config: &AttentionConfig,
         weights: &'a AttentionWeights,
+        tied: Option<&Region>,
         storage: Storage,
     ) -> Result<Self> {
         let widths = Widths::of(config)?;
@@ -430,7 +480,7 @@ impl<'a> LayerWeights<Upload<'a>> {
             }
         };
         down.extend(shards(widths.query_down(), &weights.kv_a_proj, &weights.kv_a_bias, [kv_a(), hidden()]));
-        let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| {
+        let gate = weights.gate.as_ref().zip(config.gate.as_ref()).map(|(gate, of)| -> Result<_> {
             let segments = gated_segments(config, of);
             let [first, second] = segments.parts;
             let width = || Axis::heads(segments.count, |axis| axis.part(first).part(second));
@@ -440,11 +490,19 @@ impl<'a> LayerWeights<Upload<'a>> {
                 None => vector(weight, width()),
                 Some(bias) => vector(weight, width()).and_at(beta.into(), vector(bias, width())),
             });
-            GateWeights {
-                embedding: matrix(&gate.embedding, Axis::whole(of.vocab_size), Axis::padded(of.d_gate)),
-                b_proj: matrix(&gate.b_proj, width(), Axis::padded(of.d_gate)),
-                affine,
-            }
+            let embedding = match (&gate.embedding, tied) {
+                (Some(embedding), None) if of.tied => Upload::tied_embedding(embedding, of),
+                (Some(embedding), None) => matrix(embedding, Axis::whole(of.vocab_size), Axis::padded(of.d_gate)),
+                (None, Some(region)) => Upload::done(region),
+                (Some(HostTensor { name, shape, .. }), Some(_)) => {
+                    return Err(Error::Tensor(TensorError::Extra { name: name.clone(), found: shape.clone() }));
+                }
+                (None, None) => {
+                    let expected = [of.vocab_size, of.d_gate].map(|extent| extent as usize).to_vec();
+                    return Err(Error::Tensor(TensorError::Missing { name: TOKEN_EMBEDDING.to_owned(), expected }));
+                }
+            };
+            Ok(GateWeights { embedding, b_proj: matrix(&gate.b_proj, width(), Axis::padded(of.d_gate)), affine })
         });
         let values = Axis::heads(n_head, |axis| axis.part(config.d_value));
         let planned = LayerWeights {
@@ -454,7 +512,7 @@ impl<'a> LayerWeights<Upload<'a>> {
             has_kv_a_norm: weights.kv_a_norm.is_some(),
             kv_b_proj: matrix(&weights.kv_b_proj, keys_and_values, latent()),
             o_proj: shards(0, &weights.o_proj, &weights.o_bias, [hidden(), values]),
-            gate,
+            gate: gate.transpose()?,
         };
         planned.map(|upload| upload.check(context, storage)).map(|_| planned)
     }
@@ -471,21 +529,74 @@ pub(crate) fn check_weights(
     weights: &AttentionWeights,
     storage: Storage,
 ) -> Result<()> {
-    LayerWeights::plan(kernels.context(), config, weights, storage).map(drop)
+    LayerWeights::plan(kernels.context(), config, weights, None, storage).map(drop)
 }
 
 impl LayerWeights<Region> {
     /// Uploads a layer's weights, which have been checked against the configuration.
     ///
     /// # Errors
-    /// A tensor over a limit, before anything is allocated; a weight beyond f16; what the allocation refuses.
+    /// As [`LayerWeights::plan`], before anything is allocated; a weight beyond f16; what the allocation refuses.
     pub fn upload(
         kernels: &Kernels,
         config: &AttentionConfig,
         weights: &AttentionWeights,
+        tied: Option<&Region>,
         storage: Storage,
     ) -> Result<Self> {
-        LayerWeights::plan(kernels.context(), config, weights, storage)?.map(|upload| upload.upload(kernels, storage))
+        let planned = LayerWeights::plan(kernels.context(), config, weights, tied, storage)?;
+        planned.map(|upload| upload.upload(kernels, storage))
+    }
+}
+
+/// A model's token embedding as tied gates read it, in device memory: every row over its root mean square. Every layer of a model
+/// takes the same one; cloning clones a handle, not the memory.
+#[derive(Debug, Clone)]
+pub struct TiedEmbedding {
+    kernels: Kernels,
+    region: Region,
+    /// Vocabulary and width.
+    extents: [u32; 2],
+    storage: Storage,
+}
+
+impl TiedEmbedding {
+    /// Uploads the embedding `[vocab, hidden]` of a model whose layers have this configuration. Rows are normed in f64, and rounded
+    /// once to `storage`, which is the layers'.
+    ///
+    /// # Errors
+    /// A configuration that contradicts itself or has no tied gate; an embedding of another shape; [`Error::Limit`] for one that
+    /// no binding holds; no memory left, or a lost device.
+    pub fn new(kernels: &Kernels, config: &AttentionConfig, embedding: &HostTensor, storage: Storage) -> Result<Self> {
+        config.validate()?;
+        let gate = config.gate.as_ref().filter(|gate| gate.tied);
+        let gate = gate.ok_or_else(|| Error::config("embedding_gate", "is not tied to the token embedding"))?;
+        let extents = [gate.vocab_size, gate.d_gate];
+        let shape = extents.map(|extent| extent as usize).to_vec();
+        let expected = HostTensor { name: TOKEN_EMBEDDING.to_owned(), shape, data: Vec::new() };
+        same_tensors(&[Some(embedding)], &[Some(&expected)])?;
+        let region = Upload::tied_embedding(embedding, gate).upload(kernels, storage)?;
+        Ok(TiedEmbedding { kernels: kernels.clone(), region, extents, storage })
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> u64 {
+        self.region.size
+    }
+
+    /// The region, for a layer that it fits.
+    ///
+    /// # Errors
+    /// A layer of another device, without a tied gate, of another vocabulary or width, or in another storage.
+    pub(super) fn of_layer(&self, kernels: &Kernels, config: &AttentionConfig, storage: Storage) -> Result<&Region> {
+        kernels.same_device(&self.kernels, "the tied embedding", "layer")?;
+        let fits = |gate: &GateConfig| gate.tied && [gate.vocab_size, gate.d_gate] == self.extents;
+        if !config.gate.as_ref().is_some_and(fits) || storage != self.storage {
+            let ([vocab, width], name) = (self.extents, self.storage.name());
+            let problem = format!("does not fit the tied embedding of {vocab} rows of {width} in {name}");
+            return Err(Error::config("embedding_gate", problem));
+        }
+        Ok(&self.region)
     }
 }
 
@@ -500,8 +611,9 @@ mod tests {
         let tensor = HostTensor { name: "w".to_owned(), shape: vec![5], data: vec![] };
         // Half of the smallest number of f16, 2^-24, rounds to 0; a bit more does not.
         let values = [0.0, -0.0, 2f32.powi(-25), -1e-20, 2f32.powi(-25) * 1.001];
-        assert_eq!(write_elements(&tensor, 0, &values, Storage::F16, &mut [0; 10]).unwrap(), 2);
-        assert_eq!(write_elements(&tensor, 0, &values, Storage::F32, &mut [0; 20]).unwrap(), 0);
+        let tensor = HostTensor { data: values.to_vec(), ..tensor };
+        assert_eq!(write_elements(&tensor, (0, 5), 1.0, Storage::F16, &mut [0; 10]).unwrap(), 2);
+        assert_eq!(write_elements(&tensor, (0, 5), 1.0, Storage::F32, &mut [0; 20]).unwrap(), 0);
     }
 
     fn placed(rows: Axis, cols: Axis, storage: Storage) -> Result<Vec<u8>> {

@@ -75,6 +75,7 @@ fn layer(n_head: u32, d_latent: u32, gated: bool) -> AttentionConfig {
     let gate = GateConfig {
         vocab_size: tokens::VOCABULARY,
         d_gate: 256,
+        tied: false,
         site: GateSite::UpProjected,
         activation: Activation::default(),
         norm: GateNorm::default(),

@@ -44,7 +44,12 @@ fn base() -> AttentionConfig {
 }
 
 fn gate(site: GateSite, activation: Activation, norm: GateNorm) -> Option<GateConfig> {
-    Some(GateConfig { vocab_size: 23, d_gate: 6, site, activation, norm, norm_eps: 1e-5 })
+    Some(GateConfig { vocab_size: 23, d_gate: 6, tied: false, site, activation, norm, norm_eps: 1e-5 })
+}
+
+/// A gate that reads the token embedding.
+fn tied(site: GateSite, activation: Activation, norm: GateNorm) -> Option<GateConfig> {
+    gate(site, activation, norm).map(|gate| GateConfig { d_gate: base().hidden_size, tied: true, ..gate })
 }
 
 /// Configurations by name, and whether there is a `kv_a_layernorm`.
@@ -122,6 +127,12 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         }
         let config = AttentionConfig { gate: gate(GateSite::Latent, Activation::Sigmoid, norm), ..base() };
         all.push((format!("latent_sigmoid_{norm:?}").to_lowercase(), config, true));
+    }
+    for (name, gate) in [
+        ("up_projected_tied", tied(GateSite::UpProjected, Activation::OnePlus, GateNorm::None)),
+        ("latent_tied", tied(GateSite::Latent, Activation::Identity, GateNorm::LayerNorm)),
+    ] {
+        all.push((name.to_owned(), AttentionConfig { gate, ..base() }, true));
     }
     all.push((
         "up_projected_h9_low_rank_no_rope".to_owned(),

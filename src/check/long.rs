@@ -117,7 +117,8 @@ fn configurations() -> [(&'static str, AttentionConfig); 3] {
     };
     let gated = |site| {
         let (activation, norm) = (Activation::OnePlus, GateNorm::LayerNorm);
-        let gate = GateConfig { vocab_size: VOCABULARY, d_gate: 4, site, activation, norm, norm_eps: 1e-5 };
+        let gate =
+            GateConfig { vocab_size: VOCABULARY, d_gate: 4, tied: false, site, activation, norm, norm_eps: 1e-5 };
         AttentionConfig { gate: Some(gate), ..mla.clone() }
     };
     [

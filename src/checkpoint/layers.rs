@@ -126,6 +126,36 @@ impl Checkpoint<'_> {
         }
     }
 
+    /// The name of the token embedding of a model, by the prefix of one of its attentions: `model.embed_tokens.weight` for
+    /// `model.layers.0.self_attn.`. Where the prefix has no layer's number, the only one.
+    ///
+    /// # Errors
+    /// `DataError::Layer`: there is none, or there are several.
+    pub(crate) fn token_embedding(&self, prefix: &str) -> Result<String> {
+        const NAME: &str = "embed_tokens.weight";
+        if let Some((stem, ..)) = split(prefix) {
+            let stem = stem.strip_suffix("layers.").unwrap_or(stem);
+            let name = format!("{stem}{NAME}");
+            if self.contains(&name) {
+                return Ok(name);
+            }
+            return self.no_layer(format!("the gate is tied to the token embedding, and `{name}` is not there"));
+        }
+        let whole = |name: &&String| name.strip_suffix(NAME).is_some_and(|stem| stem.is_empty() || stem.ends_with('.'));
+        let found: Vec<_> = self.tensors().keys().filter(whole).collect();
+        match &found[..] {
+            [name] => Ok((*name).clone()),
+            [] => self.no_layer(format!(
+                "the gate is tied to the token embedding, and no tensor is named {NAME}: name the model's folder (--model) and \
+                 a layer (--layer), or put the embedding beside the layer's weights"
+            )),
+            [first, .., last] => self.no_layer(format!(
+                "the gate is tied to the token embedding, and there are {}, from `{first}` to `{last}`",
+                found.len()
+            )),
+        }
+    }
+
     /// Layers from `n_layer` on that predict further tokens: they join the embedding of the next token to the stream by
     /// `eh_proj`, which no other layer has.
     #[cfg(feature = "decoder")]

@@ -9,7 +9,7 @@
 //! | `d_nope` | `qk_nope_head_dim` | d_h | content part of query and key, per head |
 //! | `d_rope` | `qk_rope_head_dim` | d_h^R | rotary part; one key shared by all heads; may be 0 |
 //! | `d_value` | `v_head_dim` | d_h | value width per head |
-//! | `d_gate` | `embedding_gate.embed_dim` | d_e | token-embedding width of the gate |
+//! | `d_gate` | `embedding_gate.embed_dim` | d_e | token-embedding width of the gate; `hidden_size` where it is tied |
 //! | `n_kv_head` | `num_key_value_heads` | | heads of keys and values, of [`GqaConfig`] |
 //! | `head_dim` | `head_dim` | | width of query, key and value per head, of [`GqaConfig`] |
 //! | [`AttentionConfig::d_kv`] | | D | `n_head · (d_nope + d_value)`, width of the up-projected keys and values |
@@ -105,11 +105,15 @@ impl GateNorm {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GateConfig {
-    /// Entries of the gate table; token ids are below it.
+    /// Entries of the gate table; token ids are below it. Of a tied gate the model's `vocab_size`.
     pub vocab_size: u32,
-    /// Width of an entry, d_e in the paper.
+    /// Width of an entry, d_e in the paper. Of a tied gate `hidden_size`.
     #[serde(rename = "embed_dim")]
     pub d_gate: u32,
+    /// Entries are rows of the model's own token embedding, each RMS-normalised over its width by [`TIED_NORM_EPS`], in place of
+    /// those of a table for each layer.
+    #[serde(default)]
+    pub tied: bool,
     /// Where the gate acts.
     #[serde(default)]
     pub site: GateSite,
@@ -126,6 +130,35 @@ pub struct GateConfig {
 
 fn default_norm_eps() -> f64 {
     1e-5
+}
+
+/// `eps` of the norm of token embeddings that a tied gate reads: `x / √(mean x² + eps)`.
+pub const TIED_NORM_EPS: f64 = 1e-6;
+
+/// The gate of a configuration. A tied one takes both sizes from the model, and may repeat them.
+fn gate_from_map(keys: &Keys<'_>) -> Result<Option<GateConfig>> {
+    let Some(object) = keys.object("embedding_gate")? else { return Ok(None) };
+    let mut object = object.clone();
+    let of_gate = Keys::new(&object, "embedding_gate.");
+    if of_gate.boolean("tied")? == Some(true) {
+        let own = of_gate.integer("vocab_size")?;
+        let vocab_size = match (own, keys.integer("vocab_size")?) {
+            (Some(own), Some(of_model)) if own != of_model => {
+                return Err(of_gate.error("vocab_size", format!("is {own}, but vocab_size is {of_model}")));
+            }
+            (Some(size), _) | (None, Some(size)) => size,
+            (None, None) => return Err(keys.error("vocab_size", "is missing: a tied gate has a row for each token")),
+        };
+        let d_gate = match of_gate.integer("embed_dim")? {
+            Some(width) => width,
+            None => keys.required_integer("hidden_size")?,
+        };
+        for (key, value) in [("vocab_size", vocab_size), ("embed_dim", d_gate)] {
+            object.insert(key.to_owned(), value.into());
+        }
+    }
+    let read = serde_json::from_value(Value::Object(object));
+    read.map(Some).map_err(|error| Error::config("embedding_gate", error.to_string()))
 }
 
 /// One attention layer, MLA or EG-MLA.
@@ -213,13 +246,6 @@ impl AttentionConfig {
         let family = Family::of(model_type);
         meaning::check(map, (scope, Kind::Latent), model_type.unwrap_or_default(), family)?;
         let family = family.unwrap_or(Family::of_definition());
-        let gate = match keys.object("embedding_gate")? {
-            None => None,
-            Some(object) => {
-                let read = serde_json::from_value(Value::Object(object.clone()));
-                Some(read.map_err(|error| Error::config("embedding_gate", error.to_string()))?)
-            }
-        };
         let hidden_size = keys.required_integer("hidden_size")?;
         let n_head = keys.required_integer("num_attention_heads")?;
         let d_latent = keys.required_integer("kv_lora_rank")?;
@@ -247,7 +273,7 @@ impl AttentionConfig {
             d_rope: keys.required_integer("qk_rope_head_dim")?,
             d_value,
             attention_bias: keys.boolean("attention_bias")?.unwrap_or(false),
-            gate,
+            gate: gate_from_map(&keys)?,
             rope: rope::rope_from_map(&keys, family, rope)?,
             low_rank_norm_eps: keys.float("low_rank_norm_eps")?.unwrap_or(LOW_RANK_NORM_EPS),
             query_factor: factor("mla_scale_q_lora", d_q_latent)?,
@@ -304,6 +330,12 @@ impl AttentionConfig {
             }
         }
         if let Some(gate) = &self.gate {
+            if gate.tied && gate.d_gate != self.hidden_size {
+                let (found, hidden) = (gate.d_gate, self.hidden_size);
+                let problem =
+                    format!("is {found}, but a tied gate reads token embeddings, whose width hidden_size is {hidden}");
+                return Err(Error::config("embedding_gate.embed_dim", problem));
+            }
             let gated = wide(self.gated_width());
             let sizes = [
                 ("embedding_gate.vocab_size", wide(gate.vocab_size).checked_mul(wide(gate.d_gate))),
@@ -334,7 +366,7 @@ impl AttentionConfig {
         }
     }
 
-    /// Elements of a layer's weights, its gate table among them.
+    /// Elements of a layer's weights, its gate table among them; the token embedding of a tied gate is the model's.
     pub fn parameters(&self) -> u64 {
         let wide = u64::from;
         let (hidden, queries) = (wide(self.hidden_size), wide(self.n_head) * wide(self.d_query()));
@@ -352,7 +384,8 @@ impl AttentionConfig {
                 GateNorm::RmsNorm => 1,
                 GateNorm::None => 0,
             };
-            wide(gate.d_gate) * wide(gate.vocab_size) + (wide(gate.d_gate) + affine) * wide(self.gated_width())
+            let table = if gate.tied { 0 } else { wide(gate.d_gate) * wide(gate.vocab_size) };
+            table + (wide(gate.d_gate) + affine) * wide(self.gated_width())
         });
         query + down + up + out + gate
     }

@@ -162,6 +162,7 @@ impl Gates {
         GateConfig {
             vocab_size,
             d_gate: embed_dim,
+            tied: false,
             site: GateSite::UpProjected,
             activation: Activation::OnePlus,
             norm: GateNorm::None,

@@ -567,7 +567,7 @@ impl LatentLayer {
             o_proj: tensor("o_proj.weight", &self.o_proj),
             o_bias: vector("o_proj.bias", &self.o_bias),
             gate: self.gate.as_ref().map(|table| GateWeights {
-                embedding: tensor("gate_embedding.weight", &table.embedding),
+                embedding: Some(tensor("gate_embedding.weight", &table.embedding)),
                 b_proj: tensor("gate_b_proj.weight", &table.b_proj),
                 norm_weight: None,
                 norm_bias: None,

@@ -4,7 +4,7 @@ use super::cpu::other_kind;
 use super::folder::DecoderAttentionWeights;
 use crate::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GqaAttention, Hidden, KvCache, LatentCache, MemoryReport,
-    Mode, Step, StepTokens, check_gqa_weights, check_weights,
+    Mode, Step, StepTokens, TiedEmbedding, check_gqa_weights, check_weights,
 };
 use crate::config::DecoderAttention;
 use crate::device::Kernels;
@@ -41,7 +41,7 @@ impl DeviceAttention {
         }
     }
 
-    /// Uploads a layer's weights.
+    /// Uploads a layer's weights; `tied` is the embedding of a tied gate.
     ///
     /// # Errors
     /// As [`Attention::new`] and [`GqaAttention::new`]; weights of the other kind.
@@ -49,11 +49,16 @@ impl DeviceAttention {
         kernels: &Kernels,
         config: &DecoderAttention,
         weights: &DecoderAttentionWeights,
+        tied: Option<&TiedEmbedding>,
         options: AttentionOptions,
     ) -> Result<Self> {
         match (config, weights) {
             (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
-                Attention::new(kernels, config, weights, options).map(|layer| DeviceAttention::Latent(Box::new(layer)))
+                let layer = match tied {
+                    None => Attention::new(kernels, config, weights, options)?,
+                    Some(tied) => Attention::with_tied_embedding(kernels, config, weights, tied, options)?,
+                };
+                Ok(DeviceAttention::Latent(Box::new(layer)))
             }
             (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
                 let layer = GqaAttention::new(kernels, config, weights, options.storage)?;

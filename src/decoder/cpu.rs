@@ -1,11 +1,12 @@
 //! The decoder in f64 on the CPU, from the kernels' definitions: the reference of tests, and the fallback without a GPU.
 
 use std::num::NonZero;
+use std::sync::Arc;
 
 use super::folder::{DecoderAttentionWeights, DecoderWeights};
 use super::model::{Logits, check_ids};
 use crate::config::{DecoderAttention, DecoderConfig, DecoderScales};
-use crate::error::{ArgumentError, Error, Result};
+use crate::error::{ArgumentError, Error, Result, TensorError};
 use crate::reference::{GqaLayer, History, Layer, gather, matmul, residual_add, rms_norm, swiglu};
 use crate::weights::HostTensor;
 
@@ -13,7 +14,8 @@ use crate::weights::HostTensor;
 #[derive(Debug)]
 pub struct CpuDecoder {
     config: DecoderConfig,
-    embedding: Vec<f64>,
+    /// Tied gates read it, too.
+    embedding: Arc<Vec<f64>>,
     layers: Vec<CpuLayer>,
     norm: Vec<f64>,
     lm_head: Option<Vec<f64>>,
@@ -37,10 +39,14 @@ enum CpuAttention {
 
 impl CpuAttention {
     /// Refuses weights of the other kind.
-    fn new(config: &DecoderAttention, weights: &DecoderAttentionWeights) -> Result<Self> {
+    fn new(config: &DecoderAttention, weights: &DecoderAttentionWeights, embedding: &Arc<Vec<f64>>) -> Result<Self> {
         match (config, weights) {
             (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
-                Ok(CpuAttention::Latent(Box::new(Layer::new(config.clone(), weights))))
+                let layer = match config.gate.as_ref().is_some_and(|gate| gate.tied) {
+                    true => Layer::with_embedding(config.clone(), weights, Arc::clone(embedding)),
+                    false => Layer::new(config.clone(), weights),
+                };
+                Ok(CpuAttention::Latent(Box::new(layer)))
             }
             (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
                 Ok(CpuAttention::Heads(Box::new(GqaLayer::new(config.clone(), weights))))
@@ -101,10 +107,11 @@ impl CpuDecoder {
     pub fn new(config: &DecoderConfig, weights: &DecoderWeights) -> Result<Self> {
         config.validate()?;
         check_layers(config, weights)?;
+        let embedding = Arc::new(weights.embedding.to_f64());
         let layers = weights.layers.iter().map(|layer| {
             Ok(CpuLayer {
                 input_norm: layer.input_norm.to_f64(),
-                attention: CpuAttention::new(&config.attention, &layer.attention)?,
+                attention: CpuAttention::new(&config.attention, &layer.attention, &embedding)?,
                 post_attention_norm: layer.post_attention_norm.to_f64(),
                 gate_proj: layer.gate_proj.to_f64(),
                 up_proj: layer.up_proj.to_f64(),
@@ -113,8 +120,8 @@ impl CpuDecoder {
         });
         Ok(CpuDecoder {
             config: config.clone(),
-            embedding: weights.embedding.to_f64(),
             layers: layers.collect::<Result<_>>()?,
+            embedding,
             norm: weights.norm.to_f64(),
             lm_head: weights.lm_head.as_ref().map(HostTensor::to_f64),
         })
@@ -188,13 +195,25 @@ fn scale(values: &mut [f64], factor: f64) {
     values.iter_mut().for_each(|value| *value *= factor);
 }
 
-/// Refuses weights of another number of layers.
+/// Refuses weights of another number of layers, and layers with an embedding of their own for a gate that is tied to the model's.
 pub(super) fn check_layers(config: &DecoderConfig, weights: &DecoderWeights) -> Result<()> {
     let (expected, found) = (u64::from(config.n_layer), weights.layers.len() as u64);
     if expected != found {
         return Err(Error::Argument(ArgumentError::Count { what: "layers in the weights", expected, found }));
     }
-    Ok(())
+    if !config.attention.gate().is_some_and(|gate| gate.tied) {
+        return Ok(());
+    }
+    let own = weights.layers.iter().find_map(|layer| match &layer.attention {
+        DecoderAttentionWeights::Latent(weights) => weights.gate.as_ref()?.embedding.as_ref(),
+        DecoderAttentionWeights::Heads(_) => None,
+    });
+    match own {
+        None => Ok(()),
+        Some(HostTensor { name, shape, .. }) => {
+            Err(Error::Tensor(TensorError::Extra { name: name.clone(), found: shape.clone() }))
+        }
+    }
 }
 
 /// [`matmul`] without bias, its rows (or the columns of a single row) shared among threads where there is enough to do.

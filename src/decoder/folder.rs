@@ -14,7 +14,7 @@ use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::files;
 use crate::gguf::{self, Gguf};
 use crate::storage::Storage;
-use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, model_folder};
+use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, TOKEN_EMBEDDING, model_folder};
 
 /// A model in Hugging Face layout, or in a GGUF file: configuration and tokenizer are read at once, weights on request.
 pub struct ModelFolder {
@@ -202,7 +202,7 @@ pub enum DecoderAttentionWeights {
 impl DecoderAttentionWeights {
     fn load(checkpoint: &Checkpoint<'_>, prefix: &str, config: &DecoderAttention) -> Result<Self> {
         Ok(match config {
-            DecoderAttention::Latent(config) => Self::Latent(AttentionWeights::load(checkpoint, prefix, config)?),
+            DecoderAttention::Latent(config) => Self::Latent(AttentionWeights::load_own(checkpoint, prefix, config)?),
             DecoderAttention::Heads(config) => Self::Heads(GqaWeights::load(checkpoint, prefix, config)?),
         })
     }
@@ -307,7 +307,7 @@ impl DecoderWeights {
         );
         checkpoint.pass_over_harmless("");
         let (vocab, hidden) = (config.vocab_size as usize, config.attention.hidden_size() as usize);
-        let embedding = checkpoint.take("model.embed_tokens.weight", &[vocab, hidden])?;
+        let embedding = checkpoint.take(TOKEN_EMBEDDING, &[vocab, hidden])?;
         let head = || checkpoint.take("lm_head.weight", &[vocab, hidden]);
         if config.tie_word_embeddings {
             let lm_head = if checkpoint.contains("lm_head.weight") { Some(head()?) } else { None };
@@ -326,7 +326,7 @@ impl DecoderWeights {
     }
 
     /// Names and shapes without elements: what is planned of a model before any of it is read. The layers are all alike, and the
-    /// first stands for them.
+    /// first stands for them, with the token embedding where its gate is tied.
     pub(super) fn outline(config: &DecoderConfig) -> Result<Self> {
         config.validate()?;
         let make = |name: &str, shape: &[u32]| {
@@ -335,14 +335,16 @@ impl DecoderWeights {
         };
         let (vocab, hidden, inner) = (config.vocab_size, config.attention.hidden_size(), config.intermediate_size);
         let of_layer = |name: &str, shape: &[u32]| Ok(make(&format!("model.layers.0.self_attn.{name}"), shape));
+        let of_model = |name: &str, shape: &[u32]| Ok(make(name, shape));
         let attention = match &config.attention {
             DecoderAttention::Latent(config) => {
-                DecoderAttentionWeights::Latent(AttentionWeights::build(config, true, of_layer)?)
+                let own = AttentionWeights::build(config, true, of_layer)?;
+                DecoderAttentionWeights::Latent(own.with_token_embedding(config, of_model)?)
             }
             DecoderAttention::Heads(config) => DecoderAttentionWeights::Heads(GqaWeights::build(config, of_layer)?),
         };
         Ok(DecoderWeights {
-            embedding: make("model.embed_tokens.weight", &[vocab, hidden]),
+            embedding: make(TOKEN_EMBEDDING, &[vocab, hidden]),
             layers: vec![DecoderLayerWeights {
                 input_norm: make("model.layers.0.input_layernorm.weight", &[hidden]),
                 attention,

@@ -4,9 +4,9 @@ use super::attention::{DecoderCache, DeviceAttention};
 use super::cpu::check_layers;
 use super::folder::{DecoderLayerWeights, DecoderWeights, Part};
 use crate::attention::{
-    AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Shard, Step, StepTokens, Upload,
+    AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Shard, Step, StepTokens, TiedEmbedding, Upload,
 };
-use crate::config::DecoderConfig;
+use crate::config::{DecoderAttention, DecoderConfig};
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::{gather, matmul, norm, residual_add, swiglu};
@@ -129,6 +129,8 @@ struct Parts<'a> {
     config: &'a DecoderConfig,
     options: AttentionOptions,
     embedding: Option<Matrix<Region>>,
+    /// The same as tied gates read it; each layer has a handle.
+    tied: Option<TiedEmbedding>,
     layers: Vec<DeviceLayer>,
     norm: Option<Region>,
     lm_head: Option<Matrix<Region>>,
@@ -148,7 +150,8 @@ impl<'a> Parts<'a> {
     /// A configuration that contradicts itself; a vector, or eight rows of a matrix, over the device's binding limit.
     fn new(kernels: &'a Kernels, config: &'a DecoderConfig, options: AttentionOptions) -> Result<Self> {
         let outline = DecoderWeights::outline(config)?;
-        let parts = Parts { kernels, config, options, embedding: None, layers: Vec::new(), norm: None, lm_head: None };
+        let (embedding, tied, layers, norm, lm_head) = (None, None, Vec::new(), None, None);
+        let parts = Parts { kernels, config, options, embedding, tied, layers, norm, lm_head };
         let check = |upload: &Upload<'_>| upload.check(kernels.context(), options.storage);
         let check_all = |shards: Matrix<Upload<'_>>| shards.iter().try_for_each(|shard| check(&shard.proj));
         [Some(&outline.embedding), outline.lm_head.as_ref()]
@@ -206,6 +209,16 @@ impl<'a> Parts<'a> {
         Ok(())
     }
 
+    /// The embedding once more, as tied gates read it.
+    fn tied(&mut self, tensor: &HostTensor) -> Result<()> {
+        if let DecoderAttention::Latent(config) = &self.config.attention
+            && config.gate.as_ref().is_some_and(|gate| gate.tied)
+        {
+            self.tied = Some(TiedEmbedding::new(self.kernels, config, tensor, self.options.storage)?);
+        }
+        Ok(())
+    }
+
     fn norm(&mut self, tensor: &HostTensor) -> Result<()> {
         self.norm = Some(self.upload(&self.of_norm(tensor))?);
         Ok(())
@@ -218,9 +231,10 @@ impl<'a> Parts<'a> {
 
     fn layer(&mut self, layer: &DecoderLayerWeights) -> Result<()> {
         let uploads = self.of_layer(layer);
+        let (attention, tied) = (&self.config.attention, self.tied.as_ref());
         let uploaded = DeviceLayer {
             input_norm: self.upload(&uploads.input_norm)?,
-            attention: DeviceAttention::new(self.kernels, &self.config.attention, &layer.attention, self.options)?,
+            attention: DeviceAttention::new(self.kernels, attention, &layer.attention, tied, self.options)?,
             post_attention_norm: self.upload(&uploads.post_attention_norm)?,
             gate_proj: self.upload_all(&uploads.gate_proj)?,
             up_proj: self.upload_all(&uploads.up_proj)?,
@@ -232,7 +246,7 @@ impl<'a> Parts<'a> {
 
     fn finish(self) -> Result<Decoder> {
         let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
-        let Parts { kernels, config, options, embedding, layers, norm, lm_head } = self;
+        let Parts { kernels, config, options, embedding, layers, norm, lm_head, .. } = self;
         Ok(Decoder {
             kernels: kernels.clone(),
             config: config.clone(),
@@ -265,6 +279,7 @@ impl Decoder {
         let mut parts = Parts::new(kernels, config, options)?;
         check_layers(config, weights)?;
         parts.embedding(&weights.embedding)?;
+        parts.tied(&weights.embedding)?;
         weights.layers.iter().try_for_each(|layer| parts.layer(layer))?;
         parts.norm(&weights.norm)?;
         parts.head(weights.lm_head.as_ref())?;
@@ -285,7 +300,11 @@ impl Decoder {
         let mut parts = Parts::new(kernels, config, options)?;
         DecoderWeights::visit(checkpoint, config, |part| {
             match part {
-                Part::Embedding(tensor) => parts.embedding(&tensor),
+                Part::Embedding(tensor) => {
+                    parts.embedding(&tensor)?;
+                    readback::finish_uploads(kernels)?;
+                    parts.tied(&tensor)
+                }
                 Part::Layer(layer) => parts.layer(&layer),
                 Part::Norm(tensor) => parts.norm(&tensor),
                 Part::Head(tensor) => parts.head(tensor.as_ref()),

@@ -14,6 +14,8 @@ mod product;
 pub use gqa::NativeGqaLayer;
 pub use layer::{NativeHistory, NativeLayer};
 
+use std::sync::Arc;
+
 use super::cpu::{check_layers, other_kind};
 use super::folder::{DecoderAttentionWeights, DecoderLayerWeights, DecoderWeights, Part};
 use super::model::{Logits, check_ids};
@@ -26,7 +28,8 @@ use product::Linear;
 #[derive(Debug)]
 pub struct NativeDecoder {
     config: DecoderConfig,
-    embedding: Linear,
+    /// Tied gates read it, too.
+    embedding: Arc<Linear>,
     layers: Vec<Layer>,
     norm: Vec<f32>,
     lm_head: Option<Linear>,
@@ -49,10 +52,10 @@ enum Attention {
 }
 
 impl Layer {
-    fn new(config: &DecoderConfig, weights: DecoderLayerWeights) -> Result<Self> {
+    fn new(config: &DecoderConfig, weights: DecoderLayerWeights, embedding: &Arc<Linear>) -> Result<Self> {
         Ok(Layer {
             input_norm: weights.input_norm.data,
-            attention: Attention::new(&config.attention, weights.attention)?,
+            attention: Attention::new(&config.attention, weights.attention, embedding)?,
             post_attention_norm: weights.post_attention_norm.data,
             gate: Linear::new(weights.gate_proj, None),
             up: Linear::new(weights.up_proj, None),
@@ -63,10 +66,11 @@ impl Layer {
 
 impl Attention {
     /// Refuses weights of the other kind.
-    fn new(config: &DecoderAttention, weights: DecoderAttentionWeights) -> Result<Self> {
+    fn new(config: &DecoderAttention, weights: DecoderAttentionWeights, embedding: &Arc<Linear>) -> Result<Self> {
         match (config, weights) {
             (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
-                Ok(Attention::Latent(Box::new(NativeLayer::new(config, weights))))
+                let tied = config.gate.as_ref().filter(|gate| gate.tied).map(|_| embedding);
+                Ok(Attention::Latent(Box::new(NativeLayer::with_embedding(config, weights, tied))))
             }
             (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
                 Ok(Attention::Heads(Box::new(NativeGqaLayer::new(config, weights))))
@@ -129,11 +133,12 @@ impl NativeDecoder {
     pub fn new(config: &DecoderConfig, weights: DecoderWeights) -> Result<Self> {
         config.validate()?;
         check_layers(config, &weights)?;
-        let layers = weights.layers.into_iter().map(|layer| Layer::new(config, layer));
+        let embedding = Arc::new(Linear::new(weights.embedding, None));
+        let layers = weights.layers.into_iter().map(|layer| Layer::new(config, layer, &embedding));
         Ok(NativeDecoder {
             config: config.clone(),
             layers: layers.collect::<Result<_>>()?,
-            embedding: Linear::new(weights.embedding, None),
+            embedding,
             norm: weights.norm.data,
             lm_head: weights.lm_head.map(|head| Linear::new(head, None)),
         })
@@ -145,18 +150,20 @@ impl NativeDecoder {
     /// # Errors
     /// As [`DecoderWeights::load`].
     pub fn load(config: &DecoderConfig, checkpoint: &Checkpoint<'_>) -> Result<Self> {
+        let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
         let (mut embedding, mut norm, mut lm_head) = (None, None, None);
         let mut layers = Vec::new();
         DecoderWeights::visit(checkpoint, config, |part| {
             match part {
-                Part::Embedding(tensor) => embedding = Some(Linear::new(tensor, None)),
-                Part::Layer(layer) => layers.push(Layer::new(config, layer)?),
+                Part::Embedding(tensor) => embedding = Some(Arc::new(Linear::new(tensor, None))),
+                Part::Layer(layer) => {
+                    layers.push(Layer::new(config, layer, embedding.as_ref().ok_or_else(absent)?)?);
+                }
                 Part::Norm(tensor) => norm = Some(tensor.data),
                 Part::Head(tensor) => lm_head = tensor.map(|head| Linear::new(head, None)),
             }
             Ok(())
         })?;
-        let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
         let (embedding, norm) = (embedding.ok_or_else(absent)?, norm.ok_or_else(absent)?);
         Ok(NativeDecoder { config: config.clone(), embedding, layers, norm, lm_head })
     }

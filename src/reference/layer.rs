@@ -2,9 +2,11 @@
 //! ([`Layer::forward_absorbed`]). The two agree to rounding; the program's CPU fallback runs the first. Both also decode from
 //! what a latent cache holds: [`Layer::decode_expanded`], [`Layer::decode_absorbed`].
 
+use std::sync::Arc;
+
 use half::f16;
 
-use crate::config::{AttentionConfig, GateConfig};
+use crate::config::{AttentionConfig, GateConfig, TIED_NORM_EPS};
 use crate::storage::Storage;
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
@@ -38,7 +40,8 @@ enum Query {
 #[derive(Debug, Clone)]
 struct Gate {
     config: GateConfig,
-    embedding: Vec<f64>,
+    /// `[vocab, d_gate]`; of a tied gate the token embedding as it is in the checkpoint.
+    embedding: Arc<Vec<f64>>,
     b_proj: Vec<f64>,
     norm_weight: Option<Vec<f64>>,
     norm_bias: Option<Vec<f64>>,
@@ -131,8 +134,20 @@ struct Groups {
 }
 
 impl Layer {
-    /// Copies the weights to f64. They must have been built or loaded with the same `config`.
+    /// Copies the weights to f64. They must have been built or loaded with the same `config`, those of a tied gate with the model's
+    /// token embedding.
     pub fn new(config: AttentionConfig, weights: &AttentionWeights) -> Layer {
+        let embedding = weights.gate.as_ref().and_then(|gate| gate.embedding.as_ref());
+        let embedding = Arc::new(embedding.map_or_else(Vec::new, HostTensor::to_f64));
+        Layer::with_embedding(config, weights, embedding)
+    }
+
+    /// The same with the embedding of its gate, `[vocab, d_gate]`, in place of that of the weights.
+    pub(crate) fn with_embedding(
+        config: AttentionConfig,
+        weights: &AttentionWeights,
+        embedding: Arc<Vec<f64>>,
+    ) -> Layer {
         let optional = |tensor: &Option<HostTensor>| tensor.as_ref().map(HostTensor::to_f64);
         let query = match &weights.query {
             QueryWeights::Full { proj } => Query::Full { proj: proj.to_f64() },
@@ -146,7 +161,7 @@ impl Layer {
         };
         let gate = config.gate.clone().zip(weights.gate.as_ref()).map(|(config, weights)| Gate {
             config,
-            embedding: weights.embedding.to_f64(),
+            embedding,
             b_proj: weights.b_proj.to_f64(),
             norm_weight: optional(&weights.norm_weight),
             norm_bias: optional(&weights.norm_bias),
@@ -406,10 +421,13 @@ impl Layer {
 }
 
 impl Gate {
-    /// `gate_b_proj · gate_embedding[id]`, before the activation: `[tokens, width]`.
+    /// `gate_b_proj · e`, before the activation: `[tokens, width]`. e is a row of the table; of a tied gate the normed token embedding.
     fn project(&self, token_ids: &[u32]) -> Vec<f64> {
         let d_gate = self.config.d_gate as usize;
-        let rows = gather(&self.embedding, d_gate, token_ids);
+        let mut rows = gather(&self.embedding, d_gate, token_ids);
+        if self.config.tied {
+            rows = rms_norm(&rows, None, d_gate, TIED_NORM_EPS);
+        }
         matmul(&rows, &self.b_proj, None, token_ids.len(), d_gate, self.b_proj.len() / d_gate)
     }
 

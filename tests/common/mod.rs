@@ -22,6 +22,7 @@ pub fn config(site: Option<GateSite>) -> AttentionConfig {
     let gate = |site| GateConfig {
         vocab_size: VOCAB,
         d_gate: 5,
+        tied: false,
         site,
         activation: Activation::OnePlus,
         norm: GateNorm::LayerNorm,

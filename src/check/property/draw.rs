@@ -27,11 +27,12 @@ impl Shape {
         let d_value = one_of(width([&[3, 7, 10, 33], &[8, 16, 24]]));
         let d_q_latent = Some(one_of(&[0, 6, 14])).filter(|&rank| rank > 0);
         // A third each: plain MLA, the gate at the keys and values (half of all), the gate at the latent.
-        let gate = match one_of(&[0, 1, 2, 2]) {
+        let mut gate = match one_of(&[0, 1, 2, 2]) {
             0 => None,
             site => Some(GateConfig {
                 vocab_size: one_of(&[1, 5, 23, 97]),
                 d_gate: one_of(&[1, 3, 6, 16]),
+                tied: false,
                 site: if site == 1 { GateSite::Latent } else { GateSite::UpProjected },
                 activation: Activation::ALL[one_of(&[0, 1, 2, 3, 4]) as usize],
                 norm: GateNorm::ALL[one_of(&[0, 1, 2]) as usize],
@@ -39,7 +40,10 @@ impl Shape {
             }),
         };
         let rope = [Rope::Neighbours, Rope::Halves, Rope::Linear, Rope::Yarn][one_of(&[0, 1, 2, 3]) as usize];
-        // In turns: with every other option in the end.
+        // In turns: with every other option in the end, in either storage, with whole loads and without.
+        if let (Some(gate), 1) = (&mut gate, index / 2 % 3) {
+            (gate.tied, gate.d_gate) = (true, hidden_size);
+        }
         let rope = if index % 5 == 4 { Rope::ScaledQueries } else { rope };
         let [attention_bias, kv_a_norm] = [one_of(&[0, 1]) == 1, one_of(&[0, 1, 1]) == 1];
         Shape {

@@ -66,17 +66,24 @@ impl Shape {
         let gated = |change: &dyn Fn(&mut GateConfig)| with(&|shape| shape.gate.iter_mut().for_each(change));
         all.push(gated(&|gate| gate.activation = Activation::Identity));
         all.push(gated(&|gate| gate.norm = GateNorm::None));
+        all.push(gated(&|gate| gate.tied = false));
         // From 1 up to a half: a width that matters is met whatever it is.
         let less = |value: u32| [1, value / 2, value.saturating_sub(1)].into_iter().filter(move |&less| less < value);
         all.extend(less(self.n_head).map(|n| with(&|shape| shape.n_head = n)));
-        all.extend(less(self.hidden_size).map(|n| with(&|shape| shape.hidden_size = n)));
+        all.extend(less(self.hidden_size).map(|n| {
+            with(&|shape| {
+                shape.hidden_size = n;
+                // The width of a tied gate is that of the model.
+                shape.gate.iter_mut().filter(|gate| gate.tied).for_each(|gate| gate.d_gate = n);
+            })
+        }));
         all.extend(less(self.d_latent).map(|n| with(&|shape| shape.d_latent = n)));
         all.extend(less(self.d_nope).map(|n| with(&|shape| shape.d_nope = n)));
         all.extend([0, self.d_rope / 4 * 2].map(|n| with(&|shape| shape.d_rope = n)));
         all.extend(less(self.d_value).map(|n| with(&|shape| shape.d_value = n)));
         for n in [1, 2, 4] {
             all.push(gated(&|gate| gate.vocab_size = gate.vocab_size.min(n)));
-            all.push(gated(&|gate| gate.d_gate = gate.d_gate.min(n)));
+            all.push(gated(&|gate| gate.d_gate = if gate.tied { gate.d_gate } else { gate.d_gate.min(n) }));
         }
         all
     }

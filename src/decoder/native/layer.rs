@@ -1,10 +1,12 @@
 //! One attention layer in f32 on the CPU, as [`reference::Layer`](crate::reference::Layer) defines it.
 
+use std::sync::Arc;
+
 use super::product::{Attending, Linear, Rows, for_each_part, panel_bytes, share};
 use super::{optional, rms_norm};
-use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, RopeConfig};
+use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, RopeConfig, TIED_NORM_EPS};
 use crate::reference::{Heads, rotations};
-use crate::weights::{AttentionWeights, QueryWeights};
+use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
 /// Queries of a head that attend together: their scores against the whole past are in memory at once.
 const BLOCK: usize = 64;
@@ -33,8 +35,8 @@ enum Query {
 #[derive(Debug)]
 struct Gate {
     config: GateConfig,
-    /// `[vocab, d_gate]`
-    embedding: Linear,
+    /// `[vocab, d_gate]`; of a tied gate the token embedding as it is in the checkpoint.
+    embedding: Arc<Linear>,
     b: Linear,
     norm_weight: Option<Vec<f32>>,
     norm_bias: Option<Vec<f32>>,
@@ -96,8 +98,18 @@ fn absorbs(heads: Heads, d_latent: usize, tokens: usize) -> bool {
 }
 
 impl NativeLayer {
-    /// Takes the weights, which must have been built or loaded with the same `config`.
+    /// Takes the weights, which must have been built or loaded with the same `config`, those of a tied gate with the model's token
+    /// embedding.
     pub fn new(config: &AttentionConfig, weights: AttentionWeights) -> Self {
+        Self::with_embedding(config, weights, None)
+    }
+
+    /// The same with a model's token embedding for a tied gate, in place of that of the weights.
+    pub(super) fn with_embedding(
+        config: &AttentionConfig,
+        weights: AttentionWeights,
+        tied: Option<&Arc<Linear>>,
+    ) -> Self {
         let query = match weights.query {
             QueryWeights::Full { proj } => Query::Full(Linear::new(proj, None)),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
@@ -106,8 +118,15 @@ impl NativeLayer {
             }
         };
         let gate = config.gate.clone().zip(weights.gate).map(|(config, weights)| Gate {
+            embedding: match (tied, weights.embedding) {
+                (Some(tied), _) => Arc::clone(tied),
+                (None, own) => {
+                    let none =
+                        || HostTensor { name: String::new(), shape: vec![0, config.d_gate as usize], data: vec![] };
+                    Arc::new(Linear::new(own.unwrap_or_else(none), None))
+                }
+            },
             config,
-            embedding: Linear::new(weights.embedding, None),
             b: Linear::new(weights.b_proj, None),
             norm_weight: optional(weights.norm_weight),
             norm_bias: optional(weights.norm_bias),
@@ -375,12 +394,14 @@ pub(super) fn rotate(
 }
 
 impl Gate {
-    /// `x ← Norm(x ⊙ act(gate_b_proj · gate_embedding[id]))`, `[tokens, width]`.
+    /// `x ← Norm(x ⊙ act(gate_b_proj · e))`, `[tokens, width]`. e is a row of the table; of a tied gate the normed token embedding.
     fn apply(&self, x: &mut [f32], token_ids: &[u32]) {
         let activation = self.config.activation;
-        x.iter_mut()
-            .zip(self.b.apply(&self.embedding.gather(token_ids)))
-            .for_each(|(x, g)| *x *= activate(activation, g));
+        let mut rows = self.embedding.gather(token_ids);
+        if self.config.tied {
+            rms_norm(&mut rows, None, self.config.d_gate as usize, TIED_NORM_EPS);
+        }
+        x.iter_mut().zip(self.b.apply(&rows)).for_each(|(x, g)| *x *= activate(activation, g));
         let weight = self.norm_weight.as_deref();
         match self.config.norm {
             GateNorm::None => {}
