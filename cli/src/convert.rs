@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use clap::{Args, ValueEnum};
-use egmla::convert::{Calibration, Conversion, LayerOptions, Progress, heads};
+use egmla::convert::{Calibration, Conversion, GateKind, LayerOptions, Progress, heads};
 use egmla::decoder::{ModelFolder, TextRules, TextTokenizer};
 use egmla::files;
 use serde_json::{Map, Value, json};
@@ -22,6 +22,18 @@ pub enum Target {
     /// Latents, and a gate per token id in closed form
     EgMla,
 }
+
+/// `--gate`
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// A table of gate rows for each layer
+    Table,
+    /// The model's own token embedding, without tables
+    Tied,
+}
+
+/// Width of gate rows without `--embed-dim`.
+const EMBED_DIM: u32 = 128;
 
 /// Makes a model with keys and values per head (GQA, as Llama) into one of latents, without training.
 #[derive(Args, Debug)]
@@ -44,15 +56,35 @@ pub struct ConvertArgs {
     /// Most tokens of the text that are run, in sequences taken evenly from it
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(2..))]
     pub tokens: u32,
-    /// Width of gate rows, with --to eg-mla
-    #[arg(long, value_name = "E", default_value_t = 128)]
-    pub embed_dim: u32,
+    /// What gates read, with --to eg-mla; `table` without this option
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub gate: Option<Gate>,
+    /// Width of gate rows, with --gate table; 128 without this option
+    #[arg(long, value_name = "E")]
+    pub embed_dim: Option<u32>,
     /// Slices of the keys that keep their rotation; each adds a head's width to the cache
     #[arg(long, value_name = "S", default_value_t = 1)]
     pub rope_slices: u32,
     /// Weight of first positions, which every head leans on, over that of all other tokens
     #[arg(long, value_name = "W", default_value_t = 10.0, value_parser = weight)]
     pub sink_weight: f64,
+}
+
+impl ConvertArgs {
+    fn gate(&self) -> Result<Option<GateKind>, Failure> {
+        match (self.to, self.gate, self.embed_dim) {
+            (Target::Mla, None, None) => Ok(None),
+            (Target::Mla, Some(_), _) => Err(Failure::usage("--gate is of --to eg-mla")),
+            (Target::Mla, None, Some(_)) => Err(Failure::usage("--embed-dim is of --to eg-mla")),
+            (Target::EgMla, Some(Gate::Tied), None) => Ok(Some(GateKind::Tied)),
+            (Target::EgMla, Some(Gate::Tied), Some(_)) => {
+                Err(Failure::usage("--embed-dim is of --gate table: rows of tied gates are token embeddings"))
+            }
+            (Target::EgMla, Some(Gate::Table) | None, width) => {
+                Ok(Some(GateKind::Table { embed_dim: width.unwrap_or(EMBED_DIM) }))
+            }
+        }
+    }
 }
 
 fn weight(text: &str) -> Result<f64, String> {
@@ -66,6 +98,7 @@ const SEQUENCE: usize = 512;
 /// Runs the command.
 pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     interrupt::watch();
+    let gate = args.gate()?;
     let text = files::read_text(&args.text, u64::MAX)?;
     let folder = ModelFolder::open(&args.model)?;
     let in_config = |error: egmla::Error| Failure::from(error.in_file(folder.path()));
@@ -103,7 +136,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
             rope_slices: args.rope_slices as usize,
             sink_weight: args.sink_weight,
         },
-        embed_dim: (args.to == Target::EgMla).then_some(args.embed_dim),
+        gate,
         tokenizer: &tokenizer,
         origin: json!({
             "model": args.model.to_string_lossy(),

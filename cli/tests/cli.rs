@@ -275,6 +275,17 @@ fn options_out_of_their_range_are_refused() {
 }
 
 #[test]
+fn options_of_gates_are_refused_where_they_say_nothing() {
+    let convert = |options: &[&str]| {
+        egmla(&[&["convert", "--model", "m", "--rank", "8", "--text", "t", "--output", "o"], options].concat())
+    };
+    convert(&["--to", "mla", "--gate", "tied"]).refused(2, &["--gate is of --to eg-mla"]);
+    convert(&["--to", "mla", "--embed-dim", "8"]).refused(2, &["--embed-dim is of --to eg-mla"]);
+    let tied = ["--to", "eg-mla", "--gate", "tied", "--embed-dim", "8"];
+    convert(&tied).refused(2, &["--embed-dim is of --gate table"]);
+}
+
+#[test]
 fn configs_that_contradict_themselves_or_overflow_are_refused() {
     for key in ["hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank", "v_head_dim"] {
         Job::config_refused(key, json!(0), &[key, "is 0"]);

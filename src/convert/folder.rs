@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::gates::Gates;
+use super::gates::{GateKind, Gates};
 use super::layer::{LatentLayer, LayerError, LayerOptions, convert_layer, latent_config};
 use super::matrix::Matrix;
 use super::source::{Calibration, embedded, heads, relative_error, run_layer};
-use crate::config::{DecoderAttention, DecoderConfig, DecoderScales, RopeConfig, RopeScaling};
+use crate::config::{DecoderAttention, DecoderConfig, DecoderScales, GateConfig, RopeConfig, RopeScaling};
 use crate::decoder::ModelFolder;
 use crate::error::{DataError, Error, Result, TensorError};
 use crate::files;
@@ -33,8 +33,8 @@ pub struct Conversion<'a> {
     pub calibration: &'a Calibration,
     /// Rank, rotated slices, weight of first positions.
     pub options: LayerOptions,
-    /// Width of gate rows: EG-MLA. `None` makes MLA.
-    pub embed_dim: Option<u32>,
+    /// The gates of EG-MLA. `None` makes MLA.
+    pub gate: Option<GateKind>,
     /// Content of `tokenizer.json`.
     pub tokenizer: &'a [u8],
     /// What names the source and the text: written to `conversion.json`. A conversion goes on only where it is the same.
@@ -124,12 +124,11 @@ impl Conversion<'_> {
             return Err(Error::config("scale_emb", "scales embeddings, residuals or logits, which is not converted"));
         }
         self.check_tensors()?;
-        let gates_of = |embed_dim: u32| -> Result<Gates> {
-            Gates::new(&self.embedding()?, embed_dim as usize, self.calibration.ids(), self.calibration.starts())
+        let gates_of = |kind: GateKind| -> Result<Gates> {
+            Gates::new(&self.embedding()?, kind, self.calibration.ids(), self.calibration.starts())
         };
         // The same refusals before the first layer as in it.
-        let gate = self.embed_dim.map(|embed_dim| Gates::config_of(self.config.vocab_size, embed_dim));
-        latent_config(source, &self.options, gate)?;
+        latent_config(source, &self.options, self.gate_config())?;
 
         let work = self.open_work(output)?;
         let layer_path = |number: u32, what: &str| work.join(format!("layer-{number:04}.{what}"));
@@ -154,8 +153,8 @@ impl Conversion<'_> {
             return Ok(None);
         }
         let first = errors.len() as u32;
-        let gates = match self.embed_dim {
-            Some(embed_dim) if first < self.config.n_layer => Some(gates_of(embed_dim)?),
+        let gates = match self.gate {
+            Some(kind) if first < self.config.n_layer => Some(gates_of(kind)?),
             _ => None,
         };
         for number in first..self.config.n_layer {
@@ -183,6 +182,10 @@ impl Conversion<'_> {
         let config = self.write(output, |number| layer_path(number, "safetensors"), &errors)?;
         fs::remove_dir_all(&work).map_err(io_at(&work))?;
         Ok(Some(Made { config, errors }))
+    }
+
+    fn gate_config(&self) -> Option<GateConfig> {
+        self.gate.map(|kind| kind.config(self.config.vocab_size, self.config.attention.hidden_size()))
     }
 
     fn embedding(&self) -> Result<HostTensor> {
@@ -256,7 +259,8 @@ impl Conversion<'_> {
             "rank": self.options.rank,
             "rope_slices": self.options.rope_slices,
             "sink_weight": self.options.sink_weight,
-            "embed_dim": self.embed_dim,
+            "gate": self.gate.map(GateKind::name),
+            "embed_dim": self.gate.and_then(GateKind::embed_dim),
             "tokens": self.calibration.ids().len(),
             "token_ids": [crc32fast::hash(&ids), crc32fast::hash(&starts)],
             "tokenizer": crc32fast::hash(self.tokenizer),
@@ -320,9 +324,8 @@ impl Conversion<'_> {
         errors: &[LayerError],
     ) -> Result<DecoderConfig> {
         let source = heads(self.config)?;
-        let gate = self.embed_dim.map(|embed_dim| Gates::config_of(self.config.vocab_size, embed_dim));
         let wanted = DecoderConfig {
-            attention: DecoderAttention::Latent(latent_config(source, &self.options, gate)?),
+            attention: DecoderAttention::Latent(latent_config(source, &self.options, self.gate_config())?),
             ..self.config.clone()
         };
         let text = serde_json::to_string_pretty(&config_json(&wanted, &self.keys)?)? + "\n";
@@ -350,11 +353,12 @@ impl Conversion<'_> {
         })?;
         write_bytes(&output.join(FILES[1]), self.tokenizer)?;
         let made = json!({
-            "method": if self.embed_dim.is_some() { "EG-MLA, offset gates" } else { "TransMLA" },
+            "method": if self.gate.is_some() { "EG-MLA, offset gates" } else { "TransMLA" },
             "program": format!("egmla {}", env!("CARGO_PKG_VERSION")),
             "origin": self.origin,
             "rank": self.options.rank,
-            "embed_dim": self.embed_dim,
+            "gate": self.gate.map(GateKind::name),
+            "embed_dim": self.gate.and_then(GateKind::embed_dim),
             "rope_slices": self.options.rope_slices,
             "sink_weight": self.options.sink_weight,
             "calibration_tokens": self.calibration.ids().len(),

@@ -11,7 +11,7 @@
 //! to the norm of values, P are the leading eigenvectors of the covariance of S y over calibration text, E expands y to the query
 //! heads.
 
-use super::gates::{Gates, Table};
+use super::gates::{Expanded, Gate, Gates, Rows};
 use super::matrix::{Matrix, eigen, product};
 use crate::config::{AttentionConfig, GateConfig, GqaConfig, RopeConfig, RopeScaling};
 use crate::error::{DataError, Error, Result};
@@ -171,7 +171,7 @@ pub struct LatentLayer {
     kv_b_proj: Matrix,
     o_proj: Matrix,
     o_bias: Option<Vec<f64>>,
-    gate: Option<Table>,
+    gate: Option<Gate>,
 }
 
 /// Where the parts of a converted layer are.
@@ -230,7 +230,7 @@ pub fn latent_config(source: &GqaConfig, options: &LayerOptions, gate: Option<Ga
     // One column of the latent of gates is the constant 1.
     let constant = usize::from(gate.is_some());
     range("rank", options.rank, 1 + constant, shape.width + constant)?;
-    if let Some(gate) = &gate {
+    if let Some(gate) = gate.as_ref().filter(|gate| !gate.tied) {
         range("embed-dim", gate.d_gate as usize, 1, shape.width)?;
     }
     let d_rope = source.head_dim * options.rope_slices as u32;
@@ -340,13 +340,14 @@ pub fn convert_layer_with(
     let o_proj = matrix(&weights.o_proj);
     let mut o_bias = weights.o_bias.as_ref().map(HostTensor::to_f64);
     let mut kv_a_bias = config.attention_bias.then(|| vec![0.0; d_latent + slices * d]);
-    let mut table = None;
-    if let Some(offset) = &fitted.offset {
-        // The constant column of the latent, and what it carries: a0 + m.
+    let mut gate = None;
+    if let Some(offset) = fitted.offset {
+        // The constant column of the latent, and what it carries.
         if let Some(bias) = &mut kv_a_bias {
             bias[rank] = 1.0;
         }
-        let (carried, offsets, projection) = offset.expanded(&expansion);
+        let Expanded { carried, shares, offsets, b_proj } = offset.expanded(&expansion);
+        kv_b_proj.scale_rows(&shares);
         let mut wider = Matrix::zeros(kv_b_proj.rows, rank + 1);
         for (row, carried) in carried.into_iter().enumerate() {
             wider.row_mut(row)[..rank].copy_from_slice(kv_b_proj.row(row));
@@ -361,7 +362,7 @@ pub fn convert_layer_with(
         let mut bias = o_bias.unwrap_or_else(|| vec![0.0; shape.hidden]);
         bias.iter_mut().zip(&correction.data).for_each(|(bias, by)| *bias -= by);
         o_bias = Some(bias);
-        table = Some(Table { embedding: offset.embedding.clone(), b_proj: projection });
+        gate = Some(Gate { rows: offset.rows, b_proj });
     }
     let layer = LatentLayer {
         q_proj: queries(&shape, &matrix(&weights.q_proj), mixing, source, &config, &places),
@@ -370,7 +371,7 @@ pub fn convert_layer_with(
         kv_b_proj,
         o_proj,
         o_bias,
-        gate: table,
+        gate,
         config,
     };
     Ok((layer, error))
@@ -529,8 +530,8 @@ impl LatentLayer {
             down.data.chunks_exact(down.cols).flat_map(|row| &row[d_latent..]).copied().collect();
         rope(&mut k_rope, &turns, 1, d_rope, d_rope, interleave);
         let mut kv = product(latents.view(), self.kv_b_proj.t());
-        if let Some(table) = &self.gate {
-            table.apply(&mut kv, ids);
+        if let Some(gate) = &self.gate {
+            gate.apply(&mut kv, ids);
         }
         let visible: Vec<_> = (0..hidden.rows).map(|t| 0..t + 1).collect();
         let heads = Heads { n_head, n_kv_head: n_head, d_nope, d_rope, d_value };
@@ -544,7 +545,7 @@ impl LatentLayer {
         out
     }
 
-    /// The weights, rounded to f32.
+    /// The weights, rounded to f32; of a tied gate without the token embedding, which is the model's.
     pub fn weights(&self) -> AttentionWeights {
         let tensor = |name: &str, matrix: &Matrix| HostTensor {
             name: name.to_owned(),
@@ -566,9 +567,12 @@ impl LatentLayer {
             kv_b_proj: tensor("kv_b_proj.weight", &self.kv_b_proj),
             o_proj: tensor("o_proj.weight", &self.o_proj),
             o_bias: vector("o_proj.bias", &self.o_bias),
-            gate: self.gate.as_ref().map(|table| GateWeights {
-                embedding: Some(tensor("gate_embedding.weight", &table.embedding)),
-                b_proj: tensor("gate_b_proj.weight", &table.b_proj),
+            gate: self.gate.as_ref().map(|gate| GateWeights {
+                embedding: match &gate.rows {
+                    Rows::Table(table) => Some(tensor("gate_embedding.weight", table)),
+                    Rows::Tied(_) => None,
+                },
+                b_proj: tensor("gate_b_proj.weight", &gate.b_proj),
                 norm_weight: None,
                 norm_bias: None,
             }),

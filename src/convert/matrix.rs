@@ -102,6 +102,12 @@ impl Matrix {
         self.data.iter().map(|value| value * value).sum()
     }
 
+    /// Rows as columns.
+    pub fn transposed(&self) -> Matrix {
+        let column = |col: usize| self.data.iter().skip(col).step_by(self.cols.max(1)).copied();
+        Matrix::of((0..self.cols).flat_map(column).collect(), self.rows)
+    }
+
     /// The first `cols` columns.
     pub fn first_cols(&self, cols: usize) -> Matrix {
         Matrix::of(self.data.chunks_exact(self.cols).flat_map(|row| &row[..cols]).copied().collect(), cols)

@@ -8,7 +8,7 @@ mod matrix;
 mod source;
 
 pub use folder::{Conversion, Made, Progress};
-pub use gates::Gates;
+pub use gates::{GateKind, Gates};
 pub use layer::{
     Activations, LatentLayer, LayerError, LayerOptions, Mixing, convert_layer, convert_layer_with, latent_config,
 };

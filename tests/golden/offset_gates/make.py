@@ -1,4 +1,5 @@
-"""Writes case.json: one small layer with offset gates, fitted in float64 by numpy from docs/convert.md, with nothing of this crate.
+"""Writes case.json: one small layer with offset gates, by a table and tied, fitted in float64 by numpy from docs/convert.md, with
+nothing of this crate.
 
 Each step is the plain one: regressions are fitted anew without each id, and rows anew without each token, where the crate has a
 closed form.
@@ -54,12 +55,12 @@ def mix(keys):
 
 
 def ridge(features, targets, weights, penalty):
-    """A function of features, by weighted least squares with a free constant."""
+    """Map and constant of a function of features, by weighted least squares with a free constant."""
     total = weights.sum()
     middle, centre = weights @ features / total, weights @ targets / total
     f, t = features - middle, targets - centre
     map_ = np.linalg.solve(f.T @ (weights[:, None] * f) + penalty * np.eye(HIDDEN), f.T @ (weights[:, None] * t))
-    return lambda x: centre + (x - middle) @ map_
+    return map_, centre - middle @ map_
 
 
 def main():
@@ -72,7 +73,7 @@ def main():
     behind = np.ones(tokens, bool)
     behind[starts] = False
 
-    features = embedding / np.sqrt((embedding**2).mean(1, keepdims=True))
+    features = embedding / np.sqrt((embedding**2).mean(1, keepdims=True) + 1e-6)
     met = sorted(set(ids[behind]))
     tokens_of = {i: [t for t in range(tokens) if behind[t] and ids[t] == i] for i in met}
     n = np.array([len(tokens_of[i]) for i in met], float)
@@ -84,18 +85,20 @@ def main():
 
     def without_each(strength):
         rest = [np.arange(len(met)) != at for at in range(len(met))]
-        return np.array([mean[a] - ridge(f[r], mean[r], w[r], strength * scale)(f[a]) for a, r in enumerate(rest)])
+        fits = [ridge(f[r], mean[r], w[r], strength * scale) for r in rest]
+        return np.array([mean[a] - f[a] @ map_ - constant for a, (map_, constant) in enumerate(fits)])
 
     strength = min(RIDGES, key=lambda s: (w[:, None] * without_each(s) ** 2).sum())
-    left, regression = without_each(strength), ridge(f, mean, w, strength * scale)
+    left, (map_, constant) = without_each(strength), ridge(f, mean, w, strength * scale)
+    regressed = features @ map_ + constant
 
     within = sum(((y[tokens_of[i]] - mean[a]) ** 2).sum() for a, i in enumerate(met)) / (n - 1).sum()
     between = (w * ((left**2).sum(1) - within / n)).sum() / w.sum()
     kappa = within / max(between, within / 100)
 
-    rows = regression(features) - centre
+    rows = regressed - centre
     for a, i in enumerate(met):
-        rows[i] += n[a] / (n[a] + kappa) * (mean[a] - regression(f[a]))
+        rows[i] += n[a] / (n[a] + kappa) * (mean[a] - regressed[i])
     for i in set(ids[starts]) - set(met):
         rows[i] = 0
 
@@ -108,9 +111,14 @@ def main():
             residual[t] = y[t] - others_of - share * ((np.mean(others, 0) if others else others_of) - others_of)
     weight = np.ones(tokens)
     weight[starts] += SINK * tokens / len(starts)
-    p = leading(residual.T @ (weight[:, None] * residual), RANK - 1)
-    rest = np.eye(y.shape[1]) - p @ p.T
-    lost = [((residual[part] @ rest) ** 2).sum() / (y[part] ** 2).sum() for part in (behind, starts)]
+
+    def latents(residual):
+        """Axes, what is beside them, and what is lost of tokens behind first positions and of those."""
+        p = leading(residual.T @ (weight[:, None] * residual), RANK - 1)
+        rest = np.eye(y.shape[1]) - p @ p.T
+        return p, rest, [((residual[part] @ rest) ** 2).sum() / (y[part] ** 2).sum() for part in (behind, starts)]
+
+    p, rest, lost = latents(residual)
 
     count = np.full(VOCAB, (n == 1).sum() / (VOCAB - len(met)))
     count[met] = n
@@ -127,7 +135,8 @@ def main():
                 expand[head, c, (s - 1) * WIDTH + c] = axes[c][group, s] / balance
             expand[head, WIDTH + c, (GROUPS - 1) * WIDTH + group * WIDTH + c] = 1
     expand = expand.reshape(-1, y.shape[1])
-    m = OFFSET * np.sqrt((((y @ expand.T)) ** 2).mean(0))
+    size = np.sqrt((((y @ expand.T)) ** 2).mean(0))
+    m = OFFSET * size
     a = expand @ rest @ centre
 
     chosen = [(t, ids[t]) for t in (0, 7, 33)] + [(12, 18)]
@@ -135,6 +144,20 @@ def main():
     for t, i in chosen:
         held = expand @ p @ p.T @ y[t]
         found.append((held + a + m) * (1 + expand @ table[i] / (a + m)) - m)
+
+    # Tied: no row but the regression's, in P without the token's id, and of first positions as the gate has it.
+    residual = y - regressed[ids]
+    for a_, i in enumerate(met):
+        residual[tokens_of[i]] = y[tokens_of[i]] - (mean[a_] - left[a_])
+    p, rest, lost_tied = latents(residual)
+    # What token embeddings have in common counts in the size of m: the constant of the latent is without it.
+    common = expand @ rest @ (map_.T @ (w @ f / w.sum()))
+    m_tied = OFFSET * np.maximum(size, np.abs(common))
+    a = expand @ rest @ centre
+    found_tied = []
+    for t, i in chosen:
+        held = expand @ p @ p.T @ y[t]
+        found_tied.append((held + a + m_tied) * (1 + expand @ rest @ (regressed[i] - centre) / (a + m_tied)) - m_tied)
 
     case = {
         "ids": ids.tolist(),
@@ -149,8 +172,11 @@ def main():
         "offset": m.tolist(),
         "chosen": [[int(t), int(i)] for t, i in chosen],
         "keys_and_values": [v.tolist() for v in found],
+        "lost_tied": lost_tied,
+        "offset_tied": m_tied.tolist(),
+        "keys_and_values_tied": [v.tolist() for v in found_tied],
     }
-    print("ridge", strength, "kappa", kappa, "lost", lost, "met", len(met), "once", (n == 1).sum())
+    print("ridge", strength, "kappa", kappa, "lost", lost, lost_tied, "met", len(met), "once", (n == 1).sum())
     lines = ",\n".join(f'"{name}": {json.dumps(value, separators=(",", ":"))}' for name, value in case.items())
     pathlib.Path(__file__).with_name("case.json").write_text("{\n" + lines + "\n}\n")
 
