@@ -525,7 +525,9 @@ fn a_stopped_conversion_goes_on() {
 }
 
 /// One layer against `tests/golden/offset_gates/make.py`, which fits it by code of its own: what is lost of the calibration text, and
-/// keys and values of single tokens, among them the first and one whose id the text does not hold.
+/// keys and values of single tokens, among them the first and one whose id the text does not hold. Of a tied gate it sees, each by more
+/// than its tolerance: another eps, P of the whole regression, first positions with a gate of 1 or without weight, rows within P,
+/// what embeddings have in common left in the gate, latents without A / (a + m), m of the channels alone, rows shrunk to means.
 #[test]
 fn a_layer_with_offset_gates_is_that_of_an_independent_fit() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/offset_gates/case.json");

@@ -25,8 +25,9 @@ def given():
     # Ids 0 to 15, the low ones often; the rest is never met, but for the first of every sequence.
     ids = np.minimum(random.geometric(0.2, SEQUENCES * LENGTH) - 1, 15)
     ids[::LENGTH] = FIRST
-    embedding = values(VOCAB, HIDDEN)
-    hidden = np.round(embedding[ids] + 0.7 * values(len(ids), HIDDEN), 3)
+    # So small that the eps of their norm counts, and of a common part that differs in size: a mean gate that is not 1.
+    embedding = np.round(0.05 * (values(VOCAB, HIDDEN) + 2 * abs(values(VOCAB, 1))), 3)
+    hidden = np.round(20 * embedding[ids] + 0.7 * values(len(ids), HIDDEN), 3)
     hidden[::LENGTH] = 4 * values(HIDDEN)
     weights = {
         "q_proj": values(HEADS * WIDTH, HIDDEN),
