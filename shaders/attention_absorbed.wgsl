@@ -11,9 +11,11 @@
 // Floor: each row of the cache once per HEADS heads, for n_head · (2·d_latent + d_rope) multiply-adds. 16 heads of 512 + 64 in
 // f16 are 30 FLOP per byte where an H200 has 12 by our rooflines, so that multiply-adds are the limit: 183 µs of 32 sequences of
 // 8192 rows, against 71 for their bytes. Eight heads are what 16 KiB of workgroup memory hold; with matrices or subgroups the
-// other variants are preferred. AMD's compiler (RDNA3, Mesa 25): up to 120 registers, nothing spilled; a block of 8 halves of
-// four rows is 4 loads and 16 reads of workgroup memory, the same for all lanes, for 256 multiply-adds.
+// other variants are preferred. A block of 8 halves of four rows is 4 loads and 16 reads of workgroup memory, the same for all
+// lanes, for 256 multiply-adds.
 // grid: (splits of the step, ⌈n_head / HEADS⌉, most query tokens of a sequence)
+// Static (RDNA3, Mesa 25), at most: 120 registers, 12 288 bytes of workgroup memory, nothing spilled.
+// Not measured on a GPU.
 
 override STORAGE_F16: u32 = 0u;
 override HEADS: u32 = 4u;        // 4 or 8

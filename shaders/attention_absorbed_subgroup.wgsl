@@ -8,8 +8,7 @@
 // bytes of the columns and takes the weights of a row from the lane that owns it.
 // Padding: cache rows end with finite values (0, as cache_append writes them). The query is 0 there, and the columns of the
 // padding are not stored.
-// Floor: as attention_absorbed, the multiply-adds; in software they are all that counts. AMD's compiler (RDNA3, Mesa 25): up to
-// 96 registers, nothing spilled.
+// Floor: as attention_absorbed, the multiply-adds; in software they are all that counts.
 // grid: (splits of the step, ⌈n_head / 8⌉, most query tokens of a sequence)
 //
 // For adapters without fast workgroup memory: on a GPU, neighbouring lanes would read rows that are far apart.
@@ -21,6 +20,7 @@
 //   scores as two matrices of four queries in place of eight vectors: 0.92 of the rate, six runs in turns
 //   the eight as an array without an initial value: as fast, but wrong in Chromium 156 on SwiftShader
 //   both halves of a load of f16 written out instead of in a loop: 1.15 of the time to compile, 1.05 of the time
+// Static (RDNA3, Mesa 25), at most: 96 registers, 8 192 bytes of workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;
 override LANES: u32 = 4u;                        // a power of two from 4 to 16

@@ -9,6 +9,7 @@
 // grid: one workgroup per ⌈width / 4·LANES⌉ tiles of every (token, head), folded into x and y.
 //
 // Not measured on a GPU. The form before, which walked all splits in one workgroup a head, took 25 to 285 µs there.
+// Static (RDNA3, Mesa 25), at most: 24 registers, 6 144 bytes of workgroup memory, nothing spilled.
 
 override LANES: u32 = 16u;
 override TEAMS: u32 = 16u;                                  // a power of two

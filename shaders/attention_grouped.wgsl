@@ -17,9 +17,11 @@
 // Floor: the gate rows of every id once per head, 2·(d_nope + d_value) bytes in f16, and a cache row once per HEADS heads;
 // 2·d_latent·(d_nope + d_value) multiply-adds per id and head, 2·d_latent + d_rope per position and head. 12 heads of 64 + 64
 // with 5 positions per id at 8192 tokens: 5 and 2 MB, 0.3 GFLOP, some 6 µs of an H200 in f32. Behind it the weights limit, which
-// every tile reads anew from the L2: 192 KiB for GROUPS groups. AMD's compiler (RDNA3, Mesa 25): up to 120 registers, nothing
-// spilled, two subgroups beside each other at the largest setting, whose 16 KiB it fills; the other variants hold more.
+// every tile reads anew from the L2: 192 KiB for GROUPS groups. AMD's compiler (RDNA3, Mesa 25) has two subgroups beside each
+// other at the largest setting, whose 16 KiB it fills; the other variants hold more.
 // grid: (⌈n_head / HEADS⌉ · query tokens of a sequence, entries folded into y and z)
+// Static (RDNA3, Mesa 25), at most: 120 registers, 16 384 bytes of workgroup memory, nothing spilled.
+// Not measured on a GPU.
 
 override CACHE_F16: u32 = 0u;
 override STORAGE_F16: u32 = 0u;  // kv_b_proj, affine

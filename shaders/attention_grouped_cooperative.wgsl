@@ -31,6 +31,7 @@
 //
 // Not run on a GPU yet.
 // Padding: outputs of kv_b_proj end with 0; cache rows with anything.
+// Static (RDNA3, Mesa 25), at most: 192 registers, 49 152 bytes of workgroup memory, nothing spilled.
 
 enable f16;
 enable wgpu_cooperative_matrix;

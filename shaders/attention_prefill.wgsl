@@ -8,8 +8,7 @@
 // gives 0. lse = m + ln l, natural logarithm. Widths are multiples of 4.
 // Floor: n_head · (d_nope + d_rope + d_value) multiply-adds for every query and key that it sees: 16 heads of 128 + 128 and 512
 // tokens are 1.1 GFLOP, 22 µs of an H200 in f32. Workgroup memory is the limit before that: 8 reads of 16 bytes for 64 multiply-
-// adds, up to twice their cycles on a processor that reads 128 bytes per cycle. AMD's compiler (RDNA3, Mesa 25): up to 168
-// registers, nothing spilled.
+// adds, up to twice their cycles on a processor that reads 128 bytes per cycle.
 // grid: (query tiles, n_head, ⌈d_value / 128⌉); 8 lanes share 4 queries: each lane owns 4 keys of a block of 32 and 4·COLUMNS
 // value columns, so that 8 loads of 16 bytes serve 64 multiply-adds of the scores, and 1 + COLUMNS serve 16·COLUMNS of the values.
 //
@@ -18,6 +17,7 @@
 //   ROWS 8 → 16: 0.6 to 0.8×, a causal tile of 64 wastes more; 8 → 4: 0.7 to 1.1×, shape by shape
 //   without workgroup memory, 8 × 16 scores per lane, all written out: 1.1 to 1.3×, not worth it
 //   loads at an index that is the same in all lanes: 1.2× per load, the driver gathers lane by lane all the same
+// Static (RDNA3, Mesa 25), at most: 168 registers, 16 384 bytes of workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;                  // of the rope cache
 override KV_F16: u32 = 0u;                       // of keys and values

@@ -7,9 +7,8 @@
 // A team is LANES invocations of one subgroup. It owns 8 queries. Scores: each lane owns 4 keys of a block of 4·LANES, LANES
 // apart, for all 8 queries. Values: each lane owns COLUMNS vectors of 4 columns, and takes the weight of a key from the lane
 // that owns it. Maxima and sums are butterflies of shuffles.
-// Not run on a GPU yet.
-// Floor: as attention_prefill, 22 µs of 16 heads of 128 + 128 and 512 tokens on an H200. AMD's compiler (RDNA3, Mesa 25): up to
-// 192 registers, nothing spilled, 10 KiB where keys are staged.
+// Floor: as attention_prefill, 22 µs of 16 heads of 128 + 128 and 512 tokens on an H200. On an H200 at commit 10d32d5 that took 349 µs
+// without wgpu's shader checks, 1 011 with them. Not measured since.
 // grid: (query tiles · PARTS, n_head, ⌈d_value / 128⌉), each workgroup takes TEAMS · 8 queries of a tile
 //
 // STAGED 0, for software: no workgroup memory and no barrier. Each lane reads its keys from storage, and one query, which the
@@ -24,6 +23,7 @@
 //   all vectors of columns of a key at once: 1.08 of the time, 1.13 of the time to compile
 //   a separate loop without selects for the keys that all queries see: the same time, 1.2 of the time to compile
 //   the 8 · COLUMNS stores at the end written out instead of in loops: 2.1 of the time to compile
+// Static (RDNA3, Mesa 25), at most: 192 registers, 10 240 bytes of workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;
 override LANES: u32 = 4u;                        // a power of two, at least 4

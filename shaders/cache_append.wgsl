@@ -19,7 +19,9 @@
 //
 // Results, interleaved runs on lavapipe (2 cores), 16 384 tokens of 64 + 64 without a norm, per cent of the copy kernel: in f16
 // 8 invocations with an item each 76, with rotation 72; with pack2x16float in place of integers 55, before halves of
-// infinities and NaN were written as bits. f32 84. 8 invocations that share an item: 23 in f16, 73 in f32. Not run on a GPU yet.
+// infinities and NaN were written as bits. f32 84. 8 invocations that share an item: 23 in f16, 73 in f32.
+// On an H200 at commit 10d32d5: 65 536 tokens of 64 + 64 in f16, 19.8 µs, 60 % of the copy rate. Not measured since.
+// Static (RDNA3, Mesa 25), at most: 72 registers, 6 656 bytes of workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;  // weights of the norms
 override CACHE_F16: u32 = 0u;

@@ -4,6 +4,8 @@
 //
 // Floor: 8 bytes per word over the copy rate.
 // grid: one invocation per word, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 12 registers, no workgroup memory, nothing spilled.
+// Not measured on a GPU.
 
 override WORKGROUP: u32 = 64u;
 

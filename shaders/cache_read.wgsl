@@ -8,6 +8,8 @@
 //
 // Floor: latents and embeddings read in their storage and written in f32, over the copy rate.
 // grid: one invocation per element of latent and of embedding, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 12 registers, no workgroup memory, nothing spilled.
+// On an H200 at commit 10d32d5: 1024 rows, some 4 µs. Not measured since.
 
 override STORAGE_F16: u32 = 0u;
 override TABLE_F16: u32 = 0u;

@@ -6,6 +6,8 @@
 // end of a part. One pass updates mean and spread element by element, then joins them across lanes, as in norm.
 // Floor: keys, values and gate rows of the tokens once over the copy rate; for a token the dispatch.
 // grid: one workgroup per WORKGROUP / LANES tokens, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 24 registers, 1 024 bytes of workgroup memory, nothing spilled.
+// On an H200 at commit 10d32d5: one token of 12 heads of 64 + 64, some 5 µs without wgpu's shader checks, 8 with them. Not measured since.
 
 override GATES_F16: u32 = 0u;     // gates
 override MORE_F16: u32 = 0u;      // gates_more

@@ -5,6 +5,8 @@
 // Rows of ids that the table does not hold stay as they are: another shard of it writes them.
 // Floor: the rows read in their storage and written in f32, over the copy rate; for a token the dispatch.
 // grid: one invocation per element of y, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 12 registers, no workgroup memory, nothing spilled.
+// On an H200 at commit 10d32d5: one token, some 2 µs. Not measured since.
 
 override STORAGE_F16: u32 = 0u;
 override WORKGROUP: u32 = 64u;

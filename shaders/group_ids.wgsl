@@ -6,6 +6,8 @@
 //
 // Floor: a few words per group; the dispatch.
 // grid: one invocation per element of ids, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 12 registers, no workgroup memory, nothing spilled.
+// On an H200 at commit 10d32d5: 1 593 ids, some 3 µs. Not measured since.
 
 override WORKGROUP: u32 = 64u;
 

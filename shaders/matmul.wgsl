@@ -4,9 +4,10 @@
 //
 // Any strides: w is [cols, inner] as checkpoints store it (w_col = inner, w_inner = 1), or transposed (w_col = 1).
 // Floor: rows · cols · inner multiply-adds, 43 µs of 1024³ on an H200. This variant is for strides that matmul_vec4 does not
-// take: 8 reads of 4 bytes from workgroup memory serve 16 multiply-adds, twice their cycles where lanes share no address. AMD's
-// compiler (RDNA3, Mesa 25): up to 60 registers, nothing spilled.
+// take: 8 reads of 4 bytes from workgroup memory serve 16 multiply-adds, twice their cycles where lanes share no address.
 // grid: (⌈cols / TILE_N⌉, ⌈rows / TILE_M⌉, batch); each invocation owns 4 × 4 elements of y, WG_Y and WG_X apart.
+// Static (RDNA3, Mesa 25), at most: 60 registers, 8 704 bytes of workgroup memory, nothing spilled.
+// Not measured on a GPU.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;

@@ -23,6 +23,7 @@
 //
 // Results: the design before this, 128 × 128 in one stage with two barriers a step, took 916 µs of 4 096³ on an H200. Of this one AMD's
 // compiler for RDNA3 estimates 0.83 of the cycles per multiply-add of that one, 168 registers a lane, no spills. Not run on a GPU yet.
+// Static (RDNA3, Mesa 25), at most: 168 registers, 45 056 bytes of workgroup memory, nothing spilled.
 
 enable f16;
 enable wgpu_cooperative_matrix;

@@ -3,14 +3,14 @@
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
-// Floor: as matmul_gemv, the bytes of w: each 16 of them serve 4 or 8 multiply-adds per matrix row. AMD's compiler (RDNA3, Mesa
-// 25): up to 72 registers, nothing spilled.
+// Floor: as matmul_gemv, the bytes of w: each 16 of them serve 4 or 8 multiply-adds per matrix row.
 // grid: (⌈cols / COLS⌉, ⌈rows / 4⌉, batch)
 // LANES invocations share 4 columns of y, each summing every LANES-th load; a workgroup has COLS = 4 · WORKGROUP / LANES columns.
 //
 // Results, medians of interleaved runs on lavapipe (2 cores), against `matmul_gemv`, one matrix row: 8 invocations with 4
 // columns each, none shared, 2.6 to 3.2 times as fast in f32, 3.6 in f16; 64 of them 2.4 to 2.5; 8 that share their columns 2.1
 // to 2.5 in f32, 3.7 in f16. Four and eight matrix rows: 3.1. Not run on a GPU yet.
+// Static (RDNA3, Mesa 25), at most: 72 registers, 8 192 bytes of workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;

@@ -3,8 +3,7 @@
 //
 //   y[b, m, n] = Σ_k x[b, m, k] · w[b, n, k] + bias[n]
 //
-// Floor: the multiply-adds; in software a load costs as much as 70 of them, and one of x and four of w serve 32 per lane. AMD's
-// compiler (RDNA3, Mesa 25): up to 72 registers, nothing spilled.
+// Floor: the multiply-adds; in software a load costs as much as 70 of them, and one of x and four of w serve 32 per lane.
 // grid: (⌈rows / 8⌉, ⌈cols / 32⌉, batch); eight invocations own 8 matrix rows of 4 columns each, 8 apart.
 // Each invocation reads one matrix row of x (two, where subgroups are smaller than 8), and shuffles bring it to the others.
 // Right for every subgroup size from 4 up.
@@ -18,6 +17,7 @@
 // - two k at a time: 0.5 of it. `fma` for `dot`, broadcast for shuffle: the same. SPREAD 4 (16 × 4): 0.7 to 0.8 of SPREAD 8.
 // - without subgroups each matrix row of x is a load: 8 × 4 gains 1.6, 16 × 8 gains 2.4 and compiles for seconds, and `matmul_vec4`
 //   gains more than either.
+// Static (RDNA3, Mesa 25), at most: 72 registers, no workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;
 override HAS_BIAS: u32 = 0u;

@@ -11,7 +11,9 @@
 // Results, interleaved runs on lavapipe (2 cores), 2048 × 1024 in f32, per cent of the copy kernel: 8 invocations with
 // a token each, read twice, RMSNorm 79, LayerNorm with bias 63; 8 that share a token 57, 64 that share one 18. Tokens in registers
 // (4 to 32 vectors per invocation, 1 to 4 tokens, sums by barriers or by shuffles) reached 48 at best, and several vectors of a
-// token at a time 71. Not run on a GPU yet.
+// token at a time 71.
+// On an H200 at commit 10d32d5: 8192 × 1024, RMSNorm, 22.6 µs, 70 % of the copy rate. Not measured since.
+// Static (RDNA3, Mesa 25), at most: 36 registers, 4 096 bytes of workgroup memory, nothing spilled.
 
 override STORAGE_F16: u32 = 0u;
 override CENTER: u32 = 0u;       // 1: LayerNorm

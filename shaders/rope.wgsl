@@ -7,6 +7,8 @@
 // of a cache.
 // Floor: 8 bytes per element over the copy rate.
 // grid: one invocation per (token, head, pair), folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 24 registers, no workgroup memory, nothing spilled.
+// On an H200 at commit 10d32d5: one token, some 2 µs. Not measured since.
 
 override INTERLEAVE: u32 = 1u;
 override WORKGROUP: u32 = 64u;

@@ -2,6 +2,8 @@
 //
 // Floor: 12 bytes per element of y over the copy rate; for a token the dispatch.
 // grid: one invocation per element, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 12 registers, no workgroup memory, nothing spilled.
+// Not measured on a GPU.
 
 override WORKGROUP: u32 = 64u;
 

@@ -4,6 +4,8 @@
 //
 // Floor: 16 bytes per patch; the dispatch.
 // grid: one invocation per patch, folded into x and y.
+// Static (RDNA3, Mesa 25), at most: 12 registers, no workgroup memory, nothing spilled.
+// On an H200 at commit 10d32d5: a step's words, some 1 µs. Not measured since.
 
 override WORKGROUP: u32 = 64u;
 
