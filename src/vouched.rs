@@ -47,7 +47,8 @@ pub(crate) fn shader_module(device: &wgpu::Device, label: &str, source: &'static
     // SAFETY: without these checks a shader must end its loops and keep its indices within its arrays by itself. `vouches`
     // answers only for texts that operations of this crate list, planned by their own drafts.
     // Loops: each counts up to an override, a parameter or the length of a table's entry; `Draft::walks` and `check_widths`
-    // refuse extents over `MAX_ITERATIONS`, and no loop changes its own counter otherwise.
+    // refuse extents over `MAX_ITERATIONS`, and no loop changes its own counter otherwise. Those that look for a line of a table
+    // halve what is left of it.
     // Indices into private and workgroup arrays: bounded by overrides; `Variant::assumes` states what each shader relies on, and
     // tests hold it against every plan. Indices into buffers: `Op::bytes` says what each must hold, `Region::check` refuses
     // less. Indices that come from a buffer come from tables that the library itself fills from checked lengths and ids; an

@@ -43,12 +43,16 @@ fn indexed(module: &Module, info: &ModuleInfo) -> BTreeSet<String> {
         for (_, expression) in function.expressions.iter() {
             let Expression::Access { base, index } = *expression else { continue };
             let (variable, inner) = match info[base].ty.inner_with(&module.types) {
-                &TypeInner::Pointer { base, space: AddressSpace::Function } => (true, &module.types[base].inner),
+                &TypeInner::Pointer { base, space: AddressSpace::Function | AddressSpace::Private } => {
+                    (true, &module.types[base].inner)
+                }
                 inner => (false, inner),
             };
             let private = match *inner {
                 TypeInner::Array { .. } | TypeInner::Matrix { .. } => true,
-                TypeInner::ValuePointer { space, .. } => space == AddressSpace::Function,
+                TypeInner::ValuePointer { space, .. } => {
+                    [AddressSpace::Function, AddressSpace::Private].contains(&space)
+                }
                 // A vector that is no variable can be selected from where it is.
                 TypeInner::Vector { .. } => variable,
                 _ => false,
@@ -88,11 +92,14 @@ fn an_indexed_variable_is_seen() {
         ("var private: array<f32, 8>;", "private[ALSO / 2u]", None),
         ("let at = 3u * params.elements;", "data[at + c]", None),
         ("var private: array<f32, 8>;", "nth(&private, c)", Some("nth: indexed")),
+        ("", "kept[c]", Some("a value")),
+        ("", "kept[WIDE]", None),
     ] {
         let source = format!(
             "override ALSO: u32 = 2u; const WIDE: u32 = 2u; struct Params {{ elements: u32 }}
             @group(0) @binding(0) var<uniform> params: Params;
             @group(0) @binding(1) var<storage, read_write> data: array<f32>;
+            var<private> kept: array<f32, 8>;
             fn nth(indexed: ptr<function, array<f32, 8>>, i: u32) -> f32 {{ return (*indexed)[{}]; }}
             @compute @workgroup_size(1) fn main() {{
                 {declared}
