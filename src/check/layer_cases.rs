@@ -180,6 +180,14 @@ pub(super) fn cases() -> Vec<Case> {
                     move |lab: &Lab<'_>| compared(lab, &config, !extreme.unnormed(), storage, sizes, &ends_of(33));
                 cases.push(Case::new("layer", id, run));
             }
+            // Heads on both sides of what a workgroup or a matrix has, and many.
+            for n_head in [16, 63, 128] {
+                let (id, config) =
+                    (format!("{name}_h{n_head}/{}", storage.name()), AttentionConfig { n_head, ..config.clone() });
+                let sizes = Sizes { lengths: &[7, 1, 33, 0], tile_rows: 16, law: Ids::Any, extreme: None };
+                let run = move |lab: &Lab<'_>| compared(lab, &config, true, storage, sizes, &ends_of(33));
+                cases.push(Case::new("layer", id, run));
+            }
             // The most candidates per step, from an empty cache: 16, 16, then the rest.
             let (id, config) = (format!("{name}_16_tokens/{}", storage.name()), config.clone());
             let sizes = Sizes { lengths: &[40, 16, 270, 1], tile_rows: 256, law: Ids::Any, extreme: None };

@@ -40,7 +40,7 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
             absorbed(cases, id, &lengths, 2, (5, 16, 8, 36), storage, (Extreme::Plain, split));
         }
         // Heads on both sides of a matrix, and many.
-        for n_head in [16, 20, 63, 128] {
+        for n_head in [12, 16, 20, 63, 128] {
             let widths = (n_head, 4, 8, 40);
             absorbed(cases, named("heads", widths, storage), &[33, 258], 1, widths, storage, plain);
         }

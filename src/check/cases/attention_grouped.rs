@@ -34,7 +34,16 @@ struct GroupedSizes {
     sources: Sources,
 }
 
+/// Heads on both sides of what a workgroup or a matrix has, and many.
+const HEADS: [u32; 5] = [12, 16, 20, 63, 128];
+
 impl GroupedSizes {
+    /// Every number of heads.
+    fn heads(self) -> impl Iterator<Item = (String, GroupedSizes)> {
+        let sequences = &[(70, Ids::Skewed), (9, Ids::Distinct)];
+        HEADS.into_iter().map(move |n_head| (format!("heads_{n_head}"), GroupedSizes { sequences, n_head, ..self }))
+    }
+
     /// The extreme cases of attention: chunks, tiles, a sequence of one token.
     fn extremes(self) -> Vec<(String, GroupedSizes)> {
         let sequences = &[(330, Ids::Skewed), (1, Ids::Equal), (340, Ids::Equal)];
@@ -93,7 +102,8 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         ("five_passes", GroupedSizes { sequences: twice, queries: 2, passes: 5, ..mixed(Storage::F16, Storage::F16) }),
     ];
     let in_workgroup: TilingOf = |device, widths| attention_grouped::tiling_in_workgroup(device, widths).map(Some);
-    for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes()) {
+    let further = plain.heads().chain(plain.extremes());
+    for (name, sizes) in all.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(further) {
         attend(cases, name, sizes, in_workgroup, |_| true);
     }
 
@@ -132,8 +142,8 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
     ];
     // No tiling, no outcome: a case that another kernel would pass in its place fails.
     let tiling: TilingOf = |device, widths| Ok(attention_grouped::tiling_in_registers(device, widths));
-    for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(plain.extremes())
-    {
+    let further = plain.heads().chain(plain.extremes());
+    for (name, sizes) in in_registers.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(further) {
         attend(cases, name, sizes, tiling, |spec| !rounds_to_halves(spec));
     }
 
@@ -185,7 +195,8 @@ pub(super) fn cases(cases: &mut Vec<Case>) {
         Ok(attention_grouped::tiling_in_registers(&device, widths))
     };
     let extremes = plain.extremes().into_iter().filter(|(_, sizes)| sizes.cache_storage == Storage::F16);
-    for (name, sizes) in by_matrices.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(extremes) {
+    let further = plain.heads().chain(extremes);
+    for (name, sizes) in by_matrices.map(|(name, sizes)| (name.to_owned(), sizes)).into_iter().chain(further) {
         attend(cases, name, sizes, tiling, rounds_to_halves);
     }
 }
