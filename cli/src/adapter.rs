@@ -295,3 +295,25 @@ fn open_device(adapter: &wgpu::Adapter, shader_checks: bool, offer: LimitsOption
     }
     Ok(Gpu { info, kernels, pipelines, faults })
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    /// Kernels on matrices want more than WebGPU's 16 KiB and 256 invocations.
+    #[test]
+    fn a_device_has_the_workgroups_of_its_adapter() {
+        let adapter = adapters().unwrap().into_iter().next().unwrap();
+        let of = |limits: wgpu::Limits| {
+            let largest = (limits.max_storage_buffer_binding_size, limits.max_buffer_size);
+            let invocations = (limits.max_compute_invocations_per_workgroup, limits.max_compute_workgroup_size_x);
+            (limits.max_compute_workgroup_storage_size, invocations, largest)
+        };
+        let opened = |offer| of(open_device(&adapter, false, offer).unwrap().kernels.device().limits());
+        assert_eq!(opened(LimitsOption::Adapter), of(adapter.limits()));
+        assert_eq!(opened(LimitsOption::Default), of(wgpu::Limits::default()));
+        // Of the software adapters that run this, all offer more.
+        assert_ne!(of(adapter.limits()), of(wgpu::Limits::default()));
+    }
+}
