@@ -102,10 +102,11 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     if args.random == Some(0) {
         return Err(Failure::usage("--random 0: there is nothing to compare"));
     }
-    if args.long || args.random.is_some() || replayed.is_some() {
-        interrupt::watch();
+    // One case has nothing to keep.
+    if replayed.is_some() {
+        interrupt::watch()
     } else {
-        interrupt::watch_patiently();
+        interrupt::watch_patiently()
     }
     let backend = adapter::open_with(&args.adapter, args.limits)?;
     let gpu = match &backend {

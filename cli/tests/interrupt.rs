@@ -201,6 +201,20 @@ fn an_interrupted_check_tells_what_it_has_compared() {
     assert!(stdout.lines().count() > 1 && stdout.contains("ok, "), "{stdout}");
 }
 
+#[test]
+fn an_interrupted_search_and_long_contexts_tell_what_they_have_compared() {
+    let started = |shown: &str| some_are_done(shown, " cases");
+    let (status, shown) = on_terminal(cache(), "check --random 100000", started);
+    interrupted_on_terminal(status, &shown);
+    let line = shown.lines().find(|line| line.contains(" of 100000 cases of ")).unwrap_or_else(|| panic!("{shown}"));
+    assert!(line.trim().ends_with(" of its tolerance, interrupted"), "{line}");
+
+    let started = |shown: &str| some_are_done(shown, " configurations");
+    let (status, shown) = on_terminal(cache(), "check --long --json", started);
+    interrupted_on_terminal(status, &shown);
+    assert!(shown.contains("\"interrupted\": true") && shown.contains("\"configuration\": \"MLA\""), "{shown}");
+}
+
 /// Results that are not there yet are not waited for twice.
 #[test]
 fn a_second_ctrl_c_ends_a_measurement_at_once() {

@@ -128,15 +128,18 @@ fn configurations() -> [(&'static str, AttentionConfig); 3] {
     ]
 }
 
-/// Every configuration, path and spread, at these lengths (at least 64 each); reports each measurement to `progress`.
+/// Every configuration, path and spread, at these lengths (at least 64 each). `progress` is called before each measurement, with
+/// its name; where it returns false, the curves are those so far.
 ///
 /// # Errors
 /// A lost device, or one without the memory for the longest cache.
-pub fn measure(kernels: &Kernels, lengths: &[u32], mut progress: impl FnMut(&str)) -> Result<Vec<Curve>> {
+pub fn measure(kernels: &Kernels, lengths: &[u32], mut progress: impl FnMut(&str) -> bool) -> Result<Vec<Curve>> {
     let mut curves = Vec::new();
     for spread in SPREADS {
         for (name, config) in configurations() {
-            progress(&format!("{name}, logits of deviation {spread}"));
+            if !progress(&format!("{name}, logits of deviation {spread}")) {
+                return Ok(curves);
+            }
             curves.extend(of_configuration(kernels, name, &config, spread, lengths)?);
         }
         let errors = lengths.iter().map(|&tokens| (tokens, half_sums(tokens, spread))).collect();

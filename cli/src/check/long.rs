@@ -12,36 +12,47 @@ use crate::adapter::Gpu;
 use crate::bench::plots::{self, Area, COLOURS, DASH, INK, Mark, drawn, font, legend};
 use crate::console;
 use crate::failure::Failure;
+use crate::interrupt;
 
 #[derive(Serialize)]
 struct Report<'a> {
     adapter: &'a str,
     driver: &'a str,
     limit: f64,
+    /// By Ctrl-C: the curves that had been measured until then.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    interrupted: bool,
     curves: &'a [Curve],
 }
 
-/// Measures, prints and draws; a curve of the device that is too high or that drifts fails, and so does a control that does not.
+/// Measures, prints and draws; a curve of the device that is too high or that drifts fails, and so does a control that does not. A
+/// run that is interrupted prints the curves that it has, and draws none.
 pub fn run(gpu: &Gpu, json: bool, svg: Option<&Path>) -> Result<(), Failure> {
     if let Some(folder) = svg {
         plots::check(folder)?;
     }
-    let bar = console::progress(3 * SPREADS.len() as u64, "configurations");
+    let bar = console::interruptible(3 * SPREADS.len() as u64, "configurations");
+    let mut interrupted = false;
     let curves = measure(&gpu.kernels, &LENGTHS, |what| {
+        interrupted = interrupt::asked();
         bar.set_message(what.to_owned());
         bar.inc(1);
+        !interrupted
     })
     .map_err(Failure::run)?;
     bar.finish_and_clear();
     gpu.check()?;
     let adapter = &gpu.info.name;
     let text = if json {
-        let report = Report { adapter, driver: &gpu.info.driver_info, limit: LIMIT, curves: &curves };
+        let report = Report { adapter, driver: &gpu.info.driver_info, limit: LIMIT, interrupted, curves: &curves };
         serde_json::to_string_pretty(&report).map_err(Failure::run)? + "\n"
     } else {
         format!("{}\n", table(&curves))
     };
     let printed = console::print(&text);
+    if interrupted {
+        return printed.and(Err(Failure::Interrupted));
+    }
     if let Some(folder) = svg {
         let name = format!("{}-long-context.svg", slug(&format!("{adapter} {:?}", gpu.info.backend)));
         crate::bench::write(&folder.join(name), &drawn(|area| plot(area, adapter, &curves))?)?;

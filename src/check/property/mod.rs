@@ -8,7 +8,7 @@
 //! # fn run(device: &egmla::wgpu::Device, queue: &egmla::wgpu::Queue) -> egmla::Result<()> {
 //! use egmla::check::property;
 //! let kernels = egmla::Kernels::new(device, queue)?;
-//! let report = property::search(&kernels, property::Search { seed: 1, configurations: 8, cases: 100 })?;
+//! let report = property::search(&kernels, property::Search { seed: 1, configurations: 8, cases: 100 }, |_| true)?;
 //! if let Some(failure) = report.failure {
 //!     println!("{}\n{}", failure.problem, failure.case.to_json());
 //! }

@@ -165,11 +165,12 @@ pub struct Failure {
     pub drawn: LayerCase,
 }
 
-/// Draws cases, runs them, and shrinks the first that fails.
+/// Draws cases, runs them, and shrinks the first that fails. `go_on` is asked before each run, with the number of cases that were
+/// compared; where it returns false, the report is that of the cases so far, and a failure stays as small as it has become.
 ///
 /// # Errors
 /// A lost device. A case that the library refuses is a [`Failure`].
-pub fn search(kernels: &Kernels, search: Search) -> Result<SearchReport> {
+pub fn search(kernels: &Kernels, search: Search, mut go_on: impl FnMut(usize) -> bool) -> Result<SearchReport> {
     let mut report = SearchReport::default();
     let configurations = search.configurations.max(1);
     for (index, shape) in family(search.seed, configurations).enumerate() {
@@ -178,6 +179,9 @@ pub fn search(kernels: &Kernels, search: Search) -> Result<SearchReport> {
         // The first configurations take what does not divide.
         let cases = search.cases / configurations + usize::from(index < search.cases % configurations);
         for _ in 0..cases {
+            if !go_on(report.compared) {
+                return Ok(report);
+            }
             let case = loop {
                 let case = LayerCase::draw(shape.clone(), &mut random);
                 if case.possible() {
@@ -186,7 +190,10 @@ pub fn search(kernels: &Kernels, search: Search) -> Result<SearchReport> {
             };
             match judged(case.run_on(kernels, &layer))? {
                 Err(problem) => {
-                    let again = |case: &LayerCase| Ok(judged(case.run(kernels))?.err());
+                    let again = |case: &LayerCase| match go_on(report.compared) {
+                        true => Ok(judged(case.run(kernels))?.err()),
+                        false => Ok(None),
+                    };
                     let (small, problem) = shrink(case.clone(), problem, again)?;
                     report.failure = Some(Failure { case: small, problem, drawn: case });
                     return Ok(report);
