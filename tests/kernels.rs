@@ -74,3 +74,26 @@ egmla::for_each_operation!(tests);
 fn layer() {
     run("layer");
 }
+
+/// The kernels that need optional features run once more with every check of loops and indices; those that need none do so where
+/// `EGMLA_LIMITS` is `default`.
+#[test]
+fn optional_kernels_with_every_check_of_shaders() {
+    let gpu = common::gpu();
+    let kernels = gpu.kernels.with_shader_checks(true);
+    assert!(kernels.shader_checks());
+    for spec in shaders().filter(|spec| !spec.features.is_empty() && spec.missing(kernels.context()).is_none()) {
+        let mut compared = 0;
+        // A few of each: every setting that they meet is compiled once more.
+        for case in cases().iter().filter(|case| case.kernel() == spec.name).step_by(12) {
+            let outcomes = case.run(&kernels).unwrap_or_else(|error| panic!("{}: {error}", case.id()));
+            for outcome in outcomes.into_iter().filter(|outcome| !outcome.skipped) {
+                outcome.verdict.unwrap_or_else(|problem| panic!("{} [{}]: {problem}", case.id(), outcome.tuning));
+                compared += 1;
+            }
+        }
+        assert!(compared > 0, "{}", spec.name);
+        println!("{}: {compared} comparisons", spec.name);
+    }
+    gpu.assert_no_errors();
+}
