@@ -455,7 +455,7 @@ fn rope_json(rope: &RopeConfig, longest: u32) -> Value {
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
             "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_max_position_embeddings,
+            "original_max_position_embeddings": whole(*original_max_position_embeddings),
         }),
         RopeScaling::LongRope { short_factor, attention_factor } => json!({
             "rope_type": "longrope", "short_factor": short_factor, "long_factor": short_factor, "factor": 1.0,
@@ -472,9 +472,9 @@ fn rope_json(rope: &RopeConfig, longest: u32) -> Value {
             truncate,
         } => {
             let mut map = Map::new();
+            map.insert("original_max_position_embeddings".to_owned(), whole(*original_max_position_embeddings));
             for (key, value) in [
                 ("factor", Some(factor)),
-                ("original_max_position_embeddings", Some(original_max_position_embeddings)),
                 ("beta_fast", Some(beta_fast)),
                 ("beta_slow", Some(beta_slow)),
                 ("mscale", mscale.as_ref()),
@@ -489,6 +489,14 @@ fn rope_json(rope: &RopeConfig, longest: u32) -> Value {
             map.insert("truncate".to_owned(), json!(truncate));
             Value::Object(map)
         }
+    }
+}
+
+/// A number of positions: transformers warns of one with a decimal point.
+fn whole(positions: f64) -> Value {
+    match positions.fract() == 0.0 && positions < 2f64.powi(53) {
+        true => json!(positions as u64),
+        false => json!(positions),
     }
 }
 
