@@ -37,6 +37,8 @@ pub enum QueryWeights {
     Full {
         /// `q_proj.weight`
         proj: HostTensor,
+        /// `q_proj.bias` `[n_head·(d_nope+d_rope)]`, with `q_proj_bias`
+        bias: Option<HostTensor>,
     },
     /// `q_b_proj · RMSNorm(q_a_proj h)`.
     LowRank {
@@ -142,16 +144,17 @@ impl AttentionWeights {
     }
 
     /// Every tensor that a layer may have, in one order.
-    fn tensors(&self) -> [Option<&HostTensor>; 15] {
-        let (proj, a_proj, a_bias, a_norm, b_proj) = match &self.query {
-            QueryWeights::Full { proj } => (Some(proj), None, None, None, None),
+    fn tensors(&self) -> [Option<&HostTensor>; 16] {
+        let [proj, bias, a_proj, a_bias, a_norm, b_proj] = match &self.query {
+            QueryWeights::Full { proj, bias } => [Some(proj), bias.as_ref(), None, None, None, None],
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
-                (None, Some(a_proj), a_bias.as_ref(), Some(a_norm), Some(b_proj))
+                [None, None, Some(a_proj), a_bias.as_ref(), Some(a_norm), Some(b_proj)]
             }
         };
         let gate = self.gate.as_ref();
         [
             proj,
+            bias,
             a_proj,
             a_bias,
             a_norm,
@@ -185,7 +188,10 @@ impl AttentionWeights {
         let d_q = config.n_head * config.d_query();
         let bias = config.attention_bias;
         let query = match config.d_q_latent {
-            None => QueryWeights::Full { proj: make("q_proj.weight", &[d_q, hidden])? },
+            None => QueryWeights::Full {
+                proj: make("q_proj.weight", &[d_q, hidden])?,
+                bias: config.q_proj_bias.then(|| make("q_proj.bias", &[d_q])).transpose()?,
+            },
             Some(rank) => QueryWeights::LowRank {
                 a_proj: make("q_a_proj.weight", &[rank, hidden])?,
                 a_bias: bias.then(|| make("q_a_proj.bias", &[rank])).transpose()?,

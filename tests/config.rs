@@ -206,6 +206,7 @@ fn config_refuses_unknown_and_contradicting_keys() {
     refused("rope_parameters.rope_theta", serde_json::json!({"rope_theta": 10000.0, "rope_parameters": theta}));
     refused("rope_theta", serde_json::json!({"rope_theta": 0.0}));
     refused("attention_bias", serde_json::json!({"attention_bias": 1}));
+    refused("q_proj_bias", serde_json::json!({"q_proj_bias": true, "q_lora_rank": 8}));
     for text in ["", "{", "[]", "null", "{} {}"] {
         assert!(AttentionConfig::from_json(text).is_err(), "`{text}` passes");
     }

@@ -60,7 +60,25 @@ struct Model {
 
 impl Model {
     fn new(interleave: bool) -> Self {
-        let config = DecoderConfig::from_json(&config_json(interleave).to_string()).unwrap();
+        Self::of(config_json(interleave))
+    }
+
+    /// The same with biases on all four projections, several times larger than a random layer's.
+    fn biased() -> Self {
+        let mut config = config_json(false);
+        config["attention_bias"] = json!(true);
+        let mut model = Self::of(config);
+        for weights in &mut model.attention {
+            let GqaWeights { q_bias, k_bias, v_bias, o_bias, .. } = weights;
+            for bias in [q_bias, k_bias, v_bias, o_bias] {
+                bias.as_mut().unwrap().data.iter_mut().for_each(|value| *value *= 8.0);
+            }
+        }
+        model
+    }
+
+    fn of(config: Value) -> Self {
+        let config = DecoderConfig::from_json(&config.to_string()).unwrap();
         let mut random = Random::new(7);
         let mut tensor = |name: &str, shape: &[usize]| {
             let n = shape.iter().product();
@@ -127,11 +145,15 @@ impl Model {
     fn write(&self, dir: &Path) {
         let mut tensors = vec![self.embedding.clone(), self.norm.clone()];
         for (layer, around) in self.around.iter().enumerate() {
-            let GqaWeights { q_proj, k_proj, v_proj, o_proj, .. } = &self.attention[layer];
+            let GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias, .. } =
+                &self.attention[layer];
             for tensor in around {
                 tensors.push(HostTensor { name: format!("model.layers.{layer}.{}", tensor.name), ..tensor.clone() });
             }
-            for tensor in [q_proj, k_proj, v_proj, o_proj] {
+            for tensor in [q_proj, k_proj, v_proj, o_proj]
+                .into_iter()
+                .chain([q_bias, k_bias, v_bias, o_bias].into_iter().flatten())
+            {
                 let name = format!("model.layers.{layer}.self_attn.{}", tensor.name);
                 tensors.push(HostTensor { name, ..tensor.clone() });
             }
@@ -170,8 +192,7 @@ fn layers(
 
 #[test]
 fn with_every_slice_rotated_the_logits_are_those_of_the_source() {
-    for interleave in [false, true] {
-        let model = Model::new(interleave);
+    for (model, interleave) in [(Model::new(false), false), (Model::new(true), true), (Model::biased(), false)] {
         let ids = ids(30);
         let (wanted, seen) = model.run(&ids);
         let all = options(GROUPS * WIDTH, GROUPS);
@@ -203,8 +224,12 @@ fn with_every_slice_rotated_the_logits_are_those_of_the_source() {
 /// Attention whose keys, mixed over the heads, are rotated in the first `slices` only; by its definition.
 fn partly_rotated(config: &GqaConfig, weights: &GqaWeights, mixing: &Mixing, slices: usize, hidden: &Matrix) -> Matrix {
     let tokens = hidden.rows;
-    let of = |w: &HostTensor| matmul(&hidden.data, &w.to_f64(), None, tokens, HIDDEN, w.shape[0]);
-    let [q, k, v] = [&weights.q_proj, &weights.k_proj, &weights.v_proj].map(of);
+    let GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias, .. } = weights;
+    let f64_of = |bias: &Option<HostTensor>| bias.as_ref().map(HostTensor::to_f64);
+    let of = |(w, bias): (&HostTensor, &Option<HostTensor>)| {
+        matmul(&hidden.data, &w.to_f64(), f64_of(bias).as_deref(), tokens, HIDDEN, w.shape[0])
+    };
+    let [q, k, v] = [(q_proj, q_bias), (k_proj, k_bias), (v_proj, v_bias)].map(of);
     let turns = rotations(&config.rope, WIDTH, &(0..tokens as u32).collect::<Vec<_>>());
     let at = |channel: usize, head: usize, slice: usize| mixing.channels()[channel].row(head)[slice];
     let turned = |mut rows: Vec<f64>, slice: usize| {
@@ -240,13 +265,14 @@ fn partly_rotated(config: &GqaConfig, weights: &GqaWeights, mixing: &Mixing, sli
             }
         }
     }
-    Matrix::of(matmul(&attended, &weights.o_proj.to_f64(), None, tokens, HEADS * WIDTH, HIDDEN), HIDDEN)
+    let out = matmul(&attended, &o_proj.to_f64(), f64_of(o_bias).as_deref(), tokens, HEADS * WIDTH, HIDDEN);
+    Matrix::of(out, HIDDEN)
 }
 
 #[test]
 fn at_full_rank_nothing_but_rotation_is_lost() {
-    for slices in [1, 2] {
-        let model = Model::new(false);
+    for (slices, model) in [(1, Model::new(false)), (2, Model::new(false)), (1, Model::biased()), (2, Model::biased())]
+    {
         let ids = ids(30);
         let (source, seen) = model.run(&ids);
         let full = options((GROUPS - slices) * WIDTH + GROUPS * WIDTH, slices);
@@ -300,28 +326,30 @@ fn weighted_first_positions_are_kept() {
 
 #[test]
 fn gates_at_full_rank_are_the_layer_without_them_and_need_the_bias() {
-    let model = Model::new(false);
-    let ids = ids(40);
-    let (_, seen) = model.run(&ids);
-    let hidden = Matrix::of(Random::new(5).values(20 * HIDDEN, 1.0).into_iter().map(f64::from).collect(), HIDDEN);
-    let (weights, seen) = (&model.attention[0], &seen[0]);
-    let (plain, _) = convert_layer(model.heads(), weights, seen, &options(JOINT, 1), None).unwrap();
-    let wanted = plain.forward(&hidden, &ids[..20]);
-    for kind in KINDS {
-        let gates = Gates::new(&model.embedding, kind, &seen.ids, &seen.starts).unwrap();
-        let (gated, lost) = convert_layer(model.heads(), weights, seen, &options(JOINT + 1, 1), Some(&gates)).unwrap();
-        let found = error(&gated.forward(&hidden, &ids[..20]).data, &wanted.data);
-        assert!(found < 1e-10 && lost.lost < 1e-20, "{found}, {lost:?}");
+    for model in [Model::new(false), Model::biased()] {
+        let ids = ids(40);
+        let (_, seen) = model.run(&ids);
+        let hidden = Matrix::of(Random::new(5).values(20 * HIDDEN, 1.0).into_iter().map(f64::from).collect(), HIDDEN);
+        let (weights, seen) = (&model.attention[0], &seen[0]);
+        let (plain, _) = convert_layer(model.heads(), weights, seen, &options(JOINT, 1), None).unwrap();
+        let wanted = plain.forward(&hidden, &ids[..20]);
+        for kind in KINDS {
+            let gates = Gates::new(&model.embedding, kind, &seen.ids, &seen.starts).unwrap();
+            let (gated, lost) =
+                convert_layer(model.heads(), weights, seen, &options(JOINT + 1, 1), Some(&gates)).unwrap();
+            let found = error(&gated.forward(&hidden, &ids[..20]).data, &wanted.data);
+            assert!(found < 1e-10 && lost.lost < 1e-20, "{found}, {lost:?}");
 
-        // In f32, by the definition of the layer.
-        let mut rounded = with_embedding(&gated, &model.embedding);
-        let run = |weights: &egmla::AttentionWeights| {
-            let layer = Layer::new(gated.config.clone(), weights);
-            error(&layer.forward(&hidden.data, &ids[..20], &mut History::default()), &wanted.data)
-        };
-        assert!(run(&rounded) < 1e-4, "{}", run(&rounded));
-        rounded.o_bias.as_mut().unwrap().data.fill(0.0);
-        assert!(run(&rounded) > 0.1, "{}", run(&rounded));
+            // In f32, by the definition of the layer.
+            let mut rounded = with_embedding(&gated, &model.embedding);
+            let run = |weights: &egmla::AttentionWeights| {
+                let layer = Layer::new(gated.config.clone(), weights);
+                error(&layer.forward(&hidden.data, &ids[..20], &mut History::default()), &wanted.data)
+            };
+            assert!(run(&rounded) < 1e-4, "{}", run(&rounded));
+            rounded.o_bias.as_mut().unwrap().data.fill(0.0);
+            assert!(run(&rounded) > 0.1, "{}", run(&rounded));
+        }
     }
 }
 
@@ -401,8 +429,8 @@ fn what_is_not_converted_is_refused() {
     assert_eq!(refused(heads, &options(1, 1), tied), format!("rank is 1, must be 2 to {}", JOINT + 1));
     assert_eq!(refused(heads, &options(9, 1), gate(99)), format!("embed-dim is 99, must be 1 to {JOINT}"));
     assert_eq!(refused(heads, &options(9, 0), None), "rope-slices is 0, must be 1 to 3");
-    let biased = GqaConfig { qkv_bias: true, ..heads.clone() };
-    assert!(refused(&biased, &options(9, 1), None).contains("biases queries, keys and values"));
+    let normed = GqaConfig { qk_norm_eps: Some(1e-6), ..heads.clone() };
+    assert!(refused(&normed, &options(9, 1), None).contains("norms every head of queries and keys"));
 }
 
 /// Byte-level, one token for each of the first letters.
@@ -445,10 +473,14 @@ fn convert(
 
 #[test]
 fn a_written_folder_runs_on_cpu_and_device() {
-    let model = Model::new(false);
     let gpu = common::gpu();
     // With gates keys and values carry an offset of 8 times their size, and round so much coarser.
-    for (gate, tolerance) in [(None, 2e-5), (Some(TABLE), 2e-4), (Some(GateKind::Tied), 2e-4)] {
+    for (model, gate, tolerance) in [
+        (Model::new(false), None, 2e-5),
+        (Model::new(false), Some(TABLE), 2e-4),
+        (Model::new(false), Some(GateKind::Tied), 2e-4),
+        (Model::biased(), None, 2e-5),
+    ] {
         let (source, output) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         assert!(convert(&model, source.path(), output.path(), gate, None).unwrap());
         let folder = ModelFolder::open(output.path()).unwrap();
@@ -635,7 +667,7 @@ fn models_with_keys_and_values_per_head_are_those_of_transformers() {
 
 #[test]
 fn a_written_folder_is_what_transformers_computes_of_it() {
-    for kind in ["llama"] {
+    for kind in ["llama", "qwen2"] {
         let case = Transformers::new(kind);
         let (config, checkpoint) = (case.config(), Checkpoint::open(&case.folder).unwrap());
         let tokenizer = tokenizer(config.vocab_size);

@@ -68,7 +68,7 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
             truncate: true,
         },
     };
-    AttentionConfig {
+    let mut config = AttentionConfig {
         hidden_size,
         n_head: below(1, 9),
         d_latent: below(1, 40),
@@ -77,6 +77,7 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
         d_rope,
         d_value: below(1, 21),
         attention_bias: below(0, 1) == 1,
+        q_proj_bias: false,
         gate,
         rope: RopeConfig {
             interleave: below(0, 1) == 1,
@@ -88,7 +89,9 @@ fn drawn(random: &mut Random, gate: Option<GateSite>) -> AttentionConfig {
         low_rank_norm_eps: 1e-6,
         query_factor: 1.25,
         latent_factor: 0.75,
-    }
+    };
+    config.q_proj_bias = config.d_q_latent.is_none() && below(0, 1) == 1;
+    config
 }
 
 /// The same with keys and values per head: of every group, of some, and one for all.
@@ -129,7 +132,7 @@ fn round<'a>(number: usize, matrices: impl IntoIterator<Item = &'a mut HostTenso
 fn matrices(weights: &mut AttentionWeights) -> Vec<&mut HostTensor> {
     let mut matrices = vec![&mut weights.kv_a_proj, &mut weights.kv_b_proj, &mut weights.o_proj];
     match &mut weights.query {
-        QueryWeights::Full { proj } => matrices.push(proj),
+        QueryWeights::Full { proj, .. } => matrices.push(proj),
         QueryWeights::LowRank { a_proj, b_proj, .. } => matrices.extend([a_proj, b_proj]),
     }
     matrices.extend(weights.gate.iter_mut().flat_map(|gate| gate.embedding.iter_mut().chain([&mut gate.b_proj])));

@@ -300,7 +300,7 @@ fn the_order_of_heads_is_invisible() {
             let heads = case.shape.n_head as usize;
             let turn = |weights: &mut AttentionWeights, output: bool| {
                 match &mut weights.query {
-                    QueryWeights::Full { proj } | QueryWeights::LowRank { b_proj: proj, .. } => {
+                    QueryWeights::Full { proj, .. } | QueryWeights::LowRank { b_proj: proj, .. } => {
                         turn_blocks(proj, heads)
                     }
                 }

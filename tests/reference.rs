@@ -599,7 +599,7 @@ fn order_of_heads_is_invisible() {
         let (hidden, ids) = (hidden(&config, 9), ids(9));
         let expected = run(&Layer::new(config.clone(), &weights), &hidden, &ids);
         let order = [2, 0, 1];
-        let QueryWeights::Full { proj } = &mut weights.query else { panic!("a full-rank query") };
+        let QueryWeights::Full { proj, .. } = &mut weights.query else { panic!("a full-rank query") };
         permute_rows(proj, &head_rows(&order, d_query));
         permute_rows(&mut weights.kv_b_proj, &head_rows(&order, d_kv));
         if site == GateSite::UpProjected {
@@ -883,7 +883,7 @@ fn factors_are_those_of_the_weights_before_them() {
     let hidden = hidden(&mla(), 7);
     let found = run(&Layer::new(scaled.clone(), &weights), &hidden, &[]);
     let mut by_hand = weights.clone();
-    let QueryWeights::Full { proj } = &mut by_hand.query else { panic!("a full-rank query") };
+    let QueryWeights::Full { proj, .. } = &mut by_hand.query else { panic!("a full-rank query") };
     proj.data.iter_mut().for_each(|element| *element *= 2.0);
     by_hand.kv_a_norm.as_mut().unwrap().data.iter_mut().for_each(|element| *element *= 0.5);
     // Powers of two: both are exact.

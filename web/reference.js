@@ -93,6 +93,7 @@ export class Reference {
       config.rope_scaling === null &&
       config.rope_interleave &&
       !config.attention_bias &&
+      !config.q_proj_bias &&
       config.tie_word_embeddings &&
       config.hidden_act === "silu" &&
       gate?.site === "up_projected" &&

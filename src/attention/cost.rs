@@ -570,7 +570,7 @@ fn projections<T: Tally>(tally: &T, config: &AttentionConfig, tokens: u32, measu
     let d_kv_a = d_latent + d_rope;
     let down = match config.d_q_latent {
         // All down projections are one product.
-        None => linear(tally, tokens, hidden_size, d_q + d_kv_a, bias, storage),
+        None => linear(tally, tokens, hidden_size, d_q + d_kv_a, bias || config.q_proj_bias, storage),
         Some(rank) => {
             let down = linear(tally, tokens, hidden_size, rank + d_kv_a, bias, storage);
             if tokens <= FEW_ROWS { down } else { down + low_rank_queries(tally, config, rank, tokens, storage) }

@@ -469,7 +469,7 @@ impl<'a> LayerWeights<Upload<'a>> {
         let affine = affine.into_iter().flatten().flatten().map(|norm| vector(norm, latent()));
         let mut norms = kv_a_norm.chain(affine).reduce(Upload::and);
         let (mut down, query) = match &weights.query {
-            QueryWeights::Full { proj } => (shards(0, proj, &None, [queries, hidden()]), None),
+            QueryWeights::Full { proj, bias } => (shards(0, proj, bias, [queries, hidden()]), None),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
                 // Up to three of the latent, whose width is below 2^29.
                 let norm = beta_element(norms.as_ref().map_or(0, |norms| norms.elements as u32));

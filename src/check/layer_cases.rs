@@ -69,6 +69,11 @@ fn configurations() -> Vec<(String, AttentionConfig, bool)> {
         ("mla".to_owned(), base(), true),
         ("mla_no_norm".to_owned(), base(), false),
         (
+            "mla_no_norm_all_biases".to_owned(),
+            AttentionConfig { attention_bias: true, q_proj_bias: true, ..base() },
+            false,
+        ),
+        (
             "mla_low_rank_bias_yarn".to_owned(),
             AttentionConfig { d_q_latent: Some(14), attention_bias: true, rope: rope(true, yarn), ..base() },
             true,
@@ -271,7 +276,7 @@ impl Extreme {
                 1e-4
             }
         };
-        if let QueryWeights::Full { proj } = &mut weights.query {
+        if let QueryWeights::Full { proj, .. } = &mut weights.query {
             scale(&mut proj.data, by);
         }
     }

@@ -157,7 +157,7 @@ fn of_configuration(
 ) -> Result<Vec<Curve>> {
     let mut weights = attention_weights(config, true, 1)?;
     // Queries of this size against keys of size 1: logits of this deviation.
-    if let QueryWeights::Full { proj } = &mut weights.query {
+    if let QueryWeights::Full { proj, .. } = &mut weights.query {
         proj.data.iter_mut().for_each(|value| *value *= spread);
     }
     let longest = lengths.iter().copied().max().unwrap_or(0).max(QUERIES as u32 + 1);

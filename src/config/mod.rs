@@ -180,6 +180,8 @@ pub struct AttentionConfig {
     pub d_value: u32,
     /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
     pub attention_bias: bool,
+    /// A bias on `q_proj`, of a full-rank query: key `q_proj_bias`. No published type has it; Qwen2 has once it is converted.
+    pub q_proj_bias: bool,
     /// The embedding gate; `None` is plain MLA.
     pub gate: Option<GateConfig>,
     /// Rotary embedding.
@@ -205,6 +207,7 @@ impl Default for AttentionConfig {
             d_rope: 0,
             d_value: 0,
             attention_bias: false,
+            q_proj_bias: false,
             gate: None,
             rope: RopeConfig::default(),
             low_rank_norm_eps: LOW_RANK_NORM_EPS,
@@ -274,6 +277,7 @@ impl AttentionConfig {
             d_value,
             attention_bias: keys.boolean("attention_bias")?.unwrap_or(false),
             gate: gate_from_map(&keys)?,
+            q_proj_bias: keys.boolean("q_proj_bias")?.unwrap_or(false),
             rope: rope::rope_from_map(&keys, family, rope)?,
             low_rank_norm_eps: keys.float("low_rank_norm_eps")?.unwrap_or(LOW_RANK_NORM_EPS),
             query_factor: factor("mla_scale_q_lora", d_q_latent)?,
@@ -307,6 +311,10 @@ impl AttentionConfig {
         }
         if !self.d_rope.is_multiple_of(2) {
             return Err(Error::config("qk_rope_head_dim", format!("is {}, must be even", self.d_rope)));
+        }
+        if let (true, Some(rank)) = (self.q_proj_bias, self.d_q_latent) {
+            let problem = format!("is true, but there is no `q_proj`: q_lora_rank is {rank}");
+            return Err(Error::config("q_proj_bias", problem));
         }
         // Every width and every weight is indexed with 32 bits on the device: each must stay below 2^31 elements.
         let wide = |value: u32| u64::from(value);
@@ -372,7 +380,7 @@ impl AttentionConfig {
         let (hidden, queries) = (wide(self.hidden_size), wide(self.n_head) * wide(self.d_query()));
         let biased = u64::from(self.attention_bias);
         let query = match self.d_q_latent.map(wide) {
-            None => hidden * queries,
+            None => (hidden + u64::from(self.q_proj_bias)) * queries,
             Some(rank) => (hidden + biased + 1 + queries) * rank,
         };
         let down = (hidden + biased) * (wide(self.d_latent) + wide(self.d_rope)) + wide(self.d_latent);

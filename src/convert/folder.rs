@@ -431,6 +431,7 @@ fn config_json(config: &DecoderConfig, keys: &Map<String, Value>) -> Result<Valu
         "qk_rope_head_dim": attention.d_rope,
         "v_head_dim": attention.d_value,
         "attention_bias": attention.attention_bias,
+        "q_proj_bias": attention.q_proj_bias,
         "embedding_gate": attention.gate,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,

@@ -10,9 +10,12 @@
 //! The mixing of a pair commutes with its rotation, so that with every slice rotated scores are those of the source. S brings keys
 //! to the norm of values, P are the leading eigenvectors of the covariance of S y over calibration text, E expands y to the query
 //! heads.
+//!
+//! Biases: y has none. That of keys is one of the rotary key; in slices that are not rotated it adds the same to every score of a
+//! query. That of values is a constant of the output. That of queries is one of the new queries.
 
 use super::gates::{Expanded, Gate, Gates, Rows};
-use super::matrix::{Matrix, eigen, product};
+use super::matrix::{Matrix, View, add_bias, eigen, product};
 use crate::config::{AttentionConfig, GateConfig, GqaConfig, RopeConfig, RopeScaling};
 use crate::error::{DataError, Error, Result};
 use crate::reference::{Heads, attention_prefill, rope, rotations};
@@ -21,9 +24,9 @@ use crate::weights::{AttentionWeights, GateWeights, GqaWeights, HostTensor, Quer
 /// What a layer does over the calibration text.
 #[derive(Debug, Clone, Default)]
 pub struct Activations {
-    /// Keys before rotation, `[tokens, n_kv_head · head_dim]`.
+    /// Keys before rotation with their bias, `[tokens, n_kv_head · head_dim]`.
     pub keys: Matrix,
-    /// Values, `[tokens, n_kv_head · head_dim]`.
+    /// Values with their bias, `[tokens, n_kv_head · head_dim]`.
     pub values: Matrix,
     /// Token ids, `[tokens]`.
     pub ids: Vec<u32>,
@@ -166,6 +169,7 @@ pub struct LatentLayer {
     /// Its configuration.
     pub config: AttentionConfig,
     q_proj: Matrix,
+    q_bias: Option<Vec<f64>>,
     kv_a_proj: Matrix,
     kv_a_bias: Option<Vec<f64>>,
     kv_b_proj: Matrix,
@@ -202,14 +206,10 @@ impl Shape {
 /// The configuration of a layer that is converted.
 ///
 /// # Errors
-/// [`Error::Config`] for biases on queries and keys, which a layer of latents has no place for; a rank or a number of slices that is
-/// out of range, by the option's name.
+/// [`Error::Config`] for norms of heads, scaled queries or a `dynamic` rotation, which a layer of latents has no place for; a rank or
+/// a number of slices that is out of range, by the option's name.
 pub fn latent_config(source: &GqaConfig, options: &LayerOptions, gate: Option<GateConfig>) -> Result<AttentionConfig> {
     source.validate()?;
-    if source.qkv_bias {
-        let problem = "biases queries, keys and values: a layer of latents has no bias on queries";
-        return Err(Error::config(if source.o_bias { "attention_bias" } else { "model_type" }, problem));
-    }
     if let RopeScaling::Dynamic { .. } = source.rope.scaling {
         return Err(Error::config("rope_scaling.type", "is `dynamic`, which is not converted"));
     }
@@ -241,7 +241,8 @@ pub fn latent_config(source: &GqaConfig, options: &LayerOptions, gate: Option<Ga
         d_nope: shape.d_nope as u32,
         d_rope,
         d_value: source.head_dim,
-        attention_bias: source.o_bias || gate.is_some(),
+        attention_bias: source.o_bias || source.qkv_bias || gate.is_some(),
+        q_proj_bias: source.qkv_bias,
         rope: slices_rope(&source.rope, source.head_dim, options.rope_slices as u32),
         gate,
         ..AttentionConfig::default()
@@ -302,7 +303,16 @@ pub fn convert_layer_with(
     let shape = Shape::new(source, options.rope_slices);
     let (d, slices) = (shape.head_dim, shape.slices);
     let keys = mixing.of_keys(&activations.keys);
-    let y = joined(&keys, &activations.values, slices * d);
+    let bias = |tensor: &Option<HostTensor>| tensor.as_ref().map(HostTensor::to_f64);
+    let (q_bias, v_bias) = (bias(&weights.q_bias), bias(&weights.v_bias));
+    let k_bias = bias(&weights.k_bias).map(|bias| mixing.of_rows(&Matrix::of(bias, 1)).data);
+    let mut y = joined(&keys, &activations.values, slices * d);
+    if let (Some(k_bias), Some(v_bias)) = (&k_bias, &v_bias) {
+        let of_y = [&k_bias[slices * d..], v_bias].concat();
+        for row in y.data.chunks_exact_mut(of_y.len()) {
+            row.iter_mut().zip(&of_y).for_each(|(value, bias)| *value -= bias);
+        }
+    }
     let balance = balance(&y, shape.keys);
     let mut scaled = y;
     scaled.scale_cols(&balance);
@@ -338,8 +348,17 @@ pub fn convert_layer_with(
     }
 
     let o_proj = matrix(&weights.o_proj);
-    let mut o_bias = weights.o_bias.as_ref().map(HostTensor::to_f64);
     let mut kv_a_bias = config.attention_bias.then(|| vec![0.0; d_latent + slices * d]);
+    if let (Some(bias), Some(k_bias)) = (&mut kv_a_bias, &k_bias) {
+        places.iter().zip(k_bias).for_each(|(place, from)| bias[d_latent + place] = *from);
+    }
+    // Of values: of each query head, what attention adds to it whatever its weights, which sum to 1.
+    let mut of_values = vec![0.0; shape.n_head * d];
+    if let Some(v_bias) = &v_bias {
+        for (head, of_head) in of_values.chunks_exact_mut(d).enumerate() {
+            of_head.copy_from_slice(&v_bias[head / (shape.n_head / shape.n_kv_head) * d..][..d]);
+        }
+    }
     let mut gate = None;
     if let Some(offset) = fitted.offset {
         // The constant column of the latent, and what it carries.
@@ -354,18 +373,22 @@ pub fn convert_layer_with(
             wider.row_mut(row)[rank] = carried;
         }
         kv_b_proj = wider;
-        // m of the values comes out of attention as it is, whatever the weights of the softmax.
-        let per_head = shape.d_nope + d;
-        let of_values: Vec<f64> =
-            offsets.chunks_exact(per_head).flat_map(|head| &head[shape.d_nope..]).copied().collect();
-        let correction = product(o_proj.view(), super::matrix::View::new(&of_values, 1));
-        let mut bias = o_bias.unwrap_or_else(|| vec![0.0; shape.hidden]);
-        bias.iter_mut().zip(&correction.data).for_each(|(bias, by)| *bias -= by);
-        o_bias = Some(bias);
+        // m comes out of attention as it is, too.
+        for (of_head, offsets) in of_values.chunks_exact_mut(d).zip(offsets.chunks_exact(shape.d_nope + d)) {
+            of_head.iter_mut().zip(&offsets[shape.d_nope..]).for_each(|(value, m)| *value -= m);
+        }
         gate = Some(Gate { rows: offset.rows, b_proj });
     }
+    let o_bias = config.attention_bias.then(|| {
+        let mut o_bias = product(o_proj.view(), View::new(&of_values, 1)).data;
+        let of_source = bias(&weights.o_bias).into_iter().flatten();
+        o_bias.iter_mut().zip(of_source).for_each(|(bias, of_source)| *bias += of_source);
+        o_bias
+    });
+    let queries = |source_rows: &Matrix| queries(&shape, source_rows, mixing, source, &config, &places);
     let layer = LatentLayer {
-        q_proj: queries(&shape, &matrix(&weights.q_proj), mixing, source, &config, &places),
+        q_proj: queries(&matrix(&weights.q_proj)),
+        q_bias: q_bias.map(|bias| queries(&Matrix::of(bias, 1)).data),
         kv_a_proj,
         kv_a_bias,
         kv_b_proj,
@@ -474,7 +497,8 @@ fn rotary_places(shape: &Shape, interleave: bool) -> Vec<usize> {
     places
 }
 
-/// Rows of every head: those of the source for content keys, then those for the rotated slices. Scores have the source's scale.
+/// Rows of every head from those of the source, of its matrix or its bias: for content keys, then for the rotated slices. Scores have
+/// the source's scale.
 fn queries(
     shape: &Shape,
     source: &Matrix,
@@ -487,7 +511,7 @@ fn queries(
     let rotated = from.scale() / config.scale();
     // cos and sin carry the amplitude on both sides of a rotated score: what is not rotated any more carries it here.
     let content = rotated * from.rope.amplitude().powi(2);
-    let mut rows = Matrix::zeros(shape.n_head * d_query, shape.hidden);
+    let mut rows = Matrix::zeros(shape.n_head * d_query, source.cols);
     for head in 0..shape.n_head {
         let group = head / (shape.n_head / shape.n_kv_head);
         for channel in 0..d {
@@ -518,13 +542,10 @@ impl LatentLayer {
         let turns = rotations(&self.config.rope, d_rope, &positions);
         let interleave = self.config.rope.interleave;
         let mut q = product(hidden.view(), self.q_proj.t());
+        add_bias(&mut q, &self.q_bias);
         rope(&mut q.data, &turns, n_head, d_nope + d_rope, d_rope, interleave);
         let mut down = product(hidden.view(), self.kv_a_proj.t());
-        if let Some(bias) = &self.kv_a_bias {
-            for row in down.data.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-            }
-        }
+        add_bias(&mut down, &self.kv_a_bias);
         let latents = down.first_cols(d_latent);
         let mut k_rope: Vec<f64> =
             down.data.chunks_exact(down.cols).flat_map(|row| &row[d_latent..]).copied().collect();
@@ -537,11 +558,7 @@ impl LatentLayer {
         let heads = Heads { n_head, n_kv_head: n_head, d_nope, d_rope, d_value };
         let attended = attention_prefill(&q.data, &kv.data, &k_rope, &visible, heads, self.config.scale());
         let mut out = product(Matrix::of(attended.values, n_head * d_value).view(), self.o_proj.t());
-        if let Some(bias) = &self.o_bias {
-            for row in out.data.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-            }
-        }
+        add_bias(&mut out, &self.o_bias);
         out
     }
 
@@ -560,7 +577,10 @@ impl LatentLayer {
             })
         };
         AttentionWeights {
-            query: QueryWeights::Full { proj: tensor("q_proj.weight", &self.q_proj) },
+            query: QueryWeights::Full {
+                proj: tensor("q_proj.weight", &self.q_proj),
+                bias: vector("q_proj.bias", &self.q_bias),
+            },
             kv_a_proj: tensor("kv_a_proj_with_mqa.weight", &self.kv_a_proj),
             kv_a_bias: vector("kv_a_proj_with_mqa.bias", &self.kv_a_bias),
             kv_a_norm: None,

@@ -114,6 +114,15 @@ impl Matrix {
     }
 }
 
+/// Adds a bias to every row.
+pub(super) fn add_bias(rows: &mut Matrix, bias: &Option<Vec<f64>>) {
+    if let Some(bias) = bias {
+        for row in rows.data.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+        }
+    }
+}
+
 /// `a · b`, its rows shared among threads where there is enough to do. The number of threads changes no sum's order.
 pub fn product(a: View<'_>, b: View<'_>) -> Matrix {
     /// Multiply-adds that are worth a thread.

@@ -1,7 +1,7 @@
 //! The source's forward pass over the calibration text, layer by layer, in f64.
 
 use super::layer::Activations;
-use super::matrix::{Matrix, product};
+use super::matrix::{Matrix, add_bias, product};
 use crate::config::{DecoderAttention, DecoderConfig, GqaConfig};
 use crate::decoder::{DecoderAttentionWeights, DecoderLayerWeights};
 use crate::error::{ArgumentError, DataError, Error, Result};
@@ -146,28 +146,39 @@ fn matrix(tensor: &HostTensor) -> Matrix {
 /// Attention with keys and values per head, by matrix products.
 pub struct SourceLayer {
     config: GqaConfig,
-    q_proj: Matrix,
-    k_proj: Matrix,
-    v_proj: Matrix,
-    o_proj: Matrix,
-    o_bias: Option<Vec<f64>>,
+    /// `q_proj`, `k_proj` and `v_proj`.
+    projections: [Linear; 3],
+    o_proj: Linear,
+}
+
+/// A matrix `[out, in]` and its bias.
+struct Linear(Matrix, Option<Vec<f64>>);
+
+impl Linear {
+    fn of(proj: &HostTensor, bias: &Option<HostTensor>) -> Self {
+        Linear(matrix(proj), bias.as_ref().map(HostTensor::to_f64))
+    }
+
+    fn apply(&self, x: &Matrix) -> Matrix {
+        let mut y = product(x.view(), self.0.t());
+        add_bias(&mut y, &self.1);
+        y
+    }
 }
 
 impl SourceLayer {
-    /// Copies the weights of a layer without biases on queries, keys and values to f64.
+    /// Copies the weights of a layer without norms of its heads to f64.
     pub fn new(config: GqaConfig, weights: &GqaWeights) -> Self {
+        let GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias, .. } = weights;
         SourceLayer {
             config,
-            q_proj: matrix(&weights.q_proj),
-            k_proj: matrix(&weights.k_proj),
-            v_proj: matrix(&weights.v_proj),
-            o_proj: matrix(&weights.o_proj),
-            o_bias: weights.o_bias.as_ref().map(HostTensor::to_f64),
+            projections: [Linear::of(q_proj, q_bias), Linear::of(k_proj, k_bias), Linear::of(v_proj, v_bias)],
+            o_proj: Linear::of(o_proj, o_bias),
         }
     }
 
     fn kv_width(&self) -> usize {
-        self.k_proj.rows
+        (self.config.n_kv_head * self.config.head_dim) as usize
     }
 
     /// One sequence from its beginning: output, keys before rotation, and values.
@@ -175,8 +186,7 @@ impl SourceLayer {
         let [n_head, n_kv_head, d] =
             [self.config.n_head, self.config.n_kv_head, self.config.head_dim].map(|extent| extent as usize);
         let tokens = hidden.rows;
-        let [mut q, keys, values] =
-            [&self.q_proj, &self.k_proj, &self.v_proj].map(|proj| product(hidden.view(), proj.t()));
+        let [mut q, keys, values] = self.projections.each_ref().map(|projection| projection.apply(hidden));
         let positions: Vec<u32> = (0..tokens as u32).collect();
         let turns = rotations(&self.config.rope, d, &positions);
         let mut k = keys.clone();
@@ -206,13 +216,7 @@ impl SourceLayer {
                 attended.row_mut(token)[head * d..][..d].copy_from_slice(out.row(token));
             }
         }
-        let mut out = product(attended.view(), self.o_proj.t());
-        if let Some(bias) = &self.o_bias {
-            for row in out.data.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-            }
-        }
-        (out, keys, values)
+        (self.o_proj.apply(&attended), keys, values)
     }
 }
 

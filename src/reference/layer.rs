@@ -33,7 +33,7 @@ pub struct Layer {
 
 #[derive(Debug, Clone)]
 enum Query {
-    Full { proj: Vec<f64> },
+    Full { proj: Vec<f64>, bias: Option<Vec<f64>> },
     LowRank { rank: usize, a_proj: Vec<f64>, a_bias: Option<Vec<f64>>, a_norm: Vec<f64>, b_proj: Vec<f64> },
 }
 
@@ -150,7 +150,7 @@ impl Layer {
     ) -> Layer {
         let optional = |tensor: &Option<HostTensor>| tensor.as_ref().map(HostTensor::to_f64);
         let query = match &weights.query {
-            QueryWeights::Full { proj } => Query::Full { proj: proj.to_f64() },
+            QueryWeights::Full { proj, bias } => Query::Full { proj: proj.to_f64(), bias: optional(bias) },
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => Query::LowRank {
                 rank: a_norm.data.len(),
                 a_proj: a_proj.to_f64(),
@@ -338,7 +338,7 @@ impl Layer {
         let (heads, tokens, width) = (self.heads(), self.tokens(hidden), self.config.hidden_size as usize);
         let d_q = heads.n_head * heads.d_query();
         let mut q = match &self.query {
-            Query::Full { proj } => matmul(hidden, proj, None, tokens, width, d_q),
+            Query::Full { proj, bias } => matmul(hidden, proj, bias.as_deref(), tokens, width, d_q),
             Query::LowRank { rank, a_proj, a_bias, a_norm, b_proj } => {
                 let latent = matmul(hidden, a_proj, a_bias.as_deref(), tokens, width, *rank);
                 let latent = rms_norm(&latent, Some(a_norm), *rank, self.config.low_rank_norm_eps);

@@ -111,7 +111,7 @@ impl NativeLayer {
         tied: Option<&Arc<Linear>>,
     ) -> Self {
         let query = match weights.query {
-            QueryWeights::Full { proj } => Query::Full(Linear::new(proj, None)),
+            QueryWeights::Full { proj, bias } => Query::Full(Linear::new(proj, bias)),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
                 let (a, b) = (Linear::new(a_proj, a_bias), Linear::new(b_proj, None));
                 Query::LowRank { a, a_norm: a_norm.data, b }

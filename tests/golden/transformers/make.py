@@ -28,7 +28,7 @@ SIZES = dict(
     rope_parameters={"rope_type": "default", "rope_theta": 65536.0},
 )
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-CONVERTED = ["llama"]
+CONVERTED = ["llama", "qwen2"]
 
 docs = (HERE.parents[2] / "docs" / "convert.md").read_text()
 exec(re.search(r"```python\n(.*?)```", docs, re.DOTALL)[1])  # load(folder, dtype)
