@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use egmla::Recording;
@@ -13,7 +14,7 @@ use egmla::convert::{
     Activations, Calibration, Conversion, GateKind, Gates, LatentLayer, LayerOptions, Matrix, Mixing, Progress,
     SourceLayer, convert_layer, convert_layer_with, latent_config,
 };
-use egmla::decoder::{CpuDecoder, Decoder, DecoderWeights, Logits, ModelFolder, NativeDecoder};
+use egmla::decoder::{CpuDecoder, Decoder, DecoderWeights, Logits, ModelFolder, NativeDecoder, TextRules};
 use egmla::random::{Random, gqa_weights};
 use egmla::readback;
 use egmla::reference::{History, Layer, matmul, rms_norm, rope, rotations, swiglu};
@@ -454,6 +455,11 @@ fn convert(
     let checkpoint = Checkpoint::new(&bytes).unwrap();
     let (calibration, tokenizer) =
         (Calibration::new(&ids(100), &[], 100, 40, VOCAB as u32).unwrap(), tokenizer(VOCAB as u32));
+    let rules = TextRules {
+        eos_token_ids: vec![2],
+        chat_template: Some("{{ bos_token }}".to_owned()),
+        special_tokens: BTreeMap::from([("bos_token".to_owned(), "A".to_owned())]),
+    };
     let conversion = Conversion {
         config: &model.config,
         checkpoint: &checkpoint,
@@ -462,7 +468,7 @@ fn convert(
         gate,
         tokenizer: tokenizer.as_bytes(),
         origin: json!({"model": "random"}),
-        keys: Map::from_iter([("eos_token_id".to_owned(), json!(2))]),
+        rules: &rules,
     };
     let made = conversion.run(output, |progress| match (progress, stop) {
         (Progress::Layers(done, _), Some(stop)) => done < stop,
@@ -517,7 +523,9 @@ fn a_written_folder_runs_on_cpu_and_device() {
         assert_eq!(made["origin"]["model"], "random");
         assert_eq!(made["layers"].as_array().unwrap().len(), LAYERS);
         let config: Value = serde_json::from_slice(&std::fs::read(output.path().join("config.json")).unwrap()).unwrap();
-        assert_eq!(config["eos_token_id"], 2);
+        assert_eq!(folder.rules().eos_token_ids, [2]);
+        assert_eq!(folder.chat_template(), Some("{{ bos_token }}"));
+        assert_eq!(folder.rules().special_tokens["bos_token"], "A");
         // transformers warns of a length with a decimal point.
         assert_eq!(config["rope_scaling"]["original_max_position_embeddings"].as_u64(), Some(32));
         assert!(!output.path().join("conversion-work").exists());
@@ -679,7 +687,7 @@ fn a_written_folder_is_what_transformers_computes_of_it() {
             embed_dim: None,
             tokenizer: tokenizer.as_bytes(),
             origin: Value::Null,
-            keys: Map::new(),
+            rules: &TextRules::default(),
         };
         let output = tempfile::tempdir().unwrap();
         let made = conversion.run(output.path(), |_| true).unwrap().unwrap();

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use egmla::convert::{Calibration, Conversion, GateKind, LayerOptions, Progress, heads};
 use egmla::decoder::{ModelFolder, TextRules, TextTokenizer};
 use egmla::files;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::console;
 use crate::failure::Failure;
@@ -88,8 +88,8 @@ impl ConvertArgs {
 }
 
 fn weight(text: &str) -> Result<f64, String> {
-    let weight = text.parse().ok().filter(|weight: &f64| weight.is_finite() && *weight >= 0.0);
-    weight.ok_or_else(|| "expected a number from 0 on".to_owned())
+    let weight = text.parse().ok().filter(|weight: &f64| (0.0..=1e9).contains(weight));
+    weight.ok_or_else(|| "expected a number from 0 to 1e9".to_owned())
 }
 
 /// Tokens of a calibration sequence: each begins at position 0.
@@ -104,6 +104,13 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     let in_config = |error: egmla::Error| Failure::from(error.in_file(folder.path()));
     heads(folder.config()).map_err(in_config)?;
     let ids = folder.encode(&text)?;
+    if ids.len() < 2 {
+        let found = ids.len();
+        return Err(Failure::usage(format!(
+            "{}: number of tokens is {found}, at least 2 are needed",
+            args.text.display()
+        )));
+    }
     let mut prefix = folder.encode("")?;
     let mut tokenizer = folder.tokenizer_json()?;
     if args.to == Target::EgMla && prefix.is_empty() {
@@ -143,7 +150,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
             "weights": stamp(folder.path()),
             "text": args.text.to_string_lossy(),
         }),
-        keys: Map::from_iter([("eos_token_id".to_owned(), json!(folder.eos_token_ids()))]),
+        rules: folder.rules(),
     };
     let layers = folder.config().n_layer;
     let bar = console::interruptible(layers.into(), "layers");
@@ -173,7 +180,6 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     });
     bar.finish_and_clear();
     let Some(made) = made? else { return Err(Failure::Interrupted) };
-    write_rules(folder.rules(), &args.output)?;
     let (before, after) = (folder.config().attention.cache_elements(), made.config.attention.cache_elements());
     console::print(&format!(
         "{}: cache elements per token and layer {before} -> {after}; {} layers\n",
@@ -214,21 +220,6 @@ fn stamp(model: &Path) -> Value {
     let modified = found.as_ref().and_then(|found| found.modified().ok());
     let seconds = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|time| time.as_secs_f64());
     json!({"bytes": found.map(|found| found.len()), "modified": seconds})
-}
-
-/// Writes how a conversation is written, where the source says so.
-fn write_rules(rules: &TextRules, output: &Path) -> Result<(), Failure> {
-    let write = |name: &str, text: &str| {
-        let path = output.join(name);
-        fs::write(&path, text).map_err(|error| Failure::run(format!("{}: {error}", path.display())))
-    };
-    if let Some(template) = &rules.chat_template {
-        write("chat_template.jinja", template)?;
-    }
-    if !rules.special_tokens.is_empty() {
-        write("tokenizer_config.json", &(json!(rules.special_tokens).to_string() + "\n"))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

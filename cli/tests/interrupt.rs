@@ -95,6 +95,49 @@ fn an_interrupted_export_leaves_no_list() {
     assert!(!list.exists());
 }
 
+/// The layer at hand is finished, and the same command goes on behind it: all files are those of a run in one go.
+#[test]
+fn an_interrupted_conversion_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text"));
+    let golden = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/transformers/llama"));
+    fs::create_dir(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(golden.join(name), model.join(name)).unwrap();
+    }
+    let tokenizer =
+        r#"{"added_tokens":[],"model":{"type":"BPE","vocab":{"a":0,"b":1,"c":2},"merges":[],"unk_token":"a"}}"#;
+    fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
+    // Two layers, each of which takes many times as long as a signal does.
+    fs::write(&text, "abacbc".repeat(5_000)).unwrap();
+    let convert = |output: &str| {
+        let mut convert = Command::new(env!("CARGO_BIN_EXE_egmla"));
+        convert.args(["convert", "--to", "mla", "--rank", "12", "--tokens", "30000", "--model"]).arg(&model);
+        convert.arg("--text").arg(&text).arg("--output").arg(folder.path().join(output)).env_remove("RUST_LOG");
+        convert.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        convert
+    };
+    assert!(convert("whole").status().unwrap().success());
+
+    let mut child = convert("stopped").spawn().unwrap();
+    let start = Instant::now();
+    while !folder.path().join("stopped/conversion-work/stream-0001").exists() {
+        let running = child.try_wait().unwrap().is_none();
+        assert!(running && start.elapsed() < Duration::from_secs(120), "no layer is done");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    interrupt(&child);
+    interrupted(&child.wait_with_output().unwrap());
+    assert!(!folder.path().join("stopped/config.json").exists());
+    let output = convert("stopped").output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.contains("goes on behind layer"), "{stderr}");
+    for name in ["config.json", "conversion.json", "model.safetensors", "tokenizer.json"] {
+        let [found, wanted] = ["stopped", "whole"].map(|made| fs::read(folder.path().join(made).join(name)).unwrap());
+        assert!(found == wanted, "{name}");
+    }
+}
+
 /// Runs the program under a terminal of its own, `script`'s, where Ctrl-C is a key, and presses it once the terminal shows what is
 /// waited for. Returns the exit status and all that the terminal showed.
 fn on_terminal(cache: &Path, arguments: &str, waited_for: impl Fn(&str) -> bool) -> (Option<i32>, String) {

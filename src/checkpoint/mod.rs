@@ -119,10 +119,22 @@ impl<'a> Checkpoint<'a> {
         Ok(HostTensor { name: name.to_owned(), shape: expected.to_vec(), data })
     }
 
-    fn read(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>> {
-        if let Some(problem) = quantised::problem(self.tensors(), name) {
-            return Err(Error::Tensor(problem));
+    /// Counts a tensor as taken that will be: it must be there in this shape, and not quantised, but is not read.
+    ///
+    /// # Errors
+    /// `TensorError::Missing`, `TensorError::Shape` or `TensorError::Quantised`; in [`Error::File`] where there is a file.
+    #[cfg(feature = "convert")]
+    pub(crate) fn expect(&self, name: &str, expected: &[usize]) -> Result<()> {
+        let info = self.info(name, expected).map_err(|error| self.in_file(name, error))?;
+        let mut taken = self.taken.borrow_mut();
+        taken.insert(name.to_owned());
+        if info.dtype == fp8::NAME {
+            taken.insert(format!("{name}{}", fp8::SCALE));
         }
+        Ok(())
+    }
+
+    fn read(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>> {
         let info = self.info(name, expected)?;
         let mut values = self.source.read(name)?;
         if info.dtype == fp8::NAME {
@@ -141,8 +153,11 @@ impl<'a> Checkpoint<'a> {
         Ok(values)
     }
 
-    /// A tensor that is there, and has the shape.
+    /// A tensor that is there, not quantised, and has the shape.
     fn info(&self, name: &str, expected: &[usize]) -> Result<&TensorInfo> {
+        if let Some(problem) = quantised::problem(self.tensors(), name) {
+            return Err(Error::Tensor(problem));
+        }
         let (name, expected) = (name.to_owned(), expected.to_vec());
         match self.tensors().get(&name) {
             None => Err(Error::Tensor(TensorError::Missing { name, expected })),

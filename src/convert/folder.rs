@@ -1,8 +1,9 @@
 //! The written folder, and the work files by which a conversion that was stopped goes on.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -12,7 +13,7 @@ use super::layer::{LatentLayer, LayerError, LayerOptions, convert_layer, latent_
 use super::matrix::Matrix;
 use super::source::{Calibration, embedded, heads, relative_error, run_layer};
 use crate::config::{DecoderAttention, DecoderConfig, DecoderScales, GateConfig, RopeConfig, RopeScaling};
-use crate::decoder::ModelFolder;
+use crate::decoder::{ModelFolder, TextRules};
 use crate::error::{DataError, Error, Result, TensorError};
 use crate::files;
 use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor};
@@ -20,8 +21,18 @@ use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor};
 /// Folder of the work files, in the output folder.
 const WORK: &str = "conversion-work";
 
+/// The name of the work file that says of which conversion they are.
+const FINGERPRINT: &str = "fingerprint.json";
+
 /// What is written, the configuration last: a folder without it is not taken for a model.
-const FILES: [&str; 4] = ["model.safetensors", "tokenizer.json", "conversion.json", "config.json"];
+const FILES: [&str; 6] = [
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "conversion.json",
+    "config.json",
+];
 
 /// A conversion of a model into a folder.
 pub struct Conversion<'a> {
@@ -39,8 +50,8 @@ pub struct Conversion<'a> {
     pub tokenizer: &'a [u8],
     /// What names the source and the text: written to `conversion.json`. A conversion goes on only where it is the same.
     pub origin: Value,
-    /// Keys for `config.json` that say nothing of sizes, as `eos_token_id`.
-    pub keys: Map<String, Value>,
+    /// When a text ends, and how a conversation is written.
+    pub rules: &'a TextRules,
 }
 
 /// How far a conversion is.
@@ -65,8 +76,39 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |source| Error::from(DataError::Io(source)).in_file(path)
 }
 
-fn refused(path: &Path, problem: String) -> Error {
-    Error::Data(DataError::Input(problem)).in_file(path)
+fn refused(path: &Path, problem: impl Into<String>) -> Error {
+    Error::Data(DataError::Input(problem.into())).in_file(path)
+}
+
+fn damaged(path: &Path) -> Error {
+    refused(path, format!("is damaged: remove the folder {WORK} to begin anew"))
+}
+
+/// Names of a folder's entries.
+fn names_in(folder: &Path) -> Result<BTreeSet<OsString>> {
+    let entries = fs::read_dir(folder).map_err(io_at(folder))?;
+    entries.map(|entry| Ok(entry.map_err(io_at(folder))?.file_name())).collect()
+}
+
+/// Whether a work file may have that name.
+fn is_of_work(name: &OsStr) -> bool {
+    let Some(name) = name.to_str() else { return false };
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    let number = stem.strip_prefix("layer-").or_else(|| stem.strip_prefix("stream-"));
+    let of_layer = number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()));
+    (of_layer || stem == "fingerprint") && ["", "json", "partial", "safetensors"].contains(&extension)
+}
+
+/// CRC-32 of a file, a mebibyte at a time.
+fn checksum(path: &Path) -> Result<u32> {
+    let (mut file, _) = files::open(path)?;
+    let (mut sum, mut part) = (crc32fast::Hasher::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut part).map_err(io_at(path))? {
+            0 => return Ok(sum.finalize()),
+            read => sum.update(&part[..read]),
+        }
+    }
 }
 
 /// Writes a file that is whole or not there.
@@ -127,8 +169,13 @@ impl Conversion<'_> {
         let gates_of = |kind: GateKind| -> Result<Gates> {
             Gates::new(&self.embedding()?, kind, self.calibration.ids(), self.calibration.starts())
         };
+        let gate = self.gate_config();
+        if gate.is_some() && self.calibration.starts().len() == self.calibration.ids().len() {
+            let problem = "every token of the calibration text is a first position, which gates leave out";
+            return Err(Error::Data(DataError::Input(problem.to_owned())));
+        }
         // The same refusals before the first layer as in it.
-        latent_config(source, &self.options, self.gate_config())?;
+        latent_config(source, &self.options, gate)?;
 
         let work = self.open_work(output)?;
         let layer_path = |number: u32, what: &str| work.join(format!("layer-{number:04}.{what}"));
@@ -140,14 +187,19 @@ impl Conversion<'_> {
             if path.exists() {
                 stream = Some(self.read_stream(&path)?);
                 for layer in 0..number {
-                    errors.push(read_error(&layer_path(layer, "json"))?);
+                    let made = read_made(&layer_path(layer, "json"))?;
+                    let path = layer_path(layer, "safetensors");
+                    if checksum(&path)? != made.checksum {
+                        return Err(damaged(&path));
+                    }
+                    errors.push(made.lost);
                 }
                 break;
             }
         }
         let mut stream = match stream {
             Some(stream) => stream,
-            None => embedded(self.config, &self.embedding()?, self.calibration),
+            None => embedded(self.config, &self.embedding()?, self.calibration)?,
         };
         if !progress(Progress::Layers(errors.len() as u32, None)) {
             return Ok(None);
@@ -160,17 +212,20 @@ impl Conversion<'_> {
         for number in first..self.config.n_layer {
             let pass = run_layer(self.config, self.checkpoint, number, self.calibration, &mut stream)?;
             let (layer, mut error) =
-                convert_layer(source, &pass.attention, &pass.activations, &self.options, gates.as_ref())?;
+                convert_layer(source, &pass.attention, &pass.activations, &self.options, gates.as_ref())
+                    .map_err(|error| in_layer(number, error))?;
             let [hidden, output] = &pass.first;
             error.output = relative_error(&layer.forward(hidden, self.calibration.ids()), output);
-            write_layer(&layer_path(number, "safetensors"), &layer, number)?;
+            let path = layer_path(number, "safetensors");
+            write_layer(&path, &layer, number)?;
+            let made = MadeLayer { lost: error, checksum: checksum(&path)? };
             let path = layer_path(number, "json");
-            write_bytes(&path, json!(error).to_string().as_bytes())?;
+            write_bytes(&path, json!(made).to_string().as_bytes())?;
             // Last: what it stands for is whole.
             write_stream(&stream_path(number + 1), &stream)?;
             let _ = fs::remove_file(stream_path(number));
             // As a run that goes on reads it: digits that the text does not keep are in no result.
-            errors.push(read_error(&path)?);
+            errors.push(read_made(&path)?.lost);
             if !progress(Progress::Layers(number + 1, Some(error))) {
                 return Ok(None);
             }
@@ -202,7 +257,8 @@ impl Conversion<'_> {
             ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
             ("model.norm.weight".to_owned(), vec![hidden]),
         ]);
-        if !self.config.tie_word_embeddings {
+        // Beside a tied one, too: readers take it where it differs.
+        if !self.config.tie_word_embeddings || self.checkpoint.contains("lm_head.weight") {
             kept.insert("lm_head.weight".to_owned(), vec![vocab, hidden]);
         }
         for layer in 0..self.config.n_layer {
@@ -219,7 +275,7 @@ impl Conversion<'_> {
         kept
     }
 
-    /// Refuses a source that lacks a tensor or has one without a place, before the first layer.
+    /// Refuses a source that lacks a tensor or has one without a place, before the first layer. What readers pass over is passed over.
     fn check_tensors(&self) -> Result<()> {
         let mut expected = self.kept();
         for layer in 0..self.config.n_layer {
@@ -229,23 +285,8 @@ impl Conversion<'_> {
                 Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
             })?;
         }
-        let found = self.checkpoint.tensors();
-        for (name, info) in found {
-            if !expected.contains_key(name) {
-                return Err(Error::Tensor(TensorError::Extra { name: name.clone(), found: info.shape.clone() }));
-            }
-        }
-        for (name, shape) in expected {
-            match found.get(&name) {
-                None => return Err(Error::Tensor(TensorError::Missing { name, expected: shape })),
-                Some(info) if info.shape != shape => {
-                    let found = info.shape.clone();
-                    return Err(Error::Tensor(TensorError::Shape { name, expected: shape, found }));
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(())
+        expected.iter().try_for_each(|(name, shape)| self.checkpoint.expect(name, shape))?;
+        self.checkpoint.refuse_rest("")
     }
 
     /// What makes two conversions the same.
@@ -270,24 +311,18 @@ impl Conversion<'_> {
     /// The folder of the work files: a new one in a folder without content, or that of the same conversion.
     fn open_work(&self, output: &Path) -> Result<PathBuf> {
         let work = output.join(WORK);
-        let path = work.join("fingerprint.json");
+        let path = work.join(FINGERPRINT);
         let fingerprint = self.fingerprint().to_string();
+        if output.exists() && !output.is_dir() {
+            return Err(refused(output, "is a file: choose a folder of its own"));
+        }
         fs::create_dir_all(output).map_err(io_at(output))?;
-        let mut names = BTreeSet::new();
-        for entry in fs::read_dir(output).map_err(io_at(output))? {
-            names.insert(entry.map_err(io_at(output))?.file_name());
-        }
-        let ours = names.remove(std::ffi::OsStr::new(WORK));
+        let mut names = names_in(output)?;
+        let ours = names.remove(OsStr::new(WORK));
         if ours {
-            // A run that was stopped before it had written its fingerprint has written nothing else.
-            let empty = fs::read_dir(&work).map_err(io_at(&work))?.next().is_none();
-            if !empty && files::read_text(&path, files::MOST_CONFIG)? != fingerprint {
-                let problem =
-                    "is of a conversion of another source, text or options: remove it or choose another folder";
-                return Err(refused(&work, problem.to_owned()));
-            }
+            self.check_work(&work, &fingerprint)?;
         }
-        let known = |name: &std::ffi::OsString| {
+        let known = |name: &OsString| {
             let stem = |file: &str| Path::new(file).with_extension("partial");
             ours && FILES.iter().any(|file| *name == **file || stem(file).as_os_str() == name)
         };
@@ -300,6 +335,30 @@ impl Conversion<'_> {
         Ok(work)
     }
 
+    /// Refuses work files of another conversion, and what is none: the folder is removed in the end.
+    fn check_work(&self, work: &Path, fingerprint: &str) -> Result<()> {
+        let mut names = names_in(work)?;
+        if let Some(name) = names.iter().find(|name| !is_of_work(name)) {
+            return Err(refused(work, format!("holds other content (`{}`): remove that", name.display())));
+        }
+        let path = work.join(FINGERPRINT);
+        if names.contains(OsStr::new(FINGERPRINT)) {
+            let text = files::read_text(&path, files::MOST_CONFIG)?;
+            if text == fingerprint {
+                return Ok(());
+            }
+            let [found, wanted] = [&text, fingerprint].map(serde_json::from_str::<Map<String, Value>>);
+            let (found, wanted) = found.and_then(|found| Ok((found, wanted?))).map_err(|_| damaged(&path))?;
+            let other = wanted.iter().find(|(key, value)| found.get(*key) != Some(*value));
+            let key = other.map_or("", |(key, _)| key);
+            let problem = format!("is of a conversion of another source, text or options (`{key}`)");
+            return Err(refused(work, problem + ": remove it or choose another folder"));
+        }
+        // A run that was stopped before it had written its fingerprint has written nothing else.
+        names.remove(OsStr::new("fingerprint.partial"));
+        if names.is_empty() { Ok(()) } else { Err(damaged(&path)) }
+    }
+
     fn read_stream(&self, path: &Path) -> Result<Matrix> {
         let hidden = self.config.attention.hidden_size() as usize;
         let expected = self.calibration.ids().len() * hidden * 8 + 4;
@@ -309,8 +368,7 @@ impl Conversion<'_> {
                 .last_chunk()
                 .is_some_and(|sum| crc32fast::hash(&bytes[..expected - 4]) == u32::from_le_bytes(*sum));
         if !whole {
-            let problem = format!("is damaged: remove the folder {WORK} to begin anew");
-            return Err(refused(path, problem));
+            return Err(damaged(path));
         }
         let values = bytes[..expected - 4].as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
         Ok(Matrix::of(values.collect(), hidden))
@@ -328,7 +386,7 @@ impl Conversion<'_> {
             attention: DecoderAttention::Latent(latent_config(source, &self.options, self.gate_config())?),
             ..self.config.clone()
         };
-        let text = serde_json::to_string_pretty(&config_json(&wanted, &self.keys)?)? + "\n";
+        let text = serde_json::to_string_pretty(&config_json(&wanted, &self.rules.eos_token_ids)?)? + "\n";
         let config = DecoderConfig::from_json(&text)?;
         check_same(&config, &wanted)?;
 
@@ -352,6 +410,13 @@ impl Conversion<'_> {
             Some(&layer) => Checkpoint::open(&layer_path(layer))?.take(name, shape),
         })?;
         write_bytes(&output.join(FILES[1]), self.tokenizer)?;
+        if !self.rules.special_tokens.is_empty() {
+            let text = json!(self.rules.special_tokens).to_string() + "\n";
+            write_bytes(&output.join(FILES[2]), text.as_bytes())?;
+        }
+        if let Some(template) = &self.rules.chat_template {
+            write_bytes(&output.join(FILES[3]), template.as_bytes())?;
+        }
         let made = json!({
             "method": if self.gate.is_some() { "EG-MLA, offset gates" } else { "TransMLA" },
             "program": format!("egmla {}", env!("CARGO_PKG_VERSION")),
@@ -365,17 +430,33 @@ impl Conversion<'_> {
             "calibration_sequences": self.calibration.starts().len(),
             "layers": errors,
         });
-        write_bytes(&output.join(FILES[2]), (serde_json::to_string_pretty(&made)? + "\n").as_bytes())?;
-        write_bytes(&output.join(FILES[3]), text.as_bytes())?;
+        write_bytes(&output.join(FILES[4]), (serde_json::to_string_pretty(&made)? + "\n").as_bytes())?;
+        write_bytes(&output.join(FILES[5]), text.as_bytes())?;
         let read = ModelFolder::open(output)?;
         check_same(read.config(), &wanted)?;
         Ok(config)
     }
 }
 
-fn read_error(path: &Path) -> Result<LayerError> {
+/// What the work files say of a layer beside its tensors.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct MadeLayer {
+    lost: LayerError,
+    /// Of the file of its tensors.
+    checksum: u32,
+}
+
+fn read_made(path: &Path) -> Result<MadeLayer> {
     let text = files::read_text(path, files::MOST_CONFIG)?;
-    serde_json::from_str(&text).map_err(|error| Error::from(error).in_file(path))
+    serde_json::from_str(&text).map_err(|_| damaged(path))
+}
+
+/// Names the layer whose activations or weights are at fault.
+fn in_layer(number: u32, error: Error) -> Error {
+    match error {
+        Error::Data(DataError::Input(problem)) => Error::Data(DataError::Input(format!("layer {number}: {problem}"))),
+        error => error,
+    }
 }
 
 fn write_layer(path: &Path, layer: &LatentLayer, number: u32) -> Result<()> {
@@ -410,12 +491,11 @@ fn write_stream(path: &Path, stream: &Matrix) -> Result<()> {
 }
 
 /// A configuration as it is written.
-fn config_json(config: &DecoderConfig, keys: &Map<String, Value>) -> Result<Value> {
+fn config_json(config: &DecoderConfig, eos_token_ids: &[u32]) -> Result<Value> {
     let DecoderAttention::Latent(attention) = &config.attention else {
         return Err(Error::config("model_type", "is not of a model of latents"));
     };
-    let mut map = keys.clone();
-    let written = json!({
+    Ok(json!({
         "architectures": ["EgmlaForCausalLM"],
         // Not a type that norms latents whatever the checkpoint holds.
         "model_type": "egmla",
@@ -433,6 +513,7 @@ fn config_json(config: &DecoderConfig, keys: &Map<String, Value>) -> Result<Valu
         "attention_bias": attention.attention_bias,
         "q_proj_bias": attention.q_proj_bias,
         "embedding_gate": attention.gate,
+        "eos_token_id": eos_token_ids,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
@@ -440,11 +521,7 @@ fn config_json(config: &DecoderConfig, keys: &Map<String, Value>) -> Result<Valu
         "rope_theta": attention.rope.theta,
         "rope_interleave": attention.rope.interleave,
         "rope_scaling": rope_json(&attention.rope, config.max_position_embeddings),
-    });
-    if let Value::Object(written) = written {
-        map.extend(written);
-    }
-    Ok(Value::Object(map))
+    }))
 }
 
 /// A scaling as `rope_scaling` has it.

@@ -86,10 +86,19 @@ pub(super) struct LayerPass {
 }
 
 /// The residual stream behind the embedding, `[tokens, hidden]`.
-pub(super) fn embedded(config: &DecoderConfig, embedding: &HostTensor, calibration: &Calibration) -> Matrix {
+pub(super) fn embedded(config: &DecoderConfig, embedding: &HostTensor, calibration: &Calibration) -> Result<Matrix> {
     let hidden = config.attention.hidden_size() as usize;
     let rows = calibration.ids.iter().flat_map(|&id| &embedding.data[id as usize * hidden..][..hidden]);
-    Matrix::of(rows.map(|&value| f64::from(value) * config.scales.embedding).collect(), hidden)
+    let stream = Matrix::of(rows.map(|&value| f64::from(value) * config.scales.embedding).collect(), hidden);
+    check_finite(&stream, || format!("rows of `{}` are", embedding.name))?;
+    Ok(stream)
+}
+
+fn check_finite(stream: &Matrix, what: impl Fn() -> String) -> Result<()> {
+    match stream.data.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::Data(DataError::Input(format!("{} not finite: the model cannot be converted", what())))),
+    }
 }
 
 /// Takes layer `number` of the checkpoint and runs it: the stream goes on to the next layer.
@@ -126,10 +135,7 @@ pub(super) fn run_layer(
         let inner = Matrix::of(swiglu(&gate.data, &up.data), gate.cols);
         add(part, &product(inner.view(), down_proj.t()), config.scales.residual);
     }
-    if stream.data.iter().any(|value| !value.is_finite()) {
-        let problem = format!("activations behind layer {number} are not finite: the model cannot be converted");
-        return Err(Error::Data(DataError::Input(problem)));
-    }
+    check_finite(stream, || format!("activations behind layer {number} are"))?;
     activations.keys = Matrix::of(keys, layer.kv_width());
     activations.values = Matrix::of(values, layer.kv_width());
     Ok(LayerPass { attention: of_attention, activations, first: first.unwrap_or_default() })
