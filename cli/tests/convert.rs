@@ -114,7 +114,7 @@ fn options_out_of_range_are_refused_before_anything_is_written() {
     job.refused_at_once(&["--to", "eg-mla", "--rank", "1"], &["rank is 1, must be 2 to 25"]);
     job.refused_at_once(&["--to", "eg-mla", "--embed-dim", "0"], &["embed-dim is 0, must be 1 to 24"]);
     job.refused_at_once(&["--to", "eg-mla", "--embed-dim", "25"], &["embed-dim is 25, must be 1 to 24"]);
-    job.refused_at_once(&["--embed-dim", "8"], &["--embed-dim", "--to mla"]);
+    job.refused_at_once(&["--embed-dim", "8"], &["--embed-dim", "--to eg-mla"]);
     job.refused_at_once(&["--tokens", "1"], &["--tokens"]);
     for weight in ["-1", "nan", "inf", "1e300", "x"] {
         let option = format!("--sink-weight={weight}");
