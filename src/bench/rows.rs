@@ -52,6 +52,9 @@ pub(super) enum Work {
     DecodeHeads { cached: u32, n_head: u32, d_head: u32 },
     /// One new token through a layer.
     DecodeLayer { config: AttentionConfig, cached: u32, path: LayerPath },
+    /// A row of tests, whose results are no numbers.
+    #[cfg(test)]
+    Wrong,
 }
 
 /// The decode path of a layer.
@@ -247,6 +250,11 @@ pub(super) fn prepare(work: &Work, kernels: &Kernels, stock: &mut Stock) -> Resu
         Work::PrefillLayer { ref config, tokens } => prefill_layer(kernels, stock, config, tokens),
         Work::DecodeHeads { cached, n_head, d_head } => decode_heads(kernels, cached, n_head, d_head),
         Work::DecodeLayer { ref config, cached, path } => decode_layer(kernels, stock, config, cached, path),
+        #[cfg(test)]
+        Work::Wrong => {
+            let wrong = Region::from(&kernels.upload("wrong", bytemuck::cast_slice(&[0.0, f32::NAN]))?);
+            norm_rows(kernels, 4, 8).map(|right| Prepared { output: wrong, ..right })
+        }
     }
 }
 

@@ -267,3 +267,101 @@ fn start<'a>(row: &'a Row, kernels: &Kernels, timer: &Timer, stock: &mut Stock) 
     times.copies = copies.timed;
     Ok(Running { row, prepared, times, spent: Duration::ZERO, longest, copies })
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::super::rows::Work;
+    use super::super::timer::Clock;
+    use super::*;
+
+    /// A device that writes timestamps where the adapter has them, planned for as a class, and its clock.
+    fn device(class: AdapterClass) -> (Kernels, Timer) {
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+        let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+        let required_features = adapter.features() & wgpu::Features::TIMESTAMP_QUERY;
+        let descriptor = wgpu::DeviceDescriptor { required_features, ..Default::default() };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+        let kernels = Kernels::with_class(&device, &queue, class).unwrap();
+        let timer = Timer::new(&kernels).unwrap();
+        (kernels, timer)
+    }
+
+    /// 4 GB/s and 8 GFLOP/s.
+    const ROOFLINE: Roofline = Roofline {
+        copy_gb_s: 4.0,
+        fma_gflop_s: 8.0,
+        cooperative_f16_gflop_s: None,
+        empty_dispatch_us: 0.0,
+        submit_wait_us: 0.0,
+    };
+
+    /// Two rows that are right, one that is not between them.
+    fn three() -> [Row; 3] {
+        let (small, large) = (Work::Norm { rows: 4, width: 8 }, Work::Norm { rows: 64, width: 512 });
+        [("small", small), ("wrong", Work::Wrong), ("large", large)].map(|(id, work)| Row {
+            id: id.to_owned(),
+            path: "norm",
+            storage: "f32",
+            suite: Suite::Quick,
+            work,
+        })
+    }
+
+    fn measured(class: AdapterClass) -> (Rows, Timer) {
+        let (kernels, timer) = device(class);
+        let [enough, limit, total] = [1, 10_000, 60_000].map(Duration::from_millis);
+        let budget = Budget { enough, limit, most_runs: 7, total };
+        let found = measure(&kernels, &timer, &ROOFLINE, &three(), budget, |_| true).unwrap();
+        (found, timer)
+    }
+
+    #[test]
+    fn a_wrong_row_is_named_and_those_behind_it_are_measured() {
+        let (Rows { measured, skipped, wrong }, _) = measured(AdapterClass::Software);
+        let wrong: Vec<_> = wrong.iter().map(|row| (row.id.as_str(), row.why.as_str())).collect();
+        assert_eq!(wrong, [("wrong", "result of a bench row: element 1 is NaN, must be finite")]);
+        assert_eq!(skipped, []);
+        assert_eq!(measured.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["small", "large"]);
+        for row in measured {
+            assert!(row.runs > 0 && row.median_us >= row.min_us && row.min_us > 0.0, "{row:?}");
+            // The processor's own caches are left alone.
+            assert_eq!(row.cold_us, None);
+        }
+    }
+
+    /// On a device that is taken for a GPU, two figures: hot and cold.
+    #[test]
+    fn rows_of_a_gpu_are_also_measured_with_cold_caches() {
+        let (Rows { measured, .. }, timer) = measured(AdapterClass::Discrete);
+        assert_eq!(measured.len(), 2);
+        for row in measured {
+            assert_eq!(row.cold_us.is_some(), timer.clock() == Clock::Timestamps, "{row:?}");
+            assert!(row.cold_us.is_none_or(|us| us > 0.0), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn a_profile_has_every_dispatch_with_its_shares_of_the_ceilings() {
+        let (kernels, timer) = device(AdapterClass::Software);
+        let [small, _, large] = three();
+        let rows = [small, large];
+        let found = profile(&kernels, &timer, &ROOFLINE, &rows, || true).unwrap();
+        if timer.clock() == Clock::Wall {
+            assert_eq!(found, []);
+            return;
+        }
+        assert_eq!(found.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["small", "large"]);
+        for (of_row, row) in found.iter().zip(&rows) {
+            let cost = row.prepare(&kernels, &mut Stock::default()).unwrap().cost;
+            let [dispatch] = &of_row.dispatches[..] else { unreachable!("{of_row:?}") };
+            assert_eq!((dispatch.kernel.as_str(), dispatch.bytes, dispatch.flops), ("norm", cost.bytes, cost.flops));
+            assert!(dispatch.us > 0.0 && of_row.timestamps_us >= 0.0 && !dispatch.grid.contains(&0), "{of_row:?}");
+            // 4000 bytes and 8000 FLOPs in a microsecond are all of the ceilings.
+            let [copy, fma] = [cost.bytes as f64 / 4e3, cost.flops as f64 / 8e3].map(|us| 100.0 * us / dispatch.us);
+            assert!((dispatch.pct_copy / copy - 1.0).abs() < 1e-9 && (dispatch.pct_fma / fma - 1.0).abs() < 1e-9);
+        }
+        let before = profile(&kernels, &timer, &ROOFLINE, &rows, || false).unwrap();
+        assert_eq!(before, [], "none is begun after an interrupt");
+    }
+}
