@@ -31,7 +31,6 @@ impl HostTensor {
 
 /// The query projection: one matrix, or two with a norm between them.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "one a layer, and handles only: the elements are on the heap")]
 pub enum QueryWeights {
     /// `q_proj` `[n_head·(d_nope+d_rope), hidden]`.
     Full {

@@ -684,7 +684,7 @@ fn a_written_folder_is_what_transformers_computes_of_it() {
             checkpoint: &checkpoint,
             calibration: &Calibration::new(&case.ids("calibration"), &[], 200, 64, config.vocab_size).unwrap(),
             options: options(12, 1),
-            embed_dim: None,
+            gate: None,
             tokenizer: tokenizer.as_bytes(),
             origin: Value::Null,
             rules: &TextRules::default(),
