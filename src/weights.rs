@@ -121,11 +121,20 @@ impl AttentionWeights {
         Ok(weights)
     }
 
-    /// Checks weights that were built by hand against a configuration. A tied gate's may be without the token embedding.
+    /// Checks weights that were built by hand against a configuration; a tied gate's must hold the token embedding.
     ///
     /// # Errors
     /// A configuration that contradicts itself; a tensor that is missing, has no place, or has another shape or length.
     pub fn check(&self, config: &AttentionConfig) -> Result<()> {
+        self.check_tensors(config, true)
+    }
+
+    /// The same for a layer that reads the token embedding of its model: a tied gate's weights are without one.
+    pub(crate) fn check_own(&self, config: &AttentionConfig) -> Result<()> {
+        self.check_tensors(config, false)
+    }
+
+    fn check_tensors(&self, config: &AttentionConfig, with_token_embedding: bool) -> Result<()> {
         config.validate()?;
         if config.latent_factor != 1.0 && self.kv_a_norm.is_none() {
             let name = "kv_a_layernorm.weight".to_owned();
@@ -136,7 +145,7 @@ impl AttentionWeights {
             Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
         };
         let mut expected = Self::build(config, self.kv_a_norm.is_some(), make)?;
-        if self.gate.as_ref().is_some_and(|gate| gate.embedding.is_some()) {
+        if with_token_embedding {
             expected = expected.with_token_embedding(config, make)?;
         }
         same_tensors(&self.tensors(), &expected.tensors())

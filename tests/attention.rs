@@ -61,7 +61,7 @@ impl Rig {
         let options =
             CacheOptions { batch, capacity, storage, max_tokens, decode_tokens: 4, ..CacheOptions::default() };
         let cache = LatentCache::new(&attention, options).unwrap();
-        let reference = Layer::new(config.clone(), &weights);
+        let reference = Layer::new(config.clone(), &weights).unwrap();
         Rig { gpu, attention, cache, reference }
     }
 
@@ -319,7 +319,7 @@ fn layers_of_one_cache_do_not_touch_each_other() {
         .map(|seed| {
             let weights = attention_weights(&config, true, seed).unwrap();
             let attention = Attention::new(&gpu.kernels, &config, &weights, stored(Storage::F32)).unwrap();
-            (attention, Layer::new(config.clone(), &weights))
+            (attention, Layer::new(config.clone(), &weights).unwrap())
         })
         .collect();
     let options = CacheOptions { n_layer: 3, capacity: 10, ..CacheOptions::default() };
@@ -958,7 +958,7 @@ fn layers_of_halves_use_the_adapters_cooperative_matrices_and_others_never_do() 
         layers.into_iter().flat_map(|layer| stores.map(|store| (layer.clone(), store)))
     {
         let weights = attention_weights(&config, true, 1).unwrap();
-        let layer = Layer::new(config.clone(), &weights);
+        let layer = Layer::new(config.clone(), &weights).unwrap();
         let ids = if config.gate.is_some() { &ids[..] } else { &[] };
         let of = |range: std::ops::Range<usize>| config.gate.is_some().then(|| &ids[range]);
         let attention = Attention::new(&kernels, &config, &weights, stored(storage)).unwrap();

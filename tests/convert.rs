@@ -344,7 +344,7 @@ fn gates_at_full_rank_are_the_layer_without_them_and_need_the_bias() {
             // In f32, by the definition of the layer.
             let mut rounded = with_embedding(&gated, &model.embedding);
             let run = |weights: &egmla::AttentionWeights| {
-                let layer = Layer::new(gated.config.clone(), weights);
+                let layer = Layer::new(gated.config.clone(), weights).unwrap();
                 error(&layer.forward(&hidden.data, &ids[..20], &mut History::default()), &wanted.data)
             };
             assert!(run(&rounded) < 1e-4, "{}", run(&rounded));
@@ -375,7 +375,8 @@ fn a_layer_with_gates_is_what_its_weights_say() {
             convert_layer(model.heads(), &model.attention[0], &seen[0], &options(12, 1), Some(&gates)).unwrap();
         let weights = with_embedding(&layer, &model.embedding);
         let ids = ids(20);
-        let found = Layer::new(layer.config.clone(), &weights).forward(&hidden.data, &ids, &mut History::default());
+        let found =
+            Layer::new(layer.config.clone(), &weights).unwrap().forward(&hidden.data, &ids, &mut History::default());
         // Keys and values carry an offset of 8 times their size, rounded to f32 like the weights.
         let found = error(&found, &layer.forward(&hidden, &ids).data);
         assert!(found < 1e-4, "{kind:?}: {found}");

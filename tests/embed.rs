@@ -193,7 +193,7 @@ impl Model {
         let attention = Attention::new(&kernels, &config, &weights, AttentionOptions::default()).unwrap();
         let options = CacheOptions { batch: 2, capacity: 16, max_tokens: 20, ..CacheOptions::default() };
         let cache = LatentCache::new(&attention, options).unwrap();
-        let reference = Layer::new(config.clone(), &weights);
+        let reference = Layer::new(config.clone(), &weights).unwrap();
         Model { kernels, config, attention, cache, reference }
     }
 

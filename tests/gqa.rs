@@ -88,7 +88,7 @@ impl Rig {
             CacheOptions { batch, capacity, storage, max_tokens, decode_tokens: 16, ..CacheOptions::default() };
         let mut rig = Rig {
             cache: KvCache::new(&attention, options).unwrap(),
-            reference: GqaLayer::new(config.clone(), &weights),
+            reference: GqaLayer::new(config.clone(), &weights).unwrap(),
             gpu,
             attention,
         };
@@ -225,7 +225,7 @@ fn a_cache_over_one_binding_is_walked_in_parts() {
             ..CacheOptions::default()
         };
         let cache = KvCache::new(&attention, options).unwrap();
-        let reference = GqaLayer::new(config.clone(), &weights);
+        let reference = GqaLayer::new(config.clone(), &weights).unwrap();
         let mut rig = Rig { gpu, attention, cache, reference };
         let (mut random, mut histories) = (Random::new(4), vec![History::default(); 2]);
         let mut walked = 0;
@@ -325,14 +325,15 @@ fn the_reference_is_transformers() {
         let weights = gqa_weights(&config, 5).unwrap();
         let hidden = widen(&Random::new(6).values(9 * HIDDEN, 1.0));
         let expected = transformers(&config, &weights, &hidden);
-        let (layer, mut history) = (GqaLayer::new(config.clone(), &weights), History::default());
+        let (layer, mut history) = (GqaLayer::new(config.clone(), &weights).unwrap(), History::default());
         let mut got = layer.forward(&hidden[..4 * HIDDEN], &mut history);
         got.extend(layer.forward(&hidden[4 * HIDDEN..], &mut history));
         let most = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(most < 1e-12, "{config:?}: {most:e}");
         // Control: pairs that are neighbours are something else.
         let other = GqaConfig { rope: RopeConfig::default(), qk_norm_eps: None, ..config.clone() };
-        let other = GqaLayer::new(other, &weights).forward(&hidden, &mut History::default());
+        let plain = GqaWeights { q_norm: None, k_norm: None, ..weights.clone() };
+        let other = GqaLayer::new(other, &plain).unwrap().forward(&hidden, &mut History::default());
         let apart = other.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(apart > 1e-3 || config.head_dim == 2, "{apart:e}");
     }
@@ -356,8 +357,9 @@ fn scaled_queries_take_a_dispatch_where_a_factor_is_not_one() {
     assert_close(&got, &rig.expected(&hidden), F32_LIMIT);
     // Control: the reference without the factors.
     let plain = GqaConfig { rope: halves(), ..config.clone() };
-    let plain =
-        GqaLayer::new(plain, &gqa_weights(&config, 1).unwrap()).forward(&widen(&hidden), &mut History::default());
+    let plain = GqaLayer::new(plain, &gqa_weights(&config, 1).unwrap())
+        .unwrap()
+        .forward(&widen(&hidden), &mut History::default());
     compare(&got, &plain, Tolerance { relative: 1e-3 }).verdict.unwrap_err();
 }
 

@@ -154,6 +154,41 @@ fn longest(config: &AttentionConfig) -> u32 {
     widths.into_iter().max().unwrap()
 }
 
+/// Of a tied gate the token embedding, of another a table: an error before anything is computed.
+#[test]
+fn weights_that_do_not_fit_are_refused_by_name() {
+    let mut random = Random::new(1);
+    for site in [GateSite::UpProjected, GateSite::Latent] {
+        for tied in [false, true] {
+            let mut config = drawn(&mut random, Some(site));
+            let hidden = config.hidden_size;
+            config.gate.iter_mut().for_each(|gate| (gate.tied, gate.d_gate) = (tied, hidden));
+            let mut weights = attention_weights(&config, true, 1).unwrap();
+            weights.gate.as_mut().unwrap().embedding = None;
+            let name = if tied { "`model.embed_tokens.weight`" } else { "`gate_embedding.weight`" };
+            for refused in [
+                weights.check(&config).unwrap_err(),
+                Layer::new(config.clone(), &weights).unwrap_err(),
+                NativeLayer::new(&config, weights).map(drop).unwrap_err(),
+            ] {
+                let refused = refused.to_string();
+                assert!(refused.contains(name) && refused.contains("missing"), "{refused}");
+            }
+        }
+    }
+    let mut config = drawn_heads(&mut random);
+    config.qkv_bias = true;
+    let weights = GqaWeights { k_bias: None, ..gqa_weights(&config, 1).unwrap() };
+    for refused in [
+        weights.check(&config).unwrap_err(),
+        GqaLayer::new(config.clone(), &weights).unwrap_err(),
+        NativeGqaLayer::new(&config, weights).unwrap_err(),
+    ] {
+        let refused = refused.to_string();
+        assert!(refused.contains("`k_proj.bias`") && refused.contains("missing"), "{refused}");
+    }
+}
+
 #[test]
 fn layers_of_every_kind_are_the_references() {
     let mut random = Random::new(1);
@@ -162,8 +197,8 @@ fn layers_of_every_kind_are_the_references() {
         let mut weights = attention_weights(&config, true, number as u64).unwrap();
         // Of every kind in each form.
         round(number / KINDS.len(), matrices(&mut weights));
-        let reference = Layer::new(config.clone(), &weights);
-        let native = NativeLayer::new(&config, weights);
+        let reference = Layer::new(config.clone(), &weights).unwrap();
+        let native = NativeLayer::new(&config, weights).unwrap();
         let (mut expected_past, mut past) = (History::default(), native.history(0));
         for tokens in STEPS {
             let hidden = random.values(tokens * config.hidden_size as usize, 1.0);
@@ -185,8 +220,8 @@ fn layers_with_keys_and_values_per_head_are_the_references() {
         let config = drawn_heads(&mut random);
         let mut weights = gqa_weights(&config, number).unwrap();
         round(number as usize, matrices_of_heads(&mut weights));
-        let reference = GqaLayer::new(config.clone(), &weights);
-        let native = NativeGqaLayer::new(&config, weights);
+        let reference = GqaLayer::new(config.clone(), &weights).unwrap();
+        let native = NativeGqaLayer::new(&config, weights).unwrap();
         let (mut expected_past, mut past) = (History::default(), native.history(0));
         let longest = config.hidden_size.max(config.n_head * config.head_dim).max(STEPS.iter().sum::<usize>() as u32);
         for tokens in STEPS {
@@ -310,8 +345,8 @@ fn threads_change_nothing_but_the_order_of_sums() {
         ..AttentionConfig::default()
     };
     let weights = attention_weights(&config, true, 3).unwrap();
-    let reference = Layer::new(config.clone(), &weights);
-    let native = NativeLayer::new(&config, weights);
+    let reference = Layer::new(config.clone(), &weights).unwrap();
+    let native = NativeLayer::new(&config, weights).unwrap();
     let mut random = Random::new(3);
     let (mut expected_past, mut past) = (History::default(), native.history(0));
     for tokens in [300, 1] {
@@ -330,7 +365,7 @@ fn later_tokens_do_not_reach_earlier_ones() {
     for gate in KINDS {
         let mut config = AttentionConfig { hidden_size: 12, ..drawn(&mut random, gate) };
         config.gate.iter_mut().filter(|gate| gate.tied).for_each(|gate| gate.d_gate = 12);
-        let layer = NativeLayer::new(&config, attention_weights(&config, true, 4).unwrap());
+        let layer = NativeLayer::new(&config, attention_weights(&config, true, 4).unwrap()).unwrap();
         let mut hidden = random.values(90 * 12, 1.0);
         let ids = random.ids(90, VOCAB);
         let whole = layer.forward(&hidden, &ids, &mut layer.history(90));
@@ -368,8 +403,8 @@ fn a_checkpoints_layer_without_its_norm_is_the_references() {
     let weights: AttentionWeights = attention_weights(&config, false, 6).unwrap();
     let hidden = Random::new(6).values(7 * config.hidden_size as usize, 1.0);
     let wide: Vec<f64> = hidden.iter().copied().map(f64::from).collect();
-    let expected = Layer::new(config.clone(), &weights).forward(&wide, &[], &mut History::default());
-    let layer = NativeLayer::new(&config, weights);
+    let expected = Layer::new(config.clone(), &weights).unwrap().forward(&wide, &[], &mut History::default());
+    let layer = NativeLayer::new(&config, weights).unwrap();
     let found = error(&layer.forward(&hidden, &[], &mut layer.history(0)), &expected);
     assert!(found < bound(OF_LAYER, longest(&config)), "{found:.1e}");
 }

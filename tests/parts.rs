@@ -60,7 +60,7 @@ impl Rig {
         let weights = attention_weights(config, true, 1).unwrap();
         let options = AttentionOptions { storage, gate_rows: GateRows::Recompute };
         let attention = Attention::new(&gpu.kernels, config, &weights, options).unwrap();
-        Rig { gpu, attention, reference: Layer::new(config.clone(), &weights), storage }
+        Rig { gpu, attention, reference: Layer::new(config.clone(), &weights).unwrap(), storage }
     }
 
     fn cache(&self, batch: u32, capacity: u32) -> LatentCache {

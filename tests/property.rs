@@ -130,7 +130,7 @@ fn outputs(gpu: &Gpu, case: &LayerCase, change: impl FnOnce(&mut AttentionConfig
     let mut config = case.shape.config();
     let mut weights = attention_weights(&config, case.shape.kv_a_norm, case.shape.seed).unwrap();
     change(&mut config, &mut weights);
-    let layer = Prepared::of(config, weights);
+    let layer = Prepared::of(config, weights).unwrap();
     let outputs = case.outputs(&gpu.kernels, &layer).unwrap();
     gpu.assert_no_errors();
     outputs

@@ -100,7 +100,9 @@ impl Model {
         let expected: Vec<Vec<f64>> = self
             .weights
             .iter()
-            .map(|weights| Layer::new(self.config.clone(), weights).forward(&wide, ids, &mut History::default()))
+            .map(|weights| {
+                Layer::new(self.config.clone(), weights).unwrap().forward(&wide, ids, &mut History::default())
+            })
             .collect();
         for token in first..text.ids.len() {
             let got = self.feed(gpu, cache, sequence, Mode::Decode, &text.part(token..token + 1));

@@ -106,7 +106,10 @@ impl Attention {
         options: AttentionOptions,
     ) -> Result<Self> {
         let AttentionOptions { storage, gate_rows } = options;
-        weights.check(config)?;
+        match tied {
+            None => weights.check(config)?,
+            Some(_) => weights.check_own(config)?,
+        }
         let widths = Widths::of(config)?;
         let (gate_rows, table) = match (config.up_projected_gate(), gate_rows) {
             (None, _) => (GateRows::Recompute, None),

@@ -490,13 +490,10 @@ impl<'a> LayerWeights<Upload<'a>> {
                 None => vector(weight, width()),
                 Some(bias) => vector(weight, width()).and_at(beta.into(), vector(bias, width())),
             });
-            let embedding = match (&gate.embedding, tied) {
-                (Some(embedding), None) if of.tied => Upload::tied_embedding(embedding, of),
-                (Some(embedding), None) => matrix(embedding, Axis::whole(of.vocab_size), Axis::padded(of.d_gate)),
-                (None, Some(region)) => Upload::done(region),
-                (Some(HostTensor { name, shape, .. }), Some(_)) => {
-                    return Err(Error::Tensor(TensorError::Extra { name: name.clone(), found: shape.clone() }));
-                }
+            let embedding = match (tied, &gate.embedding) {
+                (Some(region), _) => Upload::done(region),
+                (None, Some(embedding)) if of.tied => Upload::tied_embedding(embedding, of),
+                (None, Some(embedding)) => matrix(embedding, Axis::whole(of.vocab_size), Axis::padded(of.d_gate)),
                 (None, None) => {
                     let expected = [of.vocab_size, of.d_gate].map(|extent| extent as usize).to_vec();
                     return Err(Error::Tensor(TensorError::Missing { name: TOKEN_EMBEDDING.to_owned(), expected }));

@@ -225,7 +225,7 @@ impl Stock {
         if let Some((_, layer)) = self.references.iter().find(|(known, _)| known == config) {
             return Ok(layer.clone());
         }
-        let layer = Rc::new(reference::Layer::new(config.clone(), &attention_weights(config, true, SEED)?));
+        let layer = Rc::new(reference::Layer::new(config.clone(), &attention_weights(config, true, SEED)?)?);
         self.references.push((config.clone(), layer.clone()));
         Ok(layer)
     }

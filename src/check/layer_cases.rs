@@ -425,7 +425,7 @@ fn compared(
         results.push((schedule, run(lab, attention, storage, lengths, tile_rows, schedule, &hidden, &ids)?));
     }
     // After the GPU, so that nothing of it can leak into a result.
-    let reference = Layer::new(config.clone(), &weights);
+    let reference = Layer::new(config.clone(), &weights)?;
     let mut expected = Vec::new();
     let mut first = 0;
     for &length in lengths {

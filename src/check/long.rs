@@ -170,7 +170,7 @@ fn of_configuration(
     let ids = text_like(longest as usize, 3);
     let (past_ids, new_ids) = ids.split_at(past);
 
-    let unrounded = Layer::new(config.clone(), &weights);
+    let unrounded = Layer::new(config.clone(), &weights)?;
     let reference = unrounded.clone().with_cache(Storage::F16);
     let widen = |values: &[f32]| -> Vec<f64> { values.iter().map(|&value| value.into()).collect() };
     let rounded = |values: &[f32]| -> Vec<f64> { values.iter().map(|&value| f16::from_f32(value).to_f64()).collect() };

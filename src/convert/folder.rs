@@ -461,7 +461,7 @@ fn in_layer(number: u32, error: Error) -> Error {
 
 fn write_layer(path: &Path, layer: &LatentLayer, number: u32) -> Result<()> {
     let weights = layer.weights();
-    weights.check(&layer.config)?;
+    weights.check_own(&layer.config)?;
     let mut tensors = BTreeMap::new();
     for tensor in weights.into_tensors() {
         if let Some(at) = tensor.data.iter().position(|value| !value.is_finite()) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::folder::{DecoderAttentionWeights, DecoderWeights};
 use super::model::{Logits, check_ids};
 use crate::config::{DecoderAttention, DecoderConfig, DecoderScales};
-use crate::error::{ArgumentError, Error, Result, TensorError};
+use crate::error::{ArgumentError, Error, Result};
 use crate::reference::{GqaLayer, History, Layer, gather, matmul, residual_add, rms_norm, swiglu};
 use crate::weights::HostTensor;
 
@@ -43,13 +43,13 @@ impl CpuAttention {
         match (config, weights) {
             (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
                 let layer = match config.gate.as_ref().is_some_and(|gate| gate.tied) {
-                    true => Layer::with_embedding(config.clone(), weights, Arc::clone(embedding)),
-                    false => Layer::new(config.clone(), weights),
+                    true => Layer::with_embedding(config.clone(), weights, embedding)?,
+                    false => Layer::new(config.clone(), weights)?,
                 };
                 Ok(CpuAttention::Latent(Box::new(layer)))
             }
             (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
-                Ok(CpuAttention::Heads(Box::new(GqaLayer::new(config.clone(), weights))))
+                Ok(CpuAttention::Heads(Box::new(GqaLayer::new(config.clone(), weights)?)))
             }
             _ => Err(other_kind()),
         }
@@ -195,25 +195,13 @@ fn scale(values: &mut [f64], factor: f64) {
     values.iter_mut().for_each(|value| *value *= factor);
 }
 
-/// Refuses weights of another number of layers, and layers with an embedding of their own for a gate that is tied to the model's.
+/// Refuses weights of another number of layers.
 pub(super) fn check_layers(config: &DecoderConfig, weights: &DecoderWeights) -> Result<()> {
     let (expected, found) = (u64::from(config.n_layer), weights.layers.len() as u64);
     if expected != found {
         return Err(Error::Argument(ArgumentError::Count { what: "layers in the weights", expected, found }));
     }
-    if !config.attention.gate().is_some_and(|gate| gate.tied) {
-        return Ok(());
-    }
-    let own = weights.layers.iter().find_map(|layer| match &layer.attention {
-        DecoderAttentionWeights::Latent(weights) => weights.gate.as_ref()?.embedding.as_ref(),
-        DecoderAttentionWeights::Heads(_) => None,
-    });
-    match own {
-        None => Ok(()),
-        Some(HostTensor { name, shape, .. }) => {
-            Err(Error::Tensor(TensorError::Extra { name: name.clone(), found: shape.clone() }))
-        }
-    }
+    Ok(())
 }
 
 /// [`matmul`] without bias, its rows (or the columns of a single row) shared among threads where there is enough to do.

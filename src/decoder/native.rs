@@ -69,11 +69,14 @@ impl Attention {
     fn new(config: &DecoderAttention, weights: DecoderAttentionWeights, embedding: &Arc<Linear>) -> Result<Self> {
         match (config, weights) {
             (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
-                let tied = config.gate.as_ref().filter(|gate| gate.tied).map(|_| embedding);
-                Ok(Attention::Latent(Box::new(NativeLayer::with_embedding(config, weights, tied))))
+                let layer = match config.gate.as_ref().is_some_and(|gate| gate.tied) {
+                    true => NativeLayer::with_embedding(config, weights, embedding)?,
+                    false => NativeLayer::new(config, weights)?,
+                };
+                Ok(Attention::Latent(Box::new(layer)))
             }
             (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
-                Ok(Attention::Heads(Box::new(NativeGqaLayer::new(config, weights))))
+                Ok(Attention::Heads(Box::new(NativeGqaLayer::new(config, weights)?)))
             }
             _ => Err(other_kind()),
         }

@@ -5,6 +5,7 @@ use half::f16;
 use super::layer::History;
 use super::{Heads, attention_prefill, matmul, rms_norm, rope, rotations, scale_queries};
 use crate::config::GqaConfig;
+use crate::error::Result;
 use crate::storage::Storage;
 use crate::weights::{GqaWeights, HostTensor};
 
@@ -38,10 +39,14 @@ impl Linear {
 }
 
 impl GqaLayer {
-    /// Copies the weights to f64. They must have been built or loaded with the same `config`.
-    pub fn new(config: GqaConfig, weights: &GqaWeights) -> GqaLayer {
+    /// Copies the weights to f64.
+    ///
+    /// # Errors
+    /// As [`GqaWeights::check`].
+    pub fn new(config: GqaConfig, weights: &GqaWeights) -> Result<GqaLayer> {
+        weights.check(&config)?;
         let GqaWeights { q_proj, q_bias, k_proj, k_bias, v_proj, v_bias, o_proj, o_bias, q_norm, k_norm } = weights;
-        GqaLayer {
+        Ok(GqaLayer {
             config,
             q_proj: Linear::of(q_proj, q_bias),
             k_proj: Linear::of(k_proj, k_bias),
@@ -50,7 +55,7 @@ impl GqaLayer {
             q_norm: q_norm.as_ref().map(HostTensor::to_f64),
             k_norm: k_norm.as_ref().map(HostTensor::to_f64),
             cache: Storage::F32,
-        }
+        })
     }
 
     /// The same with rotated keys and values rounded as a cache in `storage` rounds them; f32 rounds nothing here.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use half::f16;
 
 use crate::config::{AttentionConfig, GateConfig, TIED_NORM_EPS};
+use crate::error::Result;
 use crate::storage::Storage;
 use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
 
@@ -134,20 +135,29 @@ struct Groups {
 }
 
 impl Layer {
-    /// Copies the weights to f64. They must have been built or loaded with the same `config`, those of a tied gate with the model's
-    /// token embedding.
-    pub fn new(config: AttentionConfig, weights: &AttentionWeights) -> Layer {
+    /// Copies the weights to f64, those of a tied gate with the model's token embedding.
+    ///
+    /// # Errors
+    /// As [`AttentionWeights::check`].
+    pub fn new(config: AttentionConfig, weights: &AttentionWeights) -> Result<Layer> {
+        weights.check(&config)?;
         let embedding = weights.gate.as_ref().and_then(|gate| gate.embedding.as_ref());
-        let embedding = Arc::new(embedding.map_or_else(Vec::new, HostTensor::to_f64));
-        Layer::with_embedding(config, weights, embedding)
+        Ok(Layer::of(config, weights, embedding.map(|own| Arc::new(own.to_f64()))))
     }
 
-    /// The same with the embedding of its gate, `[vocab, d_gate]`, in place of that of the weights.
+    /// The same with the token embedding of its model, `[vocab, hidden]`, for a tied gate; the weights are without one.
+    #[cfg(feature = "decoder")]
     pub(crate) fn with_embedding(
         config: AttentionConfig,
         weights: &AttentionWeights,
-        embedding: Arc<Vec<f64>>,
-    ) -> Layer {
+        embedding: &Arc<Vec<f64>>,
+    ) -> Result<Layer> {
+        weights.check_own(&config)?;
+        Ok(Layer::of(config, weights, Some(Arc::clone(embedding))))
+    }
+
+    /// The weights have been checked: with a gate there is an embedding.
+    fn of(config: AttentionConfig, weights: &AttentionWeights, embedding: Option<Arc<Vec<f64>>>) -> Layer {
         let optional = |tensor: &Option<HostTensor>| tensor.as_ref().map(HostTensor::to_f64);
         let query = match &weights.query {
             QueryWeights::Full { proj, bias } => Query::Full { proj: proj.to_f64(), bias: optional(bias) },
@@ -159,7 +169,8 @@ impl Layer {
                 b_proj: b_proj.to_f64(),
             },
         };
-        let gate = config.gate.clone().zip(weights.gate.as_ref()).map(|(config, weights)| Gate {
+        let gate = config.gate.clone().zip(weights.gate.as_ref()).zip(embedding);
+        let gate = gate.map(|((config, weights), embedding)| Gate {
             config,
             embedding,
             b_proj: weights.b_proj.to_f64(),

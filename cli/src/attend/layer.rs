@@ -129,14 +129,14 @@ pub fn on_cpu(
     let bytes = if reference { Layer::bytes } else { NativeLayer::bytes };
     check_memory(&format!("an input of {tokens} tokens, {most} at once,"), bytes(&config, tokens, most))?;
     let mut forward: Forward = if reference {
-        let layer = Layer::new(config, weights);
+        let layer = Layer::new(config, weights)?;
         let mut histories = vec![History::default(); input.lengths.len()];
         Box::new(move |sequence, x, ids| {
             let x: Vec<f64> = x.iter().copied().map(f64::from).collect();
             layer.forward(&x, ids, &mut histories[sequence]).into_iter().map(|value| value as f32).collect()
         })
     } else {
-        let layer = NativeLayer::new(&config, weights.clone());
+        let layer = NativeLayer::new(&config, weights.clone())?;
         let mut histories: Vec<_> = input.lengths.iter().map(|&length| layer.history(length as usize)).collect();
         Box::new(move |sequence, x, ids| layer.forward(x, ids, &mut histories[sequence]))
     };

@@ -28,12 +28,15 @@ impl Prepared {
     pub fn new(shape: &Shape) -> Result<Self> {
         let config = shape.config();
         let weights = attention_weights(&config, shape.kv_a_norm, shape.seed)?;
-        Ok(Self::of(config, weights))
+        Self::of(config, weights)
     }
 
     /// A layer of any weights.
-    pub fn of(config: AttentionConfig, weights: AttentionWeights) -> Self {
-        Prepared { reference: Layer::new(config.clone(), &weights), config, weights }
+    ///
+    /// # Errors
+    /// As [`AttentionWeights::check`].
+    pub fn of(config: AttentionConfig, weights: AttentionWeights) -> Result<Self> {
+        Ok(Prepared { reference: Layer::new(config.clone(), &weights)?, config, weights })
     }
 }
 

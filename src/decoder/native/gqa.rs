@@ -4,6 +4,7 @@ use super::layer::{NativeHistory, expanded, rotate, scale, turns};
 use super::product::{Linear, panel_bytes};
 use super::{optional, rms_norm};
 use crate::config::GqaConfig;
+use crate::error::Result;
 use crate::reference::Heads;
 use crate::weights::GqaWeights;
 
@@ -20,9 +21,13 @@ pub struct NativeGqaLayer {
 }
 
 impl NativeGqaLayer {
-    /// Takes the weights, which must have been built or loaded with the same `config`.
-    pub fn new(config: &GqaConfig, weights: GqaWeights) -> Self {
-        NativeGqaLayer {
+    /// Takes the weights.
+    ///
+    /// # Errors
+    /// As [`GqaWeights::check`].
+    pub fn new(config: &GqaConfig, weights: GqaWeights) -> Result<Self> {
+        weights.check(config)?;
+        Ok(NativeGqaLayer {
             config: config.clone(),
             q: Linear::new(weights.q_proj, weights.q_bias),
             k: Linear::new(weights.k_proj, weights.k_bias),
@@ -30,7 +35,7 @@ impl NativeGqaLayer {
             o: Linear::new(weights.o_proj, weights.o_bias),
             q_norm: optional(weights.q_norm),
             k_norm: optional(weights.k_norm),
-        }
+        })
     }
 
     /// Most bytes of what is kept of `cached` tokens, and of computing the last `new` of them at once.

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use super::product::{Attending, Linear, Rows, for_each_part, panel_bytes, share};
 use super::{optional, rms_norm};
 use crate::config::{Activation, AttentionConfig, GateConfig, GateNorm, RopeConfig, TIED_NORM_EPS};
+use crate::error::Result;
 use crate::reference::{Heads, rotations};
-use crate::weights::{AttentionWeights, HostTensor, QueryWeights};
+use crate::weights::{AttentionWeights, QueryWeights};
 
 /// Queries of a head that attend together: their scores against the whole past are in memory at once.
 const BLOCK: usize = 64;
@@ -98,18 +99,28 @@ fn absorbs(heads: Heads, d_latent: usize, tokens: usize) -> bool {
 }
 
 impl NativeLayer {
-    /// Takes the weights, which must have been built or loaded with the same `config`, those of a tied gate with the model's token
-    /// embedding.
-    pub fn new(config: &AttentionConfig, weights: AttentionWeights) -> Self {
-        Self::with_embedding(config, weights, None)
+    /// Takes the weights, those of a tied gate with the model's token embedding.
+    ///
+    /// # Errors
+    /// As [`AttentionWeights::check`].
+    pub fn new(config: &AttentionConfig, mut weights: AttentionWeights) -> Result<Self> {
+        weights.check(config)?;
+        let embedding = weights.gate.as_mut().and_then(|gate| gate.embedding.take());
+        Ok(Self::of(config, weights, embedding.map(|own| Arc::new(Linear::new(own, None)))))
     }
 
-    /// The same with a model's token embedding for a tied gate, in place of that of the weights.
+    /// The same with the token embedding of its model, `[vocab, hidden]`, for a tied gate; the weights are without one.
     pub(super) fn with_embedding(
         config: &AttentionConfig,
         weights: AttentionWeights,
-        tied: Option<&Arc<Linear>>,
-    ) -> Self {
+        embedding: &Arc<Linear>,
+    ) -> Result<Self> {
+        weights.check_own(config)?;
+        Ok(Self::of(config, weights, Some(Arc::clone(embedding))))
+    }
+
+    /// The weights have been checked: with a gate there is an embedding.
+    fn of(config: &AttentionConfig, weights: AttentionWeights, embedding: Option<Arc<Linear>>) -> Self {
         let query = match weights.query {
             QueryWeights::Full { proj, bias } => Query::Full(Linear::new(proj, bias)),
             QueryWeights::LowRank { a_proj, a_bias, a_norm, b_proj } => {
@@ -117,16 +128,10 @@ impl NativeLayer {
                 Query::LowRank { a, a_norm: a_norm.data, b }
             }
         };
-        let gate = config.gate.clone().zip(weights.gate).map(|(config, weights)| Gate {
-            embedding: match (tied, weights.embedding) {
-                (Some(tied), _) => Arc::clone(tied),
-                (None, own) => {
-                    let none =
-                        || HostTensor { name: String::new(), shape: vec![0, config.d_gate as usize], data: vec![] };
-                    Arc::new(Linear::new(own.unwrap_or_else(none), None))
-                }
-            },
+        let gate = config.gate.clone().zip(weights.gate).zip(embedding);
+        let gate = gate.map(|((config, weights), embedding)| Gate {
             config,
+            embedding,
             b: Linear::new(weights.b_proj, None),
             norm_weight: optional(weights.norm_weight),
             norm_bias: optional(weights.norm_bias),
