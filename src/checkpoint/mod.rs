@@ -124,7 +124,7 @@ impl<'a> Checkpoint<'a> {
     /// # Errors
     /// `TensorError::Missing`, `TensorError::Shape` or `TensorError::Quantised`; in [`Error::File`] where there is a file.
     #[cfg(feature = "convert")]
-    pub(crate) fn expect(&self, name: &str, expected: &[usize]) -> Result<()> {
+    pub(crate) fn claim(&self, name: &str, expected: &[usize]) -> Result<()> {
         let info = self.info(name, expected).map_err(|error| self.in_file(name, error))?;
         let mut taken = self.taken.borrow_mut();
         taken.insert(name.to_owned());

@@ -16,7 +16,7 @@ use crate::config::{DecoderAttention, DecoderConfig, DecoderScales, GateConfig, 
 use crate::decoder::{ModelFolder, TextRules};
 use crate::error::{DataError, Error, Result, TensorError};
 use crate::files;
-use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor};
+use crate::weights::{AttentionWeights, Checkpoint, GqaWeights, HostTensor, TOKEN_EMBEDDING};
 
 /// Folder of the work files, in the output folder.
 const WORK: &str = "conversion-work";
@@ -24,15 +24,14 @@ const WORK: &str = "conversion-work";
 /// The name of the work file that says of which conversion they are.
 const FINGERPRINT: &str = "fingerprint.json";
 
-/// What is written, the configuration last: a folder without it is not taken for a model.
-const FILES: [&str; 6] = [
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "conversion.json",
-    "config.json",
-];
+/// What is written, in this order: a folder without the configuration is not taken for a model.
+const FILES: [&str; 6] = [MODEL, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, CONVERSION, CONFIG];
+const MODEL: &str = "model.safetensors";
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+const CONVERSION: &str = "conversion.json";
+const CONFIG: &str = "config.json";
 
 /// A conversion of a model into a folder.
 pub struct Conversion<'a> {
@@ -245,7 +244,7 @@ impl Conversion<'_> {
 
     fn embedding(&self) -> Result<HostTensor> {
         let shape = [self.config.vocab_size as usize, self.config.attention.hidden_size() as usize];
-        self.checkpoint.take("model.embed_tokens.weight", &shape)
+        self.checkpoint.take(TOKEN_EMBEDDING, &shape)
     }
 
     /// Tensors of the source beside those of its attention, by name.
@@ -254,7 +253,7 @@ impl Conversion<'_> {
         let hidden = self.config.attention.hidden_size() as usize;
         let inner = self.config.intermediate_size as usize;
         let mut kept = BTreeMap::from([
-            ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
+            (TOKEN_EMBEDDING.to_owned(), vec![vocab, hidden]),
             ("model.norm.weight".to_owned(), vec![hidden]),
         ]);
         // Beside a tied one, too: readers take it where it differs.
@@ -285,7 +284,7 @@ impl Conversion<'_> {
                 Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
             })?;
         }
-        expected.iter().try_for_each(|(name, shape)| self.checkpoint.expect(name, shape))?;
+        expected.iter().try_for_each(|(name, shape)| self.checkpoint.claim(name, shape))?;
         self.checkpoint.refuse_rest("")
     }
 
@@ -349,8 +348,8 @@ impl Conversion<'_> {
             }
             let [found, wanted] = [&text, fingerprint].map(serde_json::from_str::<Map<String, Value>>);
             let (found, wanted) = found.and_then(|found| Ok((found, wanted?))).map_err(|_| damaged(&path))?;
-            let other = wanted.iter().find(|(key, value)| found.get(*key) != Some(*value));
-            let key = other.map_or("", |(key, _)| key);
+            let mut keys = wanted.keys().chain(found.keys());
+            let key = keys.find(|key| found.get(*key) != wanted.get(*key)).map_or("its text", String::as_str);
             let problem = format!("is of a conversion of another source, text or options (`{key}`)");
             return Err(refused(work, problem + ": remove it or choose another folder"));
         }
@@ -405,17 +404,17 @@ impl Conversion<'_> {
                 Ok(HostTensor { name, shape, data: Vec::new() })
             })?;
         }
-        write_tensors(&output.join(FILES[0]), &tensors, |name, shape| match of_layer.get(name) {
+        write_tensors(&output.join(MODEL), &tensors, |name, shape| match of_layer.get(name) {
             None => self.checkpoint.take(name, shape),
             Some(&layer) => Checkpoint::open(&layer_path(layer))?.take(name, shape),
         })?;
-        write_bytes(&output.join(FILES[1]), self.tokenizer)?;
+        write_bytes(&output.join(TOKENIZER), self.tokenizer)?;
         if !self.rules.special_tokens.is_empty() {
             let text = json!(self.rules.special_tokens).to_string() + "\n";
-            write_bytes(&output.join(FILES[2]), text.as_bytes())?;
+            write_bytes(&output.join(TOKENIZER_CONFIG), text.as_bytes())?;
         }
         if let Some(template) = &self.rules.chat_template {
-            write_bytes(&output.join(FILES[3]), template.as_bytes())?;
+            write_bytes(&output.join(CHAT_TEMPLATE), template.as_bytes())?;
         }
         let made = json!({
             "method": if self.gate.is_some() { "EG-MLA, offset gates" } else { "TransMLA" },
@@ -430,8 +429,8 @@ impl Conversion<'_> {
             "calibration_sequences": self.calibration.starts().len(),
             "layers": errors,
         });
-        write_bytes(&output.join(FILES[4]), (serde_json::to_string_pretty(&made)? + "\n").as_bytes())?;
-        write_bytes(&output.join(FILES[5]), text.as_bytes())?;
+        write_bytes(&output.join(CONVERSION), (serde_json::to_string_pretty(&made)? + "\n").as_bytes())?;
+        write_bytes(&output.join(CONFIG), text.as_bytes())?;
         let read = ModelFolder::open(output)?;
         check_same(read.config(), &wanted)?;
         Ok(config)

@@ -30,10 +30,10 @@ pub fn search(gpu: &Gpu, seed: u64, cases: usize) -> Result<(), Failure> {
             failure.problem
         )));
     }
-    let worst = report.worst.map_or(f64::NAN, |(part, _)| 100.0 * part);
     if report.compared == 0 {
         return Err(Failure::Interrupted);
     }
+    let worst = report.worst.map_or(f64::NAN, |(part, _)| 100.0 * part);
     let interrupted = report.compared < cases;
     let of = if interrupted { format!(" of {cases}") } else { String::new() };
     let until = if interrupted { ", interrupted" } else { "" };
