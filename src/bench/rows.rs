@@ -425,7 +425,7 @@ fn append(kernels: &Kernels, tokens: u32, d_latent: u32, d_rope: u32) -> Result<
 fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32, storage: Storage) -> Result<Prepared> {
     let inputs = Inputs::new(kernels);
     let width = (tokens * n_head * d_head) as usize;
-    let (q, kv, values) = (inputs.floats(width)?, inputs.floats(2 * width)?, inputs.output(width)?);
+    let (q, kv, values) = (inputs.floats(width)?, inputs.stored(2 * width, 1.0, storage)?, inputs.output(width)?);
     let tile = tile_q(kernels.context());
     let slices = slices(d_head);
     let softmax = inputs.output((tokens * n_head * slices * 2) as usize)?;
@@ -454,7 +454,7 @@ fn prefill_attention(kernels: &Kernels, tokens: u32, n_head: u32, d_head: u32, s
         scale: scale as f32,
         weights: storage,
         storage,
-        kv: Storage::F32,
+        kv: storage,
     };
     let args = attention_prefill::Args {
         q: &q,
