@@ -184,6 +184,34 @@ impl PlanContext {
         }
     }
 
+    /// WebGPU's default limits with the least sizes of buffers that `plan` accepts. What is planned adapts to the binding where it
+    /// can: each refusal names the least that it cannot do without.
+    ///
+    /// # Errors
+    /// Other refusals; [`Error::Limit`] for what no device holds, since shaders reach 4 GiB of a binding.
+    pub(crate) fn least_limits(plan: impl Fn(&PlanContext) -> Result<()>) -> Result<wgpu::Limits> {
+        let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
+        loop {
+            let error = match plan(&context) {
+                Ok(()) => return Ok(context.limits),
+                Err(error) => error,
+            };
+            let limits = &mut context.limits;
+            match error {
+                Error::Limit { needed, limit: "max_buffer_size", .. } if needed > limits.max_buffer_size => {
+                    limits.max_buffer_size = needed;
+                }
+                Error::Limit { needed, allowed, limit: "max_storage_buffer_binding_size", .. }
+                    if needed > allowed && needed <= PlanContext::MOST_BINDING =>
+                {
+                    limits.max_storage_buffer_binding_size = needed.max(limits.max_storage_buffer_binding_size);
+                    limits.max_buffer_size = needed.max(limits.max_buffer_size);
+                }
+                error => return Err(error),
+            }
+        }
+    }
+
     /// Bytes of the largest storage buffer that one binding holds.
     pub(crate) fn largest_binding(&self) -> u64 {
         self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size)

@@ -27,6 +27,12 @@ impl HostTensor {
     pub fn to_f64(&self) -> Vec<f64> {
         self.data.iter().copied().map(f64::from).collect()
     }
+
+    /// A name and a shape, without elements.
+    pub(crate) fn outline(name: &str, shape: &[u32]) -> Result<HostTensor> {
+        let shape = shape.iter().map(|&extent| extent as usize).collect();
+        Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
+    }
 }
 
 /// The query projection: one matrix, or two with a norm between them.
@@ -140,13 +146,9 @@ impl AttentionWeights {
             let name = "kv_a_layernorm.weight".to_owned();
             return Err(Error::Tensor(TensorError::Missing { name, expected: vec![config.d_latent as usize] }));
         }
-        let make = |name: &str, shape: &[u32]| {
-            let shape = shape.iter().map(|&extent| extent as usize).collect();
-            Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
-        };
-        let mut expected = Self::build(config, self.kv_a_norm.is_some(), make)?;
+        let mut expected = Self::build(config, self.kv_a_norm.is_some(), HostTensor::outline)?;
         if with_token_embedding {
-            expected = expected.with_token_embedding(config, make)?;
+            expected = expected.with_token_embedding(config, HostTensor::outline)?;
         }
         same_tensors(&self.tensors(), &expected.tensors())
     }

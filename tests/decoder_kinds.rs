@@ -5,7 +5,7 @@
 
 mod common;
 
-use egmla::attention::{CacheOptions, DecodePath, Mode, StepTokens};
+use egmla::attention::{AttentionOptions, CacheOptions, DecodePath, Mode, StepTokens};
 use egmla::config::{DecoderAttention, DecoderConfig, DecoderScales};
 use egmla::decoder::{
     CpuDecoder, Decoder, DecoderAttentionWeights, DecoderCache, DecoderLayerWeights, DecoderState, DecoderWeights,
@@ -76,7 +76,11 @@ fn weights(config: &DecoderConfig) -> DecoderWeights {
     let (hidden, inner, vocab) = (config.attention.hidden_size(), config.intermediate_size, config.vocab_size);
     let attention = |layer: u32| match &config.attention {
         DecoderAttention::Latent(of) => {
-            DecoderAttentionWeights::Latent(attention_weights(of, true, layer.into()).unwrap())
+            let mut weights = attention_weights(of, true, layer.into()).unwrap();
+            if of.gate.as_ref().is_some_and(|gate| gate.tied) {
+                weights.gate.iter_mut().for_each(|gate| gate.embedding = None);
+            }
+            DecoderAttentionWeights::Latent(weights)
         }
         DecoderAttention::Heads(of) => DecoderAttentionWeights::Heads(gqa_weights(of, layer.into()).unwrap()),
     };
@@ -118,6 +122,48 @@ fn step(
     let read = readback::wait(readback::read_f32(&gpu.kernels, &[&region])).unwrap().remove(0);
     gpu.assert_no_errors();
     read
+}
+
+/// What `required_limits` says is enough to load a model and to record a step, and four bytes less are not.
+#[test]
+fn required_limits_are_the_least_that_a_model_needs() {
+    let tied = json!({"site": "up_projected", "tied": true, "activation": "one_plus", "norm": "none"});
+    let egmla = json!({"embedding_gate": tied, "tie_word_embeddings": true, "intermediate_size": 40_000});
+    let llama = json!({"num_key_value_heads": 2, "vocab_size": 40_000, "tie_word_embeddings": true});
+    let rows = 1000;
+    for (config, all_logits, needed) in [
+        (with(latents("egmla"), egmla), false, 40_000 * rows * 4),
+        (with(base("llama"), llama.clone()), true, 40_000 * rows * 4),
+        (with(base("llama"), llama), false, 0),
+    ] {
+        let weights = weights(&config);
+        let cache = CacheOptions { capacity: rows as u32, max_tokens: 2 * rows as u32, ..CacheOptions::default() };
+        let built = |limits: wgpu::Limits| -> egmla::Result<usize> {
+            let kernels = common::noop(limits);
+            let decoder = Decoder::new(&kernels, &config, &weights, AttentionOptions::default())?;
+            let mut cache = decoder.cache(cache)?;
+            let state = decoder.state(&cache, all_logits)?;
+            let mut recording = Recording::new(&kernels);
+            let tokens = StepTokens { counts: &[rows as u32], ids: Some(&vec![3; rows as usize]) };
+            let logits = if all_logits { Logits::All } else { Logits::Last };
+            decoder.advance(&mut recording, &mut cache, &state, (Mode::Prefill, tokens), logits)?;
+            Ok(recording.dispatches())
+        };
+        let limits = config.required_limits(AttentionOptions::default(), &cache, all_logits).unwrap();
+        let default = wgpu::Limits::default();
+        assert_eq!(
+            limits,
+            wgpu::Limits {
+                max_storage_buffer_binding_size: needed.max(default.max_storage_buffer_binding_size),
+                ..default
+            }
+        );
+        assert!(built(limits.clone()).unwrap() > 0);
+        if needed > 0 {
+            let refused = built(wgpu::Limits { max_storage_buffer_binding_size: needed - 4, ..limits });
+            assert!(matches!(refused, Err(Error::Limit { needed: of, .. }) if of == needed), "{refused:?}");
+        }
+    }
 }
 
 #[test]

@@ -529,3 +529,22 @@ fn a_step_of_a_known_shape_allocates_a_little_and_never_more() {
     assert_eq!(recording.checked_kernels().count(), 0, "the library vouches for what it adds itself");
     gpu.assert_no_errors();
 }
+
+/// A layer of keys and values over WebGPU's largest buffer needs a larger one, in bindings as they are.
+#[test]
+fn required_limits_are_the_least_that_a_layer_needs() {
+    let config = config(4, 2, 8);
+    let options = CacheOptions { capacity: 1 << 22, max_tokens: 8, ..CacheOptions::default() };
+    let limits = config.required_limits(Storage::F32, &options).unwrap();
+    let default = wgpu::Limits::default();
+    let needed = (1 << 22) * 2 * 2 * 8 * 4;
+    assert_eq!(limits, wgpu::Limits { max_buffer_size: needed, ..default.clone() });
+    let halves = CacheOptions { storage: Storage::F16, ..options };
+    assert_eq!(config.required_limits(Storage::F32, &halves).unwrap(), default);
+    let weights = gqa_weights(&config, 1).unwrap();
+    for (max_buffer_size, enough) in [(needed, true), (needed - 4, false)] {
+        let kernels = common::noop(wgpu::Limits { max_buffer_size, ..limits.clone() });
+        let attention = GqaAttention::new(&kernels, &config, &weights, Storage::F32).unwrap();
+        assert_eq!(KvCache::new(&attention, options).is_ok(), enough);
+    }
+}

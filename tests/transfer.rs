@@ -12,7 +12,7 @@ use egmla::random::{Random, attention_weights};
 use egmla::readback;
 use egmla::reference::{History, Layer};
 use egmla::{
-    Attention, AttentionConfig, AttentionOptions, AttentionWeights, CacheOptions, DecodePath, Error, GateRows, Kernels,
+    Attention, AttentionConfig, AttentionOptions, AttentionWeights, CacheOptions, DecodePath, Error, GateRows,
     LatentCache, Mode, Recording, Region, StepTokens, Storage, Tokens, wgpu,
 };
 
@@ -287,18 +287,6 @@ fn damaged_bytes_are_refused_and_change_nothing() {
     gpu.assert_no_errors();
 }
 
-/// A device that computes nothing, with these limits.
-fn noop(required_limits: wgpu::Limits) -> Kernels {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::NOOP;
-    descriptor.backend_options.noop = wgpu::NoopBackendOptions { enable: true, ..Default::default() };
-    let instance = wgpu::Instance::new(descriptor);
-    let adapter = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP)).remove(0);
-    let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
-    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    Kernels::new(&device, &queue).unwrap()
-}
-
 /// What `required_limits` says is enough to build a layer and its cache and to record a step, and four bytes less are not.
 #[test]
 fn required_limits_are_the_least_that_a_layer_needs() {
@@ -309,7 +297,7 @@ fn required_limits_are_the_least_that_a_layer_needs() {
     let limits = config.required_limits(AttentionOptions::default(), &cache).unwrap();
     assert_eq!(limits.max_storage_buffer_binding_size, needed);
     let weights = attention_weights(&config, true, 0).unwrap();
-    let kernels = noop(limits.clone());
+    let kernels = common::noop(limits.clone());
     let attention = Attention::new(&kernels, &config, &weights, AttentionOptions::default()).unwrap();
     let mut cache = LatentCache::new(&attention, cache).unwrap();
     let region = || Region::from(&kernels.allocate("hidden", 8 * 4 * u64::from(config.hidden_size)).unwrap());
@@ -318,7 +306,7 @@ fn required_limits_are_the_least_that_a_layer_needs() {
     attention.prefill(&mut recording, &mut cache, tokens).unwrap();
     assert!(recording.dispatches() > 0);
     let max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size - 4;
-    let less = noop(wgpu::Limits { max_storage_buffer_binding_size, ..limits });
+    let less = common::noop(wgpu::Limits { max_storage_buffer_binding_size, ..limits });
     let refused = Attention::new(&less, &config, &weights, AttentionOptions::default());
     assert!(matches!(refused, Err(Error::Limit { needed: of, .. }) if of == needed), "{refused:?}");
     // Where the defaults do, they stay; what no device holds is refused; a table needs a half in each of two bindings.

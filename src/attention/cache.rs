@@ -58,6 +58,11 @@ impl CacheOptions {
 }
 
 impl CacheOptions {
+    /// Most new tokens of a step: no more than the cache holds.
+    pub(crate) fn new_tokens(&self) -> u32 {
+        self.max_tokens.min(self.batch.saturating_mul(self.capacity))
+    }
+
     /// A commit after one layer would lose the others.
     pub(super) fn check_one_layer(&self) -> Result<()> {
         if self.n_layer == 1 {

@@ -26,7 +26,7 @@ use crate::weights::{GqaWeights, HostTensor};
 
 /// The weights of a layer: uploads to make, then regions of device memory.
 #[derive(Debug, Clone)]
-struct HeadsWeights<T> {
+pub(super) struct HeadsWeights<T> {
     /// `q_proj`, `k_proj` and `v_proj`: fused if one binding holds them all.
     down: Vec<Shard<T>>,
     o_proj: Vec<Shard<T>>,
@@ -45,7 +45,7 @@ impl<'a> HeadsWeights<Upload<'a>> {
     ///
     /// # Errors
     /// [`Error::Limit`] of the first tensor over the limit of a binding.
-    fn plan(context: &PlanContext, config: &GqaConfig, weights: &'a GqaWeights, storage: Storage) -> Result<Self> {
+    pub fn plan(context: &PlanContext, config: &GqaConfig, weights: &'a GqaWeights, storage: Storage) -> Result<Self> {
         let widths = HeadWidths::of(config)?;
         let GqaConfig { n_head, n_kv_head, head_dim, .. } = *config;
         let hidden = || Axis::padded(config.hidden_size);
@@ -69,18 +69,18 @@ impl<'a> HeadsWeights<Upload<'a>> {
     }
 }
 
-/// Checks every tensor against the device's limits, before any is allocated.
+/// Checks every tensor against a device's limits, before any is allocated.
 ///
 /// # Errors
 /// [`Error::Limit`] of the first tensor over a limit.
 #[cfg(feature = "decoder")]
 pub(crate) fn check_gqa_weights(
-    kernels: &Kernels,
+    context: &PlanContext,
     config: &GqaConfig,
     weights: &GqaWeights,
     storage: Storage,
 ) -> Result<()> {
-    HeadsWeights::plan(kernels.context(), config, weights, storage).map(drop)
+    HeadsWeights::plan(context, config, weights, storage).map(drop)
 }
 
 /// One attention layer with keys and values per head: configuration and weights in device memory. Cloning clones handles, not the

@@ -81,7 +81,7 @@ impl<T> HeadsWorkspace<T> {
     ) -> Result<Self> {
         let HeadWidths { n_head, n_kv_head, head_dim, .. } = *widths;
         let CacheRows { splits, short, .. } = CacheRows::of(options);
-        let tokens = options.max_tokens.min(options.batch * options.capacity);
+        let tokens = options.new_tokens();
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[options.batch, decode_tokens]).min(tokens.into()) as u32;
         let [longest, shortest] = [splits, short].map(|splits| u64::from(splits) * u64::from(decode_tokens));

@@ -1,17 +1,18 @@
 //! The limits that a device must be opened with for a layer and its cache.
 
 use super::cache::CacheOptions;
+use super::gqa::HeadsWeights;
 use super::layer::AttentionOptions;
 use super::layout::CacheLayout;
 use super::lists::GateRows;
 use super::table::GateTable;
 use super::weights::LayerWeights;
 use super::widths::Widths;
-use crate::adapter::{AdapterClass, PlanContext};
-use crate::config::AttentionConfig;
-use crate::error::{Error, Result};
-use crate::storage::{product, words};
-use crate::weights::{AttentionWeights, HostTensor};
+use crate::adapter::PlanContext;
+use crate::config::{AttentionConfig, GqaConfig};
+use crate::error::Result;
+use crate::storage::{Storage, product, words};
+use crate::weights::{AttentionWeights, GqaWeights, HostTensor};
 
 impl AttentionConfig {
     /// The limits to open a device with (`DeviceDescriptor::required_limits`) for a layer and its cache: WebGPU's defaults,
@@ -37,40 +38,51 @@ impl AttentionConfig {
     /// since shaders reach 4 GiB of a binding.
     pub fn required_limits(&self, attention: AttentionOptions, cache: &CacheOptions) -> Result<wgpu::Limits> {
         self.validate()?;
-        let mut context = PlanContext::webgpu_defaults(AdapterClass::Discrete);
-        // What is planned adapts to the binding where it can: the first refusal names the least that it cannot do without.
-        loop {
-            match self.plan_all(&context, attention, cache) {
-                Ok(()) => return Ok(context.limits),
-                Err(Error::Limit { needed, allowed, .. })
-                    if needed > allowed && needed <= PlanContext::MOST_BINDING =>
-                {
-                    let limits = &mut context.limits;
-                    limits.max_storage_buffer_binding_size = needed.max(limits.max_storage_buffer_binding_size);
-                    limits.max_buffer_size = needed.max(limits.max_buffer_size);
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        PlanContext::least_limits(|context| {
+            let weights = AttentionWeights::build(self, true, HostTensor::outline)?;
+            let weights = weights.with_token_embedding(self, HostTensor::outline)?;
+            LayerWeights::plan(context, self, &weights, None, attention.storage)?;
+            self.plan_cache(context, attention, cache)?;
+            check_hidden(context, self.hidden_size, cache)
+        })
     }
 
-    /// Everything that a layer and its cache allocate.
-    fn plan_all(&self, context: &PlanContext, attention: AttentionOptions, cache: &CacheOptions) -> Result<()> {
+    /// Refuses what a layer's gate table or its cache cannot allocate.
+    pub(crate) fn plan_cache(
+        &self,
+        context: &PlanContext,
+        attention: AttentionOptions,
+        cache: &CacheOptions,
+    ) -> Result<()> {
         let AttentionOptions { storage, gate_rows } = attention;
         let widths = Widths::of(self)?;
-        let make = |name: &str, shape: &[u32]| {
-            let shape = shape.iter().map(|&extent| extent as usize).collect();
-            Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
-        };
-        let weights = AttentionWeights::build(self, true, make)?.with_token_embedding(self, make)?;
-        LayerWeights::plan(context, self, &weights, None, storage)?;
         if let (Some(gate), GateRows::Table) = (self.up_projected_gate(), gate_rows) {
             GateTable::plan(context, gate, &widths, storage)?;
         }
         let gate_rows = if self.up_projected_gate().is_some() { gate_rows } else { GateRows::Recompute };
-        CacheLayout::new(context, self, &widths, cache, gate_rows)?;
-        let tokens = u64::from(cache.max_tokens).min(product(&[cache.batch, cache.capacity]));
-        let hidden = words(tokens.saturating_mul(self.hidden_size.into()));
-        context.check_binding(hidden, || format!("hidden states of {tokens} tokens"))
+        CacheLayout::new(context, self, &widths, cache, gate_rows).map(drop)
     }
+}
+
+impl GqaConfig {
+    /// The same for a layer with keys and values per head in `storage`, and its cache.
+    ///
+    /// # Errors
+    /// As [`AttentionConfig::required_limits`]; a capacity beyond
+    /// [`RopeConfig::check_length`](crate::config::RopeConfig::check_length).
+    pub fn required_limits(&self, storage: Storage, cache: &CacheOptions) -> Result<wgpu::Limits> {
+        self.validate()?;
+        PlanContext::least_limits(|context| {
+            let weights = GqaWeights::build(self, HostTensor::outline)?;
+            HeadsWeights::plan(context, self, &weights, storage)?;
+            cache.memory_of_heads(context, self)?;
+            check_hidden(context, self.hidden_size, cache)
+        })
+    }
+}
+
+/// Refuses hidden states of a step that a binding does not hold.
+fn check_hidden(context: &PlanContext, width: u32, cache: &CacheOptions) -> Result<()> {
+    let tokens = cache.new_tokens();
+    context.check_binding(words(product(&[tokens, width])), || format!("hidden states of {tokens} tokens"))
 }

@@ -515,18 +515,18 @@ impl<'a> LayerWeights<Upload<'a>> {
     }
 }
 
-/// Checks every tensor against the device's limits, before any is allocated.
+/// Checks every tensor against a device's limits, before any is allocated.
 ///
 /// # Errors
 /// [`Error::Limit`] of the first tensor over a limit.
 #[cfg(feature = "decoder")]
 pub(crate) fn check_weights(
-    kernels: &Kernels,
+    context: &PlanContext,
     config: &AttentionConfig,
     weights: &AttentionWeights,
     storage: Storage,
 ) -> Result<()> {
-    LayerWeights::plan(kernels.context(), config, weights, None, storage).map(drop)
+    LayerWeights::plan(context, config, weights, None, storage).map(drop)
 }
 
 impl LayerWeights<Region> {
@@ -569,9 +569,7 @@ impl TiedEmbedding {
         let gate = config.gate.as_ref().filter(|gate| gate.tied);
         let gate = gate.ok_or_else(|| Error::config("embedding_gate", "is not tied to the token embedding"))?;
         let extents = [gate.vocab_size, gate.d_gate];
-        let shape = extents.map(|extent| extent as usize).to_vec();
-        let expected = HostTensor { name: TOKEN_EMBEDDING.to_owned(), shape, data: Vec::new() };
-        same_tensors(&[Some(embedding)], &[Some(&expected)])?;
+        same_tensors(&[Some(embedding)], &[Some(&HostTensor::outline(TOKEN_EMBEDDING, &extents)?)])?;
         let region = Upload::tied_embedding(embedding, gate).upload(kernels, storage)?;
         Ok(TiedEmbedding { kernels: kernels.clone(), region, extents, storage })
     }

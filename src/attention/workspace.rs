@@ -135,7 +135,7 @@ impl<T> Workspace<T> {
         let CacheRows { padded, splits, short } = CacheRows::of(options);
         let tile_rows =
             options.tile_rows.max(1).checked_next_multiple_of(SPLIT).unwrap_or(padded).min(padded).min(MOST_TILE_ROWS);
-        let tokens = options.max_tokens.min(options.batch * options.capacity);
+        let tokens = options.new_tokens();
         let decode_tokens = options.decode_tokens.clamp(1, MOST_DECODED);
         let decoding = product(&[options.batch, decode_tokens]).min(tokens.into()) as u32;
         let [longest, shortest] = [splits, short].map(|splits| u64::from(splits) * u64::from(decode_tokens));

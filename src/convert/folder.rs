@@ -279,9 +279,9 @@ impl Conversion<'_> {
         let mut expected = self.kept();
         for layer in 0..self.config.n_layer {
             GqaWeights::build(heads(self.config)?, |name, shape| {
-                let shape: Vec<_> = shape.iter().map(|&extent| extent as usize).collect();
-                expected.insert(format!("model.layers.{layer}.self_attn.{name}"), shape.clone());
-                Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
+                let tensor = HostTensor::outline(name, shape)?;
+                expected.insert(format!("model.layers.{layer}.self_attn.{name}"), tensor.shape.clone());
+                Ok(tensor)
             })?;
         }
         expected.iter().try_for_each(|(name, shape)| self.checkpoint.claim(name, shape))?;
@@ -397,11 +397,10 @@ impl Conversion<'_> {
         let mut of_layer = BTreeMap::new();
         for layer in 0..self.config.n_layer {
             AttentionWeights::build(latent, false, |name, shape| {
-                let shape: Vec<_> = shape.iter().map(|&extent| extent as usize).collect();
-                let name = format!("model.layers.{layer}.self_attn.{name}");
-                tensors.push((name.clone(), shape.clone()));
-                of_layer.insert(name.clone(), layer);
-                Ok(HostTensor { name, shape, data: Vec::new() })
+                let tensor = HostTensor::outline(&format!("model.layers.{layer}.self_attn.{name}"), shape)?;
+                tensors.push((tensor.name.clone(), tensor.shape.clone()));
+                of_layer.insert(tensor.name.clone(), layer);
+                Ok(tensor)
             })?;
         }
         write_tensors(&output.join(MODEL), &tensors, |name, shape| match of_layer.get(name) {

@@ -2,6 +2,7 @@
 
 use super::cpu::other_kind;
 use super::folder::DecoderAttentionWeights;
+use crate::adapter::PlanContext;
 use crate::attention::{
     Attention, AttentionOptions, CacheOptions, DecodePath, GqaAttention, Hidden, KvCache, LatentCache, MemoryReport,
     Mode, Step, StepTokens, TiedEmbedding, check_gqa_weights, check_weights,
@@ -20,22 +21,22 @@ pub(super) enum DeviceAttention {
 }
 
 impl DeviceAttention {
-    /// Checks every tensor against the device's limits, before any is allocated.
+    /// Checks every tensor against a device's limits, before any is allocated.
     ///
     /// # Errors
     /// Weights of the other kind; [`Error::Limit`] of the first tensor over a limit.
     pub fn check(
-        kernels: &Kernels,
+        context: &PlanContext,
         config: &DecoderAttention,
         weights: &DecoderAttentionWeights,
         storage: Storage,
     ) -> Result<()> {
         match (config, weights) {
             (DecoderAttention::Latent(config), DecoderAttentionWeights::Latent(weights)) => {
-                check_weights(kernels, config, weights, storage)
+                check_weights(context, config, weights, storage)
             }
             (DecoderAttention::Heads(config), DecoderAttentionWeights::Heads(weights)) => {
-                check_gqa_weights(kernels, config, weights, storage)
+                check_gqa_weights(context, config, weights, storage)
             }
             _ => Err(other_kind()),
         }

@@ -329,32 +329,28 @@ impl DecoderWeights {
     /// first stands for them, with the token embedding where its gate is tied.
     pub(super) fn outline(config: &DecoderConfig) -> Result<Self> {
         config.validate()?;
-        let make = |name: &str, shape: &[u32]| {
-            let shape = shape.iter().map(|&extent| extent as usize).collect();
-            HostTensor { name: name.to_owned(), shape, data: Vec::new() }
-        };
         let (vocab, hidden, inner) = (config.vocab_size, config.attention.hidden_size(), config.intermediate_size);
-        let of_layer = |name: &str, shape: &[u32]| Ok(make(&format!("model.layers.0.self_attn.{name}"), shape));
-        let of_model = |name: &str, shape: &[u32]| Ok(make(name, shape));
+        let make = HostTensor::outline;
+        let of_layer = |name: &str, shape: &[u32]| make(&format!("model.layers.0.self_attn.{name}"), shape);
         let attention = match &config.attention {
             DecoderAttention::Latent(config) => {
                 let own = AttentionWeights::build(config, true, of_layer)?;
-                DecoderAttentionWeights::Latent(own.with_token_embedding(config, of_model)?)
+                DecoderAttentionWeights::Latent(own.with_token_embedding(config, make)?)
             }
             DecoderAttention::Heads(config) => DecoderAttentionWeights::Heads(GqaWeights::build(config, of_layer)?),
         };
         Ok(DecoderWeights {
-            embedding: make(TOKEN_EMBEDDING, &[vocab, hidden]),
+            embedding: make(TOKEN_EMBEDDING, &[vocab, hidden])?,
             layers: vec![DecoderLayerWeights {
-                input_norm: make("model.layers.0.input_layernorm.weight", &[hidden]),
+                input_norm: make("model.layers.0.input_layernorm.weight", &[hidden])?,
                 attention,
-                post_attention_norm: make("model.layers.0.post_attention_layernorm.weight", &[hidden]),
-                gate_proj: make("model.layers.0.mlp.gate_proj.weight", &[inner, hidden]),
-                up_proj: make("model.layers.0.mlp.up_proj.weight", &[inner, hidden]),
-                down_proj: make("model.layers.0.mlp.down_proj.weight", &[hidden, inner]),
+                post_attention_norm: make("model.layers.0.post_attention_layernorm.weight", &[hidden])?,
+                gate_proj: make("model.layers.0.mlp.gate_proj.weight", &[inner, hidden])?,
+                up_proj: make("model.layers.0.mlp.up_proj.weight", &[inner, hidden])?,
+                down_proj: make("model.layers.0.mlp.down_proj.weight", &[hidden, inner])?,
             }],
-            norm: make("model.norm.weight", &[hidden]),
-            lm_head: (!config.tie_word_embeddings).then(|| make("lm_head.weight", &[vocab, hidden])),
+            norm: make("model.norm.weight", &[hidden])?,
+            lm_head: (!config.tie_word_embeddings).then(|| make("lm_head.weight", &[vocab, hidden])).transpose()?,
         })
     }
 }

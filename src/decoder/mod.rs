@@ -15,6 +15,7 @@ mod evaluate;
 mod folder;
 mod model;
 mod native;
+mod plan;
 mod rules;
 mod sampling;
 mod tokenizer;

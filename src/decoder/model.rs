@@ -3,8 +3,9 @@
 use super::attention::{DecoderCache, DeviceAttention};
 use super::cpu::check_layers;
 use super::folder::{DecoderLayerWeights, DecoderWeights, Part};
+use super::plan::{Matrix, Plan, logit_rows};
 use crate::attention::{
-    AttentionOptions, Axis, CacheOptions, Hidden, MemoryReport, Mode, Shard, Step, StepTokens, TiedEmbedding, Upload,
+    AttentionOptions, CacheOptions, Hidden, MemoryReport, Mode, Shard, Step, StepTokens, TiedEmbedding, Upload,
 };
 use crate::config::{DecoderAttention, DecoderConfig};
 use crate::device::{Kernels, Region};
@@ -57,9 +58,6 @@ pub struct Decoder {
     norm: Region,
     lm_head: Option<Matrix<Region>>,
 }
-
-/// Rows of a matrix in as few bindings as hold them.
-type Matrix<T> = Vec<Shard<T>>;
 
 #[derive(Debug)]
 struct DeviceLayer {
@@ -126,7 +124,7 @@ impl DecoderStep {
 /// A decoder whose weights arrive part by part.
 struct Parts<'a> {
     kernels: &'a Kernels,
-    config: &'a DecoderConfig,
+    plan: Plan<'a>,
     options: AttentionOptions,
     embedding: Option<Matrix<Region>>,
     /// The same as tied gates read it; each layer has a handle.
@@ -136,64 +134,14 @@ struct Parts<'a> {
     lm_head: Option<Matrix<Region>>,
 }
 
-/// Tensors of a layer beside its attention.
-struct LayerUploads<'a> {
-    input_norm: Upload<'a>,
-    post_attention_norm: Upload<'a>,
-    gate_proj: Matrix<Upload<'a>>,
-    up_proj: Matrix<Upload<'a>>,
-    down_proj: Matrix<Upload<'a>>,
-}
-
 impl<'a> Parts<'a> {
     /// # Errors
     /// A configuration that contradicts itself; a vector, or eight rows of a matrix, over the device's binding limit.
     fn new(kernels: &'a Kernels, config: &'a DecoderConfig, options: AttentionOptions) -> Result<Self> {
-        let outline = DecoderWeights::outline(config)?;
+        let plan = Plan { context: kernels.context(), config, storage: options.storage };
+        plan.check_weights()?;
         let (embedding, tied, layers, norm, lm_head) = (None, None, Vec::new(), None, None);
-        let parts = Parts { kernels, config, options, embedding, tied, layers, norm, lm_head };
-        let check = |upload: &Upload<'_>| upload.check(kernels.context(), options.storage);
-        let check_all = |shards: Matrix<Upload<'_>>| shards.iter().try_for_each(|shard| check(&shard.proj));
-        [Some(&outline.embedding), outline.lm_head.as_ref()]
-            .into_iter()
-            .flatten()
-            .try_for_each(|tensor| check_all(parts.of_vocabulary(tensor)))?;
-        check(&parts.of_norm(&outline.norm))?;
-        for layer in &outline.layers {
-            let LayerUploads { input_norm, post_attention_norm, gate_proj, up_proj, down_proj } = parts.of_layer(layer);
-            [input_norm, post_attention_norm].iter().try_for_each(check)?;
-            [gate_proj, up_proj, down_proj].into_iter().try_for_each(check_all)?;
-            DeviceAttention::check(kernels, &config.attention, &layer.attention, options.storage)?;
-        }
-        Ok(parts)
-    }
-
-    fn hidden(&self) -> Axis {
-        Axis::padded(self.config.attention.hidden_size())
-    }
-
-    fn matrix<'b>(&self, tensor: &'b HostTensor, rows: Axis, cols: Axis) -> Matrix<Upload<'b>> {
-        Shard::all(self.kernels.context(), self.options.storage, 0, (tensor, None), [rows, cols])
-    }
-
-    fn of_vocabulary<'b>(&self, tensor: &'b HostTensor) -> Matrix<Upload<'b>> {
-        self.matrix(tensor, Axis::whole(self.config.vocab_size), self.hidden())
-    }
-
-    /// The last norm, with the factor on logits.
-    fn of_norm<'b>(&self, tensor: &'b HostTensor) -> Upload<'b> {
-        Upload::vector(tensor, self.hidden()).times(self.config.scales.logits)
-    }
-
-    fn of_layer<'b>(&self, layer: &'b DecoderLayerWeights) -> LayerUploads<'b> {
-        let inner = || Axis::padded(self.config.intermediate_size);
-        LayerUploads {
-            input_norm: Upload::vector(&layer.input_norm, self.hidden()),
-            post_attention_norm: Upload::vector(&layer.post_attention_norm, self.hidden()),
-            gate_proj: self.matrix(&layer.gate_proj, inner(), self.hidden()),
-            up_proj: self.matrix(&layer.up_proj, inner(), self.hidden()),
-            down_proj: self.matrix(&layer.down_proj, self.hidden(), inner()),
-        }
+        Ok(Parts { kernels, plan, options, embedding, tied, layers, norm, lm_head })
     }
 
     fn upload(&self, upload: &Upload<'_>) -> Result<Region> {
@@ -205,13 +153,13 @@ impl<'a> Parts<'a> {
     }
 
     fn embedding(&mut self, tensor: &HostTensor) -> Result<()> {
-        self.embedding = Some(self.upload_all(&self.of_vocabulary(tensor))?);
+        self.embedding = Some(self.upload_all(&self.plan.of_vocabulary(tensor))?);
         Ok(())
     }
 
     /// The embedding once more, as tied gates read it.
     fn tied(&mut self, tensor: &HostTensor) -> Result<()> {
-        if let DecoderAttention::Latent(config) = &self.config.attention
+        if let DecoderAttention::Latent(config) = &self.plan.config.attention
             && config.gate.as_ref().is_some_and(|gate| gate.tied)
         {
             self.tied = Some(TiedEmbedding::new(self.kernels, config, tensor, self.options.storage)?);
@@ -220,18 +168,18 @@ impl<'a> Parts<'a> {
     }
 
     fn norm(&mut self, tensor: &HostTensor) -> Result<()> {
-        self.norm = Some(self.upload(&self.of_norm(tensor))?);
+        self.norm = Some(self.upload(&self.plan.of_norm(tensor))?);
         Ok(())
     }
 
     fn head(&mut self, tensor: Option<&HostTensor>) -> Result<()> {
-        self.lm_head = tensor.map(|tensor| self.upload_all(&self.of_vocabulary(tensor))).transpose()?;
+        self.lm_head = tensor.map(|tensor| self.upload_all(&self.plan.of_vocabulary(tensor))).transpose()?;
         Ok(())
     }
 
     fn layer(&mut self, layer: &DecoderLayerWeights) -> Result<()> {
-        let uploads = self.of_layer(layer);
-        let (attention, tied) = (&self.config.attention, self.tied.as_ref());
+        let uploads = self.plan.of_layer(layer);
+        let (attention, tied) = (&self.plan.config.attention, self.tied.as_ref());
         let uploaded = DeviceLayer {
             input_norm: self.upload(&uploads.input_norm)?,
             attention: DeviceAttention::new(self.kernels, attention, &layer.attention, tied, self.options)?,
@@ -246,7 +194,7 @@ impl<'a> Parts<'a> {
 
     fn finish(self) -> Result<Decoder> {
         let absent = || Error::Argument(ArgumentError::Empty { what: "the list of weights" });
-        let Parts { kernels, config, options, embedding, layers, norm, lm_head, .. } = self;
+        let Parts { kernels, plan: Plan { config, .. }, options, embedding, layers, norm, lm_head, .. } = self;
         Ok(Decoder {
             kernels: kernels.clone(),
             config: config.clone(),
@@ -345,25 +293,12 @@ impl Decoder {
     /// A buffer over the device's limits, before any is allocated; no memory left, or a lost device.
     pub fn state(&self, cache: &DecoderCache, all_logits: bool) -> Result<DecoderState> {
         let tokens = cache.max_tokens();
-        let logit_rows = if all_logits { tokens } else { tokens.min(cache.options().batch) };
-        let (hidden, inner) = (self.hidden, self.inner);
-        let buffers = [
-            ("stream", [tokens, hidden]),
-            ("normed", [tokens, hidden]),
-            ("delta", [tokens, hidden]),
-            ("gate", [tokens, inner]),
-            ("up", [tokens, inner]),
-            ("inner", [tokens, inner]),
-            ("logits", [logit_rows, self.config.vocab_size]),
-        ];
-        let size = |extents: [u32; 2]| product(&extents).saturating_mul(4);
-        for (what, extents) in buffers {
-            let named = || format!("decoder's `{what}` of {extents:?} words");
-            self.kernels.context().check_binding(size(extents), named)?;
-        }
+        let logit_rows = logit_rows(tokens, cache.options().batch, all_logits);
+        let plan = Plan { context: self.kernels.context(), config: &self.config, storage: self.storage };
+        let buffers = plan.state(tokens, logit_rows)?;
         let mut bytes = 0;
-        let [stream, normed, delta, gate, up, inner, logits] = buffers.map(|(what, extents)| -> Result<Region> {
-            let buffer = self.kernels.allocate(&format!("egmla.decoder.{what}"), size(extents))?;
+        let [stream, normed, delta, gate, up, inner, logits] = buffers.map(|(what, size)| -> Result<Region> {
+            let buffer = self.kernels.allocate(&format!("egmla.decoder.{what}"), size)?;
             bytes += buffer.size();
             Ok(Region::from(&buffer))
         });

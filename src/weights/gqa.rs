@@ -50,10 +50,7 @@ impl GqaWeights {
     /// A configuration that contradicts itself; a tensor that is missing, has no place, or has another shape or length.
     pub fn check(&self, config: &GqaConfig) -> Result<()> {
         config.validate()?;
-        let expected = Self::build(config, |name, shape| {
-            let shape = shape.iter().map(|&extent| extent as usize).collect();
-            Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })
-        })?;
+        let expected = Self::build(config, HostTensor::outline)?;
         same_tensors(&self.tensors(), &expected.tensors())
     }
 

@@ -92,6 +92,19 @@ pub fn gpu() -> Gpu {
     }
 }
 
+/// A device that computes nothing, with these limits.
+#[allow(dead_code, reason = "the tests that take this need a part of it")]
+pub fn noop(required_limits: wgpu::Limits) -> Kernels {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::NOOP;
+    descriptor.backend_options.noop = wgpu::NoopBackendOptions { enable: true, ..Default::default() };
+    let instance = wgpu::Instance::new(descriptor);
+    let adapter = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP)).remove(0);
+    let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+    Kernels::new(&device, &queue).unwrap()
+}
+
 /// The same with other limits.
 pub fn gpu_with(required_limits: wgpu::Limits) -> Gpu {
     open(&adapter(wgpu::InstanceDescriptor::new_without_display_handle_from_env()), required_limits)
