@@ -199,6 +199,55 @@ fn the_device_gives_what_the_cpu_gives() {
     }
 }
 
+/// A prefix is computed once: saved, restored, copied and grown, it goes on as the CPU does, whatever the kind of attention.
+#[test]
+fn sequences_move() {
+    let gpu = common::gpu();
+    let ids = Random::new(8).ids(24, VOCAB as u32);
+    let mut caches = Vec::new();
+    for index in [0, 4] {
+        let (name, config) = configs().remove(index);
+        let weights = weights(&config);
+        let cpu = CpuDecoder::new(&config, &weights).unwrap();
+        let expected = cpu.forward(&ids, &mut cpu.state(), Logits::All).unwrap();
+        let decoder = Decoder::new(&gpu.kernels, &config, &weights, common::stored(Storage::F32)).unwrap();
+        let options = |batch| CacheOptions { batch, capacity: 24, ..CacheOptions::default() };
+        let mut prefix = decoder.cache(options(1)).unwrap();
+        let state = decoder.state(&prefix, false).unwrap();
+        step(&gpu, &decoder, (&mut prefix, &state), (Mode::Prefill, &[20], &ids[..20]), Logits::None);
+        let regions = prefix.sequence_regions(0).unwrap();
+        let rows = readback::wait(readback::read(&gpu.kernels, &regions.iter().collect::<Vec<_>>())).unwrap();
+        let saved = prefix.save_sequence(0, &rows).unwrap();
+        let mut cache = decoder.cache(options(3)).unwrap();
+        let mut recording = Recording::new(&gpu.kernels);
+        cache.restore_sequence(&mut recording, 0, &saved).unwrap();
+        cache.copy_sequence(&mut recording, 0, 1).unwrap();
+        cache.copy_sequence_from(&mut recording, 2, &prefix, 0).unwrap();
+        cache.grow(&mut recording, 30).unwrap();
+        readback::submit(&mut recording).unwrap();
+        assert_eq!((cache.lengths(), cache.options().capacity), (&[20; 3][..], 30));
+        let state = decoder.state(&cache, false).unwrap();
+        for t in 20..24 {
+            let of_each = (Mode::Decode, &[1; 3][..], &[ids[t]; 3][..]);
+            let last = step(&gpu, &decoder, (&mut cache, &state), of_each, Logits::Last);
+            for last in last.chunks(VOCAB) {
+                let found = error(last, &expected[t * VOCAB..][..VOCAB]);
+                assert!(found < 2e-5, "{name} at {t}: {found:e}");
+            }
+        }
+        caches.push((cache, saved));
+    }
+    let [(heads, of_heads), (latents, of_latents)] = &mut caches[..] else { unreachable!() };
+    let mut recording = Recording::new(&gpu.kernels);
+    let error = heads.copy_sequence_from(&mut recording, 0, latents, 0).unwrap_err().to_string();
+    assert!(error.contains("another kind"), "{error}");
+    for (cache, bytes) in [(heads, of_latents), (latents, of_heads)] {
+        let error = cache.restore_sequence(&mut recording, 0, bytes).unwrap_err().to_string();
+        assert!(error.contains("another kind"), "{error}");
+        assert_eq!((cache.lengths(), recording.dispatches()), (&[24; 3][..], 0));
+    }
+}
+
 #[test]
 fn a_ragged_batch_is_each_sequence_alone() {
     let gpu = common::gpu();

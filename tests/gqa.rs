@@ -459,10 +459,14 @@ fn limits_are_named_before_anything_is_allocated() {
     let weights = gqa_weights(&config, 1).unwrap();
     let attention = GqaAttention::new(&gpu.kernels, &config, &weights, Storage::F32).unwrap();
     let new = |options| KvCache::new(&attention, options).map(drop).unwrap_err();
-    // 2^20 rows of 256 elements of 4 bytes are four buffers of 256 MiB.
-    let error = new(CacheOptions { capacity: 1 << 20, ..CacheOptions::default() });
+    // 2^20 rows of 256 elements of 4 bytes are parts of 128 MiB; 256 rows of a MiB are no part.
+    let context = gpu.kernels.context();
+    let long = CacheOptions { capacity: 1 << 20, ..CacheOptions::default() };
+    assert_eq!(long.memory_of_heads(context, &config).unwrap().keys_and_values, 1 << 30);
+    let wide = GqaConfig { n_head: 512, n_kv_head: 512, head_dim: 256, ..config.clone() };
+    let error = CacheOptions::default().memory_of_heads(context, &wide).unwrap_err();
     assert!(
-        matches!(error, Error::Limit { needed: 1_073_741_824, allowed: 268_435_456, limit: "max_buffer_size", .. }),
+        matches!(error, Error::Limit { needed: 268_435_456, limit: "max_storage_buffer_binding_size", .. }),
         "{error}"
     );
     let error = new(CacheOptions { capacity: u32::MAX, ..CacheOptions::default() });
@@ -530,21 +534,107 @@ fn a_step_of_a_known_shape_allocates_a_little_and_never_more() {
     gpu.assert_no_errors();
 }
 
-/// A layer of keys and values over WebGPU's largest buffer needs a larger one, in bindings as they are.
+/// What `required_limits` says is enough for a layer and its cache, and four bytes less are not.
 #[test]
 fn required_limits_are_the_least_that_a_layer_needs() {
     let config = config(4, 2, 8);
-    let options = CacheOptions { capacity: 1 << 22, max_tokens: 8, ..CacheOptions::default() };
+    let options = CacheOptions { capacity: 600_000, max_tokens: 600_000, ..CacheOptions::default() };
     let limits = config.required_limits(Storage::F32, &options).unwrap();
-    let default = wgpu::Limits::default();
-    let needed = (1 << 22) * 2 * 2 * 8 * 4;
-    assert_eq!(limits, wgpu::Limits { max_buffer_size: needed, ..default.clone() });
-    let halves = CacheOptions { storage: Storage::F16, ..options };
-    assert_eq!(config.required_limits(Storage::F32, &halves).unwrap(), default);
+    // Queries, keys and values of all tokens.
+    let needed = 600_000 * (4 + 2 * 2) * 8 * 4;
+    assert_eq!(limits, wgpu::Limits { max_storage_buffer_binding_size: needed, ..wgpu::Limits::default() });
+    let few = CacheOptions { max_tokens: 512, ..options };
+    assert_eq!(config.required_limits(Storage::F32, &few).unwrap(), wgpu::Limits::default());
     let weights = gqa_weights(&config, 1).unwrap();
-    for (max_buffer_size, enough) in [(needed, true), (needed - 4, false)] {
-        let kernels = common::noop(wgpu::Limits { max_buffer_size, ..limits.clone() });
+    for (max_storage_buffer_binding_size, enough) in [(needed, true), (needed - 4, false)] {
+        let kernels = common::noop(wgpu::Limits { max_storage_buffer_binding_size, ..limits.clone() });
         let attention = GqaAttention::new(&kernels, &config, &weights, Storage::F32).unwrap();
         assert_eq!(KvCache::new(&attention, options).is_ok(), enough);
+    }
+}
+
+/// Copied, grown, saved and restored, in one part and in several: each sequence goes on as if nothing had happened.
+#[test]
+fn sequences_move() {
+    for (storage, parted) in [(Storage::F32, false), (Storage::F32, true), (Storage::F16, true)] {
+        let config = config(2, 1, 16);
+        let binding = if parted { (256 * 32 * storage.bytes()).max(16 << 10) } else { 128 << 20 };
+        let limits = wgpu::Limits { max_storage_buffer_binding_size: binding, ..wgpu::Limits::default() };
+        let weights = gqa_weights(&config, 1).unwrap();
+        let gpu = gpu_with(limits);
+        let attention = GqaAttention::new(&gpu.kernels, &config, &weights, storage).unwrap();
+        let options = |batch, capacity| CacheOptions { batch, capacity, storage, max_tokens: 64, ..Default::default() };
+        let cache = KvCache::new(&attention, options(3, 600)).unwrap();
+        let reference = GqaLayer::new(config.clone(), &weights).unwrap();
+        let mut rig = Rig { gpu, attention, cache, reference };
+        let (mut random, mut histories) = (Random::new(4), vec![History::default(); 3]);
+        let mut go_on = |rig: &mut Rig, histories: &mut Vec<History>, mode: Mode, counts: &[u32]| {
+            let hidden = random.values(counts.iter().sum::<u32>() as usize * HIDDEN, 1.0);
+            let got = rig.step(mode, counts, &hidden);
+            let (mut expected, mut first) = (Vec::new(), 0);
+            for (history, &count) in histories.iter_mut().zip(counts).filter(|(_, count)| **count > 0) {
+                let end = first + count as usize;
+                expected.extend(rig.reference.forward(&widen(&hidden[first * HIDDEN..end * HIDDEN]), history));
+                first = end;
+            }
+            assert_close(&got, &expected, limit(storage));
+        };
+        for _ in 0..9 {
+            go_on(&mut rig, &mut histories, Mode::Prefill, &[60, 4, 0]);
+        }
+        // Over another sequence, whose rows lie in other parts.
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        rig.cache.copy_sequence(&mut recording, 0, 2).unwrap();
+        readback::submit(&mut recording).unwrap();
+        histories[2] = histories[0].clone();
+        go_on(&mut rig, &mut histories, Mode::Decode, &[1, 1, 1]);
+        // Into a larger cache, where sequences begin at other rows.
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        rig.cache.grow(&mut recording, 900).unwrap();
+        readback::submit(&mut recording).unwrap();
+        assert_eq!((rig.cache.options().capacity, rig.cache.lengths()), (900, &[541, 37, 541][..]));
+        go_on(&mut rig, &mut histories, Mode::Decode, &[1, 1, 1]);
+        go_on(&mut rig, &mut histories, Mode::Prefill, &[60, 4, 0]);
+        // Into bytes, and from them into another cache.
+        let regions = rig.cache.sequence_regions(0).unwrap();
+        assert_eq!(regions.len(), if parted { 3 } else { 1 });
+        let regions: Vec<_> = regions.iter().collect();
+        let rows = readback::wait(readback::read(&rig.gpu.kernels, &regions)).unwrap();
+        let saved = rig.cache.save_sequence(0, &rows).unwrap();
+        let mut other = KvCache::new(&rig.attention, options(2, 700)).unwrap();
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        other.restore_sequence(&mut recording, 1, &saved).unwrap();
+        readback::submit(&mut recording).unwrap();
+        assert_eq!(other.lengths(), [0, 602]);
+        // And from that one back, over the third sequence.
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        rig.cache.copy_sequence_from(&mut recording, 2, &other, 1).unwrap();
+        readback::submit(&mut recording).unwrap();
+        histories[2] = histories[0].clone();
+        go_on(&mut rig, &mut histories, Mode::Decode, &[1, 0, 1]);
+        std::mem::swap(&mut rig.cache, &mut other);
+        let mut restored = vec![History::default(), histories[0].clone()];
+        restored[1].truncate(602);
+        go_on(&mut rig, &mut restored, Mode::Decode, &[0, 1]);
+        // What does not fit is refused, and nothing changes.
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        let mut refuses = |cache: &mut KvCache, bytes: &[u8], why: &str| {
+            let lengths = cache.lengths().to_vec();
+            let refused = cache.restore_sequence(&mut recording, 0, bytes).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+            assert_eq!((cache.lengths(), recording.dispatches()), (&lengths[..], 0));
+        };
+        let mut changed = saved.clone();
+        *changed.last_mut().unwrap() ^= 1;
+        refuses(&mut rig.cache, &changed, "checksum");
+        refuses(&mut KvCache::new(&rig.attention, options(1, 601)).unwrap(), &saved, "602");
+        let theta = GqaConfig { rope: RopeConfig { theta: 9.0, ..halves() }, ..config.clone() };
+        let theta = GqaAttention::new(&rig.gpu.kernels, &theta, &weights, storage).unwrap();
+        let mut theta = KvCache::new(&theta, options(2, 700)).unwrap();
+        refuses(&mut theta, &saved, "rope");
+        let mut recording = Recording::new(&rig.gpu.kernels);
+        let error = theta.copy_sequence_from(&mut recording, 0, &rig.cache, 1).unwrap_err().to_string();
+        assert!(error.contains("another configuration") && theta.lengths() == [0, 0], "{error}");
+        rig.gpu.assert_no_errors();
     }
 }

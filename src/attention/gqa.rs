@@ -202,8 +202,8 @@ impl GqaAttention {
 struct HeadsFrame<'a> {
     layer: &'a GqaAttention,
     cache: &'a KvCache,
-    /// The layer's part of the cache.
-    cached: &'a Region,
+    /// The layer's parts of the cache.
+    cached: &'a [Region],
     step: &'a Step,
     workspace: &'a HeadsWorkspace,
     /// The step's tables in the recording's buffers.

@@ -1,10 +1,14 @@
 //! The cache of keys and values per head of a model.
 
+use safetensors::Dtype;
+
 use super::batch::{Batch, Extents, Numbering, pitch};
 use super::cache::CacheOptions;
 use super::gqa::GqaAttention;
 use super::layout::MemoryReport;
+use super::lists::Lists;
 use super::step::{MOST_DECODED, Step};
+use super::transfer::{Field, Rows};
 use super::workspace::{CacheRows, MOST_TILE_ROWS};
 use crate::adapter::PlanContext;
 use crate::config::GqaConfig;
@@ -12,7 +16,7 @@ use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_decode::{SPLIT, most_partials, workgroups};
 use crate::kernels::attention_prefill;
-use crate::storage::{padded_width, product, words};
+use crate::storage::{Storage, padded_width, product, words};
 
 /// Widths as shaders see them: heads padded with zeros to [`UNIT`](crate::storage::UNIT) elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,36 +115,37 @@ impl<T> HeadsWorkspace<T> {
     }
 }
 
-/// Cache rows of a layer that are bound at once.
+/// Cache rows of a layer, and how many of them a part holds.
 #[derive(Debug, Clone, Copy)]
 struct Tiles {
     /// Of the whole layer.
     rows: u32,
-    /// Of a binding, a multiple of [`SPLIT`].
+    /// Of a part but the last, a multiple of [`SPLIT`].
     most: u32,
     row_bytes: u64,
 }
 
 impl Tiles {
     /// # Errors
-    /// Extents of 0 or over 2^31 cache rows; a layer over the largest buffer, or [`SPLIT`] of its rows over a binding.
+    /// Extents of 0 or over 2^31 cache rows; [`SPLIT`] rows over a binding.
     fn new(context: &PlanContext, widths: &HeadWidths, options: &CacheOptions) -> Result<Self> {
         options.check_extents(pitch(options.capacity, Numbering::InPlace))?;
         let rows = options.batch * pitch(options.capacity, Numbering::InPlace);
         let row_bytes = options.storage.sized(widths.kv().into());
         let split_bytes = row_bytes.saturating_mul(SPLIT.into());
         context.check_binding(split_bytes, || format!("keys and values of {SPLIT} cache rows"))?;
-        let (needed, allowed) = (row_bytes.saturating_mul(rows.into()), context.limits.max_buffer_size);
-        if needed > allowed {
-            let what = format!("keys and values of {} sequences × {} tokens", options.batch, options.capacity);
-            return Err(Error::Limit { what, needed, allowed, limit: "max_buffer_size" });
-        }
         let splits = (context.largest_binding() / split_bytes).min(u64::from(MOST_TILE_ROWS / SPLIT)) as u32;
         Ok(Tiles { rows, most: splits * SPLIT, row_bytes })
     }
 
     fn bytes(&self) -> u64 {
         self.row_bytes * u64::from(self.rows)
+    }
+
+    /// First row and rows of each part of a layer: a buffer that one binding holds.
+    fn parts(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
+        let Tiles { rows, most, .. } = *self;
+        (0..rows).step_by(most as usize).map(move |first| (first, most.min(rows - first)))
     }
 }
 
@@ -166,16 +171,19 @@ impl CacheOptions {
 }
 
 /// Rotated keys, and values, of every layer of a model, for `batch` sequences of up to `capacity` tokens. A sequence begins at a
-/// multiple of [`SPLIT`] cache rows, so that steps number rows as the cache does and nothing is copied for a step.
+/// multiple of [`SPLIT`] cache rows, so that steps number rows as the cache does and nothing is copied for a step. Where one
+/// binding does not hold a layer's rows, they are cut into buffers of whole splits.
 ///
 /// Lengths live on the host: a full cache is an error before anything is recorded, and rolling back costs nothing on the device.
 #[derive(Debug)]
 pub struct KvCache {
     pub(super) kernels: Kernels,
     config: GqaConfig,
+    widths: HeadWidths,
     options: CacheOptions,
     tiles: Tiles,
-    layers: Vec<Region>,
+    /// The parts of each.
+    layers: Vec<Vec<Region>>,
     workspace: HeadsWorkspace,
     pub(super) batch: Batch,
     memory: MemoryReport,
@@ -190,13 +198,21 @@ impl KvCache {
     /// buffer over the device's limits, before any is allocated; no memory left.
     pub fn new(attention: &GqaAttention, options: CacheOptions) -> Result<Self> {
         let GqaAttention { kernels, config, widths, .. } = attention;
+        KvCache::with(kernels, config, widths, options)
+    }
+
+    fn with(kernels: &Kernels, config: &GqaConfig, widths: &HeadWidths, options: CacheOptions) -> Result<Self> {
         let context = kernels.context();
         let memory = options.memory_of_heads(context, config)?;
         let tiles = Tiles::new(context, widths, &options)?;
         let workspace = HeadsWorkspace::placed(context, widths, &options, |what, _, needed| {
             kernels.allocate(&format!("egmla.workspace.{what}"), needed).map(|buffer| Region::from(&buffer))
         })?;
-        let layer = |_| kernels.allocate("egmla.cache.layer", tiles.bytes()).map(|buffer| Region::from(&buffer));
+        let part = |(_, rows)| {
+            let buffer = kernels.allocate("egmla.cache.layer", u64::from(rows) * tiles.row_bytes)?;
+            Ok(Region::from(&buffer))
+        };
+        let layer = |_| tiles.parts().map(part).collect::<Result<Vec<_>>>();
         let layers = (0..options.n_layer).map(layer).collect::<Result<Vec<_>>>()?;
         let extents = Extents {
             batch: options.batch,
@@ -211,6 +227,7 @@ impl KvCache {
         Ok(KvCache {
             kernels: kernels.clone(),
             config: config.clone(),
+            widths: *widths,
             options,
             tiles,
             layers,
@@ -281,8 +298,8 @@ impl KvCache {
         &self.workspace
     }
 
-    pub(super) fn layer(&self, layer: usize) -> Result<&Region> {
-        self.layers.get(layer).ok_or(Error::Argument(ArgumentError::OutOfRange {
+    pub(super) fn layer(&self, layer: usize) -> Result<&[Region]> {
+        self.layers.get(layer).map(Vec::as_slice).ok_or(Error::Argument(ArgumentError::OutOfRange {
             what: "layer of the cache",
             found: layer as u64,
             limit: self.layers.len() as u64 - 1,
@@ -290,17 +307,72 @@ impl KvCache {
     }
 
     /// The bindings that hold rows of a step, first to last.
-    pub(super) fn tiles<'a>(&'a self, step: &Step, layer: &'a Region) -> impl Iterator<Item = Tile> + 'a {
-        let Tiles { rows, most, row_bytes } = self.tiles;
+    pub(super) fn tiles<'a>(&'a self, step: &Step, layer: &'a [Region]) -> impl Iterator<Item = Tile> + 'a {
+        let row_bytes = self.tiles.row_bytes;
         // The first sequence that has new tokens, from its first row on.
         let begin = step.appended.first().map_or(0, |new| new.start / self.batch.pitch * self.batch.pitch);
         let end = step.rows;
-        (begin..end).step_by(most as usize).map(move |first| {
-            let bound = most.min(rows - first);
-            let [offset, size] = [first, bound].map(|rows| u64::from(rows) * row_bytes);
-            let region = Region::new(&layer.buffer, layer.offset + offset, size);
-            Tile { first, rows: bound.min(end - first), bound, region }
+        self.tiles.parts().zip(layer).filter_map(move |((part, rows), region)| {
+            let first = part.max(begin);
+            let bound = (part + rows).checked_sub(first).filter(|&bound| bound > 0 && first < end)?;
+            let [offset, size] = [first - part, bound].map(|rows| u64::from(rows) * row_bytes);
+            let region = Region::new(&region.buffer, region.offset + offset, size);
+            Some(Tile { first, rows: bound.min(end - first), bound, region })
         })
+    }
+}
+
+impl Rows for KvCache {
+    fn fields(&self) -> Vec<Field<'_>> {
+        let dtype = if self.options.storage == Storage::F32 { Dtype::F32 } else { Dtype::F16 };
+        let mut fields = Vec::new();
+        for (index, parts) in self.layers.iter().enumerate() {
+            fields.push(Field {
+                name: format!("layers.{index}.keys_and_values"),
+                regions: parts.iter().collect(),
+                part_rows: self.tiles.most,
+                dtype,
+                width: self.widths.kv(),
+                row_words: (self.tiles.row_bytes / 4) as u32,
+            });
+        }
+        fields
+    }
+
+    fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
+    fn batch_mut(&mut self) -> &mut Batch {
+        &mut self.batch
+    }
+
+    fn lists(&self) -> Option<&Lists> {
+        None
+    }
+
+    fn lists_mut(&mut self) -> Option<&mut Lists> {
+        None
+    }
+
+    fn extents(&self) -> CacheOptions {
+        self.options
+    }
+
+    fn device(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    fn attention(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::to_value(&self.config)?)
+    }
+
+    fn vocab_size(&self) -> u32 {
+        u32::MAX
+    }
+
+    fn empty(&self, options: CacheOptions) -> Result<Self> {
+        KvCache::with(&self.kernels, &self.config, &self.widths, options)
     }
 }
 

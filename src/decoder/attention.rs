@@ -8,7 +8,7 @@ use crate::attention::{
     Mode, Step, StepTokens, TiedEmbedding, check_gqa_weights, check_weights,
 };
 use crate::config::DecoderAttention;
-use crate::device::Kernels;
+use crate::device::{Kernels, Region};
 use crate::error::{Error, Result};
 use crate::recording::Recording;
 use crate::storage::Storage;
@@ -173,6 +173,68 @@ impl DecoderCache {
     /// `ArgumentError::OutOfRange` for a sequence that does not exist or is shorter.
     pub fn truncate(&mut self, sequence: usize, length: u32) -> Result<()> {
         either!(self, cache => cache.truncate(sequence, length))
+    }
+
+    /// Records the copy of one sequence over another.
+    ///
+    /// # Errors
+    /// As [`LatentCache::copy_sequence`].
+    pub fn copy_sequence(&mut self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
+        either!(self, cache => cache.copy_sequence(recording, from, to))
+    }
+
+    /// Records the copy of a sequence of another cache over one of this.
+    ///
+    /// # Errors
+    /// As [`LatentCache::copy_sequence_from`]; a cache of the other kind of attention.
+    pub fn copy_sequence_from(
+        &mut self,
+        recording: &mut Recording,
+        to: usize,
+        source: &DecoderCache,
+        from: usize,
+    ) -> Result<()> {
+        match (self, source) {
+            (DecoderCache::Latent(cache), DecoderCache::Latent(source)) => {
+                cache.copy_sequence_from(recording, to, source, from)
+            }
+            (DecoderCache::Heads(cache), DecoderCache::Heads(source)) => {
+                cache.copy_sequence_from(recording, to, source, from)
+            }
+            _ => Err(Error::config("(attention)", "the cache to copy from is of another kind of attention")),
+        }
+    }
+
+    /// Makes room for `capacity` tokens of each sequence.
+    ///
+    /// # Errors
+    /// As [`LatentCache::grow`].
+    pub fn grow(&mut self, recording: &mut Recording, capacity: u32) -> Result<()> {
+        either!(self, cache => cache.grow(recording, capacity))
+    }
+
+    /// Where the rows of a sequence stand.
+    ///
+    /// # Errors
+    /// As [`LatentCache::sequence_regions`].
+    pub fn sequence_regions(&self, sequence: usize) -> Result<Vec<Region>> {
+        either!(self, cache => cache.sequence_regions(sequence))
+    }
+
+    /// A sequence as the bytes of a safetensors file, from the content of [`DecoderCache::sequence_regions`].
+    ///
+    /// # Errors
+    /// As [`LatentCache::save_sequence`].
+    pub fn save_sequence(&self, sequence: usize, rows: &[Vec<u8>]) -> Result<Vec<u8>> {
+        either!(self, cache => cache.save_sequence(sequence, rows))
+    }
+
+    /// Records what makes a sequence one that was saved.
+    ///
+    /// # Errors
+    /// As [`LatentCache::restore_sequence`].
+    pub fn restore_sequence(&mut self, recording: &mut Recording, sequence: usize, bytes: &[u8]) -> Result<()> {
+        either!(self, cache => cache.restore_sequence(recording, sequence, bytes))
     }
 
     /// Empties every sequence.
