@@ -210,9 +210,9 @@ def summary(report):
     }
 
 
-def check(env, filters=(), loader=()):
+def check(env, filters=(), loader=(), program=None):
     """The cases whose ids contain a filter; all without one."""
-    program = egmla()
+    program = program or egmla()
     reports = []
     for filter in filters or [None]:
         process = run([*loader, program, "check", "--json", *(["--filter", filter] if filter else [])], env)
@@ -286,6 +286,53 @@ def part_matrices(quick):
     runner = f"CARGO_TARGET_{triple.upper().replace('-', '_')}_RUNNER"
     layer_tests(env | {runner: " ".join(map(str, loader))}, result, ["cooperative"] if quick else ())
     return result
+
+
+# Operations with a kernel on matrices of 16 × 16: what makes them 8 × 8 in the host file, beside what all have.
+EIGHT_FOR_SIXTEEN = {
+    "matmul": [("(16, context", "(8, context")],
+    "attention_prefill": [],
+    # Rows of four matrices, as the text has them.
+    "attention_grouped": [("(16, context", "(8, context"), ("d_latent > 64 || d_rope > 64", "d_latent > 32 || d_rope > 32")],
+    # How many matrices a subgroup keeps stays that of the larger ones, and so do the settings.
+    "attention_absorbed": [
+        ("(16, context", "(8, context"),
+        ("if side == 16 { 5 } else { 9 }", "if side == 8 { 5 } else { 9 }"),
+        ("if side == 16 { &MATRICES[..NARROW] } else { MATRICES }", "&MATRICES[..NARROW]"),
+    ],
+}
+
+
+def part_matrices_16(quick):
+    """The text of the kernels on matrices of 16 × 16, which no driver here has, with 8 for 16: in a copy of the sources."""
+    manifest, loader = newer_lavapipe()
+    copy = WORK / "eight_for_sixteen"
+    shutil.rmtree(copy, ignore_errors=True)
+    for file in run(["git", "ls-files", "-z"]).stdout.split("\0"):
+        if file and (ROOT / file).is_file():
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+
+    def replace(file, *pairs):
+        text = (copy / file).read_text()
+        for old, new in pairs:
+            if old not in text:
+                raise Failed(f"{file} has no `{old}`")
+            text = text.replace(old, new)
+        (copy / file).write_text(text)
+
+    for operation, further in EIGHT_FOR_SIXTEEN.items():
+        replace(f"shaders/{operation}_cooperative.wgsl", ("coop_mat16x16", "coop_mat8x8"), ("SIDE: u32 = 16u", "SIDE: u32 = 8u"))
+        host = [("Cooperative::BY_16", "Cooperative::BY_8"), ("op, 16, context", "op, 8, context")]
+        replace(f"src/kernels/{operation}.rs", *host, *further)
+    # In a folder of its own: cargo takes copies of a package in two places for one where they share a target folder.
+    target = WORK / "eight_for_sixteen_target"
+    process = run(["cargo", "build", "--quiet", "--bin", "egmla"], {"CARGO_TARGET_DIR": str(target)}, cwd=copy)
+    if process.returncode != 0:
+        raise Failed(f"cargo build with 8 for 16: {process.stderr[-2000:]}")
+    # Proofs of these shaders are no one else's.
+    env = {"WGPU_BACKEND": "vulkan", "VK_DRIVER_FILES": str(manifest), "XDG_CACHE_HOME": str(copy / "cache")}
+    return check(env, [f"{operation}_cooperative/" for operation in EIGHT_FOR_SIXTEEN], loader, target / "debug" / "egmla")
 
 
 def part_swiftshader(quick):
@@ -775,6 +822,7 @@ PARTS = {
     "lavapipe-8": ("lavapipe, subgroups of 8", part_lavapipe(8)),
     "lavapipe-16": ("lavapipe, subgroups of 16", part_lavapipe(16)),
     "matrices": ("lavapipe, matrices of 8 × 8", part_matrices),
+    "matrices-16": ("lavapipe, matrices of 16 × 16 with 8 for 16", part_matrices_16),
     "swiftshader": ("SwiftShader", part_swiftshader),
     "gl": ("OpenGL", part_gl),
     "validation": ("Vulkan validation layers", part_validation),
