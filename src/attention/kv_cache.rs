@@ -355,6 +355,10 @@ impl Rows for KvCache {
         None
     }
 
+    fn outdate(&mut self) {
+        self.batch.settle();
+    }
+
     fn extents(&self) -> CacheOptions {
         self.options
     }

@@ -121,20 +121,14 @@ pub(super) trait Rows: Sized {
     fn attention(&self) -> Result<serde_json::Value>;
     /// Ids are below this.
     fn vocab_size(&self) -> u32;
+    /// Marks a change: steps that were prepared before are stale.
+    fn outdate(&mut self);
     /// An empty cache of other extents for the same layers.
     fn empty(&self, options: CacheOptions) -> Result<Self>;
 
     /// First cache row of a sequence.
     fn first_row(&self, sequence: usize) -> u32 {
         sequence as u32 * self.batch().pitch
-    }
-
-    /// Steps that were prepared before are stale.
-    fn outdate(&mut self) {
-        if let Some(lists) = self.lists_mut() {
-            lists.settle();
-        }
-        self.batch_mut().settle();
     }
 
     fn copy(&mut self, recording: &mut Recording, from: usize, to: usize) -> Result<()> {
@@ -433,6 +427,10 @@ impl Rows for LatentCache {
 
     fn lists_mut(&mut self) -> Option<&mut Lists> {
         self.lists.as_mut()
+    }
+
+    fn outdate(&mut self) {
+        self.settle();
     }
 
     fn extents(&self) -> CacheOptions {
