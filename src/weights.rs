@@ -28,7 +28,7 @@ impl HostTensor {
         self.data.iter().copied().map(f64::from).collect()
     }
 
-    /// A name and a shape, without elements.
+    /// A name and a shape, without elements; a `Result`, as what reads a tensor has it.
     pub(crate) fn outline(name: &str, shape: &[u32]) -> Result<HostTensor> {
         let shape = shape.iter().map(|&extent| extent as usize).collect();
         Ok(HostTensor { name: name.to_owned(), shape, data: Vec::new() })

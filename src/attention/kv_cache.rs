@@ -1,14 +1,10 @@
 //! The cache of keys and values per head of a model.
 
-use safetensors::Dtype;
-
 use super::batch::{Batch, Extents, Numbering, pitch};
 use super::cache::CacheOptions;
 use super::gqa::GqaAttention;
 use super::layout::MemoryReport;
-use super::lists::Lists;
 use super::step::{MOST_DECODED, Step};
-use super::transfer::{Field, Rows};
 use super::workspace::{CacheRows, MOST_TILE_ROWS};
 use crate::adapter::PlanContext;
 use crate::config::GqaConfig;
@@ -16,7 +12,7 @@ use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, Error, Result};
 use crate::kernels::attention_decode::{SPLIT, most_partials, workgroups};
 use crate::kernels::attention_prefill;
-use crate::storage::{Storage, padded_width, product, words};
+use crate::storage::{padded_width, product, words};
 
 /// Widths as shaders see them: heads padded with zeros to [`UNIT`](crate::storage::UNIT) elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,17 +111,17 @@ impl<T> HeadsWorkspace<T> {
     }
 }
 
-/// Cache rows of a layer, and how many of them a part holds.
+/// Cache rows of a layer, cut into buffers that one binding holds: the parts.
 #[derive(Debug, Clone, Copy)]
-struct Tiles {
+pub(super) struct Parts {
     /// Of the whole layer.
     rows: u32,
-    /// Of a part but the last, a multiple of [`SPLIT`].
-    most: u32,
-    row_bytes: u64,
+    /// Of each part but the last, a multiple of [`SPLIT`].
+    pub part_rows: u32,
+    pub row_bytes: u64,
 }
 
-impl Tiles {
+impl Parts {
     /// # Errors
     /// Extents of 0 or over 2^31 cache rows; [`SPLIT`] rows over a binding.
     fn new(context: &PlanContext, widths: &HeadWidths, options: &CacheOptions) -> Result<Self> {
@@ -135,17 +131,17 @@ impl Tiles {
         let split_bytes = row_bytes.saturating_mul(SPLIT.into());
         context.check_binding(split_bytes, || format!("keys and values of {SPLIT} cache rows"))?;
         let splits = (context.largest_binding() / split_bytes).min(u64::from(MOST_TILE_ROWS / SPLIT)) as u32;
-        Ok(Tiles { rows, most: splits * SPLIT, row_bytes })
+        Ok(Parts { rows, part_rows: splits * SPLIT, row_bytes })
     }
 
     fn bytes(&self) -> u64 {
         self.row_bytes * u64::from(self.rows)
     }
 
-    /// First row and rows of each part of a layer: a buffer that one binding holds.
-    fn parts(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
-        let Tiles { rows, most, .. } = *self;
-        (0..rows).step_by(most as usize).map(move |first| (first, most.min(rows - first)))
+    /// First row and number of rows of each.
+    fn each(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
+        let Parts { rows, part_rows, .. } = *self;
+        (0..rows).step_by(part_rows as usize).map(move |first| (first, part_rows.min(rows - first)))
     }
 }
 
@@ -158,12 +154,12 @@ impl CacheOptions {
         config.validate()?;
         config.rope.check_length(self.capacity as usize)?;
         let widths = HeadWidths::of(config)?;
-        let tiles = Tiles::new(context, &widths, self)?;
+        let parts = Parts::new(context, &widths, self)?;
         let workspace = HeadsWorkspace::placed(context, &widths, self, |what, extents, needed| {
             context.check_binding(needed, || format!("workspace `{what}` of {extents:?} words"))
         })?;
         Ok(MemoryReport {
-            keys_and_values: tiles.bytes().saturating_mul(self.n_layer.into()),
+            keys_and_values: parts.bytes().saturating_mul(self.n_layer.into()),
             workspace: workspace.bytes,
             ..MemoryReport::default()
         })
@@ -178,12 +174,12 @@ impl CacheOptions {
 #[derive(Debug)]
 pub struct KvCache {
     pub(super) kernels: Kernels,
-    config: GqaConfig,
-    widths: HeadWidths,
-    options: CacheOptions,
-    tiles: Tiles,
+    pub(super) config: GqaConfig,
+    pub(super) widths: HeadWidths,
+    pub(super) options: CacheOptions,
+    pub(super) parts: Parts,
     /// The parts of each.
-    layers: Vec<Vec<Region>>,
+    pub(super) layers: Vec<Vec<Region>>,
     workspace: HeadsWorkspace,
     pub(super) batch: Batch,
     memory: MemoryReport,
@@ -201,18 +197,24 @@ impl KvCache {
         KvCache::with(kernels, config, widths, options)
     }
 
-    fn with(kernels: &Kernels, config: &GqaConfig, widths: &HeadWidths, options: CacheOptions) -> Result<Self> {
+    /// The same by the layers' configuration.
+    pub(super) fn with(
+        kernels: &Kernels,
+        config: &GqaConfig,
+        widths: &HeadWidths,
+        options: CacheOptions,
+    ) -> Result<Self> {
         let context = kernels.context();
         let memory = options.memory_of_heads(context, config)?;
-        let tiles = Tiles::new(context, widths, &options)?;
+        let parts = Parts::new(context, widths, &options)?;
         let workspace = HeadsWorkspace::placed(context, widths, &options, |what, _, needed| {
             kernels.allocate(&format!("egmla.workspace.{what}"), needed).map(|buffer| Region::from(&buffer))
         })?;
         let part = |(_, rows)| {
-            let buffer = kernels.allocate("egmla.cache.layer", u64::from(rows) * tiles.row_bytes)?;
+            let buffer = kernels.allocate("egmla.cache.layer", u64::from(rows) * parts.row_bytes)?;
             Ok(Region::from(&buffer))
         };
-        let layer = |_| tiles.parts().map(part).collect::<Result<Vec<_>>>();
+        let layer = |_| parts.each().map(part).collect::<Result<Vec<_>>>();
         let layers = (0..options.n_layer).map(layer).collect::<Result<Vec<_>>>()?;
         let extents = Extents {
             batch: options.batch,
@@ -229,7 +231,7 @@ impl KvCache {
             config: config.clone(),
             widths: *widths,
             options,
-            tiles,
+            parts,
             layers,
             workspace,
             batch: Batch::new(extents, &config.rope, config.head_dim),
@@ -308,75 +310,17 @@ impl KvCache {
 
     /// The bindings that hold rows of a step, first to last.
     pub(super) fn tiles<'a>(&'a self, step: &Step, layer: &'a [Region]) -> impl Iterator<Item = Tile> + 'a {
-        let row_bytes = self.tiles.row_bytes;
+        let row_bytes = self.parts.row_bytes;
         // The first sequence that has new tokens, from its first row on.
         let begin = step.appended.first().map_or(0, |new| new.start / self.batch.pitch * self.batch.pitch);
         let end = step.rows;
-        self.tiles.parts().zip(layer).filter_map(move |((part, rows), region)| {
+        self.parts.each().zip(layer).filter_map(move |((part, rows), region)| {
             let first = part.max(begin);
             let bound = (part + rows).checked_sub(first).filter(|&bound| bound > 0 && first < end)?;
             let [offset, size] = [first - part, bound].map(|rows| u64::from(rows) * row_bytes);
             let region = Region::new(&region.buffer, region.offset + offset, size);
             Some(Tile { first, rows: bound.min(end - first), bound, region })
         })
-    }
-}
-
-impl Rows for KvCache {
-    fn fields(&self) -> Vec<Field<'_>> {
-        let dtype = if self.options.storage == Storage::F32 { Dtype::F32 } else { Dtype::F16 };
-        let mut fields = Vec::new();
-        for (index, parts) in self.layers.iter().enumerate() {
-            fields.push(Field {
-                name: format!("layers.{index}.keys_and_values"),
-                regions: parts.iter().collect(),
-                part_rows: self.tiles.most,
-                dtype,
-                width: self.widths.kv(),
-                row_words: (self.tiles.row_bytes / 4) as u32,
-            });
-        }
-        fields
-    }
-
-    fn batch(&self) -> &Batch {
-        &self.batch
-    }
-
-    fn batch_mut(&mut self) -> &mut Batch {
-        &mut self.batch
-    }
-
-    fn lists(&self) -> Option<&Lists> {
-        None
-    }
-
-    fn lists_mut(&mut self) -> Option<&mut Lists> {
-        None
-    }
-
-    fn outdate(&mut self) {
-        self.batch.settle();
-    }
-
-    fn extents(&self) -> CacheOptions {
-        self.options
-    }
-
-    fn device(&self) -> &Kernels {
-        &self.kernels
-    }
-
-    fn attention(&self) -> Result<serde_json::Value> {
-        Ok(serde_json::to_value(&self.config)?)
-    }
-
-    fn vocab_size(&self) -> u32 {
-        u32::MAX
-    }
-
-    fn empty(&self, options: CacheOptions) -> Result<Self> {
-        KvCache::with(&self.kernels, &self.config, &self.widths, options)
     }
 }
 

@@ -34,8 +34,8 @@ impl AttentionConfig {
     /// ```
     ///
     /// # Errors
-    /// A configuration that contradicts itself; extents of 0 or over 2^31 rows; [`Error::Limit`](crate::Error::Limit) for what no device holds,
-    /// since shaders reach 4 GiB of a binding.
+    /// A configuration that contradicts itself; extents of 0 or over 2^31 rows; [`Error::Limit`](crate::Error::Limit) for what no
+    /// device holds, since shaders reach 4 GiB of a binding.
     pub fn required_limits(&self, attention: AttentionOptions, cache: &CacheOptions) -> Result<wgpu::Limits> {
         self.validate()?;
         PlanContext::least_limits(|context| {

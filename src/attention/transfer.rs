@@ -14,6 +14,7 @@ use super::kv_cache::KvCache;
 use super::lists::Lists;
 use super::parts::{Segment, segments};
 use super::step::identity;
+use crate::config::{AttentionConfig, GqaConfig};
 use crate::device::{Kernels, Region};
 use crate::error::{ArgumentError, DataError, Error, Result};
 use crate::files::tensors;
@@ -29,7 +30,7 @@ const DESCRIPTION: &str = "egmla.sequence";
 
 /// What a saved sequence says of itself.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Description {
+struct Description {
     version: u32,
     attention: serde_json::Value,
     storage: Storage,
@@ -40,20 +41,20 @@ pub(super) struct Description {
 }
 
 /// What a layer's cache has of every token: rows of words, sequence after sequence.
-pub(super) struct Field<'a> {
-    pub name: String,
+struct Field<'a> {
+    name: String,
     /// Of the parts of the cache.
-    pub regions: Vec<&'a Region>,
-    pub part_rows: u32,
-    pub dtype: Dtype,
+    regions: Vec<&'a Region>,
+    part_rows: u32,
+    dtype: Dtype,
     /// Elements of a row, with its padding.
-    pub width: u32,
-    pub row_words: u32,
+    width: u32,
+    row_words: u32,
 }
 
 /// Rows of a field that stand together in a buffer.
 #[derive(Clone)]
-pub(super) struct Run {
+struct Run {
     region: Region,
     /// First word within it.
     word: u32,
@@ -107,20 +108,28 @@ fn refuse<T>(problem: String) -> Result<T> {
 }
 
 /// A cache whose sequences move.
-pub(super) trait Rows: Sized {
+trait Rows: Sized {
+    type Config: PartialEq + Serialize;
+
     /// Every field of every layer that has rows.
     fn fields(&self) -> Vec<Field<'_>>;
     fn batch(&self) -> &Batch;
     fn batch_mut(&mut self) -> &mut Batch;
     /// Token ids and where they stand, where the gate needs them.
-    fn lists(&self) -> Option<&Lists>;
-    fn lists_mut(&mut self) -> Option<&mut Lists>;
+    fn lists(&self) -> Option<&Lists> {
+        None
+    }
+    fn lists_mut(&mut self) -> Option<&mut Lists> {
+        None
+    }
     fn extents(&self) -> CacheOptions;
     fn device(&self) -> &Kernels;
-    /// The layers' configuration, to compare and to write.
-    fn attention(&self) -> Result<serde_json::Value>;
+    /// The layers' configuration.
+    fn attention(&self) -> &Self::Config;
     /// Ids are below this.
-    fn vocab_size(&self) -> u32;
+    fn vocab_size(&self) -> u32 {
+        u32::MAX
+    }
     /// Marks a change: steps that were prepared before are stale.
     fn outdate(&mut self);
     /// An empty cache of other extents for the same layers.
@@ -176,7 +185,7 @@ pub(super) trait Rows: Sized {
         recording.kernels().same_device(source.device(), "the cache to copy from", "recording")?;
         source.batch().check_sequence(from)?;
         let alike = |cache: &Self| (cache.extents().storage, cache.extents().n_layer);
-        if source.attention()? != self.attention()? || alike(source) != alike(self) {
+        if source.attention() != self.attention() || alike(source) != alike(self) {
             let problem = "the cache to copy from is of another configuration, storage or number of layers";
             return Err(Error::config("(attention)", problem));
         }
@@ -306,7 +315,7 @@ pub(super) trait Rows: Sized {
 
     fn description(&self, length: u32) -> Result<Description> {
         let CacheOptions { storage, n_layer, .. } = self.extents();
-        let attention = self.attention()?;
+        let attention = serde_json::to_value(self.attention())?;
         Ok(Description { version: VERSION, attention, storage, n_layer, length, crc32: 0 })
     }
 
@@ -390,7 +399,35 @@ pub(super) trait Rows: Sized {
     }
 }
 
+/// What both caches have.
+macro_rules! shared {
+    () => {
+        fn batch(&self) -> &Batch {
+            &self.batch
+        }
+
+        fn batch_mut(&mut self) -> &mut Batch {
+            &mut self.batch
+        }
+
+        fn extents(&self) -> CacheOptions {
+            self.options
+        }
+
+        fn device(&self) -> &Kernels {
+            &self.kernels
+        }
+
+        fn attention(&self) -> &Self::Config {
+            &self.config
+        }
+    };
+}
+
 impl Rows for LatentCache {
+    type Config = AttentionConfig;
+    shared!();
+
     fn fields(&self) -> Vec<Field<'_>> {
         let storage = self.options.storage;
         let of_storage = if storage == Storage::F32 { Dtype::F32 } else { Dtype::F16 };
@@ -413,14 +450,6 @@ impl Rows for LatentCache {
         fields
     }
 
-    fn batch(&self) -> &Batch {
-        &self.batch
-    }
-
-    fn batch_mut(&mut self) -> &mut Batch {
-        &mut self.batch
-    }
-
     fn lists(&self) -> Option<&Lists> {
         self.lists.as_ref()
     }
@@ -433,18 +462,6 @@ impl Rows for LatentCache {
         self.settle();
     }
 
-    fn extents(&self) -> CacheOptions {
-        self.options
-    }
-
-    fn device(&self) -> &Kernels {
-        &self.kernels
-    }
-
-    fn attention(&self) -> Result<serde_json::Value> {
-        Ok(serde_json::to_value(&self.config)?)
-    }
-
     fn vocab_size(&self) -> u32 {
         self.config.gate.as_ref().map_or(u32::MAX, |gate| gate.vocab_size)
     }
@@ -454,7 +471,36 @@ impl Rows for LatentCache {
     }
 }
 
-/// What applications move sequences by.
+impl Rows for KvCache {
+    type Config = GqaConfig;
+    shared!();
+
+    fn fields(&self) -> Vec<Field<'_>> {
+        let dtype = if self.options.storage == Storage::F32 { Dtype::F32 } else { Dtype::F16 };
+        let mut fields = Vec::new();
+        for (index, parts) in self.layers.iter().enumerate() {
+            fields.push(Field {
+                name: format!("layers.{index}.keys_and_values"),
+                regions: parts.iter().collect(),
+                part_rows: self.parts.part_rows,
+                dtype,
+                width: self.widths.kv(),
+                row_words: (self.parts.row_bytes / 4) as u32,
+            });
+        }
+        fields
+    }
+
+    fn outdate(&mut self) {
+        self.batch.settle();
+    }
+
+    fn empty(&self, options: CacheOptions) -> Result<Self> {
+        KvCache::with(&self.kernels, &self.config, &self.widths, options)
+    }
+}
+
+/// The same documented methods for each cache.
 macro_rules! moves {
     ($($cache:ident),*) => { $(
 impl $cache {

@@ -22,7 +22,6 @@ pub(super) struct LayerUploads<'a> {
 }
 
 /// A decoder with weights in `storage`, within a device's limits.
-#[derive(Clone, Copy)]
 pub(super) struct Plan<'a> {
     pub context: &'a PlanContext,
     pub config: &'a DecoderConfig,
@@ -59,15 +58,17 @@ impl Plan<'_> {
         Shard::all(self.context, self.storage, 0, (tensor, None), [rows, cols])
     }
 
+    /// `[vocab, hidden]`: the embedding, or the head.
     pub fn of_vocabulary<'b>(&self, tensor: &'b HostTensor) -> Matrix<Upload<'b>> {
         self.matrix(tensor, Axis::whole(self.config.vocab_size), self.hidden())
     }
 
-    /// The last norm, with the factor on logits.
+    /// `[hidden]`: the last norm, with the factor on logits.
     pub fn of_norm<'b>(&self, tensor: &'b HostTensor) -> Upload<'b> {
         Upload::vector(tensor, self.hidden()).times(self.config.scales.logits)
     }
 
+    /// Norms `[hidden]`, projections `[intermediate, hidden]` and back.
     pub fn of_layer<'b>(&self, layer: &'b DecoderLayerWeights) -> LayerUploads<'b> {
         let inner = || Axis::padded(self.config.intermediate_size);
         LayerUploads {
